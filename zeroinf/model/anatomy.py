@@ -1,0 +1,114 @@
+"""What a model is made of, counted on the meta device: no weights, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One parameter or buffer. `dtype` is a torch dtype's name without `torch.`; `name` is the full dotted name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    is_buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One decoder layer: what a pass visits, and what moves as one piece."""
+
+    index: int
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel for t in self.tensors if not t.is_buffer)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCache:
+    """How one layer's KV cache (or recurrent state) grows, a row.
+
+    After n tokens a row holds `fixed_bytes + bytes_per_token * min(n, window)`; `window` is None where nothing is dropped.
+    """
+
+    fixed_bytes: int
+    bytes_per_token: int
+    window: int | None = None
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes that one row of `tokens` tokens holds in this layer."""
+        kept = tokens if self.window is None else min(tokens, self.window)
+        return self.fixed_bytes + self.bytes_per_token * kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anatomy:
+    """A causal language model, counted: every tensor once, tied weights once."""
+
+    architecture: str
+    dtype: str
+    blocks_path: str
+    blocks: tuple[Block, ...]
+    outside: tuple[TensorSpec, ...]
+    tied: tuple[tuple[str, str], ...]
+    cache: tuple[LayerCache, ...]
+    hidden_size: int
+    vocabulary: int
+    context_limit: int | None
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every parameter and buffer, once."""
+        yield from self.outside
+        for block in self.blocks:
+            yield from block.tensors
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel for t in self.tensors() if not t.is_buffer)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters in `dtype` (buffers are not stored in checkpoints and are left out)."""
+        return sum(t.nbytes for t in self.tensors() if not t.is_buffer)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of all blocks: what crosses the link in one pass when nothing is resident."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def outside_bytes(self) -> int:
+        return sum(t.nbytes for t in self.outside)
+
+    @property
+    def largest_parameter(self) -> int:
+        """Elements of the largest single parameter."""
+        return max(t.numel for t in self.tensors() if not t.is_buffer)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes one token of one row adds to the cache while no window is full."""
+        return sum(layer.bytes_per_token for layer in self.cache)
+
+    def cache_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of the cache for `rows` rows of `tokens` tokens each, all layers."""
+        return rows * sum(layer.nbytes(tokens) for layer in self.cache)

@@ -1,0 +1,36 @@
+"""The plan: what a run will do, decided before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from zeroinf.model.anatomy import Anatomy
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AioSettings:
+    """DeepSpeed's asynchronous disk I/O, in its own terms (`aio` section of its config)."""
+
+    block_size_bytes: int = 1 << 20
+    queue_depth: int = 32
+    threads: int = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Where the weights rest, how many rows run together, on what."""
+
+    anatomy: Anatomy
+    engine: str
+    offload: Offload
+    dtype: str
+    device: Literal["cuda", "cpu"]
+    world_size: int
+    batch_size: int
+    nvme_path: Path | None = None
+    pin_memory: bool = True
+    aio: AioSettings = field(default_factory=AioSettings)
