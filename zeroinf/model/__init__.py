@@ -1,2 +1,1 @@
-"""What a model is, without loading it: where it comes from, its config, its tensors and its tokenizer.
-"""
+"""What a model is, without loading it: where it comes from, its config, its tensors and its tokenizer."""

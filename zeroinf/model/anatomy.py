@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+DTYPE_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +57,7 @@ class Block:
 class LayerCache:
     """How one layer's KV cache (or recurrent state) grows, a row.
 
-    After n tokens a row holds `fixed_bytes + bytes_per_token * min(n, window)`; `window` is None where nothing is dropped.
+    After n tokens a row holds `fixed_bytes + bytes_per_token * min(n, window)`; `window` is None where none is dropped.
     """
 
     fixed_bytes: int

@@ -1,0 +1,88 @@
+"""`zeroinf config`: the DeepSpeed JSON that follows from a model's shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zeroinf.cli.params import model_options, offload_options, refuse_unused_offload_options
+from zeroinf.errors import OutputError
+
+
+@click.command(short_help="Print the DeepSpeed JSON that follows from a model's shapes.")
+@model_options
+@offload_options
+@click.option(
+    "--num-gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the weights; the numbers hold for just that many.",
+)
+@click.option(
+    "-b",
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Rows that run together on each GPU.",
+)
+@click.option("-o", "--output-file", type=click.Path(path_type=Path), help="Write a new file instead of stdout.")
+@click.pass_context
+def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> None:
+    """Print the DeepSpeed JSON for ZeRO-3 inference that follows from a model's shapes.
+
+    Any DeepSpeed script can load it, and so can `zeroinf run --zero-config FILE`. No weights are downloaded.
+
+    \b
+      zeroinf config --model EleutherAI/pythia-160m --offload cpu
+      zeroinf config --model mixtral-8x7b --offload nvme --nvme-path /local --num-gpus 4 -o zero.json
+    """
+    import json
+
+    from zeroinf.engines.zero.config import build_zero_config
+
+    refuse_unused_offload_options(ctx)
+    text = json.dumps(build_zero_config(_plan(**asked)), indent=2) + "\n"
+    if output_file is None:
+        click.echo(text, nl=False)
+    else:
+        _write_new(output_file, text)
+
+
+def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bool, num_gpus: int, **asked: Any) -> Any:
+    from zeroinf.model.inspect import read_anatomy
+    from zeroinf.model.source import pick_dtype, resolve_model
+    from zeroinf.planner.plan import AioSettings, Plan
+
+    # Shapes are all that is wanted: nothing but the model's config is read.
+    source = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code, random_weights=True)
+    anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, "cuda"), trust_remote_code=trust_remote_code)
+    return Plan(
+        anatomy=anatomy,
+        engine="zero",
+        offload=asked["offload"],
+        dtype=anatomy.dtype,
+        device="cuda",
+        world_size=num_gpus,
+        batch_size=asked["batch_size"],
+        nvme_path=asked["nvme_path"],
+        pin_memory=asked["pin_memory"],
+        aio=AioSettings(
+            block_size_bytes=asked["aio_block_size"],
+            queue_depth=asked["aio_queue_depth"],
+            threads=asked["aio_threads"],
+        ),
+    )
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputError(f"{path} exists already", hint="choose another name, or remove it") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,160 @@
+"""How a run looks while it happens and when it is over. Everything here goes to stderr: stdout belongs to results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from zeroinf.jobs.report import Progress, RunReport
+from zeroinf.jobs.requests import Refusal
+from zeroinf.planner.plan import Plan
+
+_GIB = 2**30
+_PLAIN_LINE_EVERY_S = 10.0
+_REFUSALS_SHOWN = 5
+
+_RESTS = {"none": "on the GPU", "cpu": "in host memory", "nvme": "on NVMe"}
+
+
+def gib(size: int) -> str:
+    """A size for people."""
+    return f"{size / _GIB:.2f} GiB"
+
+
+class ConsoleObserver:
+    """Shows a run on a terminal as a redrawn bar, elsewhere as plain lines now and then."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._bar: Bar | None = None
+        self._last_line = 0.0
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}")
+
+    def failed(self, text: str) -> None:
+        self._say(f"error: {text}")
+
+    def refused(self, refusals: Sequence[Refusal]) -> None:
+        for refusal in refusals[:_REFUSALS_SHOWN]:
+            where = f"line {refusal.line}" if refusal.line is not None else f"request {refusal.id or refusal.index}"
+            self._say(f"refused: {where}: {refusal.reason}")
+        if len(refusals) > _REFUSALS_SHOWN:
+            self._say(f"refused: {len(refusals) - _REFUSALS_SHOWN} more")
+
+    def loading(self, plan: Plan) -> None:
+        if self._quiet:
+            return
+        anatomy = plan.anatomy
+        device = "GPU" if plan.device == "cuda" else "CPU"
+        streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} independent streams"
+        self._say(
+            f"plan: {anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {plan.dtype}, "
+            f"{gib(anatomy.weight_bytes)} of weights {_rests(plan)}"
+        )
+        self._say(f"      {plan.engine} engine, {streams} on the {device}, {plan.batch_size} rows each")
+        self._say("loading weights ...")
+
+    def loaded(self, seconds: float) -> None:
+        if not self._quiet:
+            self._say(f"loaded in {seconds:.1f} s")
+
+    def progress(self, progress: Progress) -> None:
+        if self._quiet:
+            return
+        if self._console.is_terminal:
+            self._redraw(progress)
+        elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._say(f"{progress.rows_done}/{progress.rows} rows, {_rates(progress)}")
+
+    def _redraw(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = Bar(
+                TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+                console=self._console, transient=True,
+            )  # fmt: skip
+            self._bar.add_task("rows", total=progress.rows, rates="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=progress.rows_done, rates=_rates(progress))
+
+    def ended(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _rests(plan: Plan) -> str:
+    if plan.offload == "none" and plan.device == "cpu":
+        return "in host memory, on the compute device itself"
+    return _RESTS[plan.offload] + (f" below {plan.nvme_path}" if plan.offload == "nvme" else "")
+
+
+def _rates(progress: Progress) -> str:
+    elapsed = max(progress.elapsed_s, 1e-9)
+    parts = [f"{progress.tokens / elapsed:,.1f} tokens/s"]
+    if progress.streamed_bytes:
+        parts.append(f"{progress.streamed_bytes / elapsed / 1e9:.1f} GB/s of weights")
+    parts.append(f"{_clock(elapsed * (progress.rows / progress.rows_done - 1))} left" if progress.rows_done else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def print_report(console: Console, report: RunReport) -> None:
+    """The short report that ends every run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("requests", f"{report.requests} done" + (f", {report.refused} refused" if report.refused else ""))
+    table.add_row("tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated")
+    table.add_row("load", f"{report.load_s:.1f} s")
+    table.add_row("generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s")
+    if report.streamed_bytes:
+        table.add_row("weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s")
+    gpus = [rank.peak_gpu_bytes for rank in report.ranks if rank.peak_gpu_bytes is not None]
+    if gpus:
+        table.add_row(
+            "peak GPU memory", f"{gib(max(gpus))} reserved" + (" on the fullest rank" if len(gpus) > 1 else "")
+        )
+    host = [rank.peak_host_bytes for rank in report.ranks]
+    table.add_row("peak host memory", gib(sum(host)) + (f" over {len(host)} ranks" if len(host) > 1 else ""))
+    if report.output is not None:
+        table.add_row("output", str(report.output))
+    if report.errors is not None and report.refused:
+        table.add_row("refused requests", str(report.errors))
+    console.print(table, highlight=False)
+
+
+def print_benchmark(console: Console, report: RunReport) -> None:
+    """The four figures of the BLOOM inference scripts, each with what it covers."""
+    table = Table.grid(padding=(0, 2))
+    rows = (
+        (
+            "Throughput per token including tokenize",
+            f"{report.ms_per_token:.2f} msecs",
+            f"(tokenize + generate) / {report.completion_tokens:,} tokens really generated, all ranks together",
+        ),
+        ("Start to ready to generate", f"{report.start_to_ready_s:.3f} secs", "process start to weights loaded"),
+        (
+            f"Tokenize and generate {report.completion_tokens:,} tokens (bs={report.plan.batch_size})",
+            f"{report.tokenize_s + report.generate_s:.3f} secs",
+            f"{report.requests} requests on {report.plan.world_size} ranks, one warm-up left out",
+        ),
+        ("Start to finish", f"{report.start_to_finish_s:.3f} secs", "process start to last result, warm-up included"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print("*** Performance stats", highlight=False, markup=False)
+    console.print(table, highlight=False)

@@ -1,0 +1,85 @@
+"""The `zeroinf` command: finds subcommands, and turns errors into two lines and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+import zeroinf
+from zeroinf.errors import ZeroinfError
+
+_COMMANDS = ("run", "config", "doctor")
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when the command is needed; each is named as its command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"zeroinf.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={
+        "auto_envvar_prefix": "ZEROINF",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "show_default": True,
+    },
+)
+@click.version_option(zeroinf.__version__, prog_name="zeroinf")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # set by launchers
+def cli() -> None:
+    """Throughput inference for language models that do not fit the GPU.
+
+    Every option can also be set in the environment: ZEROINF_RUN_BATCH_SIZE=16 is `zeroinf run --batch-size 16`.
+
+    \b
+    Exit codes: 0 done, 1 failure, 2 usage, 3 does not fit, 4 this machine lacks something,
+    5 finished with refused requests, 130/143 interrupted.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process."""
+    # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
+    os.environ["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+    try:
+        code: Any = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except ZeroinfError as error:
+        code = _show(error)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _show(error: ZeroinfError) -> int:
+    """Print the error and its hint; an error without words was told elsewhere."""
+    if error.message:
+        rank = os.environ.get("RANK", "0")
+        click.echo(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error.message}", err=True)
+    if error.hint:
+        click.echo(f"\nhint: {error.hint}", err=True)
+    return error.exit_code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. A rank that failed does not wait for collectives that others will never join."""
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,149 @@
+"""Option groups and value types that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from zeroinf.errors import UsageError
+from zeroinf.planner.plan import AioSettings
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
+_UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+_AIO = AioSettings()
+_AIO_OPTIONS = ("aio_block_size", "aio_queue_depth", "aio_threads")
+
+# O_DIRECT reads whole device sectors, which are 512 or 4096 bytes.
+_DIRECT_IO_BYTES = 4096
+
+
+class SizeType(click.ParamType["int"]):
+    """A size as `24GiB` (binary), `24GB` (decimal) or plain bytes, converted to bytes."""
+
+    name = "size"
+
+    def __init__(self, *, multiple_of: int = 1) -> None:
+        self.multiple_of = multiple_of
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of `value`; a usage error names what is wrong with it."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value)
+        if match is None or match[2].lower() not in _UNIT_BYTES:
+            self.fail(f"{value!r} is not a size: write 24GiB, 512MiB, 1GB or plain bytes", param, ctx)
+        size = Fraction(match[1]) * _UNIT_BYTES[match[2].lower()]
+        if size <= 0 or size % self.multiple_of:
+            whole = "a whole number of bytes" if self.multiple_of == 1 else f"a multiple of {self.multiple_of} bytes"
+            self.fail(f"{value!r} must be {whole} above zero", param, ctx)
+        return int(size)
+
+
+def model_options(command: _Command) -> _Command:
+    """Which model: `model`, `revision`, `dtype` and `trust_remote_code`."""
+    return _add(
+        command,
+        click.option("-m", "--model", required=True, help="Hub name, local folder, or a name that the catalog knows."),
+        click.option("--revision", help="Branch, tag or commit on the hub."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="Type of the weights and of the arithmetic; auto takes the model's own.",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    )
+
+
+def offload_options(command: _Command) -> _Command:
+    """Where weights rest: `offload`, `nvme_path`, `pin_memory` and the three `aio_` settings."""
+    return _add(
+        command,
+        click.option(
+            "--offload",
+            type=click.Choice(["none", "cpu", "nvme"]),
+            default="cpu",
+            show_default=True,
+            help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
+        ),
+        click.option(
+            "--nvme-path", type=click.Path(path_type=Path), help="Folder on a fast local disk; --offload nvme."
+        ),
+        click.option(
+            "--pin-memory/--no-pin-memory",
+            default=True,
+            show_default=True,
+            help="Keep host weights page-locked: full link speed, but they cannot be swapped out.",
+        ),
+        click.option(
+            "--aio-block-size",
+            type=SizeType(multiple_of=_DIRECT_IO_BYTES),
+            default=_AIO.block_size_bytes,
+            show_default=f"{_AIO.block_size_bytes >> 20}MiB",
+            help="Bytes of one disk request; smaller weights stay in host memory. With --offload nvme.",
+        ),
+        click.option(
+            "--aio-queue-depth",
+            type=click.IntRange(min=1),
+            default=_AIO.queue_depth,
+            show_default=True,
+            help="Disk requests in flight for each thread. With --offload nvme.",
+        ),
+        click.option(
+            "--aio-threads",
+            type=click.IntRange(min=1),
+            default=_AIO.threads,
+            show_default=True,
+            help="Threads that share the reading of one weight. With --offload nvme.",
+        ),
+    )
+
+
+def given(ctx: click.Context, *names: str) -> list[str]:
+    """Those of the parameters `names` that the user set for this command, by a flag or in the environment."""
+    explicit = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return [name for name in names if ctx.get_parameter_source(name) in explicit]
+
+
+def refuse_unused_offload_options(ctx: click.Context) -> None:
+    """Refuse offload options that would have no effect, and NVMe offload without a folder.
+
+    Raises:
+        UsageError: naming the options.
+    """
+    offload = ctx.params["offload"]
+    if offload == "nvme" and ctx.params["nvme_path"] is None:
+        raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
+    nvme_only = () if offload == "nvme" else ("nvme_path", *_AIO_OPTIONS)
+    if unused := given(ctx, *nvme_only):
+        raise UsageError(
+            f"{_flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"
+        )
+    if offload == "none" and given(ctx, "pin_memory"):
+        raise UsageError(
+            f"{_flags(ctx, ['pin_memory'])} has no effect with --offload none", hint="add --offload cpu, or drop it"
+        )
+
+
+def _flags(ctx: click.Context, names: list[str]) -> str:
+    return ", ".join("/".join(p.opts + p.secondary_opts) for p in ctx.command.params if p.name in names)
+
+
+def _add(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
+    """Decorate `command` so that its help shows `options` in the order written."""
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,152 @@
+"""`zeroinf run`: generate text with a model whose weights do not live on the GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zeroinf.cli.params import given, model_options, offload_options, refuse_unused_offload_options
+from zeroinf.errors import InputError, RequestsFailedError, UsageError
+
+_SAMPLING_ONLY = ("top_p", "top_k", "seed")
+
+
+@click.command(short_help="Generate text from many prompts.")
+@model_options
+@click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
+@offload_options
+@click.option(
+    "--zero-config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Your own DeepSpeed JSON (ZeRO stage 3) instead of the one that follows from the model.",
+)
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given many times.")
+@click.option(
+    "-i",
+    "--input-file",
+    help="Prompts: text (one a line), JSONL (`prompt` or `messages`) or OpenAI batch lines; - is stdin.",
+)
+@click.option(
+    "-o",
+    "--output-file",
+    type=click.Path(path_type=Path),
+    help="JSONL results, in input order. Without it, in=/out= pairs go to stdout.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option(
+    "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 does not filter.")
+@click.option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
+@click.option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
+@click.option("-b", "--batch-size", type=click.IntRange(min=1), default=8, help="Rows that run together on each GPU.")
+@click.option(
+    "--num-gpus",
+    type=click.IntRange(min=1),
+    help="Start this many ranks, an independent stream on each GPU, through DeepSpeed's launcher. [default: one]",
+)
+@click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
+@click.pass_context
+def run(ctx: click.Context, num_gpus: int | None, benchmark: bool, quiet: bool, **asked: Any) -> int:
+    """Generate text from many prompts with a model that need not fit the GPU.
+
+    Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other.
+
+    \b
+      zeroinf run --model demo --prompt "The capital of France is"
+      zeroinf run --model EleutherAI/pythia-160m --offload nvme --nvme-path /local -i prompts.jsonl -o out.jsonl
+      zeroinf run --model ... --num-gpus 8
+      deepspeed --num_gpus 8 --module zeroinf run --model ...
+    """
+    _refuse_contradictions(ctx, asked)
+    from zeroinf.cli.launch import check_gpu_count, launch
+    from zeroinf.distributed.world import world_from_environment
+
+    world = world_from_environment()
+    if world.launched and num_gpus not in (None, world.size):
+        raise UsageError(
+            f"--num-gpus {num_gpus} inside a launcher that started {world.size} ranks", hint="drop --num-gpus"
+        )
+    if num_gpus is not None and not world.launched:
+        check_gpu_count(num_gpus)
+        _check_output(asked["output_file"], asked["overwrite"])
+        if num_gpus > 1:
+            return launch(num_gpus, _arguments())
+    return _run_here(ctx, world, benchmark=benchmark, quiet=quiet, **asked)
+
+
+def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
+    if asked["zero_config"] is None:
+        refuse_unused_offload_options(ctx)
+    elif named := given(ctx, "offload", "nvme_path", "pin_memory", "aio_block_size", "aio_queue_depth", "aio_threads"):
+        raise UsageError(f"{', '.join(named)} and --zero-config contradict each other", hint="set it in the JSON")
+    if asked["overwrite"] and asked["output_file"] is None:
+        raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    if not asked["prompts"] and asked["input_file"] is None:
+        raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
+    if asked["input_file"] not in (None, "-") and not Path(asked["input_file"]).is_file():
+        raise InputError(f"no such input file: {asked['input_file']}")
+
+
+def _check_output(path: Path | None, overwrite: bool) -> None:
+    from zeroinf.jobs.output import check_output
+
+    if path is not None:
+        check_output(path, overwrite)
+
+
+def _arguments() -> list[str]:
+    """This process's own arguments without --num-gpus, for the ranks."""
+    arguments, rest = [], iter(sys.argv[1:])
+    for argument in rest:
+        if argument == "--num-gpus":
+            next(rest)
+        elif not argument.startswith("--num-gpus="):
+            arguments.append(argument)
+    return arguments
+
+
+def _run_here(ctx: click.Context, world: Any, *, benchmark: bool, quiet: bool, **asked: Any) -> int:
+    from rich.console import Console
+
+    from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
+    from zeroinf.generation.row import Sampling
+    from zeroinf.jobs.options import RunOptions
+    from zeroinf.jobs.runner import pick_device, run_job
+    from zeroinf.planner.plan import AioSettings
+
+    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+    options = RunOptions(
+        sampling=Sampling(**{key: asked.pop(key) for key in keys}),
+        sampling_only=tuple(given(ctx, *_SAMPLING_ONLY)),
+        aio=AioSettings(
+            block_size_bytes=asked.pop("aio_block_size"),
+            queue_depth=asked.pop("aio_queue_depth"),
+            threads=asked.pop("aio_threads"),
+        ),
+        benchmark=benchmark,
+        **asked,
+    )
+    console = Console(stderr=True, soft_wrap=True)
+    observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
+    report = run_job(options, world, pick_device(world), sys.stdout, observer)
+    if report is None:
+        return 0
+    if benchmark:
+        print_benchmark(console, report)
+    if not quiet:
+        print_report(console, report)
+    if report.refused:
+        where = f"see {report.errors}" if report.errors is not None else "their reasons stand above"
+        raise RequestsFailedError(
+            f"{report.refused} of {report.requests + report.refused} requests were refused", hint=where
+        )
+    return 0

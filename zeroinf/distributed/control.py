@@ -1,0 +1,99 @@
+"""The control channel between ranks: small facts over CPU sockets, never tensors of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zeroinf.distributed.ports import free_port
+from zeroinf.distributed.world import World
+from zeroinf.errors import RankError
+
+# Loading a large model can take one rank much longer than another, so nobody gives up early; a rank that dies is
+# noticed by PeerWatch, not by a timeout.
+_PATIENCE = timedelta(hours=24)
+
+
+def start_process_group(world: World, device: str) -> None:
+    """Start torch.distributed once, over NCCL where `device` is cuda and over gloo where it is cpu."""
+    if dist.is_initialized():
+        return
+    if not world.launched:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
+    if device == "cuda":
+        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=torch.device("cuda", world.local_rank))
+    else:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+
+
+class Control:
+    """What ranks tell each other, over a gloo group of its own. Alone, everything is answered on the spot.
+
+    `store` holds shared counters and results; it answers from the process of rank 0.
+    """
+
+    def __init__(self, world: World, device: str) -> None:
+        self.world = world
+        self.store: dist.Store = dist.HashStore()
+        if world.size > 1:
+            start_process_group(world, device)
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self.store = self._shared_store()
+
+    def _shared_store(self) -> dist.Store:
+        address = os.environ["MASTER_ADDR"]
+        server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if self.world.is_main else None
+        port = self.broadcast(server.port if server else None)
+        if server:
+            return server
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world.size == 1:
+            return value
+        box = [value]
+        with _lost_rank_named():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        with _lost_rank_named():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def most(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over all ranks. Every rank must call it the same number of times."""
+        if self.world.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        with _lost_rank_named():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tuple(tensor.tolist())
+
+    def close(self) -> None:
+        """Leave together, so that no rank finds the store gone while it still asks."""
+        if self.world.size > 1:
+            with _lost_rank_named():
+                dist.barrier(group=self._group)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_rank_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"lost the connection to another rank: {str(error).splitlines()[0]}") from error

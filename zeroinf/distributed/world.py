@@ -1,0 +1,45 @@
+"""Which rank this process is, as every launcher tells it: through the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zeroinf.errors import EnvironmentProblem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Rank, world size and local rank in torch.distributed's meaning."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launched: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 reads the input, writes the output and speaks to the user."""
+        return self.rank == 0
+
+
+def world_from_environment(environ: Mapping[str, str] | None = None) -> World:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK; without them the process is alone.
+
+    Raises EnvironmentProblem when a launcher set only some of them.
+    """
+    env = os.environ if environ is None else environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    present = [name for name in names if name in env]
+    if not present:
+        return World()
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise EnvironmentProblem(
+            f"{', '.join(present)} set, but not {', '.join(missing)}",
+            hint="start through `zeroinf run --num-gpus N`, `deepspeed --num_gpus N --module zeroinf run` or torchrun, "
+            "or unset them to run alone",
+        )
+    rank, size, local_rank = (int(env[name]) for name in names)
+    return World(rank=rank, size=size, local_rank=local_rank, launched=True)

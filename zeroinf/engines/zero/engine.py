@@ -1,0 +1,145 @@
+"""DeepSpeed's ZeRO-3 engine: parameters partitioned over the ranks, at rest on the GPU, in host memory or on NVMe."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from zeroinf.distributed.control import start_process_group
+from zeroinf.distributed.world import World
+from zeroinf.engines.base import EngineStats
+from zeroinf.errors import ModelError
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+_RANDOM_SEED = 0
+_SWAP_PREFIX = "zeroinf-swap-"
+
+
+class ZeroEngine:
+    """Runs a transformers model under ZeRO stage 3. Each forward is a collective: ranks step together."""
+
+    name = "zero"
+    in_step = True
+
+    def __init__(self, plan: Plan, source: ModelSource, config: dict[str, Any], world: World) -> None:
+        """Load `source` straight into partitions: no rank builds the whole model first.
+
+        `config` is a DeepSpeed JSON from `zeroinf.engines.zero.config` or the user's own. On NVMe the partitions lie in a
+        folder of this run, which `close` removes: DeepSpeed itself rewrites them at each start and leaves them behind.
+        """
+        os.environ["DS_ACCELERATOR"] = plan.device
+        start_process_group(world, plan.device)
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._forwards = 0
+        self._offloaded = plan.offload != "none"
+        config, self._swap_folder = _with_private_swap_folder(config, world)
+        try:
+            with _quiet_deepspeed():
+                # transformers holds this object by a weak reference only, and loads unpartitioned once it is gone.
+                self._transformers_config = HfDeepSpeedConfig(config)
+                deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
+                self._engine = deepspeed.initialize(model=_build(source, plan), config=config)[0]
+                self._engine.module.eval()
+        except BaseException:
+            self._remove_swap_folder()
+            raise
+
+    @property
+    def model(self) -> Any:
+        return self._engine.module
+
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """One collective forward for each micro-batch, one after the other."""
+        self._forwards += len(micro_batches)
+        with torch.no_grad():
+            return [self._engine.module(**inputs) for inputs in micro_batches]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(forwards=self._forwards, streamed_bytes_per_pass=self._streamed_bytes())
+
+    def _streamed_bytes(self) -> int:
+        if not self._offloaded:
+            return 0
+        streamed = (p for p in self.model.parameters() if not getattr(p, "ds_persist", False))
+        return sum(int(p.ds_numel) * p.element_size() for p in streamed)
+
+    def close(self) -> None:
+        self._engine.destroy()
+        self._remove_swap_folder()
+
+    def _remove_swap_folder(self) -> None:
+        if self._swap_folder is not None:
+            shutil.rmtree(self._swap_folder, ignore_errors=True)
+
+
+def _build(source: ModelSource, plan: Plan) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, plan.dtype)
+    if source.random_weights:
+        torch.manual_seed(_RANDOM_SEED)
+        return AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=source.config,
+            dtype=dtype,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source.name}: {error}") from error
+
+
+def _with_private_swap_folder(config: dict[str, Any], world: World) -> tuple[dict[str, Any], Path | None]:
+    """`config` with its nvme_path replaced by a folder below it that belongs to this rank of this run alone."""
+    offload = config["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return config, None
+    parent, host = Path(offload["nvme_path"]), socket.gethostname()
+    _remove_leftovers(parent, host)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_SWAP_PREFIX}{host}-{os.getpid()}-rank{world.rank}-", dir=parent))
+    config = copy.deepcopy(config)
+    config["zero_optimization"]["offload_param"]["nvme_path"] = str(folder)
+    return config, folder
+
+
+def _remove_leftovers(parent: Path, host: str) -> None:
+    """Remove the swap folders of runs on this host that were killed before they could do it themselves."""
+    for folder in parent.glob(f"{_SWAP_PREFIX}{host}-*-rank*"):
+        pid = int(folder.name.removeprefix(f"{_SWAP_PREFIX}{host}-").split("-")[0])
+        if not psutil.pid_exists(pid):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """Keep stdout for results, where DeepSpeed logs and prints, and stderr free of what no user can act upon."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    # Compiled on first use (a minute), for an all-reduce that inference under ZeRO never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,96 @@
+"""One sequence on its way: what was asked, what has been generated, and why it ended."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Decode = Callable[[Sequence[int]], str]
+FinishReason = Literal["stop", "length"]
+
+# Tokens may hold a part of a character, so the text that ends in a stop string can reach back a little further than
+# one token a character.
+_STOP_MARGIN_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen and when a row ends.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 do not filter; `seed` makes a row's sample its own, whatever its
+    neighbours. Raises ValueError naming the field.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature must lie between 0 and 100, not {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie above 0 and at most at 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop holds an empty string")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(slots=True)
+class Row:
+    """A request's tokens: `prompt` as given, `generated` as it grows (an end-of-sequence token included)."""
+
+    index: int
+    prompt: Sequence[int]
+    sampling: Sampling
+    decode: Decode
+    generated: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    text: str = ""
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(f"{self.sampling.seed}/{self.index}")
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def draw(self) -> float:
+        """This row's next random number, uniform in [0, 1)."""
+        return self._random.random()
+
+    def accept(self, token: int, eos_tokens: frozenset[int]) -> None:
+        """Take the next token; sets `finish_reason` and `text` when the row ends with it."""
+        self.generated.append(token)
+        if token in eos_tokens and not self.sampling.ignore_eos:
+            self._finish("stop")
+        elif self._hits_stop():
+            self._finish("stop")
+        elif len(self.generated) == self.sampling.max_new_tokens:
+            self._finish("length")
+
+    def _hits_stop(self) -> bool:
+        if not self.sampling.stop:
+            return False
+        reach = max(len(text.encode()) for text in self.sampling.stop) + _STOP_MARGIN_TOKENS
+        tail = self.decode(self.generated[-reach:])
+        return any(text in tail for text in self.sampling.stop)
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        text = self.decode(self.generated)
+        ends = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
+        self.text = text[: min(ends)] if ends else text

@@ -1,0 +1,53 @@
+"""Choosing the next token of each row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from zeroinf.generation.row import Row, Sampling
+
+
+def choose_tokens(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """The next token of each row. scores: (rows, vocabulary), float32; returns (rows,), int64, on the same device.
+
+    Greedy rows take the highest score. The others draw from their own random numbers, so a row's sample depends on
+    nothing but its scores, its seed and its place in the input.
+    """
+    tokens = scores.argmax(dim=-1)
+    for (temperature, top_k, top_p), members in _by_filter(rows).items():
+        index = torch.tensor(members, device=scores.device)
+        drawn = _draw(_warpers(temperature, top_k, top_p)(None, scores[index]), [rows[i].draw() for i in members])
+        tokens[index] = drawn
+    return tokens
+
+
+def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float], list[int]]:
+    groups: dict[tuple[float, int, float], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        s: Sampling = row.sampling
+        if not s.is_greedy and not row.finished:
+            groups[s.temperature, s.top_k, s.top_p].append(i)
+    return groups
+
+
+def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """transformers' own filters, in its own order."""
+    warpers = LogitsProcessorList()
+    if temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+def _draw(scores: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
+    """Invert each row's cumulative distribution at its own random number."""
+    cumulative = scores.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
+    targets = torch.tensor(uniform, device=scores.device, dtype=torch.float32)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=scores.shape[-1] - 1)

@@ -1,0 +1,87 @@
+"""GPUs as NVML sees them: no CUDA context is made, so looking costs no GPU memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zeroinf.hardware.machine import Gpu
+
+
+def read_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
+    """The GPUs that a CUDA program started now would see, in its order; none where driver or library is missing.
+
+    `visible` is a value of CUDA_VISIBLE_DEVICES (indices, UUIDs or beginnings of UUIDs, MIG UUIDs); None takes the
+    environment's. Indices follow the PCI bus, which is CUDA's own order on machines whose GPUs are all alike.
+    """
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return ()
+    except pynvml.NVMLError:  # no driver, or one that does not answer
+        return ()
+    try:
+        handles = _visible_handles(pynvml, setting)
+        return tuple(_read_gpu(pynvml, index, handle) for index, handle in enumerate(handles))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible_indices(setting: str, uuids: Sequence[str]) -> list[int]:
+    """Which of the GPUs `uuids` a CUDA_VISIBLE_DEVICES of `setting` leaves.
+
+    CUDA's rules (CUDA C++ Programming Guide, "CUDA Environment Variables"): the list ends at the first entry that
+    names no GPU, and one that names a GPU twice leaves none.
+    """
+    chosen: list[int] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdigit():
+            named = [int(entry)] if int(entry) < len(uuids) else []
+        else:
+            named = [index for index, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+        if len(named) != 1:
+            break
+        if named[0] in chosen:
+            return []
+        chosen.append(named[0])
+    return chosen
+
+
+def _visible_handles(nvml: Any, setting: str | None) -> list[Any]:
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    if setting is None:
+        return handles
+    if setting.startswith("MIG-"):
+        # A CUDA program uses one slice of a partitioned GPU, the first in the list.
+        return [nvml.nvmlDeviceGetHandleByUUID(setting.split(",")[0].strip())]
+    uuids = [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    return [handles[index] for index in visible_indices(setting, uuids)]
+
+
+def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
+    def ask(question: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return question(handle, *arguments)
+        except nvml.NVMLError:
+            return None
+
+    # The second version leaves the driver's own reserve out of `used`; older drivers know the first only.
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlMemory_v2) or ask(nvml.nvmlDeviceGetMemoryInfo)
+    processes = ask(nvml.nvmlDeviceGetComputeRunningProcesses) or []
+    own_bytes = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
+    return Gpu(
+        index=index,
+        name=str(ask(nvml.nvmlDeviceGetName) or "unknown"),
+        total_bytes=memory.total if memory else 0,
+        free_bytes=memory.free if memory else 0,
+        other_bytes=max(0, memory.used - own_bytes) if memory else 0,
+        pcie_generation=ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration),
+        pcie_width=ask(nvml.nvmlDeviceGetCurrPcieLinkWidth),
+        capability=ask(nvml.nvmlDeviceGetCudaComputeCapability),
+    )

@@ -1,0 +1,34 @@
+"""What the user asked of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zeroinf.generation.row import Sampling
+from zeroinf.planner.plan import AioSettings, Offload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """One run, as asked for on the command line; nothing is resolved yet."""
+
+    model: str
+    sampling: Sampling
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    random_weights: bool = False
+    offload: Offload = "cpu"
+    nvme_path: Path | None = None
+    pin_memory: bool = True
+    aio: AioSettings = field(default_factory=AioSettings)
+    zero_config: Path | None = None
+    prompts: tuple[str, ...] = ()
+    input_file: str | None = None
+    output_file: Path | None = None
+    overwrite: bool = False
+    batch_size: int = 8
+    benchmark: bool = False
+    sampling_only: tuple[str, ...] = ()
+    """Flags the user gave that mean something only where a row samples."""

@@ -1,0 +1,193 @@
+"""All that can be settled before weights are loaded: input, output, model, plan, and whether this machine can do it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from zeroinf.distributed.world import World
+from zeroinf.engines.zero.config import build_zero_config, check_user_config, nvme_pool_bytes
+from zeroinf.errors import DoesNotFitError, InputError, UsageError
+from zeroinf.generation.row import Sampling
+from zeroinf.hardware.aio_op import read_aio_op
+from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
+from zeroinf.hardware.disk import read_disk
+from zeroinf.hardware.snapshot import read_memory
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.output import check_output
+from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.requests import Refusal, Request
+from zeroinf.jobs.text import TextCodec
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
+from zeroinf.planner.plan import Offload, Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One request, ready for a row."""
+
+    index: int
+    id: str
+    text: str | None
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What rank 0 settles and every rank is told."""
+
+    plan: Plan
+    zero_config: dict[str, Any]
+    work: tuple[Work, ...]
+    refusals: tuple[Refusal, ...]
+    tokenize_s: float
+
+
+def prepare(options: RunOptions, source: ModelSource, world: World, device: str) -> Prepared:
+    """Check everything, cheap things first. Raises the error of whatever does not hold."""
+    if options.output_file is not None:
+        check_output(options.output_file, options.overwrite)
+    requests, refusals = _read(options)
+    tokenizer = load_tokenizer(source)
+    anatomy = read_anatomy(
+        source.config,
+        dtype=pick_dtype(options.dtype, source, device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    started = time.perf_counter()
+    work, too_long = _tokenize(requests, TextCodec(tokenizer, anatomy.vocabulary), anatomy.context_limit)
+    tokenize_s = time.perf_counter() - started
+    if not work:
+        raise InputError(
+            f"none of the {len(refusals) + len(too_long)} requests can be run: {(refusals + too_long)[0].reason}"
+        )
+    _refuse_idle_sampling_flags(options, work)
+    own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
+    offload, nvme_path = (options.offload, options.nvme_path) if own_config is None else _offload_of(own_config)
+    plan = Plan(
+        anatomy=anatomy,
+        engine="zero",
+        offload=offload,
+        dtype=anatomy.dtype,
+        device="cuda" if device == "cuda" else "cpu",
+        world_size=world.size,
+        # An equal share for each rank, where there are too few requests to fill every batch.
+        batch_size=min(options.batch_size, -(-len(work) // world.size)),
+        nvme_path=nvme_path,
+        pin_memory=options.pin_memory,
+        aio=options.aio,
+    )
+    if own_config is not None:
+        check_user_config(own_config, plan)
+    if plan.offload == "nvme":
+        _check_nvme(plan)
+    return Prepared(
+        plan=plan,
+        zero_config=own_config or build_zero_config(plan),
+        work=work,
+        refusals=tuple(refusals + too_long),
+        tokenize_s=tokenize_s,
+    )
+
+
+def _read(options: RunOptions) -> tuple[list[Request], list[Refusal]]:
+    name = options.input_file
+    try:
+        stream: Any = nullcontext() if name is None else nullcontext(sys.stdin.buffer) if name == "-" else _open(name)
+        with stream as source:
+            label = "<stdin>" if name == "-" else name or "--prompt"
+            return read_requests(options.prompts, source, options.sampling, name=label)
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+
+
+def _open(name: str) -> BinaryIO:
+    return Path(name).open("rb")
+
+
+def _tokenize(
+    requests: Sequence[Request], codec: TextCodec, context_limit: int | None
+) -> tuple[tuple[Work, ...], list[Refusal]]:
+    work, refusals = [], []
+    for request in requests:
+        try:
+            prompt = codec.encode(request)
+            _check_length(len(prompt), request.sampling.max_new_tokens, context_limit)
+        except ValueError as error:
+            refusals.append(Refusal(index=request.index, line=request.line, id=request.id, reason=str(error)))
+            continue
+        work.append(
+            Work(
+                index=request.index,
+                id=request.id,
+                text=request.prompt,
+                prompt=tuple(prompt),
+                sampling=request.sampling,
+            )
+        )
+    return tuple(work), refusals
+
+
+def _check_length(prompt_tokens: int, new_tokens: int, context_limit: int | None) -> None:
+    if context_limit is not None and prompt_tokens + new_tokens > context_limit:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {new_tokens}, "
+            f"but the model's context holds {context_limit}"
+        )
+
+
+def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:
+    if options.sampling_only and all(item.sampling.is_greedy for item in work):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.sampling_only)
+        raise UsageError(f"{flags} would change nothing: every request is greedy", hint="add --temperature, or drop it")
+
+
+def _read_zero_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--zero-config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--zero-config {path} holds no JSON object")
+    return config
+
+
+def _offload_of(config: dict[str, Any]) -> tuple[Offload, Path | None]:
+    """Where a user's JSON lets parameters rest."""
+    zero = config.get("zero_optimization")
+    section = (zero.get("offload_param") if isinstance(zero, dict) else None) or {}
+    device, path = section.get("device", "none"), section.get("nvme_path")
+    if device not in ("none", "cpu", "nvme"):
+        raise UsageError(f"zero_optimization.offload_param.device is {device!r}: none, cpu and nvme are known")
+    if device == "nvme" and not path:
+        raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
+    return device, Path(path) if path else None
+
+
+def _check_nvme(plan: Plan) -> None:
+    """What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT."""
+    assert plan.nvme_path is not None
+    disk = read_disk(plan.nvme_path)
+    if not disk.exists:
+        raise UsageError(f"--nvme-path {plan.nvme_path} is not a folder", hint=f"mkdir -p {plan.nvme_path}")
+    if not disk.writable:
+        raise UsageError(f"--nvme-path {plan.nvme_path} is not writable", hint="choose another folder")
+    if disk.free_bytes < plan.anatomy.weight_bytes:
+        raise DoesNotFitError(
+            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {plan.nvme_path} has {gib(disk.free_bytes)} free",
+            hint="make room there, choose another folder, or --offload cpu",
+        )
+    require(
+        [
+            *check_aio_op(read_aio_op(with_gpu=plan.device == "cuda"), asked=True),
+            check_memlock(read_memory(), asked=True, needed_bytes=nvme_pool_bytes(plan)),
+        ]
+    )

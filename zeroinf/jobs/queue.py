@@ -1,0 +1,57 @@
+"""One queue for all ranks, and the way of results back to rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from zeroinf.jobs.requests import Result
+
+
+class WorkQueue:
+    """Positions 0 .. total-1, drawn by whichever rank is free: none waits for another's longer list."""
+
+    def __init__(self, store: dist.Store, total: int, rows_per_draw: int) -> None:
+        self._store = store
+        self._total = total
+        self._rows = rows_per_draw
+
+    def draw(self) -> range:
+        """The next positions, each given to exactly one caller over all ranks; empty once all are gone."""
+        end = self._store.add("drawn", self._rows)
+        return range(min(end - self._rows, self._total), min(end, self._total))
+
+
+class ResultBox:
+    """Results on their way from any rank to rank 0."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._collected = 0
+
+    def put(self, result: Result) -> None:
+        number = self._store.add("results", 1)
+        self._store.set(f"result/{number}", json.dumps(asdict(result)))
+
+    def collect(self) -> Iterator[Result]:
+        """Results that have arrived since the last call. Only rank 0 calls it."""
+        arrived = self._store.add("results", 0)
+        while self._collected < arrived:
+            self._collected += 1
+            key = f"result/{self._collected}"
+            yield Result(**json.loads(self._store.get(key)))
+            self._store.delete_key(key)
+
+
+class TokenCount:
+    """Tokens generated so far, over all ranks."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+
+    def add(self, tokens: int) -> int:
+        """Count `tokens` more; returns the total."""
+        return int(self._store.add("tokens", tokens))

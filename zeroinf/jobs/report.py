@@ -1,0 +1,97 @@
+"""What happened in a run, and what is told while it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from zeroinf.jobs.requests import Refusal
+from zeroinf.planner.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankReport:
+    """One rank's part of a run."""
+
+    peak_host_bytes: int
+    """Highest resident memory of the process, pages of mapped files left out."""
+    peak_gpu_bytes: int | None
+    """Highest memory the allocator held; None without a GPU."""
+    forwards: int
+    """Forwards in the measured part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """A whole run, all ranks together. Times in seconds."""
+
+    plan: Plan
+    requests: int
+    refused: int
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens really generated: no padding, end-of-sequence tokens included."""
+    start_to_ready_s: float
+    """From the start of the process to weights loaded."""
+    load_s: float
+    """The part of it that the engine took to load the weights."""
+    tokenize_s: float
+    generate_s: float
+    """From the first forward to the last result; warm-up left out."""
+    start_to_finish_s: float
+    """From the start of the process to the last result."""
+    streamed_bytes: int
+    """Weight bytes that reached the compute devices of all ranks from host memory or disk while generating."""
+    ranks: tuple[RankReport, ...]
+    output: Path | None
+    errors: Path | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens over the time to generate them, all ranks together."""
+        return self.completion_tokens / self.generate_s if self.generate_s else 0.0
+
+    @property
+    def streamed_gbps(self) -> float:
+        """GB/s (10^9 bytes) of weights, all links together."""
+        return self.streamed_bytes / self.generate_s / 1e9 if self.generate_s else 0.0
+
+    @property
+    def ms_per_token(self) -> float:
+        """Tokenize and generate, milliseconds for each generated token, all ranks together."""
+        return 1e3 * (self.tokenize_s + self.generate_s) / max(self.completion_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A moment of a run."""
+
+    rows_done: int
+    rows: int
+    tokens: int
+    elapsed_s: float
+    streamed_bytes: int
+
+
+class Observer(Protocol):
+    """Whoever shows a run to the user. Only rank 0 has one that speaks."""
+
+    def refused(self, refusals: Sequence[Refusal]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def failed(self, text: str) -> None:
+        """Say what went wrong where no exception can carry it to the command line."""
+        ...
+
+    def loading(self, plan: Plan) -> None: ...
+
+    def loaded(self, seconds: float) -> None: ...
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def ended(self) -> None:
+        """Generation is over, well or badly: clear whatever is being redrawn."""
+        ...

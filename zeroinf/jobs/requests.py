@@ -1,0 +1,63 @@
+"""What goes into a job and what comes out of it: requests, results and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from zeroinf.generation.row import FinishReason, Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One row of work: either `prompt` or `messages` (role and content, both text) is set."""
+
+    index: int  # position in the input, counted from 0, refused entries included
+    line: int | None  # counted from 1; None when the prompt did not come from a file
+    id: str
+    prompt: str | None
+    messages: tuple[dict[str, str], ...] | None
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a request came to. Token counts leave out padding; `completion` leaves out the prompt."""
+
+    index: int
+    id: str
+    prompt: str | None
+    completion: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+    def to_line(self) -> str:
+        """One line of JSON, without its line end."""
+        return _json_line(
+            {
+                "id": self.id,
+                "completion": self.completion,
+                "finish_reason": self.finish_reason,
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """An entry of the input that is not run, and why."""
+
+    index: int
+    line: int | None
+    id: str | None
+    reason: str
+
+    def to_line(self) -> str:
+        """One line of JSON, without its line end."""
+        return _json_line({"line": self.line, "id": self.id, "error": self.reason})
+
+
+def _json_line(fields: dict[str, str | int | None]) -> str:
+    return json.dumps(fields, ensure_ascii=False)

@@ -1,0 +1,263 @@
+"""One run from request to report, on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+import psutil
+import torch
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.watch import PeerWatch
+from zeroinf.distributed.world import World
+from zeroinf.engines.base import Engine
+from zeroinf.engines.zero.engine import ZeroEngine
+from zeroinf.errors import DoesNotFitError, EnvironmentProblem, ZeroinfError
+from zeroinf.generation.loop import generate
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.row import Row
+from zeroinf.hardware.process import PeakMemory
+from zeroinf.jobs.interrupts import Interrupts, interrupted
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path
+from zeroinf.jobs.prepare import Prepared, prepare
+from zeroinf.jobs.report import Observer, RankReport, RunReport
+from zeroinf.jobs.stream import Output, Stream, WarmUp
+from zeroinf.jobs.text import TextCodec
+from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
+
+_WARM_UP_TOKENS = 3
+
+
+class OtherRankFailedError(ZeroinfError):
+    """Rank 0 has said what is wrong; this rank only leaves, in silence and with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("rank 0 failed")
+        self.exit_code = exit_code
+
+
+def pick_device(world: World) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or DeepSpeed's own DS_ACCELERATOR=cpu asks for it.
+
+    Raises EnvironmentProblem when there are GPUs, but fewer than ranks.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}",
+            hint="start fewer ranks, or check CUDA_VISIBLE_DEVICES",
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def run_job(
+    options: RunOptions, world: World, device: torch.device, results: TextIO, observer: Observer
+) -> RunReport | None:
+    """Carry out one run. Every rank calls it; rank 0 gets the report, the others None.
+
+    Results go to the options' output file, or to `results` where there is none. Raises a ZeroinfError; whatever was
+    finished by then is saved, and the error's hint says where.
+    """
+    peak = PeakMemory()
+    control = Control(world, device.type)
+    with Interrupts() as interrupts:
+        source, prepared, writer = _prepare_together(options, control, device, results)
+        output = Output(writer) if writer is not None else None
+        watch = (
+            PeerWatch(control, lambda death, speak: _on_death(death, speak, output, observer))
+            if world.size > 1
+            else None
+        )
+        try:
+            job = _Job(options, control, device, source, prepared, output, observer, interrupts, peak)
+            report = job.run(watch)
+        except BaseException as error:
+            _leave(error, output, watch, observer)
+            raise
+    control.close()
+    return report
+
+
+def _prepare_together(
+    options: RunOptions, control: Control, device: torch.device, results: TextIO
+) -> tuple[ModelSource, Prepared, OrderedWriter | None]:
+    """Rank 0 checks and plans; the others learn its answer, or that there is none."""
+    if control.world.is_main:
+        try:
+            source = _resolve(options)
+            prepared = prepare(options, source, control.world, device.type)
+            writer = _writer(options, results)
+        except ZeroinfError as error:
+            control.broadcast(error.exit_code)
+            raise
+        control.broadcast(prepared)
+        return source, prepared, writer
+    answer = control.broadcast(None)
+    if isinstance(answer, int):
+        raise OtherRankFailedError(answer)
+    return _resolve(options), answer, None
+
+
+def _resolve(options: RunOptions) -> ModelSource:
+    return resolve_model(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        random_weights=options.random_weights,
+    )
+
+
+def _writer(options: RunOptions, results: TextIO) -> OrderedWriter:
+    if options.output_file is None:
+        return PairsOutput(results)
+    return JsonlOutput(options.output_file, options.overwrite)
+
+
+class _Job:
+    """The part of a run that needs the model."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        control: Control,
+        device: torch.device,
+        source: ModelSource,
+        prepared: Prepared,
+        output: Output | None,
+        observer: Observer,
+        interrupts: Interrupts,
+        peak: PeakMemory,
+    ) -> None:
+        self._options = options
+        self._control = control
+        self._device = device
+        self._source = source
+        self._prepared = prepared
+        self._output = output
+        self._observer = observer
+        self._interrupts = interrupts
+        self._peak = peak
+
+    def run(self, watch: PeerWatch | None) -> RunReport | None:
+        plan = self._prepared.plan
+        if self._output is not None:
+            self._observer.refused(self._prepared.refusals)
+            for refusal in self._prepared.refusals:
+                self._output.add(refusal)
+        self._observer.loading(plan)
+        started = time.perf_counter()
+        engine = ZeroEngine(plan, self._source, self._prepared.zero_config, self._control.world)
+        try:
+            load_s, ready_s = time.perf_counter() - started, process_age_s()
+            self._observer.loaded(load_s)
+            stream, generate_s = self._generate(engine)
+            finish_s = process_age_s()
+            if watch is not None:
+                watch.stop()
+            ranks = self._control.gather(self._rank_report(stream))
+            streamed = max(rank.forwards for rank in ranks) * engine.stats().streamed_bytes_per_pass
+        finally:
+            engine.close()
+        if self._output is None:
+            return None
+        self._output.finish()
+        return RunReport(
+            plan=plan,
+            requests=self._output.results,
+            refused=len(self._prepared.refusals),
+            prompt_tokens=self._output.prompt_tokens,
+            completion_tokens=self._output.completion_tokens,
+            start_to_ready_s=ready_s,
+            load_s=load_s,
+            tokenize_s=self._prepared.tokenize_s,
+            generate_s=generate_s,
+            start_to_finish_s=finish_s,
+            streamed_bytes=streamed,
+            ranks=tuple(ranks),
+            output=self._options.output_file,
+            errors=errors_path(self._options.output_file) if self._options.output_file else None,
+        )
+
+    def _generate(self, engine: Engine) -> tuple[Stream, float]:
+        codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
+        rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
+        if self._options.benchmark:
+            warm_up = WarmUp(self._prepared, codec, _WARM_UP_TOKENS)
+            self._loop(engine, rules, warm_up.take, lambda row: None, lambda rows: None)
+        stream = Stream(self._prepared, codec, self._control, engine, self._output, self._observer)
+        started = time.perf_counter()
+        try:
+            self._loop(engine, rules, stream.take, stream.done, stream.grew)
+            stream.gather_all()
+        finally:
+            stream.gather()
+            self._observer.ended()
+        return stream, time.perf_counter() - started
+
+    def _loop(
+        self,
+        engine: Engine,
+        rules: TokenRules,
+        take: Callable[[], list[Row]],
+        done: Callable[[Row], None],
+        grew: Callable[[int], None],
+    ) -> None:
+        self._interrupts.deferred = True
+        try:
+            stopped_by = generate(
+                engine,
+                rules,
+                self._control,
+                self._device,
+                take=take,
+                done=done,
+                grew=grew,
+                stop_requested=lambda: self._interrupts.requested,
+            )
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of GPU memory with {self._prepared.plan.batch_size} rows: {str(error).splitlines()[0]}",
+                hint="choose a smaller --batch-size",
+            ) from error
+        finally:
+            self._interrupts.deferred = False
+        if stopped_by:
+            raise interrupted(stopped_by)
+
+    def _rank_report(self, stream: Stream) -> RankReport:
+        gpu = torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+        return RankReport(peak_host_bytes=self._peak.stop(), peak_gpu_bytes=gpu, forwards=stream.forwards)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started: imports and all."""
+    return time.time() - psutil.Process(os.getpid()).create_time()
+
+
+def _leave(error: BaseException, output: Output | None, watch: PeerWatch | None, observer: Observer) -> None:
+    """Save what is finished and tell the other ranks why this one ends."""
+    observer.ended()
+    if watch is not None:
+        watch.confess(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if output is not None:
+        observer.note(_saved_text(output.abandon()))
+
+
+def _on_death(death: str, speak: bool, output: Output | None, observer: Observer) -> None:
+    observer.ended()
+    if speak:
+        observer.failed(death)
+    if output is not None:
+        observer.note(_saved_text(output.abandon()))
+
+
+def _saved_text(saved: Saved) -> str:
+    where = f" in {saved.path}" if saved.path is not None else ""
+    return f"{saved.results} finished results are saved{where}"

@@ -1,0 +1,155 @@
+"""A rank's own stream: requests drawn from the shared queue, results on their way to rank 0."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+from zeroinf.distributed.control import Control
+from zeroinf.engines.base import Engine
+from zeroinf.generation.row import Row
+from zeroinf.jobs.output import OrderedWriter, Saved
+from zeroinf.jobs.prepare import Prepared, Work
+from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
+from zeroinf.jobs.report import Observer, Progress
+from zeroinf.jobs.requests import Refusal, Result
+from zeroinf.jobs.text import TextCodec
+
+_TELL_EVERY_S = 0.5
+_POLL_S = 0.05
+
+
+class Output:
+    """The job's output on rank 0, safe to abandon from another thread."""
+
+    def __init__(self, writer: OrderedWriter) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._abandoned: Saved | None = None
+        self.results = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def add(self, item: Result | Refusal) -> None:
+        with self._lock:
+            if self._abandoned is None:
+                self._writer.add(item)
+        if isinstance(item, Result):
+            self.results += 1
+            self.prompt_tokens += item.prompt_tokens
+            self.completion_tokens += item.completion_tokens
+
+    def finish(self) -> None:
+        with self._lock:
+            self._writer.finish()
+
+    def abandon(self) -> Saved:
+        """Save what there is; a second call says the same again."""
+        with self._lock:
+            if self._abandoned is None:
+                self._abandoned = self._writer.abandon()
+            return self._abandoned
+
+
+class Stream:
+    """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        codec: TextCodec,
+        control: Control,
+        engine: Engine,
+        output: Output | None,
+        observer: Observer,
+    ) -> None:
+        self._prepared = prepared
+        self._work = {work.index: work for work in prepared.work}
+        self._codec = codec
+        self._engine = engine
+        self._queue = WorkQueue(control.store, len(prepared.work), prepared.plan.batch_size)
+        self._box = ResultBox(control.store)
+        self._tokens = TokenCount(control.store)
+        self._untold = 0
+        self._output = output
+        self._observer = observer
+        self._forwards_before = engine.stats().forwards
+        self._started = self._told = time.perf_counter()
+
+    def take(self) -> list[Row]:
+        """Rows of the next micro-batch; none when the queue is empty."""
+        return [_row(self._prepared.work[position], self._codec) for position in self._queue.draw()]
+
+    def done(self, row: Row) -> None:
+        """Send a finished row's result on its way."""
+        work = self._work[row.index]
+        assert row.finish_reason is not None
+        self._box.put(
+            Result(
+                index=work.index,
+                id=work.id,
+                prompt=work.text,
+                completion=row.text,
+                finish_reason=row.finish_reason,
+                prompt_tokens=len(work.prompt),
+                completion_tokens=len(row.generated),
+            )
+        )
+
+    def grew(self, rows: int) -> None:
+        """Count a forward's tokens, and now and then gather results and say how far the run is."""
+        self._untold += rows
+        if time.perf_counter() - self._told >= _TELL_EVERY_S:
+            self._tell()
+
+    def gather(self) -> None:
+        """Take in every result that has arrived (rank 0; elsewhere there is nothing to do)."""
+        if self._output is not None:
+            for result in self._box.collect():
+                self._output.add(result)
+
+    def gather_all(self) -> None:
+        """Wait for the results of every rank."""
+        while self._output is not None and self._output.results < len(self._prepared.work):
+            self._tell()
+            if self._output.results < len(self._prepared.work):
+                time.sleep(_POLL_S)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of this rank since the stream began."""
+        return self._engine.stats().forwards - self._forwards_before
+
+    def _tell(self) -> None:
+        self._told = time.perf_counter()
+        tokens = self._tokens.add(self._untold)
+        self._untold = 0
+        self.gather()
+        if self._output is not None:
+            self._observer.progress(
+                Progress(
+                    rows_done=self._output.results,
+                    rows=len(self._prepared.work),
+                    tokens=tokens,
+                    elapsed_s=self._told - self._started,
+                    streamed_bytes=self.forwards * self._engine.stats().streamed_bytes_per_pass,
+                )
+            )
+
+
+class WarmUp:
+    """A few tokens of the first micro-batch, thrown away: first forwards pay for what later ones find ready."""
+
+    def __init__(self, prepared: Prepared, codec: TextCodec, tokens: int) -> None:
+        first = prepared.work[: prepared.plan.batch_size]
+        self._rows = [_row(work, codec, tokens) for work in first]
+
+    def take(self) -> list[Row]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def _row(work: Work, codec: TextCodec, tokens: int | None = None) -> Row:
+    sampling = work.sampling if tokens is None else replace(work.sampling, max_new_tokens=tokens, ignore_eos=True)
+    return Row(index=work.index, prompt=work.prompt, sampling=sampling, decode=codec.decode)

@@ -1,0 +1,55 @@
+"""Between text and token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zeroinf.jobs.requests import Request
+
+
+class TextCodec:
+    """A model's tokenizer, or plain UTF-8 bytes for random weights that come without one."""
+
+    def __init__(self, tokenizer: Any | None, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+
+    @property
+    def pad_token(self) -> int | None:
+        return self._tokenizer.pad_token_id if self._tokenizer is not None else None
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        token = self._tokenizer.eos_token_id if self._tokenizer is not None else None
+        return () if token is None else (token,)
+
+    def encode(self, request: Request) -> list[int]:
+        """Token ids of a request's prompt; chat messages go through the chat template.
+
+        Raises ValueError when the messages cannot be rendered or nothing is left of the prompt.
+        """
+        if request.messages is not None:
+            ids = self._encode_chat(request.messages)
+        elif self._tokenizer is not None:
+            ids = self._tokenizer(request.prompt)["input_ids"]
+        else:
+            ids = [byte % self._vocabulary for byte in (request.prompt or "").encode()]
+        if not ids:
+            raise ValueError("the prompt holds no tokens")
+        return list(ids)
+
+    def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ValueError("the model has no chat template: give `prompt` instead of `messages`")
+        try:
+            rendered = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are the model author's own programs and raise what they like
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        if self._tokenizer is not None:
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return " ".join(str(token) for token in tokens)

@@ -1,0 +1,70 @@
+"""The user's cache folder, and folders in it that exist whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Where zeroinf keeps what it can make again: `$ZEROINF_CACHE`, else `$XDG_CACHE_HOME/zeroinf`, else `~/.cache`."""
+    if own := os.environ.get("ZEROINF_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zeroinf"
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return `folder`; when it does not exist, let `build` fill it first, in one process at a time.
+
+    `build` writes into a sibling that takes the name `folder` only when all of it is on the disk: a process that is
+    killed on the way leaves nothing that a later one would use. Several ranks may call this at once.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            for path in [*partial.rglob("*"), partial]:
+                _flush(path)
+            partial.rename(folder)
+            _flush(folder.parent)
+    return folder
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; remembered by path, size and time of change, since a large file takes a minute to read."""
+    path = path.resolve()
+    status = path.stat()
+    identity = hashlib.sha256(f"{path}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
+    memory = cache_directory() / "digests" / identity
+    if memory.is_file() and len(known := memory.read_text(encoding="ascii")) == 2 * hashlib.sha256().digest_size:
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_text(digest, encoding="ascii")
+    return digest
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

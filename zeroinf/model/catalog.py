@@ -1,0 +1,65 @@
+"""Configs of well-known models, so that planning works with no network. One JSON file a model in `configs/models/`.
+
+A file is a `config.json` cut to the facts that give shapes, with `_name` (hub id) and, where it was published exactly,
+`_parameters`.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from zeroinf.errors import ModelError
+
+
+def configs_directory() -> Path:
+    """The folder `configs`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def catalog_names() -> tuple[str, ...]:
+    """Names of all models in the catalog, sorted."""
+    return tuple(sorted(_entries()))
+
+
+def catalog_hub_id(name: str) -> str | None:
+    """The hub id of the catalog's model `name` (a catalog name or a hub id, in any case); None when it is not there."""
+    entry = _find(name)
+    return str(entry["_name"]) if entry else None
+
+
+def catalog_parameters(name: str) -> int | None:
+    """The published exact number of parameters, where it is known."""
+    entry = _find(name)
+    return entry.get("_parameters") if entry else None
+
+
+def catalog_config(name: str) -> Any:
+    """The transformers config of the catalog's model `name`; raises ModelError with the closest names otherwise."""
+    entry = _find(name)
+    if entry is None:
+        close = get_close_matches(name.lower().rpartition("/")[2], catalog_names(), n=3, cutoff=0.5)
+        hint = f"close to it: {', '.join(close)}" if close else f"known: {', '.join(catalog_names())}"
+        raise ModelError(f"no model {name!r} in the catalog", hint=hint)
+    from transformers import CONFIG_MAPPING
+
+    fields = {key: value for key, value in entry.items() if not key.startswith("_")}
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def _find(name: str) -> dict[str, Any] | None:
+    entries = _entries()
+    wanted = name.lower()
+    by_hub_id = {str(entry["_name"]).lower(): entry for entry in entries.values()}
+    return entries.get(wanted) or by_hub_id.get(wanted)
+
+
+@cache
+def _entries() -> dict[str, dict[str, Any]]:
+    files = (configs_directory() / "models").glob("*.json")
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

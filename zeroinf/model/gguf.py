@@ -1,0 +1,47 @@
+"""A `.gguf` file as an ordinary checkpoint folder: unpacked to bfloat16 and written once into the user's cache."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from zeroinf.errors import EnvironmentProblem, ModelError
+from zeroinf.model.cache import build_once, cache_directory, file_digest
+
+# Part of the folder's name: raise it when the conversion writes something else than before.
+CONVERTER_VERSION = 1
+
+
+def convert_gguf(path: Path) -> Path:
+    """Convert `path` to a folder with config, safetensors weights (bfloat16) and tokenizer; return that folder.
+
+    The folder is named by the file's digest, so a second call returns at once. The conversion holds the whole model
+    in host memory. Raises ModelError for a file that cannot be read, EnvironmentProblem without the `gguf` package.
+    """
+    folder = cache_directory() / "gguf" / f"{path.stem}-{file_digest(path)[:16]}-v{CONVERTER_VERSION}"
+    return build_once(folder, partial(_convert, path))
+
+
+def _convert(path: Path, folder: Path) -> None:
+    if find_spec("gguf") is None:
+        raise EnvironmentProblem("the package gguf is needed to read a .gguf file", hint="pip install gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{path} cannot be converted: {error}",
+            hint="is the file complete, and its architecture one transformers reads?",
+        ) from error
+    # Some releases leave the mark of the quantised file on the unpacked model, and then refuse to save it.
+    if quantizer := getattr(model, "hf_quantizer", None):
+        quantizer.remove_quantization_config(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,184 @@
+"""Where a model comes from: a folder, a `.gguf` file, the model hub, the demo package, or the catalog of shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zeroinf.errors import ModelError, UsageError
+from zeroinf.model.catalog import catalog_config, catalog_hub_id
+from zeroinf.model.demo import DEMO_ALIAS, demo_model_folder
+from zeroinf.model.gguf import convert_gguf
+from zeroinf.model.hub import hub_error
+from zeroinf.model.weights import local_weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Any one of these makes a folder's tokenizer; without this check transformers makes an empty one up.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """A model that was found. `name` is what the user wrote, `location` a local folder or a hub id."""
+
+    name: str
+    location: str
+    revision: str | None
+    trust_remote_code: bool
+    random_weights: bool
+    config: Any = field(compare=False, repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+
+def resolve_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, random_weights: bool = False
+) -> ModelSource:
+    """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
+
+    `name` is `demo`, a checkpoint folder, a `.gguf` file, a hub id or, with `random_weights`, a name of the catalog.
+    Raises ModelError when there is no such model, when its weights are not complete, when it is not a causal language
+    model, or when it would run code of its own without `trust_remote_code`.
+    """
+    config = None
+    if random_weights and not Path(name).exists() and (hub_id := catalog_hub_id(name)):
+        location, config = hub_id, catalog_config(name)
+    else:
+        location = _locate(name)
+    if config is None:
+        config = _read_config(location, revision, trust_remote_code)
+    _require_causal(location, config)
+    if Path(location).is_dir() and not random_weights:
+        local_weight_files(Path(location))
+    return ModelSource(
+        name=name,
+        location=location,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
+        config=config,
+    )
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `source`, padding on the left, with a pad token.
+
+    None for random weights that come without a tokenizer in a local folder: callers make up token ids. Raises
+    ModelError where a real model has none.
+    """
+    folder = Path(source.location)
+    has_files = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    if source.random_weights and not has_files:
+        return None
+    if source.is_local and not has_files and not source.trust_remote_code:
+        raise _no_tokenizer(source, f"none of {', '.join(_TOKENIZER_FILES)} is there")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code, padding_side="left"
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _no_tokenizer(source, str(error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or _any_special_token(tokenizer)
+    return tokenizer
+
+
+def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: bool = True) -> str:
+    """The dtype to run `source` in on `device` ("cuda" or "cpu"); `auto` is the checkpoint's own where that runs.
+
+    Raises UsageError for a dtype that is unknown, or that the device does not compute in.
+    """
+    from zeroinf.model.inspect import config_dtype
+
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise UsageError(f"unknown dtype {requested!r}", hint=f"one of auto, {', '.join(DTYPES)}")
+        if requested == "float16" and device == "cpu":
+            raise UsageError("float16 does not run on the CPU", hint="use --dtype bfloat16 or float32")
+        if requested == "bfloat16" and not supports_bf16:
+            raise UsageError("this device does not compute in bfloat16", hint="use --dtype float16 or float32")
+        return requested
+    own = config_dtype(source.config)
+    if own not in DTYPES:
+        own = "bfloat16"
+    if own == "float16" and device == "cpu":
+        own = "bfloat16"
+    if own == "bfloat16" and not supports_bf16:
+        return "float32" if device == "cpu" else "float16"
+    return own
+
+
+def _locate(name: str) -> str:
+    """The folder or hub id behind `name`; names that can only be paths must exist."""
+    if name == DEMO_ALIAS:
+        return str(demo_model_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name} holds no config.json", hint="--model wants the folder of a transformers checkpoint"
+            )
+        return str(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(convert_gguf(path))
+    if path.is_file():
+        raise ModelError(f"{name} is a file", hint="--model wants a checkpoint folder, a .gguf file or a hub id")
+    if name.startswith(("./", "../", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf" or not name:
+        raise ModelError(f"no such folder: {name!r}", hint="check the path; a hub id looks like organisation/model")
+    if "/" not in name and (hub_id := catalog_hub_id(name)):
+        raise ModelError(f"{name} names a shape in the catalog, not a checkpoint", hint=f"use {hub_id} for its weights")
+    return name
+
+
+def _read_config(location: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(location, revision=revision)
+        native = CONFIG_MAPPING[fields["model_type"]] if fields.get("model_type") in CONFIG_MAPPING else None
+        own_code = fields.get("auto_map") or {}
+        if own_code and not trust_remote_code and native not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            code = ", ".join(sorted(map(str, own_code.values())))
+            raise ModelError(
+                f"{location} brings its own code, which would run here: {code}",
+                hint="read that code, then pass --trust-remote-code",
+            )
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise hub_error(location, revision, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the config of {location} cannot be read: {error}") from error
+
+
+def _require_causal(location: str, config: Any) -> None:
+    """Refuse what AutoModelForCausalLM cannot build, and encoders that it would build as decoders."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own_code = getattr(config, "auto_map", None) or {}
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
+    if known and not config.is_encoder_decoder and getattr(config, "is_decoder", True):
+        return
+    architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+    raise ModelError(
+        f"{location} is not a causal language model: {architecture}",
+        hint="zeroinf runs decoder-only models that generate",
+    )
+
+
+def _no_tokenizer(source: ModelSource, why: str) -> ModelError:
+    return ModelError(f"no tokenizer for {source.name}: {why}", hint="put tokenizer.json beside the weights")
+
+
+def _any_special_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token to pad with where there is no end of text: padding is masked, so any one serves."""
+    special = tokenizer.all_special_tokens
+    return str(special[0] if special else tokenizer.convert_ids_to_tokens(0))
