@@ -57,8 +57,11 @@ def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bo
     from zeroinf.model.source import pick_dtype, resolve_model
     from zeroinf.planner.plan import AioSettings, Plan
 
-    # Shapes are all that is wanted: nothing but the model's config is read.
-    source = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code, random_weights=True)
+    # Only shapes are wanted, so the catalog's will do; it knows no revisions.
+    catalog_will_do = revision is None
+    source = resolve_model(
+        model, revision=revision, trust_remote_code=trust_remote_code, random_weights=catalog_will_do
+    )
     anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, "cuda"), trust_remote_code=trust_remote_code)
     return Plan(
         anatomy=anatomy,

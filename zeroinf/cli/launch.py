@@ -38,7 +38,7 @@ def launch(num_gpus: int, arguments: Sequence[str]) -> int:
     Signals reach the ranks, which end in order; the launcher itself would kill them.
     """
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"),
         *("--num_gpus", str(num_gpus), "--master_port", str(free_port())),
         *("--module", "zeroinf", *arguments),
     ]

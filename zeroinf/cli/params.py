@@ -29,7 +29,7 @@ _AIO_OPTIONS = ("aio_block_size", "aio_queue_depth", "aio_threads")
 _DIRECT_IO_BYTES = 4096
 
 
-class SizeType(click.ParamType["int"]):
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of click have it without one
     """A size as `24GiB` (binary), `24GB` (decimal) or plain bytes, converted to bytes."""
 
     name = "size"

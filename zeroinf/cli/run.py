@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     type=click.Path(path_type=Path),
     help="JSONL results, in input order. Without it, in=/out= pairs go to stdout.",
 )
+@click.option(
+    "--input-format",
+    type=click.Choice(["auto", "text", "jsonl"]),
+    default="auto",
+    help="What -i holds; auto goes by the file's ending and its first line.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option(
     "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
@@ -53,9 +59,15 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     help="Start this many ranks, an independent stream on each GPU, through DeepSpeed's launcher. [default: one]",
 )
 @click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every figure of the run to this JSON file, replacing it.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
 @click.pass_context
-def run(ctx: click.Context, num_gpus: int | None, benchmark: bool, quiet: bool, **asked: Any) -> int:
+def run(ctx: click.Context, num_gpus: int | None, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     """Generate text from many prompts with a model that need not fit the GPU.
 
     Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other.
@@ -80,7 +92,7 @@ def run(ctx: click.Context, num_gpus: int | None, benchmark: bool, quiet: bool, 
         _check_output(asked["output_file"], asked["overwrite"])
         if num_gpus > 1:
             return launch(num_gpus, _arguments())
-    return _run_here(ctx, world, benchmark=benchmark, quiet=quiet, **asked)
+    return _run_here(ctx, world, report_file=report_file, quiet=quiet, **asked)
 
 
 def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
@@ -114,7 +126,7 @@ def _arguments() -> list[str]:
     return arguments
 
 
-def _run_here(ctx: click.Context, world: Any, *, benchmark: bool, quiet: bool, **asked: Any) -> int:
+def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     from rich.console import Console
 
     from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
@@ -132,7 +144,6 @@ def _run_here(ctx: click.Context, world: Any, *, benchmark: bool, quiet: bool, *
             queue_depth=asked.pop("aio_queue_depth"),
             threads=asked.pop("aio_threads"),
         ),
-        benchmark=benchmark,
         **asked,
     )
     console = Console(stderr=True, soft_wrap=True)
@@ -140,7 +151,9 @@ def _run_here(ctx: click.Context, world: Any, *, benchmark: bool, quiet: bool, *
     report = run_job(options, world, pick_device(world), sys.stdout, observer)
     if report is None:
         return 0
-    if benchmark:
+    if report_file is not None:
+        report_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if options.benchmark:
         print_benchmark(console, report)
     if not quiet:
         print_report(console, report)

@@ -150,8 +150,11 @@ def extensions_root() -> Path:
 def find_lock(*folders: Path) -> tuple[Path | None, bool]:
     """The build lock in the first of `folders` that has one, stale ones first, and whether it is stale."""
     locks = [folder / "lock" for folder in folders if (folder / "lock").exists()]
-    stale = [lock for lock in locks if not is_building(lock)]
-    return next(iter(stale + locks), None), bool(stale)
+    idle = [lock for lock in locks if not is_building(lock)]
+    # A builder that ended while we looked has taken its lock along: only one that is still there was left behind.
+    stale = [lock for lock in idle if lock.exists()]
+    live = [lock for lock in locks if lock not in idle]
+    return next(iter(stale + live), None), bool(stale)
 
 
 def is_building(lock: Path) -> bool:

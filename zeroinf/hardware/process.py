@@ -24,11 +24,15 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
         self._thread.start()
 
+    def so_far(self) -> int:
+        """The peak until now, in bytes."""
+        return max(self._peak, resident_bytes())
+
     def stop(self) -> int:
-        """The peak, in bytes."""
+        """Stop watching; returns the peak."""
         self._stop.set()
         self._thread.join()
-        return max(self._peak, resident_bytes())
+        return self.so_far()
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zeroinf.generation.row import Sampling
+from zeroinf.jobs.readers import InputFormat
 from zeroinf.planner.plan import AioSettings, Offload
 
 
@@ -26,6 +27,7 @@ class RunOptions:
     zero_config: Path | None = None
     prompts: tuple[str, ...] = ()
     input_file: str | None = None
+    input_format: InputFormat = "auto"
     output_file: Path | None = None
     overwrite: bool = False
     batch_size: int = 8

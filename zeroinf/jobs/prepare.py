@@ -104,7 +104,9 @@ def _read(options: RunOptions) -> tuple[list[Request], list[Refusal]]:
         stream: Any = nullcontext() if name is None else nullcontext(sys.stdin.buffer) if name == "-" else _open(name)
         with stream as source:
             label = "<stdin>" if name == "-" else name or "--prompt"
-            return read_requests(options.prompts, source, options.sampling, name=label)
+            return read_requests(
+                options.prompts, source, options.sampling, input_format=options.input_format, name=label
+            )
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from error
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
@@ -15,8 +15,10 @@ from zeroinf.planner.plan import Plan
 class RankReport:
     """One rank's part of a run."""
 
+    peak_host_loading_bytes: int
+    """Highest resident memory of the process while weights were loaded, pages of mapped files left out."""
     peak_host_bytes: int
-    """Highest resident memory of the process, pages of mapped files left out."""
+    """The same over the whole run."""
     peak_gpu_bytes: int | None
     """Highest memory the allocator held; None without a GPU."""
     forwards: int
@@ -47,6 +49,21 @@ class RunReport:
     ranks: tuple[RankReport, ...]
     output: Path | None
     errors: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
+        plan, anatomy = self.plan, self.plan.anatomy
+        asked = ("engine", "offload", "dtype", "device", "world_size", "batch_size")
+        counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes")
+        timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
+        derived = ("tokens_per_second", "streamed_gbps", "ms_per_token")
+        return {
+            "schema": 1,
+            **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
+            **{name: getattr(plan, name) for name in asked},
+            **{name: getattr(self, name) for name in (*counted, *timed, *derived)},
+            "ranks": [asdict(rank) for rank in self.ranks],
+        }
 
     @property
     def tokens_per_second(self) -> float:

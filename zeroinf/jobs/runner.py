@@ -36,7 +36,7 @@ class OtherRankFailedError(ZeroinfError):
     """Rank 0 has said what is wrong; this rank only leaves, in silence and with the same exit code."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("rank 0 failed")
+        super().__init__("")
         self.exit_code = exit_code
 
 
@@ -157,11 +157,12 @@ class _Job:
         try:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
+            loading_peak = self._peak.so_far()
             stream, generate_s = self._generate(engine)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(stream))
+            ranks = self._control.gather(self._rank_report(stream, loading_peak))
             streamed = max(rank.forwards for rank in ranks) * engine.stats().streamed_bytes_per_pass
         finally:
             engine.close()
@@ -231,9 +232,14 @@ class _Job:
         if stopped_by:
             raise interrupted(stopped_by)
 
-    def _rank_report(self, stream: Stream) -> RankReport:
+    def _rank_report(self, stream: Stream, loading_peak: int) -> RankReport:
         gpu = torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
-        return RankReport(peak_host_bytes=self._peak.stop(), peak_gpu_bytes=gpu, forwards=stream.forwards)
+        return RankReport(
+            peak_host_loading_bytes=loading_peak,
+            peak_host_bytes=self._peak.stop(),
+            peak_gpu_bytes=gpu,
+            forwards=stream.forwards,
+        )
 
 
 def process_age_s() -> float:

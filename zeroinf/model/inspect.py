@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import Module, ModuleList
+from transformers import AutoModelForCausalLM
 
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
 from zeroinf.model.kv import read_cache
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module, ModuleList
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit.
@@ -28,6 +29,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
     model = build_meta(config, dtype, trust_remote_code)
     path, layers = find_blocks(model)
     text = model.config.get_text_config(decoder=True)
+    limit = _context_limit(text)
     inside, outside, tied = _sort_tensors(model, path)
     return Anatomy(
         architecture=type(model).__name__,
@@ -36,10 +38,10 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
         blocks=tuple(Block(index=i, tensors=tuple(inside.get(i, ()))) for i in range(len(layers))),
         outside=tuple(outside),
         tied=tuple(tied),
-        cache=read_cache(model),
+        cache=read_cache(model, limit),
         hidden_size=text.hidden_size,
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        context_limit=_context_limit(text),
+        context_limit=limit,
     )
 
 
@@ -54,11 +56,6 @@ def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
 
     Parameters get the dtypes that `from_pretrained` would give them; buffers keep the ones they are made with.
     """
-    import copy
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -77,8 +74,6 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
 
     Of several, the one with the most parameters. Raises ModelError when there is none.
     """
-    from torch.nn import ModuleList
-
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == layers]
     if not stacks:
@@ -88,8 +83,6 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
 
 def _keep_in_float32(model: Any, dtype: str) -> None:
     """Apply transformers' lists of modules that stay float32 when a model is loaded in a smaller dtype."""
-    import torch
-
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in ("float16", "bfloat16") else set()
     if dtype == "float16":
         kept |= set(model._keep_in_fp32_modules or ())
@@ -110,7 +103,9 @@ def _sort_tensors(
     tied: list[tuple[str, str]] = []
     first_name: dict[int, str] = {}
     in_block = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
-    named: list[tuple[str, Tensor, bool]] = [(n, p, False) for n, p in model.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, torch.Tensor, bool]] = [
+        (n, p, False) for n, p in model.named_parameters(remove_duplicate=False)
+    ]
     named += [(n, b, True) for n, b in model.named_buffers(remove_duplicate=False)]
     for name, tensor, is_buffer in named:
         if (canonical := first_name.setdefault(id(tensor), name)) != name:

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import LayerCache
 
-# Two short lengths give the slope; the third, with two rows, checks it. All are longer than the convolution
-# kernels of state-space models (4) and no multiple of anything.
-_SHORT, _LONGER, _CHECK = 9, 14, 331
+# Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
+# allows it, is far enough out to see blocks of tokens that a model compresses together (128).
+_SHORT, _LONGER, _FAR = 9, 14, 331
 
 
-def read_cache(model: Any) -> tuple[LayerCache, ...]:
+class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets a forward on the meta device ask for a tensor's value: it is 0 or False.
+
+    Models ask whether a mask is full or a position is beyond some length. Neither changes what is cached.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
+        return func(*args, **(kwargs or {}))
+
+
+def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
     """`LayerCache` of each layer of `model`, which lies on the meta device.
 
     Lengths below and beyond the widest window are run through the model, a prefill and then one decode step, as in
-    generation. Bytes are those of the storages that the cache holds after the step, so what a layer keeps beyond what
-    attention sees is counted. Raises ModelError when a layer grows in a way that LayerCache cannot express.
+    generation; one more, with two rows, checks the result. Bytes are those of the storages that the cache holds after
+    the step, so what a layer keeps beyond what attention sees is counted. A window that `context_limit` lets no row
+    outgrow is None. Raises ModelError when a layer grows in a way that LayerCache cannot express.
     """
-    short, windows = _measure(model, rows=1, tokens=_SHORT)
-    longer, _ = _measure(model, rows=1, tokens=_LONGER)
-    beyond = max(_CHECK, 2 * max(windows) + 1)
-    far, _ = _measure(model, rows=1, tokens=beyond)
+    with _dense_experts(model):
+        short, windows = _measure(model, rows=1, tokens=_SHORT)
+        longer, _ = _measure(model, rows=1, tokens=_LONGER)
+        beyond = min(max(_FAR, 2 * max(windows) + 1), context_limit or sys.maxsize)
+        far, _ = _measure(model, rows=1, tokens=beyond)
+        check = beyond * 3 // 4
+        checked, _ = _measure(model, rows=2, tokens=check)
     layers = tuple(
         _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
         for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
     )
-    check = beyond + _CHECK
-    for index, (layer, measured) in enumerate(zip(layers, _measure(model, rows=2, tokens=check)[0], strict=True)):
+    for index, (layer, measured) in enumerate(zip(layers, checked, strict=True)):
         if measured != 2 * layer.nbytes(check):
             raise _unreadable(model, f"layer {index}: two rows of {check} tokens hold {measured} bytes")
     return layers
@@ -53,9 +74,6 @@ def _fit(model: Any, index: int, nbytes: dict[int, int]) -> LayerCache:
 
 def _measure(model: Any, *, rows: int, tokens: int) -> tuple[list[int], list[int]]:
     """Bytes held by each cache layer after a prefill of `tokens - 1` and one decode step, and its declared window."""
-    import torch
-    from transformers import DynamicCache
-
     parameters = inspect.signature(model.forward).parameters
     name = "past_key_values" if "past_key_values" in parameters else "cache_params"
     cache = (
@@ -64,7 +82,7 @@ def _measure(model: Any, *, rows: int, tokens: int) -> tuple[list[int], list[int
         else None
     )
     try:
-        with torch.inference_mode(), torch.device("meta"):
+        with torch.no_grad(), torch.device("meta"), _ReadsAsZero():  # type: ignore[no-untyped-call]
             for length in (tokens - 1, 1):
                 ids = torch.zeros(rows, length, dtype=torch.long)
                 cache = model(input_ids=ids, use_cache=True, **{name: cache}).get(name)
@@ -77,6 +95,18 @@ def _measure(model: Any, *, rows: int, tokens: int) -> tuple[list[int], list[int
     return [held_bytes(vars(layer)) for layer in layers], [layer.get_max_length() for layer in layers]
 
 
+@contextmanager
+def _dense_experts(model: Any) -> Iterator[None]:
+    """Run experts by a method whose meta kernel takes every dtype; that of the default, grouped_mm, wants bfloat16."""
+    own = getattr(model.config, "_experts_implementation", None)
+    if own is None:
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    yield
+    model.set_experts_implementation(own)
+
+
 def held_bytes(attributes: dict[str, Any]) -> int:
     """Bytes of the storages behind all tensors of a cache layer, each once; scalars are bookkeeping, not cache."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(attributes) if t.dim()}
@@ -84,8 +114,6 @@ def held_bytes(attributes: dict[str, Any]) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Any]:
-    import torch
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

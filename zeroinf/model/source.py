@@ -164,8 +164,14 @@ def _require_causal(location: str, config: Any) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own_code = getattr(config, "auto_map", None) or {}
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
-    if known and not config.is_encoder_decoder and getattr(config, "is_decoder", True):
+    named = getattr(config, "architectures", None) or []
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # Some encoders (BERT) can be built as decoders: theirs is a checkpoint of another class.
+        decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+        known = not named or decoder in named or getattr(config, "is_decoder", True)
+    else:
+        known = "AutoModelForCausalLM" in own_code
+    if known and not config.is_encoder_decoder:
         return
     architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
     raise ModelError(

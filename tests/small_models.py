@@ -1,0 +1,270 @@
+"""Small random models of many architectures, and checkpoints of them, for every test of the project.
+
+Weights are drawn wider than transformers initialises them, so that greedy decoding does not repeat one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY = 384
+HIDDEN = 64
+LAYERS = 3
+HEADS = 4
+CONTEXT = 256
+BOS, EOS, PAD = 1, 2, 0
+# The spread of random weights: at transformers' own 0.02 every context gives nearly the same logits.
+INIT_STD = 0.15
+
+_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+# The names that nearly all configs understand.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": CONTEXT,
+    **_IDS,
+}
+_LLAMA = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
+_HEAD_DIM = {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _of(config: str, *parts: dict[str, Any], **fields: Any) -> Callable[[], Any]:
+    """A function that makes the config of class `config`; later fields win."""
+    merged = {key: value for part in (*parts, fields) for key, value in part.items()}
+    return lambda: getattr(transformers, config)(**merged)
+
+
+SMALL_MODELS: dict[str, Callable[[], Any]] = {
+    "apertus": _of("ApertusConfig", _LLAMA),
+    "bamba": _of(
+        "BambaConfig",
+        _LLAMA,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_expand=2,
+        mamba_chunk_size=16,
+    ),
+    "biogpt": _of("BioGptConfig", _COMMON, intermediate_size=96),
+    "bloom": _of("BloomConfig", _IDS, vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS),
+    "codegen": _of(
+        "CodeGenConfig",
+        _IDS,
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=CONTEXT,
+        n_ctx=CONTEXT,
+        rotary_dim=8,
+    ),
+    "cohere": _of("CohereConfig", _LLAMA, logit_scale=1.0),
+    "cohere2": _of("Cohere2Config", _LLAMA, _HEAD_DIM, sliding_window=16, logit_scale=1.0),
+    "deepseek_v2": _of(
+        "DeepseekV2Config",
+        _LLAMA,
+        num_key_value_heads=HEADS,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        topk_method="greedy",
+        n_group=None,
+        topk_group=None,
+    ),
+    "deepseek_v3": _of(
+        "DeepseekV3Config",
+        _LLAMA,
+        num_key_value_heads=HEADS,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+    "exaone4": _of("Exaone4Config", _LLAMA, sliding_window=16, sliding_window_pattern=2),
+    "falcon": _of("FalconConfig", _COMMON, multi_query=True, new_decoder_architecture=False),
+    "falcon_gqa": _of("FalconConfig", _COMMON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_mamba": _of(
+        "FalconMambaConfig", _IDS, vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=8
+    ),
+    "gemma": _of("GemmaConfig", _LLAMA, _HEAD_DIM, num_key_value_heads=1),
+    "gemma2": _of("Gemma2Config", _LLAMA, _HEAD_DIM, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma3_text": _of("Gemma3TextConfig", _LLAMA, _HEAD_DIM, sliding_window=16, query_pre_attn_scalar=16),
+    "glm": _of("GlmConfig", _LLAMA, _HEAD_DIM),
+    "glm4": _of("Glm4Config", _LLAMA, _HEAD_DIM),
+    "gpt2": _of(
+        "GPT2Config", _IDS, vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT
+    ),
+    "gpt_bigcode": _of(
+        "GPTBigCodeConfig",
+        _IDS,
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=CONTEXT,
+        multi_query=True,
+    ),
+    "gpt_neo": _of(
+        "GPTNeoConfig",
+        _IDS,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_layers=4,
+        num_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        attention_types=[[["global", "local"], 2]],
+        window_size=16,
+    ),
+    "gpt_neox": _of("GPTNeoXConfig", _COMMON, intermediate_size=128, use_parallel_residual=True, rotary_pct=0.25),
+    "gpt_oss": _of("GptOssConfig", _LLAMA, _HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "gptj": _of(
+        "GPTJConfig",
+        _IDS,
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=CONTEXT,
+        rotary_dim=8,
+    ),
+    "granite": _of("GraniteConfig", _LLAMA),
+    "granitemoe": _of("GraniteMoeConfig", _LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "helium": _of("HeliumConfig", _LLAMA, _HEAD_DIM),
+    "jamba": _of(
+        "JambaConfig",
+        _LLAMA,
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+    "lfm2": _of("Lfm2Config", _LLAMA, layer_types=["conv", "full_attention", "conv"]),
+    "llama": _of("LlamaConfig", _LLAMA),
+    "llama_tied": _of("LlamaConfig", _LLAMA, tie_word_embeddings=True),
+    "mamba": _of(
+        "MambaConfig", _IDS, vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=8
+    ),
+    "mamba2": _of(
+        "Mamba2Config",
+        _IDS,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        state_size=16,
+        num_heads=8,
+        head_dim=16,
+        n_groups=1,
+        chunk_size=16,
+    ),
+    "mistral": _of("MistralConfig", _LLAMA, sliding_window=16),
+    "mixtral": _of("MixtralConfig", _LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "mpt": _of(
+        "MptConfig", _IDS, vocab_size=VOCABULARY, d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS, max_seq_len=CONTEXT
+    ),
+    "nemotron": _of("NemotronConfig", _LLAMA),
+    "olmo": _of("OlmoConfig", _LLAMA),
+    "olmo2": _of("Olmo2Config", _LLAMA),
+    "olmoe": _of("OlmoeConfig", _LLAMA, num_experts=4, num_experts_per_tok=2),
+    "opt": _of("OPTConfig", _COMMON, ffn_dim=128, word_embed_proj_dim=HIDDEN),
+    "persimmon": _of("PersimmonConfig", _COMMON, intermediate_size=96),
+    "phi": _of("PhiConfig", _LLAMA),
+    "phi3": _of("Phi3Config", _LLAMA),
+    "qwen2": _of("Qwen2Config", _LLAMA),
+    "qwen2_moe": _of("Qwen2MoeConfig", _LLAMA, _EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3": _of("Qwen3Config", _LLAMA, _HEAD_DIM),
+    "qwen3_moe": _of("Qwen3MoeConfig", _LLAMA, _EXPERTS, _HEAD_DIM),
+    "qwen3_next": _of(
+        "Qwen3NextConfig",
+        _LLAMA,
+        _EXPERTS,
+        _HEAD_DIM,
+        shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "smollm3": _of("SmolLM3Config", _LLAMA),
+    "stablelm": _of("StableLmConfig", _LLAMA),
+    "starcoder2": _of("Starcoder2Config", _LLAMA),
+    "xglm": _of(
+        "XGLMConfig",
+        _IDS,
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        num_layers=LAYERS,
+        attention_heads=HEADS,
+        ffn_dim=128,
+        max_position_embeddings=CONTEXT,
+    ),
+}
+
+
+def small_config(name: str) -> Any:
+    """The config of the small model `name`."""
+    return SMALL_MODELS[name]()
+
+
+def build_model(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
+    """The small model `name` with random weights on the CPU, the same ones for the same seed."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms, gates and biases (one dimension) and state-space transitions keep the values they are made with.
+            if parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False):
+                parameter.normal_(std=INIT_STD)
+    return model.to(getattr(torch, dtype))
+
+
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer that needs no training: three special tokens, the 256 bytes, and words to fill it up."""
+    pieces = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"<extra_{i}>" for i in range(VOCABULARY - len(pieces))]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT
+    )
+
+
+def make_checkpoint(
+    name: str, folder: Path, *, seed: int = 0, dtype: str = "float32", with_tokenizer: bool = True
+) -> Path:
+    """Save the small model `name`, and a tokenizer, into `folder`; return `folder`."""
+    build_model(name, seed=seed, dtype=dtype).save_pretrained(folder)
+    if with_tokenizer:
+        build_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,468 @@
+"""What `read_requests` promises for every kind of line."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroinf.errors import InputError
+from zeroinf.generation.row import Sampling
+from zeroinf.jobs.readers import InputFormat, read_requests
+from zeroinf.jobs.requests import Refusal, Request
+
+DEFAULTS = Sampling(max_new_tokens=16)
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def read(
+    source: bytes | None,
+    *,
+    prompts: tuple[str, ...] = (),
+    input_format: InputFormat = "auto",
+    name: str = "in.jsonl",
+    defaults: Sampling = DEFAULTS,
+) -> tuple[list[Request], list[Refusal]]:
+    stream = None if source is None else io.BytesIO(source)
+    return read_requests(prompts, stream, defaults, input_format=input_format, name=name)
+
+
+def read_object(entry: dict[str, Any]) -> Request:
+    (request,), refusals = read(json.dumps(entry).encode())
+    assert not refusals
+    return request
+
+
+def refuse(line: bytes) -> str:
+    """The reason for which `line` is refused, after checking that the line after it is still read."""
+    requests, (refusal,) = read(line + b'\n{"prompt": "next"}\n')
+    assert [(request.index, request.prompt) for request in requests] == [(1, "next")]
+    assert (refusal.index, refusal.line) == (0, 1)
+    assert "\n" not in refusal.reason
+    return refusal.reason
+
+
+def refuse_object(entry: dict[str, Any]) -> str:
+    return refuse(json.dumps(entry).encode())
+
+
+def refuse_body(**body: Any) -> str:
+    return refuse_object({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"messages": HI, **body}})
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("source", "prompts"),
+    [
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\ntwo", ["one", "two"]),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"\xef\xbb\xbfone\n", ["one"]),
+        (b"\xef\xbb\xbf\none\n", ["one"]),
+        (b"\n  \none\n\n", ["one"]),
+        (b"  one \t\n", ["  one \t"]),
+        ("über \u2028 x\n".encode(), ["über \u2028 x"]),
+        (b"[1, 2]\n", ["[1, 2]"]),
+    ],
+)
+def test_text_is_a_prompt_a_line(source: bytes, prompts: list[str]) -> None:
+    requests, refusals = read(source, name="in.txt")
+    assert [request.prompt for request in requests] == prompts
+    assert all(request.messages is None and request.sampling is DEFAULTS for request in requests)
+    assert not refusals
+
+
+def test_invalid_utf8_refuses_its_line_only() -> None:
+    requests, (refusal,) = read(b"one\ntw\xff\nthree\n", name="in.txt")
+    assert [(request.index, request.id, request.prompt) for request in requests] == [
+        (0, "request-1", "one"),
+        (2, "request-3", "three"),
+    ]
+    assert refusal == Refusal(index=1, line=2, id=None, reason="not UTF-8: byte 0xff at position 3")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_named(encoding: str) -> None:
+    with pytest.raises(InputError, match=r"in\.txt is UTF-16"):
+        read("\ufeffone\n".encode(encoding), name="in.txt")
+
+
+# The format
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "input_format", "prompt"),
+    [
+        ("in.jsonl", b'{"prompt": "a"}', "auto", "a"),
+        ("IN.NDJSON", b'{"prompt": "a"}', "auto", "a"),
+        ("in.json", b'{"prompt": "a"}', "auto", "a"),
+        ("<stdin>", b'\n\n{"prompt": "a"}', "auto", "a"),
+        ("<stdin>", b'\xef\xbb\xbf{"prompt": "a"}', "auto", "a"),
+        ("<stdin>", b'"a"', "auto", '"a"'),
+        ("<stdin>", b"{a}", "auto", "{a}"),
+        ("<stdin>", b"[" * 100_000, "auto", "[" * 100_000),
+        ("in.txt", b'{"prompt": "a"}', "text", '{"prompt": "a"}'),
+        ("in.jsonl", b"a", "text", "a"),
+        ("in.txt", b'{"prompt": "a"}', "jsonl", "a"),
+    ],
+)
+def test_format_follows_flag_then_name_then_first_line(
+    name: str, source: bytes, input_format: InputFormat, prompt: str
+) -> None:
+    (request,), _ = read(source, name=name, input_format=input_format)
+    assert request.prompt == prompt
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "IN.NDJSON", "in.json"])
+def test_jsonl_by_name_refuses_text(name: str) -> None:
+    _, (refusal,) = read(b"hello", name=name)
+    assert refusal.reason == "not JSON: Expecting value at column 1"
+
+
+# Our own lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_completion_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, {"max_new_tokens": 5}),
+        ({"temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 1}, {"temperature": 1.0}),
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"top_p": 0.9, "top_k": 40}, {"top_p": 0.9, "top_k": 40}),
+        ({"seed": 7}, {"seed": 7}),
+        ({"stop": "x"}, {"stop": ("x",)}),
+        ({"stop": ["x", "y"]}, {"stop": ("x", "y")}),
+        ({"stop": []}, {"stop": ()}),
+        ({"ignore_eos": False}, {"ignore_eos": False}),
+        ({"temperature": None, "stop": None}, {}),
+    ],
+)
+@pytest.mark.parametrize("batch", [False, True])
+def test_settings_of_a_line_win_over_the_defaults(
+    settings: dict[str, Any], changed: dict[str, Any], batch: bool
+) -> None:
+    standing = {"max_new_tokens": 16, "temperature": 0.7, "stop": ("d",), "ignore_eos": True}
+    entry = {"prompt": "a", **settings}
+    line = {"body": entry} if batch else entry
+    (request,), _ = read(json.dumps(line).encode(), defaults=Sampling(**standing))
+    assert request.sampling == Sampling(**{**standing, **changed})
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("hi", "hi"),
+        ("", ""),
+        ([{"type": "text", "text": "hi"}], "hi"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+    ],
+)
+def test_message_content_becomes_text(content: object, text: str) -> None:
+    request = read_object({"messages": [{"role": "system", "content": content}, *HI]})
+    assert request.messages == ({"role": "system", "content": text}, {"role": "user", "content": "hi"})
+    assert request.prompt is None
+
+
+def test_nulls_of_openai_messages_are_absent() -> None:
+    request = read_object({"messages": [{"role": "assistant", "content": "a", "tool_calls": None, "refusal": None}]})
+    assert request.messages == ({"role": "assistant", "content": "a"},)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "a"', "not JSON: Expecting ',' delimiter at column 15"),
+        (b"[1]", "must be a JSON object, not [1]"),
+        (b"null", "must be a JSON object, not None"),
+        (b'{"prompt": "a", "seed": NaN}', "not JSON: NaN"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature must be a finite number, not inf"),
+        (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice in one object"),
+        (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at position 13"),
+        (b'{"prompt": "\\ud800"}', "prompt must be valid Unicode, without half surrogate pairs, not '\\ud800'"),
+        (b'{"prompt": "a", "x": ' + b"[" * 100_000, "not JSON: nested too deeply"),
+    ],
+)
+def test_a_malformed_line_is_refused_and_does_not_stop_the_job(line: bytes, reason: str) -> None:
+    assert refuse(line) == reason
+
+
+def test_an_endless_integer_is_refused() -> None:
+    assert refuse(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}").startswith("not JSON: Exceeds the limit")
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({}, "neither prompt nor messages is given"),
+        ({"prompt": None}, "neither prompt nor messages is given"),
+        ({"prompt": ""}, "prompt must not be empty, not ''"),
+        ({"prompt": 5}, "prompt must be a string, not 5"),
+        ({"prompt": ["a"]}, "prompt must be a string, not ['a']"),
+        ({"prompt": "a", "messages": HI}, "prompt and messages are both given"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": "hi"}, "messages must be a list, not 'hi'"),
+        ({"messages": ["hi"]}, "messages[0] must be an object, not 'hi'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        (
+            {"messages": [*HI, {"role": "tool", "content": "x"}]},
+            "messages[1].role must be 'system', 'developer', 'user' or 'assistant', not 'tool'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "unknown key 'messages[0].tool_calls'",
+        ),
+        ({"prompt": "a", "text": 1}, "unknown key 'text'"),
+        ({"promt": "a"}, "unknown key 'promt'; did you mean 'prompt'?"),
+        ({"prompt": "a", "max_token": 1}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
+        ({"prompt": "a", "n": 1}, "unknown key 'n'"),
+        ({"prompt": "a", "a\nb": 1}, "unknown key 'a\\nb'"),
+        ({"prompt": "a", "temperature": "0.5"}, "temperature must be a number, not '0.5'"),
+        ({"prompt": "a", "temperature": True}, "temperature must be a number, not True"),
+        ({"prompt": "a", "top_k": True}, "top_k must be an integer, not True"),
+        ({"prompt": "a", "max_new_tokens": 16.0}, "max_new_tokens must be an integer, not 16.0"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
+        ({"prompt": "a", "stop": [1]}, "stop[0] must be a string, not 1"),
+        ({"prompt": "a", "stop": ""}, "stop[0] must not be empty, not ''"),
+        ({"prompt": "a", "stop": 1}, "stop must be a list, not 1"),
+        ({"prompt": "a", "id": True}, "id must be a string or an integer, not True"),
+        ({"prompt": "a", "id": ""}, "id must not be empty, not ''"),
+        ({"prompt": "a", "seed": "x", "top_k": "y"}, "top_k must be an integer, not 'y' (and 1 more)"),
+        (
+            {"prompt": "a", "max_tokens": 5, "max_new_tokens": 6},
+            "max_new_tokens=6 and max_tokens=5 contradict each other",
+        ),
+    ],
+)
+def test_a_line_that_cannot_be_run_is_refused_with_its_reason(entry: dict[str, Any], reason: str) -> None:
+    assert refuse_object(entry) == reason
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, {"type": "text", "text": 1}, "hi"],
+)
+def test_content_other_than_text_is_refused(part: object) -> None:
+    reason = refuse_object({"messages": [{"role": "user", "content": [part]}]})
+    assert reason.startswith("messages[0].content must be a string or a list of text parts, not [")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1)]
+)
+def test_a_setting_out_of_range_is_refused_by_name_and_value(name: str, value: float) -> None:
+    reason = refuse_object({"prompt": "a", name: value})
+    assert reason.startswith(f"{name} must") and str(value) in reason
+
+
+def test_a_long_value_is_shortened_in_the_reason() -> None:
+    assert len(refuse_object({"prompt": "a", "seed": "x" * 10_000})) < 100
+
+
+# OpenAI batch lines
+
+
+def test_openai_batch_lines_are_read_as_they_are() -> None:
+    body = {"model": "gpt-4o", "messages": HI, "max_tokens": 9, "temperature": 0.2}
+    request = read_object({"custom_id": "r1", "method": "POST", "url": CHAT, "body": body})
+    assert (request.id, request.messages) == ("r1", ({"role": "user", "content": "hi"},))
+    assert request.sampling == Sampling(max_new_tokens=9, temperature=0.2)
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a"]])
+def test_openai_completion_prompts(prompt: object) -> None:
+    assert read_object({"custom_id": "r", "url": "/v1/completions", "body": {"prompt": prompt}}).prompt == "a"
+
+
+HARMLESS = {
+    "model": "m",
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": True,
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "stream": False,
+    "reasoning_effort": None,
+}
+
+
+@pytest.mark.parametrize("key", HARMLESS)
+def test_openai_settings_that_ask_for_nothing_are_accepted(key: str) -> None:
+    assert read_object({"custom_id": "r", "body": {"messages": HI, key: HARMLESS[key]}}).sampling is DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("best_of", 3),
+        ("echo", True),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"50256": -100}),
+        ("logprobs", True),
+        ("logprobs", 0),
+        ("top_logprobs", 5),
+        ("tools", [{}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("stream", True),
+        ("min_p", 0.1),
+    ],
+)
+def test_openai_settings_that_we_do_not_do_are_refused_by_name(key: str, value: object) -> None:
+    reason = refuse_body(**{key: value})
+    assert reason.startswith(f"{key}=") and reason.endswith("is not supported")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"url": "/v1/embeddings"}, "url must be '/v1/chat/completions' or '/v1/completions', not '/v1/embeddings'"),
+        ({"method": "GET"}, "method must be 'POST', not 'GET'"),
+        ({"url": "/v1/completions"}, "/v1/completions takes prompt, which is missing"),
+        ({"url": CHAT, "body": {"prompt": "a"}}, "/v1/chat/completions takes messages, which is missing"),
+        ({"url": "/v1/completions", "body": {"prompt": ["a", "b"]}}, "prompt must be a string, not ['a', 'b']"),
+        ({"body": "x"}, "body must be an object, not 'x'"),
+        ({"body": {"messages": HI, "max_token": 1}}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
+        ({"body": {"messages": HI, "reasoning_effort": "high"}}, "unknown key 'reasoning_effort'"),
+        ({"prompt": "a"}, "unknown key 'prompt'"),
+    ],
+)
+def test_openai_lines_that_cannot_be_run(change: dict[str, Any], reason: str) -> None:
+    refused = refuse_object({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"messages": HI}, **change})
+    assert refused.startswith(reason)
+
+
+def test_openai_line_without_body() -> None:
+    assert refuse_object({"custom_id": "a"}) == "body is missing"
+
+
+# Ids
+
+
+def test_ids_are_given_or_made_from_the_line() -> None:
+    requests, _ = read(b'{"prompt": "a", "id": "x"}\n\n{"prompt": "b"}\n{"prompt": "c", "id": 7}\n')
+    assert [(request.index, request.line, request.id) for request in requests] == [
+        (0, 1, "x"),
+        (1, 3, "request-3"),
+        (2, 4, "7"),
+    ]
+
+
+def test_a_given_id_wins_over_a_made_one() -> None:
+    requests, refusals = read(b'{"prompt": "a"}\n{"prompt": "b", "id": "request-1"}\n')
+    assert [request.id for request in requests] == ["request-1-2", "request-1"]
+    assert not refusals
+
+
+def test_the_later_of_two_equal_ids_is_refused_naming_the_first() -> None:
+    requests, refusals = read(
+        b'{"prompt": "a", "id": 7}\n{"prompt": "b"}\n{"custom_id": "7", "body": {"prompt": "c"}}\n'
+    )
+    assert [request.prompt for request in requests] == ["a", "b"]
+    assert refusals == [Refusal(index=2, line=3, id="7", reason="id '7' was already given on line 1")]
+
+
+def test_the_id_of_a_refused_line_may_come_again() -> None:
+    requests, refusals = read(b'{"prompt": "", "id": "a"}\n{"prompt": "x", "id": "a"}\n')
+    assert ([request.id for request in requests], [refusal.id for refusal in refusals]) == (["a"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "id_"),
+    [
+        ({"id": "a", "seed": "x", "prompt": "p"}, "a"),
+        ({"id": 3, "prompt": "p", "top_k": -1}, "3"),
+        ({"custom_id": "b", "body": {"prompt": "p", "n": 2}}, "b"),
+        ({"id": [], "prompt": "p"}, None),
+    ],
+)
+def test_a_refusal_carries_the_id_of_its_line(entry: dict[str, Any], id_: str | None) -> None:
+    _, (refusal,) = read(json.dumps(entry).encode())
+    assert refusal.id == id_
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.sampled_from(["request-1", "request-2", "request-1-2", "x"]), st.integers(0, 3)))
+)
+def test_every_line_is_a_request_or_a_refusal_and_ids_are_unique(ids: list[str | int | None]) -> None:
+    lines = [json.dumps({"prompt": "p", "id": id_}).encode() for id_ in ids]
+    requests, refusals = read(b"\n".join(lines), prompts=("first",))
+    assert sorted(entry.index for entry in (*requests, *refusals)) == list(range(len(ids) + 1))
+    assert len({request.id for request in requests}) == len(requests)
+    assert {str(id_) for id_ in ids if id_ is not None} <= {request.id for request in requests}
+
+
+# The whole input
+
+
+def test_prompts_come_before_the_file() -> None:
+    requests, _ = read(b'{"prompt": "c"}\n', prompts=("a", '{"prompt": "b"}'))
+    assert [(request.index, request.line, request.prompt) for request in requests] == [
+        (0, None, "a"),
+        (1, None, '{"prompt": "b"}'),
+        (2, 1, "c"),
+    ]
+    assert [request.id for request in requests] == ["request-1", "request-2", "request-1-2"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [("", "prompt must not be empty"), ("\udcff", "prompt must be valid Unicode, without half surrogate pairs")],
+)
+def test_a_prompt_that_cannot_be_run_is_refused(prompt: str, reason: str) -> None:
+    requests, refusals = read(None, prompts=("a", prompt))
+    assert [request.prompt for request in requests] == ["a"]
+    assert refusals == [Refusal(index=1, line=None, id=None, reason=reason)]
+
+
+@pytest.mark.parametrize("source", [None, b"", b"\n \r\n", b"\xef\xbb\xbf"])
+def test_an_input_with_nothing_in_it_is_an_error(source: bytes | None) -> None:
+    with pytest.raises(InputError, match=r"^empty input"):
+        read(source)
+
+
+def test_an_input_of_refusals_only_is_not_empty() -> None:
+    requests, refusals = read(b"oops\n")
+    assert (requests, len(refusals)) == ([], 1)
+
+
+@given(st.binary())
+def test_no_bytes_stop_the_reader(source: bytes) -> None:
+    try:
+        requests, refusals = read(source)
+    except InputError:
+        return
+    assert sorted(entry.index for entry in (*requests, *refusals)) == list(range(len(requests) + len(refusals)))
+
+
+def test_a_hundred_thousand_lines_take_seconds() -> None:
+    line = json.dumps({"custom_id": 0, "url": CHAT, "body": {"messages": HI, "max_tokens": 9, "seed": 1}})
+    source = b"".join(line.replace("0", str(number), 1).encode() + b"\n" for number in range(100_000))
+    started = time.process_time()
+    requests, _ = read(source)
+    assert len(requests) == 100_000
+    assert time.process_time() - started < 10  # takes 1 to 2 s; the limit catches what grows with the square
