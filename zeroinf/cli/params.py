@@ -80,7 +80,7 @@ def offload_options(command: _Command) -> _Command:
             help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
         ),
         click.option(
-            "--nvme-path", type=click.Path(path_type=Path), help="Folder on a fast local disk; --offload nvme."
+            "--nvme-path", type=click.Path(path_type=Path), help="Folder on a fast local disk. With --offload nvme."
         ),
         click.option(
             "--pin-memory/--no-pin-memory",
@@ -91,8 +91,8 @@ def offload_options(command: _Command) -> _Command:
         click.option(
             "--aio-block-size",
             type=SizeType(multiple_of=_DIRECT_IO_BYTES),
-            default=_AIO.block_size_bytes,
-            show_default=f"{_AIO.block_size_bytes >> 20}MiB",
+            default=f"{_AIO.block_size_bytes >> 20}MiB",
+            show_default=True,
             help="Bytes of one disk request; smaller weights stay in host memory. With --offload nvme.",
         ),
         click.option(

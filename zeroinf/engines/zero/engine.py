@@ -51,10 +51,12 @@ class ZeroEngine:
         config, self._swap_folder = _with_private_swap_folder(config, world)
         try:
             with _quiet_deepspeed():
+                buffers = _plain_buffers(source, plan)
                 # transformers holds this object by a weak reference only, and loads unpartitioned once it is gone.
                 self._transformers_config = HfDeepSpeedConfig(config)
                 deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
                 self._engine = deepspeed.initialize(model=_build(source, plan), config=config)[0]
+                _set_buffers(self._engine.module, buffers)
                 self._engine.module.eval()
         except BaseException:
             self._remove_swap_folder()
@@ -105,6 +107,30 @@ def _build(source: ModelSource, plan: Plan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source.name}: {error}") from error
+
+
+def _plain_buffers(source: ModelSource, plan: Plan) -> dict[str, torch.Tensor]:
+    """The model's buffers as it makes them by itself: `zero.Init` makes them in the weights' dtype, and a rotary
+    embedding of rounded frequencies gives other tokens. Parameters are never filled, so this takes no memory.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            source.config, dtype=getattr(torch, plan.dtype), trust_remote_code=source.trust_remote_code
+        )
+    return dict(model.named_buffers())
+
+
+def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Replace the buffers that no checkpoint holds."""
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            made = module._buffers[name]
+            if made is not None:
+                module._buffers[name] = buffers[f"{prefix}.{name}" if prefix else name].to(made.device)
 
 
 def _with_private_swap_folder(config: dict[str, Any], world: World) -> tuple[dict[str, Any], Path | None]:

@@ -1,0 +1,68 @@
+"""What every test may count on: the CPU unless it is marked `gpu`, no model hub, and checkpoints made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, transformers or deepspeed; processes that tests start inherit all of it.
+# Sums of floats depend on how many threads share them, and cores are for test processes side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["NO_COLOR"] = "1"
+for _name in [name for name in os.environ if name.startswith("ZEROINF_") and name != "ZEROINF_CACHE"]:
+    del os.environ[_name]  # settings of the person who runs the tests are not theirs
+
+SharedFolder = Callable[[str, Callable[[Path], None]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without an NVIDIA GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        from zeroinf.hardware.gpus import read_gpus
+
+        if not read_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU is visible"))
+
+
+@pytest.fixture(autouse=True)
+def _accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `gpu` test starts its processes on the GPU."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.delenv("DS_ACCELERATOR")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """`shared_folder(name, build)`: a folder that `build` fills once, however many pytest workers ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # one folder a worker below one of the session
+
+    def get(name: str, build: Callable[[Path], None]) -> Path:
+        from zeroinf.model.cache import build_once
+
+        return build_once(base / "shared" / name, build)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(shared_folder: SharedFolder) -> Callable[[str], Path]:
+    """`small_checkpoint(architecture)`: the folder of a random model of `small_models`, float32, with a tokenizer."""
+
+    def get(architecture: str) -> Path:
+        def build(folder: Path) -> None:
+            from small_models import make_checkpoint
+
+            make_checkpoint(architecture, folder)
+
+        return shared_folder(f"small-{architecture}", build)
+
+    return get

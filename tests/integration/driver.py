@@ -1,0 +1,103 @@
+"""Runs many (checkpoint, offload) cells in one process group and writes every row's tokens as JSON: rank 0 for all ranks.
+
+    python driver.py CELLS.json RESULT.json        alone, or on each rank with RANK, WORLD_SIZE and so on set
+
+A cell is `{"name", "model", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`. Everything between
+the command line and the output file is zeroinf's own; only starting a process for each cell is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World, world_from_environment
+from zeroinf.engines.zero.engine import ZeroEngine
+from zeroinf.generation.loop import generate
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.prepare import prepare
+from zeroinf.jobs.stream import Stream
+from zeroinf.jobs.text import TextCodec
+from zeroinf.model.source import load_tokenizer, resolve_model
+
+
+class _Silent:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
+    """One run without command line, journal and report. Tokens by request index, this rank's alone."""
+    options = RunOptions(
+        model=cell["model"],
+        sampling=Sampling(max_new_tokens=cell["max_new_tokens"]),
+        offload=cell["offload"],
+        nvme_path=Path(cell["nvme_path"]),
+        pin_memory=False,
+        input_file=cell["input"],
+        batch_size=cell["batch_size"],
+    )
+    source = resolve_model(options.model)
+    prepared = prepare(options, source, world, "cpu")
+    engine = ZeroEngine(prepared.plan, source, prepared.zero_config, world)
+    try:
+        codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)
+        rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
+        stream = Stream(prepared, codec, control, engine, None, _Silent())
+        rows: list[Row] = []
+        generate(
+            engine, rules, control, torch.device("cpu"),
+            take=stream.take, done=rows.append, grew=stream.grew,
+        )  # fmt: skip
+        on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
+        return {
+            "tokens": {row.index: row.generated for row in rows},
+            "finish": {row.index: row.finish_reason for row in rows},
+            "batch_size": prepared.plan.batch_size,
+            "prompts": {work.index: work.prompt for work in prepared.work},
+            "pad_token": rules.pad_token,
+            "forwards": stream.forwards,
+            "bytes_on_disk": on_disk,
+            "weights_elsewhere": all(p.numel() == 0 for p in engine.model.parameters() if not p.ds_persist),
+        }
+    finally:
+        engine.close()
+
+
+def main(cells_file: str, result_file: str) -> None:
+    world = world_from_environment()
+    control = Control(world, "cpu")
+    shared = control.store
+    results: dict[str, Any] = {}
+    for cell in json.loads(Path(cells_file).read_text()):
+        control.store = dist.PrefixStore(cell["name"], shared) if world.size > 1 else dist.HashStore()
+        started = time.monotonic()
+        try:
+            mine = run_cell(cell, world, control)
+        except Exception:
+            mine = {"error": traceback.format_exc()}
+        parts = control.gather(mine)
+        results[cell["name"]] = {"ranks": parts, "seconds": time.monotonic() - started}
+        if world.is_main:  # written each time: a cell that hangs does not take the others with it
+            partial = Path(result_file + ".partial")
+            partial.write_text(json.dumps(results))
+            partial.replace(result_file)
+        if any("error" in part for part in parts):
+            break
+    control.close()
+
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    main(*sys.argv[1:])

@@ -1,0 +1,133 @@
+"""Starting `zeroinf` as a user does, and looking at the processes that come of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from zeroinf.distributed.ports import free_port
+
+Launcher = Literal["none", "num-gpus", "deepspeed", "torchrun"]
+
+_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command_line(arguments: Sequence[str], *, ranks: int = 1, launcher: Launcher = "none") -> list[str]:
+    """`zeroinf run ARGUMENTS` on `ranks` ranks, as each launcher spells it."""
+    python = [sys.executable, "-m"]
+    run = ["zeroinf", "run", *arguments]
+    port = str(free_port())
+    match launcher:
+        case "none":
+            return [*python, *run]
+        case "num-gpus":
+            return [*python, "zeroinf", "run", "--num-gpus", str(ranks), *arguments]
+        case "deepspeed":
+            return [str(_BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", *run]
+        case "torchrun":
+            return [str(_BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", port, "-m", *run]
+
+
+def run_zeroinf(
+    arguments: Sequence[str],
+    *,
+    ranks: int = 1,
+    launcher: Launcher = "none",
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    timeout: float = 120,
+) -> Finished:
+    """Start it, wait for its end, and return what came of it."""
+    with started(arguments, ranks=ranks, launcher=launcher, env=env, stdin=stdin is not None) as process:
+        out, err = process.communicate(stdin, timeout=timeout)
+        return Finished(process.returncode, out, err)
+
+
+@contextmanager
+def started(
+    arguments: Sequence[str],
+    *,
+    ranks: int = 1,
+    launcher: Launcher = "none",
+    env: Mapping[str, str] | None = None,
+    stdin: bool = False,
+) -> Iterator[subprocess.Popen[str]]:
+    """The process while it runs; none of its descendants outlives the block."""
+    process = subprocess.Popen(
+        command_line(arguments, ranks=ranks, launcher=launcher),
+        # deepspeed's and torchrun's scripts look for their tools on PATH.
+        env={**os.environ, "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}", **(env or {})},
+        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    family: dict[int, psutil.Process] = {}
+    try:
+        yield process
+    finally:
+        for member in [*family.values(), *_family(process)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(process.pid)
+        return [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def rank_processes(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The ranks below a launcher, by number."""
+    ranks = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            words = child.cmdline()
+            if "zeroinf" in words[1:5] and "deepspeed" not in " ".join(words[:6]):
+                ranks[int(child.environ()["RANK"])] = child
+    return ranks
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 60) -> None:
+    """Return once `condition()` holds; fail the test when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def has_lines(path: Path, count: int) -> bool:
+    """Whether at least `count` whole lines are in the file."""
+    return path.is_file() and path.read_bytes().count(b"\n") >= count
+
+
+def write_jsonl(path: Path, entries: Sequence[Any]) -> Path:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
