@@ -19,8 +19,10 @@ LAYERS = 3
 HEADS = 4
 CONTEXT = 256
 BOS, EOS, PAD = 1, 2, 0
-# The spread of random weights: at transformers' own 0.02 every context gives nearly the same logits.
-INIT_STD = 0.15
+# The spread of random weights: at transformers' own 0.02 every context gives nearly the same logits. Embeddings stay
+# small, or a tied model's own input would outweigh what its blocks add, and it would repeat one token.
+INIT_STD = 0.3
+EMBEDDING_STD = 0.02
 
 _IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 # The names that nearly all configs understand.
@@ -245,6 +247,7 @@ def build_model(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
             # Norms, gates and biases (one dimension) and state-space transitions keep the values they are made with.
             if parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False):
                 parameter.normal_(std=INIT_STD)
+        model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)
     return model.to(getattr(torch, dtype))
 
 

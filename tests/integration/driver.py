@@ -61,15 +61,16 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
             take=stream.take, done=rows.append, grew=stream.grew,
         )  # fmt: skip
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
+        control.gather(None)  # no rank removes its files while another counts
         return {
             "tokens": {row.index: row.generated for row in rows},
             "finish": {row.index: row.finish_reason for row in rows},
             "batch_size": prepared.plan.batch_size,
-            "prompts": {work.index: work.prompt for work in prepared.work},
+            "prompts": [work.prompt for work in prepared.work],
             "pad_token": rules.pad_token,
             "forwards": stream.forwards,
             "bytes_on_disk": on_disk,
-            "weights_elsewhere": all(p.numel() == 0 for p in engine.model.parameters() if not p.ds_persist),
+            "partitioned": all(p.numel() == 0 for p in engine.model.parameters() if not p.ds_persist),
         }
     finally:
         engine.close()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from zeroinf.distributed.ports import free_port
 Launcher = Literal["none", "num-gpus", "deepspeed", "torchrun"]
 
 _BIN = Path(sys.executable).parent
+_FAMILY = "TEST_FAMILY"
 
 
 @dataclass(frozen=True)
@@ -70,33 +72,34 @@ def started(
     launcher: Launcher = "none",
     env: Mapping[str, str] | None = None,
     stdin: bool = False,
+    own_group: bool = False,
 ) -> Iterator[subprocess.Popen[str]]:
     """The process while it runs; none of its descendants outlives the block."""
+    family = uuid.uuid4().hex
     process = subprocess.Popen(
         command_line(arguments, ranks=ranks, launcher=launcher),
         # deepspeed's and torchrun's scripts look for their tools on PATH.
-        env={**os.environ, "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}", **(env or {})},
+        env={
+            **os.environ,
+            "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+            **(env or {}),
+            _FAMILY: family,
+        },
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0 if own_group else None,
     )
-    family: dict[int, psutil.Process] = {}
     try:
         yield process
     finally:
-        for member in [*family.values(), *_family(process)]:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+        # By a mark in the environment: ranks whose launcher was killed are nobody's children.
+        for member in psutil.process_iter():
+            with suppress(psutil.Error):
+                if member.environ().get(_FAMILY) == family:
+                    member.kill()
         process.wait()
-
-
-def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(process.pid)
-        return [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def rank_processes(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -53,7 +54,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line and end the process."""
     # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
-    os.environ["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     try:
         code: Any = cli.main(standalone_mode=False)
     except click.exceptions.Abort:

@@ -130,15 +130,16 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
     nvme_only = () if offload == "nvme" else ("nvme_path", *_AIO_OPTIONS)
     if unused := given(ctx, *nvme_only):
         raise UsageError(
-            f"{_flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"
+            f"{flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"
         )
     if offload == "none" and given(ctx, "pin_memory"):
         raise UsageError(
-            f"{_flags(ctx, ['pin_memory'])} has no effect with --offload none", hint="add --offload cpu, or drop it"
+            f"{flags(ctx, ['pin_memory'])} has no effect with --offload none", hint="add --offload cpu, or drop it"
         )
 
 
-def _flags(ctx: click.Context, names: list[str]) -> str:
+def flags(ctx: click.Context, names: list[str]) -> str:
+    """The parameters `names` as the user writes them."""
     return ", ".join("/".join(p.opts + p.secondary_opts) for p in ctx.command.params if p.name in names)
 
 

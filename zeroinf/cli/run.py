@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from zeroinf.cli.params import given, model_options, offload_options, refuse_unused_offload_options
+from zeroinf.cli.params import flags, given, model_options, offload_options, refuse_unused_offload_options
 from zeroinf.errors import InputError, RequestsFailedError, UsageError
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
@@ -67,7 +67,7 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
 @click.pass_context
-def run(ctx: click.Context, num_gpus: int | None, report_file: Path | None, quiet: bool, **asked: Any) -> int:
+def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     """Generate text from many prompts with a model that need not fit the GPU.
 
     Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other.
@@ -99,7 +99,7 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
     if asked["zero_config"] is None:
         refuse_unused_offload_options(ctx)
     elif named := given(ctx, "offload", "nvme_path", "pin_memory", "aio_block_size", "aio_queue_depth", "aio_threads"):
-        raise UsageError(f"{', '.join(named)} and --zero-config contradict each other", hint="set it in the JSON")
+        raise UsageError(f"{flags(ctx, named)} and --zero-config contradict each other", hint="set it in the JSON")
     if asked["overwrite"] and asked["output_file"] is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
     if not asked["prompts"] and asked["input_file"] is None:

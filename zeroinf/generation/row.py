@@ -75,9 +75,8 @@ class Row:
     def accept(self, token: int, eos_tokens: frozenset[int]) -> None:
         """Take the next token; sets `finish_reason` and `text` when the row ends with it."""
         self.generated.append(token)
-        if token in eos_tokens and not self.sampling.ignore_eos:
-            self._finish("stop")
-        elif self._hits_stop():
+        ends = token in eos_tokens and not self.sampling.ignore_eos
+        if ends or self._hits_stop():
             self._finish("stop")
         elif len(self.generated) == self.sampling.max_new_tokens:
             self._finish("length")

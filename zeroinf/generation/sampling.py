@@ -49,5 +49,8 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
 def _draw(scores: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
     """Invert each row's cumulative distribution at its own random number."""
     cumulative = scores.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
-    targets = torch.tensor(uniform, device=scores.device, dtype=torch.float32)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=scores.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    targets = torch.tensor(uniform, device=scores.device, dtype=torch.float32)[:, None] * total
+    # Rounded up to the total, a target would lie beyond every token, filtered ones included.
+    targets = targets.minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)

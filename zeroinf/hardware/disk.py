@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from zeroinf.hardware.machine import Disk
 

@@ -26,13 +26,13 @@ def measure_links(devices: Sequence[int]) -> tuple[float, ...]:
     for device, host, target in zip(devices, hosts, targets, strict=True):
         with torch.cuda.device(device):
             target.copy_(host, non_blocking=True)  # the first copy sets the driver up
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             for _ in range(_LINK_COPIES):
                 target.copy_(host, non_blocking=True)
             end.record()
             marks.append((begin, end))
-    for begin, end in marks:
+    for _, end in marks:
         end.synchronize()
     return tuple(_LINK_COPIES * _LINK_BYTES / begin.elapsed_time(end) / 1e6 for begin, end in marks)
 

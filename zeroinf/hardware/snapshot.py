@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from zeroinf.hardware.cgroup import read_cgroup_memory
 from zeroinf.hardware.disk import read_disk

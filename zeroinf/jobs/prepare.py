@@ -88,7 +88,7 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
     if own_config is not None:
         check_user_config(own_config, plan)
     if plan.offload == "nvme":
-        _check_nvme(plan)
+        _check_nvme(plan, own_config)
     return Prepared(
         plan=plan,
         zero_config=own_config or build_zero_config(plan),
@@ -174,7 +174,7 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, Path | None]:
     return device, Path(path) if path else None
 
 
-def _check_nvme(plan: Plan) -> None:
+def _check_nvme(plan: Plan, own_config: dict[str, Any] | None) -> None:
     """What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT."""
     assert plan.nvme_path is not None
     disk = read_disk(plan.nvme_path)
@@ -190,6 +190,6 @@ def _check_nvme(plan: Plan) -> None:
     require(
         [
             *check_aio_op(read_aio_op(with_gpu=plan.device == "cuda"), asked=True),
-            check_memlock(read_memory(), asked=True, needed_bytes=nvme_pool_bytes(plan)),
+            check_memlock(read_memory(), asked=True, needed_bytes=nvme_pool_bytes(plan, own_config)),
         ]
     )

@@ -40,7 +40,7 @@ class TextCodec:
         return list(ids)
 
     def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if getattr(self._tokenizer, "chat_template", None) is None:
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
             raise ValueError("the model has no chat template: give `prompt` instead of `messages`")
         try:
             rendered = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)

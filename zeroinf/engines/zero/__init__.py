@@ -1,2 +1,1 @@
-"""DeepSpeed ZeRO stage 3: the config that follows from a model's shapes, and the engine that runs it.
-"""
+"""DeepSpeed ZeRO stage 3: the config that follows from a model's shapes, and the engine that runs it."""

@@ -38,8 +38,8 @@ class ZeroEngine:
     def __init__(self, plan: Plan, source: ModelSource, config: dict[str, Any], world: World) -> None:
         """Load `source` straight into partitions: no rank builds the whole model first.
 
-        `config` is a DeepSpeed JSON from `zeroinf.engines.zero.config` or the user's own. On NVMe the partitions lie in a
-        folder of this run, which `close` removes: DeepSpeed itself rewrites them at each start and leaves them behind.
+        `config` is a DeepSpeed JSON from `zeroinf.engines.zero.config` or the user's own. On NVMe the partitions lie in
+        a folder of this run, which `close` removes: DeepSpeed itself leaves them behind.
         """
         os.environ["DS_ACCELERATOR"] = plan.device
         start_process_group(world, plan.device)

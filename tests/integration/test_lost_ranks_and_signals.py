@@ -1,0 +1,187 @@
+"""Ranks that die, Ctrl-C and SIGTERM: the job ends at once, says why, and keeps what is finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import has_lines, rank_processes, read_jsonl, run_zeroinf, started, wait_until
+
+PROMPTLY_S = 15
+
+
+@pytest.fixture(scope="session")
+def model(small_checkpoint: Callable[[str], Path]) -> Path:
+    return small_checkpoint("llama")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """More work than any test waits for."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {i}\n" for i in range(2000)))
+    return path
+
+
+def arguments(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    return ["-m", str(model), "-i", str(prompts), "-o", str(out), "-b", "2", "--max-new-tokens", "12", *more]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, float]:
+    """Standard error of a process that is about to end, and how long it took."""
+    since = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    return err, time.monotonic() - since
+
+
+def check_saved(out: Path, err: str) -> None:
+    """Finished results are in the partial file, in input order, and the user is told so, once."""
+    partial = out.with_name(out.name + ".partial")
+    saved = read_jsonl(partial)
+    assert saved
+    assert [line["id"] for line in saved] == sorted({line["id"] for line in saved}, key=lambda i: int(i.split("-")[1]))
+    assert f"{len(saved)} finished results are saved in {partial}" in err
+    assert err.count("finished results are saved") == 1
+    assert not out.exists()
+    assert "Traceback" not in err
+
+
+def gone(processes: list[int]) -> bool:
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return not any(map(lives, processes))
+
+
+@pytest.mark.parametrize(("launcher", "victim"), [("num-gpus", 1), ("num-gpus", 0), ("torchrun", 1)])
+def test_a_killed_rank_takes_the_job_down_and_is_named(
+    launcher: str, victim: int, model: Path, many: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with started(arguments(model, many, out), ranks=2, launcher=launcher) as process:  # type: ignore[arg-type]
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        ranks = rank_processes(process)
+        assert sorted(ranks) == [0, 1]
+        ranks[victim].send_signal(signal.SIGKILL)
+        err, seconds = ended(process)
+        assert seconds < PROMPTLY_S
+        assert process.returncode not in (0, None)
+        assert f"rank {victim} (process {ranks[victim].pid}) died" in err
+        assert "killed" in err
+        assert gone([rank.pid for rank in ranks.values()])
+    if victim == 0:
+        assert has_lines(tmp_path / "out.jsonl.partial", 2), "what rank 0 had written stays"
+    else:
+        check_saved(out, err)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_in_order(
+    number: int, code: int, ranks: int, model: Path, many: Path, tmp_path: Path
+) -> None:
+    out, nvme = tmp_path / "out.jsonl", tmp_path / "nvme"
+    nvme.mkdir()
+    more = ("--offload", "nvme", "--nvme-path", str(nvme))
+    with started(
+        arguments(model, many, out, *more), ranks=ranks, launcher="none" if ranks == 1 else "num-gpus"
+    ) as process:  # fmt: skip
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        assert len(list(nvme.glob("zeroinf-swap-*"))) == ranks
+        process.send_signal(number)
+        err, seconds = ended(process)
+    assert process.returncode == code, err
+    assert seconds < PROMPTLY_S
+    assert f"stopped by {signal.Signals(number).name}" in err
+    check_saved(out, err)
+    assert not list(nvme.iterdir())
+
+
+def test_ctrl_c_on_a_terminal_reaches_every_process_and_ends_the_run_in_order(
+    model: Path, many: Path, tmp_path: Path
+) -> None:
+    """A terminal signals the whole foreground group, launcher and all, not one process."""
+    out = tmp_path / "out.jsonl"
+    with started(arguments(model, many, out), ranks=2, launcher="num-gpus", own_group=True) as process:
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        os.killpg(process.pid, signal.SIGINT)
+        err, seconds = ended(process)
+    assert process.returncode == 130, err
+    assert seconds < PROMPTLY_S
+    check_saved(out, err)
+
+
+def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(model: Path, many: Path, tmp_path: Path) -> None:
+    nvme = tmp_path / "nvme"
+    nvme.mkdir()
+    more = ("--offload", "nvme", "--nvme-path", str(nvme))
+    with started(arguments(model, many, tmp_path / "killed.jsonl", *more)) as process:
+        wait_until(lambda: has_lines(tmp_path / "killed.jsonl.partial", 1))
+        process.kill()
+        process.wait()
+    assert len(list(nvme.glob("zeroinf-swap-*"))) == 1
+    done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", *more])
+    assert done.code == 0, done.err
+    assert not list(nvme.iterdir())
+
+
+def failing_on_rank(rank: int, tmp_path: Path, where: str) -> dict[str, str]:
+    """An environment in which `where` (module:Class.method) raises on one rank."""
+    module, _, path = where.partition(":")
+    owner, _, method = path.rpartition(".")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        f"""
+import importlib.abc, importlib.machinery, os, sys
+
+def fail(*args, **kwargs):
+    raise RuntimeError("the disk is on fire")
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != {module!r}:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(loaded):
+            execute(loaded)
+            setattr(loaded.{owner}, {method!r}, fail)
+        spec.loader.exec_module = exec_module
+        return spec
+
+if os.environ.get("RANK") == "{rank}":
+    sys.meta_path.insert(0, Finder())
+"""
+    )
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_while_generating_names_its_cause(
+    rank: int, model: Path, many: Path, tmp_path: Path
+) -> None:
+    env = failing_on_rank(rank, tmp_path, "zeroinf.jobs.stream:Stream.done")
+    done = run_zeroinf(
+        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
+    )  # fmt: skip
+    assert done.code not in (0, 130, 143)
+    assert "the disk is on fire" in done.err
+    assert f"rank {rank}" in done.err
+
+
+def test_a_rank_that_fails_while_loading_names_its_cause(model: Path, many: Path, tmp_path: Path) -> None:
+    env = failing_on_rank(1, tmp_path, "zeroinf.engines.zero.engine:ZeroEngine.__init__")
+    done = run_zeroinf(
+        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
+    )  # fmt: skip
+    assert done.code not in (0, 130, 143)
+    assert "rank 1" in done.err
+    assert "the disk is on fire" in done.err

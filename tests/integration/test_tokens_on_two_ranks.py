@@ -1,0 +1,51 @@
+"""Greedy tokens under ZeRO-3 on two ranks, each with batches of its own, are those of plain transformers' `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import SharedFolder
+from matrix import PROMPTS, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
+
+from zeroinf.model.demo import demo_model_folder
+
+OFFLOADS = ("none", "cpu", "nvme")
+
+
+@pytest.fixture(scope="session")
+def models(shared_folder: SharedFolder) -> dict[str, Path]:
+    wide = {name: wide_checkpoint(shared_folder, name) for name in WIDE_ARCHITECTURES}
+    return {**wide, "demo": demo_model_folder()}
+
+
+@pytest.fixture(scope="session")
+def driven(models: dict[str, Path], shared_folder: SharedFolder) -> Path:
+    cells = [Cell(str(models[name]), offload) for name in (*WIDE_ARCHITECTURES, "demo") for offload in OFFLOADS]
+    return shared_folder("driven-two-ranks", lambda folder: drive(folder, cells, ranks=2))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+def test_tokens_equal_plain_transformers(name: str, offload: str, models: dict[str, Path], driven: Path) -> None:
+    found = answer(driven, Cell(str(models[name]), offload))
+    assert found.partitioned
+    check_tokens(found, str(models[name]))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", WIDE_ARCHITECTURES)
+def test_both_ranks_answer_and_make_as_many_forwards(
+    name: str, offload: str, models: dict[str, Path], driven: Path
+) -> None:
+    found = answer(driven, Cell(str(models[name]), offload))
+    assert all(found.rows_by_rank)
+    assert sorted(index for rows in found.rows_by_rank for index in rows) == list(range(len(PROMPTS)))
+    assert len(set(found.forwards)) == 1
+
+
+@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+def test_ranks_share_the_weights_on_disk(name: str, models: dict[str, Path], driven: Path) -> None:
+    weights = sum(file.stat().st_size for file in models[name].glob("*.safetensors"))
+    assert weights / 2 < answer(driven, Cell(str(models[name]), "nvme")).bytes_on_disk < 1.5 * weights
+    assert not list((driven / "nvme").rglob("zeroinf-swap-*"))

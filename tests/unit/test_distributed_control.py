@@ -1,0 +1,166 @@
+"""Ranks agree over sockets, share a store, and notice when one of them is gone. Ranks are processes that fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+import psutil
+import pytest
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.ports import free_port
+from zeroinf.distributed.watch import Peer, PeerWatch
+from zeroinf.distributed.world import World
+from zeroinf.errors import RankError
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def on_ranks(size: int, body: Callable[[Control], Any], *, seconds: float = 60) -> tuple[list[Any], list[int]]:
+    """What `body` returned (or its error) on each rank, None where it never did; and the exit codes."""
+    answers: Any = _FORK.Queue()
+    port = str(free_port())
+
+    def rank_main(rank: int) -> None:
+        words = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in words.items()})
+        control = Control(World(rank=rank, size=size, local_rank=rank, launched=True), "cpu")
+        try:
+            answers.put((rank, body(control)))
+        except Exception as error:
+            answers.put((rank, error))
+        answers.close()
+        answers.join_thread()
+        os._exit(0)
+
+    processes = [_FORK.Process(target=rank_main, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found: list[Any] = [None] * size
+    deadline = time.monotonic() + seconds
+    try:
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            for process in processes:
+                process.join(0.05)
+        while True:
+            rank, answer = answers.get(timeout=0.2)
+            found[rank] = answer
+    except Empty:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return found, [process.exitcode or 0 for process in processes]
+
+
+def test_alone_everything_is_answered_on_the_spot() -> None:
+    control = Control(World(), "cpu")
+    assert control.broadcast("x") == "x"
+    assert control.gather(3) == [3]
+    assert control.most(1, 7) == (1, 7)
+    assert control.store.add("count", 2) == 2
+    control.close()
+
+
+def test_ranks_agree() -> None:
+    def body(control: Control) -> Any:
+        rank = control.world.rank
+        told = control.broadcast({"from": rank} if rank == 0 else None)
+        return told, control.gather(f"r{rank}"), control.most(rank, 10 - rank), control.store.add("c", 1) in (1, 2, 3)
+
+    found, _ = on_ranks(3, body)
+    assert found == [({"from": 0}, ["r0", "r1", "r2"], (2, 10), True)] * 3
+
+
+def test_ranks_leave_together_though_one_is_late() -> None:
+    def body(control: Control) -> str:
+        if control.world.rank == 1:
+            time.sleep(1)
+        control.store.set(f"rank {control.world.rank}", "was here")
+        control.close()
+        return "left"
+
+    assert on_ranks(2, body)[0] == ["left", "left"]
+
+
+def test_a_collective_with_a_rank_that_is_gone_is_a_rank_error() -> None:
+    def body(control: Control) -> Any:
+        if control.world.rank == 1:
+            os._exit(9)
+        control.most(1)
+
+    found, _ = on_ranks(2, body)
+    assert isinstance(found[0], RankError)
+    assert "lost the connection to another rank" in str(found[0])
+
+
+@pytest.mark.parametrize("dying", [0, 1, 2])
+def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks(dying: int) -> None:
+    told: Any = _FORK.Queue()
+
+    def body(control: Control) -> None:
+        PeerWatch(control, lambda message, speak: told.put((control.world.rank, message, speak)))
+        control.gather(None)
+        if control.world.rank == dying:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(50)
+
+    started = time.monotonic()
+    _, codes = on_ranks(3, body)
+    assert time.monotonic() - started < 15
+    heard = sorted(told.get(timeout=1) for _ in range(2))
+    assert [rank for rank, _, _ in heard] == [rank for rank in range(3) if rank != dying]
+    assert all(f"rank {dying} (process " in message and "killed from outside" in message for _, message, _ in heard)
+    assert [speak for _, _, speak in heard] == [True, False]
+    assert codes == [-signal.SIGKILL if rank == dying else RankError.exit_code for rank in range(3)]
+
+
+def test_a_rank_that_confessed_is_quoted() -> None:
+    told: Any = _FORK.Queue()
+
+    def body(control: Control) -> None:
+        watch = PeerWatch(control, lambda message, speak: told.put(message))
+        if control.world.rank == 1:
+            watch.confess("the disk is on fire")
+            os._exit(1)
+        time.sleep(50)
+
+    on_ranks(2, body)
+    message = told.get(timeout=1)
+    assert message.startswith("rank 1 (process ")
+    assert message.endswith("died: the disk is on fire")
+
+
+def test_after_stop_ranks_may_end_in_any_order() -> None:
+    def body(control: Control) -> str:
+        watch = PeerWatch(control, lambda message, speak: os._exit(77))
+        control.gather(None)
+        watch.stop()
+        control.gather(None)
+        if control.world.rank == 0:
+            time.sleep(1)
+        return "alive"
+
+    assert on_ranks(2, body) == (["alive", "alive"], [0, 0])
+
+
+def test_a_peer_is_its_process_and_not_a_later_one_of_the_same_number() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        born = psutil.Process(process.pid).create_time()
+        peer, namesake = (Peer(1, "here", process.pid, started) for started in (born, born - 100))
+        assert peer.is_alive()
+        assert not namesake.is_alive()
+        process.kill()
+        deadline = time.monotonic() + 10
+        while peer.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not peer.is_alive(), "dead, though nobody has waited for it yet"

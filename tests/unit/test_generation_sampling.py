@@ -1,0 +1,140 @@
+"""A row's sample is its own, and its distribution is the one that was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.sampling import choose_tokens
+
+VOCABULARY = 50
+
+
+def scores_of(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def row(index: int = 0, **sampling: object) -> Row:
+    return Row(
+        index=index,
+        prompt=(1,),
+        sampling=Sampling(**{"max_new_tokens": 1000, "temperature": 1.0, **sampling}),  # type: ignore[arg-type]
+        decode=str,
+    )
+
+
+def draws(rows: Sequence[Row], scores: torch.Tensor, steps: int) -> list[list[int]]:
+    """Each row's tokens over `steps` draws from the same scores."""
+    return [list(tokens) for tokens in zip(*(choose_tokens(scores, rows).tolist() for _ in range(steps)), strict=True)]
+
+
+def test_greedy_rows_take_the_highest_score_whatever_their_seed() -> None:
+    scores = scores_of(3)
+    rows = [row(i, temperature=0.0, seed=i) for i in range(3)]
+    assert choose_tokens(scores, rows).tolist() == scores.argmax(-1).tolist()
+
+
+def test_same_seed_and_place_give_the_same_sample_and_others_another() -> None:
+    scores = scores_of(1)
+
+    def sample(index: int, seed: int) -> list[int]:
+        return draws([row(index, seed=seed)], scores, 40)[0]
+
+    assert sample(0, 7) == sample(0, 7)
+    assert sample(0, 7) != sample(0, 8)
+    assert sample(0, 7) != sample(1, 7)
+
+
+def test_a_rows_sample_does_not_depend_on_its_neighbours_or_their_order() -> None:
+    scores = scores_of(4)
+    kinds = [{"seed": 1}, {"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}, {"top_p": 0.8, "seed": 3}]
+
+    def rows() -> list[Row]:
+        return [row(i, **kind) for i, kind in enumerate(kinds)]
+
+    together = draws(rows(), scores, 30)
+    order = [2, 0, 3, 1]
+    shuffled = draws([rows()[i] for i in order], scores[order], 30)
+    assert [shuffled[order.index(i)] for i in range(4)] == together
+    alone = [draws([rows()[i]], scores[i : i + 1], 30)[0] for i in range(4)]
+    assert alone == together
+
+
+def test_a_finished_row_draws_no_more_numbers() -> None:
+    scores, finished = scores_of(2), row(1)
+    finished.finish_reason = "stop"
+    before = finished._random.getstate()
+    choose_tokens(scores, [row(0), finished])
+    assert finished._random.getstate() == before
+
+
+def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
+    scores = scores_of(1)
+    assert set(draws([row(temperature=5.0, top_k=1)], scores, 50)[0]) == {scores.argmax().item()}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warpers"),
+    [
+        ({}, []),
+        ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
+        ({"temperature": 1.7}, [TemperatureLogitsWarper(1.7)]),
+        ({"top_k": 4}, [TopKLogitsWarper(4)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        (
+            {"temperature": 1.4, "top_k": 9, "top_p": 0.7},
+            [TemperatureLogitsWarper(1.4), TopKLogitsWarper(9), TopPLogitsWarper(0.7)],
+        ),
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_of_transformers_own_filters(
+    sampling: dict[str, float], warpers: list[object]
+) -> None:
+    scores, count = scores_of(1, seed=5), 4000
+    wanted = LogitsProcessorList(warpers)(None, scores.clone()).softmax(-1)[0]
+    found = Counter(draws([row(**sampling)], scores, count)[0])
+    assert all(wanted[token] > 0 for token in found), "a token that the filters take out"
+    # Pearson's statistic over the tokens that are expected five times or more, and the rest as one.
+    often = [token for token in range(VOCABULARY) if wanted[token] * count >= 5]
+    cells = [(found[token], float(wanted[token]) * count) for token in often]
+    rest = count - sum(expected for _, expected in cells)
+    if rest >= 5:
+        cells.append((count - sum(observed for observed, _ in cells), rest))
+    statistic = sum((observed - expected) ** 2 / expected for observed, expected in cells)
+    # Mean k - 1 and variance 2 (k - 1) where the distribution is right; five deviations of room, and seeds are fixed.
+    freedom = len(cells) - 1
+    assert freedom > 0
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_random_number_at_either_end_still_gives_a_token_with_a_probability() -> None:
+    scores = torch.full((1, VOCABULARY), -torch.inf)
+    scores[0, 3] = scores[0, 9] = 0.0
+    for uniform, token in ((0.0, 3), (0.49, 3), (0.51, 9), (1.0 - 2**-53, 9)):
+        drawn = row()
+        drawn._random.random = lambda uniform=uniform: uniform  # type: ignore[method-assign]
+        assert choose_tokens(scores, [drawn]).tolist() == [token]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", 101), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+)
+def test_a_setting_out_of_range_is_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        Sampling(**{"max_new_tokens": 1, field: value})  # type: ignore[arg-type]
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop"):
+        Sampling(max_new_tokens=1, stop=("a", ""))

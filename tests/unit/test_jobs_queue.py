@@ -1,0 +1,90 @@
+"""One queue and one box for all ranks: nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Barrier, Thread
+
+import pytest
+import torch.distributed as dist
+
+from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
+from zeroinf.jobs.requests import Result
+
+
+def on_threads(count: int, body: Callable[[int], None]) -> None:
+    together = Barrier(count)
+
+    def run(number: int) -> None:
+        together.wait()
+        body(number)
+
+    threads = [Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def result(index: int) -> Result:
+    return Result(
+        index=index,
+        id=f"id-{index}",
+        prompt=None if index % 2 else "Grüße \U0001f642",
+        completion=f"line\n\u2028{index}",
+        finish_reason="stop",
+        prompt_tokens=index,
+        completion_tokens=1,
+    )
+
+
+@pytest.mark.parametrize(("total", "rows", "ranks"), [(0, 4, 2), (1, 4, 3), (7, 8, 2), (8, 8, 2), (101, 3, 8)])
+def test_each_position_is_drawn_exactly_once(total: int, rows: int, ranks: int) -> None:
+    store = dist.HashStore()
+    drawn: list[list[range]] = [[] for _ in range(ranks)]
+
+    def drain(rank: int) -> None:
+        queue = WorkQueue(store, total, rows)
+        while positions := queue.draw():
+            drawn[rank].append(positions)
+        assert not queue.draw(), "empty stays empty"
+
+    on_threads(ranks, drain)
+    batches = sorted((batch for of_rank in drawn for batch in of_rank), key=lambda batch: batch.start)
+    assert [position for batch in batches for position in batch] == list(range(total))
+    assert all(len(batch) == rows for batch in batches[:-1]), "batches are the same whoever draws them"
+
+
+def test_every_result_arrives_once_and_whole_while_others_are_put() -> None:
+    store, count, ranks = dist.HashStore(), 50, 4
+    found: list[Result] = []
+
+    def rank(number: int) -> None:
+        if number:
+            box = ResultBox(store)
+            for index in range(number - 1, count, ranks - 1):
+                box.put(result(index))
+            return
+        box = ResultBox(store)
+        while len(found) < count:
+            found.extend(box.collect())
+        assert list(box.collect()) == []
+
+    on_threads(ranks, rank)
+    assert sorted(found, key=lambda r: r.index) == [result(index) for index in range(count)]
+
+
+def test_a_result_that_is_collected_no_longer_takes_memory_in_the_store() -> None:
+    store = dist.HashStore()
+    box = ResultBox(store)
+    box.put(result(0))
+    keys = store.num_keys()
+    assert len(list(box.collect())) == 1
+    assert store.num_keys() == keys - 1
+
+
+def test_tokens_of_all_ranks_are_counted_together() -> None:
+    store = dist.HashStore()
+    on_threads(4, lambda rank: [TokenCount(store).add(rank) for _ in range(10)] and None)
+    assert TokenCount(store).add(0) == 60
