@@ -44,7 +44,7 @@ def test_both_ranks_answer_and_make_as_many_forwards(
     assert len(set(found.forwards)) == 1
 
 
-@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+@pytest.mark.parametrize("name", WIDE_ARCHITECTURES)
 def test_ranks_share_the_weights_on_disk(name: str, models: dict[str, Path], driven: Path) -> None:
     weights = sum(file.stat().st_size for file in models[name].glob("*.safetensors"))
     assert weights / 2 < answer(driven, Cell(str(models[name]), "nvme")).bytes_on_disk < 1.5 * weights

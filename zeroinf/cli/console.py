@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from zeroinf.hardware.process import resident_bytes
 from zeroinf.jobs.report import Progress, RunReport
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
@@ -34,6 +36,7 @@ class ConsoleObserver:
         self._quiet = quiet
         self._bar: Bar | None = None
         self._last_line = 0.0
+        self._loading = threading.Event()
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -63,8 +66,17 @@ class ConsoleObserver:
         )
         self._say(f"      {plan.engine} engine, {streams} on the {device}, {plan.batch_size} rows each")
         self._say("loading weights ...")
+        self._loading = threading.Event()
+        threading.Thread(target=self._tell_loading, args=(self._loading,), name="loading", daemon=True).start()
+
+    def _tell_loading(self, over: threading.Event) -> None:
+        started = time.monotonic()
+        while not over.wait(_PLAIN_LINE_EVERY_S):
+            elapsed = _clock(time.monotonic() - started)
+            self._say(f"loading for {elapsed}, this process holds {gib(resident_bytes())}")
 
     def loaded(self, seconds: float) -> None:
+        self._loading.set()
         if not self._quiet:
             self._say(f"loaded in {seconds:.1f} s")
 
@@ -88,6 +100,7 @@ class ConsoleObserver:
         self._bar.update(self._bar.task_ids[0], completed=progress.rows_done, rates=_rates(progress))
 
     def ended(self) -> None:
+        self._loading.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

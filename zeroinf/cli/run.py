@@ -91,7 +91,7 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
         check_gpu_count(num_gpus)
         _check_output(asked["output_file"], asked["overwrite"])
         if num_gpus > 1:
-            return launch(num_gpus, _arguments())
+            return launch(num_gpus, sys.argv[1:])
     return _run_here(ctx, world, report_file=report_file, quiet=quiet, **asked)
 
 
@@ -113,17 +113,6 @@ def _check_output(path: Path | None, overwrite: bool) -> None:
 
     if path is not None:
         check_output(path, overwrite)
-
-
-def _arguments() -> list[str]:
-    """This process's own arguments without --num-gpus, for the ranks."""
-    arguments, rest = [], iter(sys.argv[1:])
-    for argument in rest:
-        if argument == "--num-gpus":
-            next(rest)
-        elif not argument.startswith("--num-gpus="):
-            arguments.append(argument)
-    return arguments
 
 
 def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:

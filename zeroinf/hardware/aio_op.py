@@ -75,6 +75,11 @@ class AioOp:
     nvcc: Path | None
     unreadable_architectures: tuple[str, ...]
 
+    @property
+    def usable_at_once(self) -> bool:
+        """Nothing has to be compiled first."""
+        return self.built or self.prebuilt
+
     def problems(self) -> tuple[Problem, ...]:
         """Everything that would stop a run which uses the op; empty when it can work."""
         if self.prebuilt:

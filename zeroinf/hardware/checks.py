@@ -191,7 +191,7 @@ def _aio_warnings(op: AioOp, *, asked: bool) -> Iterator[Check]:
         )
     if op.unreadable_architectures and not op.with_cuda:
         yield _from_problem(op.architecture_problem(), fatal=False)
-    if op.built or op.prebuilt:
+    if op.usable_at_once:
         where = "installed with DeepSpeed" if op.prebuilt else f"built in {op.folder}"
         yield Check(name="async_io op", status="ok", value=where)
     else:

@@ -19,6 +19,7 @@ from zeroinf.errors import DoesNotFitError, EnvironmentProblem, ZeroinfError
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row
+from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.options import RunOptions
@@ -152,6 +153,8 @@ class _Job:
             for refusal in self._prepared.refusals:
                 self._output.add(refusal)
         self._observer.loading(plan)
+        if plan.offload == "nvme" and not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
+            self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
         started = time.perf_counter()
         engine = ZeroEngine(plan, self._source, self._prepared.zero_config, self._control.world)
         try:

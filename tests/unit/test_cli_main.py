@@ -1,0 +1,126 @@
+"""The command line starts fast, lists what there is, and turns errors into two lines and a code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from zeroinf.cli import launch, main
+from zeroinf.cli.main import cli
+from zeroinf.errors import (
+    DoesNotFitError,
+    EnvironmentProblem,
+    InterruptedRunError,
+    RankError,
+    RequestsFailedError,
+    UsageError,
+    ZeroinfError,
+)
+
+_HEAVY = {"torch", "deepspeed", "transformers", "accelerate", "numpy", "rich", "pydantic"}
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after `statement`."""
+    script = f"import sys, json\ntry:\n    {statement}\nexcept SystemExit:\n    pass\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_importing_zeroinf_loads_nothing_heavy() -> None:
+    loaded = modules_after("import zeroinf")
+    assert "zeroinf" in loaded
+    assert not loaded & {*_HEAVY, "click"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["config", "--help"], ["doctor", "--help"]]
+)
+def test_help_loads_neither_torch_nor_deepspeed_nor_anything_else_that_is_heavy(arguments: list[str]) -> None:
+    loaded = modules_after(f"from zeroinf.cli.main import main; sys.argv[1:] = {arguments}; main()")
+    assert "click" in loaded
+    assert not loaded & _HEAVY
+
+
+def test_help_lists_every_command_with_a_line_of_its_own() -> None:
+    listed = CliRunner().invoke(cli, ["--help"]).stdout.partition("Commands:")[2].splitlines()
+    assert {line.split()[0]: len(line.split()) > 2 for line in listed if line.strip()} == {
+        "run": True,
+        "config": True,
+        "doctor": True,
+    }
+
+
+def test_version_is_the_packages() -> None:
+    import zeroinf
+
+    assert CliRunner().invoke(cli, ["--version"]).stdout == f"zeroinf, version {zeroinf.__version__}\n"
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = CliRunner().invoke(cli, ["runn"])
+    assert result.exit_code == 2
+    assert "No such command 'runn'" in result.stderr
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
+def test_the_local_rank_that_launchers_put_before_the_command_is_accepted(spelling: str) -> None:
+    result = CliRunner().invoke(cli, [spelling, "run", "--help"])
+    assert result.exit_code == 0
+    assert "local" not in CliRunner().invoke(cli, ["--help"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ZeroinfError("it broke", hint="mend it"), 1),
+        (RankError("it broke", hint="mend it"), 1),
+        (UsageError("it broke", hint="mend it"), 2),
+        (DoesNotFitError("it broke", hint="mend it"), 3),
+        (EnvironmentProblem("it broke", hint="mend it"), 4),
+        (RequestsFailedError("it broke", hint="mend it"), 5),
+        (InterruptedRunError("it broke", hint="mend it"), 130),
+        (InterruptedRunError("it broke", hint="mend it", signal_number=15), 143),
+    ],
+)
+def test_an_error_becomes_its_message_its_hint_and_its_code(
+    error: ZeroinfError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main.cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == code
+    assert capsys.readouterr() == ("", "error: it broke\n\nhint: mend it\n")
+
+
+def test_a_ranks_error_says_which_rank_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**kwargs: object) -> None:
+        raise UsageError("it broke")
+
+    monkeypatch.setattr(main.cli, "main", fail)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        main.main()
+    assert capsys.readouterr().err == "error: rank 3: it broke\n"
+
+
+@pytest.mark.parametrize(("launched", "code"), [(0, 0), (3, 3), (5, 5), (143, 143), (-9, 1), (77, 1)])
+def test_the_launchers_code_is_the_ranks_where_it_has_a_meaning(
+    launched: int, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{'kill -9 $$' if launched < 0 else f'exit {launched}'}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(fake))
+    monkeypatch.setattr(launch.signal, "signal", lambda *args: None)
+    assert launch.launch(2, ["run"]) == code

@@ -1,0 +1,178 @@
+"""An anatomy read on the meta device agrees with models that are really built, run and measured."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONTEXT, SMALL_MODELS, build_model, small_config
+from transformers import AutoModelForCausalLM, T5Config
+
+from zeroinf.errors import ModelError
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters
+from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
+from zeroinf.model.kv import held_bytes
+
+ROWS, PROMPT, NEW = 2, 30, 12
+NO_LIMIT = {"bloom", "mamba", "mamba2", "falcon_mamba"}
+WINDOWED = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral"}
+
+
+def measured_cache_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of the cache at the end of a real generation, and the number of tokens in it."""
+    ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    cache = output.get("past_key_values") or output.get("cache_params")
+    return sum(held_bytes(vars(layer)) for layer in cache.layers), PROMPT + NEW - 1
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
+def test_anatomy_equals_the_model_that_is_really_built(name: str) -> None:
+    anatomy = read_anatomy(small_config(name))
+    model = build_model(name)
+    own = {tensor.name: tensor for tensor in anatomy.tensors()}
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+        n: t.shape for n, t in own.items() if not t.is_buffer
+    }
+    assert anatomy.weight_bytes == sum(p.nbytes for p in model.parameters())
+    assert sum(t.nbytes for t in own.values() if t.is_buffer) == sum(b.nbytes for b in model.buffers())
+    assert len(anatomy.blocks) == len(find_blocks(model)[1])
+    assert anatomy.context_limit == (None if name in NO_LIMIT else CONTEXT)
+
+    nbytes, tokens = measured_cache_bytes(model)
+    assert anatomy.cache_bytes(ROWS, tokens) == nbytes
+    assert any(layer.window for layer in anatomy.cache) == (name in WINDOWED)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt_oss", "jamba", "deepseek_v3", "mamba"])
+def test_a_saved_checkpoint_loads_with_the_bytes_that_the_anatomy_says(
+    name: str, small_checkpoint: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(small_checkpoint(name), dtype=torch.bfloat16)
+    anatomy = read_anatomy(small_config(name), dtype="bfloat16")
+    assert anatomy.weight_bytes == sum(p.nbytes for p in model.parameters())
+    nbytes, tokens = measured_cache_bytes(model)
+    assert anatomy.cache_bytes(ROWS, tokens) == nbytes
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL_MODELS) - {"xglm"}))
+def test_small_models_do_not_repeat_one_token(name: str) -> None:
+    ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
+    tokens = build_model(name).generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, PROMPT:]
+    assert len(set(tokens.flatten().tolist())) > 3
+
+
+def test_tied_weights_are_counted_once() -> None:
+    tied, untied = read_anatomy(small_config("llama_tied")), read_anatomy(small_config("llama"))
+    assert tied.tied == (("lm_head.weight", "model.embed_tokens.weight"),)
+    assert untied.tied == ()
+    assert untied.parameters - tied.parameters == tied.vocabulary * tied.hidden_size
+
+
+def test_window_counts_all_that_the_cache_keeps() -> None:
+    layer = read_anatomy(small_config("mistral")).cache[0]
+    assert (layer.fixed_bytes, layer.bytes_per_token, layer.window) == (0, 2 * 2 * 16 * 4, 16)
+    assert layer.nbytes(1000) == layer.nbytes(16) == 16 * layer.bytes_per_token
+
+
+def test_state_space_cache_does_not_grow() -> None:
+    anatomy = read_anatomy(small_config("mamba"))
+    assert anatomy.kv_bytes_per_token == 0
+    assert anatomy.cache_bytes(1, 10) == anatomy.cache_bytes(1, 10_000) > 0
+
+
+def test_float16_leaves_what_transformers_keeps_in_float32() -> None:
+    class Kept(type(build_meta(small_config("llama"), "float32"))):  # type: ignore[misc]
+        _keep_in_fp32_modules = ("input_layernorm",)
+
+    config = small_config("llama")
+    AutoModelForCausalLM.register(type(config), Kept, exist_ok=True)
+    try:
+        dtypes = {t.name: t.dtype for t in read_anatomy(config, dtype="float16").tensors() if not t.is_buffer}
+    finally:
+        AutoModelForCausalLM._model_mapping._extra_content.pop(type(config))
+    assert dtypes["model.layers.0.input_layernorm.weight"] == "float32"
+    assert dtypes["model.layers.0.mlp.up_proj.weight"] == "float16"
+
+
+def test_the_config_is_not_changed() -> None:
+    config = small_config("llama")
+    before = config.to_dict()
+    read_anatomy(config, dtype="bfloat16")
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["rwkv", "minimax"])
+def test_a_cache_that_cannot_be_read_is_refused(name: str) -> None:
+    import transformers
+
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    config = {
+        "rwkv": lambda: transformers.RwkvConfig(**size),
+        "minimax": lambda: transformers.MiniMaxConfig(**size, num_attention_heads=4, intermediate_size=32),
+    }[name]()
+    with pytest.raises(ModelError, match="KV cache of .* cannot be read"):
+        read_anatomy(config)
+
+
+def test_a_model_without_a_stack_of_layers_is_refused() -> None:
+    model = build_meta(small_config("llama"), "float32")
+    model.config.num_hidden_layers = 99
+    with pytest.raises(ModelError, match="no stack of 99 decoder layers"):
+        find_blocks(model)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot build"):
+        build_meta(T5Config(), "float32")
+
+
+# The largest, one of each kind of cache and tie, and the first of the README; all of them are a minute of work.
+PUBLISHED = [
+    "pythia-160m",
+    "opt-13b",
+    "bloom-7b1",
+    "llama-2-7b",
+    "qwen3-30b-a3b",
+    "gemma-2b",
+    "smollm2-135m",
+    "bloom-176b",
+]
+
+
+@pytest.fixture(scope="module")
+def bloom() -> Anatomy:
+    return read_anatomy(catalog_config("bloom-176b"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts_are_met(name: str, bloom: Anatomy) -> None:
+    anatomy = bloom if name == "bloom-176b" else read_anatomy(catalog_config(name))
+    assert anatomy.parameters == catalog_parameters(name)
+
+
+def test_counts_that_are_known_by_heart() -> None:
+    assert catalog_parameters("EleutherAI/pythia-160m") == 162_322_944
+    assert catalog_parameters("Llama-2-7b") == 6_738_415_616
+    assert len([name for name in catalog_names() if catalog_parameters(name)]) >= 25
+
+
+def test_176_billion_parameters_take_no_memory(bloom: Anatomy) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = build_meta(catalog_config("bloom-176b"), "bfloat16")
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert sum(p.numel() for p in model.parameters()) == bloom.parameters
+    assert bloom.weight_bytes > 300 * 2**30
+    assert grown_kib < 256 * 2**10

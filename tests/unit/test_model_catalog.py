@@ -1,0 +1,39 @@
+"""The catalog of known shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zeroinf.errors import ModelError
+from zeroinf.model.catalog import catalog_config, catalog_hub_id, catalog_names, configs_directory
+
+
+def test_every_entry_makes_a_causal_config_and_keeps_what_it_says() -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    assert len(catalog_names()) >= 25
+    for name in catalog_names():
+        config = catalog_config(name)
+        assert type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, name
+        entry = json.loads((configs_directory() / "models" / f"{name}.json").read_text())
+        sizes = {key: value for key, value in entry.items() if isinstance(value, int) and not key.startswith("_")}
+        assert {key: getattr(config, key) for key in sizes if hasattr(config, key)}.items() <= sizes.items(), name
+        assert str(config.dtype).removeprefix("torch.") == entry["dtype"], name
+
+
+def test_names_and_hub_ids_in_any_case() -> None:
+    assert catalog_config("BLOOM-176B").n_layer == 70
+    assert catalog_config("eleutherai/Pythia-160M").hidden_size == 768
+    assert catalog_hub_id("llama-3.1-405b") == "meta-llama/Llama-3.1-405B"
+    assert catalog_hub_id("nothing") is None
+
+
+def test_a_name_that_is_not_there_brings_the_closest() -> None:
+    with pytest.raises(ModelError, match="pythia-161m") as caught:
+        catalog_config("EleutherAI/pythia-161m")
+    assert "pythia-160m" in str(caught.value.hint)
+    with pytest.raises(ModelError) as caught:
+        catalog_config("???")
+    assert "known: bloom-176b" in str(caught.value.hint)

