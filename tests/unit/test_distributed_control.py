@@ -139,14 +139,48 @@ def test_a_rank_that_confessed_is_quoted() -> None:
     def body(control: Control) -> None:
         watch = PeerWatch(control, lambda message, speak: told.put(message))
         if control.world.rank == 1:
-            watch.confess("the disk is on fire")
-            os._exit(1)
+            watch.confess("the disk is on fire", 3)
+            os._exit(3)
         time.sleep(50)
+
+    _, codes = on_ranks(2, body)
+    (message,) = heard_by(told)
+    assert message.startswith("rank 1 (process ")
+    assert message.endswith("died: the disk is on fire")
+    assert codes == [3, 3], "all ranks end with the code of the one that failed"
+
+
+def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code() -> None:
+    told = _FORK.SimpleQueue()
+
+    def body(control: Control) -> None:
+        watch = PeerWatch(control, lambda message, speak: told.put((message, speak)))
+        if control.world.is_main:
+            watch.confess("the disk is on fire", 3)
+            os._exit(3)
+        time.sleep(50)
+
+    _, codes = on_ranks(3, body)
+    assert heard_by(told) == [("the disk is on fire", False)] * 2
+    assert codes == [3, 3, 3]
+
+
+def test_a_rank_whose_collective_broke_lets_the_watch_name_the_one_that_died() -> None:
+    told = _FORK.SimpleQueue()
+
+    def body(control: Control) -> None:
+        watch = PeerWatch(control, lambda message, speak: told.put(message))
+        if control.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            control.most(1)
+        except RankError:
+            watch.give_way()
+        told.put("gave up waiting")
 
     on_ranks(2, body)
     (message,) = heard_by(told)
     assert message.startswith("rank 1 (process ")
-    assert message.endswith("died: the disk is on fire")
 
 
 def test_after_stop_ranks_may_end_in_any_order() -> None:

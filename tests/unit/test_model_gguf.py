@@ -63,7 +63,7 @@ def test_demo_holds_the_values_of_the_packed_file(demo_folder: Path) -> None:
             ("blk.7.ffn_down.weight", "model.layers.7.mlp.down_proj.weight"),
             ("output_norm.weight", "model.norm.weight"),
         ):
-            values = torch.from_numpy(dequantize(packed[theirs].data, packed[theirs].tensor_type))
+            values = torch.tensor(dequantize(packed[theirs].data, packed[theirs].tensor_type))
             assert torch.equal(stored.get_tensor(ours), values.to(torch.bfloat16)), ours
 
 

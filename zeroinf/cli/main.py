@@ -64,6 +64,9 @@ def main() -> NoReturn:
         code = error.exit_code
     except ZeroinfError as error:
         code = _show(error)
+    except Exception:  # a defect: others wait for this rank, so it must end here too
+        traceback.print_exc()
+        code = ZeroinfError.exit_code
     _leave(code if isinstance(code, int) else 0)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from zeroinf.distributed.control import Control
 from zeroinf.errors import RankError
 
 _POLL_S = 0.2
+_GRACE_S = 1.5
+"""How long a rank that ends gives the others to notice why: several polls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,15 @@ class PeerWatch:
     A rank that is stuck in a collective cannot notice by itself that its peer is gone. The thread does: it calls
     `on_death(message, speak)` to save what can be saved and ends the process; `speak` is true on one rank only, the
     lowest that lives.
-    A rank that fails on purpose leaves its reason with `confess`, so that the others can name it.
+    A rank that fails on purpose leaves its reason and exit code with `confess`, so that the others can name the one and
+    end with the other. Rank 0, which holds the store, tells the user itself: then nobody else speaks.
     """
 
     def __init__(self, control: Control, on_death: Callable[[str, bool], None]) -> None:
         self._control = control
         self._on_death = on_death
         self._stop = threading.Event()
+        self._ending = threading.Event()
         process = psutil.Process()
         own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time())
         peers: list[Peer] = control.gather(own)
@@ -53,12 +59,29 @@ class PeerWatch:
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
         self._thread.start()
 
-    def confess(self, reason: str) -> None:
-        """Tell the other ranks why this one is about to end."""
+    def give_way(self) -> None:
+        """To be called where a collective may have failed because a peer died: if one did, this does not return.
+
+        The connection breaks before the thread has looked, and does not say whose end it was.
+        """
+        if self._ending.wait(_GRACE_S):
+            self._thread.join()
+
+    def confess(self, reason: str, exit_code: int) -> None:
+        """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
+        self.stop()
         try:
-            self._control.store.set(f"reason/{self._control.world.rank}", reason)
+            self._control.store.set(_reason_key(self._control.world.rank), json.dumps([reason, exit_code]))
         except RuntimeError:
             return  # rank 0, which holds the store, is gone already
+        if self._control.world.is_main:
+            self._wait_for_peers()
+
+    def _wait_for_peers(self) -> None:
+        """Keep the store until the others have read from it, or have ended."""
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and any(peer.is_alive() for peer in self._peers):
+            time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """Stop watching: from here on ranks may end in any order."""
@@ -66,18 +89,40 @@ class PeerWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
+            word = self._word_of(0) if not self._control.world.is_main else None
             dead = [peer for peer in self._peers if not peer.is_alive()]
-            if dead and not self._stop.is_set():
-                first_alive = min(set(range(self._control.world.size)) - {peer.rank for peer in dead})
-                texts = [f"rank {peer.rank} (process {peer.pid}) died: {self._reason(peer)}" for peer in dead]
-                self._on_death("; ".join(texts), first_alive == self._control.world.rank)
-                os._exit(RankError.exit_code)
+            if not (word or dead) or self._stop.is_set():
+                continue
+            self._ending.set()
+            if word is not None:
+                self._on_death(word[0], False)
+                os._exit(word[1])
+            words = [self._word_of(peer.rank) for peer in dead]
+            first_alive = min(set(range(self._control.world.size)) - {peer.rank for peer in dead})
+            texts = [f"rank {p.rank} (process {p.pid}) died: {_reason(w)}" for p, w in zip(dead, words, strict=True)]
+            self._on_death("; ".join(texts), first_alive == self._control.world.rank)
+            time.sleep(_GRACE_S)  # the others shall see who died first, not that this rank followed
+            os._exit(next((word[1] for word in words if word), RankError.exit_code))
 
-    def _reason(self, dead: Peer) -> str:
-        key = f"reason/{dead.rank}"
+    def _word_of(self, rank: int) -> tuple[str, int] | None:
+        """What `rank` confessed: its reason and its exit code."""
+        key = _reason_key(rank)
+        if rank == 0 and not any(peer.rank == 0 and peer.is_alive() for peer in self._peers):
+            return None  # its store went with it
         try:
-            if dead.rank != 0 and self._control.store.check([key]):
-                return self._control.store.get(key).decode()
+            if not self._control.store.check([key]):
+                return None
+            reason, exit_code = json.loads(self._control.store.get(key))
         except RuntimeError:
-            pass
-        return "it left no word, so it was killed from outside (out of host memory? see the system log)"
+            return None
+        return reason, exit_code
+
+
+def _reason_key(rank: int) -> str:
+    return f"reason/{rank}"
+
+
+def _reason(word: tuple[str, int] | None) -> str:
+    if word is not None:
+        return word[0]
+    return "it left no word, so it was killed from outside (out of host memory? see the system log)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 import psutil
@@ -15,7 +16,7 @@ from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine
 from zeroinf.engines.zero.engine import ZeroEngine
-from zeroinf.errors import DoesNotFitError, EnvironmentProblem, ZeroinfError
+from zeroinf.errors import DoesNotFitError, EnvironmentProblem, RankError, ZeroinfError
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row
@@ -23,7 +24,7 @@ from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path
+from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path, partial_path
 from zeroinf.jobs.prepare import Prepared, prepare
 from zeroinf.jobs.report import Observer, RankReport, RunReport
 from zeroinf.jobs.stream import Output, Stream, WarmUp
@@ -72,7 +73,7 @@ def run_job(
         source, prepared, writer = _prepare_together(options, control, device, results)
         output = Output(writer) if writer is not None else None
         watch = (
-            PeerWatch(control, lambda death, speak: _on_death(death, speak, output, observer))
+            PeerWatch(control, lambda death, speak: _on_death(death, speak, output, options.output_file, observer))
             if world.size > 1
             else None
         )
@@ -253,18 +254,23 @@ def process_age_s() -> float:
 def _leave(error: BaseException, output: Output | None, watch: PeerWatch | None, observer: Observer) -> None:
     """Save what is finished and tell the other ranks why this one ends."""
     observer.ended()
-    if watch is not None:
-        watch.confess(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if watch is not None and isinstance(error, (RankError, RuntimeError)):
+        watch.give_way()
     if output is not None:
         observer.note(_saved_text(output.abandon()))
+    if watch is not None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        watch.confess(reason, error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code)
 
 
-def _on_death(death: str, speak: bool, output: Output | None, observer: Observer) -> None:
+def _on_death(death: str, speak: bool, output: Output | None, file: Path | None, observer: Observer) -> None:
     observer.ended()
     if speak:
         observer.failed(death)
     if output is not None:
         observer.note(_saved_text(output.abandon()))
+    elif speak and file is not None:
+        observer.note(f"results finished until then are saved in {partial_path(file)}")
 
 
 def _saved_text(saved: Saved) -> str:

@@ -122,7 +122,7 @@ def _locate(name: str) -> str:
     if name == DEMO_ALIAS:
         return str(demo_model_folder())
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{name} holds no config.json", hint="--model wants the folder of a transformers checkpoint"
