@@ -65,7 +65,7 @@ def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"transformers cannot build a causal language model of {type(config).__name__}: {error}"
         ) from error
-    _keep_in_float32(model, dtype)
+    keep_in_float32(model, dtype)
     return model.eval()
 
 
@@ -81,7 +81,7 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
 
 
-def _keep_in_float32(model: Any, dtype: str) -> None:
+def keep_in_float32(model: Any, dtype: str) -> None:
     """Apply transformers' lists of modules that stay float32 when a model is loaded in a smaller dtype."""
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in ("float16", "bfloat16") else set()
     if dtype == "float16":

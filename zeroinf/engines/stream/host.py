@@ -1,0 +1,58 @@
+"""The host tier: all weights of a node in one anonymous shared file, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+
+import torch
+
+from zeroinf.distributed.control import Control
+from zeroinf.errors import EnvironmentProblem
+
+
+class HostMemory:
+    """`nbytes` of memory that all ranks of a node map, page-locked for the GPU at exactly that size.
+
+    torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. The memory has no
+    name in any file system: it is gone with the last process that maps it, however that one ends.
+    """
+
+    def __init__(self, nbytes: int, control: Control, *, pin: bool) -> None:
+        self.nbytes = nbytes
+        self.pinned_bytes = 0
+        descriptor = self._open(nbytes, control)
+        self._map = mmap.mmap(descriptor, nbytes)
+        os.close(descriptor)
+        with suppress(OSError):  # a kernel without transparent huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pin:
+            self._pin()
+
+    @staticmethod
+    def _open(nbytes: int, control: Control) -> int:
+        own = os.memfd_create("zeroinf-weights") if control.world.local_rank == 0 else -1
+        if own >= 0:
+            os.ftruncate(own, nbytes)
+        keepers = control.gather((os.getpid(), own, os.uname().nodename))
+        pid, number, _ = next(k for k in keepers if k[1] >= 0 and k[2] == os.uname().nodename)
+        descriptor = own if own >= 0 else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        control.gather(None)  # nobody closes it before all have opened it
+        return descriptor
+
+    def _pin(self) -> None:
+        error = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, 1)  # 1: portable
+        if int(error):
+            raise EnvironmentProblem(
+                f"cannot page-lock {self.nbytes / 2**30:.2f} GiB of host memory: CUDA error {int(error)}",
+                hint="raise the memlock limit (`ulimit -l unlimited`), free host memory, or --no-pin-memory",
+            )
+        self.pinned_bytes = self.nbytes
+
+    def close(self) -> None:
+        """Unlock the memory. The mapping goes with the last tensor that points into it."""
+        if self.pinned_bytes:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self.pinned_bytes = 0
