@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from zeroinf.hardware.process import resident_bytes
+from zeroinf.hardware.process import resident
 from zeroinf.jobs.report import Progress, RunReport
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
@@ -73,7 +73,7 @@ class ConsoleObserver:
         started = time.monotonic()
         while not over.wait(_PLAIN_LINE_EVERY_S):
             elapsed = _clock(time.monotonic() - started)
-            self._say(f"loading for {elapsed}, this process holds {gib(resident_bytes())}")
+            self._say(f"loading for {elapsed}, this process holds {gib(resident().total_bytes)}")
 
     def loaded(self, seconds: float) -> None:
         self._loading.set()
@@ -141,8 +141,8 @@ def print_report(console: Console, report: RunReport) -> None:
         table.add_row(
             "peak GPU memory", f"{gib(max(gpus))} reserved" + (" on the fullest rank" if len(gpus) > 1 else "")
         )
-    host = [rank.peak_host_bytes for rank in report.ranks]
-    table.add_row("peak host memory", gib(sum(host)) + (f" over {len(host)} ranks" if len(host) > 1 else ""))
+    ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""
+    table.add_row("peak host memory", gib(report.peak_host_bytes) + ranks)
     if report.output is not None:
         table.add_row("output", str(report.output))
     if report.errors is not None and report.refused:

@@ -18,6 +18,12 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.command(short_help="Generate text from many prompts.")
 @model_options
 @click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "stream", "zero"]),
+    default="auto",
+    help="stream is ours, zero is DeepSpeed's ZeRO-3; auto takes stream wherever it can run the request.",
+)
 @offload_options
 @click.option(
     "--zero-config",

@@ -14,8 +14,8 @@ class EngineStats:
     forwards: int
     """Forwards of the whole model, warm-up included."""
     streamed_bytes_per_pass: int
-    """Weight bytes that reach the compute device of this rank from `offload` in one walk over all blocks, all ranks
-    together: n ranks that each pull 1/n count the weights once."""
+    """Weight bytes that cross links, from where they rest to where they compute, in one walk over all blocks. Ranks in
+    step make one walk together, of which each pulls its part; other ranks make one each."""
 
 
 class Engine(Protocol):

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 _POLL_S = 0.05
-_COUNTED = ("RssAnon:", "RssShmem:")
 
 
-def resident_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Resident memory of this process without the pages of mapped files, which the system can drop at any time."""
-    lines = (line.split() for line in status.read_text().splitlines())
-    return sum(int(fields[1]) * 1024 for fields in lines if fields and fields[0] in _COUNTED)
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Resident memory without the pages of mapped files, which the system can drop at any time."""
+
+    own_bytes: int
+    shared_bytes: int
+    """Shared memory: other processes that map it count the same pages again."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.own_bytes + self.shared_bytes
+
+
+def resident(status: Path = Path("/proc/self/status")) -> Resident:
+    """What this process holds now."""
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    own, shared = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return Resident(own, shared)
 
 
 class PeakMemory:
-    """A thread that remembers the highest `resident_bytes` since it was made."""
+    """A thread that remembers what `resident` was when its total was highest."""
 
     def __init__(self) -> None:
-        self._peak = resident_bytes()
+        self._peak = resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
         self._thread.start()
 
-    def so_far(self) -> int:
-        """The peak until now, in bytes."""
-        return max(self._peak, resident_bytes())
+    def so_far(self) -> Resident:
+        """The peak until now."""
+        self._look()
+        return self._peak
 
-    def stop(self) -> int:
+    def stop(self) -> Resident:
         """Stop watching; returns the peak."""
         self._stop.set()
         self._thread.join()
@@ -36,4 +51,9 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
-            self._peak = max(self._peak, resident_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        now = resident()
+        if now.total_bytes > self._peak.total_bytes:
+            self._peak = now

@@ -20,6 +20,7 @@ class RunOptions:
     dtype: str = "auto"
     trust_remote_code: bool = False
     random_weights: bool = False
+    engine: str = "auto"
     offload: Offload = "cpu"
     nvme_path: Path | None = None
     pin_memory: bool = True

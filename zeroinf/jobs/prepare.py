@@ -45,6 +45,8 @@ class Prepared:
     """What rank 0 settles and every rank is told."""
 
     plan: Plan
+    engine_choice: str | None
+    """Why `auto` did not take the default engine, if it did not."""
     zero_config: dict[str, Any]
     work: tuple[Work, ...]
     refusals: tuple[Refusal, ...]
@@ -72,9 +74,10 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
     _refuse_idle_sampling_flags(options, work)
     own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
     offload, nvme_path = (options.offload, options.nvme_path) if own_config is None else _offload_of(own_config)
+    engine, why = choose_engine(options.engine, offload, own_zero_config=own_config is not None)
     plan = Plan(
         anatomy=anatomy,
-        engine="zero",
+        engine=engine,
         offload=offload,
         dtype=anatomy.dtype,
         device="cuda" if device == "cuda" else "cpu",
@@ -89,8 +92,11 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
         check_user_config(own_config, plan)
     if plan.offload == "nvme":
         _check_nvme(plan, own_config)
+    if plan.offload == "cpu":
+        _check_host_memory(plan)
     return Prepared(
         plan=plan,
+        engine_choice=why,
         zero_config=own_config or build_zero_config(plan),
         work=work,
         refusals=tuple(refusals + too_long),
@@ -172,6 +178,33 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, Path | None]:
     if device == "nvme" and not path:
         raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
     return device, Path(path) if path else None
+
+
+def choose_engine(asked: str, offload: Offload, *, own_zero_config: bool) -> tuple[str, str | None]:
+    """The engine's name, and why `auto` did not take the stream engine.
+
+    Raises UsageError when the stream engine is asked for what it does not do.
+    """
+    obstacle = None
+    if own_zero_config:
+        obstacle = "--zero-config configures DeepSpeed"
+    elif offload != "cpu":
+        obstacle = f"--offload {offload} is DeepSpeed's: the stream engine keeps weights in host memory"
+    if asked == "stream" and obstacle:
+        raise UsageError(f"--engine stream: {obstacle}", hint="--engine zero, or --engine auto")
+    if asked == "auto":
+        return ("zero", obstacle) if obstacle else ("stream", None)
+    return asked, None
+
+
+def _check_host_memory(plan: Plan) -> None:
+    """All ranks together keep the weights in host memory once, whichever engine runs them."""
+    available = read_memory().available_bytes
+    if available < plan.anatomy.weight_bytes:
+        raise DoesNotFitError(
+            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {gib(available)} of host memory are available",
+            hint="free memory, or --offload nvme --nvme-path DIR",
+        )
 
 
 def _check_nvme(plan: Plan, own_config: dict[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from zeroinf.hardware.process import Resident
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
 
@@ -15,9 +16,9 @@ from zeroinf.planner.plan import Plan
 class RankReport:
     """One rank's part of a run."""
 
-    peak_host_loading_bytes: int
-    """Highest resident memory of the process while weights were loaded, pages of mapped files left out."""
-    peak_host_bytes: int
+    host_loading: Resident
+    """Resident memory of the process at its highest while weights were loaded."""
+    host: Resident
     """The same over the whole run."""
     peak_gpu_bytes: int | None
     """Highest memory the allocator held; None without a GPU."""
@@ -56,7 +57,7 @@ class RunReport:
         asked = ("engine", "offload", "dtype", "device", "world_size", "batch_size")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
-        derived = ("tokens_per_second", "streamed_gbps", "ms_per_token")
+        derived = ("tokens_per_second", "streamed_gbps", "ms_per_token", "peak_host_bytes", "peak_host_loading_bytes")
         return {
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
@@ -69,6 +70,17 @@ class RunReport:
     def tokens_per_second(self) -> float:
         """Completion tokens over the time to generate them, all ranks together."""
         return self.completion_tokens / self.generate_s if self.generate_s else 0.0
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Host memory of all ranks: what each has for itself, and once what they share."""
+        return sum(r.host.own_bytes for r in self.ranks) + max(r.host.shared_bytes for r in self.ranks)
+
+    @property
+    def peak_host_loading_bytes(self) -> int:
+        """The same while weights were loaded."""
+        loading = [rank.host_loading for rank in self.ranks]
+        return sum(r.own_bytes for r in loading) + max(r.shared_bytes for r in loading)
 
     @property
     def streamed_gbps(self) -> float:

@@ -15,13 +15,13 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine
-from zeroinf.engines.zero.engine import ZeroEngine
+from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem, RankError, ZeroinfError
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row
 from zeroinf.hardware.aio_op import read_aio_op
-from zeroinf.hardware.process import PeakMemory
+from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path, partial_path
@@ -154,20 +154,24 @@ class _Job:
             for refusal in self._prepared.refusals:
                 self._output.add(refusal)
         self._observer.loading(plan)
+        if self._prepared.engine_choice is not None:
+            self._observer.note(f"{plan.engine} engine: {self._prepared.engine_choice}")
         if plan.offload == "nvme" and not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
         started = time.perf_counter()
-        engine = ZeroEngine(plan, self._source, self._prepared.zero_config, self._control.world)
+        engine = load_engine(plan, self._source, self._prepared.zero_config, self._control, self._device)
         try:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
-            loading_peak = self._peak.so_far()
+            loading = self._peak.so_far()
             stream, generate_s = self._generate(engine)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(stream, loading_peak))
-            streamed = max(rank.forwards for rank in ranks) * engine.stats().streamed_bytes_per_pass
+            ranks = self._control.gather(self._rank_report(stream, loading))
+            # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
+            passes = (max if engine.in_step else sum)(rank.forwards for rank in ranks)
+            streamed = passes * engine.stats().streamed_bytes_per_pass
         finally:
             engine.close()
         if self._output is None:
@@ -236,11 +240,11 @@ class _Job:
         if stopped_by:
             raise interrupted(stopped_by)
 
-    def _rank_report(self, stream: Stream, loading_peak: int) -> RankReport:
+    def _rank_report(self, stream: Stream, loading: Resident) -> RankReport:
         gpu = torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
         return RankReport(
-            peak_host_loading_bytes=loading_peak,
-            peak_host_bytes=self._peak.stop(),
+            host_loading=loading,
+            host=self._peak.stop(),
             peak_gpu_bytes=gpu,
             forwards=stream.forwards,
         )

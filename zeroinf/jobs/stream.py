@@ -72,6 +72,7 @@ class Stream:
         self._box = ResultBox(control.store)
         self._tokens = TokenCount(control.store)
         self._untold = 0
+        self._walks = 1 if engine.in_step else prepared.plan.world_size
         self._output = output
         self._observer = observer
         self._forwards_before = engine.stats().forwards
@@ -133,7 +134,7 @@ class Stream:
                     rows=len(self._prepared.work),
                     tokens=tokens,
                     elapsed_s=self._told - self._started,
-                    streamed_bytes=self.forwards * self._engine.stats().streamed_bytes_per_pass,
+                    streamed_bytes=self.forwards * self._engine.stats().streamed_bytes_per_pass * self._walks,
                 )
             )
 

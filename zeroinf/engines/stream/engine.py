@@ -42,7 +42,9 @@ class StreamEngine:
         layouts = [lay_out(tensor.value for tensor in group) for group in groups]
         starts = [0, *accumulate(layout.nbytes for layout in layouts)]
         self._host = HostMemory(starts[-1], control, pin=plan.pin_memory and device.type == "cuda")
-        pieces = [self._host.bytes[start : start + layout.nbytes] for start, layout in zip(starts, layouts, strict=False)]
+        pieces = [
+            self._host.bytes[start : start + layout.nbytes] for start, layout in zip(starts, layouts, strict=False)
+        ]
         if control.world.local_rank == 0:
             _fill(groups, layouts, pieces, self._model, source)
         control.gather(None)  # nobody reads before all of it is there

@@ -5,18 +5,21 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
 
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
+
 
 class HostMemory:
     """`nbytes` of memory that all ranks of a node map, page-locked for the GPU at exactly that size.
 
-    torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. The memory has no
-    name in any file system: it is gone with the last process that maps it, however that one ends.
+    torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. The memory has
+    no name in any file system: it is gone with the last process that maps it, however that one ends.
     """
 
     def __init__(self, nbytes: int, control: Control, *, pin: bool) -> None:
@@ -43,7 +46,7 @@ class HostMemory:
         return descriptor
 
     def _pin(self) -> None:
-        error = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, 1)  # 1: portable
+        error = _cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, _PORTABLE)
         if int(error):
             raise EnvironmentProblem(
                 f"cannot page-lock {self.nbytes / 2**30:.2f} GiB of host memory: CUDA error {int(error)}",
@@ -54,5 +57,9 @@ class HostMemory:
     def close(self) -> None:
         """Unlock the memory. The mapping goes with the last tensor that points into it."""
         if self.pinned_bytes:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            _cudart().cudaHostUnregister(self.bytes.data_ptr())
             self.pinned_bytes = 0
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -22,7 +22,8 @@ class Ring:
         largest = max(piece.numel() for piece in pieces)
         count = min(slots, len(pieces))
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._arrived = [self._event() for _ in range(count)]
         self._released = [self._event() for _ in range(count)]
         self._turn = 0
@@ -67,4 +68,4 @@ class Ring:
             self._arrived[slot].record()
 
     def _event(self) -> Any:
-        return torch.cuda.Event() if self._stream is not None else None
+        return None if self._stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -31,7 +31,8 @@ class Tensor:
     def bind(self, value: torch.Tensor) -> None:
         """Let every module that uses this tensor use `value` instead (a Parameter for a parameter)."""
         for module, name in self.sites:
-            (module._parameters if self.is_parameter else module._buffers)[name] = value
+            own: dict[str, Any] = module._parameters if self.is_parameter else module._buffers
+            own[name] = value
 
     def like(self, view: torch.Tensor) -> torch.Tensor:
         """`view` as what this tensor is: a Parameter or a plain tensor."""
@@ -39,7 +40,7 @@ class Tensor:
 
 
 def sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The tensors of each block, and those outside, shared ones included: a tensor that two blocks use moves with none."""
+    """The tensors of each block, and those outside; a tensor that two blocks share moves with neither."""
     path, blocks = find_blocks(model)
     tensors: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():

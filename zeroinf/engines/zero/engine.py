@@ -22,6 +22,7 @@ from zeroinf.distributed.control import start_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.errors import ModelError
+from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
@@ -51,7 +52,9 @@ class ZeroEngine:
         config, self._swap_folder = _with_private_swap_folder(config, world)
         try:
             with _quiet_deepspeed():
-                buffers = _plain_buffers(source, plan)
+                # zero.Init makes buffers in the weights' dtype, and a rotary embedding of rounded frequencies gives
+                # other tokens: the model's own are made apart.
+                buffers = dict(build_skeleton(source, plan.dtype).named_buffers())
                 # transformers holds this object by a weak reference only, and loads unpartitioned once it is gone.
                 self._transformers_config = HfDeepSpeedConfig(config)
                 deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
@@ -107,21 +110,6 @@ def _build(source: ModelSource, plan: Plan) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source.name}: {error}") from error
-
-
-def _plain_buffers(source: ModelSource, plan: Plan) -> dict[str, torch.Tensor]:
-    """The model's buffers as it makes them by itself: `zero.Init` makes them in the weights' dtype, and a rotary
-    embedding of rounded frequencies gives other tokens. Parameters are never filled, so this takes no memory.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            source.config, dtype=getattr(torch, plan.dtype), trust_remote_code=source.trust_remote_code
-        )
-    return dict(model.named_buffers())
 
 
 def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
