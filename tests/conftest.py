@@ -1,4 +1,4 @@
-"""What every test may count on: the CPU unless it is marked `gpu`, no model hub, and checkpoints made once a session."""
+"""What every test may count on: the CPU unless it is marked `gpu`, no model hub, checkpoints made once a session."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Runs many (checkpoint, offload) cells in one process group and writes every row's tokens as JSON: rank 0 for all ranks.
+"""Runs many (checkpoint, offload) cells in one process group; rank 0 writes every row's tokens as JSON.
 
     python driver.py CELLS.json RESULT.json        alone, or on each rank with RANK, WORLD_SIZE and so on set
 
-A cell is `{"name", "model", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`. Everything between
-the command line and the output file is zeroinf's own; only starting a process for each cell is saved.
+A cell is `{"name", "model", "engine", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`. Everything
+between the command line and the output file is zeroinf's own; only starting a process for each cell is saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
-from zeroinf.engines.zero.engine import ZeroEngine
+from zeroinf.engines.registry import load_engine
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
@@ -42,6 +42,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     options = RunOptions(
         model=cell["model"],
         sampling=Sampling(max_new_tokens=cell["max_new_tokens"]),
+        engine=cell["engine"],
         offload=cell["offload"],
         nvme_path=Path(cell["nvme_path"]),
         pin_memory=False,
@@ -50,7 +51,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     )
     source = resolve_model(options.model)
     prepared = prepare(options, source, world, "cpu")
-    engine = ZeroEngine(prepared.plan, source, prepared.zero_config, world)
+    engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"))
     try:
         codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
@@ -70,7 +71,9 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
             "pad_token": rules.pad_token,
             "forwards": stream.forwards,
             "bytes_on_disk": on_disk,
-            "partitioned": all(p.numel() == 0 for p in engine.model.parameters() if not p.ds_persist),
+            "partitioned": all(
+                p.numel() == 0 for p in engine.model.parameters() if not getattr(p, "ds_persist", False)
+            ),
         }
     finally:
         engine.close()

@@ -17,7 +17,7 @@ from conftest import SharedFolder
 from zeroinf.distributed.ports import free_port
 
 BATCH_SIZE = 4
-NEW_TOKENS = 16
+NEW_TOKENS = 14
 # Uneven on purpose: every batch is padded, and the last one is not full.
 PROMPTS = (
     "One",
@@ -53,10 +53,11 @@ class Cell:
 
     model: str
     offload: str
+    engine: str = "zero"
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.offload}"
+        return f"{Path(self.model).name}-{self.engine}-{self.offload}"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def drive(folder: Path, cells: Sequence[Cell], ranks: int) -> None:
             {
                 "name": cell.name,
                 "model": cell.model,
+                "engine": cell.engine,
                 "offload": cell.offload,
                 "nvme_path": str(nvme_path) if cell.offload == "nvme" else str(folder / "nvme"),
                 "input": str(prompts),

@@ -23,9 +23,7 @@ def model(small_checkpoint: Callable[[str], Path]) -> str:
 
 
 @pytest.fixture
-def fails(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """`fails(arguments)`: exit code, message and hint of `zeroinf run`, in this process, loading no weights."""
 
     def no_engine(*args: object, **kwargs: object) -> None:
@@ -34,7 +32,7 @@ def fails(
     def run(*arguments: str) -> tuple[int, str, str]:
         import zeroinf.jobs.runner
 
-        monkeypatch.setattr(zeroinf.jobs.runner, "ZeroEngine", no_engine)
+        monkeypatch.setattr(zeroinf.jobs.runner, "load_engine", no_engine)
         monkeypatch.setattr(sys, "argv", ["zeroinf", "run", *arguments])
         with pytest.raises(ZeroinfError) as caught:
             cli.main(args=["run", *arguments], standalone_mode=False)
@@ -216,7 +214,6 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--offload", "none", "--no-pin-memory"], "no effect with --offload none"),
         (["--zero-config", "ZERO", "--offload", "cpu"], "offload and --zero-config contradict each other"),
         (["--zero-config", "ZERO", "--pin-memory"], "pin-memory and --zero-config contradict each other"),
-        (["--revision", "main"], "--revision"),
     ],
 )
 def test_settings_that_would_have_no_effect_or_contradict_each_other_are_refused_by_name(
@@ -264,7 +261,9 @@ def test_refused_lines_do_not_keep_the_others_from_being_done(model: str, tmp_pa
     assert done.out == ""
     found = read_jsonl(out)
     assert [(line["id"], line["completion_tokens"]) for line in found] == [("good", 4), ("sampled", 3), ("last", 2)]
-    assert all(set(line) == {"id", "completion", "finish_reason", "prompt_tokens", "completion_tokens"} for line in found)
+    assert all(
+        set(line) == {"id", "completion", "finish_reason", "prompt_tokens", "completion_tokens"} for line in found
+    )
     refused = read_jsonl(tmp_path / "out.jsonl.errors.jsonl")
     assert [(line["line"], line["id"]) for line in refused] == [(2, "bad"), (3, "long"), (5, "chat")]
     assert "context holds 256" in refused[1]["error"]

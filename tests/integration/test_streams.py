@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from launching import Launcher, read_jsonl, run_zeroinf, write_jsonl
 
+BATCHES = ["-b", "2", "--engine", "zero"]
+
 
 @pytest.fixture(scope="session")
 def model(small_checkpoint: Callable[[str], Path]) -> Path:
@@ -31,19 +33,21 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     """What one rank answers to the uneven requests, in the same batches."""
     folder = tmp_path_factory.mktemp("alone")
     requests = write_jsonl(folder / "in.jsonl", uneven_requests())
-    done = run_zeroinf(["-m", str(model), "-i", str(requests), "-o", str(folder / "out.jsonl"), "-b", "2"])
+    done = run_zeroinf(["-m", str(model), "-i", str(requests), "-o", str(folder / "out.jsonl"), *BATCHES])
     assert done.code == 0, done.err
     return read_jsonl(folder / "out.jsonl")
 
 
-@pytest.mark.parametrize("launcher", ["num-gpus", "deepspeed", "torchrun"])
+@pytest.mark.parametrize(("launcher", "engine"), [("num-gpus", "zero"), ("deepspeed", "zero"), ("torchrun", "stream")])
 def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
-    launcher: Launcher, model: Path, alone: list[dict[str, Any]], tmp_path: Path
+    launcher: Launcher, engine: str, model: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     requests, out = write_jsonl(tmp_path / "in.jsonl", uneven_requests()), tmp_path / "out.jsonl"
     done = run_zeroinf(
-        ["-m", str(model), "-i", str(requests), "-o", str(out), "-b", "2"], ranks=2, launcher=launcher
-    )  # fmt: skip
+        ["-m", str(model), "-i", str(requests), "-o", str(out), *BATCHES[:2], "--engine", engine],
+        ranks=2,
+        launcher=launcher,
+    )
     assert done.code == 0, done.err
     assert "2 independent streams" in done.err
     assert done.err.count("loading weights") == 1, "one rank speaks"
@@ -55,7 +59,8 @@ def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
 
 
 def test_a_rank_without_requests_keeps_the_other_company(model: Path) -> None:
-    done = run_zeroinf(["-m", str(model), "--prompt", "only one", "--max-new-tokens", "5"], ranks=2, launcher="num-gpus")
+    arguments = ["-m", str(model), "--prompt", "only one", "--engine", "zero"]
+    done = run_zeroinf([*arguments, "--max-new-tokens", "5"], ranks=2, launcher="num-gpus")
     assert done.code == 0, done.err
     assert done.out.count("in=only one\nout=") == 1
     assert "1 done" in done.err
@@ -64,7 +69,10 @@ def test_a_rank_without_requests_keeps_the_other_company(model: Path) -> None:
 def test_deepspeeds_launcher_refuses_the_flag_m_which_is_why_the_readme_says_module() -> None:
     deepspeed = Path(sys.executable).with_name("deepspeed")
     refused = subprocess.run(
-        [str(deepspeed), "--num_gpus", "2", "-m", "zeroinf", "run", "--help"], capture_output=True, text=True, check=False
+        [str(deepspeed), "--num_gpus", "2", "-m", "zeroinf", "run", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 2
     assert "unrecognized arguments: -m" in refused.stderr

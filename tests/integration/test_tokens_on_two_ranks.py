@@ -1,4 +1,4 @@
-"""Greedy tokens under ZeRO-3 on two ranks, each with batches of its own, are those of plain transformers' `generate`."""
+"""Greedy tokens under ZeRO-3 on two ranks, each with its own batches, are those of plain transformers' `generate`."""
 
 from __future__ import annotations
 

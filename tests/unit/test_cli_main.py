@@ -27,7 +27,9 @@ _HEAVY = {"torch", "deepspeed", "transformers", "accelerate", "numpy", "rich", "
 
 def modules_after(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after `statement`."""
-    script = f"import sys, json\ntry:\n    {statement}\nexcept SystemExit:\n    pass\nprint(json.dumps(list(sys.modules)))"
+    script = (
+        f"import sys, json\ntry:\n    {statement}\nexcept SystemExit:\n    pass\nprint(json.dumps(list(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
 

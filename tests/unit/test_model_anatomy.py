@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import CONTEXT, SMALL_MODELS, build_model, small_config
-from transformers import AutoModelForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config
 
 from zeroinf.errors import ModelError
 from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters
@@ -93,16 +93,10 @@ def test_state_space_cache_does_not_grow() -> None:
     assert anatomy.cache_bytes(1, 10) == anatomy.cache_bytes(1, 10_000) > 0
 
 
-def test_float16_leaves_what_transformers_keeps_in_float32() -> None:
-    class Kept(type(build_meta(small_config("llama"), "float32"))):  # type: ignore[misc]
-        _keep_in_fp32_modules = ("input_layernorm",)
-
-    config = small_config("llama")
-    AutoModelForCausalLM.register(type(config), Kept, exist_ok=True)
-    try:
-        dtypes = {t.name: t.dtype for t in read_anatomy(config, dtype="float16").tensors() if not t.is_buffer}
-    finally:
-        AutoModelForCausalLM._model_mapping._extra_content.pop(type(config))
+def test_float16_leaves_what_transformers_keeps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["input_layernorm"])
+    anatomy = read_anatomy(small_config("llama"), dtype="float16")
+    dtypes = {tensor.name: tensor.dtype for tensor in anatomy.tensors()}
     assert dtypes["model.layers.0.input_layernorm.weight"] == "float32"
     assert dtypes["model.layers.0.mlp.up_proj.weight"] == "float16"
 

@@ -67,6 +67,10 @@ class PeerWatch:
         if self._ending.wait(_GRACE_S):
             self._thread.join()
 
+    def has_lost_a_peer(self) -> bool:
+        """Whether a rank is gone that left no word: killed, not ended."""
+        return any(not peer.is_alive() and self._word_of(peer.rank) is None for peer in self._peers)
+
     def confess(self, reason: str, exit_code: int) -> None:
         """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
         self.stop()

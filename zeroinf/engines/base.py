@@ -16,6 +16,8 @@ class EngineStats:
     streamed_bytes_per_pass: int
     """Weight bytes that cross links, from where they rest to where they compute, in one walk over all blocks. Ranks in
     step make one walk together, of which each pulls its part; other ranks make one each."""
+    shared_host_bytes: int = 0
+    """Host memory that all ranks of a node map, and that is there once."""
 
 
 class Engine(Protocol):

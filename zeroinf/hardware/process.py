@@ -15,7 +15,7 @@ class Resident:
 
     own_bytes: int
     shared_bytes: int
-    """Shared memory: other processes that map it count the same pages again."""
+    """Memory of no file that can be shared; what the CUDA driver page-locks counts here, although nobody shares it."""
 
     @property
     def total_bytes(self) -> int:

@@ -47,6 +47,8 @@ class RunReport:
     """From the start of the process to the last result."""
     streamed_bytes: int
     """Weight bytes that reached the compute devices of all ranks from host memory or disk while generating."""
+    shared_host_bytes: int
+    """Weights in host memory of which all ranks map the same copy."""
     ranks: tuple[RankReport, ...]
     output: Path | None
     errors: Path | None
@@ -55,7 +57,7 @@ class RunReport:
         """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
         plan, anatomy = self.plan, self.plan.anatomy
         asked = ("engine", "offload", "dtype", "device", "world_size", "batch_size")
-        counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes")
+        counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         derived = ("tokens_per_second", "streamed_gbps", "ms_per_token", "peak_host_bytes", "peak_host_loading_bytes")
         return {
@@ -73,14 +75,17 @@ class RunReport:
 
     @property
     def peak_host_bytes(self) -> int:
-        """Host memory of all ranks: what each has for itself, and once what they share."""
-        return sum(r.host.own_bytes for r in self.ranks) + max(r.host.shared_bytes for r in self.ranks)
+        """Host memory of all ranks; weights that they share count once."""
+        return self._together([rank.host for rank in self.ranks])
 
     @property
     def peak_host_loading_bytes(self) -> int:
         """The same while weights were loaded."""
-        loading = [rank.host_loading for rank in self.ranks]
-        return sum(r.own_bytes for r in loading) + max(r.shared_bytes for r in loading)
+        return self._together([rank.host_loading for rank in self.ranks])
+
+    def _together(self, ranks: Sequence[Resident]) -> int:
+        mapped = sorted(min(rank.shared_bytes, self.shared_host_bytes) for rank in ranks)
+        return sum(rank.total_bytes for rank in ranks) - sum(mapped[:-1])
 
     @property
     def streamed_gbps(self) -> float:

@@ -171,7 +171,7 @@ class _Job:
             ranks = self._control.gather(self._rank_report(stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             passes = (max if engine.in_step else sum)(rank.forwards for rank in ranks)
-            streamed = passes * engine.stats().streamed_bytes_per_pass
+            streamed, shared = passes * engine.stats().streamed_bytes_per_pass, engine.stats().shared_host_bytes
         finally:
             engine.close()
         if self._output is None:
@@ -189,6 +189,7 @@ class _Job:
             generate_s=generate_s,
             start_to_finish_s=finish_s,
             streamed_bytes=streamed,
+            shared_host_bytes=shared,
             ranks=tuple(ranks),
             output=self._options.output_file,
             errors=errors_path(self._options.output_file) if self._options.output_file else None,
@@ -258,7 +259,8 @@ def process_age_s() -> float:
 def _leave(error: BaseException, output: Output | None, watch: PeerWatch | None, observer: Observer) -> None:
     """Save what is finished and tell the other ranks why this one ends."""
     observer.ended()
-    if watch is not None and isinstance(error, (RankError, RuntimeError)):
+    # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is elsewhere.
+    if watch is not None and (isinstance(error, (RankError, RuntimeError)) or watch.has_lost_a_peer()):
         watch.give_way()
     if output is not None:
         observer.note(_saved_text(output.abandon()))

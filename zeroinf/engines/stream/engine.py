@@ -79,7 +79,11 @@ class StreamEngine:
             return [self._model(**inputs) for inputs in micro_batches]
 
     def stats(self) -> EngineStats:
-        return EngineStats(forwards=self._forwards, streamed_bytes_per_pass=self._streamed_bytes)
+        return EngineStats(
+            forwards=self._forwards,
+            streamed_bytes_per_pass=self._streamed_bytes,
+            shared_host_bytes=self._host.nbytes,
+        )
 
     def close(self) -> None:
         if self._host.pinned_bytes:

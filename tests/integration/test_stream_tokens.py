@@ -1,0 +1,118 @@
+"""The stream engine gives plain transformers' greedy tokens, for every architecture we know how to build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import SMALL_MODELS, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.loop import generate
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import resolve_model
+from zeroinf.planner.plan import Plan
+
+PROMPTS = ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [16])
+NEW_TOKENS = 10
+CPU = torch.device("cpu")
+
+
+def stream(folder: Path, dtype: str = "float32") -> StreamEngine:
+    source = resolve_model(str(folder))
+    plan = Plan(
+        anatomy=read_anatomy(source.config, dtype=dtype),
+        engine="stream",
+        offload="cpu",
+        dtype=dtype,
+        device="cpu",
+        world_size=1,
+        batch_size=len(PROMPTS),
+    )
+    return StreamEngine(plan, source, Control(World(), "cpu"), CPU)
+
+
+def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:
+    """What each row of the last of `batches` equal batches generates."""
+    waiting = [
+        [
+            Row(index=i, prompt=p, sampling=Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True), decode=str)
+            for i, p in enumerate(PROMPTS)
+        ]
+        for _ in range(batches)
+    ]
+    last = waiting[0]
+    rules = TokenRules(engine.model, 0, [])
+    generate(
+        engine, rules, Control(World(), "cpu"), CPU,
+        take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
+    )  # fmt: skip
+    return [row.generated for row in last]
+
+
+def plain_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return out[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
+def test_greedy_tokens_are_those_of_plain_transformers(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    engine = stream(folder)
+    try:
+        assert tokens_of(engine) == plain_tokens(folder)
+    finally:
+        engine.close()
+
+
+def test_the_ring_goes_on_over_passes_and_batches(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    engine = stream(folder)
+    assert tokens_of(engine, batches=3) == plain_tokens(folder)
+    assert engine.stats().forwards == 3 * NEW_TOKENS
+
+
+def test_bfloat16_tokens_equal_too(small_checkpoint: Callable[[str], Path]) -> None:
+    folder = small_checkpoint("llama")
+    assert tokens_of(stream(folder, "bfloat16")) == plain_tokens(folder, torch.bfloat16)
+
+
+def test_pickled_weights_load_through_transformers(tmp_path: Path) -> None:
+    folder = make_checkpoint("gpt_neox", tmp_path / "model")
+    expected = plain_tokens(folder)
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert tokens_of(stream(folder)) == expected
+
+
+def test_blocks_of_the_host_copy_take_no_more_than_the_weights(small_checkpoint: Callable[[str], Path]) -> None:
+    engine = stream(small_checkpoint("llama"))
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    tensors = sum(1 for _ in engine.model.parameters()) + sum(1 for _ in engine.model.buffers())
+    assert engine.stats().shared_host_bytes <= weights + 512 * tensors
+
+
+def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from zeroinf.errors import ModelError
+
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds model\.norm\.weight as \(63,\), the model has \(64,\)"):
+        stream(folder)
