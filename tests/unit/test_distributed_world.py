@@ -18,7 +18,7 @@ def test_without_a_launcher_the_process_is_alone_and_speaks() -> None:
 
 def test_a_launchers_words_are_taken() -> None:
     world = world_from_environment(COMPLETE)
-    assert world == World(rank=3, size=4, local_rank=1, launched=True)
+    assert world == World(rank=3, size=4, local_rank=1, local_size=4, launched=True)
     assert not world.is_main
 
 

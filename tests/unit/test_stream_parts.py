@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
+from zeroinf.engines.stream.carrier import Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import lay_out
 from zeroinf.engines.stream.ring import Ring
@@ -38,7 +39,7 @@ def test_tensors_of_a_layout_are_aligned_and_do_not_touch(specs: list[tuple[list
 @pytest.mark.parametrize(("pieces", "slots"), [(5, 3), (3, 3), (2, 3), (1, 3), (7, 2)])
 def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) -> None:
     values = [torch.full((16 + i,), i + 1, dtype=torch.uint8) for i in range(pieces)]
-    ring = Ring(values, slots, CPU)
+    ring = Ring(values, slots, CPU, Replicated(CPU))
     for turn in range(3 * pieces):
         index = turn % pieces
         slot = ring.acquire(index)
@@ -47,12 +48,12 @@ def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) 
 
 
 def test_the_ring_holds_no_more_slots_than_asked_for() -> None:
-    ring = Ring([torch.zeros(100, dtype=torch.uint8)] * 8, 3, CPU)
-    assert ring.nbytes == 300
+    ring = Ring([torch.zeros(100, dtype=torch.uint8)] * 8, 3, CPU, Replicated(CPU))
+    assert [slot.numel() for slot in ring.slots] == [100, 100, 100]
 
 
 def test_a_block_out_of_order_is_an_error_and_never_wrong_weights() -> None:
-    ring = Ring([torch.zeros(8, dtype=torch.uint8)] * 3, 2, CPU)
+    ring = Ring([torch.zeros(8, dtype=torch.uint8)] * 3, 2, CPU, Replicated(CPU))
     ring.acquire(0)
     ring.release()
     with pytest.raises(RuntimeError, match="block 2 ran out of order: 1 is in the slot"):
@@ -70,6 +71,7 @@ _RANK = """
 import torch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import world_from_environment
+from zeroinf.engines.stream.carrier import Replicated
 from zeroinf.engines.stream.host import HostMemory
 
 world = world_from_environment()

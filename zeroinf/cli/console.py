@@ -60,6 +60,8 @@ class ConsoleObserver:
         anatomy = plan.anatomy
         device = "GPU" if plan.device == "cuda" else "CPU"
         streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} independent streams"
+        if plan.engine == "stream" and plan.world_size > 1:
+            streams += f", weights {plan.fetch}"
         self._say(
             f"plan: {anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {plan.dtype}, "
             f"{gib(anatomy.weight_bytes)} of weights {_rests(plan)}"

@@ -24,6 +24,13 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     default="auto",
     help="stream is ours, zero is DeepSpeed's ZeRO-3; auto takes stream wherever it can run the request.",
 )
+@click.option(
+    "--fetch",
+    type=click.Choice(["auto", "replicated", "partitioned"]),
+    default="auto",
+    help="With several GPUs and the stream engine: each pulls all weights over its own link, or its part of them, "
+    "gathered between GPUs. auto partitions where GPUs reach each other directly.",
+)
 @offload_options
 @click.option(
     "--zero-config",

@@ -16,6 +16,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this node."""
     launched: bool = False
 
     @property
@@ -42,4 +44,6 @@ def world_from_environment(environ: Mapping[str, str] | None = None) -> World:
             "or unset them to run alone",
         )
     rank, size, local_rank = (int(env[name]) for name in names)
-    return World(rank=rank, size=size, local_rank=local_rank, launched=True)
+    # torchrun's name, DeepSpeed's name; a launcher that says neither is taken to use one node.
+    local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launched=True)

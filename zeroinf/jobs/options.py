@@ -21,6 +21,7 @@ class RunOptions:
     trust_remote_code: bool = False
     random_weights: bool = False
     engine: str = "auto"
+    fetch: str = "auto"
     offload: Offload = "cpu"
     nvme_path: Path | None = None
     pin_memory: bool = True

@@ -26,7 +26,7 @@ from zeroinf.jobs.requests import Refusal, Request
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
-from zeroinf.planner.plan import Offload, Plan
+from zeroinf.planner.plan import Fetch, Offload, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +84,7 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
         world_size=world.size,
         # An equal share for each rank, where there are too few requests to fill every batch.
         batch_size=min(options.batch_size, -(-len(work) // world.size)),
+        fetch=choose_fetch(options.fetch, engine, world, gpus_are_linked=device == "cuda" and _gpus_are_linked()),
         nvme_path=nvme_path,
         pin_memory=options.pin_memory,
         aio=options.aio,
@@ -195,6 +196,31 @@ def choose_engine(asked: str, offload: Offload, *, own_zero_config: bool) -> tup
     if asked == "auto":
         return ("zero", obstacle) if obstacle else ("stream", None)
     return asked, None
+
+
+def choose_fetch(asked: str, engine: str, world: World, *, gpus_are_linked: bool) -> Fetch:
+    """How the stream engine's ranks use their links. `auto` partitions where GPUs of one node reach each other.
+
+    Raises UsageError where --fetch would mean nothing.
+    """
+    one_node = world.local_size == world.size
+    if asked != "auto" and (engine != "stream" or world.size == 1):
+        why = "with one rank" if engine == "stream" else f"with the {engine} engine"
+        raise UsageError(f"--fetch {asked} has no effect {why}", hint="drop it")
+    if asked == "partitioned" and not one_node:
+        raise UsageError("--fetch partitioned needs all ranks on one node", hint="--fetch replicated")
+    if asked == "partitioned" or (
+        asked == "auto" and engine == "stream" and world.size > 1 and one_node and gpus_are_linked
+    ):
+        return "partitioned"
+    return "replicated"
+
+
+def _gpus_are_linked() -> bool:
+    """Whether GPU 0 can read the memory of every other one directly."""
+    import torch
+
+    return all(torch.cuda.can_device_access_peer(0, other) for other in range(1, torch.cuda.device_count()))
 
 
 def _check_host_memory(plan: Plan) -> None:

@@ -56,7 +56,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
         plan, anatomy = self.plan, self.plan.anatomy
-        asked = ("engine", "offload", "dtype", "device", "world_size", "batch_size")
+        asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         derived = ("tokens_per_second", "streamed_gbps", "ms_per_token", "peak_host_bytes", "peak_host_loading_bytes")

@@ -9,6 +9,8 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy
 
 Offload = Literal["none", "cpu", "nvme"]
+Fetch = Literal["replicated", "partitioned"]
+"""Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,7 @@ class Plan:
     device: Literal["cuda", "cpu"]
     world_size: int
     batch_size: int
+    fetch: Fetch = "replicated"
     nvme_path: Path | None = None
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)

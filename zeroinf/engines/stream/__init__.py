@@ -1,5 +1,5 @@
 """Our weight streaming: blocks rest in host memory, one copy a node, and cross the link one after the other.
 
-`layout` says where each tensor of a block lies, `host` holds the bytes, `load` fills them, `ring` moves them to the
-device ahead of use, `engine` runs the unmodified transformers model over it.
+`layout` says where each tensor of a block lies, `host` holds the bytes, `load` fills them, `carrier` moves them over
+one link or over all, `ring` does so ahead of use, `engine` runs the unmodified transformers model over it.
 """

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats
+from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import Layout, lay_out
 from zeroinf.engines.stream.load import Target, fill
@@ -21,25 +22,27 @@ from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
-# One slot computes, one has arrived, one is on its way: more did not help on one link.
-SLOTS = 3
+# One slot computes, one has arrived, one is on its way.
+_SLOTS = 3
 
 
 class StreamEngine:
     """Blocks stream from host memory through a ring of device slots; everything else stays on the device.
 
-    Ranks are independent: each pulls all blocks over its own link, from the node's one copy.
+    Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
+    pulls its part. Either way they read the node's one copy.
     """
 
     name = "stream"
-    in_step = False
 
     def __init__(self, plan: Plan, source: ModelSource, control: Control, device: torch.device) -> None:
         self._forwards = 0
+        self.in_step = plan.fetch == "partitioned"
+        parts = control.world.size if self.in_step else 1
         self._model = build_skeleton(source, plan.dtype)
         inside, outside = sort_tensors(self._model)
         groups = [*inside, outside]
-        layouts = [lay_out(tensor.value for tensor in group) for group in groups]
+        layouts = [lay_out((tensor.value for tensor in group), parts) for group in groups]
         starts = [0, *accumulate(layout.nbytes for layout in layouts)]
         self._host = HostMemory(starts[-1], control, pin=plan.pin_memory and device.type == "cuda")
         pieces = [
@@ -50,7 +53,11 @@ class StreamEngine:
         control.gather(None)  # nobody reads before all of it is there
         _bind(_views(outside, layouts[-1], pieces[-1].to(device)))
         self._streamed_bytes = sum(piece.numel() for piece in pieces[:-1])
-        self._ring = Ring(pieces[:-1], SLOTS, device)
+        carrier: Carrier = Replicated(device)
+        if self.in_step:
+            largest = max(piece.numel() for piece in pieces[:-1])
+            carrier = Partitioned(device, control.world.rank, parts, largest)
+        self._ring = Ring(pieces[:-1], _SLOTS, device, carrier)
         _, blocks = find_blocks(self._model)
         for index, (block, tensors, layout) in enumerate(zip(blocks, inside, layouts, strict=False)):
             self._attach(index, block, [_views(tensors, layout, slot) for slot in self._ring.slots])

@@ -37,11 +37,12 @@ class Layout:
     nbytes: int
 
 
-def lay_out(tensors: Iterable[torch.Tensor]) -> Layout:
-    """One after the other, in the order given, each aligned."""
+def lay_out(tensors: Iterable[torch.Tensor], parts: int = 1) -> Layout:
+    """One after the other, in the order given, each aligned; the whole can be cut into `parts` aligned equal parts."""
     places, end = [], 0
     for tensor in tensors:
         place = Place(end, tensor.shape, tensor.dtype)
         places.append(place)
         end += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return Layout(tuple(places), end)
+    unit = _ALIGNMENT * parts
+    return Layout(tuple(places), -(-end // unit) * unit)
