@@ -113,11 +113,15 @@ def rank_processes(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return ranks
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 60) -> None:
-    """Return once `condition()` holds; fail the test when it does not within `seconds`."""
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], *, seconds: float = 60) -> None:
+    """Return once `condition()` holds; fail the test when it does not within `seconds` of `process` at work."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        if process.poll() is not None:
+            raise AssertionError(f"it ended early, with {process.returncode}:\n{process.communicate()[1]}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"waited in vain:\n{process.communicate()[1]}")
         time.sleep(0.05)
 
 

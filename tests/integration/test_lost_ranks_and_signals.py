@@ -84,7 +84,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named(
 ) -> None:
     out = tmp_path / "out.jsonl"
     with started(arguments(model, many, out, engine=engine), ranks=2, launcher=launcher) as process:
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
         ranks = rank_processes(process)
         assert sorted(ranks) == [0, 1]
         ranks[victim].send_signal(signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_run_in_order(
     with started(
         arguments(model, many, out, *more), ranks=ranks, launcher="none" if ranks == 1 else "num-gpus"
     ) as process:  # fmt: skip
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
         assert len(list(nvme.glob("zeroinf-swap-*"))) == ranks
         process.send_signal(number)
         err, seconds = ended(process)
@@ -129,7 +129,7 @@ def test_ctrl_c_on_a_terminal_reaches_every_process_and_ends_the_run_in_order(
     """A terminal signals the whole foreground group, launcher and all, not one process."""
     out = tmp_path / "out.jsonl"
     with started(arguments(model, many, out), ranks=2, launcher="num-gpus", own_group=True) as process:
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2))
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
         os.killpg(process.pid, signal.SIGINT)
         err, seconds = ended(process)
     assert process.returncode == 130, err
@@ -142,7 +142,7 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(model: Path, many
     nvme.mkdir()
     more = ("--offload", "nvme", "--nvme-path", str(nvme))
     with started(arguments(model, many, tmp_path / "killed.jsonl", *more)) as process:
-        wait_until(lambda: has_lines(tmp_path / "killed.jsonl.partial", 1))
+        wait_until(lambda: has_lines(tmp_path / "killed.jsonl.partial", 1), process)
         process.kill()
         process.wait()
     assert len(list(nvme.glob("zeroinf-swap-*"))) == 1

@@ -82,8 +82,9 @@ def test_alone_everything_is_answered_on_the_spot() -> None:
 def test_ranks_agree() -> None:
     def body(control: Control) -> Any:
         rank = control.world.rank
+        counted = control.store.add("count", 1) in (1, 2, 3)
         told = control.broadcast({"from": rank} if rank == 0 else None)
-        return told, control.gather(f"r{rank}"), control.most(rank, 10 - rank), control.store.add("c", 1) in (1, 2, 3)
+        return told, control.gather(f"r{rank}"), control.most(rank, 10 - rank), counted
 
     found, _ = on_ranks(3, body)
     assert found == [({"from": 0}, ["r0", "r1", "r2"], (2, 10), True)] * 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from threading import Barrier, Thread
 
 import pytest
@@ -73,6 +75,17 @@ def test_every_result_arrives_once_and_whole_while_others_are_put() -> None:
 
     on_threads(ranks, rank)
     assert sorted(found, key=lambda r: r.index) == [result(index) for index in range(count)]
+
+
+def test_a_rank_that_died_before_its_result_was_there_does_not_hold_up_the_others() -> None:
+    store = dist.HashStore()
+    box = ResultBox(store)
+    box.put(result(0))
+    store.add("results", 1)  # a rank took a number, and died
+    box.put(result(1))
+    assert list(box.collect()) == [result(0), result(1)]
+    store.set("result/2", json.dumps(asdict(result(2))))
+    assert list(box.collect()) == [result(2)], "or it was only slow"
 
 
 def test_a_result_that_is_collected_no_longer_takes_memory_in_the_store() -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +19,9 @@ from zeroinf.errors import RankError
 _POLL_S = 0.2
 _GRACE_S = 1.5
 """How long a rank that ends gives the others to notice why: several polls."""
+
+_STOPPED_CODES = (130, 143)
+_HEARD = "reason/heard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,9 @@ class PeerWatch:
             self._thread.join()
 
     def has_lost_a_peer(self) -> bool:
-        """Whether a rank is gone that left no word: killed, not ended."""
-        return any(not peer.is_alive() and self._word_of(peer.rank) is None for peer in self._peers)
+        """Whether a rank is gone for a cause of its own: not because it, too, was asked to stop."""
+        words = [self._word_of(peer.rank) for peer in self._peers if not peer.is_alive()]
+        return any(word is None or word[1] not in _STOPPED_CODES for word in words)
 
     def confess(self, reason: str, exit_code: int) -> None:
         """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
@@ -85,6 +90,8 @@ class PeerWatch:
         """Keep the store until the others have read from it, or have ended."""
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and any(peer.is_alive() for peer in self._peers):
+            if self._control.store.add(_HEARD, 0) == len(self._peers):
+                return
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
@@ -100,6 +107,7 @@ class PeerWatch:
             self._ending.set()
             if word is not None:
                 self._on_death(word[0], False)
+                self._let_rank_0_speak()
                 os._exit(word[1])
             words = [self._word_of(peer.rank) for peer in dead]
             first_alive = min(set(range(self._control.world.size)) - {peer.rank for peer in dead})
@@ -107,6 +115,15 @@ class PeerWatch:
             self._on_death("; ".join(texts), first_alive == self._control.world.rank)
             time.sleep(_GRACE_S)  # the others shall see who died first, not that this rank followed
             os._exit(next((word[1] for word in words if word), RankError.exit_code))
+
+    def _let_rank_0_speak(self) -> None:
+        """Outlive rank 0, if it is quick: a launcher that sees one rank end kills the others."""
+        with suppress(RuntimeError):
+            self._control.store.add(_HEARD, 1)
+        main = next(peer for peer in self._peers if peer.rank == 0)
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and main.is_alive():
+            time.sleep(_POLL_S)
 
     def _word_of(self, rank: int) -> tuple[str, int] | None:
         """What `rank` confessed: its reason and its exit code."""

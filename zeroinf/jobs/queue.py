@@ -30,7 +30,8 @@ class ResultBox:
 
     def __init__(self, store: dist.Store) -> None:
         self._store = store
-        self._collected = 0
+        self._numbers = 0
+        self._awaited: list[int] = []
 
     def put(self, result: Result) -> None:
         number = self._store.add("results", 1)
@@ -38,12 +39,16 @@ class ResultBox:
 
     def collect(self) -> Iterator[Result]:
         """Results that have arrived since the last call. Only rank 0 calls it."""
-        arrived = self._store.add("results", 0)
-        while self._collected < arrived:
-            self._collected += 1
-            key = f"result/{self._collected}"
-            yield Result(**json.loads(self._store.get(key)))
-            self._store.delete_key(key)
+        numbers = self._store.add("results", 0)
+        self._awaited.extend(range(self._numbers + 1, numbers + 1))
+        self._numbers = numbers
+        for number in tuple(self._awaited):
+            key = f"result/{number}"
+            # A rank that dies between number and result never sends it: waiting for it would block the store for all.
+            if self._store.check([key]):
+                self._awaited.remove(number)
+                yield Result(**json.loads(self._store.get(key)))
+                self._store.delete_key(key)
 
 
 class TokenCount:

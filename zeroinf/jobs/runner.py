@@ -81,6 +81,7 @@ def run_job(
             job = _Job(options, control, device, source, prepared, output, observer, interrupts, peak)
             report = job.run(watch)
         except BaseException as error:
+            interrupts.deferred = True  # a launcher's signal that follows shall not take the place of the cause
             _leave(error, output, watch, observer)
             raise
     control.close()
