@@ -1,0 +1,84 @@
+"""Greedy tokens on a GPU are those of plain transformers on the same GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.registry import load_engine
+from zeroinf.engines.zero.config import build_zero_config
+from zeroinf.generation.loop import generate
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import resolve_model
+from zeroinf.planner.plan import Plan
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [16])
+NEW_TOKENS = 16
+NAMES = ("llama", "llama_tied", "gpt_neox", "opt", "bloom", "mixtral", "gptj", "gemma2", "mamba", "deepseek_v3")
+
+
+def tokens_of(folder: Path, engine_name: str) -> list[list[int]]:
+    source, device, control = resolve_model(str(folder)), torch.device("cuda", 0), Control(World(), "cuda")
+    plan = Plan(
+        anatomy=read_anatomy(source.config, dtype="float32"),
+        engine=engine_name,
+        offload="cpu",
+        dtype="float32",
+        device="cuda",
+        world_size=1,
+        batch_size=len(PROMPTS),
+    )
+    engine = load_engine(plan, source, build_zero_config(plan), control, device)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    rows = [Row(index=i, prompt=p, sampling=sampling, decode=str) for i, p in enumerate(PROMPTS)]
+    waiting = [rows]
+    try:
+        generate(
+            engine, TokenRules(engine.model, 0, []), control, device,
+            take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
+        )  # fmt: skip
+    finally:
+        engine.close()
+    return [row.generated for row in rows]
+
+
+def plain_tokens(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
+    model.generation_config.eos_token_id = None
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS], device="cuda")
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS], device="cuda")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return out[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stream_engine(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    assert tokens_of(folder, "stream") == plain_tokens(folder)
+
+
+def test_the_zero_engine(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    expected = plain_tokens(folder)
+    assert tokens_of(folder, "zero") == expected
+
+
+def test_pinned_host_memory_is_exactly_the_weights(tmp_path: Path) -> None:
+    from zeroinf.engines.stream.host import HostMemory
+
+    memory = HostMemory(5 << 20, Control(World(), "cuda"), pin=True)
+    assert memory.bytes.is_pinned()
+    assert memory.pinned_bytes == 5 << 20
+    memory.close()
+    assert memory.pinned_bytes == 0
