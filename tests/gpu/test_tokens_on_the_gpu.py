@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import run_zeroinf
 from small_models import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.registry import load_engine
-from zeroinf.engines.zero.config import build_zero_config
+from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
@@ -27,18 +27,18 @@ NEW_TOKENS = 16
 NAMES = ("llama", "llama_tied", "gpt_neox", "opt", "bloom", "mixtral", "gptj", "gemma2", "mamba", "deepseek_v3")
 
 
-def tokens_of(folder: Path, engine_name: str) -> list[list[int]]:
+def tokens_of(folder: Path) -> list[list[int]]:
     source, device, control = resolve_model(str(folder)), torch.device("cuda", 0), Control(World(), "cuda")
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype="float32"),
-        engine=engine_name,
+        engine="stream",
         offload="cpu",
         dtype="float32",
         device="cuda",
         world_size=1,
         batch_size=len(PROMPTS),
     )
-    engine = load_engine(plan, source, build_zero_config(plan), control, device)
+    engine = StreamEngine(plan, source, control, device)
     sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     rows = [Row(index=i, prompt=p, sampling=sampling, decode=str) for i, p in enumerate(PROMPTS)]
     waiting = [rows]
@@ -65,13 +65,19 @@ def plain_tokens(folder: Path) -> list[list[int]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stream_engine(name: str, tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
-    assert tokens_of(folder, "stream") == plain_tokens(folder)
+    assert tokens_of(folder) == plain_tokens(folder)
 
 
-def test_the_zero_engine(tmp_path: Path) -> None:
+def test_the_zero_engine_agrees_with_the_stream_engine(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "llama")
-    expected = plain_tokens(folder)
-    assert tokens_of(folder, "zero") == expected
+    prompts = [argument for text in ("one", "another prompt", "three") for argument in ("--prompt", text)]
+    printed = [
+        run_zeroinf(["-m", str(folder), "--engine", engine, "--max-new-tokens", "12", *prompts])
+        for engine in ("stream", "zero")
+    ]
+    assert [done.code for done in printed] == [0, 0]
+    assert printed[0].out.count("out=") == 3
+    assert printed[0].out == printed[1].out
 
 
 def test_pinned_host_memory_is_exactly_the_weights(tmp_path: Path) -> None:
