@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from matrix import Cell, answer, check_tokens, drive
+from matrix import DRIVER_TIMEOUT_S, Cell, answer, check_tokens, drive
 
 from zeroinf.model.catalog import catalog_config
+
+pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import SharedFolder
-from matrix import BATCH_SIZE, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
+from matrix import BATCH_SIZE, DRIVER_TIMEOUT_S, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
 
 from zeroinf.model.demo import demo_model_folder
+
+# The first test of a worker waits for the driver.
+pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 OFFLOADS = ("none", "cpu", "nvme")
 # Beyond those that the issue names: one of each kind of attention, cache and block that transformers has.

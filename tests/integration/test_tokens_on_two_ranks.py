@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import SharedFolder
-from matrix import PROMPTS, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
+from matrix import DRIVER_TIMEOUT_S, PROMPTS, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
 
 from zeroinf.model.demo import demo_model_folder
+
+# The first test of a worker waits for the driver.
+pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 OFFLOADS = ("none", "cpu", "nvme")
 
