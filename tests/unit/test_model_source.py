@@ -264,3 +264,9 @@ def test_dtype(requested: str, own: str | None, device: str, supports_bf16: bool
 def test_a_dtype_that_does_not_run_is_refused(requested: str, device: str, supports_bf16: bool) -> None:
     with pytest.raises(UsageError, match=requested):
         pick_dtype(requested, source_with("float32"), device, supports_bf16)
+
+
+def test_a_revision_of_what_does_not_come_from_the_hub_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    with pytest.raises(UsageError, match=r"--revision v1 has no effect: .* comes from a local folder"):
+        resolve_model(str(folder), revision="v1")

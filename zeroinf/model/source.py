@@ -52,6 +52,9 @@ def resolve_model(
         location, config = hub_id, catalog_config(name)
     else:
         location = _locate(name)
+    if revision is not None and (config is not None or Path(location).is_dir()):
+        where = "the catalog" if config is not None else "a local folder"
+        raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
     _require_causal(location, config)
