@@ -55,7 +55,12 @@ def model_options(command: _Command) -> _Command:
     """Which model: `model`, `revision`, `dtype` and `trust_remote_code`."""
     return _add(
         command,
-        click.option("-m", "--model", required=True, help="Hub name, local folder, or a name that the catalog knows."),
+        click.option(
+            "-m",
+            "--model",
+            required=True,
+            help="Hub id, local folder, .gguf file or `demo`; where only shapes matter, also a name of configs/models.",
+        ),
         click.option("--revision", help="Branch, tag or commit on the hub."),
         click.option(
             "--dtype",
