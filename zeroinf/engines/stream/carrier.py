@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-_STAGES = 3
+_STAGES = 4
 
 
 class Carrier(Protocol):

@@ -20,10 +20,11 @@ from zeroinf.engines.stream.tensors import Tensor, sort_tensors
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
-from zeroinf.planner.plan import Plan
+from zeroinf.planner.plan import Fetch, Plan
 
-# One slot computes, one has arrived, one is on its way.
-_SLOTS = 3
+# On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
+# four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md).
+_SLOTS: Mapping[Fetch, int] = {"replicated": 3, "partitioned": 6}
 
 
 class StreamEngine:
@@ -57,7 +58,7 @@ class StreamEngine:
         if self.in_step:
             largest = max(piece.numel() for piece in pieces[:-1])
             carrier = Partitioned(device, control.world.rank, parts, largest)
-        self._ring = Ring(pieces[:-1], _SLOTS, device, carrier)
+        self._ring = Ring(pieces[:-1], _SLOTS[plan.fetch], device, carrier)
         _, blocks = find_blocks(self._model)
         for index, (block, tensors, layout) in enumerate(zip(blocks, inside, layouts, strict=False)):
             self._attach(index, block, [_views(tensors, layout, slot) for slot in self._ring.slots])
