@@ -167,6 +167,12 @@ def test_output_in_a_folder_that_is_missing(fails: Any, model: str, tmp_path: Pa
     assert "does not exist" in message
 
 
+def test_a_report_that_could_not_be_written(fails: Any, model: str, tmp_path: Path) -> None:
+    code, message, _ = fails("-m", model, *PROMPT, "--report", str(tmp_path / "absent" / "report.json"))
+    assert code == 2
+    assert "its folder does not exist or is not writable" in message
+
+
 def test_float16_on_the_cpu(fails: Any, model: str) -> None:
     assert fails("-m", model, *PROMPT, "--dtype", "float16")[:2] == (2, "float16 does not run on the CPU")
 

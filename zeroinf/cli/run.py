@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from zeroinf.cli.params import flags, given, model_options, offload_options, refuse_unused_offload_options
-from zeroinf.errors import InputError, RequestsFailedError, UsageError
+from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
@@ -92,6 +93,10 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
       deepspeed --num_gpus 8 --module zeroinf run --model ...
     """
     _refuse_contradictions(ctx, asked)
+    if report_file is not None and not os.access(report_file.parent, os.W_OK):
+        raise OutputError(
+            f"--report {report_file}: its folder does not exist or is not writable", hint="choose another"
+        )
     from zeroinf.cli.launch import check_gpu_count, launch
     from zeroinf.distributed.world import world_from_environment
 
