@@ -84,7 +84,7 @@ def make_plan(anatomy: Anatomy, offload: Offload = "nvme", *, world_size: int = 
         device="cuda",
         world_size=world_size,
         batch_size=8,
-        nvme_path=Path("disk") if offload == "nvme" else None,
+        nvme_paths=(Path("disk"),) if offload == "nvme" else (),
     )
     return replace(plan, **changes)
 

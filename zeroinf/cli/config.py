@@ -71,7 +71,7 @@ def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bo
         device="cuda",
         world_size=num_gpus,
         batch_size=asked["batch_size"],
-        nvme_path=asked["nvme_path"],
+        nvme_paths=asked["nvme_paths"],
         pin_memory=asked["pin_memory"],
         aio=AioSettings(
             block_size_bytes=asked["aio_block_size"],

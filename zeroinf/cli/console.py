@@ -111,7 +111,7 @@ class ConsoleObserver:
 def _rests(plan: Plan) -> str:
     if plan.offload == "none" and plan.device == "cpu":
         return "in host memory, on the compute device itself"
-    return _RESTS[plan.offload] + (f" below {plan.nvme_path}" if plan.offload == "nvme" else "")
+    return _RESTS[plan.offload] + (f" below {', '.join(map(str, plan.nvme_paths))}" if plan.offload == "nvme" else "")
 
 
 def _rates(progress: Progress) -> str:

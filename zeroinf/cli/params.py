@@ -74,7 +74,7 @@ def model_options(command: _Command) -> _Command:
 
 
 def offload_options(command: _Command) -> _Command:
-    """Where weights rest: `offload`, `nvme_path`, `pin_memory` and the three `aio_` settings."""
+    """Where weights rest: `offload`, `nvme_paths`, `pin_memory` and the three `aio_` settings."""
     return _add(
         command,
         click.option(
@@ -85,7 +85,11 @@ def offload_options(command: _Command) -> _Command:
             help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
         ),
         click.option(
-            "--nvme-path", type=click.Path(path_type=Path), help="Folder on a fast local disk. With --offload nvme."
+            "--nvme-path",
+            "nvme_paths",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="Folder on a fast local disk. With --offload nvme.",
         ),
         click.option(
             "--pin-memory/--no-pin-memory",
@@ -130,9 +134,9 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
         UsageError: naming the options.
     """
     offload = ctx.params["offload"]
-    if offload == "nvme" and ctx.params["nvme_path"] is None:
+    if offload == "nvme" and not ctx.params["nvme_paths"]:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
-    nvme_only = () if offload == "nvme" else ("nvme_path", *_AIO_OPTIONS)
+    nvme_only = () if offload == "nvme" else ("nvme_paths", *_AIO_OPTIONS)
     if unused := given(ctx, *nvme_only):
         raise UsageError(
             f"{flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"

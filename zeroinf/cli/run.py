@@ -116,7 +116,7 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
 def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
     if asked["zero_config"] is None:
         refuse_unused_offload_options(ctx)
-    elif named := given(ctx, "offload", "nvme_path", "pin_memory", "aio_block_size", "aio_queue_depth", "aio_threads"):
+    elif named := given(ctx, "offload", "nvme_paths", "pin_memory", "aio_block_size", "aio_queue_depth", "aio_threads"):
         raise UsageError(f"{flags(ctx, named)} and --zero-config contradict each other", hint="set it in the JSON")
     if asked["overwrite"] and asked["output_file"] is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")

@@ -23,7 +23,7 @@ class RunOptions:
     engine: str = "auto"
     fetch: str = "auto"
     offload: Offload = "cpu"
-    nvme_path: Path | None = None
+    nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     zero_config: Path | None = None

@@ -73,7 +73,7 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
         )
     _refuse_idle_sampling_flags(options, work)
     own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
-    offload, nvme_path = (options.offload, options.nvme_path) if own_config is None else _offload_of(own_config)
+    offload, nvme_paths = (options.offload, options.nvme_paths) if own_config is None else _offload_of(own_config)
     engine, why = choose_engine(options.engine, offload, own_zero_config=own_config is not None)
     plan = Plan(
         anatomy=anatomy,
@@ -85,7 +85,10 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
         # An equal share for each rank, where there are too few requests to fill every batch.
         batch_size=min(options.batch_size, -(-len(work) // world.size)),
         fetch=choose_fetch(options.fetch, engine, world, gpus_are_linked=device == "cuda" and _gpus_are_linked()),
-        nvme_path=nvme_path,
+        prompt_tokens=max(len(item.prompt) for item in work),
+        new_tokens=max(item.sampling.max_new_tokens for item in work),
+        nvme_blocks=len(anatomy.blocks) if offload == "nvme" else 0,
+        nvme_paths=nvme_paths,
         pin_memory=options.pin_memory,
         aio=options.aio,
     )
@@ -169,7 +172,7 @@ def _read_zero_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _offload_of(config: dict[str, Any]) -> tuple[Offload, Path | None]:
+def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
     """Where a user's JSON lets parameters rest."""
     zero = config.get("zero_optimization")
     section = (zero.get("offload_param") if isinstance(zero, dict) else None) or {}
@@ -178,7 +181,7 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, Path | None]:
         raise UsageError(f"zero_optimization.offload_param.device is {device!r}: none, cpu and nvme are known")
     if device == "nvme" and not path:
         raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
-    return device, Path(path) if path else None
+    return device, (Path(path),) if path else ()
 
 
 def choose_engine(asked: str, offload: Offload, *, own_zero_config: bool) -> tuple[str, str | None]:
@@ -235,15 +238,15 @@ def _check_host_memory(plan: Plan) -> None:
 
 def _check_nvme(plan: Plan, own_config: dict[str, Any] | None) -> None:
     """What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT."""
-    assert plan.nvme_path is not None
-    disk = read_disk(plan.nvme_path)
+    (path,) = plan.nvme_paths
+    disk = read_disk(path)
     if not disk.exists:
-        raise UsageError(f"--nvme-path {plan.nvme_path} is not a folder", hint=f"mkdir -p {plan.nvme_path}")
+        raise UsageError(f"--nvme-path {path} is not a folder", hint=f"mkdir -p {path}")
     if not disk.writable:
-        raise UsageError(f"--nvme-path {plan.nvme_path} is not writable", hint="choose another folder")
+        raise UsageError(f"--nvme-path {path} is not writable", hint="choose another folder")
     if disk.free_bytes < plan.anatomy.weight_bytes:
         raise DoesNotFitError(
-            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {plan.nvme_path} has {gib(disk.free_bytes)} free",
+            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {path} has {gib(disk.free_bytes)} free",
             hint="make room there, choose another folder, or --offload cpu",
         )
     require(

@@ -33,7 +33,15 @@ class Plan:
     device: Literal["cuda", "cpu"]
     world_size: int
     batch_size: int
+    prompt_tokens: int = 0
+    """The longest prompt: a micro-batch is at most this wide before it grows. 0 where no request is known."""
+    new_tokens: int = 0
+    """The most tokens that any row may add to its prompt."""
     fetch: Fetch = "replicated"
-    nvme_path: Path | None = None
+    resident_blocks: int = 0
+    """Blocks that never leave the GPU, spread evenly over the pass."""
+    nvme_blocks: int = 0
+    """Blocks that rest on NVMe; the rest of those that stream rest in host memory."""
+    nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)

@@ -147,7 +147,7 @@ def _offload_section(plan: Plan) -> dict[str, Any]:
     if plan.offload == "nvme":
         pool = nvme_pool(plan)
         section |= {
-            "nvme_path": str(plan.nvme_path),
+            "nvme_path": str(plan.nvme_paths[0]),
             "buffer_count": pool.buffer_count,
             "buffer_size": pool.buffer_size,
         }
