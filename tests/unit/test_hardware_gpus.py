@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from zeroinf.hardware.gpus import read_gpus, visible_indices
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.hardware.gpus import read_driver, read_gpus, read_used_bytes, visible_indices
 
 GIB = 1 << 30
 UUIDS = ("GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3")
@@ -42,9 +43,12 @@ class FakeNvml(ModuleType):
         return index
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
-        if uuid != "MIG-slice":
+        if uuid not in (*UUIDS, "MIG-slice"):
             raise NVMLError("not found")
-        return 1
+        return 1 if uuid == "MIG-slice" else UUIDS.index(uuid)
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.1"
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return UUIDS[handle]
@@ -84,7 +88,16 @@ def test_every_gpu_is_read_and_the_session_closed(nvml: FakeNvml) -> None:
     assert [gpu.name for gpu in gpus] == ["Fake 0", "Fake 1", "Fake 2"]
     assert (gpus[2].total_bytes, gpus[2].free_bytes) == (80 * GIB, 78 * GIB)
     assert (gpus[2].pcie_generation, gpus[2].pcie_width, gpus[2].capability) == (5, 16, (9, 0))
+    assert [gpu.uuid for gpu in gpus] == list(UUIDS)
+    assert read_driver() == "570.1"
     assert nvml.sessions == 0
+
+
+@pytest.mark.usefixtures("nvml")
+def test_memory_in_use_is_read_by_uuid_and_an_unknown_one_is_told() -> None:
+    assert read_used_bytes(UUIDS[2]) == 2 * GIB
+    with pytest.raises(EnvironmentProblem, match="GPU-none"):
+        read_used_bytes("GPU-none")
 
 
 @pytest.mark.usefixtures("nvml")
@@ -154,3 +167,4 @@ def test_machine_without_a_driver_has_no_gpus(nvml: FakeNvml, monkeypatch: pytes
 def test_machine_without_the_nvml_package_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert read_gpus() == ()
+    assert read_driver() is None

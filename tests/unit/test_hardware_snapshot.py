@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from zeroinf.hardware import disk as disk_module
-from zeroinf.hardware.disk import filesystem_of, read_disk, supports_o_direct
+from zeroinf.hardware.disk import mount_of, read_disk, supports_o_direct
 from zeroinf.hardware.snapshot import PACKAGES, read_machine, read_memlock, read_memory, read_versions
 
 GIB = 1 << 30
@@ -153,11 +153,22 @@ def test_full_disk_does_not_pass_for_one_without_o_direct(tmp_path: Path, monkey
 
 def test_file_system_is_that_of_the_innermost_and_latest_mount(monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = [("/", "ext4"), ("/data", "xfs"), ("/data", "nfs4"), ("/data2", "btrfs")]
-    listing = [SimpleNamespace(mountpoint=folder, fstype=kind) for folder, kind in mounts]
+    listing = [SimpleNamespace(mountpoint=folder, fstype=kind, device=f"of-{kind}") for folder, kind in mounts]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: listing)  # noqa: A006 - psutil's own word
-    assert filesystem_of(Path("/data/weights")) == "nfs4"
-    assert filesystem_of(Path("/data2/weights")) == "btrfs"
-    assert filesystem_of(Path("/elsewhere")) == "ext4"
+    assert mount_of(Path("/data/weights")) == (Path("/data"), "of-nfs4", "nfs4")
+    assert mount_of(Path("/data2/weights")) == (Path("/data2"), "of-btrfs", "btrfs")
+    assert mount_of(Path("/elsewhere")) == (Path("/"), "of-ext4", "ext4")
+    listing.clear()
+    assert mount_of(Path("/elsewhere")) == (None, "", "")
+
+
+def test_folders_of_one_file_system_are_one_volume(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    outer, inner = read_disk(tmp_path), read_disk(tmp_path / "inside")
+    assert outer.volume == inner.volume
+    assert tmp_path.resolve().is_relative_to(outer.volume)
+    assert outer.device
+    assert read_disk(tmp_path / "absent").volume == str(tmp_path / "absent")
 
 
 def test_versions_name_what_is_installed_and_leave_out_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +181,7 @@ def test_machine_holds_each_disk_that_was_named(tmp_path: Path) -> None:
     machine = read_machine([tmp_path, tmp_path / "absent"])
     assert [disk.exists for disk in machine.disks] == [True, False]
     assert machine.cores >= 1
+    assert machine.hostname
     assert machine.memory.available_bytes <= machine.memory.total_bytes
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from zeroinf.errors import ModelError
-from zeroinf.model.catalog import catalog_config, catalog_hub_id, catalog_names, configs_directory
+from zeroinf.model.catalog import catalog_config, catalog_hub_id, catalog_names
+from zeroinf.paths import configs_directory
 
 
 def test_every_entry_makes_a_causal_config_and_keeps_what_it_says() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model import demo, gguf
-from zeroinf.model.cache import build_once, cache_directory, file_digest
+from zeroinf.model.cache import build_once, file_digest
 from zeroinf.model.source import load_tokenizer, resolve_model
 from zeroinf.model.weights import weight_files
 
@@ -157,14 +157,3 @@ def test_digest_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert file_digest(file).startswith("ba7816bf")
     file.write_bytes(b"abcd")
     assert file_digest(file).startswith("88d4266f")
-
-
-def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("ZEROINF_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_directory() == tmp_path / ".cache" / "zeroinf"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "zeroinf"
-    monkeypatch.setenv("ZEROINF_CACHE", "~/own")
-    assert cache_directory() == tmp_path / "own"

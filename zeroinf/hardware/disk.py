@@ -23,25 +23,27 @@ def read_disk(path: Path) -> Disk:
         return Disk(path=path, exists=False, writable=False, free_bytes=0, total_bytes=0, filesystem="", o_direct=False)
     usage = shutil.disk_usage(path)
     writable, o_direct = _try_file(path)
+    mount, device, filesystem = mount_of(path)
     return Disk(
         path=path,
         exists=True,
         writable=writable,
         free_bytes=usage.free,
         total_bytes=usage.total,
-        filesystem=filesystem_of(path),
+        filesystem=filesystem,
         o_direct=o_direct,
+        mount=mount,
+        device=device,
     )
 
 
-def filesystem_of(path: Path) -> str:
-    """The kernel's name of the file system that holds `path`; empty if no mount is known."""
+def mount_of(path: Path) -> tuple[Path | None, str, str]:
+    """Where the file system of `path` begins, its device and the kernel's name of it; None and empty if not known."""
     resolved = path.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if resolved.is_relative_to(mount.mountpoint)]
-    if not mounts:
-        return ""
     # Of two mounts on one folder the later one is seen, and `max` keeps the first of equals: hence the reversal.
-    return str(max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype)
+    found = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)
+    return (Path(found.mountpoint), found.device, found.fstype) if found else (None, "", "")
 
 
 def _try_file(folder: Path) -> tuple[bool, bool]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.machine import Gpu
+
+_Answer = TypeVar("_Answer")
 
 
 def read_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
@@ -16,19 +19,43 @@ def read_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
     environment's. Indices follow the PCI bus, which is CUDA's own order on machines whose GPUs are all alike.
     """
     setting = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
+
+    def read(nvml: Any) -> tuple[Gpu, ...]:
+        return tuple(_read_gpu(nvml, index, handle) for index, handle in enumerate(_visible_handles(nvml, setting)))
+
+    return _ask_nvml(read) or ()
+
+
+def read_driver() -> str | None:
+    """The version of the NVIDIA driver; None where driver or library is missing."""
+    return _ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
+
+
+def read_used_bytes(uuid: str) -> int:
+    """What all processes together hold of the GPU with that UUID now, the driver's own reserve left out.
+
+    Raises EnvironmentProblem where NVML does not tell.
+    """
+    used = _ask_nvml(lambda nvml: _memory_info(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+    if used is None:
+        raise EnvironmentProblem(f"NVML does not say how much memory of GPU {uuid} is in use", hint="see nvidia-smi")
+    return int(used)
+
+
+def _ask_nvml(question: Callable[[Any], _Answer]) -> _Answer | None:
+    """The answer to one question in an NVML session of its own; None without package or driver, or if it refuses."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except ImportError:
-        return ()
+        return None
     except pynvml.NVMLError:  # no driver, or one that does not answer
-        return ()
+        return None
     try:
-        handles = _visible_handles(pynvml, setting)
-        return tuple(_read_gpu(pynvml, index, handle) for index, handle in enumerate(handles))
+        return question(pynvml)
     except pynvml.NVMLError:
-        return ()
+        return None
     finally:
         pynvml.nvmlShutdown()
 
@@ -64,6 +91,16 @@ def _visible_handles(nvml: Any, setting: str | None) -> list[Any]:
     return [handles[index] for index in visible_indices(setting, uuids)]
 
 
+def _memory_info(nvml: Any, handle: Any) -> Any:
+    # The second version leaves the driver's own reserve out of `used`; older drivers know the first only.
+    for version in ((nvml.nvmlMemory_v2,), ()):
+        try:
+            return nvml.nvmlDeviceGetMemoryInfo(handle, *version)
+        except nvml.NVMLError:
+            continue
+    return None
+
+
 def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
     def ask(question: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -71,8 +108,7 @@ def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
         except nvml.NVMLError:
             return None
 
-    # The second version leaves the driver's own reserve out of `used`; older drivers know the first only.
-    memory = ask(nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlMemory_v2) or ask(nvml.nvmlDeviceGetMemoryInfo)
+    memory = _memory_info(nvml, handle)
     processes = ask(nvml.nvmlDeviceGetComputeRunningProcesses) or []
     own_bytes = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     return Gpu(
@@ -84,4 +120,5 @@ def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
         pcie_generation=ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration),
         pcie_width=ask(nvml.nvmlDeviceGetCurrPcieLinkWidth),
         capability=ask(nvml.nvmlDeviceGetCudaComputeCapability),
+        uuid=ask(nvml.nvmlDeviceGetUUID),
     )

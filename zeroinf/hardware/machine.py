@@ -23,6 +23,7 @@ class Gpu:
     pcie_generation: int | None
     pcie_width: int | None
     capability: tuple[int, int] | None
+    uuid: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,7 @@ class Disk:
     """A folder that weights may rest in. Where `exists` is false, all else is zero, empty or false.
 
     `free_bytes` is what an ordinary user may still write; `filesystem` is the kernel's word: ext4, xfs, tmpfs, nfs4.
+    `mount` is the folder where that file system begins, `device` what is mounted there; None and empty where unknown.
     """
 
     path: Path
@@ -55,14 +57,26 @@ class Disk:
     total_bytes: int
     filesystem: str
     o_direct: bool
+    mount: Path | None = None
+    device: str = ""
+
+    @property
+    def volume(self) -> str:
+        """What rates are kept by: all folders of one file system share its disk."""
+        return str(self.mount or self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """A snapshot of one machine. `versions` holds "python" and the installed packages by distribution name."""
+    """A snapshot of one machine. `versions` holds "python" and the installed packages by distribution name.
+
+    `driver` is the version of the NVIDIA driver, None where there is none.
+    """
 
     gpus: tuple[Gpu, ...]
     memory: Memory
     disks: tuple[Disk, ...]
     cores: int
     versions: dict[str, str] = field(default_factory=dict)
+    hostname: str = ""
+    driver: str | None = None

@@ -14,7 +14,7 @@ import psutil
 
 from zeroinf.hardware.cgroup import read_cgroup_memory
 from zeroinf.hardware.disk import read_disk
-from zeroinf.hardware.gpus import read_gpus
+from zeroinf.hardware.gpus import read_driver, read_gpus
 from zeroinf.hardware.machine import Machine, Memory
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "safetensors", "greenlet", "psutil", "nvidia-ml-py")
@@ -31,6 +31,8 @@ def read_machine(disks: Iterable[Path] = ()) -> Machine:
         disks=tuple(read_disk(path) for path in disks),
         cores=len(os.sched_getaffinity(0)),
         versions=read_versions(),
+        hostname=platform.node(),
+        driver=read_driver(),
     )
 
 

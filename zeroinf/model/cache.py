@@ -1,4 +1,4 @@
-"""The user's cache folder, and folders in it that exist whole or not at all."""
+"""Folders in the user's cache that exist whole or not at all, and digests of files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def cache_directory() -> Path:
-    """Where zeroinf keeps what it can make again: `$ZEROINF_CACHE`, else `$XDG_CACHE_HOME/zeroinf`, else `~/.cache`."""
-    if own := os.environ.get("ZEROINF_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zeroinf"
+from zeroinf.paths import cache_directory
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -9,17 +9,10 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import ModelError
-
-
-def configs_directory() -> Path:
-    """The folder `configs`: inside the package where it was installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+from zeroinf.paths import configs_directory
 
 
 def catalog_names() -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from zeroinf.errors import EnvironmentProblem, ModelError
-from zeroinf.model.cache import build_once, cache_directory, file_digest
+from zeroinf.model.cache import build_once, file_digest
+from zeroinf.paths import cache_directory
 
 # Part of the folder's name: raise it when the conversion writes something else than before.
 CONVERTER_VERSION = 1

@@ -1,0 +1,20 @@
+"""Folders that are the user's or the project's own, wherever zeroinf is installed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Where zeroinf keeps what it can make again: `$ZEROINF_CACHE`, else `$XDG_CACHE_HOME/zeroinf`, else `~/.cache`."""
+    if own := os.environ.get("ZEROINF_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zeroinf"
+
+
+def configs_directory() -> Path:
+    """The folder `configs`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
