@@ -1,0 +1,99 @@
+"""How fast a machine is and what its software takes of it, as numbers: measured, published, or given by the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from zeroinf.hardware.machine import Disk
+
+Origin = Literal["measured", "data sheet", "given"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Rates of one machine; None is not known. `*_gbps` is GB/s (10^9 bytes), `*_tflops` 10^12 operations a second.
+
+    `origins` says where a rate comes from; one that is not named there was given.
+    """
+
+    link_gbps: float | None = None
+    """Page-locked host memory to one GPU while the other links rest; of several GPUs, the slowest."""
+
+    links_gbps: Mapping[int, float] | None = None
+    """The same by the number of GPUs that pull at once, all together; n GPUs that wait for each other get this."""
+
+    disk_gbps: Mapping[str, float] | None = None
+    """O_DIRECT reads by `Disk.volume`, with as many requests in flight as serve it best."""
+
+    disk_gbps_by_requests: Mapping[str, Mapping[int, float]] | None = None
+    """The same by the number of requests in flight, each of 4 MiB."""
+
+    matmul_tflops: Mapping[str, Mapping[int, float]] | None = None
+    """By dtype ("bfloat16", "float16", "float32") and rows: rows x 8192 times an 8192 x 8192 weight, on one GPU."""
+
+    hbm_gbps: float | None = None
+    """Traffic of a copy inside one GPU's memory: bytes read plus bytes written."""
+
+    all_gather_gbps: Mapping[int, float] | None = None
+    """By the number of GPUs: bytes of the whole result that each of them holds afterwards, a second."""
+
+    context_bytes: int | None = None
+    """What a process holds of a GPU beside torch's reserved memory, once all kinds of kernels have run."""
+
+    workspace_bytes: int | None = None
+    """What torch's allocator keeps for matmul libraries when every tensor is gone."""
+
+    nccl_bytes: Mapping[int, int] | None = None
+    """By the number of GPUs: what each process holds more of its GPU after NCCL's start and an all-gather."""
+
+    launch_s: float | None = None
+    """Host time of one operator whose kernel has next to nothing to do."""
+
+    page_lock_gbps: float | None = None
+    """cudaHostRegister on shared memory that nobody has touched yet."""
+
+    host_copy_gbps: float | None = None
+    """Bytes copied from host memory to host memory a second by 8 threads; each is read once and written once."""
+
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if strangers := sorted(set(self.origins) - set(self.known)):
+            raise ValueError(f"an origin is given for {', '.join(strangers)}, but no rate")
+
+    @classmethod
+    def of(cls, origin: Origin, **rates: Any) -> Rates:
+        """Rates of one origin; None stays unknown."""
+        known = {name: rate for name, rate in rates.items() if rate is not None}
+        return cls(**known, origins=dict.fromkeys(known, origin))
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The rates that are not None, by name."""
+        rates = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "origins"}
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+    def origin(self, name: str) -> Origin:
+        """Where the rate `name` comes from."""
+        return self.origins.get(name, "given")
+
+    def updated(self, newer: Rates) -> Rates:
+        """These, with what `newer` knows put in their place; a volume's rate stays until that volume has a newer one."""
+        known = newer.known
+        for name in ("disk_gbps", "disk_gbps_by_requests"):
+            if name in known:
+                known[name] = {**self.known.get(name, {}), **known[name]}
+        origins: dict[str, Origin] = {name: newer.origin(name) for name in known}
+        return replace(self, **known, origins={**self.origins, **origins})
+
+    def without(self, *names: str) -> Rates:
+        """These, the rates `names` unknown."""
+        origins = {name: origin for name, origin in self.origins.items() if name not in names}
+        unknown: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, **unknown, origins=origins)
+
+    def of_disk(self, disk: Disk) -> float | None:
+        """The best read rate of a folder's disk in GB/s, None where it is not known."""
+        return (self.disk_gbps or {}).get(disk.volume)
