@@ -38,6 +38,15 @@ def test_an_origin_without_its_rate_is_refused_by_name() -> None:
         Rates(origins={"link_gbps": "measured"})
 
 
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_rate_that_cannot_be_is_refused_by_name(wrong: float) -> None:
+    with pytest.raises(ValueError, match="link_gbps"):
+        Rates(link_gbps=wrong)
+    with pytest.raises(ValueError, match="matmul_tflops"):
+        Rates(matmul_tflops={"bfloat16": {1: 5.0, 8: wrong}})
+    assert Rates(nccl_bytes={2: 0}).nccl_bytes == {2: 0}
+
+
 def test_newer_rates_replace_older_ones_with_their_origins_and_leave_the_rest() -> None:
     older = Rates.of("data sheet", link_gbps=31.5, hbm_gbps=900.0)
     newer = older.updated(Rates.of("measured", link_gbps=24.0))

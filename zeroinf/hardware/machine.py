@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
@@ -25,6 +25,9 @@ class Gpu:
     capability: tuple[int, int] | None
     uuid: str | None = None
 
+    def __post_init__(self) -> None:
+        _refuse_negative_sizes(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
@@ -40,6 +43,9 @@ class Memory:
     shared_memory_bytes: int
     memlock_bytes: int | None
     numa_nodes: int
+
+    def __post_init__(self) -> None:
+        _refuse_negative_sizes(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +65,9 @@ class Disk:
     o_direct: bool
     mount: Path | None = None
     device: str = ""
+
+    def __post_init__(self) -> None:
+        _refuse_negative_sizes(self)
 
     @property
     def volume(self) -> str:
@@ -80,3 +89,10 @@ class Machine:
     versions: dict[str, str] = field(default_factory=dict)
     hostname: str = ""
     driver: str | None = None
+
+
+def _refuse_negative_sizes(part: Gpu | Memory | Disk) -> None:
+    for entry in fields(part):
+        size = getattr(part, entry.name)
+        if entry.name.endswith("_bytes") and size is not None and size < 0:
+            raise ValueError(f"{entry.name} cannot be {size}")

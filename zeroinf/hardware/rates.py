@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -62,6 +63,11 @@ class Rates:
     def __post_init__(self) -> None:
         if strangers := sorted(set(self.origins) - set(self.known)):
             raise ValueError(f"an origin is given for {', '.join(strangers)}, but no rate")
+        for name, rate in self.known.items():
+            if wrong := [
+                n for n in _numbers(rate) if not 0 <= n < math.inf or (n == 0 and not name.endswith("_bytes"))
+            ]:
+                raise ValueError(f"{name} cannot be {wrong[0]}")
 
     @classmethod
     def of(cls, origin: Origin, **rates: Any) -> Rates:
@@ -80,7 +86,7 @@ class Rates:
         return self.origins.get(name, "given")
 
     def updated(self, newer: Rates) -> Rates:
-        """These, with what `newer` knows put in their place; a volume's rate stays until that volume has a newer one."""
+        """These, with what `newer` knows put in their place; a volume's rate stays until a newer one comes."""
         known = newer.known
         for name in ("disk_gbps", "disk_gbps_by_requests"):
             if name in known:
@@ -97,3 +103,11 @@ class Rates:
     def of_disk(self, disk: Disk) -> float | None:
         """The best read rate of a folder's disk in GB/s, None where it is not known."""
         return (self.disk_gbps or {}).get(disk.volume)
+
+
+def _numbers(rate: Any) -> Iterator[float]:
+    if isinstance(rate, Mapping):
+        for part in rate.values():
+            yield from _numbers(part)
+    else:
+        yield rate
