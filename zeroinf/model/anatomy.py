@@ -17,6 +17,8 @@ DTYPE_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+# What torch aligns its own allocations to on a GPU: kernels find their operands as they would on their own.
+_POOL_ALIGNMENT = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,20 +56,57 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenState:
+    """What one token of one row leaves in a layer's keys, or in its values: (heads, width) elements."""
+
+    heads: int
+    width: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.heads * self.width * DTYPE_BYTES[self.dtype]
+
+    def pooled_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes that this takes in a pool for `rows` rows with room for `tokens` tokens: where the next one begins."""
+        return -(-rows * tokens * self.nbytes // _POOL_ALIGNMENT) * _POOL_ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """How one layer's KV cache (or recurrent state) grows, a row.
+    """How one layer's KV cache (or recurrent state) grows, a row, where transformers' own cache keeps it.
 
     After n tokens a row holds `fixed_bytes + bytes_per_token * min(n, window)`; `window` is None where none is dropped.
+    `keys` and `values` are None where a layer keeps anything else, such as a recurrent state.
     """
 
     fixed_bytes: int
     bytes_per_token: int
     window: int | None = None
+    keys: TokenState | None = None
+    values: TokenState | None = None
 
     def nbytes(self, tokens: int) -> int:
         """Bytes that one row of `tokens` tokens holds in this layer."""
         kept = tokens if self.window is None else min(tokens, self.window)
         return self.fixed_bytes + self.bytes_per_token * kept
+
+    @property
+    def pooled(self) -> tuple[TokenState, ...]:
+        """Keys and values, if they are all that this layer keeps: a pool can hold them."""
+        return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
+
+    def pooled_tokens(self, tokens: int) -> int:
+        """Tokens for which a pool keeps room in each row.
+
+        A window gets an eighth more than it shows: it moves on in its buffer, and is copied to the front now and then
+        instead of at every token.
+        """
+        return tokens if self.window is None else min(tokens, self.window + self.window // 8)
+
+    def pooled_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of this layer in a pool for `rows` rows of `tokens` tokens; 0 where a pool cannot hold it."""
+        return sum(state.pooled_bytes(rows, self.pooled_tokens(tokens)) for state in self.pooled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +158,11 @@ class Anatomy:
         """Bytes one token of one row adds to the cache while no window is full."""
         return sum(layer.bytes_per_token for layer in self.cache)
 
+    def pool_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of the one allocation that holds keys and values of `rows` rows of up to `tokens` tokens."""
+        return sum(layer.pooled_bytes(rows, tokens) for layer in self.cache)
+
     def cache_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the cache for `rows` rows of `tokens` tokens each, all layers."""
-        return rows * sum(layer.nbytes(tokens) for layer in self.cache)
+        """Bytes of the whole cache: the pool, and the states of the layers that it cannot hold."""
+        own = (layer.nbytes(tokens) for layer in self.cache if not layer.pooled)
+        return self.pool_bytes(rows, tokens) + rows * sum(own)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import LayerCache
+from zeroinf.model.anatomy import LayerCache, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
 # allows it, is far enough out to see blocks of tokens that a model compresses together (128).
@@ -41,25 +42,27 @@ def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
     outgrow is None. Raises ModelError when a layer grows in a way that LayerCache cannot express.
     """
     with _dense_experts(model):
-        short, windows = _measure(model, rows=1, tokens=_SHORT)
-        longer, _ = _measure(model, rows=1, tokens=_LONGER)
-        beyond = min(max(_FAR, 2 * max(windows) + 1), context_limit or sys.maxsize)
-        far, _ = _measure(model, rows=1, tokens=beyond)
+        short = _filled(model, rows=1, tokens=_SHORT)
+        longer = _filled(model, rows=1, tokens=_LONGER)
+        widest = max(layer.get_max_length() for layer in short)
+        beyond = min(max(_FAR, 2 * widest + 1), context_limit or sys.maxsize)
+        far = _filled(model, rows=1, tokens=beyond)
         check = beyond * 3 // 4
-        checked, _ = _measure(model, rows=2, tokens=check)
+        checked = _filled(model, rows=2, tokens=check)
     layers = tuple(
         _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
         for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
     )
-    for index, (layer, measured) in enumerate(zip(layers, checked, strict=True)):
-        if measured != 2 * layer.nbytes(check):
+    for index, (layer, found) in enumerate(zip(layers, checked, strict=True)):
+        if (measured := held_bytes(vars(found))) != 2 * layer.nbytes(check):
             raise _unreadable(model, f"layer {index}: two rows of {check} tokens hold {measured} bytes")
     return layers
 
 
-def _fit(model: Any, index: int, nbytes: dict[int, int]) -> LayerCache:
-    """The LayerCache that explains bytes at three lengths."""
-    short, longer, beyond = nbytes
+def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache:
+    """The LayerCache that explains what a cache layer holds at three lengths."""
+    short, longer, beyond = filled
+    nbytes = {tokens: held_bytes(vars(layer)) for tokens, layer in filled.items()}
     per_token, rest = divmod(nbytes[longer] - nbytes[short], longer - short)
     fixed = nbytes[short] - short * per_token
     if rest or per_token < 0 or fixed < 0:
@@ -69,11 +72,29 @@ def _fit(model: Any, index: int, nbytes: dict[int, int]) -> LayerCache:
     kept, rest = divmod(nbytes[beyond] - fixed, per_token)
     if rest or not longer <= kept <= beyond:
         raise _unreadable(model, f"layer {index}: bytes by length are {nbytes}")
-    return LayerCache(fixed_bytes=fixed, bytes_per_token=per_token, window=kept if kept < beyond else None)
+    keys, values = _token_states(filled[short])
+    return LayerCache(
+        fixed_bytes=fixed,
+        bytes_per_token=per_token,
+        window=kept if kept < beyond else None,
+        keys=keys,
+        values=values,
+    )
 
 
-def _measure(model: Any, *, rows: int, tokens: int) -> tuple[list[int], list[int]]:
-    """Bytes held by each cache layer after a prefill of `tokens - 1` and one decode step, and its declared window."""
+def _token_states(layer: Any) -> tuple[TokenState, TokenState] | tuple[None, None]:
+    """What a token leaves in a layer of plain attention; None for every other kind."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return None, None
+    keys, values = (
+        TokenState(heads=t.shape[1], width=t.shape[3], dtype=str(t.dtype).removeprefix("torch."))
+        for t in (layer.keys, layer.values)
+    )
+    return keys, values
+
+
+def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
+    """The cache's layers after a prefill of `tokens - 1` and one decode step."""
     parameters = inspect.signature(model.forward).parameters
     name = "past_key_values" if "past_key_values" in parameters else "cache_params"
     cache = (
@@ -92,7 +113,7 @@ def _measure(model: Any, *, rows: int, tokens: int) -> tuple[list[int], list[int
     layers = apart.pop("layers", None)
     if not layers or held_bytes(apart):
         raise _unreadable(model, f"{type(cache).__name__} keeps states outside its layers")
-    return [held_bytes(vars(layer)) for layer in layers], [layer.get_max_length() for layer in layers]
+    return list(layers)
 
 
 @contextmanager
