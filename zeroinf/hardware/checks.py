@@ -8,11 +8,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.aio_op import AioOp, Problem
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
+from zeroinf.hardware.profile import Profile
 from zeroinf.hardware.snapshot import PACKAGES
 
 Status = Literal["ok", "warn", "fail"]
@@ -155,6 +157,19 @@ def check_memlock(memory: Memory, *, asked: bool, needed_bytes: int = DEFAULT_PO
         value=f"{gib(limit)}, less than the {gib(needed_bytes)} that --offload nvme locks",
         advice="ulimit -l unlimited, or start the container with --ulimit memlock=-1 or --cap-add IPC_LOCK",
     )
+
+
+def check_profile(profile: Profile, now: datetime) -> Check:
+    """Whether this machine's rates were measured, and how long ago."""
+    advice = "zeroinf doctor --measure, with each --nvme-path that weights may rest in"
+    if profile.trouble is not None:
+        value = f"{profile.path} {profile.trouble}"
+        return Check(name="rates", status="warn", value=f"not used: {value}", advice=advice)
+    if profile.measured_at is None:
+        return Check(name="rates", status="warn", value="not measured on this machine", advice=advice)
+    days = (now - profile.measured_at).days
+    age = {0: "today", 1: "yesterday"}.get(days, f"{days} days ago")
+    return Check(name="rates", status="ok", value=f"measured {age} ({profile.measured_at:%Y-%m-%d %H:%M} UTC)")
 
 
 def check_aio_op(op: AioOp, *, asked: bool) -> list[Check]:

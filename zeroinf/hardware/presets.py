@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zeroinf.errors import UsageError
+from zeroinf.hardware.json_file import first_problem
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.paths import configs_directory
@@ -64,11 +65,8 @@ def _parse(content: bytes, path: Path) -> MachineFile:
     try:
         file = _File.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
-        where = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"machine file {path}: {f'{where}: ' if where else ''}{'unknown key' if unknown else first['msg']}",
+            f"machine file {path}: {first_problem(error)}",
             hint="it should be what `zeroinf doctor --json` prints, or a copy of a file in configs/machines",
         ) from None
     return MachineFile(machine=file.machine, rates=file.rates)

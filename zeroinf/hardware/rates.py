@@ -86,11 +86,11 @@ class Rates:
         return self.origins.get(name, "given")
 
     def updated(self, newer: Rates) -> Rates:
-        """These, with what `newer` knows put in their place; a volume's rate stays until a newer one comes."""
-        known = newer.known
-        for name in ("disk_gbps", "disk_gbps_by_requests"):
-            if name in known:
-                known[name] = {**self.known.get(name, {}), **known[name]}
+        """These, with what `newer` knows put in their place; of a table (by disk, by GPUs), each entry by itself."""
+        known: dict[str, Any] = {
+            name: {**(getattr(self, name) or {}), **rate} if isinstance(rate, Mapping) else rate
+            for name, rate in newer.known.items()
+        }
         origins: dict[str, Origin] = {name: newer.origin(name) for name in known}
         return replace(self, **known, origins={**self.origins, **origins})
 

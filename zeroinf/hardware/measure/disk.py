@@ -1,0 +1,69 @@
+"""A disk's read rate past the page cache, by the number of requests in flight."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+REQUESTS_IN_FLIGHT = (1, 2, 4, 8, 16, 32)
+
+_REQUEST_BYTES = 4 << 20
+# More than a drive keeps in memory of its own.
+_FILE_BYTES = 4 << 30
+
+
+def measure_disk(
+    folder: Path, *, file_bytes: int = _FILE_BYTES, write_limit_s: float = 10.0, read_s: float = 1.0
+) -> dict[int, float]:
+    """O_DIRECT reads of 4 MiB in GB/s, by the number of threads that keep one request each in flight.
+
+    They read a file without a name, written for it: it is gone with this process, however that ends. It has
+    `file_bytes`, or what could be written in `write_limit_s`; each number of threads reads for `read_s`.
+
+    Raises OSError where the file system is full or has no O_DIRECT.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT)
+        try:
+            requests = _write(descriptor, file_bytes, write_limit_s)
+            return {threads: _read_gbps(descriptor, requests, threads, read_s) for threads in REQUESTS_IN_FLIGHT}
+        finally:
+            os.close(descriptor)
+
+
+def _write(descriptor: int, file_bytes: int, limit_s: float) -> int:
+    """Fill the file with blocks that are random, and all different; returns their number."""
+    deadline = time.perf_counter() + limit_s
+    with mmap.mmap(-1, _REQUEST_BYTES) as block:
+        block[:] = os.urandom(_REQUEST_BYTES)
+        for index in range(max(1, file_bytes // _REQUEST_BYTES)):
+            block[:8] = index.to_bytes(8, "little")
+            os.pwrite(descriptor, block, index * _REQUEST_BYTES)
+            if time.perf_counter() > deadline:
+                break
+    os.fsync(descriptor)
+    return index + 1
+
+
+def _read_gbps(descriptor: int, requests: int, threads: int, seconds: float) -> float:
+    order, lock = count(), threading.Lock()
+    started = time.perf_counter()
+
+    def read_on(_: int) -> int:
+        done = 0
+        with mmap.mmap(-1, _REQUEST_BYTES) as buffer:
+            while done == 0 or time.perf_counter() - started < seconds:
+                with lock:
+                    at = next(order) % requests
+                done += os.preadv(descriptor, [buffer], at * _REQUEST_BYTES)
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        read_bytes = sum(pool.map(read_on, range(threads)))
+    return read_bytes / (time.perf_counter() - started) / 1e9

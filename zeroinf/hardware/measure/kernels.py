@@ -1,0 +1,75 @@
+"""What one GPU computes and moves on its own, and what a kernel costs its host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+# One row is decoding's worst case, 8192 rows make the matrices square.
+ROWS = (1, 8, 64, 512, 4096, 8192)
+# Larger than the caches of today's GPUs in every dtype, as a large model's weights are.
+_WIDTH = 8192
+_COPY_BYTES = 1 << 30
+_MEASURED_S = 0.1
+_LAUNCHES = 200  # fewer than the driver queues, so that the host never waits for the GPU
+_LAUNCH_ROUNDS = 20
+
+
+def measure_matmul(dtype: str) -> dict[int, float]:
+    """TFLOP/s of a linear layer of 8192 x 8192 by the number of rows that run together."""
+    import torch
+
+    # Random numbers, since zeros take less power and so run faster than weights do.
+    weight = torch.randn(_WIDTH, _WIDTH, device="cuda").to(getattr(torch, dtype))
+    hidden = torch.randn(max(ROWS), _WIDTH, device="cuda").to(weight.dtype)
+
+    def seconds(rows: int) -> float:
+        return _device_seconds(lambda: torch.nn.functional.linear(hidden[:rows], weight))
+
+    return {rows: 2 * rows * _WIDTH**2 / seconds(rows) / 1e12 for rows in ROWS}
+
+
+def measure_hbm() -> float:
+    """A copy of 1 GiB inside GPU memory, in GB/s of bytes read plus bytes written."""
+    import torch
+
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / _device_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def measure_launch() -> float:
+    """Seconds of host time an operator takes whose kernel does next to nothing."""
+    import torch
+
+    number = torch.zeros(1, device="cuda")
+
+    def one_round() -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            number.add_(1)
+        return (time.perf_counter() - started) / _LAUNCHES
+
+    one_round()
+    return statistics.median(one_round() for _ in range(_LAUNCH_ROUNDS))
+
+
+def _device_seconds(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes on the GPU, once it is warm, over at least a tenth of a second."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    repeats = 1
+    while True:
+        work()
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        elapsed_s: float = begin.elapsed_time(end) / 1e3
+        if elapsed_s >= _MEASURED_S:
+            return elapsed_s / repeats
+        repeats *= 4

@@ -1,0 +1,62 @@
+"""The links that feed the GPUs, and how fast memory can be made ready for them."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from zeroinf.errors import EnvironmentProblem
+
+# More than any processor caches.
+_COPY_BYTES = 1 << 30
+_COPIES = 10
+_LOCKED_BYTES = 2 << 30
+_PORTABLE = 1  # cudaHostRegisterPortable
+
+
+def measure_links(devices: Sequence[int]) -> float:
+    """Page-locked host memory to the GPUs `devices` at once: bytes of all by the time of the slowest, in GB/s."""
+    import torch
+
+    hosts = [torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True).fill_(1) for _ in devices]
+    targets = [torch.empty(_COPY_BYTES, dtype=torch.uint8, device=f"cuda:{device}") for device in devices]
+
+    def copy(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            for host, target in zip(hosts, targets, strict=True):
+                target.copy_(host, non_blocking=True)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    copy(1)  # the first copy sets the driver up
+    return len(devices) * _COPIES * _COPY_BYTES / copy(_COPIES) / 1e9
+
+
+def measure_page_lock() -> float:
+    """cudaHostRegister on fresh shared memory, as the weights' own is made, in GB/s.
+
+    Raises EnvironmentProblem where CUDA refuses, as it does under a small memlock limit.
+    """
+    import torch
+
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    memory = mmap.mmap(-1, _LOCKED_BYTES)
+    with suppress(OSError):  # a kernel without transparent huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    started = time.perf_counter()
+    error = cudart.cudaHostRegister(address, _LOCKED_BYTES, _PORTABLE)
+    elapsed_s = time.perf_counter() - started
+    if int(error):
+        raise EnvironmentProblem(
+            f"cannot page-lock {_LOCKED_BYTES >> 30} GiB of host memory: CUDA error {int(error)}",
+            hint="raise the memlock limit (`ulimit -l unlimited`) or free host memory",
+        )
+    cudart.cudaHostUnregister(address)
+    return _LOCKED_BYTES / elapsed_s / 1e9
