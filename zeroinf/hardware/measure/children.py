@@ -27,7 +27,7 @@ def run_children(module: str, arguments: Sequence[Sequence[str]]) -> list[dict[s
     try:
         return [_answer(child) for child in children]
     except subprocess.TimeoutExpired:
-        raise EnvironmentProblem(f"{module} did not end within {_PATIENCE_S:.0f} s") from None
+        raise EnvironmentProblem(f"{module} did not end within {_PATIENCE_S:g} s") from None
     finally:
         for child in children:
             child.kill()

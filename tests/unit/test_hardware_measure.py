@@ -1,0 +1,144 @@
+"""Measuring, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.hardware.disk import read_disk
+from zeroinf.hardware.machine import Gpu
+from zeroinf.hardware.measure import children
+from zeroinf.hardware.measure import machine as measure_module
+from zeroinf.hardware.measure.children import run_children
+from zeroinf.hardware.measure.disk import REQUESTS_IN_FLIGHT, measure_disk
+from zeroinf.hardware.measure.footprint import _use
+from zeroinf.hardware.measure.host import measure_host_copy
+from zeroinf.hardware.measure.machine import gpu_counts, measure_machine
+from zeroinf.hardware.snapshot import read_machine
+
+GPU = Gpu(
+    index=0, name="Fake", total_bytes=1 << 34, free_bytes=1 << 34, other_bytes=0, pcie_generation=4, pcie_width=16,
+    capability=(8, 9),
+)  # fmt: skip
+
+
+def small_disk(folder: Path) -> dict[int, float]:
+    return measure_disk(folder, file_bytes=16 << 20, read_s=0.01)
+
+
+@pytest.fixture
+def direct_folder(tmp_path: Path) -> Path:
+    if not read_disk(tmp_path).o_direct:
+        pytest.skip("the temporary folder has no O_DIRECT")
+    return tmp_path
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules child processes can run."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    return tmp_path
+
+
+def test_disk_is_read_at_every_number_of_requests_and_left_empty(direct_folder: Path) -> None:
+    rates = small_disk(direct_folder)
+    assert list(rates) == list(REQUESTS_IN_FLIGHT)
+    assert all(gbps > 0 for gbps in rates.values())
+    assert list(direct_folder.iterdir()) == []
+
+
+def test_slow_disk_gets_a_smaller_file(direct_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    real_write = os.pwrite
+
+    def write(descriptor: int, data: bytes, at: int) -> int:
+        written.append(at)
+        return real_write(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    measure_disk(direct_folder, write_limit_s=0.0, read_s=0.01)
+    assert len(written) == 1
+
+
+def test_host_memory_copies_at_some_rate() -> None:
+    assert measure_host_copy(nbytes=8 << 20) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_every_kernel_of_the_footprint_runs_on_numbers_that_stay_finite(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        _use(torch.device("cpu"), dtype)
+
+
+@given(st.integers(1, 64))
+def test_gpu_counts_double_up_to_all(number: int) -> None:
+    counts = gpu_counts(number)
+    assert counts[0] == 1
+    assert counts[-1] == number
+    assert counts == sorted(set(counts))
+    assert all(n & (n - 1) == 0 for n in counts[:-1])
+    assert all(more <= 2 * less for less, more in itertools.pairwise(counts))
+
+
+def test_machine_without_gpus_measures_disk_and_host_and_a_failure_stops_nothing(
+    direct_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_module, "measure_disk", small_disk)
+    monkeypatch.setattr(measure_module, "measure_host_copy", lambda: measure_host_copy(nbytes=8 << 20))
+    absent = direct_folder / "absent"
+    machine = replace(read_machine([absent, direct_folder]), gpus=())
+    said: list[str] = []
+    rates = measure_machine(machine, said.append)
+    assert set(rates.known) == {"host_copy_gbps", "disk_gbps", "disk_gbps_by_requests"}
+    assert set(rates.origins.values()) == {"measured"}
+    assert rates.of_disk(machine.disks[1]) == max((rates.disk_gbps or {}).values())
+    assert any(line.startswith(f"not measured: disk of {absent}: ") for line in said)
+
+
+def test_gpus_that_torch_cannot_use_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure_module, "measure_host_copy", lambda: 10.0)
+    said: list[str] = []
+    rates = measure_machine(replace(read_machine(), gpus=(GPU,)), said.append)
+    assert rates.known == {"host_copy_gbps": 10.0}
+    assert said[0] == "not measured: GPUs: this torch cannot use them"
+
+
+def test_children_answer_in_order(modules: Path) -> None:
+    (modules / "answering.py").write_text(
+        "import json, sys\nprint('noise of a library')\nprint(json.dumps({'told': sys.argv[1:]}))\n"
+    )
+    assert run_children("answering", [["a"], ["b", "c"]]) == [{"told": ["a"]}, {"told": ["b", "c"]}]
+
+
+def test_child_that_fails_is_an_environment_problem_with_its_last_words(modules: Path) -> None:
+    (modules / "failing.py").write_text("raise SystemExit('no kernel image is available')\n")
+    with pytest.raises(EnvironmentProblem, match="ended with 1: no kernel image is available"):
+        run_children("failing", [[]])
+
+
+def test_children_that_hang_are_ended(modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (modules / "hanging.py").write_text("import time\ntime.sleep(600)\n")
+    started: list[subprocess.Popen[str]] = []
+    real_popen = subprocess.Popen
+
+    def popen(*arguments: Any, **settings: Any) -> subprocess.Popen[str]:
+        started.append(real_popen(*arguments, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(children, "_PATIENCE_S", 0.1)
+    with pytest.raises(EnvironmentProblem, match=r"did not end within 0\.1 s"):
+        run_children("hanging", [["first"], ["second"]])
+    assert [child.returncode for child in started] == [-signal.SIGKILL] * 2
