@@ -26,7 +26,7 @@ from zeroinf.hardware.snapshot import read_machine
 
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The answers below depend neither on the GPUs of the machine that runs the tests nor on what was measured there."""
+    """Answers depend neither on the GPUs of the machine that runs the tests nor on what was measured there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path_factory.mktemp("cache")))
 

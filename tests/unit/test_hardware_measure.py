@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +60,11 @@ def test_disk_is_read_at_every_number_of_requests_and_left_empty(direct_folder: 
     assert list(direct_folder.iterdir()) == []
 
 
-def test_slow_disk_gets_a_smaller_file(direct_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("free_bytes", "limit_s"), [(1 << 40, 0.0), (20 << 20, 10.0)], ids=["slow", "nearly full"])
+def test_slow_or_nearly_full_disk_gets_a_smaller_file(
+    free_bytes: int, limit_s: float, direct_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes))
     written: list[int] = []
     real_write = os.pwrite
 
@@ -67,7 +73,7 @@ def test_slow_disk_gets_a_smaller_file(direct_folder: Path, monkeypatch: pytest.
         return real_write(descriptor, data, at)
 
     monkeypatch.setattr(os, "pwrite", write)
-    measure_disk(direct_folder, write_limit_s=0.0, read_s=0.01)
+    measure_disk(direct_folder, write_limit_s=limit_s, read_s=0.01)
     assert len(written) == 1
 
 

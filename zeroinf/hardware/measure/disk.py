@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -24,14 +25,16 @@ def measure_disk(
     """O_DIRECT reads of 4 MiB in GB/s, by the number of threads that keep one request each in flight.
 
     They read a file without a name, written for it: it is gone with this process, however that ends. It has
-    `file_bytes`, or what could be written in `write_limit_s`; each number of threads reads for `read_s`.
+    `file_bytes`, or what could be written in `write_limit_s`, or a quarter of the free space, if that is less. Each
+    number of threads reads for `read_s`.
 
     Raises OSError where the file system is full or has no O_DIRECT.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT)
         try:
-            requests = _write(descriptor, file_bytes, write_limit_s)
+            size_bytes = min(file_bytes, shutil.disk_usage(folder).free // 4)
+            requests = _write(descriptor, size_bytes, write_limit_s)
             return {threads: _read_gbps(descriptor, requests, threads, read_s) for threads in REQUESTS_IN_FLIGHT}
         finally:
             os.close(descriptor)
