@@ -24,7 +24,7 @@ from zeroinf.hardware.measure import children
 from zeroinf.hardware.measure import machine as measure_module
 from zeroinf.hardware.measure.children import run_children
 from zeroinf.hardware.measure.disk import REQUESTS_IN_FLIGHT, measure_disk
-from zeroinf.hardware.measure.footprint import _use
+from zeroinf.hardware.measure.footprint import _multiply, _use
 from zeroinf.hardware.measure.host import measure_host_copy
 from zeroinf.hardware.measure.machine import gpu_counts, measure_machine
 from zeroinf.hardware.snapshot import read_machine
@@ -85,6 +85,7 @@ def test_host_memory_copies_at_some_rate() -> None:
 def test_every_kernel_of_the_footprint_runs_on_numbers_that_stay_finite(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         _use(torch.device("cpu"), dtype)
+        _multiply(torch.device("cpu"), dtype, width=8)
 
 
 @given(st.integers(1, 64))

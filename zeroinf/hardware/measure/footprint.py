@@ -32,6 +32,7 @@ def _look(index: int, uuid: str) -> dict[str, int]:
     with torch.cuda.device(device), torch.inference_mode():
         for dtype in (torch.float16, torch.float32, torch.bfloat16):
             _use(device, dtype)
+            _multiply(device, dtype, width=4096)
         _copy_both_ways(device)
         torch.cuda.synchronize()
         gc.collect()
@@ -66,6 +67,15 @@ def _use(device: torch.device, dtype: torch.dtype) -> None:
     allowed = ordered.softmax(-1).cumsum(-1) < 0.9
     chosen = torch.multinomial(torch.where(allowed, logits, 0.0).softmax(-1), 1)
     logits.masked_fill(~allowed, float("-inf")).topk(4).values.gather(-1, chosen.clamp(max=3)).argmax(-1).tolist()
+
+
+def _multiply(device: torch.device, dtype: torch.dtype, *, width: int) -> None:
+    """Products from one row to many: the libraries have other kernels for each size."""
+    import torch
+
+    weight = torch.randn(width, width, device=device).to(dtype)
+    for rows in (1, 2, 8, 32, 128, 512, 2048, 8192):
+        torch.nn.functional.linear(weight[:1].expand(rows, width), weight)
 
 
 def _copy_both_ways(device: torch.device) -> None:
