@@ -22,6 +22,7 @@ import torch.distributed as dist
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.registry import load_engine
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
@@ -57,8 +58,11 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
         stream = Stream(prepared, codec, control, engine, None, _Silent())
         rows: list[Row] = []
+        plan, cpu = prepared.plan, torch.device("cpu")
+        tokens = plan.prompt_tokens + plan.new_tokens
+        pool = CachePool(engine.model, plan.anatomy, rows=plan.batch_size, tokens=tokens, device=cpu)
         generate(
-            engine, rules, control, torch.device("cpu"),
+            engine, rules, control, pool, cpu,
             take=stream.take, done=rows.append, grew=stream.grew,
         )  # fmt: skip
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
@@ -50,8 +51,15 @@ def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:
     ]
     last = waiting[0]
     rules = TokenRules(engine.model, 0, [])
+    pool = CachePool(
+        engine.model,
+        read_anatomy(engine.model.config, dtype=str(engine.model.dtype).removeprefix("torch.")),
+        rows=len(PROMPTS),
+        tokens=max(map(len, PROMPTS)) + NEW_TOKENS,
+        device=CPU,
+    )
     generate(
-        engine, rules, Control(World(), "cpu"), CPU,
+        engine, rules, Control(World(), "cpu"), pool, CPU,
         take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
     )  # fmt: skip
     return [row.generated for row in last]

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from queue import Empty
 from typing import Any
 
 import psutil
 import pytest
+from ranks import FORK, on_ranks
 
 from zeroinf.distributed.control import Control
-from zeroinf.distributed.ports import free_port
 from zeroinf.distributed.watch import Peer, PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.errors import RankError
-
-_FORK = multiprocessing.get_context("fork")
-
-
-def on_ranks(size: int, body: Callable[[Control], Any], *, seconds: float = 60) -> tuple[list[Any], list[int]]:
-    """What `body` returned (or its error) on each rank, None where it never did; and the exit codes."""
-    answers: Any = _FORK.Queue()
-    port = str(free_port())
-
-    def rank_main(rank: int) -> None:
-        words = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in words.items()})
-        control = Control(World(rank=rank, size=size, local_rank=rank, launched=True), "cpu")
-        try:
-            answers.put((rank, body(control)))
-        except Exception as error:
-            answers.put((rank, error))
-        answers.close()
-        answers.join_thread()
-        os._exit(0)
-
-    processes = [_FORK.Process(target=rank_main, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found: list[Any] = [None] * size
-    deadline = time.monotonic() + seconds
-    try:
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            for process in processes:
-                process.join(0.05)
-        while True:
-            rank, answer = answers.get(timeout=0.2)
-            found[rank] = answer
-    except Empty:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return found, [process.exitcode or 0 for process in processes]
 
 
 def heard_by(queue: Any) -> list[Any]:
@@ -114,7 +71,7 @@ def test_a_collective_with_a_rank_that_is_gone_is_a_rank_error() -> None:
 
 @pytest.mark.parametrize("dying", [0, 1, 2])
 def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks(dying: int) -> None:
-    told = _FORK.SimpleQueue()  # its `put` is over when it returns
+    told = FORK.SimpleQueue()  # its `put` is over when it returns
 
     def body(control: Control) -> None:
         PeerWatch(control, lambda message, speak: told.put((control.world.rank, message, speak)))
@@ -135,7 +92,7 @@ def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks
 
 
 def test_a_rank_that_confessed_is_quoted() -> None:
-    told = _FORK.SimpleQueue()  # its `put` is over when it returns
+    told = FORK.SimpleQueue()  # its `put` is over when it returns
 
     def body(control: Control) -> None:
         watch = PeerWatch(control, lambda message, speak: told.put(message))
@@ -152,7 +109,7 @@ def test_a_rank_that_confessed_is_quoted() -> None:
 
 
 def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code() -> None:
-    told = _FORK.SimpleQueue()
+    told = FORK.SimpleQueue()
 
     def body(control: Control) -> None:
         watch = PeerWatch(control, lambda message, speak: told.put((message, speak)))
@@ -167,7 +124,7 @@ def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code() -> No
 
 
 def test_a_rank_whose_collective_broke_lets_the_watch_name_the_one_that_died() -> None:
-    told = _FORK.SimpleQueue()
+    told = FORK.SimpleQueue()
 
     def body(control: Control) -> None:
         watch = PeerWatch(control, lambda message, speak: told.put(message))

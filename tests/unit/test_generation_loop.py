@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import EOS, PAD, VOCABULARY, build_model
+from small_models import EOS, PAD, SMALL_MODELS, VOCABULARY, build_model, small_config
+from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.micro_batch import MicroBatch, TokenRules
 from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.sampling import choose_tokens
+from zeroinf.model.inspect import read_anatomy
 
 CPU = torch.device("cpu")
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (20,), (30, 31, 32), (40, 41, 42, 43, 44))
@@ -47,13 +51,13 @@ class Ranks(Control):
 
     def __init__(self, others: Sequence[tuple[int, int]]) -> None:
         super().__init__(World(), "cpu")
-        self.rounds = 0
+        self.said: list[tuple[int, ...]] = []
         self._others = list(others)
 
-    def most(self, *values: int) -> tuple[int, ...]:
-        other = self._others[self.rounds]
-        self.rounds += 1
-        return tuple(map(max, values, other))
+    def ask_most(self, *values: int) -> Callable[[], tuple[int, ...]]:
+        other = self._others[len(self.said)]
+        self.said.append(values)
+        return lambda: tuple(map(max, values, other))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,7 @@ def run(engine: PlainEngine, batches: Sequence[Sequence[Row]], *, control: Contr
         engine,
         TokenRules(engine.model, PAD, ()),
         control or Control(World(), "cpu"),
+        CachePool(engine.model, read_anatomy(engine.model.config), rows=4, tokens=7 + 12, device=CPU),
         CPU,
         take=lambda: left.pop(0) if left else [],
         done=more.pop("done", lambda row: None),
@@ -165,6 +170,61 @@ def test_rows_of_one_batch_may_have_lengths_of_their_own(model: Any) -> None:
     assert len(engine.forwards) == 12
 
 
+class WatchfulEngine(PlainEngine):
+    """Notes how many tokens the rows have each time that a forward is started."""
+
+    def __init__(self, model: Any, rows: Sequence[Row]) -> None:
+        super().__init__(model)
+        self.known: list[list[int]] = []
+        self._rows = rows
+
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        self.known.append([len(row.generated) for row in self._rows])
+        return super().forward(micro_batches)
+
+
+def test_a_forward_is_started_before_the_last_tokens_are_read_while_a_row_surely_goes_on(model: Any) -> None:
+    rows = [rows_of(ignore_eos=True, max_new_tokens=length)[i] for i, length in enumerate((6, 2))]
+    engine = WatchfulEngine(model, rows)
+    run(engine, [rows])
+    assert engine.known == [[0, 0], [0, 0], [1, 1], [2, 2], [3, 2], [4, 2]]
+    assert [len(row.generated) for row in rows] == [6, 2]
+
+
+def test_no_forward_is_started_on_tokens_that_may_end_every_row(model: Any) -> None:
+    rows = [
+        *rows_of(PROMPTS[:1], max_new_tokens=4),
+        *rows_of(PROMPTS[1:2], max_new_tokens=4, ignore_eos=True, stop=("x",)),
+    ]
+    engine = WatchfulEngine(model, rows)
+    run(engine, [rows])
+    assert engine.known == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_tokens_that_are_read_late_are_the_same(model: Any) -> None:
+    """The first row lets forwards be started early; the others end by an end token on the way."""
+    long = by_transformers(model)
+    model.generation_config.eos_token_id = [long[1][3], long[2][5]]
+    rows = [*rows_of(ignore_eos=True)[:1], *rows_of()[1:]]
+    engine = PlainEngine(model)
+    run(engine, [rows])
+    read_at_once = rows_of()
+    model.generation_config.eos_token_id = [long[1][3], long[2][5]]
+    run(PlainEngine(model), [read_at_once])
+    assert rows[0].generated == long[0]
+    assert [row.generated for row in rows[1:]] == [row.generated for row in read_at_once[1:]]
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
+    assert len(engine.forwards) == 12
+
+
+def test_tokens_chosen_before_a_stop_are_not_lost(model: Any) -> None:
+    rows = [rows_of(ignore_eos=True, max_new_tokens=length)[i] for i, length in enumerate((9, 3))]
+    engine, ended = PlainEngine(model), []
+    run(engine, [rows], stop_requested=lambda: 2 if len(engine.forwards) == 3 else 0, done=ended.append)
+    assert [len(row.generated) for row in rows] == [3, 3]
+    assert ended == [rows[1]]
+
+
 def test_only_the_last_position_is_asked_for_and_only_new_tokens_are_fed(model: Any) -> None:
     engine = PlainEngine(model)
     run(engine, [rows_of()])
@@ -194,13 +254,13 @@ def test_a_stop_ends_the_loop_between_forwards_with_rows_unfinished(model: Any) 
 
 
 def test_an_idle_rank_keeps_the_others_company_until_all_are_done(model: Any) -> None:
-    engine, ranks = PlainEngine(model, in_step=True), Ranks([(1, 0)] * 5 + [(0, 0)])
+    engine, ranks = PlainEngine(model, in_step=True), Ranks([(1, 0)] * 5 + [(0, 0)] * 2)
     assert run(engine, [], control=ranks) == 0
     assert [inputs["input_ids"].shape for inputs in engine.forwards] == [(1, 1)] * 5
 
 
 def test_a_rank_that_ran_dry_keeps_company_after_its_own_rows(model: Any) -> None:
-    engine, ranks = PlainEngine(model, in_step=True), Ranks([(1, 0)] * 9 + [(0, 0)])
+    engine, ranks = PlainEngine(model, in_step=True), Ranks([(1, 0)] * 9 + [(0, 0)] * 2)
     rows = rows_of(max_new_tokens=4)
     run(engine, [rows], control=ranks)
     assert all(row.finished for row in rows)
@@ -213,11 +273,74 @@ def test_a_stop_on_another_rank_stops_this_one_in_the_same_round(model: Any) -> 
     assert len(engine.forwards) == 2
 
 
+def test_ranks_in_step_make_no_forward_in_vain_where_rows_end_by_length(model: Any) -> None:
+    engine, ranks = PlainEngine(model, in_step=True), Ranks([(0, 0)] * 9)
+    assert run(engine, [rows_of(max_new_tokens=4), rows_of(max_new_tokens=2)], control=ranks) == 0
+    assert [inputs["input_ids"].shape for inputs in engine.forwards] == [(4, 7)] + [(4, 1)] * 3 + [(4, 7), (4, 1)]
+
+
+def test_a_last_row_that_may_end_at_any_token_makes_ranks_ask_before_each_forward(model: Any) -> None:
+    full = by_transformers(model, PROMPTS[:1])[0]
+    model.generation_config.eos_token_id = [full[3]]
+    engine, ranks = PlainEngine(model, in_step=True), Ranks([(0, 0)] * 20)
+    run(engine, [rows_of(PROMPTS[:1])], control=ranks)
+    assert len(engine.forwards) == full.index(full[3]) + 1
+    assert [busy for busy, _ in ranks.said] == [1, 0] * len(engine.forwards) + [0]
+
+
+def test_rows_that_all_end_unexpectedly_cost_ranks_in_step_one_forward_of_company(model: Any) -> None:
+    full = by_transformers(model, PROMPTS[:1])[0]
+    model.generation_config.eos_token_id = [full[3]]
+    engine, ranks = PlainEngine(model, in_step=True), Ranks([(0, 0)] * 20)
+    run(engine, [rows_of(PROMPTS[:1] * 2)], control=ranks)
+    assert [inputs["input_ids"].shape[0] for inputs in engine.forwards] == [2] * (full.index(full[3]) + 1) + [1]
+
+
 def test_an_engine_whose_ranks_need_not_step_together_asks_nobody_and_keeps_no_company(model: Any) -> None:
     engine, ranks = PlainEngine(model, in_step=False), Ranks([])
     run(engine, [rows_of(max_new_tokens=3)], control=ranks)
-    assert ranks.rounds == 0
+    assert ranks.said == []
     assert len(engine.forwards) == 3
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
+def test_inputs_of_a_decode_step_are_those_that_the_model_would_prepare(name: str) -> None:
+    model = build_model(name)
+    for prompts in (PROMPTS, ((5, 6, 7), (8, 9, 10))):
+        rows, pool = (
+            rows_of(prompts, max_new_tokens=3),
+            CachePool(model, read_anatomy(model.config), rows=4, tokens=10, device=CPU),
+        )
+        batch = MicroBatch(model, rows, TokenRules(model, PAD, ()), pool, CPU)
+        for _ in range(3):
+            inputs, prepared = batch.inputs(), batch._inputs_by_the_model()
+            assert inputs.keys() == prepared.keys()
+            for key, value in prepared.items():
+                assert torch.equal(inputs[key], value) if isinstance(value, torch.Tensor) else inputs[key] is value
+            with torch.no_grad():
+                batch.choose(model(**inputs))
+            batch.accept(lambda row: None)
+
+
+def test_rotary_factors_that_change_on_the_way_make_the_model_start_again_in_the_same_memory() -> None:
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "rope_theta": 1e4}
+    config = small_config("phi3")
+    config.original_max_position_embeddings = 12
+    config.rope_parameters = {**factors, "original_max_position_embeddings": 12}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows, engine = rows_of(), PlainEngine(model)
+    run(engine, [rows])
+    assert [row.generated for row in rows] == by_transformers(model)
+    assert [inputs["input_ids"].shape[1] for inputs in engine.forwards] == [7] + [1] * 5 + [13] + [1] * 5
+
+
+def test_scores_of_half_precision_give_the_tokens_of_their_float32_copies() -> None:
+    rows = rows_of(((1,),) * 64)
+    for dtype in (torch.bfloat16, torch.float16):
+        scores = torch.randn(64, 5000, generator=torch.Generator().manual_seed(1)).clamp(max=2.5).to(dtype)
+        assert ((scores == scores.amax(-1, keepdim=True)).sum(-1) > 1).all(), "no ties to break"
+        assert choose_tokens(scores, rows).equal(choose_tokens(scores.float(), rows))
 
 
 def test_sampled_rows_do_not_depend_on_who_shares_their_batch(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -75,12 +75,22 @@ class Control:
 
     def most(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over all ranks. Every rank must call it the same number of times."""
+        return self.ask_most(*values)()
+
+    def ask_most(self, *values: int) -> Callable[[], tuple[int, ...]]:
+        """As `most`, but the answer is waited for only when the result is called: ranks exchange values meanwhile."""
         if self.world.size == 1:
-            return values
+            return lambda: values
         tensor = torch.tensor(values, dtype=torch.int64)
         with _lost_rank_named():
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return tuple(tensor.tolist())
+            work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def answer() -> tuple[int, ...]:
+            with _lost_rank_named():
+                work.wait()
+            return tuple(tensor.tolist())
+
+        return answer
 
     def close(self) -> None:
         """Leave together, so that no rank finds the store gone while it still asks."""

@@ -8,6 +8,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.micro_batch import MicroBatch, TokenRules
 from zeroinf.generation.row import Row
 
@@ -16,6 +17,7 @@ def generate(
     engine: Engine,
     rules: TokenRules,
     control: Control,
+    pool: CachePool,
     device: torch.device,
     *,
     take: Callable[[], Sequence[Row]],
@@ -25,21 +27,26 @@ def generate(
 ) -> int:
     """Run rows until `take` has none left on any rank, or a stop is requested on one of them.
 
-    `take` returns the rows of the next micro-batch (none: the queue is empty); `done` receives each row as it ends;
-    `grew` is told after each forward how many rows gained a token. Where an engine's ranks must step together, a rank
-    without rows keeps the others company with forwards of one token.
+    `take` returns the rows of the next micro-batch (none: the queue is empty), which find room in `pool`; `done`
+    receives each row as it ends; `grew` is told after each forward how many rows gained a token. Where an engine's
+    ranks must step together, a rank without rows keeps the others company with forwards of one token.
 
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
     batch: MicroBatch | None = None
+    ranks = _Agreement(control) if engine.in_step else None
     while True:
         if batch is None and (rows := take()):
-            batch = MicroBatch(engine.model, rows, rules, device)
-        busy, stop = int(batch is not None), stop_requested()
-        if engine.in_step:
-            busy, stop = control.most(busy, stop)
+            batch = MicroBatch(engine.model, rows, rules, pool, device)
+        busy, stop = batch is not None, stop_requested()
+        if ranks is not None:
+            busy, stop = ranks.agree(busy, stop)
         if stop or not busy:
+            if batch is not None:
+                grew(batch.accept(done))
             return stop
+        if ranks is not None:
+            ranks.foretell(batch is not None and batch.likely_goes_on(), stop_requested())
         if batch is None:
             engine.forward([_company(device)])
             continue
@@ -48,14 +55,36 @@ def generate(
             batch = None
 
 
+class _Agreement:
+    """Ranks in step agree before each forward whether there is one more.
+
+    Asking makes the host wait for the slowest rank and the network. So each rank says one forward ahead what it
+    expects, and the answer is there in time; only where nobody expects to go on are ranks asked for certain. An
+    expectation that fails costs one forward of company, at the end of the work; a stop comes one forward later.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._expected: Callable[[], tuple[int, ...]] = lambda: (0, 0)
+
+    def foretell(self, busy: bool, stop: int) -> None:
+        """Say what this rank expects of the forward after the next. Every rank must call it after `agree`."""
+        self._expected = self._control.ask_most(busy, stop)
+
+    def agree(self, busy: bool, stop: int) -> tuple[bool, int]:
+        """Whether any rank has work, and a stop if one was requested on any: the same on every rank."""
+        any_busy, any_stop = self._expected()
+        if not any_busy and not any_stop:
+            any_busy, any_stop = self._control.most(busy, stop)
+        return bool(any_busy), any_stop
+
+
 def _advance(engine: Engine, batch: MicroBatch, done: Callable[[Row], None]) -> int:
-    before = [row.finished for row in batch.rows]
     (output,) = engine.forward([batch.inputs()])
-    grown = batch.accept(output)
-    for row, was_finished in zip(batch.rows, before, strict=True):
-        if row.finished and not was_finished:
-            done(row)
-    return grown
+    grown = batch.accept(done)
+    batch.choose(output)
+    # A forward started before the tokens are known would be wasted if they ended all rows.
+    return grown if batch.surely_goes_on else grown + batch.accept(done)
 
 
 def _company(device: torch.device) -> dict[str, object]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.row import Row
-from zeroinf.generation.sampling import choose_tokens
+from zeroinf.generation.sampling import choose_tokens, to_device
 
 
 class TokenRules:
@@ -27,6 +28,10 @@ class TokenRules:
         self._config.do_sample = False
         self._config.min_new_tokens = self._config.min_length = None
 
+    def may_end_early(self, row: Row) -> bool:
+        """Whether `row` can end before it has all its tokens."""
+        return bool(row.sampling.stop) or (bool(self.eos_tokens) and not row.sampling.ignore_eos)
+
     def processors(self, prompt_length: int, device: torch.device) -> LogitsProcessorList:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
         return self._model._get_logits_processor(
@@ -38,68 +43,133 @@ class MicroBatch:
     """Left-padded rows that start and end together, exactly as transformers' `generate` treats a batch.
 
     A finished row is fed padding until the last one ends, so that the numbers of the others do not depend on it.
+
+    A step is `inputs`, a forward, `choose` and `accept`. Only `accept` waits for the device; as long as
+    `surely_goes_on` holds, it may be called after the next forward has been started.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], rules: TokenRules, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Row], rules: TokenRules, pool: CachePool, device: torch.device
+    ) -> None:
         self.rows = list(rows)
         self._model = model
         self._rules = rules
-        self._ids, mask = _left_padded([row.prompt for row in rows], rules.pad_token, device)
-        self._processors = rules.processors(self._ids.shape[1], device)
+        self._width = self._length = max(len(row.prompt) for row in rows)
+        room = self._width + max(row.sampling.max_new_tokens for row in rows)
+        self._ids, mask, positions = _left_padded([row.prompt for row in rows], room, rules.pad_token, device)
+        self._processors = rules.processors(self._width, device)
+        self._takes_raw_scores = not self._processors and all(row.sampling.is_greedy for row in rows)
+        self._sure = max((row.sampling.max_new_tokens for row in rows if not rules.may_end_early(row)), default=0)
         accepted = inspect.signature(model.forward).parameters
-        cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-        self._state: dict[str, Any] = {
-            "use_cache": True,
-            cache_name: DynamicCache(config=model.config.get_text_config(decoder=True)),
-        }
-        if "position_ids" in accepted:
-            self._state["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        self._cache = pool.lend(len(rows), room)
+        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self._always = {"use_cache": True, self._cache_name: self._cache}
         if "logits_to_keep" in accepted:
-            self._state["logits_to_keep"] = 1
-        self._state["attention_mask"] = None if bool(mask.all()) else mask
-        self._started = False
+            self._always["logits_to_keep"] = 1
+        self._growing = {"attention_mask": mask} if any(len(row.prompt) < self._width for row in rows) else {}
+        if "position_ids" in accepted:
+            self._growing["position_ids"] = positions
+        self._feeds_plainly = _feeds_plainly(model, self._cache)
+        self._ended: torch.Tensor | None = None
+        self._chosen: torch.Tensor | None = None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def finished(self) -> bool:
         return all(row.finished for row in self.rows)
 
+    @property
+    def surely_goes_on(self) -> bool:
+        """Whether some row needs another forward, whatever tokens have been chosen."""
+        return self._length - self._width < self._sure
+
+    def likely_goes_on(self) -> bool:
+        """Whether some row needs another forward after the next one; two that may end early hardly do so together."""
+        after = self._length - self._width + 1
+        lasting = sum(not row.finished and row.sampling.max_new_tokens > after for row in self.rows)
+        return after < self._sure or lasting > 1
+
     def inputs(self) -> dict[str, Any]:
         """Arguments of the next forward: the whole prompts first, one token a row from then on."""
-        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
-            self._ids,
-            next_sequence_length=1 if self._started else None,
-            is_first_iteration=not self._started,
-            **self._state,
-        )
+        if self._length == self._width or not self._feeds_plainly:
+            return self._inputs_by_the_model()
+        last = slice(self._length - 1, self._length)
+        inputs = {"input_ids": self._ids[:, last], **self._always}
+        for name, tensor in self._growing.items():
+            inputs[name] = tensor[:, last] if name == "position_ids" else tensor[:, : self._length]
         return inputs
 
-    def accept(self, output: Any) -> int:
-        """Take a forward's output and choose each row's next token. Returns how many rows grew."""
-        self._started = True
-        scores = output.logits[:, -1].to(torch.float32, copy=True)
-        tokens = choose_tokens(self._processors(self._ids, scores), self.rows)
-        live = [not row.finished for row in self.rows]
-        for row, token, alive in zip(self.rows, tokens.tolist(), live, strict=True):
-            if alive:
-                row.accept(token, self._rules.eos_tokens)
-        tokens = torch.where(torch.tensor(live, device=tokens.device), tokens, self._rules.pad_token)
-        self._grow(tokens)
-        return sum(live)
+    def _inputs_by_the_model(self) -> dict[str, Any]:
+        first = self._length == self._width
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+            self._ids[:, : self._length],
+            next_sequence_length=None if first else 1,
+            is_first_iteration=first,
+            **self._always,
+            **{name: tensor[:, : self._length] for name, tensor in self._growing.items()},
+        )
+        if inputs.get(self._cache_name) is None:
+            # Phi-3 drops its cache once, where its long rotary factors begin, and runs all tokens again.
+            self._cache.reset()
+            inputs[self._cache_name] = self._cache
+        return inputs
 
-    def _grow(self, tokens: torch.Tensor) -> None:
-        self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
-        mask, positions = self._state["attention_mask"], self._state.get("position_ids")
-        if mask is not None:
-            self._state["attention_mask"] = torch.cat([mask, mask.new_ones(len(self.rows), 1)], dim=-1)
-        if positions is not None:
-            self._state["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=-1)
+    def choose(self, output: Any) -> None:
+        """Choose each row's next token from a forward's output, on the device.
+
+        The tokens chosen before must have been accepted: a row that they end gets padding.
+        """
+        scores = output.logits[:, -1]
+        if not self._takes_raw_scores:
+            scores = self._processors(self._ids[:, : self._length], scores.to(torch.float32, copy=True))
+        tokens = choose_tokens(scores, self.rows)
+        if self._ended is not None:
+            tokens.masked_fill_(self._ended, self._rules.pad_token)
+        self._ids[:, self._length] = tokens
+        self._length += 1
+        self._chosen = tokens.to("cpu", non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def accept(self, done: Callable[[Row], None]) -> int:
+        """Wait for the chosen tokens and give them to their rows; `done` receives each row that ends.
+
+        Returns how many rows grew: 0 where nothing has been chosen since the last call.
+        """
+        if self._chosen is None:
+            return 0
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens, self._chosen = self._chosen.tolist(), None
+        live = [pair for pair in zip(self.rows, tokens, strict=True) if not pair[0].finished]
+        ended = False
+        for row, token in live:
+            row.accept(token, self._rules.eos_tokens)
+            if row.finished:
+                done(row)
+                ended = True
+        if ended:
+            self._ended = to_device([row.finished for row in self.rows], self._ids.device)
+        return len(live)
+
+
+def _feeds_plainly(model: Any, cache: Any) -> bool:
+    """Whether the model's own preparation of a decode step does nothing but take the last token."""
+    return (
+        type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and not cache.is_compileable
+        and not model.is_remote_code()
+    )
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], pad_token: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and mask, both (rows, longest prompt), int64."""
+    prompts: Sequence[Sequence[int]], room: int, pad_token: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, mask and positions, each (rows, room), int64: prompts end in one column, generated tokens follow."""
     width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.full((len(prompts), room), pad_token)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[width - len(prompt) : width] = torch.tensor(prompt)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
+    positions = torch.arange(room) - padding
+    return ids.to(device), (positions >= 0).long().to(device), positions.clamp(min=0).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -12,17 +13,23 @@ from zeroinf.generation.row import Row, Sampling
 
 
 def choose_tokens(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """The next token of each row. scores: (rows, vocabulary), float32; returns (rows,), int64, on the same device.
+    """The next token of each row. scores: (rows, vocabulary), float32, or of any dtype where all rows are greedy.
 
-    Greedy rows take the highest score. The others draw from their own random numbers, so a row's sample depends on
-    nothing but its scores, its seed and its place in the input.
+    Returns (rows,), int64, on the same device. Greedy rows take the highest score, the first of several. The others
+    draw from their own random numbers, so a row's sample depends on nothing but its scores, its seed and its place in
+    the input.
     """
     tokens = scores.argmax(dim=-1)
     for (temperature, top_k, top_p), members in _by_filter(rows).items():
-        index = torch.tensor(members, device=scores.device)
+        index = to_device(members, scores.device)
         drawn = _draw(_warpers(temperature, top_k, top_p)(None, scores[index]), [rows[i].draw() for i in members])
         tokens[index] = drawn
     return tokens
+
+
+def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`values` as a tensor of one dimension, without waiting for the work that the device has before it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float], list[int]]:
@@ -50,7 +57,7 @@ def _draw(scores: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
     """Invert each row's cumulative distribution at its own random number."""
     cumulative = scores.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    targets = torch.tensor(uniform, device=scores.device, dtype=torch.float32)[:, None] * total
+    targets = to_device(uniform, scores.device, torch.float32)[:, None] * total
     # Rounded up to the total, a target would lie beyond every token, filtered ones included.
     targets = targets.minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)

@@ -18,10 +18,14 @@ class WorkQueue:
         self._store = store
         self._total = total
         self._rows = rows_per_draw
+        self._dry = False
 
     def draw(self) -> range:
         """The next positions, each given to exactly one caller over all ranks; empty once all are gone."""
+        if self._dry:  # a rank that keeps others company asks before every forward, and the store is on another rank
+            return range(0)
         end = self._store.add("drawn", self._rows)
+        self._dry = end >= self._total
         return range(min(end - self._rows, self._total), min(end, self._total))
 
 

@@ -17,6 +17,7 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem, RankError, ZeroinfError
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row
@@ -199,23 +200,44 @@ class _Job:
     def _generate(self, engine: Engine) -> tuple[Stream, float]:
         codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
+        pool = self._cache_pool(engine)
         if self._options.benchmark:
-            warm_up = WarmUp(self._prepared, codec, _WARM_UP_TOKENS)
-            self._loop(engine, rules, warm_up.take, lambda row: None, lambda rows: None)
+            warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
+            self._loop(engine, rules, pool, warm_up.take, lambda row: None, lambda rows: None)
         stream = Stream(self._prepared, codec, self._control, engine, self._output, self._observer)
         started = time.perf_counter()
         try:
-            self._loop(engine, rules, stream.take, stream.done, stream.grew)
+            self._loop(engine, rules, pool, stream.take, stream.done, stream.grew)
             stream.gather_all()
         finally:
             stream.gather()
             self._observer.ended()
         return stream, time.perf_counter() - started
 
+    def _cache_pool(self, engine: Engine) -> CachePool:
+        plan = self._prepared.plan
+        try:
+            return CachePool(
+                engine.model,
+                plan.anatomy,
+                rows=plan.batch_size,
+                tokens=plan.prompt_tokens + plan.new_tokens,
+                device=self._device,
+            )
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> DoesNotFitError:
+        return DoesNotFitError(
+            f"out of GPU memory with {self._prepared.plan.batch_size} rows: {str(error).splitlines()[0]}",
+            hint="choose a smaller --batch-size",
+        )
+
     def _loop(
         self,
         engine: Engine,
         rules: TokenRules,
+        pool: CachePool,
         take: Callable[[], list[Row]],
         done: Callable[[Row], None],
         grew: Callable[[int], None],
@@ -226,6 +248,7 @@ class _Job:
                 engine,
                 rules,
                 self._control,
+                pool,
                 self._device,
                 take=take,
                 done=done,
@@ -233,10 +256,7 @@ class _Job:
                 stop_requested=lambda: self._interrupts.requested,
             )
         except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"out of GPU memory with {self._prepared.plan.batch_size} rows: {str(error).splitlines()[0]}",
-                hint="choose a smaller --batch-size",
-            ) from error
+            raise self._out_of_memory(error) from error
         finally:
             self._interrupts.deferred = False
         if stopped_by:
