@@ -27,7 +27,8 @@ from zeroinf.engines.zero.config import (
 )
 from zeroinf.errors import OutputError, UsageError
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Block, LayerCache, TensorSpec
-from zeroinf.planner.plan import AioSettings, Offload, Plan
+from zeroinf.planner.choice import Offload
+from zeroinf.planner.plan import AioSettings, Plan
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS = 3

@@ -73,16 +73,73 @@ def model_options(command: _Command) -> _Command:
     )
 
 
-def offload_options(command: _Command) -> _Command:
+class AutoIntType(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, or `auto`, which is None and leaves it to the planner."""
+
+    name = "integer|auto"
+
+    def __init__(self, *, minimum: int) -> None:
+        self.minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number, None for `auto`; a usage error for all else."""
+        if value == "auto":
+            return None
+        number = int(value) if str(value).isdecimal() else -1
+        if number < self.minimum:
+            self.fail(f"{value!r} is neither `auto` nor a whole number from {self.minimum} on", param, ctx)
+        return number
+
+
+def engine_options(command: _Command) -> _Command:
+    """What runs the model and how: `engine`, `fetch`, `resident_blocks` and `batch_size`."""
+    return _add(
+        command,
+        click.option(
+            "--engine",
+            type=click.Choice(["auto", "stream", "zero"]),
+            default="auto",
+            show_default=True,
+            help="stream is ours, zero is DeepSpeed's ZeRO-3; auto takes stream wherever it can run the request.",
+        ),
+        click.option(
+            "--fetch",
+            type=click.Choice(["auto", "replicated", "partitioned"]),
+            default="auto",
+            show_default=True,
+            help="With several GPUs and the stream engine: each pulls all weights over its own link, or its part of "
+            "them, gathered between GPUs. auto takes what is faster; only GPUs that reach each other are partitioned.",
+        ),
+        click.option(
+            "--resident-blocks",
+            type=AutoIntType(minimum=0),
+            default="auto",
+            show_default=True,
+            help="Blocks that never leave the GPU; the others stream. With the stream engine.",
+        ),
+        click.option(
+            "-b",
+            "--batch-size",
+            type=AutoIntType(minimum=1),
+            default="auto",
+            show_default=True,
+            help="Rows that run together on each GPU; auto takes what gives most tokens/s without running out of "
+            "memory.",
+        ),
+    )
+
+
+def offload_options(command: _Command, *, auto: bool = False) -> _Command:
     """Where weights rest: `offload`, `nvme_paths`, `pin_memory` and the three `aio_` settings."""
     return _add(
         command,
         click.option(
             "--offload",
-            type=click.Choice(["none", "cpu", "nvme"]),
-            default="cpu",
+            type=click.Choice(["auto", "none", "cpu", "nvme"] if auto else ["none", "cpu", "nvme"]),
+            default="auto" if auto else "cpu",
             show_default=True,
-            help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
+            help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path"
+            + ("; auto takes the fastest that fits." if auto else "."),
         ),
         click.option(
             "--nvme-path",
@@ -136,7 +193,7 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
     offload = ctx.params["offload"]
     if offload == "nvme" and not ctx.params["nvme_paths"]:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
-    nvme_only = () if offload == "nvme" else ("nvme_paths", *_AIO_OPTIONS)
+    nvme_only = () if offload in ("nvme", "auto") else ("nvme_paths", *_AIO_OPTIONS)
     if unused := given(ctx, *nvme_only):
         raise UsageError(
             f"{flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"

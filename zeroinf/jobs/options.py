@@ -7,7 +7,8 @@ from pathlib import Path
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat
-from zeroinf.planner.plan import AioSettings, Offload
+from zeroinf.planner.choice import Offload
+from zeroinf.planner.plan import AioSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

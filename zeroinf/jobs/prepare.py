@@ -26,7 +26,8 @@ from zeroinf.jobs.requests import Refusal, Request
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
-from zeroinf.planner.plan import Fetch, Offload, Plan
+from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
-
-Offload = Literal["none", "cpu", "nvme"]
-Fetch = Literal["replicated", "partitioned"]
-"""Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
+from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.memory import Term
+from zeroinf.planner.timing import Timing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,3 +44,6 @@ class Plan:
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
+    terms: tuple[Term, ...] = ()
+    """Where every byte goes, as predicted."""
+    timing: Timing | None = None

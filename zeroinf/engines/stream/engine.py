@@ -20,7 +20,8 @@ from zeroinf.engines.stream.tensors import Tensor, sort_tensors
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
-from zeroinf.planner.plan import Fetch, Plan
+from zeroinf.planner.choice import Fetch
+from zeroinf.planner.plan import Plan
 
 # On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
 # four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md).

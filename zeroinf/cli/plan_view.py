@@ -1,0 +1,182 @@
+"""A plan as people and programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from zeroinf.hardware.checks import gib
+from zeroinf.planner.memory import Place, Term, total
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.search import Candidate, Decision, Rejection
+from zeroinf.planner.timing import Timing
+from zeroinf.simulation.planning import Answer, Question
+
+JSON_SCHEMA = 1
+
+_PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
+_BAR_WIDTH = 40
+_LARGE_TERMS = 4
+
+
+def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
+    """The plan on stdout, in a page; with `explain` every term and rate."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for name, text in (("model", _model(question)), ("machine", _machine(question)), ("job", _job(question))):
+        console.print(f"{name:<8} {text}")
+    for index, line in enumerate(plan_lines(found.plan)):
+        console.print(f"{'' if index else 'plan':<8} {line}")
+    for place in _PLACES:
+        if place in found.decision.budgets:
+            _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
+    _print_others(console, found.decision)
+    _print_rates(console, found, explain=explain)
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The chosen plan in three lines: how it runs, how fast, what it takes."""
+    assert plan.timing is not None
+    tiers = _tiers(plan, len(plan.anatomy.blocks))
+    streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} streams, weights {plan.fetch}"
+    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}; {streams}, {plan.batch_size} rows each"
+    yield f"{_speed(plan.timing)}; a decode step waits for {plan.timing.binds}"
+    takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
+    yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])
+
+
+def _tiers(plan: Plan, blocks: int) -> str:
+    if plan.engine != "stream":
+        return f"{blocks} blocks"
+    on_host = blocks - plan.resident_blocks - plan.nvme_blocks
+    parts = ((plan.resident_blocks, "on the GPU"), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
+    return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
+
+
+def _speed(timing: Timing) -> str:
+    return (
+        f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
+        f"prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s"
+    )
+
+
+def _model(question: Question) -> str:
+    anatomy = question.anatomy
+    limit = f", context {anatomy.context_limit:,}" if anatomy.context_limit else ""
+    return (
+        f"{anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {gib(anatomy.weight_bytes)} in "
+        f"{anatomy.dtype}, {len(anatomy.blocks)} blocks of {gib(max(block.nbytes for block in anatomy.blocks))}, "
+        f"KV {anatomy.kv_bytes_per_token / 2**10:,.0f} KiB a token{limit}"
+    )
+
+
+def _machine(question: Question) -> str:
+    machine = question.machine
+    host = f"{gib(machine.memory.available_bytes)} of host memory"
+    if not machine.gpus:
+        return f"no GPU: computes on the CPU, {host}"
+    first = machine.gpus[0]
+    disks = f", {gib(sum(disk.free_bytes for disk in machine.disks))} of disk" if machine.disks else ""
+    return f"{len(machine.gpus)} x {first.name}, {gib(first.free_bytes)} free, {host}{disks}"
+
+
+def _job(question: Question) -> str:
+    lengths, requests = question.lengths, question.wish.requests
+    count = "plenty of requests" if requests is None else f"{requests:,} requests"
+    return f"{count}, up to {lengths.prompt_tokens} prompt and {lengths.new_tokens} new tokens"
+
+
+def _print_place(console: Console, place: Place, terms: Sequence[Term], budget: int, *, explain: bool) -> None:
+    needed = total(terms, place)
+    if not needed:
+        return
+    filled = min(_BAR_WIDTH, round(_BAR_WIDTH * needed / max(budget, 1)))
+    console.print(f"\n{place:<4} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {gib(needed)} of {gib(budget)}")
+    own = sorted((term for term in terms if term.place == place), key=lambda term: -term.nbytes)
+    for term in own if explain else own[:_LARGE_TERMS]:
+        console.print(f"     {gib(term.nbytes):>12}  {term.name} ({term.origin})")
+    if not explain and len(own) > _LARGE_TERMS:
+        rest = sum(term.nbytes for term in own[_LARGE_TERMS:])
+        console.print(f"     {gib(rest):>12}  {len(own) - _LARGE_TERMS} more (--explain)")
+
+
+def _print_others(console: Console, decision: Decision) -> None:
+    if decision.alternatives or decision.rejected:
+        console.print("\nother ways")
+    for one in decision.alternatives:
+        choice = one.choice
+        console.print(
+            f"     offload {choice.offload}, {choice.fetch}, {choice.batch_size} rows, {choice.resident_blocks} blocks "
+            f"resident: {one.timing.tokens_per_second:,.1f} tokens/s, waits for {one.timing.binds}"
+        )
+    for rejected in decision.rejected:
+        console.print(f"     offload {rejected.offload}, {rejected.fetch}: does not fit, {rejected.reason}")
+
+
+def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
+    speeds = found.speeds
+    if explain:
+        console.print(
+            f"\nrates: link {speeds.link_gbps:.1f} GB/s a rank, disk {speeds.disk_gbps:.1f} GB/s, "
+            f"all-gather {speeds.gather_gbps:.0f} GB/s, {speeds.tflops:.0f} TFLOPS, "
+            f"GPU memory {speeds.hbm_gbps:.0f} GB/s, {speeds.launch_s * 1e6:.1f} us a launch"
+        )
+    if speeds.projected:
+        console.print(f"\nprojected: not measured here: {', '.join(speeds.projected)}\nhint: zeroinf doctor --measure")
+
+
+def to_json(question: Question, found: Answer) -> dict[str, Any]:
+    """The plan for programs. `schema` changes when a name or a meaning does; README.md says what each is."""
+    anatomy, decision = question.anatomy, found.decision
+    return {
+        "schema": JSON_SCHEMA,
+        "model": {
+            "architecture": anatomy.architecture,
+            "dtype": anatomy.dtype,
+            "parameters": anatomy.parameters,
+            "weight_bytes": anatomy.weight_bytes,
+            "blocks": len(anatomy.blocks),
+            "block_bytes": max(block.nbytes for block in anatomy.blocks),
+            "kv_bytes_per_token": anatomy.kv_bytes_per_token,
+            "context_limit": anatomy.context_limit,
+        },
+        "machine": {
+            "gpus": [{"name": gpu.name, "free_bytes": gpu.free_bytes} for gpu in question.machine.gpus],
+            "host_bytes": question.machine.memory.available_bytes,
+            "disk_bytes": question.wish.nvme_space_bytes,
+        },
+        "job": {
+            "requests": question.wish.requests,
+            "prompt_tokens": question.lengths.prompt_tokens,
+            "new_tokens": question.lengths.new_tokens,
+        },
+        "plan": {"world_size": found.plan.world_size, **_candidate(decision.chosen, decision)},
+        "alternatives": [
+            *({"fits": True, **_candidate(one, decision)} for one in decision.alternatives),
+            *({"fits": False, **_rejection(one)} for one in decision.rejected),
+        ],
+        "rates": {**asdict(found.speeds), "projected": list(found.speeds.projected)},
+    }
+
+
+def _candidate(one: Candidate, decision: Decision) -> dict[str, Any]:
+    memory = {
+        place: {
+            "available_bytes": decision.budgets[place],
+            "needed_bytes": total(one.terms, place),
+            "terms": [
+                {"name": term.name, "bytes": term.nbytes, "origin": term.origin}
+                for term in one.terms
+                if term.place == place
+            ],
+        }
+        for place in _PLACES
+        if place in decision.budgets
+    }
+    return {**asdict(one.choice), **asdict(one.timing), "memory": memory}
+
+
+def _rejection(one: Rejection) -> dict[str, Any]:
+    return {**asdict(one), "reason": one.reason}

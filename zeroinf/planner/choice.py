@@ -1,0 +1,22 @@
+"""What a plan varies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Offload = Literal["none", "cpu", "nvme"]
+Fetch = Literal["replicated", "partitioned"]
+"""Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One way to run: where the weights of the blocks rest, how ranks fetch them, and how many rows run together."""
+
+    engine: str
+    offload: Offload
+    fetch: Fetch
+    batch_size: int
+    resident_blocks: int
+    nvme_blocks: int

@@ -1,0 +1,164 @@
+"""Where every byte of a run goes: terms with a name, a value and an origin, for the GPU, the host and the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zeroinf.model.anatomy import Anatomy, TensorSpec
+from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.workload import Workload, repeated
+
+Place = Literal["gpu", "host", "disk"]
+Origin = Literal["counted", "simulated", "measured", "data sheet", "given", "assumed"]
+
+ALIGNMENT = 512
+"""A device allocation starts at 512 bytes, so a tensor at such an offset is aligned as if it had been allocated alone
+and the same kernels run on it."""
+
+SLOTS: dict[Fetch, int] = {"replicated": 3, "partitioned": 6}
+"""On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
+four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md)."""
+
+STAGES = 4
+
+READ_BUFFERS = 3
+"""For blocks on NVMe: one is copied to the device, which is quick, while the next is read and another one begun."""
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+# What is left for what no term names: the driver rounds, kernels that were never measured keep a little.
+_UNFORESEEN_GPU = 32 * _MIB
+# The system, the page cache's working set, and what Python collects late.
+_HOST_MARGIN = _GIB
+_HOST_PROCESS = {"cuda": int(2.5 * _GIB), "cpu": int(0.75 * _GIB)}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One use of memory, in bytes."""
+
+    place: Place
+    name: str
+    nbytes: int
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overhead:
+    """What a process takes of its GPU beside tensors, in bytes, each with its origin."""
+
+    context: tuple[int, Origin] = (0, "counted")
+    workspace: tuple[int, Origin] = (0, "counted")
+    collectives: tuple[int, Origin] = (0, "counted")
+
+
+def piece_bytes(tensors: Iterable[TensorSpec], parts: int = 1) -> int:
+    """Bytes of `tensors` in one contiguous piece that can be cut into `parts` aligned equal parts."""
+    end = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    return -(-end // (ALIGNMENT * parts)) * ALIGNMENT * parts
+
+
+def pieces(anatomy: Anatomy, parts: int = 1) -> tuple[int, ...]:
+    """The bytes of each block's piece."""
+    return tuple(piece_bytes(block.tensors, parts) for block in anatomy.blocks)
+
+
+def stream_gpu_terms(
+    anatomy: Anatomy, choice: Choice, workload: Workload, world_size: int, overhead: Overhead
+) -> tuple[Term, ...]:
+    """GPU memory of one rank of the stream engine at its highest, the micro-batch after the first included."""
+    parts = world_size if choice.fetch == "partitioned" else 1
+    sizes = sorted(pieces(anatomy, parts), reverse=True)
+    streamed = len(sizes) - choice.resident_blocks
+    slots = [sizes[0]] * min(SLOTS[choice.fetch], streamed)
+    stages = [sizes[0] // parts] * STAGES if streamed and parts > 1 else []
+    fixed = {
+        "embeddings, head, norms": [piece_bytes(anatomy.outside)],
+        "resident blocks": sizes[: choice.resident_blocks],
+        "slots": slots,
+        "stages": stages,
+    }
+    counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
+    held = [nbytes for given in fixed.values() for nbytes in given]
+    return (*counted, *_dynamic_terms(held, workload, overhead))
+
+
+def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
+    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave."""
+    counted = (
+        Term("gpu", "weights that stay", kept_bytes, "counted"),
+        Term("gpu", "live weights", live_bytes, "counted"),
+        Term("gpu", "gaps between live weights", live_bytes // 4, "assumed"),
+    )
+    return (*counted, *_dynamic_terms([kept_bytes, live_bytes], workload, overhead))
+
+
+def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
+    """The cache, what a micro-batch computes, and what allocator, libraries and driver add. Two micro-batches run, one
+    after the other: the second finds the memory as the first one left it."""
+    allocator = Allocator()
+    workspace, origin = overhead.workspace
+    allocator.replay(Event(-1 - index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
+    weights = allocator.live_bytes
+    allocator.replay(workload.cache)
+    base = allocator.live_bytes
+    for _ in range(2):
+        allocator.replay(repeated((workload.prefill, workload.first_decode, workload.last_decode)))
+    usage = allocator.usage
+    return tuple(
+        term
+        for term in (
+            Term("gpu", "KV cache", base - weights, "simulated"),
+            Term("gpu", "activations, logits, states", usage.allocated - base, "simulated"),
+            Term("gpu", "matrix product workspaces", workspace, origin),
+            Term("gpu", "allocator's pages and gaps", usage.reserved - usage.allocated, "simulated"),
+            Term("gpu", "CUDA context", *overhead.context),
+            Term("gpu", "collectives' buffers", *overhead.collectives),
+            Term("gpu", "unforeseen", _UNFORESEEN_GPU, "assumed"),
+        )
+        if term.nbytes
+    )
+
+
+def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device: str) -> tuple[Term, ...]:
+    """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through."""
+    sizes = sorted(pieces(anatomy), reverse=True)
+    on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
+    rings = READ_BUFFERS * sizes[0] * (1 if choice.fetch == "partitioned" else world_size) if choice.nvme_blocks else 0
+    weights = sum(sizes[:on_host])
+    terms = [
+        Term("host", "weights, page-locked", weights, "counted"),
+        Term("host", "NVMe read ring, page-locked", rings, "counted"),
+        *_processes(world_size, device),
+    ]
+    return tuple(term for term in terms if term.nbytes)
+
+
+def zero_host_terms(
+    anatomy: Anatomy, offload: Offload, world_size: int, device: str, pool_bytes: int
+) -> tuple[Term, ...]:
+    """Host memory of all ranks of DeepSpeed's engine; torch rounds each page-locked allocation to a power of two."""
+    locked = 0
+    if offload == "cpu":
+        for tensor in anatomy.tensors():
+            part = -(-tensor.nbytes // world_size)
+            locked += world_size * (1 << (part - 1).bit_length()) if part and not tensor.is_buffer else 0
+    if offload == "nvme":
+        locked = world_size * (1 << max(pool_bytes - 1, 1).bit_length())
+    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *_processes(world_size, device))
+    return tuple(term for term in terms if term.nbytes)
+
+
+def _processes(world_size: int, device: str) -> tuple[Term, ...]:
+    return (
+        Term("host", "processes with their libraries", world_size * _HOST_PROCESS[device], "assumed"),
+        Term("host", "margin for the system", _HOST_MARGIN, "assumed"),
+    )
+
+
+def total(terms: Iterable[Term], place: Place) -> int:
+    """Bytes of all terms of one place."""
+    return sum(term.nbytes for term in terms if term.place == place)

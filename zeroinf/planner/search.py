@@ -1,0 +1,298 @@
+"""The choice: where weights rest, what stays on the GPU, how ranks fetch and how many rows run, for most tokens/s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from zeroinf.errors import DoesNotFitError
+from zeroinf.hardware.machine import Machine
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.memory import Overhead, Place, Term, pieces, stream_gpu_terms, stream_host_terms, total
+from zeroinf.planner.timing import Speeds, Timing, time_plan
+from zeroinf.planner.workload import Simulate, Workload
+
+MOST_ROWS = 4096
+"""More rows a GPU than this are never tried: long before, arithmetic binds."""
+
+_OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
+
+EngineTerms = Callable[[Choice, Workload], tuple[Term, ...]]
+"""Memory terms of a choice under another engine than the stream engine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What the user fixed; None and "auto" leave it to the planner."""
+
+    world_size: int = 1
+    offload: Offload | Literal["auto"] = "auto"
+    fetch: Fetch | Literal["auto"] = "auto"
+    batch_size: int | None = None
+    resident_blocks: int | None = None
+    requests: int | None = None
+    """How many rows there are in all; None is plenty."""
+    nvme_space_bytes: int | None = None
+    """What the folders for NVMe can still take; None without a folder."""
+    gpus_are_linked: bool = True
+    """GPUs of one node reach each other's memory: what partitioned fetch needs."""
+    engine: str = "stream"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A choice that fits, with all it takes and how fast it is."""
+
+    choice: Choice
+    terms: tuple[Term, ...]
+    timing: Timing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A way to run that does not fit, and what it lacks."""
+
+    offload: Offload
+    fetch: Fetch
+    place: Place
+    needed_bytes: int
+    available_bytes: int
+    batch_size: int
+
+    @property
+    def reason(self) -> str:
+        rows = "1 row" if self.batch_size == 1 else f"{self.batch_size} rows"
+        where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}[self.place]
+        return (
+            f"{rows} need {self.needed_bytes / 2**30:.2f} GiB {where}, {self.available_bytes / 2**30:.2f} GiB are there"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """The best candidate, the best of each other way to run, and what was turned down."""
+
+    chosen: Candidate
+    alternatives: tuple[Candidate, ...]
+    tried: tuple[Candidate, ...]
+    """All that was tried the chosen way, by rows: how memory and speed grow."""
+    rejected: tuple[Rejection, ...]
+    budgets: dict[Place, int]
+
+
+class Planner:
+    """Plans for one model on one machine. Pure: the same facts give the same decision."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        machine: Machine,
+        speeds: Speeds,
+        overhead: Callable[[bool], Overhead],
+        simulate: Simulate,
+        *,
+        device: Literal["cuda", "cpu"],
+        engine_terms: EngineTerms | None = None,
+    ) -> None:
+        self._anatomy = anatomy
+        self._speeds = speeds
+        self._overhead = overhead
+        self._simulate = simulate
+        self._device = device
+        self._engine_terms = engine_terms
+        self._gpu_bytes = min((gpu.free_bytes for gpu in machine.gpus), default=0)
+        self._host_bytes = machine.memory.available_bytes
+
+    def choose(self, wish: Wish) -> Decision:
+        """The best plan for `wish`. Raises DoesNotFitError when there is none, with the nearest misses."""
+        budgets: dict[Place, int] = {"host": self._host_bytes}
+        if self._device == "cuda":
+            budgets["gpu"] = self._gpu_bytes
+        if wish.nvme_space_bytes is not None:
+            budgets["disk"] = wish.nvme_space_bytes
+        found: list[Candidate] = []
+        tried: dict[tuple[Offload, Fetch], list[Candidate]] = {}
+        rejected: list[Rejection] = []
+        for offload in _offloads(wish):
+            for fetch in _fetches(wish, offload):
+                outcome = list(self._candidates(wish, offload, fetch, budgets))
+                fitting = [one for one in outcome if isinstance(one, Candidate)]
+                tried[offload, fetch] = fitting
+                found += [max(fitting, key=_merit)] if fitting else []
+                rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
+        if not found:
+            raise DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
+        found.sort(key=_merit, reverse=True)
+        way = tried[found[0].choice.offload, found[0].choice.fetch]
+        return Decision(
+            chosen=found[0],
+            alternatives=tuple(found[1:]),
+            tried=tuple(sorted(way, key=lambda one: one.choice.batch_size)),
+            rejected=tuple(rejected),
+            budgets=budgets,
+        )
+
+    def _candidates(
+        self, wish: Wish, offload: Offload, fetch: Fetch, budgets: dict[Place, int]
+    ) -> Iterator[Candidate | Rejection]:
+        """All that is worth comparing of one way to run, or why it does not fit."""
+        fewest = self._fewest_residents(wish, offload)
+        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.world_size))
+        sizes = [wish.batch_size] if wish.batch_size else _doubling(cap)
+        fits, first_miss = 0, None
+        if offload == "nvme" and not self._choice(wish, offload, fetch, 1, fewest).nvme_blocks:
+            return  # the host can hold all that streams
+        for rows in sizes:
+            outcome = self._try(wish, self._choice(wish, offload, fetch, rows, fewest), budgets)
+            if isinstance(outcome, Rejection):
+                first_miss = rows
+                if not fits:
+                    yield outcome
+                break
+            fits = rows
+            yield from self._with_more_residents(wish, outcome, budgets)
+        while first_miss is not None and fits and first_miss - fits > 1:
+            rows = (fits + first_miss) // 2
+            outcome = self._try(wish, self._choice(wish, offload, fetch, rows, fewest), budgets)
+            if isinstance(outcome, Rejection):
+                first_miss = rows
+            else:
+                fits = rows
+                yield from self._with_more_residents(wish, outcome, budgets)
+
+    def _with_more_residents(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Iterator[Candidate]:
+        """`candidate`, and the same with as many resident blocks as fit beside its rows."""
+        yield candidate
+        choice, place = candidate.choice, "gpu" if "gpu" in budgets else "host"
+        if wish.resident_blocks is not None or choice.offload == "none" or wish.engine != "stream":
+            return
+        free = budgets["gpu" if place == "gpu" else "host"] - total(
+            candidate.terms, "gpu" if place == "gpu" else "host"
+        )
+        blocks = len(self._anatomy.blocks)
+        more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy)))
+        while more > 0:
+            changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, choice.resident_blocks + more)
+            outcome = self._try(wish, changed, budgets)
+            if isinstance(outcome, Candidate):
+                yield outcome
+                return
+            more -= 1
+
+    def _choice(self, wish: Wish, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
+        blocks = len(self._anatomy.blocks)
+        on_disk = 0
+        if offload == "nvme":
+            on_disk = blocks - residents
+            if wish.offload == "auto" and wish.engine == "stream":
+                on_disk -= min(on_disk, self._blocks_in_host(wish))
+        return Choice(
+            engine=wish.engine,
+            offload=offload,
+            fetch=fetch,
+            batch_size=rows,
+            resident_blocks=residents,
+            nvme_blocks=on_disk,
+        )
+
+    def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
+        """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""
+        blocks = len(self._anatomy.blocks)
+        if offload == "none":
+            return blocks
+        if wish.resident_blocks is not None:
+            return min(wish.resident_blocks, blocks)
+        if offload == "cpu" and self._device == "cuda" and wish.engine == "stream":
+            return max(0, min(blocks - 1, blocks - self._blocks_in_host(wish)))
+        return 0
+
+    def _blocks_in_host(self, wish: Wish) -> int:
+        """How many blocks the host can hold beside everything else there."""
+        nothing = Choice(
+            engine="stream",
+            offload="nvme",
+            fetch="replicated",
+            batch_size=1,
+            resident_blocks=0,
+            nvme_blocks=len(self._anatomy.blocks),
+        )
+        terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._device)
+        free = self._host_bytes - total(terms, "host")
+        return max(0, free // max(pieces(self._anatomy)))
+
+    def _try(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Candidate | Rejection:
+        workload = self._simulate(choice.batch_size)
+        terms = self._terms(wish, choice, workload)
+        for place, available in budgets.items():
+            needed = total(terms, place)
+            if needed > available:
+                return Rejection(
+                    offload=choice.offload,
+                    fetch=choice.fetch,
+                    place=place,
+                    needed_bytes=needed,
+                    available_bytes=available,
+                    batch_size=choice.batch_size,
+                )
+        timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.world_size, wish.requests)
+        return Candidate(choice=choice, terms=terms, timing=timing)
+
+    def _terms(self, wish: Wish, choice: Choice, workload: Workload) -> tuple[Term, ...]:
+        if self._engine_terms is not None:
+            terms = self._engine_terms(choice, workload)
+        else:
+            overhead = self._overhead(choice.fetch == "partitioned")
+            gpu = stream_gpu_terms(self._anatomy, choice, workload, wish.world_size, overhead)
+            host = stream_host_terms(self._anatomy, choice, wish.world_size, self._device)
+            terms = (*gpu, *host)
+        if choice.offload == "nvme" and choice.nvme_blocks:
+            terms = (*terms, Term("disk", "store", sum(pieces(self._anatomy)), "counted"))
+        if self._device == "cpu":
+            terms = tuple(_on_host(term, wish.world_size) for term in terms)
+        return terms
+
+
+def _on_host(term: Term, world_size: int) -> Term:
+    """Without a GPU each rank computes in host memory."""
+    return replace(term, place="host", nbytes=term.nbytes * world_size) if term.place == "gpu" else term
+
+
+def _offloads(wish: Wish) -> tuple[Offload, ...]:
+    if wish.offload != "auto":
+        return (wish.offload,)
+    return _OFFLOADS if wish.nvme_space_bytes is not None else _OFFLOADS[:2]
+
+
+def _fetches(wish: Wish, offload: Offload) -> tuple[Fetch, ...]:
+    if wish.world_size == 1 or offload == "none" or wish.engine != "stream":
+        return ("replicated",)
+    if wish.fetch != "auto":
+        return (wish.fetch,)
+    return ("partitioned", "replicated") if wish.gpus_are_linked else ("replicated",)
+
+
+def _doubling(cap: int) -> Iterator[int]:
+    rows = 1
+    while rows < cap:
+        yield rows
+        rows *= 2
+    yield cap
+
+
+def _merit(candidate: Candidate) -> tuple[float, int, int]:
+    """More tokens/s; of equals, more rows, then fewer blocks on the GPU."""
+    choice = candidate.choice
+    return (float(f"{candidate.timing.tokens_per_second:.3g}"), choice.batch_size, -choice.resident_blocks)
+
+
+def _nothing_fits(rejected: list[Rejection]) -> str:
+    return "nothing fits: " + "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
+
+
+def _smallest_changes(rejected: list[Rejection]) -> str:
+    nearest = min(rejected, key=lambda one: one.needed_bytes - one.available_bytes)
+    missing = (nearest.needed_bytes - nearest.available_bytes) / 2**30
+    where = {"gpu": "GPU", "host": "host", "disk": "disk"}[nearest.place]
+    return f"{missing:.2f} GiB more {where} memory would do for --offload {nearest.offload}"

@@ -1,0 +1,110 @@
+"""How long a plan takes: the roofline of links, disk, arithmetic, GPU memory and kernel launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.memory import pieces
+from zeroinf.planner.workload import Step, Workload
+
+Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
+
+# The part of its links that DeepSpeed's engine reaches, by the number of GPUs (docs/benchmarks.md).
+_ZERO_SHARE = {1: 0.85, 2: 0.49}
+_ZERO_SHARE_OF_MORE = 0.36
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speeds:
+    """The rates that a plan is timed with: GB/s (10^9 bytes), 10^12 operations a second, seconds.
+
+    `link_gbps` is that of one rank while all pull at once; `projected` names those that nobody measured.
+    """
+
+    link_gbps: float
+    disk_gbps: float
+    gather_gbps: float
+    """An all-gather over the ranks: bytes of the whole result a second."""
+    tflops: float
+    hbm_gbps: float
+    launch_s: float
+    fill_gbps: float
+    """Filling page-locked host memory from the page cache."""
+    projected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """A plan in seconds. A pass is one walk over all blocks: a prefill or a decode step of one micro-batch."""
+
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    tokens_per_second: float
+    """All ranks together, prefill included."""
+    streamed_bytes: int
+    """That cross one rank's link in a pass."""
+    binds: Resource
+    """What a decode step waits for."""
+
+
+def time_plan(
+    anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, world_size: int, requests: int | None
+) -> Timing:
+    """The time of `requests` requests (None: as many as fill every micro-batch) on `world_size` ranks."""
+    parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
+    sizes = sorted(pieces(anatomy), reverse=True)
+    streams = choice.engine == "zero" or choice.resident_blocks < len(sizes)
+    passing = sum(sizes[choice.resident_blocks :]) if choice.engine == "stream" else sum(sizes)
+    streamed = 0 if choice.offload == "none" else passing // parts
+    share = _ZERO_SHARE.get(world_size, _ZERO_SHARE_OF_MORE) if choice.engine == "zero" else 1.0
+    from_disk = sum(sizes[: choice.nvme_blocks]) * world_size // parts
+    waits: dict[Resource, float] = {
+        "link": streamed / speeds.link_gbps / 1e9 / share,
+        "disk": from_disk / speeds.disk_gbps / 1e9,
+        "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
+    }
+    prefill, _ = _step(workload.prefill, waits, speeds)
+    first, _ = _step(workload.first_decode, waits, speeds)
+    last, binds = _step(workload.last_decode, waits, speeds)
+    decode = (first + last) / 2
+    batch_s = prefill + (workload.new_tokens - 1) * decode
+    batches = 1 if requests is None else -(-requests // (workload.rows * world_size))
+    rows = workload.rows * world_size if requests is None else requests
+    return Timing(
+        load_s=sum(pieces(anatomy)) / speeds.fill_gbps / 1e9,
+        prefill_s=prefill,
+        decode_s=decode,
+        tokens_per_second=rows * workload.new_tokens / (batches * batch_s),
+        streamed_bytes=streamed,
+        binds=binds,
+    )
+
+
+def _step(step: Step, waits: dict[Resource, float], speeds: Speeds) -> tuple[float, Resource]:
+    """Seconds of a step and what they are spent on: the streams run beside each other, kernels one after the other."""
+    computes = _kernel_times(step, speeds)
+    compute_s = sum(computes.values())
+    slowest = max(waits, key=lambda resource: waits[resource])
+    if waits[slowest] >= compute_s:
+        return waits[slowest], slowest
+    return compute_s, max(computes, key=lambda resource: computes[resource])
+
+
+def _kernel_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
+    """Seconds of a step's kernels by what each of them is bound by."""
+    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0}
+    for group in step.kernels:
+        for kernel in group.kernels:
+            needs: Iterable[tuple[float, Resource]] = (
+                (kernel.flops / speeds.tflops / 1e12, "arithmetic"),
+                (kernel.nbytes / speeds.hbm_gbps / 1e9, "GPU memory"),
+                (speeds.launch_s, "kernel launches"),
+            )
+            seconds, resource = max(needs)
+            times[resource] += group.times * seconds
+    return times

@@ -1,0 +1,166 @@
+"""From a model, a machine and a wish to a plan: puts the simulation and the planner together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from zeroinf.engines.zero.memory import zero_terms
+from zeroinf.errors import DoesNotFitError
+from zeroinf.hardware.machine import Machine
+from zeroinf.hardware.rates import Rates
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.memory import Overhead
+from zeroinf.planner.plan import AioSettings, Plan
+from zeroinf.planner.search import Decision, Planner, Wish
+from zeroinf.planner.speeds import overhead_of, speeds_of
+from zeroinf.planner.timing import Speeds
+from zeroinf.simulation.workload import Simulator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Prompts and completions of a job, in tokens."""
+
+    prompt_tokens: int
+    """The longest prompt."""
+    new_tokens: int
+    """The most that is added to one."""
+    padded: bool = True
+    """Prompts differ in length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """All that a plan depends on."""
+
+    config: Any
+    """The transformers config."""
+    anatomy: Anatomy
+    machine: Machine
+    rates: Rates
+    wish: Wish
+    lengths: Lengths
+    device: Literal["cuda", "cpu"]
+    nvme_paths: tuple[Path, ...] = ()
+    pin_memory: bool = True
+    aio: AioSettings = AioSettings()
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The plan, what else was weighed, and the rates that it was timed with."""
+
+    plan: Plan
+    decision: Decision
+    speeds: Speeds
+
+
+def answer(question: Question) -> Answer:
+    """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits."""
+    speeds = _speeds(question)
+    try:
+        decision = _planner(question, speeds).choose(question.wish)
+    except DoesNotFitError as error:
+        raise DoesNotFitError(
+            error.message, hint="; or ".join(filter(None, (error.hint, _shorter(question))))
+        ) from None
+    return Answer(plan=_plan(question, decision), decision=decision, speeds=speeds)
+
+
+def _speeds(question: Question) -> Speeds:
+    machine = question.machine
+    return speeds_of(
+        machine,
+        question.rates,
+        dtype=question.anatomy.dtype,
+        world_size=question.wish.world_size,
+        disks=machine.disks,
+    )
+
+
+def _planner(question: Question, speeds: Speeds) -> Planner:
+    lengths, wish = question.lengths, question.wish
+    simulate = Simulator(
+        question.config,
+        question.anatomy,
+        prompt_tokens=lengths.prompt_tokens,
+        new_tokens=lengths.new_tokens,
+        padded=lengths.padded,
+        trust_remote_code=question.trust_remote_code,
+    )
+
+    def overhead(gathers: bool) -> Overhead:
+        if question.device == "cpu":
+            return Overhead()
+        return overhead_of(question.machine, question.rates, world_size=wish.world_size, gathers=gathers)
+
+    return Planner(
+        question.anatomy,
+        question.machine,
+        speeds,
+        overhead,
+        simulate,
+        device=question.device,
+        engine_terms=zero_terms(_asked(question), overhead(wish.world_size > 1)) if wish.engine == "zero" else None,
+    )
+
+
+def _asked(question: Question) -> Plan:
+    """The plan before anything was chosen."""
+    wish = question.wish
+    return Plan(
+        anatomy=question.anatomy,
+        engine=wish.engine,
+        offload="cpu" if wish.offload == "auto" else wish.offload,
+        dtype=question.anatomy.dtype,
+        device=question.device,
+        world_size=wish.world_size,
+        batch_size=wish.batch_size or 1,
+        prompt_tokens=question.lengths.prompt_tokens,
+        new_tokens=question.lengths.new_tokens,
+        nvme_paths=question.nvme_paths,
+        pin_memory=question.pin_memory,
+        aio=question.aio,
+    )
+
+
+def _plan(question: Question, decision: Decision) -> Plan:
+    chosen = decision.chosen
+    choice = chosen.choice
+    return replace(
+        _asked(question),
+        offload=choice.offload,
+        fetch=choice.fetch,
+        batch_size=choice.batch_size,
+        resident_blocks=choice.resident_blocks,
+        nvme_blocks=choice.nvme_blocks,
+        terms=chosen.terms,
+        timing=chosen.timing,
+    )
+
+
+def _shorter(question: Question) -> str:
+    """The longest prompts and completions with which one row would fit, as a hint; empty where none would."""
+    lengths = question.lengths
+    for share in _shares(lengths):
+        try:
+            _planner(replace(question, lengths=share), _speeds(question)).choose(replace(question.wish, batch_size=1))
+        except DoesNotFitError:
+            continue
+        rows = "" if question.wish.batch_size in (None, 1) else "--batch-size 1"
+        shorter = f"prompts of {share.prompt_tokens} and {share.new_tokens} new tokens" if share != lengths else ""
+        return " with ".join(filter(None, (rows, shorter))) + " would fit"
+    return ""
+
+
+def _shares(lengths: Lengths) -> Sequence[Lengths]:
+    """`lengths`, and the same halved again and again."""
+    found = [lengths]
+    while found[-1].prompt_tokens > 1:
+        prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
+        found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new))
+    return found

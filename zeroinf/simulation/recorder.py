@@ -1,0 +1,125 @@
+"""Records what code on the meta device would do to a GPU: every allocation and free in order, and every kernel."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from zeroinf.planner.allocator import Event
+from zeroinf.planner.workload import Kernel, Kernels, Step
+
+aten = torch.ops.aten
+
+# Operators that neither read nor compute: they only reserve memory, or hand on what is there.
+_NO_KERNEL = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.lift_fresh.default}
+# Bytes an element that a kernel holds for itself while its output is there already: a mask of rows without any value.
+_OWN_BYTES = {aten._safe_softmax.default: 1}
+
+_OUTSIDE = -1
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, records what happens to meta tensors; what `model` holds existed before and is not counted.
+
+    A value that code asks for is 0 or False, a tensor that moves to the host is full of zeros: no size depends on it.
+    """
+
+    def __init__(self, model: Module, blocks: Iterable[Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        known = (*model.parameters(), *model.buffers())
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._next_key = 0
+        self._events: list[Event] = []
+        self._kernels: dict[int, list[Kernel]] = defaultdict(list)
+        self._section = _OUTSIDE
+        self._hooks = [hook for index, block in enumerate(blocks) for hook in self._watch(index, block)]
+
+    def __exit__(self, *reason: Any) -> Any:
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*reason)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
+        if func is aten._to_copy.default and _leaves_for_the_host(args[0], kwargs):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
+        out = func(*args, **kwargs)
+        is_new = [self._see(tensor) for tensor in _tensors(out)]
+        if func in _OWN_BYTES:
+            self._pass_through(out.numel() * _OWN_BYTES[func])
+        if func not in _NO_KERNEL and (any(is_new) or func._schema.is_mutable):
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            self.kernel(flops, _tensors((args, kwargs, out)))
+        return out
+
+    def kernel(self, flops: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Note a kernel that reads or writes `tensors`."""
+        self._kernels[self._section].append(Kernel(flops, sum(map(_touched, tensors))))
+
+    def cut(self, times: Sequence[float]) -> Step:
+        """What was recorded since the last cut; block i stands for `times[i]` blocks."""
+        step = Step(
+            events=tuple(self._events),
+            kernels=tuple(
+                Kernels(1.0 if section == _OUTSIDE else times[section], tuple(kernels))
+                for section, kernels in sorted(self._kernels.items())
+            ),
+        )
+        self._events.clear()
+        self._kernels.clear()
+        return step
+
+    def _watch(self, index: int, block: Module) -> Iterator[Any]:
+        def enter(*ignored: Any) -> None:
+            self._section = index
+
+        def leave(*ignored: Any) -> None:
+            self._section = _OUTSIDE
+
+        yield block.register_forward_pre_hook(enter)
+        yield block.register_forward_hook(leave)
+
+    def _see(self, tensor: torch.Tensor) -> bool:
+        """Note an allocation if `tensor` lies in a storage that is new."""
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "meta" or storage in self._known:
+            return False
+        self._known.add(storage)
+        key = self._key()
+        self._events.append(Event(key, storage.nbytes()))
+        weakref.finalize(storage, lambda: self._events.append(Event(key)))
+        return True
+
+    def _pass_through(self, nbytes: int) -> None:
+        """An allocation that is over at once."""
+        key = self._key()
+        self._events += [Event(key, nbytes), Event(key)]
+
+    def _key(self) -> int:
+        self._next_key += 1
+        return self._next_key
+
+
+def _leaves_for_the_host(tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return tensor.device.type == "meta" and device is not None and torch.device(device).type == "cpu"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (item for item in tree_iter(value) if isinstance(item, torch.Tensor))
+
+
+def _touched(tensor: torch.Tensor) -> int:
+    """Bytes behind a tensor's elements; what is expanded is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

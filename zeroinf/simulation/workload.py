@@ -1,0 +1,122 @@
+"""Runs a micro-batch on paper: the decode loop's own steps over the model on the meta device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.nn import ModuleList
+
+from zeroinf.generation.cache import CachePool
+from zeroinf.generation.micro_batch import MicroBatch, TokenRules
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.inspect import build_meta, find_blocks
+from zeroinf.planner.workload import Step, Workload
+from zeroinf.simulation.attention import GpuAttention
+from zeroinf.simulation.recorder import Recorder
+
+_META = torch.device("meta")
+# Of each kind of block so many are run: what a block leaves behind for the next of its kind shows with the second.
+_KEPT = 2
+
+
+class Simulator:
+    """Workloads of one model: prompts of up to `prompt_tokens` tokens, to which `new_tokens` are added.
+
+    `padded`: prompts differ in length. Blocks that do the same are run twice and counted as often as there are such.
+    Calling it with a number of rows takes tenths of a second and no memory.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        anatomy: Anatomy,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        padded: bool,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._anatomy = anatomy
+        self._prompt_tokens, self._new_tokens, self._padded = prompt_tokens, new_tokens, padded
+        self._model = build_meta(config, anatomy.dtype, trust_remote_code)
+        self._path, self._blocks = find_blocks(self._model)
+        self._times = [1.0] * len(self._blocks)
+        self._seen: dict[int, Workload] = {}
+        self._is_pooled = all(layer.pooled for layer in anatomy.cache)
+        if self._is_pooled:
+            self._keep_kinds()
+
+    def __call__(self, rows: int) -> Workload:
+        if rows not in self._seen:
+            self._seen[rows] = self._run(rows)
+        return self._seen[rows]
+
+    def _keep_kinds(self) -> None:
+        """Leave a few blocks of each kind in the model. Where caches grow by themselves, every block counts instead."""
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        for index, group in enumerate(self._run(1).prefill.kernels[1:]):
+            kinds[group.kernels].append(index)
+        kept = sorted(index for members in kinds.values() for index in members[:_KEPT])
+        times = {index: len(members) / len(members[:_KEPT]) for members in kinds.values() for index in members}
+        self._times = [times[index] for index in kept]
+        self._blocks = ModuleList(self._blocks[index] for index in kept)
+        self._model.set_submodule(self._path, self._blocks)
+
+    def _run(self, rows: int) -> Workload:
+        model, tokens = self._model, self._prompt_tokens + self._new_tokens
+        recorder = Recorder(model, self._blocks)
+        with torch.no_grad(), recorder:
+            pool = CachePool(model, self._anatomy, rows=rows, tokens=tokens, device=_META)
+            cache = recorder.cut(self._times)
+            batch = MicroBatch(model, self._rows(rows), TokenRules(model, None, ()), pool, _META)
+            prefill = first = last = self._step(batch, recorder)
+            if self._new_tokens > 1:
+                first = last = self._step(batch, recorder)
+            if self._new_tokens > 2:
+                _skip(batch, self._new_tokens - 3)
+                if self._is_pooled:
+                    recorder.cut(self._times)  # what is written in place leaves nothing behind
+                last = self._step(batch, recorder)
+        return Workload(
+            rows=rows,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            cache=cache.events,
+            prefill=prefill,
+            first_decode=first,
+            last_decode=last,
+        )
+
+    def _rows(self, count: int) -> list[Row]:
+        """Rows that never end early; the first is the longest."""
+        sampling = Sampling(max_new_tokens=self._new_tokens, ignore_eos=True)
+        longest, shorter = [0] * self._prompt_tokens, [0] * (1 if self._padded else self._prompt_tokens)
+        prompts = (longest if index == 0 else shorter for index in range(count))
+        return [Row(index=i, prompt=prompt, sampling=sampling, decode=str) for i, prompt in enumerate(prompts)]
+
+    def _step(self, batch: MicroBatch, recorder: Recorder) -> Step:
+        with ExitStack() as stack:
+            stack.enter_context(_META)
+            stack.enter_context(GpuAttention(recorder))
+            output = self._model(**batch.inputs())
+        batch.choose(output)
+        del output
+        batch.accept(lambda row: None)
+        return recorder.cut(self._times)
+
+
+def _skip(batch: MicroBatch, tokens: int) -> None:
+    """Let `batch` stand where it would after `tokens` more steps."""
+    batch._length += tokens
+    for layer in batch._cache.layers if tokens else ():
+        if layer.is_initialized:
+            layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
+
+
+def _more(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    rows, heads, _, width = states.shape
+    return states.new_empty(rows, heads, tokens, width)
