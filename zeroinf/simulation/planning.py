@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Question:
     device: Literal["cuda", "cpu"]
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
-    aio: AioSettings = AioSettings()
+    aio: AioSettings = field(default_factory=AioSettings)
     trust_remote_code: bool = False
 
 
