@@ -8,6 +8,7 @@
     ├── DoesNotFitError           3  memory or disk is too small for what was asked
     ├── EnvironmentProblem        4  this machine lacks something: a GPU, a compiler, a right
     ├── RequestsFailedError       5  the job finished, but some requests were refused
+    ├── StoreError                1  a store of weights is damaged, in use, or cannot be read or written
     ├── RankError                 1  another rank died, or the ranks cannot reach each other
     └── InterruptedRunError     130  Ctrl-C; 143 after SIGTERM
 
@@ -63,6 +64,10 @@ class RequestsFailedError(ZeroinfError):
     """The job finished, but some requests were refused."""
 
     exit_code = 5
+
+
+class StoreError(ZeroinfError):
+    """A store of weights on disk is damaged, in use, or cannot be read or written."""
 
 
 class RankError(ZeroinfError):

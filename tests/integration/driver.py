@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
+from zeroinf.engines.base import Silent
 from zeroinf.engines.registry import load_engine
 from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
@@ -52,7 +53,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     )
     source = resolve_model(options.model)
     prepared = prepare(options, source, world, "cpu")
-    engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"))
+    engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), Silent())
     try:
         codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)

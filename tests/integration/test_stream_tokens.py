@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,16 +27,18 @@ NEW_TOKENS = 10
 CPU = torch.device("cpu")
 
 
-def stream(folder: Path, dtype: str = "float32") -> StreamEngine:
+def stream(folder: Path, dtype: str = "float32", **where: Any) -> StreamEngine:
+    """An engine with its weights in host memory, or as `where` says in the plan's terms."""
     source = resolve_model(str(folder))
+    fields = {"offload": "cpu", **where}
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype=dtype),
         engine="stream",
-        offload="cpu",
         dtype=dtype,
         device="cpu",
         world_size=1,
         batch_size=len(PROMPTS),
+        **fields,
     )
     return StreamEngine(plan, source, Control(World(), "cpu"), CPU)
 

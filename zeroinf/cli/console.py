@@ -37,6 +37,7 @@ class ConsoleObserver:
         self._bar: Bar | None = None
         self._last_line = 0.0
         self._loading = threading.Event()
+        self._filled = ""
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -75,7 +76,10 @@ class ConsoleObserver:
         started = time.monotonic()
         while not over.wait(_PLAIN_LINE_EVERY_S):
             elapsed = _clock(time.monotonic() - started)
-            self._say(f"loading for {elapsed}, this process holds {gib(resident().total_bytes)}")
+            self._say(f"loading for {elapsed}{self._filled}, this process holds {gib(resident().total_bytes)}")
+
+    def filled(self, done_bytes: int, total_bytes: int) -> None:
+        self._filled = f", {gib(done_bytes)} of {gib(total_bytes)}"
 
     def loaded(self, seconds: float) -> None:
         self._loading.set()

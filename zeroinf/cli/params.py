@@ -146,7 +146,7 @@ def offload_options(command: _Command, *, auto: bool = False) -> _Command:
             "nvme_paths",
             type=click.Path(path_type=Path),
             multiple=True,
-            help="Folder on a fast local disk. With --offload nvme.",
+            help="Folder on a fast local disk. With --offload nvme; weights are striped over several.",
         ),
         click.option(
             "--pin-memory/--no-pin-memory",
@@ -159,21 +159,21 @@ def offload_options(command: _Command, *, auto: bool = False) -> _Command:
             type=SizeType(multiple_of=_DIRECT_IO_BYTES),
             default=f"{_AIO.block_size_bytes >> 20}MiB",
             show_default=True,
-            help="Bytes of one disk request; smaller weights stay in host memory. With --offload nvme.",
+            help="Bytes of one disk request; smaller weights stay in host memory. With --engine zero --offload nvme.",
         ),
         click.option(
             "--aio-queue-depth",
             type=click.IntRange(min=1),
             default=_AIO.queue_depth,
             show_default=True,
-            help="Disk requests in flight for each thread. With --offload nvme.",
+            help="Disk requests in flight for each thread. With --engine zero --offload nvme.",
         ),
         click.option(
             "--aio-threads",
             type=click.IntRange(min=1),
             default=_AIO.threads,
             show_default=True,
-            help="Threads that share the reading of one weight. With --offload nvme.",
+            help="Threads that share the reading of one weight. With --engine zero --offload nvme.",
         ),
     )
 
@@ -190,7 +190,7 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
     Raises:
         UsageError: naming the options.
     """
-    offload = ctx.params["offload"]
+    offload, engine = ctx.params["offload"], ctx.params.get("engine", "zero")
     if offload == "nvme" and not ctx.params["nvme_paths"]:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
     nvme_only = () if offload in ("nvme", "auto") else ("nvme_paths", *_AIO_OPTIONS)
@@ -198,6 +198,10 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
         raise UsageError(
             f"{flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"
         )
+    if engine != "zero" and (unused := given(ctx, *_AIO_OPTIONS)):
+        raise UsageError(f"{flags(ctx, unused)} configures DeepSpeed's disk I/O", hint="add --engine zero, or drop it")
+    if engine == "zero" and len(ctx.params["nvme_paths"]) > 1:
+        raise UsageError("DeepSpeed uses one --nvme-path, not several", hint="--engine stream, or name one folder")
     if offload == "none" and given(ctx, "pin_memory"):
         raise UsageError(
             f"{flags(ctx, ['pin_memory'])} has no effect with --offload none", hint="add --offload cpu, or drop it"

@@ -8,6 +8,26 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stalls:
+    """Where this rank's time went, seen from its compute stream, in seconds.
+
+    Without a GPU only the waits for the disk are known.
+    """
+
+    link_s: float = 0.0
+    """Waits for a block that was crossing the links."""
+    disk_s: float = 0.0
+    """Waits for a block that had not been read yet."""
+    compute_s: float = 0.0
+    """Inside blocks, the host's delays in enqueueing their work included."""
+    host_s: float = 0.0
+    """Between blocks: what lies outside them, sampling, and the host's own work."""
+
+    def __sub__(self, earlier: Stalls) -> Stalls:
+        return Stalls(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """What an engine did on this rank since it was loaded."""
 
@@ -18,6 +38,29 @@ class EngineStats:
     step make one walk together, of which each pulls its part; other ranks make one each."""
     shared_host_bytes: int = 0
     """Host memory that all ranks of a node map, and that is there once."""
+    pinned_host_bytes: int = 0
+    """Host memory that this rank has page-locked for its GPU, what it shares with others included."""
+    slot_bytes: int = 0
+    """Device memory that blocks pass through."""
+    stalls: Stalls = Stalls()
+
+
+class Listener(Protocol):
+    """Whoever wants to know how loading goes on."""
+
+    def note(self, text: str) -> None: ...
+
+    def filled(self, done_bytes: int, total_bytes: int) -> None:
+        """Weights that have been loaded so far. Called from any thread."""
+        ...
+
+
+class Silent:
+    """A listener for those who do not."""
+
+    def note(self, text: str) -> None: ...
+
+    def filled(self, done_bytes: int, total_bytes: int) -> None: ...
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Engine
+from zeroinf.engines.base import Engine, Listener
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
@@ -16,9 +16,14 @@ ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 
 
 def load_engine(
-    plan: Plan, source: ModelSource, zero_config: dict[str, Any] | None, control: Control, device: torch.device
+    plan: Plan,
+    source: ModelSource,
+    zero_config: dict[str, Any] | None,
+    control: Control,
+    device: torch.device,
+    told: Listener,
 ) -> Engine:
-    """Load the plan's engine. Only its own libraries are imported."""
+    """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported."""
     if plan.engine == "zero":
         from zeroinf.engines.zero.engine import ZeroEngine
 
@@ -26,4 +31,4 @@ def load_engine(
         return ZeroEngine(plan, source, zero_config, control.world)
     from zeroinf.engines.stream.engine import StreamEngine
 
-    return StreamEngine(plan, source, control, device)
+    return StreamEngine(plan, source, control, device, told)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from zeroinf.distributed.world import World
+from zeroinf.engines.stream.stored import check_room
 from zeroinf.engines.zero.config import build_zero_config, check_user_config, nvme_pool_bytes
 from zeroinf.errors import DoesNotFitError, InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
 from zeroinf.hardware.disk import read_disk
+from zeroinf.hardware.machine import Disk
 from zeroinf.hardware.snapshot import read_memory
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import check_output
@@ -75,7 +77,7 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
     _refuse_idle_sampling_flags(options, work)
     own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
     offload, nvme_paths = (options.offload, options.nvme_paths) if own_config is None else _offload_of(own_config)
-    engine, why = choose_engine(options.engine, offload, own_zero_config=own_config is not None)
+    engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
     plan = Plan(
         anatomy=anatomy,
         engine=engine,
@@ -85,9 +87,12 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
         world_size=world.size,
         # An equal share for each rank, where there are too few requests to fill every batch.
         batch_size=min(options.batch_size, -(-len(work) // world.size)),
-        fetch=choose_fetch(options.fetch, engine, world, gpus_are_linked=device == "cuda" and _gpus_are_linked()),
+        fetch=choose_fetch(
+            options.fetch, engine, offload, world, gpus_are_linked=device == "cuda" and _gpus_are_linked()
+        ),
         prompt_tokens=max(len(item.prompt) for item in work),
         new_tokens=max(item.sampling.max_new_tokens for item in work),
+        resident_blocks=len(anatomy.blocks) if offload == "none" else 0,
         nvme_blocks=len(anatomy.blocks) if offload == "nvme" else 0,
         nvme_paths=nvme_paths,
         pin_memory=options.pin_memory,
@@ -96,7 +101,7 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
     if own_config is not None:
         check_user_config(own_config, plan)
     if plan.offload == "nvme":
-        _check_nvme(plan, own_config)
+        _check_nvme(plan, source, own_config)
     if plan.offload == "cpu":
         _check_host_memory(plan)
     return Prepared(
@@ -185,16 +190,12 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
     return device, (Path(path),) if path else ()
 
 
-def choose_engine(asked: str, offload: Offload, *, own_zero_config: bool) -> tuple[str, str | None]:
+def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[str, str | None]:
     """The engine's name, and why `auto` did not take the stream engine.
 
     Raises UsageError when the stream engine is asked for what it does not do.
     """
-    obstacle = None
-    if own_zero_config:
-        obstacle = "--zero-config configures DeepSpeed"
-    elif offload != "cpu":
-        obstacle = f"--offload {offload} is DeepSpeed's: the stream engine keeps weights in host memory"
+    obstacle = "--zero-config configures DeepSpeed" if own_zero_config else None
     if asked == "stream" and obstacle:
         raise UsageError(f"--engine stream: {obstacle}", hint="--engine zero, or --engine auto")
     if asked == "auto":
@@ -202,22 +203,25 @@ def choose_engine(asked: str, offload: Offload, *, own_zero_config: bool) -> tup
     return asked, None
 
 
-def choose_fetch(asked: str, engine: str, world: World, *, gpus_are_linked: bool) -> Fetch:
-    """How the stream engine's ranks use their links. `auto` partitions where GPUs of one node reach each other.
+def choose_fetch(asked: str, engine: str, offload: Offload, world: World, *, gpus_are_linked: bool) -> Fetch:
+    """How the stream engine's ranks use their links.
 
-    Raises UsageError where --fetch would mean nothing.
+    `auto` partitions on one node where GPUs reach each other, and where weights come from a disk, which then reads each
+    of them once. Raises UsageError where --fetch would mean nothing.
     """
     one_node = world.local_size == world.size
-    if asked != "auto" and (engine != "stream" or world.size == 1):
-        why = "with one rank" if engine == "stream" else f"with the {engine} engine"
+    idle = {
+        f"with the {engine} engine": engine != "stream",
+        "with --offload none": offload == "none",
+        "with one rank": world.size == 1,
+    }
+    why = next((reason for reason, holds in idle.items() if holds), None)
+    if asked != "auto" and why is not None:
         raise UsageError(f"--fetch {asked} has no effect {why}", hint="drop it")
     if asked == "partitioned" and not one_node:
         raise UsageError("--fetch partitioned needs all ranks on one node", hint="--fetch replicated")
-    if asked == "partitioned" or (
-        asked == "auto" and engine == "stream" and world.size > 1 and one_node and gpus_are_linked
-    ):
-        return "partitioned"
-    return "replicated"
+    worthwhile = why is None and one_node and (gpus_are_linked or offload == "nvme")
+    return "partitioned" if asked == "partitioned" or (asked == "auto" and worthwhile) else "replicated"
 
 
 def _gpus_are_linked() -> bool:
@@ -237,17 +241,27 @@ def _check_host_memory(plan: Plan) -> None:
         )
 
 
-def _check_nvme(plan: Plan, own_config: dict[str, Any] | None) -> None:
+def _check_nvme(plan: Plan, source: ModelSource, own_config: dict[str, Any] | None) -> None:
+    """The folders, their room, and what the engine needs beside them."""
+    disks = [read_disk(path) for path in plan.nvme_paths]
+    for disk in disks:
+        if not disk.exists:
+            raise UsageError(f"--nvme-path {disk.path} is not a folder", hint=f"mkdir -p {disk.path}")
+        if not disk.writable:
+            raise UsageError(f"--nvme-path {disk.path} is not writable", hint="choose another folder")
+    if len({disk.path.resolve() for disk in disks}) < len(disks):
+        raise UsageError("--nvme-path names the same folder twice", hint="name each disk's folder once")
+    if plan.engine == "stream":
+        check_room(plan, source)
+    else:
+        _check_deepspeed_nvme(plan, disks[0], own_config)
+
+
+def _check_deepspeed_nvme(plan: Plan, disk: Disk, own_config: dict[str, Any] | None) -> None:
     """What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT."""
-    (path,) = plan.nvme_paths
-    disk = read_disk(path)
-    if not disk.exists:
-        raise UsageError(f"--nvme-path {path} is not a folder", hint=f"mkdir -p {path}")
-    if not disk.writable:
-        raise UsageError(f"--nvme-path {path} is not writable", hint="choose another folder")
     if disk.free_bytes < plan.anatomy.weight_bytes:
         raise DoesNotFitError(
-            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {path} has {gib(disk.free_bytes)} free",
+            f"the weights take {gib(plan.anatomy.weight_bytes)}, but {disk.path} has {gib(disk.free_bytes)} free",
             hint="make room there, choose another folder, or --offload cpu",
         )
     require(

@@ -31,6 +31,7 @@ from zeroinf.jobs.report import Observer, RankReport, RunReport
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
+from zeroinf.planner.plan import Plan
 
 _WARM_UP_TOKENS = 3
 
@@ -158,10 +159,12 @@ class _Job:
         self._observer.loading(plan)
         if self._prepared.engine_choice is not None:
             self._observer.note(f"{plan.engine} engine: {self._prepared.engine_choice}")
-        if plan.offload == "nvme" and not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
-            self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
+        if plan.engine == "zero" and plan.offload == "nvme":
+            self._tell_of_compiling(plan)
         started = time.perf_counter()
-        engine = load_engine(plan, self._source, self._prepared.zero_config, self._control, self._device)
+        engine = load_engine(
+            plan, self._source, self._prepared.zero_config, self._control, self._device, self._observer
+        )
         try:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
@@ -196,6 +199,10 @@ class _Job:
             output=self._options.output_file,
             errors=errors_path(self._options.output_file) if self._options.output_file else None,
         )
+
+    def _tell_of_compiling(self, plan: Plan) -> None:
+        if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
+            self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
     def _generate(self, engine: Engine) -> tuple[Stream, float]:
         codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)

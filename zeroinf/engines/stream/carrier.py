@@ -7,19 +7,32 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from zeroinf.engines.stream.layout import round_up
+
 _STAGES = 4
 
 
 class Carrier(Protocol):
     """Moves pieces in the order in which `carry` is called, without making the host wait."""
 
-    parts: int
-    """Every piece must be a multiple of this many aligned parts."""
+    in_step: bool
+    """All ranks must carry the same pieces."""
 
-    def carry(self, piece: torch.Tensor, slot: torch.Tensor, released: Any, arrived: Any) -> None:
-        """Bring `piece` (uint8, in host memory) into `slot` (as long) after the event `released`; record `arrived`.
+    def span(self, nbytes: int) -> slice:
+        """The bytes of a piece of `nbytes` that this rank pulls."""
+        ...
 
-        On the CPU there are no events, and the piece is there on return.
+    def slot_bytes(self, nbytes: int) -> int:
+        """What a piece of `nbytes` takes in a slot."""
+        ...
+
+    def carry(
+        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    ) -> None:
+        """Bring a piece of `nbytes`, of which `mine` (uint8, in host memory) is this rank's span, into `slot`.
+
+        Nothing is written before the event `released`. Records `pulled` when `mine` has been read, `arrived` when the
+        piece is whole. On the CPU there are no events, and the piece is there on return.
         """
         ...
 
@@ -27,18 +40,27 @@ class Carrier(Protocol):
 class Replicated:
     """Each rank pulls every piece over its own link. Ranks need nothing of each other."""
 
-    parts = 1
+    in_step = False
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _new_stream(device)
 
-    def carry(self, piece: torch.Tensor, slot: torch.Tensor, released: Any, arrived: Any) -> None:
+    def span(self, nbytes: int) -> slice:
+        return slice(0, nbytes)
+
+    def slot_bytes(self, nbytes: int) -> int:
+        return nbytes
+
+    def carry(
+        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    ) -> None:
         if self._stream is None:
-            slot.copy_(piece)
+            slot[:nbytes].copy_(mine)
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(released)
-            slot.copy_(piece, non_blocking=True)
+            slot[:nbytes].copy_(mine, non_blocking=True)
+            pulled.record()
             arrived.record()
 
 
@@ -47,37 +69,50 @@ class Partitioned:
 
     n ranks use n links for one walk over the weights. The part of the next piece crosses the link while the current
     one is gathered: each step has a stream of its own, with a ring of small stages between them. Every rank must carry
-    the same pieces.
+    the same pieces. Parts are multiples of `unit` bytes; the last one may be short, and what a gather brings of it
+    beyond the piece's end is never read.
     """
 
-    def __init__(self, device: torch.device, rank: int, ranks: int, largest_piece: int) -> None:
-        self.parts = ranks
-        self._rank = rank
+    in_step = True
+
+    def __init__(self, device: torch.device, rank: int, ranks: int, largest_piece: int, unit: int) -> None:
+        self._rank, self._ranks, self._unit = rank, ranks, unit
         self._pull, self._gather = _new_stream(device), _new_stream(device)
-        part = largest_piece // ranks
+        part = self._part(largest_piece)
         self._stages = [torch.empty(part, dtype=torch.uint8, device=device) for _ in range(_STAGES)]
         self._staged = [new_event(device) for _ in range(_STAGES)]
         self._free = [new_event(device) for _ in range(_STAGES)]
         self._turn = 0
 
-    def carry(self, piece: torch.Tensor, slot: torch.Tensor, released: Any, arrived: Any) -> None:
-        part = piece.numel() // self.parts
-        mine = piece[self._rank * part : (self._rank + 1) * part]
+    def _part(self, nbytes: int) -> int:
+        return round_up(-(-nbytes // self._ranks), self._unit)
+
+    def span(self, nbytes: int) -> slice:
+        start = self._rank * self._part(nbytes)
+        return slice(min(start, nbytes), min(start + self._part(nbytes), nbytes))
+
+    def slot_bytes(self, nbytes: int) -> int:
+        return self._ranks * self._part(nbytes)
+
+    def carry(
+        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    ) -> None:
         at = self._turn % _STAGES
         self._turn += 1
-        stage = self._stages[at][:part]
+        stage, whole = self._stages[at][: self._part(nbytes)], slot[: self.slot_bytes(nbytes)]
         if self._pull is None:
-            stage.copy_(mine)
-            dist.all_gather_into_tensor(slot, stage)
+            stage[: mine.numel()].copy_(mine)
+            dist.all_gather_into_tensor(whole, stage)
             return
         with torch.cuda.stream(self._pull):
             self._pull.wait_event(self._free[at])
-            stage.copy_(mine, non_blocking=True)
+            stage[: mine.numel()].copy_(mine, non_blocking=True)
+            pulled.record()
             self._staged[at].record()
         with torch.cuda.stream(self._gather):
             self._gather.wait_event(self._staged[at])
             self._gather.wait_event(released)
-            dist.all_gather_into_tensor(slot, stage)
+            dist.all_gather_into_tensor(whole, stage)
             arrived.record()
             self._free[at].record()
 
@@ -86,6 +121,8 @@ def _new_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def new_event(device: torch.device) -> Any:
-    """An event on the GPU, None on the CPU."""
-    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+def new_event(device: torch.device, *, timed: bool = False, blocking: bool = False) -> Any:
+    """An event on the GPU, None on the CPU. A thread that waits for a `blocking` one leaves its core to others."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Event(enable_timing=timed, blocking=blocking)  # type: ignore[no-untyped-call]

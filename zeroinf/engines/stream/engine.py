@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import EngineStats
+from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
+from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
-from zeroinf.engines.stream.host import HostMemory
-from zeroinf.engines.stream.layout import Layout, lay_out
-from zeroinf.engines.stream.load import Target, fill
-from zeroinf.engines.stream.ring import Ring
-from zeroinf.engines.stream.tensors import Tensor, sort_tensors
+from zeroinf.engines.stream.layout import PIECE_ALIGNMENT
+from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.engines.stream.store import CHUNK_BYTES
+from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
+from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.choice import Fetch
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.tiers import tiers
 
 # On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
 # four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md).
@@ -29,7 +30,7 @@ _SLOTS: Mapping[Fetch, int] = {"replicated": 3, "partitioned": 6}
 
 
 class StreamEngine:
-    """Blocks stream from host memory through a ring of device slots; everything else stays on the device.
+    """Blocks stream from host memory or from a store through a ring of device slots; the others stay on the device.
 
     Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
     pulls its part. Either way they read the node's one copy.
@@ -37,41 +38,70 @@ class StreamEngine:
 
     name = "stream"
 
-    def __init__(self, plan: Plan, source: ModelSource, control: Control, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
+    ) -> None:
         self._forwards = 0
-        self.in_step = plan.fetch == "partitioned"
-        parts = control.world.size if self.in_step else 1
         self._model = build_skeleton(source, plan.dtype)
-        inside, outside = sort_tensors(self._model)
-        groups = [*inside, outside]
-        layouts = [lay_out((tensor.value for tensor in group), parts) for group in groups]
-        starts = [0, *accumulate(layout.nbytes for layout in layouts)]
-        self._host = HostMemory(starts[-1], control, pin=plan.pin_memory and device.type == "cuda")
-        pieces = [
-            self._host.bytes[start : start + layout.nbytes] for start, layout in zip(starts, layouts, strict=False)
-        ]
-        if control.world.local_rank == 0:
-            _fill(groups, layouts, pieces, self._model, source)
-        control.gather(None)  # nobody reads before all of it is there
-        _bind(_views(outside, layouts[-1], pieces[-1].to(device)))
-        self._streamed_bytes = sum(piece.numel() for piece in pieces[:-1])
+        groups, outside = group_tensors(self._model)
+        where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks)
+        self._weights = Weights(
+            plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, told or Silent()
+        )
+        self._ring: Ring | None = None
+        self._ahead: ReadAhead | None = None
+        try:
+            streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
+            self.in_step = plan.fetch == "partitioned" and bool(streamed)
+            in_memory = self._weights.keep([index for index in streamed if where[index] == "host"])
+            self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
+            pieces = [Piece(groups[index].nbytes, in_memory.get(index)) for index in streamed]
+            self._streamed_bytes = sum(piece.nbytes for piece in pieces)
+            if pieces:
+                self._stream(plan, control, device, pieces, streamed, groups)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind_residents(self, blocks: Sequence[int], groups: Sequence[Group], outside: Group) -> None:
+        for index, piece in self._weights.place([*blocks, len(groups)]):
+            _bind(_ready((*groups, outside)[index].views(piece)))
+
+    def _stream(
+        self,
+        plan: Plan,
+        control: Control,
+        device: torch.device,
+        pieces: Sequence[Piece],
+        streamed: Sequence[int],
+        groups: Sequence[Group],
+    ) -> None:
+        """Start the ring, and let the blocks `streamed` take their tensors from it."""
         carrier: Carrier = Replicated(device)
         if self.in_step:
-            largest = max(piece.numel() for piece in pieces[:-1])
-            carrier = Partitioned(device, control.world.rank, parts, largest)
-        self._ring = Ring(pieces[:-1], _SLOTS[plan.fetch], device, carrier)
+            unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
+            largest = max(piece.nbytes for piece in pieces)
+            carrier = Partitioned(device, control.world.rank, control.world.size, largest, unit)
+        on_disk = [index for index, piece in zip(streamed, pieces, strict=True) if piece.memory is None]
+        if on_disk:
+            assert self._weights.used is not None
+            spans = [carrier.span(groups[index].nbytes) for index in on_disk]
+            pin = plan.pin_memory and device.type == "cuda"
+            self._ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
+        self._ring = Ring(pieces, _SLOTS[plan.fetch], device, carrier, self._ahead)
         _, blocks = find_blocks(self._model)
-        for index, (block, tensors, layout) in enumerate(zip(blocks, inside, layouts, strict=False)):
-            self._attach(index, block, [_views(tensors, layout, slot) for slot in self._ring.slots])
+        for turn, index in enumerate(streamed):
+            views = [_ready(groups[index].views(slot)) for slot in self._ring.slots]
+            self._attach(self._ring, turn, blocks[index], views)
 
-    def _attach(self, index: int, block: Module, views: Sequence[_Views]) -> None:
+    def _attach(self, ring: Ring, turn: int, block: Module, views: Sequence[_Views]) -> None:
         """Hand `block` the slot's tensors when it is about to run, and the slot back when it has."""
 
         def take(module: Module, inputs: Any) -> None:
-            _bind(views[self._ring.acquire(index)])
+            _bind(views[ring.acquire(turn)])
 
         def give_back(module: Module, inputs: Any, output: Any) -> None:
-            self._ring.release()
+            ring.release()
 
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
         block.register_forward_pre_hook(take)
@@ -88,44 +118,29 @@ class StreamEngine:
             return [self._model(**inputs) for inputs in micro_batches]
 
     def stats(self) -> EngineStats:
+        slots = self._ring.slots if self._ring is not None else []
         return EngineStats(
             forwards=self._forwards,
             streamed_bytes_per_pass=self._streamed_bytes,
-            shared_host_bytes=self._host.nbytes,
+            shared_host_bytes=self._weights.shared_bytes,
+            pinned_host_bytes=self._weights.pinned_bytes + (self._ahead.pinned_bytes if self._ahead is not None else 0),
+            slot_bytes=sum(slot.numel() for slot in slots),
+            stalls=self._ring.stalls.total() if self._ring is not None else Stalls(),
         )
 
     def close(self) -> None:
-        if self._host.pinned_bytes:
-            torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
-        self._host.close()
+        if self._ahead is not None:
+            self._ahead.close()
+        self._weights.close()
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]
 
 
-def _views(tensors: Sequence[Tensor], layout: Layout, piece: torch.Tensor) -> _Views:
-    return [(tensor, tensor.like(place.view(piece))) for tensor, place in zip(tensors, layout.places, strict=True)]
+def _ready(views: _Views) -> _Views:
+    return [(tensor, tensor.like(view)) for tensor, view in views]
 
 
 def _bind(views: _Views) -> None:
     for tensor, view in views:
         tensor.bind(view)
-
-
-def _fill(
-    groups: Sequence[Sequence[Tensor]],
-    layouts: Sequence[Layout],
-    pieces: Sequence[torch.Tensor],
-    model: Any,
-    source: ModelSource,
-) -> None:
-    """Write everything into host memory: what the checkpoint holds, and the buffers that the model made."""
-    targets = []
-    for group, layout, piece in zip(groups, layouts, pieces, strict=True):
-        for tensor, place in zip(group, layout.places, strict=True):
-            memory = place.view(piece)
-            if not tensor.is_parameter:
-                memory.copy_(tensor.value)
-            if tensor.is_parameter or (tensor.stored and not source.random_weights):
-                targets.append(Target(tuple(tensor.names), memory))
-    fill(targets, model, source)

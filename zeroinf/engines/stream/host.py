@@ -1,4 +1,4 @@
-"""The host tier: all weights of a node in one anonymous shared file, whatever the number of ranks."""
+"""Host memory of exactly the size asked for, page-locked for the GPU, of one process or of all ranks of a node."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the 
 
 
 class HostMemory:
-    """`nbytes` of memory that all ranks of a node map, page-locked for the GPU at exactly that size.
+    """`nbytes` of memory, page-locked at exactly that size if `pin`.
 
-    torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. The memory has
-    no name in any file system: it is gone with the last process that maps it, however that one ends.
+    torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. With a `control`
+    all ranks of a node map the same memory. It has no name in any file system: it is gone with the last process that
+    maps it, however that one ends.
     """
 
-    def __init__(self, nbytes: int, control: Control, *, pin: bool) -> None:
+    def __init__(self, nbytes: int, control: Control | None = None, *, pin: bool) -> None:
         self.nbytes = nbytes
         self.pinned_bytes = 0
-        descriptor = self._open(nbytes, control)
-        self._map = mmap.mmap(descriptor, nbytes)
-        os.close(descriptor)
+        if control is None:
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            descriptor = self._open(nbytes, control)
+            self._map = mmap.mmap(descriptor, nbytes)
+            os.close(descriptor)
         with suppress(OSError):  # a kernel without transparent huge pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -50,7 +54,8 @@ class HostMemory:
         if int(error):
             raise EnvironmentProblem(
                 f"cannot page-lock {self.nbytes / 2**30:.2f} GiB of host memory: CUDA error {int(error)}",
-                hint="raise the memlock limit (`ulimit -l unlimited`), free host memory, or --no-pin-memory",
+                hint=f"raise the memlock limit (`ulimit -l {-(-self.nbytes // 1024)}` or more, in KiB), free host "
+                "memory, or --no-pin-memory",
             )
         self.pinned_bytes = self.nbytes
 
@@ -59,6 +64,11 @@ class HostMemory:
         if self.pinned_bytes:
             _cudart().cudaHostUnregister(self.bytes.data_ptr())
             self.pinned_bytes = 0
+
+
+def view_of(memory: torch.Tensor) -> memoryview:
+    """The bytes of `memory` (uint8, contiguous, on the CPU), for system calls to read and write."""
+    return memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, its types do not say so
 
 
 def _cudart() -> Any:

@@ -10,6 +10,8 @@ import torch
 # A device allocation starts at 512 bytes, so a tensor at such an offset is aligned as if it had been allocated alone
 # and the same kernels run on it.
 _ALIGNMENT = 512
+# What O_DIRECT wants of lengths and offsets: pieces are read from a disk as they lie in memory.
+PIECE_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,16 @@ class Layout:
     nbytes: int
 
 
-def lay_out(tensors: Iterable[torch.Tensor], parts: int = 1) -> Layout:
-    """One after the other, in the order given, each aligned; the whole can be cut into `parts` aligned equal parts."""
+def lay_out(tensors: Iterable[torch.Tensor]) -> Layout:
+    """One after the other, in the order given, each aligned; the whole is a multiple of PIECE_ALIGNMENT."""
     places, end = [], 0
     for tensor in tensors:
         place = Place(end, tensor.shape, tensor.dtype)
         places.append(place)
-        end += -(-place.nbytes // _ALIGNMENT) * _ALIGNMENT
-    unit = _ALIGNMENT * parts
-    return Layout(tuple(places), -(-end // unit) * unit)
+        end += round_up(place.nbytes, _ALIGNMENT)
+    return Layout(tuple(places), round_up(end, PIECE_ALIGNMENT))
+
+
+def round_up(size: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `size`."""
+    return -(-size // unit) * unit

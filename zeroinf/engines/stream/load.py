@@ -1,66 +1,98 @@
-"""Filling the host tier: straight from safetensors where names match, through transformers where they do not."""
+"""Weights as a checkpoint holds them: straight from safetensors where names match, else through transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zeroinf.distributed.control import Control
+from zeroinf.engines.stream.origin import Pieces, Tally
+from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import weight_files
 
 _THREADS = 8
 _RANDOM_SCALE = 0.02
-_RANDOM_SEED = 0
+RANDOM_SEED = 0
 _TILE = 1 << 22
 
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Memory that waits for a tensor of the checkpoint, known there by one of `names`."""
-
-    names: tuple[str, ...]
-    memory: torch.Tensor
+_Read = Callable[[Tensor], tuple[torch.Tensor, Path | str]]
 
 
-def fill(targets: Sequence[Target], model: Any, source: ModelSource) -> None:
-    """Copy every target's tensor into its memory, converting to its dtype.
+class Checkpoint:
+    """Fills pieces from a checkpoint, or with random values.
 
-    `model` is the skeleton that the names come from. Raises ModelError for a checkpoint that does not match.
+    The ranks of a node share the work, each filling its part of the tensors; where transformers has to rename or fuse
+    weights, one rank loads all of them through it, and for a while they lie in host memory twice.
     """
-    if source.random_weights:
-        _fill_randomly(targets)
-        return
-    origins = _direct_origins(targets, model, weight_files(source))
-    if origins is None:
-        _fill_through_transformers(targets, model, source)
-    else:
-        _fill_directly(targets, origins)
 
+    def __init__(
+        self, groups: Sequence[Group], model: Any, source: ModelSource, control: Control | None, tally: Tally
+    ) -> None:
+        """`model` is the skeleton that the groups come from. Without a `control` this process does all the work."""
+        world = control.world if control is not None else None
+        self._part, self._parts = (world.local_rank, world.local_size) if world is not None else (0, 1)
+        self._groups = groups
+        self._random = source.random_weights
+        self._tally = tally
+        self._tile = torch.empty(0)
+        if self._random:
+            self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(RANDOM_SEED)) * _RANDOM_SCALE
+            return
+        if control is not None:
+            if self._part == 0:
+                weight_files(source)
+            control.gather(None)  # one rank of a node fetches what has to be fetched
+        stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
+        origins = _direct_origins(stored, model, weight_files(source))
+        if origins is None:
+            self._parts = 1 if self._part == 0 else 0
+        self._read = _read_directly(origins) if origins is not None else None
+        self._load = partial(_read_through_transformers, model, source)
 
-def _fill_randomly(targets: Sequence[Target]) -> None:
-    """Normal values that repeat after a while: they must not be zeros, and need not be good."""
-    generator = torch.Generator().manual_seed(_RANDOM_SEED)
-    tile = torch.randn(_TILE, generator=generator) * _RANDOM_SCALE
+    def fill(self, pieces: Pieces) -> None:
+        """Write this rank's part of the tensors of each group in `pieces`, converted to their dtypes.
 
-    def one(target: Target) -> None:
-        flat, values = target.memory.view(-1), tile.to(target.memory.dtype)
+        Raises ModelError for a checkpoint that does not match.
+        """
+        targets = [pair for index, piece in pieces for pair in self._groups[index].views(piece)]
+        targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
+        mine = targets[self._part :: self._parts] if self._parts else []
+        if mine and not self._random and self._read is None:
+            self._read = self._load()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for done in [pool.submit(self._fill_one, *target) for target in mine]:
+                done.result()
+
+    def _fill_one(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        if not tensor.is_parameter:
+            memory.copy_(tensor.value)
+        if self._random:
+            self._fill_randomly(tensor, memory)
+        elif tensor.stored:
+            assert self._read is not None
+            _copy(tensor, memory, *self._read(tensor))
+        self._tally.add(memory.nbytes * self._parts)
+
+    def _fill_randomly(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        """Normal values that repeat after a while: they must not be zeros, and need not be good."""
+        if not tensor.is_parameter:
+            return
+        flat, values = memory.view(-1), self._tile.to(memory.dtype)
         for start in range(0, flat.numel(), _TILE):
             part = flat[start : start + _TILE]
             part.copy_(values[: part.numel()])
 
-    _in_parallel([partial(one, target) for target in targets])
 
-
-def _direct_origins(targets: Sequence[Target], model: Any, files: Sequence[Path]) -> list[tuple[Path, str]] | None:
-    """Where each target lies, if all lie in safetensors under their own names, with or without the model's prefix.
+def _direct_origins(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> dict[str, tuple[Path, str]] | None:
+    """The file and the name there of each tensor, if all lie in safetensors under their own names, with or without the
+    model's prefix.
 
     None where transformers renames, splits or fuses weights as it loads them.
     """
@@ -71,33 +103,32 @@ def _direct_origins(targets: Sequence[Target], model: Any, files: Sequence[Path]
         return None
     stored: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            stored |= dict.fromkeys(tensors.keys(), file)
+        with safe_open(file, framework="pt") as opened:
+            stored |= dict.fromkeys(opened.keys(), file)
     prefix = f"{model.base_model_prefix}."
-    origins = []
-    for target in targets:
-        candidates = (*target.names, *(name.removeprefix(prefix) for name in target.names))
+    origins = {}
+    for tensor in tensors:
+        candidates = (*tensor.names, *(name.removeprefix(prefix) for name in tensor.names))
         found = next((name for name in candidates if name in stored), None)
         if found is None:
             return None
-        origins.append((stored[found], found))
+        origins[tensor.names[0]] = (stored[found], found)
     return origins
 
 
-def _fill_directly(targets: Sequence[Target], origins: Sequence[tuple[Path, str]]) -> None:
+def _read_directly(origins: dict[str, tuple[Path, str]]) -> _Read:
     from safetensors import safe_open
 
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path, _ in origins}
+    files = {path: safe_open(path, framework="pt") for path in {path for path, _ in origins.values()}}
 
-        def one(target: Target, path: Path, name: str) -> None:
-            _copy(target, files[path].get_tensor(name), path)
+    def read(tensor: Tensor) -> tuple[torch.Tensor, Path]:
+        path, name = origins[tensor.names[0]]
+        return files[path].get_tensor(name), path  # type: ignore[no-untyped-call]
 
-        _in_parallel([partial(one, target, *origin) for target, origin in zip(targets, origins, strict=True)])
+    return read
 
 
-def _fill_through_transformers(targets: Sequence[Target], model: Any, source: ModelSource) -> None:
-    """Let transformers rename and fuse as it must; for a moment the weights lie in host memory twice."""
+def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -111,19 +142,13 @@ def _fill_through_transformers(targets: Sequence[Target], model: Any, source: Mo
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {source.name}: {error}") from error
     values = loaded.state_dict()
-    _in_parallel([partial(_copy, target, values[target.names[0]], source.location) for target in targets])
+    return lambda tensor: (values[tensor.names[0]], source.location)
 
 
-def _copy(target: Target, value: torch.Tensor, origin: Path | str) -> None:
-    if value.shape != target.memory.shape:
+def _copy(tensor: Tensor, memory: torch.Tensor, value: torch.Tensor, origin: Path | str) -> None:
+    if value.shape != memory.shape:
         raise ModelError(
-            f"{origin} holds {target.names[0]} as {tuple(value.shape)}, the model has {tuple(target.memory.shape)}",
+            f"{origin} holds {tensor.names[0]} as {tuple(value.shape)}, the model has {tuple(memory.shape)}",
             hint="the weights belong to another config",
         )
-    target.memory.copy_(value)
-
-
-def _in_parallel(copies: Sequence[Callable[[], None]]) -> None:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done in [pool.submit(copy) for copy in copies]:
-            done.result()
+    memory.copy_(value)

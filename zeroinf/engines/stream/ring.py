@@ -1,52 +1,96 @@
-"""Device slots in a ring: blocks cross the link ahead of their turn, without end and without the host ever waiting."""
+"""Device slots in a ring: blocks cross the link ahead of their turn, without end and without the host waiting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.carrier import Carrier, new_event
+from zeroinf.engines.stream.stalls import StallMeter
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a block is made of, on its way to a slot: `memory` (uint8) holds it, or it is read from the store (None)."""
+
+    nbytes: int
+    memory: torch.Tensor | None
 
 
 class Ring:
-    """`slots` pieces of device memory through which `pieces` (uint8, in host memory) pass in order, again and again.
+    """`slots` pieces of device memory through which `pieces` pass in order, again and again.
 
     `acquire` makes the compute stream wait until the next piece has arrived; `release` says that everything enqueued so
     far is the last use of it, and lets the carrier start on the piece that will follow in its slot. The order of pieces
-    goes on over the end of a pass: while the last blocks compute, the first ones of the next pass arrive.
+    goes on over the end of a pass: while the last blocks compute, the first ones of the next pass arrive. The host
+    waits only where the piece whose turn it is has not been read from the store yet.
     """
 
-    def __init__(self, pieces: Sequence[torch.Tensor], slots: int, device: torch.device, carrier: Carrier) -> None:
-        self._pieces = pieces
-        self._carrier = carrier
+    def __init__(
+        self, pieces: Sequence[Piece], slots: int, device: torch.device, carrier: Carrier, ahead: ReadAhead | None
+    ) -> None:
+        self._pieces, self._carrier, self._ahead = pieces, carrier, ahead
         self._on_gpu = device.type == "cuda"
-        largest = max(piece.numel() for piece in pieces)
+        largest = max(carrier.slot_bytes(piece.nbytes) for piece in pieces)
         count = min(slots, len(pieces))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
+        self.stalls = StallMeter(device)
         self._arrived = [new_event(device) for _ in range(count)]
         self._released = [new_event(device) for _ in range(count)]
-        self._turn = 0
-        for turn in range(count):
-            self._fetch(turn)
+        self._pulled = new_event(device)
+        self._turn = self._carried = 0
+        self._carry()
 
     def acquire(self, piece: int) -> int:
         """The number of the slot that holds `piece`, which must be the next in order."""
         if piece != self._turn % len(self._pieces):
             raise RuntimeError(f"block {piece} ran out of order: {self._turn % len(self._pieces)} is in the slot")
         slot = self._turn % len(self.slots)
+        self.stalls.wanted()
+        waited_s = self._ahead.waited_s if self._ahead is not None else 0.0
+        self._carry(needed=True)
         if self._on_gpu:
             torch.cuda.current_stream().wait_event(self._arrived[slot])
+        self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
     def release(self) -> None:
         """The current piece has been used: its slot may be overwritten once the work enqueued so far is done."""
         if self._on_gpu:
             self._released[self._turn % len(self.slots)].record()
-        self._fetch(self._turn + len(self.slots))
+        self.stalls.used()
         self._turn += 1
+        self._carry()
 
-    def _fetch(self, turn: int) -> None:
-        slot, piece = turn % len(self.slots), self._pieces[turn % len(self._pieces)]
-        target = self.slots[slot][: piece.numel()]
-        self._carrier.carry(piece, target, self._released[slot], self._arrived[slot])
+    def _carry(self, *, needed: bool = False) -> None:
+        """Carry what has a free slot and can be had without waiting; what is `needed`, the current turn's, with it.
+
+        Where ranks must carry the same pieces, what they carry does not depend on what their disks have done so far.
+        """
+        while self._carried < self._turn + len(self.slots):
+            turn = self._carried
+            piece = self._pieces[turn % len(self._pieces)]
+            if piece.memory is None and not (needed and turn == self._turn) and not self._may_take():
+                return
+            self._carry_one(turn % len(self.slots), piece)
+            self._carried += 1
+
+    def _may_take(self) -> bool:
+        assert self._ahead is not None
+        return not self._carrier.in_step and self._ahead.is_ready()
+
+    def _carry_one(self, slot: int, piece: Piece) -> None:
+        if piece.memory is not None:
+            mine, pulled = piece.memory[self._carrier.span(piece.nbytes)], self._pulled
+        else:
+            assert self._ahead is not None
+            mine, pulled = self._ahead.take()
+        self._carrier.carry(
+            mine, piece.nbytes, self.slots[slot], self._released[slot], self._arrived[slot], pulled
+        )  # fmt: skip
+        if piece.memory is None:
+            assert self._ahead is not None
+            self._ahead.give_back()

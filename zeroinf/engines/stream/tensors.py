@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
+from zeroinf.engines.stream.layout import Layout, lay_out
 from zeroinf.model.inspect import find_blocks
 
 
@@ -39,7 +40,30 @@ class Tensor:
         return Parameter(view, requires_grad=False) if self.is_parameter else view
 
 
-def sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that move as one piece, and their places in it."""
+
+    tensors: tuple[Tensor, ...]
+    layout: Layout
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    def views(self, piece: torch.Tensor) -> list[tuple[Tensor, torch.Tensor]]:
+        """Each tensor with its memory in `piece` (uint8, at least `nbytes`)."""
+        return [(t, place.view(piece)) for t, place in zip(self.tensors, self.layout.places, strict=True)]
+
+
+def group_tensors(model: Any) -> tuple[tuple[Group, ...], Group]:
+    """A group for each block, and one of what lies outside."""
+    inside, outside = _sort_tensors(model)
+    *blocks, rest = (Group(tuple(tensors), lay_out(t.value for t in tensors)) for tensors in (*inside, outside))
+    return tuple(blocks), rest
+
+
+def _sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
     """The tensors of each block, and those outside; a tensor that two blocks share moves with neither."""
     path, blocks = find_blocks(model)
     tensors: dict[int, Tensor] = {}

@@ -1,0 +1,38 @@
+"""What fills pieces of memory with weights: the checkpoint, or a store that was written from it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Pieces = Sequence[tuple[int, torch.Tensor]]
+"""Numbers of groups, each with the memory (uint8) that its piece shall lie in."""
+
+
+class Origin(Protocol):
+    """Where weights come from when they are loaded."""
+
+    def fill(self, pieces: Pieces) -> None:
+        """Write this rank's part of each piece; together the ranks of a node write all of it."""
+        ...
+
+
+class Tally:
+    """Counts bytes as several threads load them, and tells `told(done, total)` now and then.
+
+    Ranks that share the work do equal parts of it: each counts its own as often as there are ranks.
+    """
+
+    def __init__(self, total: int, told: Callable[[int, int], None]) -> None:
+        self._total = total
+        self._told = told
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._told(min(self._done, self._total), self._total)

@@ -1,0 +1,134 @@
+"""Weights from a store: found or written when a run starts, read into place, and read ahead of their turn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from zeroinf.distributed.control import Control
+from zeroinf.engines.base import Listener
+from zeroinf.engines.stream.disk import DataFiles, direct_is_possible, read_pieces
+from zeroinf.engines.stream.host import view_of
+from zeroinf.engines.stream.lock import StoreLock
+from zeroinf.engines.stream.origin import Origin, Pieces, Tally
+from zeroinf.engines.stream.store import (
+    Contents,
+    StoredPiece,
+    is_whole,
+    lock_file,
+    open_store,
+    padded,
+    source_key,
+    store_names,
+)
+from zeroinf.engines.stream.tensors import Group
+from zeroinf.engines.stream.write import require_room, write_store
+from zeroinf.model.identity import weights_identity
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+
+class StoreInUse:
+    """A whole store and its opened files. As long as it is held, nobody can remove the store."""
+
+    def __init__(
+        self, contents: Contents, paths: Sequence[Path], control: Control, origin: Callable[[], Origin], told: Listener
+    ) -> None:
+        """Open the store; one rank of each node writes it from `origin` first where it is not there."""
+        self._lock = StoreLock(lock_file(paths[0], contents.name))
+        direct = direct_is_possible(paths)
+        if not direct and control.world.is_main:
+            told.note(f"no O_DIRECT below {', '.join(map(str, paths))}: the store goes through the page cache")
+        try:
+            if control.world.local_rank == 0:
+                self._find_or_write(contents, paths, origin, told, direct=direct)
+            control.gather(None)
+            self._lock.share(lambda: None)
+            store = open_store(paths, contents.name)
+            assert store is not None
+            self.store = store
+            self.files = DataFiles(store.folders, direct=direct)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _find_or_write(
+        self, contents: Contents, paths: Sequence[Path], origin: Callable[[], Origin], told: Listener, *, direct: bool
+    ) -> None:
+        def waiting() -> None:
+            told.note(f"another process writes the store {contents.name}: waiting for its end")
+
+        self._lock.share(waiting)
+        if open_store(paths, contents.name) is not None:
+            return
+        self._lock.take(waiting)
+        if open_store(paths, contents.name) is None:
+            where = ", ".join(map(str, paths))
+            told.note(f"writing {contents.data_bytes / 2**30:.2f} GiB of weights below {where}, once")
+            write_store(contents, paths, origin(), direct=direct)
+
+    def close(self) -> None:
+        self.files.close()
+        self._lock.release()
+
+
+class StoredWeights:
+    """Fills pieces from a store. The ranks of a node share the reading."""
+
+    def __init__(self, used: StoreInUse, control: Control, tally: Tally) -> None:
+        self._used = used
+        self._part, self._parts = control.world.local_rank, control.world.local_size
+        self._tally = tally
+
+    def fill(self, pieces: Pieces) -> None:
+        """Read this rank's part of the pieces, comparing it with its digests. Raises StoreError."""
+        store = self._used.store
+        reads = []
+        for piece, memory in pieces:
+            data = view_of(memory)
+            for request in store.contents.requests(piece, 0, len(data)):
+                reads.append((piece, request, data[request.start : request.start + request.nbytes]))
+        mine = reads[self._part :: self._parts]
+        read_pieces(store, self._used.files, mine)
+        self._tally.add(sum(request.nbytes for _, request, _ in mine) * self._parts)
+
+
+def check_room(plan: Plan, source: ModelSource) -> None:
+    """Raise DoesNotFitError unless the disks have room for what a run of the plan would still write of its store."""
+    key = source_key(weights_identity(source), plan.dtype, len(plan.nvme_paths))
+    if any(is_whole(path, name) for path in plan.nvme_paths[:1] for name in store_names(path, f"{key}-*")):
+        return
+    outside = sum(tensor.nbytes for tensor in plan.anatomy.outside)
+    blocks = (block.nbytes for block in plan.anatomy.blocks)
+    require_room(plan.nvme_paths, sum(padded(nbytes) for nbytes in (outside, *blocks)), f"{key}-*")
+
+
+def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Contents:
+    """What the store of a model's groups holds."""
+    pieces, end = [], 0
+    for group in groups:
+        named = zip(group.tensors, group.layout.places, strict=True)
+        tensors = tuple((t.names[0], str(p.dtype), tuple(p.shape), p.offset) for t, p in named)
+        pieces.append(StoredPiece(offset=end, nbytes=group.nbytes, tensors=tensors))
+        end += padded(group.nbytes)
+    return Contents(
+        model=source.name,
+        revision=source.revision,
+        architecture=plan.anatomy.architecture,
+        dtype=plan.dtype,
+        source=weights_identity(source),
+        made=_digest_of_buffers(groups),
+        parts=len(plan.nvme_paths),
+        pieces=tuple(pieces),
+    )
+
+
+def _digest_of_buffers(groups: Sequence[Group]) -> str:
+    """Releases of libraries may compute a rotary embedding's frequencies differently: then the store is another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (tensor for group in groups for tensor in group.tensors if not tensor.is_parameter):
+        digest.update(view_of(tensor.value.contiguous().view(-1).view(torch.uint8)))
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Loading: every piece goes once from where weights come from to where it rests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from zeroinf.distributed.control import Control
+from zeroinf.engines.base import Listener
+from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.load import Checkpoint
+from zeroinf.engines.stream.origin import Origin, Tally
+from zeroinf.engines.stream.stored import StoredWeights, StoreInUse, describe
+from zeroinf.engines.stream.tensors import Group
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.tiers import Tier
+
+
+class Weights:
+    """The pieces of a model's groups, from its checkpoint or, with NVMe offload, from the store written from it.
+
+    What rests in host memory lies there once a node, whatever the number of ranks. What stays on the device passes
+    through one stage that the ranks of a node fill together: of it the host keeps nothing.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Sequence[Group],
+        where: Sequence[Tier],
+        model: Any,
+        source: ModelSource,
+        control: Control,
+        device: torch.device,
+        told: Listener,
+    ) -> None:
+        self._groups, self._control, self._device = groups, control, device
+        self._pin = plan.pin_memory and device.type == "cuda"
+        self._host: HostMemory | None = None
+        self.used: StoreInUse | None = None
+        loaded = sum(group.nbytes for group, tier in zip(groups, where, strict=True) if tier != "nvme")
+
+        if plan.offload == "nvme":
+            contents = describe(groups, plan, source)
+            written = Tally(sum(group.nbytes for group in groups), told.filled)
+            self.used = StoreInUse(
+                contents, plan.nvme_paths, control, lambda: Checkpoint(groups, model, source, None, written), told
+            )
+            self._origin: Origin = StoredWeights(self.used, control, Tally(loaded, told.filled))
+        else:
+            self._origin = Checkpoint(groups, model, source, control, Tally(loaded, told.filled))
+
+    def keep(self, groups: Sequence[int]) -> Mapping[int, torch.Tensor]:
+        """Load pieces into host memory (uint8), where they stay until `close`."""
+        if not groups:
+            return {}
+        starts = [0, *accumulate(self._groups[index].nbytes for index in groups)]
+        self._host = HostMemory(starts[-1], self._control, pin=self._pin)
+        pieces = {
+            index: self._host.bytes[start : start + self._groups[index].nbytes]
+            for index, start in zip(groups, starts, strict=False)
+        }
+        self._origin.fill(list(pieces.items()))
+        self._control.gather(None)  # nobody reads before all of it is there
+        return pieces
+
+    def place(self, groups: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Load pieces onto the device (uint8), one after the other, each into memory of its own."""
+        stage = HostMemory(max(self._groups[index].nbytes for index in groups), self._control, pin=self._pin)
+        try:
+            for index in groups:
+                nbytes = self._groups[index].nbytes
+                self._origin.fill([(index, stage.bytes[:nbytes])])
+                self._control.gather(None)
+                piece = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+                piece.copy_(stage.bytes[:nbytes])
+                self._control.gather(None)  # nobody fills the stage again before all have copied it
+                yield index, piece
+        finally:
+            stage.close()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Host memory that all ranks of the node map."""
+        return self._host.nbytes if self._host is not None else 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._host.pinned_bytes if self._host is not None else 0
+
+    def close(self) -> None:
+        """Unlock host memory and let go of the store."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
+        if self._host is not None:
+            self._host.close()
+        if self.used is not None:
+            self.used.close()
