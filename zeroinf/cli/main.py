@@ -14,7 +14,7 @@ import click
 import zeroinf
 from zeroinf.errors import ZeroinfError
 
-_COMMANDS = ("run", "plan", "config", "doctor")
+_COMMANDS = ("run", "plan", "config", "store", "doctor")
 
 
 class _LazyGroup(click.Group):

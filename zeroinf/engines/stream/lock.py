@@ -4,58 +4,59 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 
 class StoreLock:
-    """Shared by readers, exclusive for whoever writes or removes. The file may be removed by an exclusive holder."""
+    """Shared by readers, exclusive for whoever writes or removes. One file for each part, always in the same order.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._descriptor = -1
+    An exclusive holder may remove the files.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._descriptors: list[int] = []
 
     def share(self, waiting: Callable[[], None]) -> None:
         """Hold it with other readers; calls `waiting` before it has to wait for a writer."""
-        if not self._take(fcntl.LOCK_SH, wait=False):
+        if not self._try(fcntl.LOCK_SH | fcntl.LOCK_NB):
             waiting()
-            self._take(fcntl.LOCK_SH, wait=True)
+            self._try(fcntl.LOCK_SH)
 
     def take(self, waiting: Callable[[], None]) -> None:
         """Hold it alone; calls `waiting` before it has to wait for others."""
         if not self.try_to_take():
             waiting()
-            self._take(fcntl.LOCK_EX, wait=True)
+            self._try(fcntl.LOCK_EX)
 
     def try_to_take(self) -> bool:
         """Hold it alone, if nobody else holds it."""
-        return self._take(fcntl.LOCK_EX, wait=False)
+        return self._try(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _take(self, kind: int, *, wait: bool) -> bool:
-        self.release()
-        self._file.parent.mkdir(exist_ok=True)
-        while True:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-                if self._is_still_there(descriptor):
-                    self._descriptor = descriptor
-                    return True
-            except BlockingIOError:
-                os.close(descriptor)
-                return False
-            except BaseException:
-                os.close(descriptor)
-                raise
+        for descriptor in self._descriptors:
             os.close(descriptor)
+        self._descriptors = []
 
-    def _is_still_there(self, descriptor: int) -> bool:
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(descriptor), self._file.stat())
-        return False
+    def _try(self, kind: int) -> bool:
+        self.release()
+        try:
+            for file in self._files:
+                self._lock(file, kind)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
+
+    def _lock(self, file: Path, kind: int) -> None:
+        file.parent.mkdir(exist_ok=True)
+        while True:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptors.append(descriptor)
+            fcntl.flock(descriptor, kind)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), file.stat()):
+                    return
+            os.close(self._descriptors.pop())  # its last holder removed the file

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ class Store:
 def source_key(identity: str, dtype: str, parts: int) -> str:
     """The part of a name that is known without building the model: which weights, which dtype, how many paths."""
     return digest_of(_canonical([identity, dtype, parts]))[:12]
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Which path holds which part: the same, in whatever order the user names them."""
+    return sorted(paths, key=Path.resolve)
 
 
 def store_folder(path: Path, name: str) -> Path:

@@ -17,6 +17,7 @@ from zeroinf.engines.stream.origin import Origin, Pieces, Tally
 from zeroinf.engines.stream.store import (
     Contents,
     StoredPiece,
+    in_order,
     is_whole,
     lock_file,
     open_store,
@@ -38,7 +39,7 @@ class StoreInUse:
         self, contents: Contents, paths: Sequence[Path], control: Control, origin: Callable[[], Origin], told: Listener
     ) -> None:
         """Open the store; one rank of each node writes it from `origin` first where it is not there."""
-        self._lock = StoreLock(lock_file(paths[0], contents.name))
+        self._lock = StoreLock([lock_file(path, contents.name) for path in paths])
         direct = direct_is_possible(paths)
         if not direct and control.world.is_main:
             told.note(f"no O_DIRECT below {', '.join(map(str, paths))}: the store goes through the page cache")
@@ -99,7 +100,8 @@ class StoredWeights:
 def check_room(plan: Plan, source: ModelSource) -> None:
     """Raise DoesNotFitError unless the disks have room for what a run of the plan would still write of its store."""
     key = source_key(weights_identity(source), plan.dtype, len(plan.nvme_paths))
-    if any(is_whole(path, name) for path in plan.nvme_paths[:1] for name in store_names(path, f"{key}-*")):
+    first, *_ = in_order(plan.nvme_paths)
+    if any(is_whole(first, name) for name in store_names(first, f"{key}-*")):
         return
     outside = sum(tensor.nbytes for tensor in plan.anatomy.outside)
     blocks = (block.nbytes for block in plan.anatomy.blocks)

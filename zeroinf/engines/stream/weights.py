@@ -13,6 +13,7 @@ from zeroinf.engines.base import Listener
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.load import Checkpoint
 from zeroinf.engines.stream.origin import Origin, Tally
+from zeroinf.engines.stream.store import in_order
 from zeroinf.engines.stream.stored import StoredWeights, StoreInUse, describe
 from zeroinf.engines.stream.tensors import Group
 from zeroinf.model.source import ModelSource
@@ -48,7 +49,11 @@ class Weights:
             contents = describe(groups, plan, source)
             written = Tally(sum(group.nbytes for group in groups), told.filled)
             self.used = StoreInUse(
-                contents, plan.nvme_paths, control, lambda: Checkpoint(groups, model, source, None, written), told
+                contents,
+                in_order(plan.nvme_paths),
+                control,
+                lambda: Checkpoint(groups, model, source, None, written),
+                told,
             )
             self._origin: Origin = StoredWeights(self.used, control, Tally(loaded, told.filled))
         else:
