@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from zeroinf.cli.params import flags, given, model_options, offload_options, refuse_unused_offload_options
+from zeroinf.cli.params import (
+    SizeType,
+    engine_options,
+    flags,
+    given,
+    model_options,
+    offload_options,
+    refuse_unused_offload_options,
+)
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
@@ -19,20 +27,20 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.command(short_help="Generate text from many prompts.")
 @model_options
 @click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
+@engine_options
+@lambda command: offload_options(command, auto=True)
 @click.option(
-    "--engine",
-    type=click.Choice(["auto", "stream", "zero"]),
-    default="auto",
-    help="stream is ours, zero is DeepSpeed's ZeRO-3; auto takes stream wherever it can run the request.",
+    "--gpu-memory",
+    "gpu_memory_bytes",
+    type=SizeType(),
+    help="The most that each rank may take of its GPU, such as 24GiB; enforced. [default: what is free]",
 )
 @click.option(
-    "--fetch",
-    type=click.Choice(["auto", "replicated", "partitioned"]),
-    default="auto",
-    help="With several GPUs and the stream engine: each pulls all weights over its own link, or its part of them, "
-    "gathered between GPUs. auto partitions where GPUs reach each other directly.",
+    "--host-memory",
+    "host_memory_bytes",
+    type=SizeType(),
+    help="The most host memory that all ranks together may take. [default: what is free]",
 )
-@offload_options
 @click.option(
     "--zero-config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -66,7 +74,6 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
 @click.option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
-@click.option("-b", "--batch-size", type=click.IntRange(min=1), default=8, help="Rows that run together on each GPU.")
 @click.option(
     "--num-gpus",
     type=click.IntRange(min=1),
@@ -84,7 +91,8 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     """Generate text from many prompts with a model that need not fit the GPU.
 
-    Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other.
+    Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other. What fits is
+    planned before anything is allocated: `zeroinf plan` shows the same plan in detail.
 
     \b
       zeroinf run --model demo --prompt "The capital of France is"

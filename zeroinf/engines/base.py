@@ -82,6 +82,13 @@ class Engine(Protocol):
         """
         ...
 
+    def recover(self) -> bool:
+        """Get ready for the next forward after one that ended in an exception, such as a lack of memory.
+
+        Returns False where that cannot be done. Ranks in step carry out what is left of the forward's collectives.
+        """
+        ...
+
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:

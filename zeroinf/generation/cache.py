@@ -20,9 +20,22 @@ class CachePool:
 
     def __init__(self, model: Any, anatomy: Anatomy, *, rows: int, tokens: int, device: torch.device) -> None:
         self._config = model.config.get_text_config(decoder=True)
-        self._layers = anatomy.cache
+        self._anatomy, self._layers = anatomy, anatomy.cache
         self._rows, self._tokens = rows, tokens
         self._memory = torch.empty(anatomy.pool_bytes(rows, tokens), dtype=torch.uint8, device=device)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a micro-batch."""
+        return self._rows
+
+    def shrink(self, rows: int) -> None:
+        """Give back all memory but that of `rows` rows. Nothing may be lent."""
+        self._rows, device = rows, self._memory.device
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)  # the old memory first
+        self._memory = torch.empty(
+            self._anatomy.pool_bytes(rows, self._tokens), dtype=torch.uint8, device=device
+        )
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,7 @@ def generate(
     done: Callable[[Row], None],
     grew: Callable[[int], None] = lambda rows: None,
     stop_requested: Callable[[], int] = lambda: 0,
+    shrank: Callable[[int], None] = lambda rows: None,
 ) -> int:
     """Run rows until `take` has none left on any rank, or a stop is requested on one of them.
 
@@ -31,12 +33,16 @@ def generate(
     receives each row as it ends; `grew` is told after each forward how many rows gained a token. Where an engine's
     ranks must step together, a rank without rows keeps the others company with forwards of one token.
 
+    A micro-batch that runs out of GPU memory is run again in halves, and so are those that follow: `shrank` is told the
+    rows of each. Raises torch.OutOfMemoryError when a single row does not fit, or the engine cannot go on.
+
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
     batch: MicroBatch | None = None
+    supply = _Supply(take, pool)
     ranks = _Agreement(control) if engine.in_step else None
     while True:
-        if batch is None and (rows := take()):
+        if batch is None and (rows := supply.next()):
             batch = MicroBatch(engine.model, rows, rules, pool, device)
         busy, stop = batch is not None, stop_requested()
         if ranks is not None:
@@ -50,9 +56,39 @@ def generate(
         if batch is None:
             engine.forward([_company(device)])
             continue
-        grew(_advance(engine, batch, done))
-        if batch.finished:
+        try:
+            grew(_advance(engine, batch, done))
+        except torch.OutOfMemoryError:
+            if len(batch.rows) == 1 or not engine.recover():
+                raise
+            supply.put_back(batch.rows)
             batch = None
+        if batch is None:  # outside the handler, which keeps what the failed forward had made
+            pool.shrink(-(-pool.rows // 2))
+            shrank(pool.rows)
+        elif batch.finished:
+            batch = None
+
+
+class _Supply:
+    """Rows for micro-batches that find room in the pool."""
+
+    def __init__(self, take: Callable[[], Sequence[Row]], pool: CachePool) -> None:
+        self._take, self._pool = take, pool
+        self._waiting: deque[Row] = deque()
+
+    def next(self) -> list[Row]:
+        """The rows of the next micro-batch; none when the queue is empty."""
+        if not self._waiting:
+            self._waiting.extend(self._take())
+        return [self._waiting.popleft() for _ in range(min(self._pool.rows, len(self._waiting)))]
+
+    def put_back(self, rows: Sequence[Row]) -> None:
+        """Let those of `rows` that are not finished be run again."""
+        unfinished = [row for row in rows if not row.finished]
+        for row in unfinished:
+            row.restart()
+        self._waiting.extendleft(reversed(unfinished))
 
 
 class _Agreement:

@@ -62,11 +62,17 @@ class Row:
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(f"{self.sampling.seed}/{self.index}")
+        self.restart()
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def restart(self) -> None:
+        """Forget what has been generated; the same tokens will come again."""
+        self.generated.clear()
+        self.finish_reason, self.text = None, ""
+        self._random = random.Random(f"{self.sampling.seed}/{self.index}")
 
     def draw(self) -> float:
         """This row's next random number, uniform in [0, 1)."""

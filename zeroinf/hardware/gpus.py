@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any, TypeVar
 
 from zeroinf.errors import EnvironmentProblem
@@ -40,6 +41,19 @@ def read_used_bytes(uuid: str) -> int:
     if used is None:
         raise EnvironmentProblem(f"NVML does not say how much memory of GPU {uuid} is in use", hint="see nvidia-smi")
     return int(used)
+
+
+def gpus_are_linked(count: int) -> bool:
+    """Whether each of the first `count` visible GPUs can read the memory of every other one directly."""
+
+    def ask(nvml: Any) -> bool:
+        handles = _visible_handles(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))[:count]
+        return all(
+            nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_READ) == nvml.NVML_P2P_STATUS_OK
+            for one, other in permutations(handles, 2)
+        )
+
+    return bool(_ask_nvml(ask))
 
 
 def _ask_nvml(question: Callable[[Any], _Answer]) -> _Answer | None:

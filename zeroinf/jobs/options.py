@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat
-from zeroinf.planner.choice import Offload
+from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.plan import AioSettings
 
 
@@ -22,8 +23,9 @@ class RunOptions:
     trust_remote_code: bool = False
     random_weights: bool = False
     engine: str = "auto"
-    fetch: str = "auto"
-    offload: Offload = "cpu"
+    fetch: Fetch | Literal["auto"] = "auto"
+    resident_blocks: int | None = None
+    offload: Offload | Literal["auto"] = "auto"
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
@@ -33,7 +35,10 @@ class RunOptions:
     input_format: InputFormat = "auto"
     output_file: Path | None = None
     overwrite: bool = False
-    batch_size: int = 8
+    batch_size: int | None = None
+    gpu_memory_bytes: int | None = None
+    """The most that each rank may take of its GPU."""
+    host_memory_bytes: int | None = None
     benchmark: bool = False
     sampling_only: tuple[str, ...] = ()
     """Flags the user gave that mean something only where a row samples."""

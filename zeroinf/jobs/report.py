@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zeroinf.hardware.process import Resident
+from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
+from zeroinf.jobs.gpu_memory import GpuUse
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
 
@@ -20,8 +22,8 @@ class RankReport:
     """Resident memory of the process at its highest while weights were loaded."""
     host: Resident
     """The same over the whole run."""
-    peak_gpu_bytes: int | None
-    """Highest memory the allocator held; None without a GPU."""
+    gpu: GpuUse | None
+    """None without a GPU."""
     forwards: int
     """Forwards in the measured part."""
 
@@ -59,14 +61,25 @@ class RunReport:
         asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
+        compared = [{**asdict(one), "ratio": one.ratio} for one in self.compared()]
         derived = ("tokens_per_second", "streamed_gbps", "ms_per_token", "peak_host_bytes", "peak_host_loading_bytes")
         return {
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
             **{name: getattr(self, name) for name in (*counted, *timed, *derived)},
+            "compared": compared,
             "ranks": [asdict(rank) for rank in self.ranks],
         }
+
+    def compared(self) -> tuple[Compared, ...]:
+        """Every term of the plan beside what was measured."""
+        uses = [rank.gpu for rank in self.ranks if rank.gpu is not None]
+        return (
+            *compare_gpu(self.plan, uses),
+            *compare_host(self.plan, self.pinned_host_bytes, self.peak_host_bytes),
+            *compare_time(self.plan, self.load_s, self.tokens_per_second),
+        )
 
     @property
     def tokens_per_second(self) -> float:

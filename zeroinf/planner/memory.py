@@ -27,6 +27,14 @@ STAGES = 4
 READ_BUFFERS = 3
 """For blocks on NVMe: one is copied to the device, which is quick, while the next is read and another one begun."""
 
+GROWING = ("KV cache", "activations, logits, states")
+"""Terms of GPU memory that grow with the rows of a micro-batch."""
+
+OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
+"""Terms of GPU memory that torch's allocator does not hold."""
+
+UNFORESEEN = "unforeseen"
+
 _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: the driver rounds, kernels that were never measured keep a little.
@@ -44,6 +52,11 @@ class Term:
     name: str
     nbytes: int
     origin: Origin
+
+    @property
+    def grows(self) -> bool:
+        """Whether it grows with the rows of a micro-batch."""
+        return self.name in GROWING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +130,7 @@ def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) 
             Term("gpu", "allocator's pages and gaps", usage.reserved - usage.allocated, "simulated"),
             Term("gpu", "CUDA context", *overhead.context),
             Term("gpu", "collectives' buffers", *overhead.collectives),
-            Term("gpu", "unforeseen", _UNFORESEEN_GPU, "assumed"),
+            Term("gpu", UNFORESEEN, _UNFORESEEN_GPU, "assumed"),
         )
         if term.nbytes
     )

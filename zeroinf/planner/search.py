@@ -36,8 +36,9 @@ class Wish:
     """How many rows there are in all; None is plenty."""
     nvme_space_bytes: int | None = None
     """What the folders for NVMe can still take; None without a folder."""
+    one_node: bool = True
     gpus_are_linked: bool = True
-    """GPUs of one node reach each other's memory: what partitioned fetch needs."""
+    """GPUs reach each other's memory: what makes partitioned fetch worth while."""
     engine: str = "stream"
 
 
@@ -262,7 +263,8 @@ def _on_host(term: Term, world_size: int) -> Term:
 def _offloads(wish: Wish) -> tuple[Offload, ...]:
     if wish.offload != "auto":
         return (wish.offload,)
-    return _OFFLOADS if wish.nvme_space_bytes is not None else _OFFLOADS[:2]
+    streams = wish.fetch != "auto" or wish.resident_blocks is not None  # settings that mean nothing where all stays
+    return _OFFLOADS[1 if streams else 0 : 3 if wish.nvme_space_bytes is not None else 2]
 
 
 def _fetches(wish: Wish, offload: Offload) -> tuple[Fetch, ...]:
@@ -270,7 +272,9 @@ def _fetches(wish: Wish, offload: Offload) -> tuple[Fetch, ...]:
         return ("replicated",)
     if wish.fetch != "auto":
         return (wish.fetch,)
-    return ("partitioned", "replicated") if wish.gpus_are_linked else ("replicated",)
+    # A disk that each rank reads for itself is read as often as there are ranks.
+    worthwhile = wish.one_node and (wish.gpus_are_linked or offload == "nvme")
+    return ("partitioned", "replicated") if worthwhile else ("replicated",)
 
 
 def _doubling(cap: int) -> Iterator[int]:

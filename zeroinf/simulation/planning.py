@@ -48,6 +48,8 @@ class Question:
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     trust_remote_code: bool = False
+    own_zero_config: dict[str, Any] | None = None
+    """The user's DeepSpeed JSON in the place of ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,9 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
             return Overhead()
         return overhead_of(question.machine, question.rates, world_size=wish.world_size, gathers=gathers)
 
+    terms = None
+    if wish.engine == "zero":
+        terms = zero_terms(_asked(question), overhead(wish.world_size > 1), question.own_zero_config)
     return Planner(
         question.anatomy,
         question.machine,
@@ -105,7 +110,7 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
         overhead,
         simulate,
         device=question.device,
-        engine_terms=zero_terms(_asked(question), overhead(wish.world_size > 1)) if wish.engine == "zero" else None,
+        engine_terms=terms,
     )
 
 

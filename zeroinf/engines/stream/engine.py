@@ -117,6 +117,11 @@ class StreamEngine:
         with torch.inference_mode():
             return [self._model(**inputs) for inputs in micro_batches]
 
+    def recover(self) -> bool:
+        if self._ring is not None:
+            self._ring.finish_pass()
+        return True
+
     def stats(self) -> EngineStats:
         slots = self._ring.slots if self._ring is not None else []
         return EngineStats(

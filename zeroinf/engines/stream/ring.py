@@ -42,6 +42,7 @@ class Ring:
         self._released = [new_event(device) for _ in range(count)]
         self._pulled = new_event(device)
         self._turn = self._carried = 0
+        self._held = False
         self._carry()
 
     def acquire(self, piece: int) -> int:
@@ -54,6 +55,7 @@ class Ring:
         self._carry(needed=True)
         if self._on_gpu:
             torch.cuda.current_stream().wait_event(self._arrived[slot])
+        self._held = True
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
@@ -62,8 +64,17 @@ class Ring:
         if self._on_gpu:
             self._released[self._turn % len(self.slots)].record()
         self.stalls.used()
+        self._held = False
         self._turn += 1
         self._carry()
+
+    def finish_pass(self) -> None:
+        """Let the pieces that are left of a broken pass go by unused."""
+        if self._held:
+            self.release()
+        while self._turn % len(self._pieces):
+            self.acquire(self._turn % len(self._pieces))
+            self.release()
 
     def _carry(self, *, needed: bool = False) -> None:
         """Carry what has a free slot and can be had without waiting; what is `needed`, the current turn's, with it.

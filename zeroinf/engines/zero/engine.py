@@ -75,6 +75,9 @@ class ZeroEngine:
         with torch.no_grad():
             return [self._engine.module(**inputs) for inputs in micro_batches]
 
+    def recover(self) -> bool:
+        return False  # DeepSpeed's hooks lose count of what they have gathered
+
     def stats(self) -> EngineStats:
         return EngineStats(forwards=self._forwards, streamed_bytes_per_pass=self._streamed_bytes())
 

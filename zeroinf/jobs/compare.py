@@ -1,0 +1,79 @@
+"""The plan beside what happened, term by term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zeroinf.jobs.gpu_memory import GpuUse
+from zeroinf.planner.memory import OUTSIDE_TORCH
+from zeroinf.planner.plan import Plan
+
+Unit = Literal["bytes", "s", "tokens/s"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One figure as it was predicted and as it was measured."""
+
+    name: str
+    unit: Unit
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured; 0 where nothing was measured."""
+        return self.predicted / self.measured if self.measured else 0.0
+
+
+def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
+    """GPU memory, of the rank that took most of each."""
+    if not uses or not plan.terms:
+        return
+
+    def planned(*names: str) -> int:
+        return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
+
+    def most(*values: int) -> int:
+        return max(values)
+
+    outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots"), planned("KV cache")
+    computing = planned("activations, logits, states", "matrix product workspaces")
+    gaps, unforeseen = planned("allocator's pages and gaps"), planned("unforeseen")
+    whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
+    allocated = whole - outside - gaps - unforeseen
+    yield _bytes("weights that stay", allocated - slots - cache - computing, most(*(u.loaded - u.slots for u in uses)))
+    yield _bytes("slots", slots, most(*(u.slots for u in uses)))
+    yield _bytes("KV cache", cache, most(*(u.cache for u in uses)))
+    yield _bytes("activations, workspaces", computing, most(*(u.allocated - u.loaded - u.cache for u in uses)))
+    yield _bytes("allocated", allocated, most(*(u.allocated for u in uses)))
+    yield _bytes("reserved", allocated + gaps, most(*(u.reserved for u in uses)))
+    processes = [(u.process, u.reserved) for u in uses if u.process is not None]
+    if processes:
+        yield _bytes("CUDA context, collectives", outside, most(*(process - reserved for process, reserved in processes)))
+        yield _bytes("GPU memory in all", whole, most(*(process for process, _ in processes)))
+
+
+def compare_host(plan: Plan, locked_bytes: int, peak_bytes: int) -> Iterator[Compared]:
+    """Host memory of all ranks together."""
+    terms = [term for term in plan.terms if term.place == "host"]
+    if not terms:
+        return
+    locked = sum(term.nbytes for term in terms if "page-locked" in term.name)
+    if locked_bytes:
+        yield _bytes("host memory, page-locked", locked, locked_bytes)
+    yield _bytes("host memory in all", sum(term.nbytes for term in terms if term.name != "margin for the system"), peak_bytes)
+
+
+def compare_time(plan: Plan, load_s: float, tokens_per_second: float) -> Iterator[Compared]:
+    """Time and speed."""
+    if plan.timing is not None:
+        yield Compared("load", "s", plan.timing.load_s, load_s)
+        yield Compared("speed", "tokens/s", plan.timing.tokens_per_second, tokens_per_second)
+
+
+def _bytes(name: str, predicted: int, measured: int) -> Compared:
+    return Compared(name, "bytes", predicted, measured)
+

@@ -1,0 +1,100 @@
+"""A rank's GPU memory: the limit that is enforced, the look before each large allocation, and what was used in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zeroinf.errors import DoesNotFitError, EnvironmentProblem
+from zeroinf.hardware.gpus import read_gpus, read_used_bytes
+from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
+from zeroinf.planner.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuUse:
+    """What a run took of a GPU, in bytes."""
+
+    loaded: int
+    """Allocated when the weights were there, slots among them."""
+    slots: int
+    cache: int
+    """The KV cache's pool."""
+    allocated: int
+    """The most that was allocated at any time."""
+    reserved: int
+    """The most that torch's allocator held."""
+    process: int | None
+    """What the GPU's memory in use grew by since before the run, at its end; None where NVML does not tell."""
+
+
+class GpuMemory:
+    """Guards one GPU for one plan. To be made before anything touches the GPU."""
+
+    def __init__(self, plan: Plan, device: torch.device, limit_bytes: int | None) -> None:
+        self._plan, self._device = plan, device
+        self._outside_torch = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name in OUTSIDE_TORCH)
+        self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
+        self._used_before = self._used()
+        torch.cuda.set_device(device)
+        self._limit: int | None = None
+        if limit_bytes is not None:
+            self._limit = limit_bytes - self._outside_torch
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._limit / total), device)
+        self._loaded = 0
+
+    def check(self) -> None:
+        """Raise DoesNotFitError if the GPU no longer has what the plan still needs."""
+        missing = self._missing()
+        if missing > 0:
+            raise DoesNotFitError(
+                f"GPU {self._device.index} lacks {missing / 2**30:.2f} GiB of what the plan needs: another process has "
+                "taken memory since the plan was made",
+                hint="run it again, and it plans with what is free then",
+            )
+
+    def rows_that_fit(self) -> int:
+        """The plan's rows, or as many as still fit beside what is loaded, if another process has taken memory.
+
+        Raises DoesNotFitError when not even one row fits.
+        """
+        self._loaded = torch.cuda.memory_allocated(self._device)
+        missing = self._missing()
+        if missing <= 0:
+            return self._plan.batch_size
+        growing = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.grows)
+        rows = self._plan.batch_size * (growing - missing) // max(growing, 1)
+        if rows < 1:
+            self.check()
+        return int(rows)
+
+    def use(self, slot_bytes: int, cache_bytes: int) -> GpuUse:
+        """What was taken until now."""
+        used = self._used()
+        return GpuUse(
+            loaded=self._loaded,
+            slots=slot_bytes,
+            cache=cache_bytes,
+            allocated=torch.cuda.max_memory_allocated(self._device),
+            reserved=torch.cuda.max_memory_reserved(self._device),
+            process=None if used is None or self._used_before is None else used - self._used_before,
+        )
+
+    def _missing(self) -> int:
+        """Bytes that torch still has to get for the plan, less what can be had."""
+        reserved = torch.cuda.memory_reserved(self._device)
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if self._limit is not None:
+            free = min(free, self._limit - reserved)
+        return self._planned - self._outside_torch - reserved - free
+
+    def _used(self) -> int | None:
+        gpus = read_gpus()
+        if self._device.index >= len(gpus) or (uuid := gpus[self._device.index].uuid) is None:
+            return None
+        try:
+            return read_used_bytes(uuid)
+        except EnvironmentProblem:
+            return None

@@ -1,0 +1,172 @@
+"""The plan of a run: what was asked, put to the planner with this machine as it is now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from zeroinf.distributed.world import World
+from zeroinf.engines.stream.stored import check_room
+from zeroinf.engines.zero.config import check_user_config, nvme_pool_bytes
+from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.hardware.aio_op import read_aio_op
+from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
+from zeroinf.hardware.gpus import gpus_are_linked
+from zeroinf.hardware.machine import Disk
+from zeroinf.hardware.override import override
+from zeroinf.hardware.profile import read_profile
+from zeroinf.hardware.snapshot import read_machine, read_memory
+from zeroinf.jobs.options import RunOptions
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.choice import Offload
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.search import Wish
+from zeroinf.simulation.planning import Lengths, Question, answer
+
+
+def plan_run(
+    options: RunOptions,
+    source: ModelSource,
+    anatomy: Anatomy,
+    lengths: Lengths,
+    requests: int,
+    world: World,
+    device: str,
+) -> tuple[Plan, dict[str, Any] | None, str | None]:
+    """The plan, the user's own DeepSpeed JSON if there is one, and why `auto` did not take the stream engine.
+
+    Raises UsageError for what contradicts itself, EnvironmentProblem for what the machine lacks, DoesNotFitError when
+    nothing fits; all before anything is allocated on a GPU.
+    """
+    own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
+    offload, nvme_paths = options.offload, options.nvme_paths
+    if own_config is not None:
+        offload, nvme_paths = _offload_of(own_config)
+    engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
+    _refuse_idle(options, engine, world)
+    machine = read_machine(nvme_paths)
+    _check_folders(machine.disks)
+    rates = read_profile(machine)
+    if device == "cpu":
+        machine = replace(machine, gpus=())
+    machine, rates = override(
+        replace(machine, gpus=machine.gpus[: world.local_size]),
+        rates,
+        gpu_memory_bytes=options.gpu_memory_bytes,
+        host_memory_bytes=options.host_memory_bytes,
+    )
+    wish = Wish(
+        engine=engine,
+        world_size=world.size,
+        offload=offload,
+        fetch=options.fetch,
+        batch_size=options.batch_size,
+        resident_blocks=options.resident_blocks,
+        requests=requests,
+        nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if offload == "auto" and nvme_paths else None,
+        one_node=world.local_size == world.size,
+        gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
+    )
+    question = Question(
+        config=source.config,
+        anatomy=anatomy,
+        machine=machine,
+        rates=rates,
+        wish=wish,
+        lengths=lengths,
+        device="cuda" if device == "cuda" else "cpu",
+        nvme_paths=nvme_paths,
+        pin_memory=options.pin_memory,
+        aio=options.aio,
+        trust_remote_code=options.trust_remote_code,
+        own_zero_config=own_config,
+    )
+    plan = answer(question).plan
+    if own_config is not None:
+        check_user_config(own_config, plan)
+    if plan.offload == "nvme":
+        _check_nvme(plan, source, machine.disks, own_config)
+    return plan, own_config, why
+
+
+def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[Literal["stream", "zero"], str | None]:
+    """The engine's name, and why `auto` did not take the stream engine.
+
+    Raises UsageError when the stream engine is asked for what it does not do.
+    """
+    obstacle = "--zero-config configures DeepSpeed" if own_zero_config else None
+    if asked == "stream" and obstacle:
+        raise UsageError(f"--engine stream: {obstacle}", hint="--engine zero, or --engine auto")
+    if asked == "zero" or obstacle:
+        return "zero", obstacle if asked == "auto" else None
+    return "stream", None
+
+
+def _refuse_idle(options: RunOptions, engine: str, world: World) -> None:
+    """Refuse settings of the stream engine that would mean nothing."""
+    named = {"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None}
+    given = [flag for flag, is_given in named.items() if is_given]
+    if given and engine != "stream":
+        raise UsageError(f"{', '.join(given)} has no effect with the {engine} engine", hint="drop it")
+    if given and options.offload == "none":
+        raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
+    if options.fetch != "auto" and world.size == 1:
+        raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
+    if options.fetch == "partitioned" and world.local_size != world.size:
+        raise UsageError("--fetch partitioned needs all ranks on one node", hint="--fetch replicated")
+
+
+def _read_zero_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--zero-config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--zero-config {path} holds no JSON object")
+    return config
+
+
+def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
+    """Where a user's JSON lets parameters rest."""
+    zero = config.get("zero_optimization")
+    section = (zero.get("offload_param") if isinstance(zero, dict) else None) or {}
+    device, path = section.get("device", "none"), section.get("nvme_path")
+    if device not in ("none", "cpu", "nvme"):
+        raise UsageError(f"zero_optimization.offload_param.device is {device!r}: none, cpu and nvme are known")
+    if device == "nvme" and not path:
+        raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
+    return device, (Path(path),) if path else ()
+
+
+def _check_folders(disks: Sequence[Disk]) -> None:
+    for disk in disks:
+        if not disk.exists:
+            raise UsageError(f"--nvme-path {disk.path} is not a folder", hint=f"mkdir -p {disk.path}")
+        if not disk.writable:
+            raise UsageError(f"--nvme-path {disk.path} is not writable", hint="choose another folder")
+    if len({disk.path.resolve() for disk in disks}) < len(disks):
+        raise UsageError("--nvme-path names the same folder twice", hint="name each disk's folder once")
+
+
+def _check_nvme(plan: Plan, source: ModelSource, disks: Sequence[Disk], own_config: dict[str, Any] | None) -> None:
+    """The disks' room, and what the engine needs beside it."""
+    if plan.engine == "stream":
+        check_room(plan, source)
+        return
+    # What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT.
+    if disks[0].free_bytes < plan.anatomy.weight_bytes:
+        raise DoesNotFitError(
+            f"the weights take {gib(plan.anatomy.weight_bytes)}, "
+            f"but {disks[0].path} has {gib(disks[0].free_bytes)} free",
+            hint="make room there, choose another folder, or --offload cpu",
+        )
+    require(
+        [
+            *check_aio_op(read_aio_op(with_gpu=plan.device == "cuda"), asked=True),
+            check_memlock(read_memory(), asked=True, needed_bytes=nvme_pool_bytes(plan, own_config)),
+        ]
+    )
