@@ -2,8 +2,8 @@
 
     python driver.py CELLS.json RESULT.json        alone, or on each rank with RANK, WORLD_SIZE and so on set
 
-A cell is `{"name", "model", "engine", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`. Everything
-between the command line and the output file is zeroinf's own; only starting a process for each cell is saved.
+A cell is `{"name", "model", "engine", "fetch", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`.
+Everything between the command line and the output file is zeroinf's own; only starting a process for each is saved.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         model=cell["model"],
         sampling=Sampling(max_new_tokens=cell["max_new_tokens"]),
         engine=cell["engine"],
+        fetch=cell["fetch"],
         offload=cell["offload"],
         nvme_paths=(Path(cell["nvme_path"]),),
         pin_memory=False,

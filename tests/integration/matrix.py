@@ -54,10 +54,11 @@ class Cell:
     model: str
     offload: str
     engine: str = "zero"
+    fetch: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.engine}-{self.offload}"
+        return f"{Path(self.model).name}-{self.engine}-{self.offload}-{self.fetch}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def drive(folder: Path, cells: Sequence[Cell], ranks: int) -> None:
                 "model": cell.model,
                 "engine": cell.engine,
                 "offload": cell.offload,
+                "fetch": cell.fetch,
                 "nvme_path": str(nvme_path) if cell.offload == "nvme" else str(folder / "nvme"),
                 "input": str(prompts),
                 "batch_size": BATCH_SIZE,

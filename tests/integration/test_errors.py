@@ -90,12 +90,13 @@ def test_offload_path_that_is_not_writable(fails: Any, model: str) -> None:
     assert "--nvme-path /proc/self/fd is not writable" in message
 
 
+@pytest.mark.parametrize("engine", [(), ("--engine", "zero")])
 def test_offload_path_too_small_for_the_weights(
-    fails: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Sequence[str], fails: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr("zeroinf.hardware.disk.shutil.disk_usage", lambda path: usage)
-    code, message, hint = fails("-m", model, *PROMPT, "--offload", "nvme", "--nvme-path", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, message, hint = fails("-m", model, *PROMPT, "--offload", "nvme", "--nvme-path", str(tmp_path), *engine)
     assert code == 3
     assert f"{tmp_path} has 97.7 KiB free" in message
     assert "--offload cpu" in hint
@@ -110,7 +111,8 @@ def test_memlock_limit_below_the_pool_that_deepspeed_locks(
 
     memory = replace(read_memory(), memlock_bytes=64)
     monkeypatch.setattr("zeroinf.jobs.prepare.read_memory", lambda: memory)
-    code, message, hint = fails("-m", model, *PROMPT, "--offload", "nvme", "--nvme-path", str(tmp_path))
+    nvme = ("--engine", "zero", "--offload", "nvme", "--nvme-path", str(tmp_path))
+    code, message, hint = fails("-m", model, *PROMPT, *nvme)
     assert code == 4
     assert "memlock" in message
     assert "ulimit -l unlimited" in hint
@@ -217,6 +219,9 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing"),
         (["--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),
         (["--aio-threads", "4"], "--aio-threads has no effect with --offload cpu"),
+        (["--offload", "nvme", "--nvme-path", ".", "--aio-threads", "4"], "--aio-threads configures DeepSpeed's disk"),
+        (["--offload", "nvme", "--nvme-path", ".", "--nvme-path", "./"], "names the same folder twice"),
+        (["--engine", "zero", "--offload", "nvme", "--nvme-path", ".", "--nvme-path", "/"], "one --nvme-path"),
         (["--offload", "none", "--no-pin-memory"], "no effect with --offload none"),
         (["--zero-config", "ZERO", "--offload", "cpu"], "offload and --zero-config contradict each other"),
         (["--zero-config", "ZERO", "--pin-memory"], "pin-memory and --zero-config contradict each other"),

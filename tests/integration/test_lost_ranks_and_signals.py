@@ -146,7 +146,7 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(model: Path, many
         process.kill()
         process.wait()
     assert len(list(nvme.glob("zeroinf-swap-*"))) == 1
-    done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", *more])
+    done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", "--engine", "zero", *more])
     assert done.code == 0, done.err
     assert not list(nvme.iterdir())
 

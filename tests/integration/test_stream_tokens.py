@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
+from zeroinf.engines.base import Listener
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
@@ -27,7 +28,7 @@ NEW_TOKENS = 10
 CPU = torch.device("cpu")
 
 
-def stream(folder: Path, dtype: str = "float32", **where: Any) -> StreamEngine:
+def stream(folder: Path, dtype: str = "float32", told: Listener | None = None, **where: Any) -> StreamEngine:
     """An engine with its weights in host memory, or as `where` says in the plan's terms."""
     source = resolve_model(str(folder))
     fields = {"offload": "cpu", **where}
@@ -40,7 +41,7 @@ def stream(folder: Path, dtype: str = "float32", **where: Any) -> StreamEngine:
         batch_size=len(PROMPTS),
         **fields,
     )
-    return StreamEngine(plan, source, Control(World(), "cpu"), CPU)
+    return StreamEngine(plan, source, Control(World(), "cpu"), CPU, told)
 
 
 def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.carrier import Replicated
+from zeroinf.engines.stream import host
+from zeroinf.engines.stream.carrier import Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import lay_out
-from zeroinf.engines.stream.ring import Ring
-from zeroinf.errors import UsageError
-from zeroinf.jobs.prepare import choose_engine
+from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.errors import EnvironmentProblem, UsageError
+from zeroinf.jobs.prepare import choose_engine, choose_fetch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 CPU = torch.device("cpu")
@@ -39,7 +41,7 @@ def test_tensors_of_a_layout_are_aligned_and_do_not_touch(specs: list[tuple[list
 @pytest.mark.parametrize(("pieces", "slots"), [(5, 3), (3, 3), (2, 3), (1, 3), (7, 2)])
 def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) -> None:
     values = [torch.full((16 + i,), i + 1, dtype=torch.uint8) for i in range(pieces)]
-    ring = Ring(values, slots, CPU, Replicated(CPU))
+    ring = Ring([Piece(len(value), value) for value in values], slots, CPU, Replicated(CPU), None)
     for turn in range(3 * pieces):
         index = turn % pieces
         slot = ring.acquire(index)
@@ -48,16 +50,39 @@ def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) 
 
 
 def test_the_ring_holds_no_more_slots_than_asked_for() -> None:
-    ring = Ring([torch.zeros(100, dtype=torch.uint8)] * 8, 3, CPU, Replicated(CPU))
+    ring = Ring([Piece(100, torch.zeros(100, dtype=torch.uint8))] * 8, 3, CPU, Replicated(CPU), None)
     assert [slot.numel() for slot in ring.slots] == [100, 100, 100]
 
 
 def test_a_block_out_of_order_is_an_error_and_never_wrong_weights() -> None:
-    ring = Ring([torch.zeros(8, dtype=torch.uint8)] * 3, 2, CPU, Replicated(CPU))
+    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 3, 2, CPU, Replicated(CPU), None)
     ring.acquire(0)
     ring.release()
     with pytest.raises(RuntimeError, match="block 2 ran out of order: 1 is in the slot"):
         ring.acquire(2)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 8), st.sampled_from([512, 4096]))
+def test_parts_of_a_piece_cover_it_once_and_their_gather_fits_its_slot(pages: int, ranks: int, unit: int) -> None:
+    nbytes = 512 * pages
+    carriers = [Partitioned(CPU, rank, ranks, nbytes, unit) for rank in range(ranks)]
+    spans = [carrier.span(nbytes) for carrier in carriers]
+    assert [i for span in spans for i in range(span.start, span.stop, 512)] == list(range(0, nbytes, 512))
+    slot = carriers[0].slot_bytes(nbytes)
+    assert slot % ranks == 0
+    assert all(span.start in (min(rank * slot // ranks, nbytes),) for rank, span in enumerate(spans))
+    assert slot < nbytes + ranks * unit
+
+
+def test_memory_that_cannot_be_locked_is_refused_with_the_limit_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def cudaHostRegister(self, *args: int) -> int:  # noqa: N802
+            return 304
+
+    monkeypatch.setattr(host, "_cudart", Refusing)
+    with pytest.raises(EnvironmentProblem, match=r"cannot page-lock 0\.01 GiB") as caught:
+        HostMemory(10 << 20, pin=True)
+    assert "ulimit -l 10240" in (caught.value.hint or "")
 
 
 def test_host_memory_is_exact_and_has_no_name_in_a_file_system() -> None:
@@ -71,7 +96,8 @@ _RANK = """
 import torch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import world_from_environment
-from zeroinf.engines.stream.carrier import Replicated
+from zeroinf.engines.stream import host
+from zeroinf.engines.stream.carrier import Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 
 world = world_from_environment()
@@ -104,35 +130,56 @@ def test_ranks_of_a_node_map_one_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "offload", "own_config", "engine", "why"),
+    ("asked", "own_config", "engine", "why"),
     [
-        ("auto", "cpu", False, "stream", None),
-        (
-            "auto",
-            "nvme",
-            False,
-            "zero",
-            "--offload nvme is DeepSpeed's: the stream engine keeps weights in host memory",
-        ),
-        (
-            "auto",
-            "none",
-            False,
-            "zero",
-            "--offload none is DeepSpeed's: the stream engine keeps weights in host memory",
-        ),
-        ("auto", "cpu", True, "zero", "--zero-config configures DeepSpeed"),
-        ("zero", "cpu", False, "zero", None),
-        ("stream", "cpu", False, "stream", None),
+        ("auto", False, "stream", None),
+        ("auto", True, "zero", "--zero-config configures DeepSpeed"),
+        ("zero", False, "zero", None),
+        ("stream", False, "stream", None),
     ],
 )
 def test_auto_takes_the_stream_engine_unless_it_says_why(
-    asked: str, offload: str, own_config: bool, engine: str, why: str | None
+    asked: str, own_config: bool, engine: str, why: str | None
 ) -> None:
-    assert choose_engine(asked, offload, own_zero_config=own_config) == (engine, why)  # type: ignore[arg-type]
+    assert choose_engine(asked, own_zero_config=own_config) == (engine, why)
 
 
-@pytest.mark.parametrize(("offload", "own_config"), [("nvme", False), ("none", False), ("cpu", True)])
-def test_the_stream_engine_is_refused_by_name_for_what_it_does_not_do(offload: str, own_config: bool) -> None:
+def test_the_stream_engine_is_refused_by_name_for_what_it_does_not_do() -> None:
     with pytest.raises(UsageError, match="--engine stream"):
-        choose_engine("stream", offload, own_zero_config=own_config)  # type: ignore[arg-type]
+        choose_engine("stream", own_zero_config=True)
+
+
+TWO, APART = World(size=2, local_size=2), World(size=2, local_size=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "offload", "world", "linked", "fetch"),
+    [
+        ("auto", "cpu", TWO, True, "partitioned"),
+        ("auto", "cpu", TWO, False, "replicated"),
+        ("auto", "nvme", TWO, False, "partitioned"),
+        ("auto", "nvme", APART, True, "replicated"),
+        ("auto", "none", TWO, True, "replicated"),
+        ("auto", "nvme", World(), False, "replicated"),
+        ("replicated", "nvme", TWO, True, "replicated"),
+        ("partitioned", "cpu", TWO, False, "partitioned"),
+    ],
+)
+def test_ranks_share_one_walk_over_the_weights_where_that_is_worthwhile(
+    asked: str, offload: Any, world: World, linked: bool, fetch: str
+) -> None:
+    assert choose_fetch(asked, "stream", offload, world, gpus_are_linked=linked) == fetch
+
+
+@pytest.mark.parametrize(
+    ("engine", "offload", "world", "words"),
+    [
+        ("zero", "cpu", TWO, "with the zero engine"),
+        ("stream", "none", TWO, "with --offload none"),
+        ("stream", "cpu", World(), "with one rank"),
+        ("stream", "cpu", APART, "on one node"),
+    ],
+)
+def test_fetch_is_refused_where_it_would_mean_nothing(engine: str, offload: Any, world: World, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        choose_fetch("partitioned", engine, offload, world, gpus_are_linked=True)

@@ -142,6 +142,8 @@ def print_report(console: Console, report: RunReport) -> None:
     table.add_row("generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s")
     if report.streamed_bytes:
         table.add_row("weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s")
+    if waits := _stalls(report):
+        table.add_row("time of a rank", waits)
     gpus = [rank.peak_gpu_bytes for rank in report.ranks if rank.peak_gpu_bytes is not None]
     if gpus:
         table.add_row(
@@ -154,6 +156,19 @@ def print_report(console: Console, report: RunReport) -> None:
     if report.errors is not None and report.refused:
         table.add_row("refused requests", str(report.errors))
     console.print(table, highlight=False)
+
+
+def _stalls(report: RunReport) -> str:
+    """Where the ranks' time went, on average, in shares of the whole."""
+    words = {
+        "compute_s": "in blocks",
+        "host_s": "between blocks",
+        "link_s": "waiting for links",
+        "disk_s": "for the disk",
+    }
+    seconds = {word: sum(getattr(rank.stalls, name) for rank in report.ranks) for name, word in words.items()}
+    whole = len(report.ranks) * report.generate_s
+    return ", ".join(f"{100 * spent / whole:.0f} % {word}" for word, spent in seconds.items() if spent and whole)
 
 
 def print_benchmark(console: Console, report: RunReport) -> None:

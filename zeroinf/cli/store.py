@@ -76,14 +76,13 @@ def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
 def remove(names: tuple[str, ...], paths: tuple[Path, ...], yes: bool) -> None:
     """Remove stores. A later run that needs one writes it again."""
     from zeroinf.engines.stream.keep import list_stores, remove_store
+    from zeroinf.hardware.checks import gib
 
     known = {summary.name: summary for summary in list_stores(paths)}
     for name in names:
         if name not in known:
-            raise UsageError(
-                f"no store {name} below the given folders", hint="`zeroinf store list` shows what is there"
-            )
-        what = f"{name} ({known[name].model or known[name].state}, {_gib(known[name].disk_bytes)})"
+            raise UsageError(f"no store {name} below the given folders", hint="zeroinf store list shows them")
+        what = f"{name} ({known[name].model or known[name].state}, {gib(known[name].disk_bytes)})"
         if not yes and not click.confirm(f"remove {what}?", err=True):
             continue
         remove_store(paths, name)
@@ -94,6 +93,7 @@ def _verify_one(name: str, paths: tuple[Path, ...]) -> StoreError | None:
     import time
 
     from zeroinf.engines.stream.keep import find_store, verify_store
+    from zeroinf.hardware.checks import gib
 
     started = time.perf_counter()
     sizes: list[int] = []
@@ -103,7 +103,7 @@ def _verify_one(name: str, paths: tuple[Path, ...]) -> StoreError | None:
         click.echo(f"{name}  damaged: {error.message}")
         return error
     seconds = time.perf_counter() - started
-    click.echo(f"{name}  ok, {_gib(sum(sizes))} read at {sum(sizes) / seconds / 1e9:.2f} GB/s")
+    click.echo(f"{name}  ok, {gib(sum(sizes))} read at {sum(sizes) / seconds / 1e9:.2f} GB/s")
     return None
 
 
@@ -118,15 +118,13 @@ def _print_table(found: list[Summary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from zeroinf.hardware.checks import gib
+
     table = Table("name", "model", "dtype", "size", "state", box=None, pad_edge=False)
     for s in found:
-        table.add_row(s.name, s.model or "?", s.dtype or "?", _gib(s.disk_bytes), s.state)
+        table.add_row(s.name, s.model or "?", s.dtype or "?", gib(s.disk_bytes), s.state)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for s in found:
         if s.detail:
             console.print(f"{s.name}: {s.detail}", markup=False)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

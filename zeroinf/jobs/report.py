@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from zeroinf.engines.base import Stalls
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.jobs.gpu_memory import GpuUse
@@ -26,6 +27,12 @@ class RankReport:
     """None without a GPU."""
     forwards: int
     """Forwards in the measured part."""
+    slot_bytes: int
+    """Device memory that blocks pass through."""
+    pinned_host_bytes: int
+    """Host memory page-locked by this rank, what it shares with others included."""
+    stalls: Stalls
+    """Where the time of the measured part went."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,14 +68,14 @@ class RunReport:
         asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
-        compared = [{**asdict(one), "ratio": one.ratio} for one in self.compared()]
-        derived = ("tokens_per_second", "streamed_gbps", "ms_per_token", "peak_host_bytes", "peak_host_loading_bytes")
+        rates = ("tokens_per_second", "streamed_gbps", "ms_per_token")
+        memory = ("peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
         return {
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
-            **{name: getattr(self, name) for name in (*counted, *timed, *derived)},
-            "compared": compared,
+            **{name: getattr(self, name) for name in (*counted, *timed, *rates, *memory)},
+            "compared": [{**asdict(one), "ratio": one.ratio} for one in self.compared()],
             "ranks": [asdict(rank) for rank in self.ranks],
         }
 
@@ -95,6 +102,12 @@ class RunReport:
     def peak_host_loading_bytes(self) -> int:
         """The same while weights were loaded."""
         return self._together([rank.host_loading for rank in self.ranks])
+
+    @property
+    def pinned_host_bytes(self) -> int:
+        """Host memory that the ranks have page-locked; what they share counts once."""
+        shared = [min(rank.pinned_host_bytes, self.shared_host_bytes) for rank in self.ranks]
+        return sum(rank.pinned_host_bytes for rank in self.ranks) - sum(shared[:-1])
 
     def _together(self, ranks: Sequence[Resident]) -> int:
         mapped = sorted(min(rank.shared_bytes, self.shared_host_bytes) for rank in ranks)

@@ -14,7 +14,7 @@ import torch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Engine
+from zeroinf.engines.base import Engine, EngineStats, Stalls
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem, RankError, ZeroinfError
 from zeroinf.generation.cache import CachePool
@@ -149,6 +149,7 @@ class _Job:
         self._observer = observer
         self._interrupts = interrupts
         self._peak = peak
+        self._stalls_before = Stalls()
 
     def run(self, watch: PeerWatch | None) -> RunReport | None:
         plan = self._prepared.plan
@@ -173,10 +174,10 @@ class _Job:
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(stream, loading))
+            ranks = self._control.gather(self._rank_report(engine.stats(), stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             passes = (max if engine.in_step else sum)(rank.forwards for rank in ranks)
-            streamed, shared = passes * engine.stats().streamed_bytes_per_pass, engine.stats().shared_host_bytes
+            stats = engine.stats()
         finally:
             engine.close()
         if self._output is None:
@@ -193,8 +194,8 @@ class _Job:
             tokenize_s=self._prepared.tokenize_s,
             generate_s=generate_s,
             start_to_finish_s=finish_s,
-            streamed_bytes=streamed,
-            shared_host_bytes=shared,
+            streamed_bytes=passes * stats.streamed_bytes_per_pass,
+            shared_host_bytes=stats.shared_host_bytes,
             ranks=tuple(ranks),
             output=self._options.output_file,
             errors=errors_path(self._options.output_file) if self._options.output_file else None,
@@ -211,6 +212,7 @@ class _Job:
         if self._options.benchmark:
             warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(engine, rules, pool, warm_up.take, lambda row: None, lambda rows: None)
+        self._stalls_before = engine.stats().stalls
         stream = Stream(self._prepared, codec, self._control, engine, self._output, self._observer)
         started = time.perf_counter()
         try:
@@ -269,13 +271,16 @@ class _Job:
         if stopped_by:
             raise interrupted(stopped_by)
 
-    def _rank_report(self, stream: Stream, loading: Resident) -> RankReport:
+    def _rank_report(self, stats: EngineStats, stream: Stream, loading: Resident) -> RankReport:
         gpu = torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
         return RankReport(
             host_loading=loading,
             host=self._peak.stop(),
             peak_gpu_bytes=gpu,
             forwards=stream.forwards,
+            slot_bytes=stats.slot_bytes,
+            pinned_host_bytes=stats.pinned_host_bytes,
+            stalls=stats.stalls - self._stalls_before,
         )
 
 

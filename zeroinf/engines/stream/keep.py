@@ -94,11 +94,13 @@ def verify_store(store: Store, read: Callable[[int], None]) -> None:
 def remove_store(paths: Sequence[Path], name: str) -> int:
     """Remove the store `name`, whole or not; returns the bytes that this freed.
 
-    Raises UsageError where there is none, StoreError while it is in use.
+    Raises UsageError where there is none or a part lies elsewhere, StoreError while it is in use.
     """
     holding = _holding(paths, name)
     if not holding:
         raise UsageError(f"no store {name} below {', '.join(map(str, paths))}", hint="zeroinf store list shows them")
+    with suppress(StoreError):  # what is damaged may go
+        open_store(holding, name)
     lock = StoreLock([lock_file(path, name) for path in holding])
     if not lock.try_to_take():
         raise StoreError(f"the store {name} is in use", hint="wait for the run that reads or writes it")
@@ -128,7 +130,7 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
     try:
         if (store := open_store(paths, name)) is not None:
             state, detail = "whole", ""
-    except StoreError as error:
+    except (StoreError, UsageError) as error:
         state, detail = "damaged", error.message
     contents = store.contents if store is not None else None
     return Summary(

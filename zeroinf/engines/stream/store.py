@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zeroinf.errors import StoreError
+from zeroinf.errors import StoreError, UsageError
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
@@ -178,7 +178,8 @@ def write_headers(store: Store) -> None:
 def open_store(paths: Sequence[Path], name: str) -> Store | None:
     """The whole store `name`, whose parts lie below `paths`; None where there is none yet.
 
-    Checks headers and lengths, not the data. Raises StoreError for what is damaged or not what its name says.
+    Checks headers and lengths, not the data. Raises StoreError for what is damaged or not what its name says,
+    UsageError for too few or too many paths.
     """
     folders = tuple(store_folder(path, name) for path in paths)
     if not is_whole(paths[0], name):
@@ -200,8 +201,13 @@ def _read_header(folders: tuple[Path, ...], part: int) -> Store:
         raise damaged(file, "it was changed after it was written")
     if body.pop("format") != FORMAT:
         raise damaged(file, "another version of zeroinf wrote it")
-    if (found := body.pop("part")) != part or body["parts"] != len(folders):
-        raise damaged(file, f"it is part {found} of {body['parts']}, not {part} of {len(folders)}: check --nvme-path")
+    if body["parts"] != len(folders):
+        raise UsageError(
+            f"{folders[part].name} lies over {body['parts']} paths, not {len(folders)}",
+            hint="name every --nvme-path of it",
+        )
+    if (found := body.pop("part")) != part:
+        raise damaged(file, f"it is part {found}, not {part}")
     digests = tuple(map(tuple, body.pop("digests")))
     pieces = tuple(StoredPiece(**{**piece, "tensors": _tuples(piece["tensors"])}) for piece in body.pop("pieces"))
     contents = Contents(pieces=pieces, **body)

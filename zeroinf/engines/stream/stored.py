@@ -27,6 +27,7 @@ from zeroinf.engines.stream.store import (
 )
 from zeroinf.engines.stream.tensors import Group
 from zeroinf.engines.stream.write import require_room, write_store
+from zeroinf.hardware.checks import gib
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
@@ -68,7 +69,7 @@ class StoreInUse:
         self._lock.take(waiting)
         if open_store(paths, contents.name) is None:
             where = ", ".join(map(str, paths))
-            told.note(f"writing {contents.data_bytes / 2**30:.2f} GiB of weights below {where}, once")
+            told.note(f"writing {gib(contents.data_bytes)} of weights below {where}, once")
             write_store(contents, paths, origin(), direct=direct)
 
     def close(self) -> None:

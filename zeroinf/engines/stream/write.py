@@ -27,9 +27,9 @@ from zeroinf.engines.stream.store import (
     write_headers,
 )
 from zeroinf.errors import DoesNotFitError, StoreError
+from zeroinf.hardware.checks import gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_GIB = 2**30
 
 
 def write_store(contents: Contents, paths: Sequence[Path], origin: Origin, *, direct: bool) -> Store:
@@ -140,9 +140,8 @@ def require_room(paths: Sequence[Path], data_bytes: int, pattern: str) -> None:
 
 
 def _too_small(paths: Sequence[Path], data_bytes: int) -> DoesNotFitError:
-    share = data_bytes / len(paths) / _GIB
-    free = ", ".join(f"{path} has {shutil.disk_usage(path).free / _GIB:.2f} GiB free" for path in paths)
+    free = ", ".join(f"{path} has {gib(shutil.disk_usage(path).free)} free" for path in paths)
     return DoesNotFitError(
-        f"the store takes {share:.2f} GiB below each --nvme-path, but {free}",
+        f"the store takes {gib(data_bytes // len(paths))} below each --nvme-path, but {free}",
         hint="make room there (`zeroinf store list` shows stores), choose another folder, or --offload cpu",
     )

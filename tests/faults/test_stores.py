@@ -1,0 +1,375 @@
+"""Stores that are damaged, foreign, unfinished, in use or too large are recognised, named, and make no tokens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_stream_tokens import plain_tokens, stream, tokens_of
+
+from zeroinf.engines.base import Silent
+from zeroinf.engines.stream import disk, stored, write
+from zeroinf.engines.stream.keep import list_stores, remove_store, verify_store
+from zeroinf.engines.stream.load import Checkpoint
+from zeroinf.engines.stream.lock import StoreLock
+from zeroinf.engines.stream.store import lock_file, open_store, store_folder
+from zeroinf.errors import DoesNotFitError, StoreError
+
+BLOCKS = 3
+PROMPTLY_S = 10
+
+
+@pytest.fixture
+def model(small_checkpoint: Callable[[str], Path]) -> Path:
+    return small_checkpoint("llama")
+
+
+class Notes(Silent):
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def start(model: Path, nvme: Path, **more: Any) -> Any:
+    return stream(model, offload="nvme", nvme_blocks=BLOCKS, nvme_paths=(nvme,), **more)
+
+
+@pytest.fixture
+def written(model: Path, tmp_path: Path) -> Path:
+    """The folder of a whole store."""
+    start(model, tmp_path).close()
+    (summary,) = list_stores([tmp_path])
+    assert summary.state == "whole"
+    return store_folder(tmp_path, summary.name)
+
+
+def flip(file: Path, at: int) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("piece", range(BLOCKS + 1))
+def test_a_flipped_bit_ends_the_run_before_a_token_of_it(
+    piece: int, written: Path, model: Path, tmp_path: Path
+) -> None:
+    store = open_store([tmp_path], written.name)
+    assert store is not None
+    entry = store.contents.pieces[piece]
+    flip(written / "data", entry.offset + entry.nbytes // 2)
+    with pytest.raises(StoreError, match=r"is damaged: byte \d+ and on were changed") as caught:
+        engine = start(model, tmp_path)  # what stays on the device is read here already
+        try:
+            tokens_of(engine)
+        finally:
+            engine.close()
+    assert str(written / "data") in caught.value.message
+    assert f"zeroinf store remove {written.name}" in (caught.value.hint or "")
+    with pytest.raises(StoreError, match="were changed"):
+        verify_store(store, lambda nbytes: None)
+
+
+def truncate(written: Path) -> None:
+    os.truncate(written / "data", (written / "data").stat().st_size - 1)
+
+
+def drop_data(written: Path) -> None:
+    (written / "data").unlink()
+
+
+def flip_header(written: Path) -> None:
+    flip(written / "header.json", 200)
+
+
+def empty_header(written: Path) -> None:
+    (written / "header.json").write_text("")
+
+
+def hand_edit_header(written: Path) -> None:
+    header = json.loads((written / "header.json").read_text())
+    header["dtype"] = "bfloat16"
+    (written / "header.json").write_text(json.dumps(header))
+
+
+def exchange_for_another(written: Path) -> None:
+    """Another model's store under this one's name."""
+    from small_models import make_checkpoint
+
+    other = make_checkpoint("gpt_neox", written.parent.parent / "other")
+    elsewhere = written.parent.parent / "elsewhere"
+    elsewhere.mkdir()
+    start(other, elsewhere).close()
+    (summary,) = list_stores([elsewhere])
+    shutil.rmtree(written)
+    shutil.copytree(store_folder(elsewhere, summary.name), written)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "bytes instead of"),
+        (drop_data, "No such file"),
+        (flip_header, "damaged"),
+        (empty_header, "cannot be read"),
+        (hand_edit_header, "changed after it was written"),
+        (exchange_for_another, "it belongs to another store"),
+    ],
+)
+def test_a_damaged_or_foreign_store_is_refused_when_a_run_starts(
+    damage: Callable[[Path], None], words: str, written: Path, model: Path, tmp_path: Path
+) -> None:
+    damage(written)
+    with pytest.raises(StoreError, match=words) as caught:
+        start(model, tmp_path)
+    assert str(written) in caught.value.message
+    assert [summary.state for summary in list_stores([tmp_path])] == ["damaged"]
+    remove_store([tmp_path], written.name)
+    engine = start(model, tmp_path)
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+
+
+def test_an_interrupted_write_goes_on_where_it_stopped(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    fill, flush, flushes = Checkpoint.fill, disk.DataFiles.flush, iter(range(100))
+
+    def counting(self: Checkpoint, pieces: Any) -> None:
+        filled.extend(index for index, _ in pieces)
+        fill(self, pieces)
+
+    def interrupted(self: disk.DataFiles) -> None:
+        if next(flushes) == 2:
+            raise KeyboardInterrupt
+        flush(self)
+
+    monkeypatch.setattr(Checkpoint, "fill", counting)
+    monkeypatch.setattr(disk.DataFiles, "flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(model, tmp_path)
+    (summary,) = list_stores([tmp_path])
+    assert summary.state == "unfinished"
+    journal = store_folder(tmp_path, summary.name) / "journal"
+    assert len(journal.read_text().splitlines()) == 2
+    with journal.open("a") as file:
+        file.write('[2, ["0a')  # the power went while this line was written
+    monkeypatch.undo()
+    monkeypatch.setattr(Checkpoint, "fill", counting)
+    filled.clear()
+    engine = start(model, tmp_path)
+    assert filled == [2, 3]
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+    assert not journal.exists()
+
+
+def test_a_second_start_neither_writes_nor_loads_the_checkpoint(
+    written: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_loading(*args: object) -> None:
+        raise AssertionError("the checkpoint is being loaded")
+
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in written.iterdir()}
+    monkeypatch.setattr(Checkpoint, "__init__", no_loading)
+    engine = start(model, tmp_path)
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in written.iterdir()} == before
+
+
+def test_a_checkpoint_that_changed_gets_a_store_of_its_own(written: Path, model: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(model, tmp_path / "changed")
+    flip(changed / "model.safetensors", (changed / "model.safetensors").stat().st_size - 1)
+    engine = start(changed, tmp_path)
+    engine.close()
+    assert len(list_stores([tmp_path])) == 2
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_ends_the_write_with_figures_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with largest_file(1 << 20), pytest.raises(DoesNotFitError, match=r"the store takes 4\.0 MiB below each"):
+        start(model, tmp_path)
+    assert list_stores([tmp_path]) == []
+
+
+def test_a_disk_that_fills_up_midway_keeps_what_is_done_for_the_next_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = iter(range(100))
+    pwritev = os.pwritev
+
+    def full(*args: Any) -> int:
+        if next(writes) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwritev(*args)
+
+    monkeypatch.setattr(disk.os, "pwritev", full)
+    with pytest.raises(DoesNotFitError):
+        start(model, tmp_path)
+    monkeypatch.undo()
+    assert [summary.state for summary in list_stores([tmp_path])] == ["unfinished"]
+    engine = start(model, tmp_path)
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DoesNotFitError, match=r"has 3\.0 MiB free"):
+        start(model, tmp_path)
+    assert not any((folder / "data").exists() for folder in (tmp_path / "zeroinf-store").iterdir())
+
+
+def test_a_second_writer_waits_says_so_and_uses_what_the_first_wrote(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    start(model, elsewhere).close()
+    (summary,) = list_stores([elsewhere])
+    here = store_folder(tmp_path, summary.name)
+    first = StoreLock([lock_file(tmp_path, summary.name)])
+    here.parent.mkdir()
+    assert first.try_to_take()
+    notes, engines = Notes(), []
+    second = threading.Thread(target=lambda: engines.append(start(model, tmp_path, told=notes)))
+    second.start()
+    deadline = time.monotonic() + PROMPTLY_S
+    while not notes.texts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert notes.texts == [f"another process writes the store {summary.name}: waiting for its end"]
+    assert not engines
+    shutil.copytree(store_folder(elsewhere, summary.name), here)  # the first one is done
+    monkeypatch.setattr(Checkpoint, "__init__", lambda *args: pytest.fail("written twice"))
+    first.release()
+    second.join(PROMPTLY_S)
+    assert tokens_of(engines[0]) == plain_tokens(model)
+    engines[0].close()
+
+
+def test_the_lock_of_a_process_that_died_stops_nobody(model: Path, tmp_path: Path) -> None:
+    start(model, tmp_path).close()
+    (summary,) = list_stores([tmp_path])
+    pid = os.fork()
+    if pid == 0:
+        StoreLock([lock_file(tmp_path, summary.name)]).try_to_take()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    notes = Notes()
+    start(model, tmp_path, told=notes).close()
+    assert notes.texts == []
+
+
+def test_a_store_in_use_is_not_removed(model: Path, tmp_path: Path) -> None:
+    engine = start(model, tmp_path)
+    (summary,) = list_stores([tmp_path])
+    with pytest.raises(StoreError, match="is in use"):
+        remove_store([tmp_path], summary.name)
+    engine.close()
+    assert remove_store([tmp_path], summary.name) == summary.disk_bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+def fails_promptly(engine: Any) -> StoreError:
+    started = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        tokens_of(engine)
+    assert time.monotonic() - started < PROMPTLY_S
+    engine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    return caught.value
+
+
+def test_a_file_that_is_cut_off_under_a_run_ends_it_and_is_named(model: Path, tmp_path: Path) -> None:
+    engine = start(model, tmp_path)
+    (summary,) = list_stores([tmp_path])
+    data = store_folder(tmp_path, summary.name) / "data"
+    os.truncate(data, 0)
+    error = fails_promptly(engine)
+    assert f"{data} is damaged: it ends at byte" in error.message
+
+
+def test_a_disk_that_fails_under_a_run_ends_it_and_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(model, tmp_path)
+
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(disk.os, "preadv", fail)
+    error = fails_promptly(engine)
+    assert "Input/output error" in error.message
+    assert str(tmp_path) in error.message
+
+
+def test_a_file_that_is_unlinked_under_a_run_serves_it_to_its_end(model: Path, tmp_path: Path) -> None:
+    engine = start(model, tmp_path)
+    shutil.rmtree(tmp_path / "zeroinf-store")
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+
+
+def test_without_o_direct_it_works_through_the_page_cache_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: list[int] = []
+    opened = os.open
+
+    def without(path: Any, how: int, *more: Any, **named: Any) -> int:
+        flags.append(how)
+        if how & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, how, *more, **named)
+
+    monkeypatch.setattr(os, "open", without)
+    notes = Notes()
+    engine = start(model, tmp_path, told=notes)
+    assert any("no O_DIRECT below" in text for text in notes.texts)
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+
+
+def test_closing_ends_the_readers_at_once(model: Path, tmp_path: Path) -> None:
+    engine = start(model, tmp_path)
+    assert [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    engine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_an_engine_that_cannot_be_built_lets_go_of_the_store(
+    written: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored.StoredWeights, "fill", lambda self, pieces: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start(model, tmp_path)
+    remove_store([tmp_path], written.name)

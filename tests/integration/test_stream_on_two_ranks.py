@@ -1,0 +1,51 @@
+"""Greedy tokens of the stream engine on two ranks are those of plain transformers, wherever weights rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import SharedFolder
+from matrix import DRIVER_TIMEOUT_S, PROMPTS, Cell, answer, check_tokens, drive, wide_checkpoint
+
+# The first test of a worker waits for the driver.
+pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
+
+# Blocks of several MiB, so that each rank really has a part of every piece.
+MODELS = ("llama", "gpt_neox", "mixtral")
+WAYS = (
+    ("none", "auto"),
+    ("cpu", "replicated"),
+    ("cpu", "partitioned"),
+    ("nvme", "replicated"),
+    ("nvme", "partitioned"),
+)
+
+
+@pytest.fixture(scope="session")
+def models(shared_folder: SharedFolder) -> dict[str, Path]:
+    return {name: wide_checkpoint(shared_folder, name) for name in MODELS}
+
+
+@pytest.fixture(scope="session")
+def driven(models: dict[str, Path], shared_folder: SharedFolder) -> Path:
+    cells = [Cell(str(models[name]), offload, "stream", fetch) for name in MODELS for offload, fetch in WAYS]
+    return shared_folder("driven-stream-two-ranks", lambda folder: drive(folder, cells, ranks=2))
+
+
+@pytest.mark.parametrize(("offload", "fetch"), WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_plain_transformers(
+    name: str, offload: str, fetch: str, models: dict[str, Path], driven: Path
+) -> None:
+    found = answer(driven, Cell(str(models[name]), offload, "stream", fetch))
+    check_tokens(found, str(models[name]))
+    assert sorted(index for rows in found.rows_by_rank for index in rows) == list(range(len(PROMPTS)))
+
+
+@pytest.mark.parametrize("fetch", ["replicated", "partitioned"])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_write_one_store(name: str, fetch: str, models: dict[str, Path], driven: Path) -> None:
+    weights = sum(file.stat().st_size for file in models[name].glob("*.safetensors"))
+    on_disk = answer(driven, Cell(str(models[name]), "nvme", "stream", fetch)).bytes_on_disk
+    assert weights < on_disk < 1.2 * weights + (4 << 20)
