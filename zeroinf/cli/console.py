@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from zeroinf.cli.plan_view import plan_lines
 from zeroinf.hardware.process import resident
+from zeroinf.jobs.compare import Compared
 from zeroinf.jobs.report import Progress, RunReport
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
@@ -19,8 +21,6 @@ from zeroinf.planner.plan import Plan
 _GIB = 2**30
 _PLAIN_LINE_EVERY_S = 10.0
 _REFUSALS_SHOWN = 5
-
-_RESTS = {"none": "on the GPU", "cpu": "in host memory", "nvme": "on NVMe"}
 
 
 def gib(size: int) -> str:
@@ -58,16 +58,8 @@ class ConsoleObserver:
     def loading(self, plan: Plan) -> None:
         if self._quiet:
             return
-        anatomy = plan.anatomy
-        device = "GPU" if plan.device == "cuda" else "CPU"
-        streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} independent streams"
-        if plan.engine == "stream" and plan.world_size > 1:
-            streams += f", weights {plan.fetch}"
-        self._say(
-            f"plan: {anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {plan.dtype}, "
-            f"{gib(anatomy.weight_bytes)} of weights {_rests(plan)}"
-        )
-        self._say(f"      {plan.engine} engine, {streams} on the {device}, {plan.batch_size} rows each")
+        for index, line in enumerate(plan_lines(plan)):
+            self._say(f"{'' if index else 'plan:':<6}{line}")
         self._say("loading weights ...")
         self._loading = threading.Event()
         threading.Thread(target=self._tell_loading, args=(self._loading,), name="loading", daemon=True).start()
@@ -112,12 +104,6 @@ class ConsoleObserver:
             self._bar = None
 
 
-def _rests(plan: Plan) -> str:
-    if plan.offload == "none" and plan.device == "cpu":
-        return "in host memory, on the compute device itself"
-    return _RESTS[plan.offload] + (f" below {', '.join(map(str, plan.nvme_paths))}" if plan.offload == "nvme" else "")
-
-
 def _rates(progress: Progress) -> str:
     elapsed = max(progress.elapsed_s, 1e-9)
     parts = [f"{progress.tokens / elapsed:,.1f} tokens/s"]
@@ -141,14 +127,10 @@ def print_report(console: Console, report: RunReport) -> None:
     table.add_row("load", f"{report.load_s:.1f} s")
     table.add_row("generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s")
     if report.streamed_bytes:
-        table.add_row("weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s")
+        share = f", {100 * report.link_share:.0f} % of the links' {report.link_gbps:.1f}" if report.link_share else ""
+        table.add_row("weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{share}")
     if waits := _stalls(report):
         table.add_row("time of a rank", waits)
-    gpus = [rank.peak_gpu_bytes for rank in report.ranks if rank.peak_gpu_bytes is not None]
-    if gpus:
-        table.add_row(
-            "peak GPU memory", f"{gib(max(gpus))} reserved" + (" on the fullest rank" if len(gpus) > 1 else "")
-        )
     ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""
     table.add_row("peak host memory", gib(report.peak_host_bytes) + ranks)
     if report.output is not None:
@@ -156,6 +138,22 @@ def print_report(console: Console, report: RunReport) -> None:
     if report.errors is not None and report.refused:
         table.add_row("refused requests", str(report.errors))
     console.print(table, highlight=False)
+    _print_compared(console, report.compared())
+
+
+def _print_compared(console: Console, compared: Sequence[Compared]) -> None:
+    """The plan beside what happened."""
+    if not compared:
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("", "planned", "measured")
+    for one in compared:
+        table.add_row(one.name, *(_figure(value, one.unit) for value in (one.predicted, one.measured)))
+    console.print(table, highlight=False)
+
+
+def _figure(value: float, unit: str) -> str:
+    return gib(round(value)) if unit == "bytes" else f"{value:,.1f} {unit}"
 
 
 def _stalls(report: RunReport) -> str:

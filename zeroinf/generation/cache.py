@@ -33,9 +33,7 @@ class CachePool:
         """Give back all memory but that of `rows` rows. Nothing may be lent."""
         self._rows, device = rows, self._memory.device
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)  # the old memory first
-        self._memory = torch.empty(
-            self._anatomy.pool_bytes(rows, self._tokens), dtype=torch.uint8, device=device
-        )
+        self._memory = torch.empty(self._anatomy.pool_bytes(rows, self._tokens), dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:

@@ -52,7 +52,9 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
     yield _bytes("reserved", allocated + gaps, most(*(u.reserved for u in uses)))
     processes = [(u.process, u.reserved) for u in uses if u.process is not None]
     if processes:
-        yield _bytes("CUDA context, collectives", outside, most(*(process - reserved for process, reserved in processes)))
+        yield _bytes(
+            "CUDA context, collectives", outside, most(*(process - reserved for process, reserved in processes))
+        )
         yield _bytes("GPU memory in all", whole, most(*(process for process, _ in processes)))
 
 
@@ -64,7 +66,9 @@ def compare_host(plan: Plan, locked_bytes: int, peak_bytes: int) -> Iterator[Com
     locked = sum(term.nbytes for term in terms if "page-locked" in term.name)
     if locked_bytes:
         yield _bytes("host memory, page-locked", locked, locked_bytes)
-    yield _bytes("host memory in all", sum(term.nbytes for term in terms if term.name != "margin for the system"), peak_bytes)
+    yield _bytes(
+        "host memory in all", sum(term.nbytes for term in terms if term.name != "margin for the system"), peak_bytes
+    )
 
 
 def compare_time(plan: Plan, load_s: float, tokens_per_second: float) -> Iterator[Compared]:
@@ -76,4 +80,3 @@ def compare_time(plan: Plan, load_s: float, tokens_per_second: float) -> Iterato
 
 def _bytes(name: str, predicted: int, measured: int) -> Compared:
     return Compared(name, "bytes", predicted, measured)
-

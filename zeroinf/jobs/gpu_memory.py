@@ -1,4 +1,4 @@
-"""A rank's GPU memory: the limit that is enforced, the look before each large allocation, and what was used in the end."""
+"""A rank's GPU memory: the limit, the look before each large allocation, and what was used in the end."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ class RankReport:
     """The same over the whole run."""
     gpu: GpuUse | None
     """None without a GPU."""
+    link_gbps: float | None
+    """Rate of this rank's link, measured before the weights were loaded while all ranks measured theirs."""
     forwards: int
     """Forwards in the measured part."""
     slot_bytes: int
@@ -65,10 +67,10 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
         plan, anatomy = self.plan, self.plan.anatomy
-        asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size")
+        asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size", "resident_blocks")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
-        rates = ("tokens_per_second", "streamed_gbps", "ms_per_token")
+        rates = ("tokens_per_second", "streamed_gbps", "link_gbps", "link_share", "ms_per_token")
         memory = ("peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
         return {
             "schema": 1,
@@ -117,6 +119,17 @@ class RunReport:
     def streamed_gbps(self) -> float:
         """GB/s (10^9 bytes) of weights, all links together."""
         return self.streamed_bytes / self.generate_s / 1e9 if self.generate_s else 0.0
+
+    @property
+    def link_gbps(self) -> float | None:
+        """All links together, as measured before the weights were loaded; None where nothing crosses one."""
+        rates = [rank.link_gbps for rank in self.ranks if rank.link_gbps is not None]
+        return sum(rates) if rates else None
+
+    @property
+    def link_share(self) -> float | None:
+        """The part of the links' rate that the weights reached over the whole generation."""
+        return self.streamed_gbps / self.link_gbps if self.link_gbps else None
 
     @property
     def ms_per_token(self) -> float:

@@ -22,7 +22,9 @@ from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row
 from zeroinf.hardware.aio_op import read_aio_op
+from zeroinf.hardware.measure.links import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
+from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path, partial_path
@@ -47,6 +49,8 @@ class OtherRankFailedError(ZeroinfError):
 def pick_device(world: World) -> torch.device:
     """This rank's GPU, or the CPU where there is none or DeepSpeed's own DS_ACCELERATOR=cpu asks for it.
 
+    The GPU is not touched: what is free on it is planned with.
+
     Raises EnvironmentProblem when there are GPUs, but fewer than ranks.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
@@ -56,9 +60,7 @@ def pick_device(world: World) -> torch.device:
             f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}",
             hint="start fewer ranks, or check CUDA_VISIBLE_DEVICES",
         )
-    device = torch.device("cuda", world.local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", world.local_rank)
 
 
 def run_job(
@@ -150,6 +152,8 @@ class _Job:
         self._interrupts = interrupts
         self._peak = peak
         self._stalls_before = Stalls()
+        self._gpu: GpuMemory | None = None
+        self._link_gbps: float | None = None
 
     def run(self, watch: PeerWatch | None) -> RunReport | None:
         plan = self._prepared.plan
@@ -162,6 +166,8 @@ class _Job:
             self._observer.note(f"{plan.engine} engine: {self._prepared.engine_choice}")
         if plan.engine == "zero" and plan.offload == "nvme":
             self._tell_of_compiling(plan)
+        if self._device.type == "cuda":
+            self._take_gpu()
         started = time.perf_counter()
         engine = load_engine(
             plan, self._source, self._prepared.zero_config, self._control, self._device, self._observer
@@ -170,11 +176,12 @@ class _Job:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
             loading = self._peak.so_far()
-            stream, generate_s = self._generate(engine)
+            pool = self._cache_pool(engine)
+            stream, generate_s = self._generate(engine, pool)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(engine.stats(), stream, loading))
+            ranks = self._control.gather(self._rank_report(engine.stats(), pool, stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             passes = (max if engine.in_step else sum)(rank.forwards for rank in ranks)
             stats = engine.stats()
@@ -201,14 +208,23 @@ class _Job:
             errors=errors_path(self._options.output_file) if self._options.output_file else None,
         )
 
+    def _take_gpu(self) -> None:
+        """Start on the GPU: limit, link, and a look at whether the plan still holds."""
+        plan = self._prepared.plan
+        self._gpu = GpuMemory(plan, self._device, self._options.gpu_memory_bytes)
+        if plan.offload != "none":
+            self._control.gather(None)  # all ranks at once, as they will stream
+            self._link_gbps = measure_own_link(self._device.index)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._gpu.check()
+
     def _tell_of_compiling(self, plan: Plan) -> None:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
-    def _generate(self, engine: Engine) -> tuple[Stream, float]:
+    def _generate(self, engine: Engine, pool: CachePool) -> tuple[Stream, float]:
         codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
-        pool = self._cache_pool(engine)
         if self._options.benchmark:
             warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(engine, rules, pool, warm_up.take, lambda row: None, lambda rows: None)
@@ -225,11 +241,16 @@ class _Job:
 
     def _cache_pool(self, engine: Engine) -> CachePool:
         plan = self._prepared.plan
+        rows = plan.batch_size if self._gpu is None else self._gpu.rows_that_fit()
+        if rows < plan.batch_size:
+            self._observer.note(
+                f"another process has taken GPU memory since the plan: {rows} rows instead of {plan.batch_size}"
+            )
         try:
             return CachePool(
                 engine.model,
                 plan.anatomy,
-                rows=plan.batch_size,
+                rows=rows,
                 tokens=plan.prompt_tokens + plan.new_tokens,
                 device=self._device,
             )
@@ -263,6 +284,7 @@ class _Job:
                 done=done,
                 grew=grew,
                 stop_requested=lambda: self._interrupts.requested,
+                shrank=self._tell_of_shrinking,
             )
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
@@ -271,12 +293,20 @@ class _Job:
         if stopped_by:
             raise interrupted(stopped_by)
 
-    def _rank_report(self, stats: EngineStats, stream: Stream, loading: Resident) -> RankReport:
-        gpu = torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+    def _tell_of_shrinking(self, rows: int) -> None:
+        """An error of the planner: say so, with what it had counted on."""
+        terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self._prepared.plan.terms if t.place == "gpu")
+        self._observer.note(
+            f"out of GPU memory, against the plan: {rows} rows from here on, the rows it hit run again. "
+            f"Please report it with the planned terms: {terms}"
+        )
+
+    def _rank_report(self, stats: EngineStats, pool: CachePool, stream: Stream, loading: Resident) -> RankReport:
         return RankReport(
             host_loading=loading,
             host=self._peak.stop(),
-            peak_gpu_bytes=gpu,
+            gpu=self._gpu.use(stats.slot_bytes, pool.nbytes) if self._gpu is not None else None,
+            link_gbps=self._link_gbps,
             forwards=stream.forwards,
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=stats.pinned_host_bytes,

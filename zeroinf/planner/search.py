@@ -285,10 +285,10 @@ def _doubling(cap: int) -> Iterator[int]:
     yield cap
 
 
-def _merit(candidate: Candidate) -> tuple[float, int, int]:
-    """More tokens/s; of equals, more rows, then fewer blocks on the GPU."""
-    choice = candidate.choice
-    return (float(f"{candidate.timing.tokens_per_second:.3g}"), choice.batch_size, -choice.resident_blocks)
+def _merit(candidate: Candidate) -> tuple[float, int, int, int]:
+    """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU."""
+    choice, speed = candidate.choice, float(f"{candidate.timing.tokens_per_second:.3g}")
+    return (speed, -_OFFLOADS.index(choice.offload), choice.batch_size, -choice.resident_blocks)
 
 
 def _nothing_fits(rejected: list[Rejection]) -> str:
