@@ -12,6 +12,10 @@ from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
 from zeroinf.planner.plan import Plan
 
 
+# cuDNN's attention builds a plan for each new length of the cache: 40 ms a token on an H200 (docs/decisions/0006).
+_CUDNN_ATTENTION = False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuUse:
     """What a run took of a GPU, in bytes."""
@@ -29,6 +33,14 @@ class GpuUse:
     """What the GPU's memory in use grew by since before the run, at its end; None where NVML does not tell."""
 
 
+def _start_libraries(plan: Plan, device: torch.device) -> None:
+    """Let matrix product libraries take their workspaces now, before there are gaps that they would keep open."""
+    torch.backends.cuda.enable_cudnn_sdp(_CUDNN_ATTENTION)
+    weight = torch.ones(16, 16, dtype=getattr(torch, plan.dtype), device=device)
+    torch.nn.functional.linear(weight, weight)
+    torch.nn.functional.linear(weight, weight, weight[0])
+
+
 class GpuMemory:
     """Guards one GPU for one plan. To be made before anything touches the GPU."""
 
@@ -38,6 +50,7 @@ class GpuMemory:
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
         self._used_before = self._used()
         torch.cuda.set_device(device)
+        _start_libraries(plan, device)
         self._limit: int | None = None
         if limit_bytes is not None:
             self._limit = limit_bytes - self._outside_torch

@@ -52,6 +52,8 @@ def plan_run(
     _check_folders(machine.disks)
     rates = read_profile(machine)
     if device == "cpu":
+        if options.gpu_memory_bytes is not None:
+            raise UsageError("--gpu-memory has no effect: this run computes on the CPU", hint="drop it")
         machine = replace(machine, gpus=())
     machine, rates = override(
         replace(machine, gpus=machine.gpus[: world.local_size]),

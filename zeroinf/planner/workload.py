@@ -48,6 +48,11 @@ class Workload:
     last_decode: Step
     """At full length. What is alive after it goes with the micro-batch."""
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that are there: of one new token there is only the prefill, of two one decode step."""
+        return (self.prefill, self.first_decode, self.last_decode)[: self.new_tokens]
+
 
 class Simulate(Protocol):
     """Whoever can tell what a micro-batch does. Prompts are `padded` where their lengths differ."""
