@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.sampling import choose_tokens
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import Plan
@@ -42,9 +44,11 @@ def tokens_of(folder: Path) -> list[list[int]]:
     sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     rows = [Row(index=i, prompt=p, sampling=sampling, decode=str) for i, p in enumerate(PROMPTS)]
     waiting = [rows]
+    tokens = max(map(len, PROMPTS)) + NEW_TOKENS
+    pool = CachePool(engine.model, plan.anatomy, rows=len(PROMPTS), tokens=tokens, device=device)
     try:
         generate(
-            engine, TokenRules(engine.model, 0, []), control, device,
+            engine, TokenRules(engine.model, 0, []), control, pool, device,
             take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
         )  # fmt: skip
     finally:
@@ -88,3 +92,9 @@ def test_pinned_host_memory_is_exactly_the_weights(tmp_path: Path) -> None:
     assert memory.pinned_bytes == 5 << 20
     memory.close()
     assert memory.pinned_bytes == 0
+
+
+def test_the_first_of_equal_scores_wins_in_half_precision_as_in_float32() -> None:
+    rows = [Row(index=i, prompt=[1], sampling=Sampling(max_new_tokens=1), decode=str) for i in range(64)]
+    scores = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(1)).clamp(max=2.5).bfloat16().cuda()
+    assert choose_tokens(scores, rows).tolist() == scores.cpu().float().argmax(-1).tolist()

@@ -76,10 +76,10 @@ class _FullLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
-        self._room = keys, values
+        self._all_keys, self._all_values = keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        _initialize(self, self._room, (key_states, value_states))
+        _initialize(self, (self._all_keys, self._all_values), (key_states, value_states))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -87,9 +87,10 @@ class _FullLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, new = self.keys.shape[-2], key_states.shape[-2]
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room.narrow(-2, held, new).copy_(states)
-        self.keys, self.values = (room.narrow(-2, 0, held + new) for room in self._room)
+        self._all_keys.narrow(-2, held, new).copy_(key_states)
+        self._all_values.narrow(-2, held, new).copy_(value_states)
+        self.keys = self._all_keys.narrow(-2, 0, held + new)
+        self.values = self._all_values.narrow(-2, 0, held + new)
         return self.keys, self.values
 
     def reset(self) -> None:
