@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +226,29 @@ def test_tokens_chosen_before_a_stop_are_not_lost(model: Any) -> None:
     assert ended == [rows[1]]
 
 
+class ForgetfulEngine(PlainEngine):
+    """Looks whether anybody still holds logits of a forward when the next one begins."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.held = 0
+        self._logits: weakref.ref[torch.Tensor] | None = None
+
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        self.held += self._logits is not None and self._logits() is not None
+        outputs = super().forward(micro_batches)
+        self._logits = weakref.ref(outputs[0].logits)
+        return outputs
+
+
+@pytest.mark.parametrize("settings", [{}, {"ignore_eos": True}, {"temperature": 1.0, "ignore_eos": True}])
+def test_logits_are_gone_before_the_next_forward_begins(model: Any, settings: dict[str, Any]) -> None:
+    engine = ForgetfulEngine(model)
+    run(engine, [rows_of(**settings)])
+    assert len(engine.forwards) == 12
+    assert engine.held == 0
+
+
 def test_only_the_last_position_is_asked_for_and_only_new_tokens_are_fed(model: Any) -> None:
     engine = PlainEngine(model)
     run(engine, [rows_of()])
@@ -322,17 +346,21 @@ def test_inputs_of_a_decode_step_are_those_that_the_model_would_prepare(name: st
             batch.accept(lambda row: None)
 
 
-def test_rotary_factors_that_change_on_the_way_make_the_model_start_again_in_the_same_memory() -> None:
-    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "rope_theta": 1e4}
+def test_rotary_factors_that_change_on_the_way_make_all_tokens_run_again_in_the_same_memory() -> None:
     config = small_config("phi3")
     config.original_max_position_embeddings = 12
-    config.rope_parameters = {**factors, "original_max_position_embeddings": 12}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 12}
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    rows, engine = rows_of(), PlainEngine(model)
+    rows, engine = rows_of(PROMPTS[:1]), PlainEngine(model)
     run(engine, [rows])
-    assert [row.generated for row in rows] == by_transformers(model)
     assert [inputs["input_ids"].shape[1] for inputs in engine.forwards] == [7] + [1] * 5 + [13] + [1] * 5
+    expected = list(PROMPTS[0])
+    with torch.no_grad():
+        for _ in range(12):
+            expected.append(model(torch.tensor([expected]), use_cache=False).logits[0, -1].argmax().item())
+    assert rows[0].generated == expected[7:]
 
 
 def test_scores_of_half_precision_give_the_tokens_of_their_float32_copies() -> None:

@@ -86,8 +86,8 @@ class MicroBatch:
     def likely_goes_on(self) -> bool:
         """Whether some row needs another forward after the next one; two that may end early hardly do so together."""
         after = self._length - self._width + 1
-        lasting = sum(not row.finished and row.sampling.max_new_tokens > after for row in self.rows)
-        return after < self._sure or lasting > 1
+        lasting = (row for row in self.rows if not row.finished and row.sampling.max_new_tokens > after)
+        return after < self._sure or sum(1 for _ in lasting) > 1
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of the next forward: the whole prompts first, one token a row from then on."""
@@ -101,17 +101,15 @@ class MicroBatch:
 
     def _inputs_by_the_model(self) -> dict[str, Any]:
         first = self._length == self._width
+        ids = self._ids[:, : self._length]
+        always = {**self._always, **{name: tensor[:, : self._length] for name, tensor in self._growing.items()}}
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
-            self._ids[:, : self._length],
-            next_sequence_length=None if first else 1,
-            is_first_iteration=first,
-            **self._always,
-            **{name: tensor[:, : self._length] for name, tensor in self._growing.items()},
+            ids, next_sequence_length=None if first else 1, is_first_iteration=first, **always
         )
         if inputs.get(self._cache_name) is None:
-            # Phi-3 drops its cache once, where its long rotary factors begin, and runs all tokens again.
+            # Phi-3 drops its cache once, where its long rotary factors begin: all tokens run again.
             self._cache.reset()
-            inputs[self._cache_name] = self._cache
+            return {"input_ids": ids, **always}
         return inputs
 
     def choose(self, output: Any) -> None:
