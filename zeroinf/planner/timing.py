@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,15 @@ Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "ke
 # The part of its links that DeepSpeed's engine reaches, by the number of GPUs (docs/benchmarks.md).
 _ZERO_SHARE = {1: 0.85, 2: 0.49}
 _ZERO_SHARE_OF_MORE = 0.36
+
+# What the kernels of real models reach of the measured rates, and what launching one through a model's Python costs
+# beside a bare launch: fitted to Llama-2-7B, OPT-6.7B and pythia-160m shapes on an H200 (docs/benchmarks.md).
+_ARITHMETIC_SHARE = 0.85
+_MEMORY_SHARE = 0.7
+_MASKED_ATTENTION_SHARE = 0.22
+_HOST_SHARE = 1.95
+_STEP_S = 0.5e-3
+_SHORTEST_KERNEL_S = 2e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,25 +94,25 @@ def time_plan(
 
 
 def _step(step: Step, waits: dict[Resource, float], speeds: Speeds) -> tuple[float, Resource]:
-    """Seconds of a step and what they are spent on: the streams run beside each other, kernels one after the other."""
-    computes = _kernel_times(step, speeds)
-    compute_s = sum(computes.values())
-    slowest = max(waits, key=lambda resource: waits[resource])
-    if waits[slowest] >= compute_s:
-        return waits[slowest], slowest
-    return compute_s, max(computes, key=lambda resource: computes[resource])
+    """Seconds of a step and what they are spent on: streams, host and GPU work beside each other."""
+    on_gpu = _gpu_times(step, speeds)
+    launches = sum(group.times * len(group.kernels) for group in step.kernels)
+    times: dict[Resource, float] = {
+        **waits,
+        "kernel launches": launches * speeds.launch_s * _HOST_SHARE + _STEP_S,
+        max(on_gpu, key=lambda resource: on_gpu[resource]): sum(on_gpu.values()),
+    }
+    slowest = max(times, key=lambda resource: times[resource])
+    return times[slowest], slowest
 
 
-def _kernel_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
+def _gpu_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
     """Seconds of a step's kernels by what each of them is bound by."""
-    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0}
+    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0}
     for group in step.kernels:
         for kernel in group.kernels:
-            needs: Iterable[tuple[float, Resource]] = (
-                (kernel.flops / speeds.tflops / 1e12, "arithmetic"),
-                (kernel.nbytes / speeds.hbm_gbps / 1e9, "GPU memory"),
-                (speeds.launch_s, "kernel launches"),
-            )
-            seconds, resource = max(needs)
-            times[resource] += group.times * seconds
+            share = _MASKED_ATTENTION_SHARE if kernel.is_masked_attention else _MEMORY_SHARE
+            arithmetic = kernel.flops / speeds.tflops / 1e12 / _ARITHMETIC_SHARE
+            memory = max(kernel.nbytes / speeds.hbm_gbps / 1e9 / share, _SHORTEST_KERNEL_S)
+            times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)
     return times

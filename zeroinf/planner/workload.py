@@ -15,6 +15,8 @@ class Kernel:
 
     flops: int
     nbytes: int
+    is_masked_attention: bool = False
+    """Attention of a few queries under a mask, whose kernel reads memory slowly."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kernel(flops, _tensors((args, kwargs, out)))
         return out
 
-    def kernel(self, flops: int, tensors: Iterable[torch.Tensor]) -> None:
+    def kernel(self, flops: int, tensors: Iterable[torch.Tensor], *, is_masked_attention: bool = False) -> None:
         """Note a kernel that reads or writes `tensors`."""
-        self._kernels[self._section].append(Kernel(flops, sum(map(_touched, tensors))))
+        self._kernels[self._section].append(Kernel(flops, sum(map(_touched, tensors)), is_masked_attention))
 
     def cut(self, times: Sequence[float]) -> Step:
         """What was recorded since the last cut; block i stands for `times[i]` blocks."""
