@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -138,7 +139,13 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
             dtype=model.dtype,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
+            weights_only=True,
         )
+    except UnpicklingError as error:
+        raise ModelError(
+            f"cannot load {source.name}: its pickled files hold more than weights, and could run code here",
+            hint="convert it to safetensors where you trust it",
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {source.name}: {error}") from error
     values = loaded.state_dict()
