@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,17 @@ NEW_TOKENS = 16
 NAMES = ("llama", "llama_tied", "gpt_neox", "opt", "bloom", "mixtral", "gptj", "gemma2", "mamba", "deepseek_v3")
 
 
-def tokens_of(folder: Path) -> list[list[int]]:
+def tokens_of(folder: Path, **where: Any) -> list[list[int]]:
+    """What the stream engine generates with weights in host memory, or as `where` says in the plan's terms."""
     source, device, control = resolve_model(str(folder)), torch.device("cuda", 0), Control(World(), "cuda")
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype="float32"),
         engine="stream",
-        offload="cpu",
         dtype="float32",
         device="cuda",
         world_size=1,
         batch_size=len(PROMPTS),
+        **{"offload": "cpu", **where},
     )
     engine = StreamEngine(plan, source, control, device)
     sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -66,10 +68,18 @@ def plain_tokens(folder: Path) -> list[list[int]]:
     return out[:, width:].tolist()
 
 
+def blocks_of(folder: Path) -> int:
+    return len(read_anatomy(resolve_model(str(folder)).config).blocks)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_stream_engine(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("resident", "nvme"), [(0, 0), (0.0, 1.0), (1.0, 0.0), (0.34, 0.34)])
+def test_the_stream_engine_with_blocks_on_any_tier(name: str, resident: float, nvme: float, tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
-    assert tokens_of(folder) == plain_tokens(folder)
+    blocks = blocks_of(folder)
+    where: dict[str, Any] = {"offload": "nvme", "nvme_paths": (tmp_path,)} if nvme else {}
+    where |= {"resident_blocks": round(resident * blocks), "nvme_blocks": round(nvme * blocks)}
+    assert tokens_of(folder, **where) == plain_tokens(folder)
 
 
 def test_the_zero_engine_agrees_with_the_stream_engine(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_stream_tokens import NEW_TOKENS, plain_tokens, stream, tokens_of
+
+from zeroinf.engines.base import Silent
+from zeroinf.engines.stream import disk, weights
+from zeroinf.engines.stream.tensors import group_tensors
 
 ARCHITECTURES = ("llama", "llama_tied", "gptj", "gpt_neo", "mixtral", "deepseek_v3", "lfm2", "mamba", "jamba", "bloom")
 
@@ -61,6 +66,57 @@ def test_all_resident_leaves_no_weights_in_host_memory_and_moves_none(small_chec
     folder = small_checkpoint("llama")
     stats = stream(folder, offload="none", resident_blocks=blocks_of(folder)).stats()
     assert (stats.streamed_bytes_per_pass, stats.shared_host_bytes, stats.slot_bytes) == (0, 0, 0)
+
+
+def test_what_stays_on_the_device_passes_through_the_host_a_block_at_a_time(
+    small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    class Counted(weights.HostMemory):
+        def __init__(self, nbytes: int, *more: Any, **named: Any) -> None:
+            made.append(nbytes)
+            super().__init__(nbytes, *more, **named)
+
+    monkeypatch.setattr(weights, "HostMemory", Counted)
+    folder = small_checkpoint("llama")
+    engine = stream(folder, offload="none", resident_blocks=blocks_of(folder))
+    groups, outside = group_tensors(engine.model)
+    assert made == [max(group.nbytes for group in (*groups, outside))]
+
+
+def test_waits_for_the_disk_are_counted(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_checkpoint("llama")
+    engine = stream(folder, offload="nvme", nvme_blocks=3, nvme_paths=(tmp_path,))
+    before = engine.stats().stalls
+    read = disk.DataFiles.read
+
+    def slow(self: disk.DataFiles, *more: Any) -> None:
+        time.sleep(0.01)
+        read(self, *more)
+
+    monkeypatch.setattr(disk.DataFiles, "read", slow)
+    tokens_of(engine)
+    assert (engine.stats().stalls - before).disk_s > 0
+    engine.close()
+
+
+def test_loading_says_how_far_it_is_and_reaches_all_of_it(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Ear(Silent):
+        def filled(self, done_bytes: int, total_bytes: int) -> None:
+            told.append((done_bytes, total_bytes))
+
+    engine = stream(small_checkpoint("llama"), told=Ear())
+    weights_bytes = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    done, total = told[-1]
+    assert [d for d, _ in told] == sorted(d for d, _ in told)
+    assert weights_bytes <= done <= total
 
 
 def test_resident_blocks_do_not_stream(small_checkpoint: Callable[[str], Path]) -> None:

@@ -42,6 +42,7 @@ class StreamEngine:
         self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
     ) -> None:
         self._forwards = 0
+        self._device = device
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model)
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks)
@@ -134,6 +135,8 @@ class StreamEngine:
         )
 
     def close(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
         if self._ahead is not None:
             self._ahead.close()
         self._weights.close()

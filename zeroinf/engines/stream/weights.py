@@ -98,9 +98,7 @@ class Weights:
         return self._host.pinned_bytes if self._host is not None else 0
 
     def close(self) -> None:
-        """Unlock host memory and let go of the store."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
+        """Unlock host memory and let go of the store. No copy from them may be under way."""
         if self._host is not None:
             self._host.close()
         if self.used is not None:

@@ -1,0 +1,49 @@
+"""Runs that read from a store and are stopped or killed leave it whole, and the next run starts from it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import has_lines, run_zeroinf, started, wait_until
+
+from zeroinf.engines.stream.keep import list_stores, verify_store
+from zeroinf.engines.stream.store import open_store
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """More work than any test waits for."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {i}\n" for i in range(10_000)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGKILL, None, 1)]
+)
+def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
+    number: int, code: int | None, ranks: int, many: Path, small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    nvme, model = tmp_path / "nvme", str(small_checkpoint("llama"))
+    nvme.mkdir()
+    common = ["-m", model, "--offload", "nvme", "--nvme-path", str(nvme), "-b", "2", "--max-new-tokens", "12"]
+    out = tmp_path / "out.jsonl"
+    launcher = "none" if ranks == 1 else "num-gpus"
+    with started([*common, "-i", str(many), "-o", str(out)], ranks=ranks, launcher=launcher) as process:
+        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    if code is not None:
+        assert process.returncode == code, err
+        assert "finished results are saved" in err
+    (summary,) = list_stores([nvme])
+    store = open_store([nvme], summary.name)
+    assert store is not None
+    verify_store(store, lambda nbytes: None)
+    done = run_zeroinf([*common, "--prompt", "next"])
+    assert done.code == 0, done.err
+    assert "writing" not in done.err
+    assert "waiting" not in done.err
