@@ -126,6 +126,21 @@ def test_weights_are_told_apart_by_what_they_hold_and_known_again(
     assert weights_identity(resolve_model(str(folder), random_weights=True)) != first
 
 
+def test_a_model_of_the_hub_is_known_by_its_commit_before_its_weights_are_there(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identity(commit: str) -> str:
+        snapshot = tmp_path / "models--who--what" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        shutil.copy(small_checkpoint("llama") / "config.json", snapshot)
+        (tmp_path / "models--who--what" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--who--what" / "refs" / "main").write_text(commit)
+        return weights_identity(replace(resolve_model(str(small_checkpoint("llama"))), location="who/what"))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert identity("1" * 40) != identity("2" * 40)
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """The folder of a whole store below `tmp_path`."""

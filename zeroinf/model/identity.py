@@ -21,16 +21,23 @@ def weights_identity(source: ModelSource) -> str:
     config and the weight files, and samples of what they hold: an edit in place changes the times, another model's
     files that were given the same times hold other samples. Random weights follow from the config.
     """
-    commit = getattr(source.config, "_commit_hash", None)
     facts: Any
     if source.random_weights:
         facts = {k: v for k, v in source.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-    elif not source.is_local and commit:
+    elif not source.is_local and (commit := _commit(source)):
         facts = [source.location, commit]
     else:
         files = weight_files(source)
         facts = [_sampled(file) for file in (files[0].parent / "config.json", *files)]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _commit(source: ModelSource) -> str | None:
+    """The commit of a hub's model, known from where its config lies in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _sampled(file: Path) -> list[Any]:

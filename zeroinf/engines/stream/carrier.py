@@ -10,6 +10,8 @@ import torch.distributed as dist
 from zeroinf.engines.stream.layout import round_up
 
 _STAGES = 4
+# Releases of torch call it one name or the other.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Carrier(Protocol):
@@ -102,7 +104,7 @@ class Partitioned:
         stage, whole = self._stages[at][: self._part(nbytes)], slot[: self.slot_bytes(nbytes)]
         if self._pull is None:
             stage[: mine.numel()].copy_(mine)
-            dist.all_gather_into_tensor(whole, stage)
+            _all_gather(whole, stage)
             return
         with torch.cuda.stream(self._pull):
             self._pull.wait_event(self._free[at])
@@ -112,7 +114,7 @@ class Partitioned:
         with torch.cuda.stream(self._gather):
             self._gather.wait_event(self._staged[at])
             self._gather.wait_event(released)
-            dist.all_gather_into_tensor(whole, stage)
+            _all_gather(whole, stage)
             arrived.record()
             self._free[at].record()
 

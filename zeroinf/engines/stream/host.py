@@ -11,6 +11,8 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
+from zeroinf.hardware.checks import gib
+from zeroinf.hardware.snapshot import read_memlock
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
 
@@ -52,10 +54,13 @@ class HostMemory:
     def _pin(self) -> None:
         error = _cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, _PORTABLE)
         if int(error):
+            limit = read_memlock()
+            low = limit is not None and limit < self.nbytes
             raise EnvironmentProblem(
-                f"cannot page-lock {self.nbytes / 2**30:.2f} GiB of host memory: CUDA error {int(error)}",
-                hint=f"raise the memlock limit (`ulimit -l {-(-self.nbytes // 1024)}` or more, in KiB), free host "
-                "memory, or --no-pin-memory",
+                f"cannot page-lock {gib(self.nbytes)} of host memory: CUDA error {int(error)}"
+                + (f", the memlock limit is {gib(limit)}" if limit is not None else ""),
+                hint=(f"ulimit -l {-(-self.nbytes // 1024)} or more, " if low else "free host memory, ")
+                + "or --no-pin-memory",
             )
         self.pinned_bytes = self.nbytes
 
