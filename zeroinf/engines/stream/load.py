@@ -20,7 +20,7 @@ from zeroinf.model.weights import weight_files
 
 _THREADS = 8
 _RANDOM_SCALE = 0.02
-RANDOM_SEED = 0
+_RANDOM_SEED = 0
 _TILE = 1 << 22
 
 _Read = Callable[[Tensor], tuple[torch.Tensor, Path | str]]
@@ -44,7 +44,7 @@ class Checkpoint:
         self._tally = tally
         self._tile = torch.empty(0)
         if self._random:
-            self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(RANDOM_SEED)) * _RANDOM_SCALE
+            self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
             return
         if control is not None:
             if self._part == 0:
