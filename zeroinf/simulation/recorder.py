@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ aten = torch.ops.aten
 _NO_KERNEL = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.lift_fresh.default}
 # Bytes an element that a kernel holds for itself while its output is there already: a mask of rows without any value.
 _OWN_BYTES = {aten._safe_softmax.default: 1}
+# Rows of a grouped product are padded to so many bytes (`create_grouped_gemm_output_tensor` in torch's GroupedMMUtils.h).
+_GROUPED_ROW_BYTES = 16
 
 _OUTSIDE = -1
 
@@ -53,12 +56,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         if func is aten._to_copy.default and _leaves_for_the_host(args[0], kwargs):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
-        out = func(*args, **kwargs)
+        out = _grouped_product(*args) if func is aten._grouped_mm.default else func(*args, **kwargs)
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
             self._pass_through(out.numel() * _OWN_BYTES[func])
         if func not in _NO_KERNEL and (any(is_new) or func._schema.is_mutable):
-            formula = flop_registry.get(func._overloadpacket)
+            formula = _FLOPS.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             self.kernel(flops, _tensors((args, kwargs, out)))
         return out
@@ -109,6 +112,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _key(self) -> int:
         self._next_key += 1
         return self._next_key
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor, *ignored: Any) -> torch.Tensor:
+    """Each of `rows` times the weights of its group; torch's own shape function takes nothing but bfloat16."""
+    width, unit = weights.shape[-1], _GROUPED_ROW_BYTES // rows.element_size()
+    return rows.new_empty(rows.shape[0], -(-width // unit) * unit)[:, :width]
+
+
+def _grouped_flops(rows: torch.Tensor, weights: torch.Tensor, *ignored: Any, **also_ignored: Any) -> int:
+    return 2 * rows.shape[0] * prod(weights.shape[1:])
+
+
+_FLOPS = {**flop_registry, aten._grouped_mm: _grouped_flops}
 
 
 def _leaves_for_the_host(tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import ModuleList
+from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import CachePool
 from zeroinf.generation.micro_batch import MicroBatch, TokenRules
@@ -113,7 +114,7 @@ def _skip(batch: MicroBatch, tokens: int) -> None:
     """Let `batch` stand where it would after `tokens` more steps."""
     batch._length += tokens
     for layer in batch._cache.layers if tokens else ():
-        if layer.is_initialized:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:  # recurrent states do not grow
             layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
 
 
