@@ -23,7 +23,7 @@ aten = torch.ops.aten
 _NO_KERNEL = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.lift_fresh.default}
 # Bytes an element that a kernel holds for itself while its output is there already: a mask of rows without any value.
 _OWN_BYTES = {aten._safe_softmax.default: 1}
-# Rows of a grouped product are padded to so many bytes (`create_grouped_gemm_output_tensor` in torch's GroupedMMUtils.h).
+# What the rows of a grouped product are padded to (`create_grouped_gemm_output_tensor` in torch's GroupedMMUtils.h).
 _GROUPED_ROW_BYTES = 16
 
 _OUTSIDE = -1

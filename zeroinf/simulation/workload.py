@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.nn import ModuleList
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import CachePool
@@ -20,7 +18,7 @@ from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
 
 _META = torch.device("meta")
-# Of each kind of block so many are run: what a block leaves behind for the next of its kind shows with the second.
+# So many blocks of each kind are run: what one leaves behind for the next of its kind shows with the second.
 _KEPT = 2
 
 
@@ -57,14 +55,17 @@ class Simulator:
         return self._seen[rows]
 
     def _keep_kinds(self) -> None:
-        """Leave a few blocks of each kind in the model. Where caches grow by themselves, every block counts instead."""
-        kinds: dict[Any, list[int]] = defaultdict(list)
-        for index, group in enumerate(self._run(1).prefill.kernels[1:]):
-            kinds[group.kernels].append(index)
-        kept = sorted(index for members in kinds.values() for index in members[:_KEPT])
-        times = {index: len(members) / len(members[:_KEPT]) for members in kinds.values() for index in members}
-        self._times = [times[index] for index in kept]
-        self._blocks = ModuleList(self._blocks[index] for index in kept)
+        """Leave the first blocks in the model, a few of each kind: models tell a block what it is by its place.
+
+        Where caches grow by themselves, every block counts instead.
+        """
+        ran = self._run(2)  # two rows, of which one is padded
+        steps = (ran.prefill, ran.first_decode, ran.last_decode)
+        groups = zip(*(step.kernels[1:] for step in steps), strict=True)
+        kinds = [tuple(group.kernels for group in block) for block in groups]
+        kept = max(index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < _KEPT) + 1
+        self._times = [kinds.count(kind) / kinds[:kept].count(kind) for kind in kinds[:kept]]
+        self._blocks = self._blocks[:kept]
         self._model.set_submodule(self._path, self._blocks)
 
     def _run(self, rows: int) -> Workload:
