@@ -2,7 +2,7 @@
 
 After the choice and the preparations in torch's `aten/src/ATen/native/transformers/attention.cpp` and
 `cuda/sdp_utils.cpp`: a mask keeps the flash kernel out, and is turned into a bias whose rows are padded to 16 elements
-for the memory-efficient one; what neither takes (heads above 256, grouped queries with a mask) is matrix products.
+for the memory-efficient one, which takes heads of any size; grouped queries that flash does not take are products.
 """
 
 from __future__ import annotations
