@@ -11,7 +11,7 @@ from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
 from zeroinf.planner.plan import Plan
 
-# cuDNN's attention builds a plan for each new length of the cache: 40 ms a token on an H200 (docs/decisions/0006).
+# cuDNN's attention builds a plan for each new length of the cache: 40 ms a token on an H200 (docs/decisions/0008).
 _CUDNN_ATTENTION = False
 
 
