@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,13 @@ def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
     store = open_store([nvme], summary.name)
     assert store is not None
     verify_store(store, lambda nbytes: None)
-    done = run_zeroinf([*common, "--prompt", "next"])
+    done = run_zeroinf([*common, "--prompt", "next", "--report", str(tmp_path / "report.json")])
     assert done.code == 0, done.err
     assert "writing" not in done.err
-    assert "waiting" not in done.err
+    assert "waiting" not in done.err.partition("loaded in")[0]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["pinned_host_bytes"] == 0, "there is no GPU to lock memory for"
+    for rank in report["ranks"]:
+        assert rank["slot_bytes"] > 0
+        assert rank["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s"}
+        assert 0 <= rank["stalls"]["disk_s"] <= report["generate_s"]
