@@ -38,7 +38,7 @@ class HostMemory:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if pin:
-            self._pin()
+            self.pin()
 
     @staticmethod
     def _open(nbytes: int, control: Control) -> int:
@@ -51,7 +51,8 @@ class HostMemory:
         control.gather(None)  # nobody closes it before all have opened it
         return descriptor
 
-    def _pin(self) -> None:
+    def pin(self) -> None:
+        """Lock the memory for the GPU. Raises EnvironmentProblem where the driver refuses."""
         error = _cudart().cudaHostRegister(self.bytes.data_ptr(), self.nbytes, _PORTABLE)
         if int(error):
             limit = read_memlock()

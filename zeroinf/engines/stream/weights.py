@@ -64,13 +64,15 @@ class Weights:
         if not groups:
             return {}
         starts = [0, *accumulate(self._groups[index].nbytes for index in groups)]
-        self._host = HostMemory(starts[-1], self._control, pin=self._pin)
+        self._host = HostMemory(starts[-1], self._control, pin=False)
         pieces = {
             index: self._host.bytes[start : start + self._groups[index].nbytes]
             for index, start in zip(groups, starts, strict=False)
         }
         self._origin.fill(list(pieces.items()))
         self._control.gather(None)  # nobody reads before all of it is there
+        if self._pin:
+            self._host.pin()  # only now: untouched pages would be made by this one thread, not by those that fill them
         return pieces
 
     def place(self, groups: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
