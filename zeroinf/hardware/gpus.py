@@ -12,6 +12,9 @@ from zeroinf.hardware.machine import Gpu
 
 _Answer = TypeVar("_Answer")
 
+# NVML_P2P_CAPS_INDEX_READ in nvml.h; nvidia-ml-py has a tuple under that name, which NVML refuses.
+_P2P_READ = 0
+
 
 def read_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
     """The GPUs that a CUDA program started now would see, in its order; none where driver or library is missing.
@@ -49,7 +52,7 @@ def gpus_are_linked(count: int) -> bool:
     def ask(nvml: Any) -> bool:
         handles = _visible_handles(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))[:count]
         return all(
-            nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_READ) == nvml.NVML_P2P_STATUS_OK
+            nvml.nvmlDeviceGetP2PStatus(one, other, _P2P_READ) == nvml.NVML_P2P_STATUS_OK
             for one, other in permutations(handles, 2)
         )
 

@@ -11,7 +11,7 @@ from zeroinf.errors import EnvironmentProblem
 
 # More than any processor caches.
 _COPY_BYTES = 1 << 30
-_BRIEF_BYTES = 128 << 20
+_BRIEF_BYTES = 256 << 20
 _COPIES = 10
 _LOCKED_BYTES = 2 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable
@@ -44,7 +44,8 @@ def measure_own_link(device: int) -> float:
     host = torch.empty(_BRIEF_BYTES, dtype=torch.uint8, pin_memory=True).fill_(1)
     target = torch.empty(_BRIEF_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    target.copy_(host, non_blocking=True)  # the first copy sets the driver up
+    for _ in range(_COPIES):  # the first copies set the driver up
+        target.copy_(host, non_blocking=True)
     begin.record()
     for _ in range(_COPIES):
         target.copy_(host, non_blocking=True)
