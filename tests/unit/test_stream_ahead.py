@@ -17,8 +17,9 @@ from zeroinf.engines.stream import ahead
 from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.disk import DataFiles
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.engines.stream.store import CHUNK_BYTES, Store
+from zeroinf.engines.stream.store import Store
 from zeroinf.engines.stream.write import write_store
+from zeroinf.planner.memory import CHUNK_BYTES
 
 CPU = torch.device("cpu")
 SIZES = [6 * CHUNK_BYTES, 4096, 3 * CHUNK_BYTES + 8192, CHUNK_BYTES]

@@ -21,7 +21,6 @@ from zeroinf.engines.stream.disk import DataFiles
 from zeroinf.engines.stream.host import HostMemory, view_of
 from zeroinf.engines.stream.keep import list_stores
 from zeroinf.engines.stream.store import (
-    CHUNK_BYTES,
     REQUEST_BYTES,
     STRIPE_BYTES,
     Contents,
@@ -34,6 +33,7 @@ from zeroinf.engines.stream.write import write_store
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import resolve_model
+from zeroinf.planner.memory import CHUNK_BYTES
 
 
 def contents_of(sizes: list[int], parts: int) -> Contents:

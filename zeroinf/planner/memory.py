@@ -18,6 +18,12 @@ ALIGNMENT = 512
 """A device allocation starts at 512 bytes, so a tensor at such an offset is aligned as if it had been allocated alone
 and the same kernels run on it."""
 
+PIECE_ALIGNMENT = 4096
+"""What O_DIRECT wants of lengths and offsets: pieces are read from a disk as they lie in memory."""
+
+CHUNK_BYTES = 1 << 20
+"""What one digest of a store covers: pieces begin, and are shared out among ranks, at multiples of it."""
+
 SLOTS: dict[Fetch, int] = {"replicated": 3, "partitioned": 6}
 """On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
 four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md)."""
@@ -68,15 +74,31 @@ class Overhead:
     collectives: tuple[int, Origin] = (0, "counted")
 
 
-def piece_bytes(tensors: Iterable[TensorSpec], parts: int = 1) -> int:
-    """Bytes of `tensors` in one contiguous piece that can be cut into `parts` aligned equal parts."""
-    end = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
-    return -(-end // (ALIGNMENT * parts)) * ALIGNMENT * parts
+def piece_bytes(tensors: Iterable[TensorSpec]) -> int:
+    """Bytes of `tensors` in one contiguous piece."""
+    return round_up(sum(round_up(tensor.nbytes, ALIGNMENT) for tensor in tensors), PIECE_ALIGNMENT)
 
 
-def pieces(anatomy: Anatomy, parts: int = 1) -> tuple[int, ...]:
+def pieces(anatomy: Anatomy) -> tuple[int, ...]:
     """The bytes of each block's piece."""
-    return tuple(piece_bytes(block.tensors, parts) for block in anatomy.blocks)
+    return tuple(piece_bytes(block.tensors) for block in anatomy.blocks)
+
+
+def store_bytes(anatomy: Anatomy) -> int:
+    """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
+    return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy), piece_bytes(anatomy.outside)))
+
+
+def round_up(size: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `size`."""
+    return -(-size // unit) * unit
+
+
+def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
+    """What each rank pulls of a piece."""
+    if choice.fetch == "replicated":
+        return piece
+    return round_up(-(-piece // world_size), CHUNK_BYTES if choice.offload == "nvme" else PIECE_ALIGNMENT)
 
 
 def stream_gpu_terms(
@@ -84,10 +106,11 @@ def stream_gpu_terms(
 ) -> tuple[Term, ...]:
     """GPU memory of one rank of the stream engine at its highest, the micro-batch after the first included."""
     parts = world_size if choice.fetch == "partitioned" else 1
-    sizes = sorted(pieces(anatomy, parts), reverse=True)
+    sizes = sorted(pieces(anatomy), reverse=True)
     streamed = len(sizes) - choice.resident_blocks
-    slots = [sizes[0]] * min(SLOTS[choice.fetch], streamed)
-    stages = [sizes[0] // parts] * STAGES if streamed and parts > 1 else []
+    pulled = _pulled_bytes(sizes[0], choice, world_size)
+    slots = [pulled * parts] * min(SLOTS[choice.fetch], streamed)
+    stages = [pulled] * STAGES if streamed and parts > 1 else []
     fixed = {
         "embeddings, head, norms": [piece_bytes(anatomy.outside)],
         "resident blocks": sizes[: choice.resident_blocks],
@@ -137,14 +160,18 @@ def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) 
 
 
 def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device: str) -> tuple[Term, ...]:
-    """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through."""
+    """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through.
+
+    What stays on a GPU passes through a stage on its way there, before there is a ring.
+    """
     sizes = sorted(pieces(anatomy), reverse=True)
     on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
-    rings = READ_BUFFERS * sizes[0] * (1 if choice.fetch == "partitioned" else world_size) if choice.nvme_blocks else 0
-    weights = sum(sizes[:on_host])
+    rings = READ_BUFFERS * _pulled_bytes(sizes[0], choice, world_size) * world_size if choice.nvme_blocks else 0
+    stage = max([piece_bytes(anatomy.outside), *sizes[: choice.resident_blocks]])
     terms = [
-        Term("host", "weights, page-locked", weights, "counted"),
+        Term("host", "weights, page-locked", sum(sizes[:on_host]), "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
+        Term("host", "stage while loading, beyond the ring", max(0, stage - rings), "counted"),
         *_processes(world_size, device),
     ]
     return tuple(term for term in terms if term.nbytes)

@@ -10,7 +10,16 @@ from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.memory import Overhead, Place, Term, pieces, stream_gpu_terms, stream_host_terms, total
+from zeroinf.planner.memory import (
+    Overhead,
+    Place,
+    Term,
+    pieces,
+    store_bytes,
+    stream_gpu_terms,
+    stream_host_terms,
+    total,
+)
 from zeroinf.planner.timing import Speeds, Timing, time_plan
 from zeroinf.planner.workload import Simulate, Workload
 
@@ -249,7 +258,7 @@ class Planner:
             host = stream_host_terms(self._anatomy, choice, wish.world_size, self._device)
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks:
-            terms = (*terms, Term("disk", "store", sum(pieces(self._anatomy)), "counted"))
+            terms = (*terms, Term("disk", "store", store_bytes(self._anatomy), "counted"))
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms)
         return terms

@@ -13,12 +13,9 @@ import torch
 from zeroinf.engines.stream.carrier import new_event
 from zeroinf.engines.stream.disk import THREADS
 from zeroinf.engines.stream.host import HostMemory, view_of
-from zeroinf.engines.stream.layout import PIECE_ALIGNMENT, round_up
 from zeroinf.engines.stream.store import Request
 from zeroinf.engines.stream.stored import StoreInUse
-
-# One is copied to the device, which is quick, while the threads finish the next and begin the one after it.
-_BUFFERS = 3
+from zeroinf.planner.memory import PIECE_ALIGNMENT, READ_BUFFERS, round_up
 
 
 class ReadAhead:
@@ -34,9 +31,9 @@ class ReadAhead:
     ) -> None:
         self._used, self._pieces, self._spans = used, pieces, spans
         size = round_up(max(span.stop - span.start for span in spans), PIECE_ALIGNMENT) or PIECE_ALIGNMENT
-        self._memory = HostMemory(_BUFFERS * size, pin=pin)
-        self._buffers = [self._memory.bytes[at * size : (at + 1) * size] for at in range(_BUFFERS)]
-        self._copied = [new_event(device, blocking=True) for _ in range(_BUFFERS)]
+        self._memory = HostMemory(READ_BUFFERS * size, pin=pin)
+        self._buffers = [self._memory.bytes[at * size : (at + 1) * size] for at in range(READ_BUFFERS)]
+        self._copied = [new_event(device, blocking=True) for _ in range(READ_BUFFERS)]
         self._taken = self._given_back = self._begun = 0
         self._queue: deque[tuple[int, Request]] = deque()
         self._unread: dict[int, int] = {}
@@ -67,7 +64,7 @@ class ReadAhead:
                 self.waited_s += time.perf_counter() - started
             turn = self._taken
             self._taken += 1
-            return self._buffer(turn), self._copied[turn % _BUFFERS]
+            return self._buffer(turn), self._copied[turn % READ_BUFFERS]
 
     def give_back(self) -> None:
         """The copy of the piece that was taken is enqueued and its event recorded."""
@@ -91,7 +88,7 @@ class ReadAhead:
 
     def _buffer(self, turn: int) -> torch.Tensor:
         span = self._spans[turn % len(self._spans)]
-        return self._buffers[turn % _BUFFERS][: span.stop - span.start]
+        return self._buffers[turn % READ_BUFFERS][: span.stop - span.start]
 
     def _work(self) -> None:
         try:
@@ -106,7 +103,9 @@ class ReadAhead:
     def _next(self) -> tuple[int, Request] | None:
         with self._changed:
             while not self._queue:
-                self._changed.wait_for(lambda: self._closed or self._begun < self._given_back + _BUFFERS or self._queue)
+                self._changed.wait_for(
+                    lambda: self._closed or self._begun < self._given_back + READ_BUFFERS or self._queue
+                )
                 if self._closed:
                     return None
                 if not self._queue:
@@ -120,12 +119,12 @@ class ReadAhead:
         requests = list(self._used.store.contents.requests(self._pieces[at], span.start, span.stop))
         self._queue.extend((turn, request) for request in requests)
         self._unread[turn] = len(requests)
-        self._unread.pop(turn - _BUFFERS, None)
+        self._unread.pop(turn - READ_BUFFERS, None)
         self._begun += 1
         self._changed.notify_all()
 
     def _read(self, turn: int, request: Request) -> None:
-        copied = self._copied[turn % _BUFFERS]
+        copied = self._copied[turn % READ_BUFFERS]
         if copied is not None:
             copied.synchronize()
         at = turn % len(self._pieces)

@@ -7,9 +7,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from zeroinf.engines.stream.layout import round_up
+from zeroinf.planner.memory import STAGES, round_up
 
-_STAGES = 4
 # Releases of torch call it one name or the other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -81,9 +80,9 @@ class Partitioned:
         self._rank, self._ranks, self._unit = rank, ranks, unit
         self._pull, self._gather = _new_stream(device), _new_stream(device)
         part = self._part(largest_piece)
-        self._stages = [torch.empty(part, dtype=torch.uint8, device=device) for _ in range(_STAGES)]
-        self._staged = [new_event(device) for _ in range(_STAGES)]
-        self._free = [new_event(device) for _ in range(_STAGES)]
+        self._stages = [torch.empty(part, dtype=torch.uint8, device=device) for _ in range(STAGES)]
+        self._staged = [new_event(device) for _ in range(STAGES)]
+        self._free = [new_event(device) for _ in range(STAGES)]
         self._turn = 0
 
     def _part(self, nbytes: int) -> int:
@@ -99,7 +98,7 @@ class Partitioned:
     def carry(
         self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
     ) -> None:
-        at = self._turn % _STAGES
+        at = self._turn % STAGES
         self._turn += 1
         stage, whole = self._stages[at][: self._part(nbytes)], slot[: self.slot_bytes(nbytes)]
         if self._pull is None:

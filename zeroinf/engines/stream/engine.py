@@ -12,21 +12,15 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
 from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
-from zeroinf.engines.stream.layout import PIECE_ALIGNMENT
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.engines.stream.store import CHUNK_BYTES
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
-from zeroinf.planner.choice import Fetch
+from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.tiers import tiers
-
-# On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
-# four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md).
-_SLOTS: Mapping[Fetch, int] = {"replicated": 3, "partitioned": 6}
 
 
 class StreamEngine:
@@ -89,7 +83,7 @@ class StreamEngine:
             spans = [carrier.span(groups[index].nbytes) for index in on_disk]
             pin = plan.pin_memory and device.type == "cuda"
             self._ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
-        self._ring = Ring(pieces, _SLOTS[plan.fetch], device, carrier, self._ahead)
+        self._ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, self._ahead)
         _, blocks = find_blocks(self._model)
         for turn, index in enumerate(streamed):
             views = [_ready(groups[index].views(slot)) for slot in self._ring.slots]

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# A device allocation starts at 512 bytes, so a tensor at such an offset is aligned as if it had been allocated alone
-# and the same kernels run on it.
-_ALIGNMENT = 512
-# What O_DIRECT wants of lengths and offsets: pieces are read from a disk as they lie in memory.
-PIECE_ALIGNMENT = 4096
+from zeroinf.planner.memory import ALIGNMENT, PIECE_ALIGNMENT, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +41,5 @@ def lay_out(tensors: Iterable[torch.Tensor]) -> Layout:
     for tensor in tensors:
         place = Place(end, tensor.shape, tensor.dtype)
         places.append(place)
-        end += round_up(place.nbytes, _ALIGNMENT)
+        end += round_up(place.nbytes, ALIGNMENT)
     return Layout(tuple(places), round_up(end, PIECE_ALIGNMENT))
-
-
-def round_up(size: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is at least `size`."""
-    return -(-size // unit) * unit

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import StoreError, UsageError
+from zeroinf.planner.memory import CHUNK_BYTES, round_up
 
 FORMAT = 1
-CHUNK_BYTES = 1 << 20
-"""What one digest covers; every piece starts at a multiple of it."""
 STRIPE_BYTES = 8 << 20
 REQUEST_BYTES = 4 << 20
 """The most that one read or write moves: large enough for any disk's full rate, small enough to share among threads."""
@@ -150,7 +149,7 @@ def data_file(folder: Path) -> Path:
 
 def padded(nbytes: int) -> int:
     """What a piece takes in the data."""
-    return -(-nbytes // CHUNK_BYTES) * CHUNK_BYTES
+    return round_up(nbytes, CHUNK_BYTES)
 
 
 def digest_of(data: bytes | memoryview) -> str:
