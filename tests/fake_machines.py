@@ -1,0 +1,131 @@
+"""Machines, a model and its workloads made of round numbers, for tests of the planner alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
+from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
+from zeroinf.planner.allocator import Event
+from zeroinf.planner.memory import Overhead
+from zeroinf.planner.timing import Speeds
+from zeroinf.planner.workload import Kernel, Kernels, Step, Workload
+
+MIB, GIB = 1 << 20, 1 << 30
+PROMPT, NEW = 64, 16
+
+
+def _chain(blocks: int = 12, width: int = 4096) -> Anatomy:
+    """Blocks of one matrix (32 MiB) and one vector each, embeddings of 64 MiB outside."""
+
+    def tensor(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name=name, shape=shape, dtype="bfloat16")
+
+    state = TokenState(heads=8, width=128, dtype="bfloat16")
+    layer = LayerCache(fixed_bytes=0, bytes_per_token=2 * state.nbytes, keys=state, values=state)
+    return Anatomy(
+        architecture="Chain",
+        dtype="bfloat16",
+        blocks_path="blocks",
+        blocks=tuple(
+            Block(index=i, tensors=(tensor(f"blocks.{i}.matrix", width, width), tensor(f"blocks.{i}.vector", width)))
+            for i in range(blocks)
+        ),
+        outside=(tensor("embeddings", 2 * width, width),),
+        tied=(),
+        cache=(layer,) * blocks,
+        hidden_size=width,
+        vocabulary=2 * width,
+        context_limit=None,
+    )
+
+
+CHAIN = _chain()
+
+
+def workload_of(rows: int, *, prompt: int = PROMPT, new: int = NEW) -> Workload:
+    """A micro-batch whose memory and work are straight lines in rows and lengths."""
+
+    def step(key: int, tokens: int, *, first: bool) -> Step:
+        # One tensor that the micro-batch keeps, others that come and go.
+        begins = (Event(900, 8 * rows * (prompt + new)),) if first else ()
+        wide = 4 * CHAIN.hidden_size * rows * tokens
+        passing = (Event(key, wide), Event(key + 1, 2 * wide), Event(key), Event(key + 1))
+        matrix = CHAIN.hidden_size**2
+        kernel = Kernel(2 * rows * tokens * matrix, 2 * matrix + 2 * wide)
+        return Step(
+            events=(*begins, *passing),
+            kernels=(Kernels(1.0, (Kernel(0, wide),)), Kernels(float(len(CHAIN.blocks)), (kernel,))),
+        )
+
+    return Workload(
+        rows=rows,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        cache=(Event(0, CHAIN.pool_bytes(rows, prompt + new)),),
+        prefill=step(1, prompt, first=True),
+        first_decode=step(11, 1, first=False),
+        last_decode=step(21, 1, first=False),
+    )
+
+
+def overhead(gathers: bool) -> Overhead:
+    """Half a GiB of context, and of collectives' buffers where weights are gathered."""
+    collectives = GIB // 2 if gathers else 0
+    return Overhead(
+        context=(GIB // 2, "assumed"), workspace=(16 * MIB, "assumed"), collectives=(collectives, "assumed")
+    )
+
+
+def speeds(**changed: Any) -> Speeds:
+    """A link of 25 GB/s, a disk of 5."""
+    given: dict[str, Any] = {
+        "link_gbps": 25.0, "disk_gbps": 5.0, "gather_gbps": 100.0, "tflops": 100.0, "hbm_gbps": 1000.0,
+        "launch_s": 8e-6, "fill_gbps": 4.0,
+    }  # fmt: skip
+    return Speeds(**{**given, **changed})
+
+
+def machine_of(*, gpus: int = 1, gpu_bytes: int = 24 * GIB, free_bytes: int | None = None, host_bytes: int) -> Machine:
+    """`gpus` equal GPUs; of each `free_bytes` are free, all of it if nothing is said."""
+    free = gpu_bytes if free_bytes is None else free_bytes
+    return Machine(
+        gpus=tuple(
+            Gpu(
+                index=index,
+                name="GPU",
+                total_bytes=gpu_bytes,
+                free_bytes=free,
+                other_bytes=gpu_bytes - free,
+                pcie_generation=4,
+                pcie_width=16,
+                capability=(8, 0),
+            )
+            for index in range(gpus)
+        ),
+        memory=Memory(
+            total_bytes=host_bytes,
+            available_bytes=host_bytes,
+            cgroup_limit_bytes=None,
+            swap_bytes=0,
+            shared_memory_bytes=0,
+            memlock_bytes=None,
+            numa_nodes=1,
+        ),
+        disks=(),
+        cores=16,
+    )
+
+
+def disk_of(free_bytes: int) -> Disk:
+    """A fast folder with that much room."""
+    return Disk(
+        path=Path("/nvme"),
+        exists=True,
+        writable=True,
+        free_bytes=free_bytes,
+        total_bytes=free_bytes,
+        filesystem="xfs",
+        o_direct=True,
+    )
