@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from zeroinf.errors import DoesNotFitError
@@ -25,6 +26,8 @@ from zeroinf.planner.workload import Simulate, Workload
 
 MOST_ROWS = 4096
 """More rows a GPU than this are never tried: long before, arithmetic binds."""
+
+_HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
 
 _OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 
@@ -61,22 +64,35 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rejection:
-    """A way to run that does not fit, and what it lacks."""
+class Lack:
+    """A place that is too small."""
 
-    offload: Offload
-    fetch: Fetch
     place: Place
     needed_bytes: int
     available_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A way to run that does not fit, and all that it lacks."""
+
+    offload: Offload
+    fetch: Fetch
     batch_size: int
+    lacks: tuple[Lack, ...]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of all places together."""
+        return sum(lack.needed_bytes - lack.available_bytes for lack in self.lacks)
 
     @property
     def reason(self) -> str:
-        rows = "1 row" if self.batch_size == 1 else f"{self.batch_size} rows"
-        where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}[self.place]
-        return (
-            f"{rows} need {self.needed_bytes / 2**30:.2f} GiB {where}, {self.available_bytes / 2**30:.2f} GiB are there"
+        rows = "1 row needs" if self.batch_size == 1 else f"{self.batch_size} rows need"
+        where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}
+        return f"{rows} " + " and ".join(
+            f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"
+            for lack in self.lacks
         )
 
 
@@ -185,7 +201,8 @@ class Planner:
         more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy)))
         while more > 0:
             changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, choice.resident_blocks + more)
-            outcome = self._try(wish, changed, budgets)
+            is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
+            outcome = None if is_another_way else self._try(wish, changed, budgets)
             if isinstance(outcome, Candidate):
                 yield outcome
                 return
@@ -235,17 +252,14 @@ class Planner:
     def _try(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Candidate | Rejection:
         workload = self._simulate(choice.batch_size)
         terms = self._terms(wish, choice, workload)
-        for place, available in budgets.items():
-            needed = total(terms, place)
-            if needed > available:
-                return Rejection(
-                    offload=choice.offload,
-                    fetch=choice.fetch,
-                    place=place,
-                    needed_bytes=needed,
-                    available_bytes=available,
-                    batch_size=choice.batch_size,
-                )
+        needed = {place: total(terms, place) for place in budgets}
+        lacks = tuple(
+            Lack(place=place, needed_bytes=needed[place], available_bytes=available)
+            for place, available in budgets.items()
+            if needed[place] > available
+        )
+        if lacks:
+            return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=lacks)
         timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.world_size, wish.requests)
         return Candidate(choice=choice, terms=terms, timing=timing)
 
@@ -305,7 +319,10 @@ def _nothing_fits(rejected: list[Rejection]) -> str:
 
 
 def _smallest_changes(rejected: list[Rejection]) -> str:
-    nearest = min(rejected, key=lambda one: one.needed_bytes - one.available_bytes)
-    missing = (nearest.needed_bytes - nearest.available_bytes) / 2**30
-    where = {"gpu": "GPU", "host": "host", "disk": "disk"}[nearest.place]
-    return f"{missing:.2f} GiB more {where} memory would do for --offload {nearest.offload}"
+    nearest = min(rejected, key=lambda one: one.missing_bytes)
+    where = {"gpu": "GPU", "host": "host", "disk": "disk"}
+    more = (
+        f"{ceil((lack.needed_bytes - lack.available_bytes) / _HUNDREDTH) / 100:.2f} GiB more {where[lack.place]} memory"
+        for lack in nearest.lacks
+    )
+    return f"{' and '.join(more)} would do for --offload {nearest.offload}"
