@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
+from zeroinf.hardware.machine import Gpu, Machine, Memory
 from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.memory import Overhead
@@ -115,17 +114,4 @@ def machine_of(*, gpus: int = 1, gpu_bytes: int = 24 * GIB, free_bytes: int | No
         ),
         disks=(),
         cores=16,
-    )
-
-
-def disk_of(free_bytes: int) -> Disk:
-    """A fast folder with that much room."""
-    return Disk(
-        path=Path("/nvme"),
-        exists=True,
-        writable=True,
-        free_bytes=free_bytes,
-        total_bytes=free_bytes,
-        filesystem="xfs",
-        o_direct=True,
     )
