@@ -83,12 +83,15 @@ disks = st.none() | between(0, 1)
 boxes = st.builds(Box, gpu=gpu_sizes, host=host_sizes, disk=disks, ranks=st.sampled_from([1, 2, 4]))
 
 
-def with_a_folder(drawn: tuple[Box, str]) -> tuple[Box, str]:
-    box, offload = drawn
-    return (replace(box, disk=GIB) if offload == "nvme" and box.disk is None else box), offload
+def with_a_folder(box: Box, offload: str, fetch: str) -> tuple[Box, dict[str, str]]:
+    if offload == "nvme" and box.disk is None:
+        box = replace(box, disk=GIB)
+    return box, {"offload": offload, "fetch": fetch}
 
 
-ways = st.tuples(boxes, st.sampled_from(["none", "cpu", "nvme"])).map(with_a_folder)
+ways = st.builds(
+    with_a_folder, boxes, st.sampled_from(["none", "cpu", "nvme"]), st.sampled_from(["replicated", "partitioned"])
+)
 
 
 @given(boxes)
@@ -114,42 +117,42 @@ def test_more_host_memory_never_gives_fewer_tokens(box: Box, other: int) -> None
     assert speed(fits(replace(box, host=large))) >= speed(fits(replace(box, host=small))) * (1 - ROUNDING)
 
 
-def largest(box: Box, offload: str, **more: Any) -> int:
-    """Rows of the largest micro-batch that was found to fit with `offload`; 0 where none does."""
-    decision = fits(box, offload=offload, **more)
+def largest(box: Box, way: dict[str, str], **more: Any) -> int:
+    """Rows of the largest micro-batch that was found to fit one way; 0 where none does."""
+    decision = fits(box, **way, **more)
     return max((candidate.choice.batch_size for candidate in decision.tried), default=0) if decision else 0
 
 
 @given(ways, gpu_sizes)
-def test_more_gpu_memory_never_gives_a_smaller_batch(way: tuple[Box, str], other: int) -> None:
-    box, offload = way
+def test_more_gpu_memory_never_gives_a_smaller_batch(drawn: tuple[Box, dict[str, str]], other: int) -> None:
+    box, way = drawn
     small, large = sorted((box.gpu, other))
-    assert largest(replace(box, gpu=large), offload) >= largest(replace(box, gpu=small), offload)
+    assert largest(replace(box, gpu=large), way) >= largest(replace(box, gpu=small), way)
 
 
 @given(ways, host_sizes)
-def test_more_host_memory_never_gives_a_smaller_batch(way: tuple[Box, str], other: int) -> None:
-    box, offload = way
+def test_more_host_memory_never_gives_a_smaller_batch(drawn: tuple[Box, dict[str, str]], other: int) -> None:
+    box, way = drawn
     small, large = sorted((box.host, other))
-    assert largest(replace(box, host=large), offload) >= largest(replace(box, host=small), offload)
+    assert largest(replace(box, host=large), way) >= largest(replace(box, host=small), way)
 
 
 @given(ways, st.integers(1, 256), st.integers(1, 256))
-def test_a_longer_prompt_never_gives_a_larger_batch(way: tuple[Box, str], one: int, other: int) -> None:
-    box, offload = way
+def test_a_longer_prompt_never_gives_a_larger_batch(drawn: tuple[Box, dict[str, str]], one: int, other: int) -> None:
+    box, way = drawn
     short, long = sorted((one, other))
-    assert largest(box, offload, prompt=long) <= largest(box, offload, prompt=short)
+    assert largest(box, way, prompt=long) <= largest(box, way, prompt=short)
 
 
-@given(ways, st.sampled_from(["auto", "replicated", "partitioned"]), st.none() | st.integers(1, 300))
-def test_what_the_user_fixed_is_obeyed_or_refused(way: tuple[Box, str], fetch: str, batch: int | None) -> None:
-    box, offload = way
-    decision = fits(box, offload=offload, fetch=fetch, batch_size=batch)
+@given(ways, st.none() | st.integers(1, 300))
+def test_what_the_user_fixed_is_obeyed_or_refused(drawn: tuple[Box, dict[str, str]], batch: int | None) -> None:
+    box, way = drawn
+    decision = fits(box, **way, batch_size=batch)
     for candidate in every(decision):
-        assert candidate.choice.offload == offload
+        assert candidate.choice.offload == way["offload"]
         assert batch is None or candidate.choice.batch_size == batch
-        if fetch != "auto" and box.ranks > 1 and offload != "none":
-            assert candidate.choice.fetch == fetch
+        if box.ranks > 1 and way["offload"] != "none":
+            assert candidate.choice.fetch == way["fetch"]
 
 
 @given(boxes, st.integers(0, BLOCKS + 3))
@@ -161,11 +164,11 @@ def test_residents_that_the_user_fixed_are_obeyed(box: Box, resident: int) -> No
 
 
 @given(ways)
-def test_the_batch_found_fits_and_one_row_more_does_not(way: tuple[Box, str]) -> None:
-    box, offload = way
-    most = largest(box, offload)
-    assert (fits(box, offload=offload, batch_size=max(most, 1)) is not None) == (most > 0)
-    assert fits(box, offload=offload, batch_size=most + 1) is None or most == MOST_ROWS
+def test_the_batch_found_fits_and_one_row_more_does_not(drawn: tuple[Box, dict[str, str]]) -> None:
+    box, way = drawn
+    most = largest(box, way)
+    assert (fits(box, **way, batch_size=max(most, 1)) is not None) == (most > 0)
+    assert fits(box, **way, batch_size=most + 1) is None or most == MOST_ROWS
 
 
 @given(boxes)
