@@ -25,6 +25,11 @@ settings.load_profile("zeroinf")
 SharedFolder = Callable[[str, Callable[[Path], None]], Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/unit/test_golden_plans.py --update-golden` writes tests/golden anew, to be read in the diff."""
+    parser.addoption("--update-golden", action="store_true", help="write what tests/golden should hold, and pass")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without an NVIDIA GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -191,7 +191,8 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
         UsageError: naming the options.
     """
     offload, engine = ctx.params["offload"], ctx.params.get("engine", "zero")
-    if offload == "nvme" and not ctx.params["nvme_paths"]:
+    elsewhere = ctx.params.get("machine_name") or ctx.params.get("nvme_space")  # a disk that is planned for
+    if offload == "nvme" and not ctx.params["nvme_paths"] and not elsewhere:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
     nvme_only = () if offload in ("nvme", "auto") else ("nvme_paths", *_AIO_OPTIONS)
     if unused := given(ctx, *nvme_only):

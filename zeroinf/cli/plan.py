@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -22,6 +22,7 @@ from zeroinf.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from zeroinf.hardware.machine import Machine
     from zeroinf.hardware.rates import Rates
+    from zeroinf.model.anatomy import Anatomy
     from zeroinf.simulation.planning import Question
 
 
@@ -64,7 +65,7 @@ def plan(
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
     """
-    _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, printed=as_json or explain)
+    _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain)
     from zeroinf.cli.plan_view import print_plan, to_json
     from zeroinf.simulation.planning import answer
 
@@ -86,17 +87,46 @@ def plan(
         print_plan(question, found, explain=explain)
 
 
-def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any], *, emit_zero_config: bool, printed: bool) -> None:
+def _refuse_contradictions(
+    ctx: click.Context, asked: dict[str, Any], *, emit_zero_config: bool, as_json: bool, explain: bool
+) -> None:
     refuse_unused_offload_options(ctx)
     if emit_zero_config and asked["engine"] != "zero":
         raise UsageError("--emit-zero-config prints DeepSpeed's settings", hint="add --engine zero")
-    if emit_zero_config and printed:
+    if emit_zero_config and (as_json or explain):
         raise UsageError("--emit-zero-config prints nothing but that JSON", hint="drop --json and --explain")
+    if as_json and explain:
+        raise UsageError("--explain has no effect with --json, which holds every term", hint="drop one of them")
     if asked["engine"] == "zero" and (named := given(ctx, "fetch", "resident_blocks")):
         raise UsageError(f"{flags(ctx, named)} has no effect with --engine zero", hint="drop it")
-    blocks = asked["resident_blocks"]
-    if asked["offload"] == "none" and blocks is not None:
+    if asked["engine"] != "zero" and not asked["pin_memory"]:
+        raise UsageError(
+            "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"
+        )
+    offload = asked["offload"]
+    if offload == "none" and asked["resident_blocks"] is not None:
         raise UsageError("--resident-blocks has no effect with --offload none: all are", hint="drop one of them")
+    without_disk = ("nvme_space", "nvme_gbps") if offload in ("none", "cpu") else ()
+    without_link = ("fetch", "link_gbps") if offload == "none" else ()
+    if named := given(ctx, *without_disk, *without_link):
+        raise UsageError(f"{flags(ctx, named)} has no effect with --offload {offload}", hint="drop it")
+
+
+def _refuse_impossible(asked: dict[str, Any], machine: Machine, anatomy: Anatomy) -> None:
+    """What only the machine and the model show to be without effect, or to be impossible."""
+    if asked["offload"] == "nvme" and not machine.disks:
+        raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
+    if asked["fetch"] != "auto" and len(machine.gpus) < 2:
+        raise UsageError(f"--fetch {asked['fetch']} has no effect with one GPU", hint="drop it, or add --num-gpus")
+    blocks, resident = len(anatomy.blocks), asked["resident_blocks"] or 0
+    if resident > blocks:
+        raise UsageError(f"--resident-blocks {resident}: the model has {blocks} blocks", hint=f"at most {blocks}")
+    tokens = asked["input_len"] + asked["output_len"]
+    if anatomy.context_limit is not None and tokens > anatomy.context_limit:
+        raise UsageError(
+            f"--input-len and --output-len make {tokens} tokens, the model's context is {anatomy.context_limit}",
+            hint="shorten one of them",
+        )
 
 
 def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code: bool, **asked: Any) -> Question:
@@ -111,8 +141,9 @@ def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code
     source = resolve_model(
         model, revision=revision, trust_remote_code=trust_remote_code, random_weights=revision is None
     )
-    device = "cuda" if machine.gpus else "cpu"
+    device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, device), trust_remote_code=trust_remote_code)
+    _refuse_impossible(asked, machine, anatomy)
     wish = Wish(
         engine="zero" if asked["engine"] == "zero" else "stream",
         world_size=max(1, len(machine.gpus)),
@@ -130,7 +161,7 @@ def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code
         rates=rates,
         wish=wish,
         lengths=Lengths(prompt_tokens=asked["input_len"], new_tokens=asked["output_len"]),
-        device="cuda" if machine.gpus else "cpu",
+        device=device,
         nvme_paths=asked["nvme_paths"] or tuple(disk.path for disk in machine.disks),
         pin_memory=asked["pin_memory"],
         aio=AioSettings(
