@@ -1,0 +1,243 @@
+"""`zeroinf plan` on the command line: what it prints, what it refuses, and with which code it ends."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from zeroinf.cli.main import cli
+from zeroinf.errors import DoesNotFitError, UsageError, ZeroinfError
+
+MODEL = ("--model", "pythia-70m")
+BOX = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--nvme-space", "10GiB")
+BLOOM = ("--model", "bloom-176b", "--machine", "8xA100-80GB-512GiB", "--engine", "zero", "--offload", "none")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["plan", *arguments])
+
+
+def printed(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exception is None, result.exception
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def refused(*arguments: str, error: type[ZeroinfError] = UsageError) -> ZeroinfError:
+    found = run(*arguments).exception
+    assert isinstance(found, error), found
+    return found
+
+
+def document(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(printed(*arguments, "--json"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plan() -> dict[str, Any]:
+    return document(*MODEL, *BOX)
+
+
+def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> None:
+    assert list(plan) == ["schema", "model", "machine", "job", "plan", "alternatives", "rates"]
+    assert plan["schema"] == 1
+    assert {
+        "architecture",
+        "dtype",
+        "parameters",
+        "weight_bytes",
+        "blocks",
+        "block_bytes",
+        "kv_bytes_per_token",
+    } <= set(plan["model"])
+    assert {
+        "engine", "offload", "fetch", "batch_size", "resident_blocks", "nvme_blocks", "world_size", "load_s",
+        "prefill_s", "decode_s", "tokens_per_second", "streamed_bytes", "binds", "memory",
+    } == set(plan["plan"])  # fmt: skip
+    assert set(plan["rates"]) >= {"link_gbps", "disk_gbps", "tflops", "projected"}
+
+
+def test_json_terms_add_up_to_what_is_needed_and_fit(plan: dict[str, Any]) -> None:
+    for one in (plan["plan"], *(one for one in plan["alternatives"] if one["fits"])):
+        assert set(one["memory"]) == {"gpu", "host", "disk"}
+        for place in one["memory"].values():
+            assert sum(term["bytes"] for term in place["terms"]) == place["needed_bytes"] <= place["available_bytes"]
+            assert all(term["origin"] and term["name"] for term in place["terms"])
+
+
+def test_json_says_what_the_others_would_give_or_lack() -> None:
+    machine = ("--gpu-memory", "6GiB", "--host-memory", "32GiB")
+    found = document("--model", "llama-3-8b", *machine, "--input-len", "32", "--output-len", "8", "-b", "1")
+    by_offload = {one["offload"]: one for one in found["alternatives"]}
+    assert not by_offload["none"]["fits"]
+    (lack,) = by_offload["none"]["lacks"]
+    assert lack["place"] == "gpu"
+    assert lack["needed_bytes"] > lack["available_bytes"] == 6 << 30
+    assert by_offload["none"]["reason"].startswith("1 row needs")
+
+
+def test_the_page_shows_plan_bars_and_what_was_not_measured() -> None:
+    page = printed(*MODEL, *BOX)
+    for words in (
+        "plan     stream engine, offload",
+        "rows each",
+        "tokens/s expected",
+        "gpu  [#",
+        "host [#",
+        "projected:",
+    ):
+        assert words in page
+
+
+def test_explain_prints_every_term_and_every_rate(plan: dict[str, Any]) -> None:
+    page = printed(*MODEL, *BOX, "--explain")
+    for place in plan["plan"]["memory"].values():
+        for term in place["terms"]:
+            assert f"{term['name']} ({term['origin']})" in page
+    for rate in ("link", "disk", "all-gather", "TFLOPS", "GPU memory", "a launch"):
+        assert rate in page.partition("rates: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--json", "--explain"], "--explain"),
+        (["--emit-zero-config"], "--emit-zero-config"),
+        (["--engine", "zero", "--emit-zero-config", "--json"], "--emit-zero-config"),
+        (["--engine", "zero", "--fetch", "replicated"], "--fetch"),
+        (["--engine", "zero", "--resident-blocks", "1"], "--resident-blocks"),
+        (["--offload", "none", "--resident-blocks", "1"], "--resident-blocks"),
+        (["--offload", "none", "--num-gpus", "2", "--fetch", "replicated"], "--fetch"),
+        (["--offload", "none", "--link-gbps", "5"], "--link-gbps"),
+        (["--offload", "none", "--no-pin-memory"], "pin-memory"),
+        (["--offload", "cpu", "--nvme-space", "1GiB"], "--nvme-space"),
+        (["--offload", "cpu", "--nvme-gbps", "3"], "--nvme-gbps"),
+        (["--offload", "cpu", "--nvme-path", "."], "--nvme-path"),
+        (["--offload", "cpu", "--aio-threads", "2"], "--aio-threads"),
+        (["--offload", "nvme"], "--nvme-path"),
+        (["--nvme-gbps", "3"], "--nvme-gbps"),
+        (["--no-pin-memory"], "--no-pin-memory"),
+        (["--fetch", "partitioned"], "--fetch partitioned"),
+        (["--resident-blocks", "7"], "--resident-blocks 7: the model has 6 blocks"),
+        (["--input-len", "2000", "--output-len", "49"], "2049 tokens, the model's context is 2048"),
+        (["--machine", "1xH200", "--nvme-path", "."], "--nvme-path"),
+        (["--nvme-path", "no/such/folder"], "--nvme-path no/such/folder"),
+        (["--plot", "no/such/folder/plan.png"], "--plot"),
+    ],
+)
+def test_what_contradicts_itself_or_would_have_no_effect_is_refused_by_name(arguments: list[str], named: str) -> None:
+    machine = () if "--machine" in arguments else ("--gpu-memory", "2GiB", "--host-memory", "16GiB")
+    error = refused(*MODEL, *machine, *arguments)
+    assert error.exit_code == 2
+    assert named in error.message
+    assert error.hint
+
+
+def test_an_unknown_machine_names_those_that_are_known() -> None:
+    error = refused(*MODEL, "--machine", "8xA100-80GB")
+    assert "8xA100-80GB-512GiB" in (error.hint or "")
+    assert error.exit_code == 2
+
+
+def test_without_a_gpu_flags_of_gpus_are_refused_and_a_plan_is_made_for_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "--num-gpus" in refused(*MODEL, "--num-gpus", "2").message
+    assert "no GPU: computes on the CPU" in printed(*MODEL, "--host-memory", "8GiB", "--input-len", "16")
+
+
+def test_what_does_not_fit_ends_with_3_and_a_hint_that_is_true() -> None:
+    small = ("--gpu-memory", "2GiB", "--host-memory", "1GiB")
+    error = refused(*MODEL, *small, error=DoesNotFitError)
+    assert error.exit_code == 3
+    assert "1.00 GiB are there" in error.message
+    more, _, offload = (error.hint or "").partition(" GiB more host memory would do for --offload ")
+    enough = f"{ceil((1 + float(more)) * 1024)}MiB"
+    printed(*MODEL, "--gpu-memory", "2GiB", "--host-memory", enough, "--offload", offload.split()[0])
+
+
+def test_a_batch_that_is_too_large_is_told_what_would_fit() -> None:
+    tight = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--input-len", "1900", "--output-len", "100")
+    error = refused(*MODEL, *tight, "-b", "4000", error=DoesNotFitError)
+    assert "4000 rows need" in error.message
+    assert "--batch-size 1" in (error.hint or "")
+    printed(*MODEL, *tight, "-b", "1")
+
+
+@pytest.mark.parametrize(("new", "rows"), [(1, 2), (2, 2)])
+def test_the_shortest_generations_can_be_planned(new: int, rows: int) -> None:
+    found = document(*MODEL, *BOX, "--output-len", str(new), "-b", str(rows))
+    assert (found["job"]["new_tokens"], found["plan"]["batch_size"]) == (new, rows)
+
+
+@pytest.mark.parametrize("model", ["falcon-7b", "mixtral-8x7b"])
+def test_dtypes_other_than_the_models_own_can_be_planned(model: str) -> None:
+    machine = ("--machine", "1xH200", "-b", "1", "--input-len", "8", "--output-len", "3")
+    assert document("--model", model, *machine, "--dtype", "float16")["model"]["dtype"] == "float16"
+
+
+def test_what_the_user_says_of_the_machine_is_planned_with() -> None:
+    given = ("--offload", "cpu", "--resident-blocks", "2", "-b", "3", "--num-gpus", "2", "--fetch", "replicated")
+    found = document(*MODEL, "--gpu-memory", "4GiB", "--host-memory", "16GiB", "--link-gbps", "7", *given)
+    plan = found["plan"]
+    assert [gpu["free_bytes"] for gpu in found["machine"]["gpus"]] == [4 << 30] * 2
+    assert (plan["offload"], plan["fetch"], plan["batch_size"], plan["resident_blocks"]) == ("cpu", "replicated", 3, 2)
+    assert found["rates"]["link_gbps"] == 7
+    assert plan["memory"]["gpu"]["available_bytes"] == 4 << 30
+
+
+def test_a_disk_of_another_machine_can_be_planned_with() -> None:
+    found = document(*MODEL, "--machine", "1xH200", "--offload", "nvme", "--nvme-space", "2GiB", "--nvme-gbps", "3")
+    assert found["plan"]["nvme_blocks"] > 0
+    assert found["plan"]["memory"]["disk"]["available_bytes"] == 2 << 30
+    assert found["rates"]["disk_gbps"] == 3
+
+
+@pytest.mark.parametrize("offload", [["cpu"], ["nvme", "--nvme-path", "."]])
+def test_the_zero_config_is_the_one_that_config_prints(offload: list[str]) -> None:
+    asked = (*MODEL, "-b", "4", "--offload", *offload, "--num-gpus", "2")
+    machine = ("--gpu-memory", "4GiB", "--host-memory", "32GiB")
+    emitted = json.loads(printed(*asked, *machine, "--engine", "zero", "--emit-zero-config"))
+    assert emitted == json.loads(CliRunner().invoke(cli, ["config", *asked]).stdout)
+
+
+def test_plot_writes_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plan.png"
+    printed(*MODEL, *BOX, "--plot", str(file))
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def needed(rows: int, prompt: int) -> tuple[int, int, int]:
+    """Bytes of each GPU that BLOOM takes in DeepSpeed's engine, those of its cache among them, and those there are."""
+    found = document(*BLOOM, "--input-len", str(prompt), "--output-len", "100", "-b", str(rows))
+    gpu = found["plan"]["memory"]["gpu"]
+    cache = next(term["bytes"] for term in gpu["terms"] if term["name"] == "KV cache")
+    return gpu["needed_bytes"], cache, gpu["available_bytes"]
+
+
+def test_bloom_whose_cache_grows_by_copies_runs_8_rows_and_dies_of_16() -> None:
+    """The published table of the BLOOM inference scripts: prompts of a few words, 100 new tokens, ZeRO without offload.
+
+    Their cache grew by concatenation, so that the old one lay beside the new one, or its holes did. From one pool, as
+    it is now, 16 rows fit as well.
+    """
+    fewer, fewer_cache, available = needed(8, 10)
+    more, more_cache, _ = needed(16, 10)
+    assert fewer + fewer_cache <= available < more + more_cache
+    assert more <= available
+
+
+def test_bloom_with_prompts_of_128_tokens_takes_8_rows_and_not_16() -> None:
+    needs, _, available = needed(8, 128)
+    assert needs <= available
+    error = refused(*BLOOM, "--input-len", "128", "--output-len", "100", "-b", "16", error=DoesNotFitError)
+    assert "16 rows need" in error.message
