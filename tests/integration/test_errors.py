@@ -110,7 +110,7 @@ def test_memlock_limit_below_the_pool_that_deepspeed_locks(
     from zeroinf.hardware.snapshot import read_memory
 
     memory = replace(read_memory(), memlock_bytes=64)
-    monkeypatch.setattr("zeroinf.jobs.prepare.read_memory", lambda: memory)
+    monkeypatch.setattr("zeroinf.jobs.planning.read_memory", lambda: memory)
     nvme = ("--engine", "zero", "--offload", "nvme", "--nvme-path", str(tmp_path))
     code, message, hint = fails("-m", model, *PROMPT, *nvme)
     assert code == 4
@@ -217,8 +217,8 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--overwrite"], "--overwrite without --output-file"),
         (["--seed", "1"], "--seed would change nothing"),
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing"),
-        (["--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),
-        (["--aio-threads", "4"], "--aio-threads has no effect with --offload cpu"),
+        (["--offload", "cpu", "--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),
+        (["--offload", "cpu", "--aio-threads", "4"], "--aio-threads has no effect with --offload cpu"),
         (["--offload", "nvme", "--nvme-path", ".", "--aio-threads", "4"], "--aio-threads configures DeepSpeed's disk"),
         (["--offload", "nvme", "--nvme-path", ".", "--nvme-path", "./"], "names the same folder twice"),
         (["--engine", "zero", "--offload", "nvme", "--nvme-path", ".", "--nvme-path", "/"], "one --nvme-path"),

@@ -1,11 +1,10 @@
-"""The parts of the stream engine: layouts, the ring of slots, memory that ranks share, and the choice of engine."""
+"""The parts of the stream engine: layouts, the ring of slots, memory that ranks share."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from zeroinf.engines.stream.carrier import Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import lay_out
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.errors import EnvironmentProblem, UsageError
-from zeroinf.jobs.prepare import choose_engine, choose_fetch
+from zeroinf.errors import EnvironmentProblem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 CPU = torch.device("cpu")
@@ -128,59 +126,3 @@ def test_ranks_of_a_node_map_one_copy() -> None:
         for rank in range(2)
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("asked", "own_config", "engine", "why"),
-    [
-        ("auto", False, "stream", None),
-        ("auto", True, "zero", "--zero-config configures DeepSpeed"),
-        ("zero", False, "zero", None),
-        ("stream", False, "stream", None),
-    ],
-)
-def test_auto_takes_the_stream_engine_unless_it_says_why(
-    asked: str, own_config: bool, engine: str, why: str | None
-) -> None:
-    assert choose_engine(asked, own_zero_config=own_config) == (engine, why)
-
-
-def test_the_stream_engine_is_refused_by_name_for_what_it_does_not_do() -> None:
-    with pytest.raises(UsageError, match="--engine stream"):
-        choose_engine("stream", own_zero_config=True)
-
-
-TWO, APART = World(size=2, local_size=2), World(size=2, local_size=1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "offload", "world", "linked", "fetch"),
-    [
-        ("auto", "cpu", TWO, True, "partitioned"),
-        ("auto", "cpu", TWO, False, "replicated"),
-        ("auto", "nvme", TWO, False, "partitioned"),
-        ("auto", "nvme", APART, True, "replicated"),
-        ("auto", "none", TWO, True, "replicated"),
-        ("auto", "nvme", World(), False, "replicated"),
-        ("replicated", "nvme", TWO, True, "replicated"),
-        ("partitioned", "cpu", TWO, False, "partitioned"),
-    ],
-)
-def test_ranks_share_one_walk_over_the_weights_where_that_is_worthwhile(
-    asked: str, offload: Any, world: World, linked: bool, fetch: str
-) -> None:
-    assert choose_fetch(asked, "stream", offload, world, gpus_are_linked=linked) == fetch
-
-
-@pytest.mark.parametrize(
-    ("engine", "offload", "world", "words"),
-    [
-        ("zero", "cpu", TWO, "with the zero engine"),
-        ("stream", "none", TWO, "with --offload none"),
-        ("stream", "cpu", World(), "with one rank"),
-        ("stream", "cpu", APART, "on one node"),
-    ],
-)
-def test_fetch_is_refused_where_it_would_mean_nothing(engine: str, offload: Any, world: World, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        choose_fetch("partitioned", engine, offload, world, gpus_are_linked=True)
