@@ -48,7 +48,6 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         fetch=cell["fetch"],
         offload=cell["offload"],
         nvme_paths=(Path(cell["nvme_path"]),),
-        pin_memory=False,
         input_file=cell["input"],
         batch_size=cell["batch_size"],
     )

@@ -23,7 +23,7 @@ _UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 _AIO = AioSettings()
-_AIO_OPTIONS = ("aio_block_size", "aio_queue_depth", "aio_threads")
+AIO_OPTIONS = ("aio_block_size", "aio_queue_depth", "aio_threads")
 
 # O_DIRECT reads whole device sectors, which are 512 or 4096 bytes.
 _DIRECT_IO_BYTES = 4096
@@ -194,12 +194,12 @@ def refuse_unused_offload_options(ctx: click.Context) -> None:
     elsewhere = ctx.params.get("machine_name") or ctx.params.get("nvme_space")  # a disk that is planned for
     if offload == "nvme" and not ctx.params["nvme_paths"] and not elsewhere:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
-    nvme_only = () if offload in ("nvme", "auto") else ("nvme_paths", *_AIO_OPTIONS)
+    nvme_only = () if offload in ("nvme", "auto") else ("nvme_paths", *AIO_OPTIONS)
     if unused := given(ctx, *nvme_only):
         raise UsageError(
             f"{flags(ctx, unused)} has no effect with --offload {offload}", hint="add --offload nvme, or drop it"
         )
-    if engine != "zero" and (unused := given(ctx, *_AIO_OPTIONS)):
+    if engine != "zero" and (unused := given(ctx, *AIO_OPTIONS)):
         raise UsageError(f"{flags(ctx, unused)} configures DeepSpeed's disk I/O", hint="add --engine zero, or drop it")
     if engine == "zero" and len(ctx.params["nvme_paths"]) > 1:
         raise UsageError("DeepSpeed uses one --nvme-path, not several", hint="--engine stream, or name one folder")

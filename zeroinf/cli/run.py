@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from zeroinf.cli.params import (
+    AIO_OPTIONS,
     SizeType,
     engine_options,
     flags,
@@ -124,10 +125,14 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
 def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
     if asked["zero_config"] is None:
         refuse_unused_offload_options(ctx)
-    elif named := given(ctx, "offload", "nvme_paths", "pin_memory", "aio_block_size", "aio_queue_depth", "aio_threads"):
+        if not asked["nvme_paths"] and (unused := given(ctx, *AIO_OPTIONS)):
+            raise UsageError(f"{flags(ctx, unused)} has no effect without --nvme-path", hint="add it, or drop the flag")
+    elif named := given(ctx, "offload", "nvme_paths", "pin_memory", *AIO_OPTIONS):
         raise UsageError(f"{flags(ctx, named)} and --zero-config contradict each other", hint="set it in the JSON")
     if asked["overwrite"] and asked["output_file"] is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    if asked["input_file"] is None and given(ctx, "input_format"):
+        raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and asked["input_file"] is None:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
     if asked["input_file"] not in (None, "-") and not Path(asked["input_file"]).is_file():

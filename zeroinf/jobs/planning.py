@@ -47,19 +47,17 @@ def plan_run(
     if own_config is not None:
         offload, nvme_paths = _offload_of(own_config)
     engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
-    _refuse_idle(options, engine, world)
+    _refuse_idle(options, engine, world, device, len(anatomy.blocks))
     machine = read_machine(nvme_paths)
     _check_folders(machine.disks)
     rates = read_profile(machine)
-    if device == "cpu":
-        if options.gpu_memory_bytes is not None:
-            raise UsageError("--gpu-memory has no effect: this run computes on the CPU", hint="drop it")
-        machine = replace(machine, gpus=())
+    cap = options.host_memory_bytes
     machine, rates = override(
-        replace(machine, gpus=machine.gpus[: world.local_size]),
+        replace(machine, gpus=machine.gpus[: world.local_size] if device == "cuda" else ()),
         rates,
         gpu_memory_bytes=options.gpu_memory_bytes,
-        host_memory_bytes=options.host_memory_bytes,
+        # `override` takes a larger host for another machine's; here it is a limit.
+        host_memory_bytes=None if cap is None else min(cap, machine.memory.total_bytes),
     )
     wish = Wish(
         engine=engine,
@@ -108,8 +106,11 @@ def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[Literal["stream
     return "stream", None
 
 
-def _refuse_idle(options: RunOptions, engine: str, world: World) -> None:
-    """Refuse settings of the stream engine that would mean nothing."""
+def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, blocks: int) -> None:
+    """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks."""
+    of_gpus = {"--gpu-memory": options.gpu_memory_bytes is not None, "--no-pin-memory": not options.pin_memory}
+    if device == "cpu" and (given := [flag for flag, is_given in of_gpus.items() if is_given]):
+        raise UsageError(f"{', '.join(given)} has no effect: this run computes on the CPU", hint="drop it")
     named = {"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None}
     given = [flag for flag, is_given in named.items() if is_given]
     if given and engine != "stream":
@@ -120,6 +121,11 @@ def _refuse_idle(options: RunOptions, engine: str, world: World) -> None:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
     if options.fetch == "partitioned" and world.local_size != world.size:
         raise UsageError("--fetch partitioned needs all ranks on one node", hint="--fetch replicated")
+    if options.resident_blocks is not None and options.resident_blocks > blocks:
+        raise UsageError(
+            f"--resident-blocks {options.resident_blocks}, but the model has {blocks} blocks",
+            hint="choose fewer, or --offload none to keep all of them on the GPU",
+        )
 
 
 def _read_zero_config(path: Path) -> dict[str, Any]:
