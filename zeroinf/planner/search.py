@@ -214,7 +214,7 @@ class Planner:
         if offload == "nvme":
             on_disk = blocks - residents
             if wish.offload == "auto" and wish.engine == "stream":
-                on_disk -= min(on_disk, self._blocks_in_host(wish))
+                on_disk -= min(on_disk, self._blocks_in_host(wish, rows))
         return Choice(
             engine=wish.engine,
             offload=offload,
@@ -232,20 +232,22 @@ class Planner:
         if wish.resident_blocks is not None:
             return min(wish.resident_blocks, blocks)
         if offload == "cpu" and self._device == "cuda" and wish.engine == "stream":
-            return max(0, min(blocks - 1, blocks - self._blocks_in_host(wish)))
+            return max(0, min(blocks - 1, blocks - self._blocks_in_host(wish, 1)))
         return 0
 
-    def _blocks_in_host(self, wish: Wish) -> int:
+    def _blocks_in_host(self, wish: Wish, rows: int) -> int:
         """How many blocks the host can hold beside everything else there."""
         nothing = Choice(
             engine="stream",
             offload="nvme",
             fetch="replicated",
-            batch_size=1,
+            batch_size=rows,
             resident_blocks=0,
             nvme_blocks=len(self._anatomy.blocks),
         )
         terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._device)
+        if self._device == "cpu":  # what computes lies there, too
+            terms = self._terms(wish, nothing, self._simulate(rows))
         free = self._host_bytes - total(terms, "host")
         return max(0, free // max(pieces(self._anatomy)))
 
