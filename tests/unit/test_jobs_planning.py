@@ -1,0 +1,276 @@
+"""What was asked of a run, put to the planner with a machine that is only said to be there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import build_tokenizer, small_config
+from transformers import AutoModelForCausalLM
+
+from zeroinf.distributed.world import World
+from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.generation.row import Sampling
+from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
+from zeroinf.hardware.rates import Rates
+from zeroinf.jobs import planning
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.prepare import prepare
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.planner.memory import pieces, total
+from zeroinf.planner.plan import Plan
+from zeroinf.simulation.planning import Lengths
+
+GIB = 1 << 30
+BLOCKS = 12  # more than a ring of read buffers holds
+ALONE, TWO, APART = World(), World(size=2, local_size=2), World(size=2, local_size=1)
+LENGTHS = Lengths(prompt_tokens=20, new_tokens=8)
+
+
+def gpu(free_bytes: int = 70 * GIB) -> Gpu:
+    return Gpu(
+        index=0,
+        name="NVIDIA H100",
+        total_bytes=80 * GIB,
+        free_bytes=free_bytes,
+        other_bytes=0,
+        pcie_generation=5,
+        pcie_width=16,
+        capability=(9, 0),
+    )
+
+
+def machine(gpus: int = 1, host_bytes: int = 64 * GIB) -> Machine:
+    memory = Memory(
+        total_bytes=host_bytes,
+        available_bytes=host_bytes,
+        cgroup_limit_bytes=None,
+        swap_bytes=0,
+        shared_memory_bytes=host_bytes,
+        memlock_bytes=None,
+        numa_nodes=1,
+    )
+    return Machine(gpus=(gpu(),) * gpus, memory=memory, disks=(), cores=8)
+
+
+def folder_on_disk(path: Path) -> Disk:
+    return Disk(
+        path=path, exists=True, writable=True, free_bytes=100 * GIB, total_bytes=100 * GIB, filesystem="", o_direct=True
+    )
+
+
+Ask = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    config, folder = small_config("llama"), tmp_path_factory.mktemp("llama")
+    config.num_hidden_layers = BLOCKS
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return resolve_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def anatomy(source: ModelSource) -> Anatomy:
+    return read_anatomy(source.config, dtype="float32")
+
+
+@pytest.fixture
+def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """`ask(on=..., world=..., linked=..., **options)`: the plan on that machine."""
+
+    def found(
+        *,
+        on: Machine | None = None,
+        world: World = ALONE,
+        linked: bool = True,
+        requests: int = 64,
+        device: str = "cuda",
+        **options: Any,
+    ) -> Plan:
+        here = on or machine(gpus=world.size)
+        monkeypatch.setattr(
+            planning, "read_machine", lambda paths: replace(here, disks=tuple(map(folder_on_disk, paths)))
+        )
+        monkeypatch.setattr(planning, "read_profile", lambda machine: Rates())
+        monkeypatch.setattr(planning, "gpus_are_linked", lambda count: linked)
+        asked = RunOptions(model=source.name, sampling=Sampling(max_new_tokens=8), **options)
+        return plan_run(asked, source, anatomy, LENGTHS, requests, world, device)[0]
+
+    return found
+
+
+# Engine and fetch
+
+
+@pytest.mark.parametrize(
+    ("asked", "own_config", "engine", "why"),
+    [
+        ("auto", False, "stream", None),
+        ("auto", True, "zero", "--zero-config configures DeepSpeed"),
+        ("zero", False, "zero", None),
+        ("zero", True, "zero", None),
+        ("stream", False, "stream", None),
+    ],
+)
+def test_auto_takes_the_stream_engine_unless_it_says_why(
+    asked: str, own_config: bool, engine: str, why: str | None
+) -> None:
+    assert choose_engine(asked, own_zero_config=own_config) == (engine, why)
+
+
+def test_the_stream_engine_is_refused_by_name_for_what_it_does_not_do() -> None:
+    with pytest.raises(UsageError, match="--engine stream: --zero-config configures DeepSpeed"):
+        choose_engine("stream", own_zero_config=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "linked", "fetch"),
+    [
+        ("auto", TWO, False, "replicated"),
+        ("auto", APART, True, "replicated"),
+        ("auto", ALONE, True, "replicated"),
+        ("replicated", TWO, True, "replicated"),
+        ("partitioned", TWO, False, "partitioned"),
+    ],
+)
+def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_or_are_told_to(
+    asked: Any, world: World, linked: bool, fetch: str, ask: Ask
+) -> None:
+    assert ask(offload="cpu", fetch=asked, world=world, linked=linked).fetch == fetch
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ({"engine": "zero", "fetch": "partitioned"}, TWO, "--fetch has no effect with the zero engine"),
+        ({"engine": "zero", "resident_blocks": 0}, ALONE, "--resident-blocks has no effect with the zero engine"),
+        ({"offload": "none", "fetch": "replicated"}, TWO, "--fetch has no effect with --offload none"),
+        ({"fetch": "replicated"}, ALONE, "--fetch replicated has no effect with one rank"),
+        ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
+        ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} blocks"),
+    ],
+)
+def test_settings_of_the_stream_engine_are_refused_where_they_would_mean_nothing(
+    options: dict[str, Any], world: World, words: str, ask: Ask
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        ask(world=world, **options)
+
+
+@pytest.mark.parametrize("options", [{"gpu_memory_bytes": GIB}, {"pin_memory": False}])
+def test_settings_of_gpus_are_refused_on_the_cpu_and_used_elsewhere(options: dict[str, Any], ask: Ask) -> None:
+    with pytest.raises(UsageError, match="has no effect: this run computes on the CPU"):
+        ask(device="cpu", **options)
+    plan = ask(**options)
+    assert plan.pin_memory == options.get("pin_memory", True)
+
+
+@pytest.mark.parametrize("options", [{"resident_blocks": 1}, {"resident_blocks": 0}, {"fetch": "replicated"}])
+def test_auto_offload_streams_where_something_is_said_about_streaming(options: dict[str, Any], ask: Ask) -> None:
+    plan = ask(world=TWO, **options)
+    assert ask(world=TWO).offload == "none"
+    assert plan.offload == "cpu"
+    assert options.get("resident_blocks", plan.resident_blocks) == plan.resident_blocks < BLOCKS
+
+
+# Rows
+
+
+@pytest.mark.parametrize(("requests", "ranks", "rows"), [(1, 1, 1), (5, 1, 5), (5, 2, 3), (2, 2, 1), (1, 2, 1)])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_auto_shares_few_requests_equally(requests: int, ranks: int, rows: int, device: str, ask: Ask) -> None:
+    assert ask(world=World(size=ranks, local_size=ranks), requests=requests, device=device).batch_size == rows
+
+
+def test_a_batch_that_was_asked_for_is_taken(ask: Ask) -> None:
+    assert ask(batch_size=7).batch_size == 7
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
+    batch_size: int | None, source: ModelSource, tmp_path: Path
+) -> None:
+    lines = [("x" * 30, 2), ("y", 9), ("z" * 12, 4)]
+    requests = tmp_path / "in.jsonl"
+    requests.write_text("".join(json.dumps({"prompt": p, "max_new_tokens": n}) + "\n" for p, n in lines))
+    options = RunOptions(
+        model=source.name, sampling=Sampling(max_new_tokens=100), input_file=str(requests), batch_size=batch_size
+    )
+    prepared = prepare(options, source, ALONE, "cpu")
+    assert (prepared.plan.prompt_tokens, prepared.plan.new_tokens) == (30, 9)
+    assert prepared.plan.batch_size == (batch_size or 3)
+    assert [len(work.prompt) for work in prepared.work] == [30, 1, 12]
+
+
+# Memory
+
+
+def test_gpu_memory_is_a_limit_on_what_is_planned(ask: Ask) -> None:
+    limit = total(ask(requests=4096).terms, "gpu") - 1
+    assert total(ask(requests=4096, gpu_memory_bytes=limit).terms, "gpu") <= limit
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_host_memory_is_a_limit_that_is_refused_with_what_would_do(device: str, ask: Ask) -> None:
+    with pytest.raises(DoesNotFitError, match=r"0\.50 GiB are there") as caught:
+        ask(device=device, host_memory_bytes=GIB // 2)
+    assert "GiB more host memory would do" in (caught.value.hint or "")
+
+
+def test_host_memory_beyond_what_there_is_adds_none(ask: Ask) -> None:
+    with pytest.raises(DoesNotFitError, match=r"1\.00 GiB are there"):
+        ask(on=machine(host_bytes=GIB), offload="cpu", host_memory_bytes=1000 * GIB)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_host_too_small_for_the_weights_leaves_blocks_on_the_disk(
+    device: str, ask: Ask, anatomy: Anatomy, tmp_path: Path
+) -> None:
+    def asked(host_bytes: int) -> Plan:
+        small_gpu = replace(machine(host_bytes=host_bytes), gpus=(gpu(),))
+        return ask(on=small_gpu, device=device, nvme_paths=(tmp_path,), resident_blocks=0, batch_size=1)
+
+    plenty = asked(64 * GIB)
+    assert (plenty.offload, plenty.nvme_blocks) == ("cpu", 0)
+    found = {plan.nvme_blocks for plan in _shrinking(asked, total(plenty.terms, "host"), anatomy)}
+    assert found >= {0, BLOCKS // 2, BLOCKS}
+
+
+def _shrinking(asked: Callable[[int], Plan], host_bytes: int, anatomy: Anatomy) -> list[Plan]:
+    """Plans with ever less host memory than `host_bytes`, a block at a time, until nothing fits."""
+    step, plans = max(pieces(anatomy)), []
+    for turn in range(BLOCKS + 1):
+        try:
+            plans.append(asked(host_bytes - turn * step))
+        except DoesNotFitError:
+            break
+        assert total(plans[-1].terms, "host") <= host_bytes - turn * step
+    return plans
+
+
+# A JSON of the user's own
+
+
+@pytest.mark.parametrize("device", ["none", "cpu"])
+def test_the_users_own_json_says_where_weights_rest(device: str, ask: Ask, tmp_path: Path) -> None:
+    own = tmp_path / "zero.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": device}}}))
+    plan = ask(zero_config=own, gpu_memory_bytes=8 * GIB)
+    assert (plan.engine, plan.offload) == ("zero", device)
+    assert total(plan.terms, "gpu") <= 8 * GIB
+
+
+def test_the_users_own_json_is_refused_where_it_does_not_fit(ask: Ask, tmp_path: Path) -> None:
+    own = tmp_path / "zero.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(DoesNotFitError, match="of GPU memory"):
+        ask(zero_config=own, gpu_memory_bytes=GIB // 2)
