@@ -33,17 +33,17 @@ def generate(
     receives each row as it ends; `grew` is told after each forward how many rows gained a token. Where an engine's
     ranks must step together, a rank without rows keeps the others company with forwards of one token.
 
-    A micro-batch that runs out of GPU memory is run again in halves, and so are those that follow: `shrank` is told the
-    rows of each. Raises torch.OutOfMemoryError when a single row does not fit, or the engine cannot go on.
+    A micro-batch that runs out of GPU memory is run again in halves, and those that follow are as small: `shrank` is
+    told the rows of each. Raises torch.OutOfMemoryError when a single row does not fit, or the engine cannot go on.
 
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
     batch: MicroBatch | None = None
-    supply = _Supply(take, pool)
+    supply = _Supply(take, pool, lambda rows: MicroBatch(engine.model, rows, rules, pool, device), shrank)
     ranks = _Agreement(control) if engine.in_step else None
     while True:
-        if batch is None and (rows := supply.next()):
-            batch = MicroBatch(engine.model, rows, rules, pool, device)
+        if batch is None:
+            batch = supply.next()
         busy, stop = batch is not None, stop_requested()
         if ranks is not None:
             busy, stop = ranks.agree(busy, stop)
@@ -56,39 +56,59 @@ def generate(
         if batch is None:
             engine.forward([_company(device)])
             continue
+        failed: list[Row] = []
         try:
             grew(_advance(engine, batch, done))
         except torch.OutOfMemoryError:
-            if len(batch.rows) == 1 or not engine.recover():
+            if pool.rows == 1 or not engine.recover():
                 raise
-            supply.put_back(batch.rows)
+            failed = batch.rows
+        if failed or batch.finished:
             batch = None
-        if batch is None:  # outside the handler, which keeps what the failed forward had made
-            pool.shrink(-(-pool.rows // 2))
-            shrank(pool.rows)
-        elif batch.finished:
-            batch = None
+        if failed:
+            supply.halve(failed)
 
 
 class _Supply:
-    """Rows for micro-batches that find room in the pool."""
+    """Micro-batches that find room in the pool."""
 
-    def __init__(self, take: Callable[[], Sequence[Row]], pool: CachePool) -> None:
-        self._take, self._pool = take, pool
+    def __init__(
+        self,
+        take: Callable[[], Sequence[Row]],
+        pool: CachePool,
+        make: Callable[[Sequence[Row]], MicroBatch],
+        shrank: Callable[[int], None],
+    ) -> None:
+        self._take, self._pool, self._make, self._shrank = take, pool, make, shrank
         self._waiting: deque[Row] = deque()
 
-    def next(self) -> list[Row]:
-        """The rows of the next micro-batch; none when the queue is empty."""
+    def next(self) -> MicroBatch | None:
+        """The next micro-batch; None when the queue is empty."""
+        while rows := self._rows():
+            try:
+                return self._make(rows)
+            except torch.OutOfMemoryError:
+                if self._pool.rows == 1:
+                    raise
+            self.halve(rows)
+        return None
+
+    def _rows(self) -> list[Row]:
         if not self._waiting:
             self._waiting.extend(self._take())
         return [self._waiting.popleft() for _ in range(min(self._pool.rows, len(self._waiting)))]
 
-    def put_back(self, rows: Sequence[Row]) -> None:
-        """Let those of `rows` that are not finished be run again."""
+    def halve(self, rows: Sequence[Row]) -> None:
+        """Let those of `rows` that are not finished be run again, in micro-batches of half as many rows.
+
+        Not to be called while the error is handled: it keeps alive what the failed forward had made.
+        """
         unfinished = [row for row in rows if not row.finished]
         for row in unfinished:
             row.restart()
         self._waiting.extendleft(reversed(unfinished))
+        self._pool.shrink(-(-len(rows) // 2))
+        self._shrank(self._pool.rows)
 
 
 class _Agreement:

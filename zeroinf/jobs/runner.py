@@ -255,13 +255,7 @@ class _Job:
                 device=self._device,
             )
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
-
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> DoesNotFitError:
-        return DoesNotFitError(
-            f"out of GPU memory with {self._prepared.plan.batch_size} rows: {str(error).splitlines()[0]}",
-            hint="choose a smaller --batch-size",
-        )
+            raise _out_of_memory(error, rows) from error
 
     def _loop(
         self,
@@ -287,7 +281,7 @@ class _Job:
                 shrank=self._tell_of_shrinking,
             )
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
+            raise _out_of_memory(error, pool.rows) from error
         finally:
             self._interrupts.deferred = False
         if stopped_by:
@@ -312,6 +306,15 @@ class _Job:
             pinned_host_bytes=stats.pinned_host_bytes,
             stalls=stats.stalls - self._stalls_before,
         )
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"out of GPU memory with {'1 row' if rows == 1 else f'{rows} rows'}: {str(error).splitlines()[0]}",
+        hint="shorten the prompts, lower --max-new-tokens, or let fewer blocks stay on the GPU"
+        if rows == 1
+        else "choose a smaller --batch-size",
+    )
 
 
 def process_age_s() -> float:
