@@ -1,0 +1,100 @@
+"""Questions answered with real simulations of a small well-known model: what is said to fit, and what hints promise."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from fake_machines import GIB, MIB, machine_of
+
+from zeroinf.errors import DoesNotFitError
+from zeroinf.hardware.rates import Rates
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.catalog import catalog_config
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.planner.memory import total
+from zeroinf.planner.search import Wish
+from zeroinf.simulation.planning import Answer, Lengths, Question, answer
+
+MODEL = "pythia-70m"
+
+
+@cache
+def anatomy() -> Anatomy:
+    return read_anatomy(catalog_config(MODEL), dtype="bfloat16")
+
+
+def ask(*, gpu: int, host: int = 16 * GIB, prompt: int = 256, new: int = 32, **wished: Any) -> Question:
+    return Question(
+        config=catalog_config(MODEL),
+        anatomy=anatomy(),
+        machine=machine_of(gpus=wished.get("world_size", 1), gpu_bytes=gpu, host_bytes=host),
+        rates=Rates.of("given", link_gbps=25.0),
+        wish=Wish(**wished),
+        lengths=Lengths(prompt_tokens=prompt, new_tokens=new),
+        device="cuda",
+    )
+
+
+def rows(question: Question) -> int:
+    return answer(question).plan.batch_size
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_more_memory_takes_more_rows_and_longer_prompts_fewer(offload: str) -> None:
+    by_memory = [rows(ask(gpu=size * MIB, offload=offload, resident_blocks=None)) for size in (1100, 1300, 1700)]
+    assert by_memory == sorted(set(by_memory))
+    by_prompt = [rows(ask(gpu=1300 * MIB, offload=offload, prompt=tokens)) for tokens in (128, 256, 700)]
+    assert by_prompt == sorted(set(by_prompt), reverse=True)
+
+
+def test_one_row_more_than_the_plan_does_not_fit() -> None:
+    question = ask(gpu=1200 * MIB, offload="none")
+    most = rows(question)
+    assert rows(replace(question, wish=replace(question.wish, batch_size=most))) == most
+    with pytest.raises(DoesNotFitError, match=f"{most + 1} rows need"):
+        answer(replace(question, wish=replace(question.wish, batch_size=most + 1)))
+
+
+def test_the_plan_is_the_chosen_candidate_with_all_its_terms() -> None:
+    found: Answer = answer(ask(gpu=1500 * MIB, world_size=2))
+    plan, chosen = found.plan, found.decision.chosen
+    assert (plan.offload, plan.fetch, plan.batch_size) == (
+        chosen.choice.offload,
+        chosen.choice.fetch,
+        chosen.choice.batch_size,
+    )
+    assert (plan.terms, plan.timing) == (chosen.terms, chosen.timing)
+    assert (plan.prompt_tokens, plan.new_tokens, plan.world_size) == (256, 32, 2)
+    assert total(plan.terms, "gpu") <= 1500 * MIB
+
+
+def test_lengths_that_the_hint_promises_do_fit() -> None:
+    def needs(prompt: int, new: int) -> int:
+        question = ask(gpu=8 * GIB, offload="none", batch_size=1, prompt=prompt, new=new)
+        return total(answer(question).plan.terms, "gpu")
+
+    long = ask(gpu=(needs(1800, 200) + needs(112, 12)) // 2, offload="none", prompt=1800, new=200)
+    with pytest.raises(DoesNotFitError) as caught:
+        answer(long)
+    found = re.search(r"prompts of (\d+) and (\d+) new tokens would fit", caught.value.hint or "")
+    assert found is not None, caught.value.hint
+    prompt, new = int(found[1]), int(found[2])
+    assert 1 <= prompt < 1800 and 1 <= new < 200
+    assert rows(replace(long, lengths=replace(long.lengths, prompt_tokens=prompt, new_tokens=new))) >= 1
+
+
+def test_no_length_is_promised_where_none_would_do() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        answer(ask(gpu=256 * MIB))
+    assert "prompts" not in (caught.value.hint or "")
+    assert "GiB more GPU memory would do" in (caught.value.hint or "")
+
+
+def test_a_rate_that_nobody_measured_is_named() -> None:
+    assert set(answer(ask(gpu=2 * GIB)).speeds.projected) >= {"link_gbps", "hbm_gbps", "matmul_tflops", "launch_s"}
+    measured = replace(ask(gpu=2 * GIB), rates=Rates.of("measured", link_gbps=25.0, hbm_gbps=900.0))
+    assert not {"link_gbps", "hbm_gbps"} & set(answer(measured).speeds.projected)
