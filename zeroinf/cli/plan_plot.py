@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.planner.memory import Place
+from zeroinf.hardware.checks import gib
+from zeroinf.planner.memory import Place, total
 from zeroinf.simulation.planning import Answer, Question
 
 _PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
@@ -21,18 +22,24 @@ def draw_plan(question: Question, found: Answer, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    places = [place for place in _PLACES if place in found.decision.budgets]
-    for at, place in enumerate(places):
-        bottom = 0.0
+    left.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
+    labels: list[str] = []
+    for place in (place for place in _PLACES if total(found.plan.terms, place)):
+        available, bottom = found.decision.budgets[place], 0.0
         for term in (term for term in found.plan.terms if term.place == place):
-            left.bar(at, term.nbytes / 2**30, bottom=bottom, label=f"{place}: {term.name}")
-            bottom += term.nbytes / 2**30
-        left.hlines(found.decision.budgets[place] / 2**30, at - 0.45, at + 0.45, colors="black", linestyles="dashed")
-    left.set_xticks(range(len(places)), places)
-    left.set_ylabel("GiB (dashed: available)")
-    left.legend(fontsize="x-small")
-    tried = found.decision.tried
-    right.plot([one.choice.batch_size for one in tried], [one.timing.tokens_per_second for one in tried], marker="o")
+            share = 100 * term.nbytes / available
+            left.bar(len(labels), share, bottom=bottom, label=f"{place}: {term.name}, {gib(term.nbytes)}")
+            bottom += share
+        labels.append(f"{place}\n{gib(total(found.plan.terms, place))}\nof {gib(available)}")
+    left.set_xticks(range(len(labels)), labels)
+    left.set_ylabel("% of what is available")
+    left.axhline(100, color="black", linestyle="dashed")
+    left.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    best: dict[int, float] = {}
+    for one in found.decision.tried:  # the same rows with more or fewer resident blocks
+        rows = one.choice.batch_size
+        best[rows] = max(best.get(rows, 0.0), one.timing.tokens_per_second)
+    right.plot(list(best), list(best.values()), marker="o")
     right.axvline(found.plan.batch_size, color="black", linestyle="dashed")
     right.set_xscale("log", base=2)
     right.set_xlabel("rows a GPU (dashed: the plan)")
