@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
@@ -165,48 +165,59 @@ class Planner:
     ) -> Iterator[Candidate | Rejection]:
         """All that is worth comparing of one way to run, or why it does not fit."""
         fewest = self._fewest_residents(wish, offload)
-        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.world_size))
-        sizes = [wish.batch_size] if wish.batch_size else _doubling(cap)
-        fits, first_miss = 0, None
         if offload == "nvme" and not self._choice(wish, offload, fetch, 1, fewest).nvme_blocks:
             return  # the host can hold all that streams
+        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.world_size))
+        sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
+        found: list[Candidate] = []
+        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 0, fewest), sizes, budgets):
+            if isinstance(outcome, Candidate):
+                found += [outcome, *self._with_more_residents(wish, outcome, budgets)]
+            elif not found:
+                yield outcome
+        if found and not wish.batch_size:
+            best = max(found, key=_merit).choice
+            larger = [rows for rows in sizes if rows > best.batch_size]
+            grown = self._growing(wish, best, larger, budgets) if best.resident_blocks > fewest else ()
+            found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
+        yield from found
+
+    def _growing(
+        self, wish: Wish, start: Choice, sizes: Sequence[int], budgets: dict[Place, int]
+    ) -> Iterator[Candidate | Rejection]:
+        """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection."""
+        fits, miss = start.batch_size, None
         for rows in sizes:
-            outcome = self._try(wish, self._choice(wish, offload, fetch, rows, fewest), budgets)
+            outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
+            yield outcome
             if isinstance(outcome, Rejection):
-                first_miss = rows
-                if not fits:
-                    yield outcome
+                miss = rows
                 break
             fits = rows
-            yield from self._with_more_residents(wish, outcome, budgets)
-        while first_miss is not None and fits and first_miss - fits > 1:
-            rows = (fits + first_miss) // 2
-            outcome = self._try(wish, self._choice(wish, offload, fetch, rows, fewest), budgets)
-            if isinstance(outcome, Rejection):
-                first_miss = rows
-            else:
-                fits = rows
-                yield from self._with_more_residents(wish, outcome, budgets)
+        while miss is not None and fits and miss - fits > 1:
+            rows = (fits + miss) // 2
+            outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
+            yield outcome
+            fits, miss = (rows, miss) if isinstance(outcome, Candidate) else (fits, rows)
 
-    def _with_more_residents(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Iterator[Candidate]:
-        """`candidate`, and the same with as many resident blocks as fit beside its rows."""
-        yield candidate
-        choice, place = candidate.choice, "gpu" if "gpu" in budgets else "host"
+    def _with_rows(self, wish: Wish, choice: Choice, rows: int) -> Choice:
+        return self._choice(wish, choice.offload, choice.fetch, rows, choice.resident_blocks)
+
+    def _with_more_residents(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
+        """The same with as many resident blocks as fit beside its rows, if more do."""
+        choice, blocks = candidate.choice, len(self._anatomy.blocks)
         if wish.resident_blocks is not None or choice.offload == "none" or wish.engine != "stream":
-            return
-        free = budgets["gpu" if place == "gpu" else "host"] - total(
-            candidate.terms, "gpu" if place == "gpu" else "host"
-        )
-        blocks = len(self._anatomy.blocks)
+            return []
+        place: Place = "gpu" if "gpu" in budgets else "host"
+        free = budgets[place] - total(candidate.terms, place)
         more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy)))
-        while more > 0:
-            changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, choice.resident_blocks + more)
+        for residents in range(choice.resident_blocks + more, choice.resident_blocks, -1):
+            changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
             outcome = None if is_another_way else self._try(wish, changed, budgets)
             if isinstance(outcome, Candidate):
-                yield outcome
-                return
-            more -= 1
+                return [outcome]
+        return []
 
     def _choice(self, wish: Wish, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         blocks = len(self._anatomy.blocks)

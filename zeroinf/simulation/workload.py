@@ -18,8 +18,9 @@ from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
 
 _META = torch.device("meta")
-# So many blocks of each kind are run: what one leaves behind for the next of its kind shows with the second.
-_KEPT = 2
+# So many blocks of each kind are run: the gaps that one leaves behind for the next stop growing after a few (GPT-NeoX:
+# five, most others: two).
+_KEPT = 6
 
 
 class Simulator:
