@@ -114,7 +114,7 @@ class StreamEngine:
 
     def recover(self) -> bool:
         if self._ring is not None:
-            self._ring.finish_pass()
+            self._ring.finish(self._forwards)
         return True
 
     def stats(self) -> EngineStats:

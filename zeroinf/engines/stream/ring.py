@@ -68,11 +68,11 @@ class Ring:
         self._turn += 1
         self._carry()
 
-    def finish_pass(self) -> None:
-        """Let the pieces that are left of a broken pass go by unused."""
+    def finish(self, passes: int) -> None:
+        """Let the pieces that are left of so many passes go by unused: the last one broke, before or after it began."""
         if self._held:
             self.release()
-        while self._turn % len(self._pieces):
+        while self._turn < passes * len(self._pieces):
             self.acquire(self._turn % len(self._pieces))
             self.release()
 
