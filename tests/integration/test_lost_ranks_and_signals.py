@@ -43,6 +43,8 @@ def arguments(model: Path, prompts: Path, out: Path, *more: str, engine: str = "
         "12",
         "--engine",
         engine,
+        "--offload",
+        "cpu",
         *more,
     ]
 

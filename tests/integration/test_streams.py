@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from launching import Launcher, read_jsonl, run_zeroinf, write_jsonl
 
-BATCHES = ["-b", "2", "--engine", "zero"]
+BATCHES = ["-b", "2", "--offload", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,9 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     """What one rank answers to the uneven requests, in the same batches."""
     folder = tmp_path_factory.mktemp("alone")
     requests = write_jsonl(folder / "in.jsonl", uneven_requests())
-    done = run_zeroinf(["-m", str(model), "-i", str(requests), "-o", str(folder / "out.jsonl"), *BATCHES])
+    done = run_zeroinf(
+        ["-m", str(model), "-i", str(requests), "-o", str(folder / "out.jsonl"), *BATCHES, "--engine", "zero"]
+    )
     assert done.code == 0, done.err
     return read_jsonl(folder / "out.jsonl")
 
@@ -44,7 +46,7 @@ def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
 ) -> None:
     requests, out = write_jsonl(tmp_path / "in.jsonl", uneven_requests()), tmp_path / "out.jsonl"
     done = run_zeroinf(
-        ["-m", str(model), "-i", str(requests), "-o", str(out), *BATCHES[:2], "--engine", engine],
+        ["-m", str(model), "-i", str(requests), "-o", str(out), *BATCHES, "--engine", engine],
         ranks=2,
         launcher=launcher,
     )

@@ -1,0 +1,112 @@
+"""The stream engine after a forward that ran out of memory midway: the next pass finds every block in its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from test_stream_tokens import NEW_TOKENS, PROMPTS, plain_tokens
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.cache import CachePool
+from zeroinf.generation.loop import generate
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.model.inspect import find_blocks, read_anatomy
+from zeroinf.model.source import resolve_model
+from zeroinf.planner.plan import Plan
+
+CPU = torch.device("cpu")
+# Before the first block, inside each of the three, and behind the last one.
+WHERE = ("embeddings", 0, 1, 2, "head")
+
+
+def fail_once(model: Any, where: int | str, forward: int) -> None:
+    """Let the `forward`-th forward of `model` run out of memory when it comes to that place."""
+    _, blocks = find_blocks(model)
+    places = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    module = blocks[where].mlp if isinstance(where, int) else places[where]
+    calls = []
+
+    def hook(module: Any, inputs: Any) -> None:
+        calls.append(None)
+        if len(calls) == forward:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module.register_forward_pre_hook(hook)
+
+
+def tokens_with_a_failure(
+    control: Control, folder: Path, where: int | str | None, forward: int, **choice: Any
+) -> tuple[list[list[int]], list[int]]:
+    """This rank's tokens of PROMPTS, and what it was told of smaller micro-batches; fails nowhere where None."""
+    control.world = replace(control.world, local_size=control.world.size)
+    source = resolve_model(str(folder))
+    plan = Plan(
+        anatomy=read_anatomy(source.config, dtype="float32"),
+        engine="stream",
+        dtype="float32",
+        device="cpu",
+        world_size=control.world.size,
+        batch_size=len(PROMPTS),
+        **{"offload": "cpu", **choice},
+    )
+    engine = StreamEngine(plan, source, control, CPU)
+    if where is not None:
+        fail_once(engine.model, where, forward)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    rows = [Row(index=i, prompt=p, sampling=sampling, decode=str) for i, p in enumerate(PROMPTS)]
+    tokens, told, waiting = max(map(len, PROMPTS)) + NEW_TOKENS, [], [rows]
+    pool = CachePool(engine.model, plan.anatomy, rows=len(PROMPTS), tokens=tokens, device=CPU)
+    try:
+        generate(
+            engine, TokenRules(engine.model, 0, []), control, pool, CPU,
+            take=lambda: waiting.pop() if waiting else [], done=lambda row: None, shrank=told.append,
+        )  # fmt: skip
+    finally:
+        engine.close()
+    return [row.generated for row in rows], told
+
+
+@pytest.mark.parametrize("forward", [1, 4])
+@pytest.mark.parametrize("where", WHERE)
+def test_tokens_after_a_lack_of_memory_are_those_of_plain_transformers(
+    where: int | str, forward: int, small_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = small_checkpoint("llama")
+    tokens, told = tokens_with_a_failure(Control(World(), "cpu"), folder, where, forward)
+    assert tokens == plain_tokens(folder)
+    assert told == [2]
+
+
+@pytest.mark.parametrize("choice", [{"resident_blocks": 1}, {"resident_blocks": 3, "offload": "none"}, {"nvme": 2}])
+def test_a_lack_of_memory_leaves_every_tier_in_order(
+    choice: dict[str, Any], small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = small_checkpoint("llama")
+    if nvme := choice.get("nvme"):
+        choice = {"offload": "nvme", "nvme_blocks": nvme, "nvme_paths": (tmp_path,)}
+    tokens, told = tokens_with_a_failure(Control(World(), "cpu"), folder, 1, 3, **choice)
+    assert tokens == plain_tokens(folder)
+    assert told == [2]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("fetch", ["replicated", "partitioned"])
+def test_a_rank_that_runs_out_of_memory_stays_in_step_with_the_other(
+    fetch: str, where: int | str, small_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = small_checkpoint("llama")
+
+    def body(control: Control) -> Any:
+        return tokens_with_a_failure(control, folder, where if control.world.rank == 1 else None, 4, fetch=fetch)
+
+    found, _ = on_ranks(2, body)
+    assert found == [(plain_tokens(folder), []), (plain_tokens(folder), [2])]
