@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_gpu import GIB, gpu_of, machine_of
 from small_models import build_tokenizer, small_config
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.world import World
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.generation.row import Sampling
-from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
+from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.jobs import planning
 from zeroinf.jobs.options import RunOptions
@@ -28,36 +29,9 @@ from zeroinf.planner.memory import pieces, total
 from zeroinf.planner.plan import Plan
 from zeroinf.simulation.planning import Lengths
 
-GIB = 1 << 30
 BLOCKS = 12  # more than a ring of read buffers holds
 ALONE, TWO, APART = World(), World(size=2, local_size=2), World(size=2, local_size=1)
 LENGTHS = Lengths(prompt_tokens=20, new_tokens=8)
-
-
-def gpu(free_bytes: int = 70 * GIB) -> Gpu:
-    return Gpu(
-        index=0,
-        name="NVIDIA H100",
-        total_bytes=80 * GIB,
-        free_bytes=free_bytes,
-        other_bytes=0,
-        pcie_generation=5,
-        pcie_width=16,
-        capability=(9, 0),
-    )
-
-
-def machine(gpus: int = 1, host_bytes: int = 64 * GIB) -> Machine:
-    memory = Memory(
-        total_bytes=host_bytes,
-        available_bytes=host_bytes,
-        cgroup_limit_bytes=None,
-        swap_bytes=0,
-        shared_memory_bytes=host_bytes,
-        memlock_bytes=None,
-        numa_nodes=1,
-    )
-    return Machine(gpus=(gpu(),) * gpus, memory=memory, disks=(), cores=8)
 
 
 def folder_on_disk(path: Path) -> Disk:
@@ -96,7 +70,7 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
         device: str = "cuda",
         **options: Any,
     ) -> Plan:
-        here = on or machine(gpus=world.size)
+        here = on or machine_of(*(gpu_of(),) * world.size)
         monkeypatch.setattr(
             planning, "read_machine", lambda paths: replace(here, disks=tuple(map(folder_on_disk, paths)))
         )
@@ -228,7 +202,7 @@ def test_host_memory_is_a_limit_that_is_refused_with_what_would_do(device: str, 
 
 def test_host_memory_beyond_what_there_is_adds_none(ask: Ask) -> None:
     with pytest.raises(DoesNotFitError, match=r"1\.00 GiB are there"):
-        ask(on=machine(host_bytes=GIB), offload="cpu", host_memory_bytes=1000 * GIB)
+        ask(on=machine_of(gpu_of(), host_bytes=GIB), offload="cpu", host_memory_bytes=1000 * GIB)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -236,8 +210,8 @@ def test_a_host_too_small_for_the_weights_leaves_blocks_on_the_disk(
     device: str, ask: Ask, anatomy: Anatomy, tmp_path: Path
 ) -> None:
     def asked(host_bytes: int) -> Plan:
-        small_gpu = replace(machine(host_bytes=host_bytes), gpus=(gpu(),))
-        return ask(on=small_gpu, device=device, nvme_paths=(tmp_path,), resident_blocks=0, batch_size=1)
+        here = machine_of(gpu_of(), host_bytes=host_bytes)
+        return ask(on=here, device=device, nvme_paths=(tmp_path,), resident_blocks=0, batch_size=1)
 
     plenty = asked(64 * GIB)
     assert (plenty.offload, plenty.nvme_blocks) == ("cpu", 0)

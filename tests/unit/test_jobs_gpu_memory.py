@@ -1,0 +1,152 @@
+"""The guard of a GPU: its limit, and what it finds when a neighbour takes memory that was planned with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fake_gpu import GIB, FakeGpu
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import small_config
+
+from zeroinf.errors import DoesNotFitError
+from zeroinf.jobs.gpu_memory import GpuMemory, GpuUse
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.planner.memory import Term
+from zeroinf.planner.plan import Plan
+
+DEVICE = torch.device("cuda", 0)
+ROWS = 16
+CONTEXT, COLLECTIVES, UNFORESEEN = GIB // 2, GIB // 4, GIB // 8
+WEIGHTS, CACHE, ACTIVATIONS = 10 * GIB, 4 * GIB, 2 * GIB
+TERMS = {
+    "resident blocks": WEIGHTS,
+    "KV cache": CACHE,
+    "activations, logits, states": ACTIVATIONS,
+    "CUDA context": CONTEXT,
+    "collectives' buffers": COLLECTIVES,
+    "unforeseen": UNFORESEEN,
+}
+NEEDED = WEIGHTS + CACHE + ACTIVATIONS
+PLAN = Plan(
+    anatomy=read_anatomy(small_config("llama")),
+    engine="stream",
+    offload="none",
+    dtype="bfloat16",
+    device="cuda",
+    world_size=1,
+    batch_size=ROWS,
+    terms=(*(Term("gpu", name, nbytes, "counted") for name, nbytes in TERMS.items()), Term("host", "all", 9, "given")),
+)
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    """Full but for what the plan needs, the CUDA context of this process there already."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = FakeGpu()
+        found.install(patch)
+        found.context = CONTEXT
+        found.neighbours = found.total - CONTEXT - NEEDED
+        yield found
+
+
+def guard(limit_bytes: int | None = None) -> GpuMemory:
+    return GpuMemory(PLAN, DEVICE, limit_bytes)
+
+
+def load(gpu: FakeGpu) -> None:
+    gpu.reserved = gpu.allocated = WEIGHTS
+
+
+def test_what_the_plan_needs_is_enough(gpu: FakeGpu) -> None:
+    guarded = guard()
+    guarded.check()
+    load(gpu)
+    assert guarded.rows_that_fit() == ROWS
+
+
+@pytest.mark.parametrize("taken", [GIB // 4, 3 * GIB])
+def test_a_neighbour_that_takes_memory_before_loading_is_named_with_how_much_is_missing(
+    taken: int, gpu: FakeGpu
+) -> None:
+    guarded = guard()
+    gpu.neighbours += taken
+    with pytest.raises(DoesNotFitError) as caught:
+        guarded.check()
+    assert caught.value.exit_code == 3
+    assert f"GPU 0 lacks {taken / GIB:.2f} GiB of what the plan needs" in caught.value.message
+    assert "another process has taken memory" in caught.value.message
+    assert "run it again" in (caught.value.hint or "")
+
+
+@given(taken=st.integers(1, CACHE + ACTIVATIONS))
+def test_rows_that_still_fit_beside_a_neighbour_really_fit(taken: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = FakeGpu()
+        gpu.install(patch)
+        gpu.context, gpu.neighbours = CONTEXT, gpu.total - CONTEXT - NEEDED
+        guarded = guard()
+        load(gpu)
+        gpu.neighbours += taken
+        left, a_row = gpu.total - gpu.used, (CACHE + ACTIVATIONS) / ROWS
+        try:
+            rows = guarded.rows_that_fit()
+        except DoesNotFitError:
+            assert left < a_row
+            return
+        assert 1 <= rows < ROWS
+        assert rows * a_row <= left < (rows + 1) * a_row
+
+
+def test_no_row_beside_a_neighbour_is_refused_with_how_much_is_missing(gpu: FakeGpu) -> None:
+    guarded = guard()
+    load(gpu)
+    gpu.neighbours += CACHE + ACTIVATIONS
+    with pytest.raises(DoesNotFitError, match=r"lacks 6\.00 GiB"):
+        guarded.rows_that_fit()
+
+
+@pytest.mark.parametrize(("limit", "fraction"), [(24 * GIB, (24 - 0.75) / 80), (96 * GIB, 1.0)])
+def test_torch_is_held_to_the_limit_less_what_lies_outside_it(limit: int, fraction: float, gpu: FakeGpu) -> None:
+    guard(limit)
+    assert gpu.limit == pytest.approx(fraction)
+
+
+def test_without_a_limit_nothing_is_enforced(gpu: FakeGpu) -> None:
+    guard()
+    assert gpu.limit is None
+
+
+def test_a_limit_that_the_plan_fills_leaves_its_rows(gpu: FakeGpu) -> None:
+    gpu.neighbours = 0
+    guarded = guard(NEEDED + CONTEXT + COLLECTIVES)
+    guarded.check()
+    load(gpu)
+    assert guarded.rows_that_fit() == ROWS
+
+
+def test_a_limit_below_the_plan_costs_rows_although_the_gpu_has_more(gpu: FakeGpu) -> None:
+    gpu.neighbours = 0
+    guarded = guard(NEEDED + CONTEXT + COLLECTIVES - 3 * GIB)
+    load(gpu)
+    assert guarded.rows_that_fit() == ROWS // 2
+
+
+def test_what_a_run_took_is_told_apart(gpu: FakeGpu) -> None:
+    gpu.context = gpu.neighbours = 0
+    guarded = guard()
+    gpu.context = CONTEXT
+    load(gpu)
+    guarded.rows_that_fit()
+    gpu.reserved, gpu.most_allocated, gpu.most_reserved = 15 * GIB, 14 * GIB, 17 * GIB
+    assert guarded.use(slot_bytes=3, cache_bytes=5) == GpuUse(
+        loaded=WEIGHTS, slots=3, cache=5, allocated=14 * GIB, reserved=17 * GIB, process=CONTEXT + 15 * GIB
+    )
+
+
+def test_where_nvml_does_not_tell_the_rest_is_reported(gpu: FakeGpu) -> None:
+    gpu.nvml = False
+    assert guard().use(0, 0).process is None
