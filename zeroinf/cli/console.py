@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from zeroinf.cli.plan_view import plan_lines
 from zeroinf.hardware.process import resident
@@ -121,35 +120,42 @@ def _clock(seconds: float) -> str:
 
 def print_report(console: Console, report: RunReport) -> None:
     """The short report that ends every run."""
-    table = Table.grid(padding=(0, 2))
-    table.add_row("requests", f"{report.requests} done" + (f", {report.refused} refused" if report.refused else ""))
-    table.add_row("tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated")
-    table.add_row("load", f"{report.load_s:.1f} s")
-    table.add_row("generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s")
+    _print_rows(console, list(_summary(report)))
+    _print_compared(console, report.compared())
+
+
+def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
+    yield "requests", f"{report.requests} done" + (f", {report.refused} refused" if report.refused else "")
+    yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
+    yield "load", f"{report.load_s:.1f} s"
+    yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
     if report.streamed_bytes:
         share = f", {100 * report.link_share:.0f} % of the links' {report.link_gbps:.1f}" if report.link_share else ""
-        table.add_row("weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{share}")
+        yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{share}"
     if waits := _stalls(report):
-        table.add_row("time of a rank", waits)
+        yield "time of a rank", waits
     ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""
-    table.add_row("peak host memory", gib(report.peak_host_bytes) + ranks)
+    yield "peak host memory", gib(report.peak_host_bytes) + ranks
     if report.output is not None:
-        table.add_row("output", str(report.output))
+        yield "output", str(report.output)
     if report.errors is not None and report.refused:
-        table.add_row("refused requests", str(report.errors))
-    console.print(table, highlight=False)
-    _print_compared(console, report.compared())
+        yield "refused requests", str(report.errors)
 
 
 def _print_compared(console: Console, compared: Sequence[Compared]) -> None:
     """The plan beside what happened."""
     if not compared:
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_row("", "planned", "measured")
-    for one in compared:
-        table.add_row(one.name, *(_figure(value, one.unit) for value in (one.predicted, one.measured)))
-    console.print(table, highlight=False)
+    figures = ((one.name, _figure(one.predicted, one.unit), _figure(one.measured, one.unit)) for one in compared)
+    _print_rows(console, [("", "planned", "measured"), *figures])
+
+
+def _print_rows(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; however narrow the terminal, nothing is cut off."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _figure(value: float, unit: str) -> str:
