@@ -55,10 +55,12 @@ class Cell:
     offload: str
     engine: str = "zero"
     fetch: str = "auto"
+    batch_size: int | None = BATCH_SIZE
+    """None leaves it to the planner."""
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.engine}-{self.offload}-{self.fetch}"
+        return f"{Path(self.model).name}-{self.engine}-{self.offload}-{self.fetch}-{self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def drive(folder: Path, cells: Sequence[Cell], ranks: int) -> None:
                 "fetch": cell.fetch,
                 "nvme_path": str(nvme_path) if cell.offload == "nvme" else str(folder / "nvme"),
                 "input": str(prompts),
-                "batch_size": BATCH_SIZE,
+                "batch_size": cell.batch_size,
                 "max_new_tokens": NEW_TOKENS,
             }
         )

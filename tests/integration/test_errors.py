@@ -118,6 +118,15 @@ def test_memlock_limit_below_the_pool_that_deepspeed_locks(
     assert "ulimit -l unlimited" in hint
 
 
+@pytest.mark.parametrize("engine", [(), ("--engine", "zero")])
+def test_host_memory_too_small_for_what_was_asked(engine: Sequence[str], fails: Any, model: str) -> None:
+    code, message, hint = fails("-m", model, *PROMPT, "--host-memory", "512MiB", *engine)
+    assert code == 3
+    assert "nothing fits: " in message
+    assert "GiB of host memory, 0.50 GiB are there" in message
+    assert "GiB more host memory would do for --offload" in hint
+
+
 def test_nvme_without_a_path(fails: Any, model: str) -> None:
     code, message, _ = fails("-m", model, *PROMPT, "--offload", "nvme")
     assert (code, message) == (2, "--offload nvme needs --nvme-path")

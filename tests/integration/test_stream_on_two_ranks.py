@@ -20,6 +20,7 @@ WAYS = (
     ("nvme", "replicated"),
     ("nvme", "partitioned"),
 )
+AUTO = {"offload": "cpu", "engine": "stream", "fetch": "partitioned", "batch_size": None}
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,7 @@ def models(shared_folder: SharedFolder) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def driven(models: dict[str, Path], shared_folder: SharedFolder) -> Path:
     cells = [Cell(str(models[name]), offload, "stream", fetch) for name in MODELS for offload, fetch in WAYS]
+    cells.append(Cell(str(models["llama"]), **AUTO))
     return shared_folder("driven-stream-two-ranks", lambda folder: drive(folder, cells, ranks=2))
 
 
@@ -41,6 +43,14 @@ def test_tokens_equal_plain_transformers(
     found = answer(driven, Cell(str(models[name]), offload, "stream", fetch))
     check_tokens(found, str(models[name]))
     assert sorted(index for rows in found.rows_by_rank for index in rows) == list(range(len(PROMPTS)))
+
+
+def test_few_requests_are_shared_equally_where_the_planner_chooses_the_batch(
+    models: dict[str, Path], driven: Path
+) -> None:
+    found = answer(driven, Cell(str(models["llama"]), **AUTO))
+    assert sorted(len(rows) for rows in found.rows_by_rank) == [len(PROMPTS) // 2, len(PROMPTS) - len(PROMPTS) // 2]
+    check_tokens(found, str(models["llama"]))
 
 
 @pytest.mark.parametrize("fetch", ["replicated", "partitioned"])
