@@ -133,11 +133,12 @@ def test_a_neighbour_that_comes_after_the_plan_ends_the_run_before_a_weight_is_l
         job.gpu.neighbours = job.gpu.total - job.gpu.context - left
         return found
 
-    def no_engine(plan: Plan) -> None:
-        raise AssertionError("weights are being loaded")
+    def taken(*given: Any) -> None:
+        raise AssertionError("memory is being taken")
 
     monkeypatch.setattr(runner, "prepare", prepared)
-    job.while_loading = no_engine
+    monkeypatch.setattr(runner, "measure_own_link", taken)
+    job.while_loading = taken
     with pytest.raises(DoesNotFitError, match=r"GPU 0 lacks 0\.00 GiB of what the plan needs") as caught:
         job.run()
     assert caught.value.exit_code == 3
@@ -158,6 +159,19 @@ def test_a_neighbour_that_comes_while_weights_are_loaded_costs_rows_and_no_resul
     assert job.ear.notes == ["another process has taken GPU memory since the plan: 2 rows instead of 4"]
     assert set(job.forwards) == {2}
     assert read_jsonl(job.out) == expected
+
+
+def test_weights_that_do_not_fit_after_all_are_refused_in_words(job: Job) -> None:
+    def fail(plan: Plan) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    job.while_loading = fail
+    with pytest.raises(
+        DoesNotFitError, match="out of GPU memory while weights were loaded: CUDA out of memory"
+    ) as caught:
+        job.run()
+    assert caught.value.exit_code == 3
+    assert "run it again" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("forward", [1, 2, 11])

@@ -130,6 +130,8 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"offload": "none", "fetch": "replicated"}, TWO, "--fetch has no effect with --offload none"),
         ({"fetch": "replicated"}, ALONE, "--fetch replicated has no effect with one rank"),
         ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
+        ({"resident_blocks": BLOCKS, "offload": "nvme"}, ALONE, "--offload and --fetch have no effect"),
+        ({"resident_blocks": BLOCKS, "fetch": "replicated"}, TWO, "--offload and --fetch have no effect"),
         ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} blocks"),
     ],
 )

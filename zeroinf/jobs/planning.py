@@ -126,6 +126,11 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
             f"--resident-blocks {options.resident_blocks}, but the model has {blocks} blocks",
             hint="choose fewer, or --offload none to keep all of them on the GPU",
         )
+    if options.resident_blocks == blocks and (options.offload != "auto" or options.fetch != "auto"):
+        raise UsageError(
+            f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
+            hint="choose fewer, or --offload none alone",
+        )
 
 
 def _read_zero_config(path: Path) -> dict[str, Any]:

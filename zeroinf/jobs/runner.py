@@ -169,9 +169,7 @@ class _Job:
         if self._device.type == "cuda":
             self._take_gpu()
         started = time.perf_counter()
-        engine = load_engine(
-            plan, self._source, self._prepared.zero_config, self._control, self._device, self._observer
-        )
+        engine = self._load()
         try:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
@@ -212,11 +210,23 @@ class _Job:
         """Start on the GPU: limit, link, and a look at whether the plan still holds."""
         plan = self._prepared.plan
         self._gpu = GpuMemory(plan, self._device, self._options.gpu_memory_bytes)
+        self._gpu.check()
         if plan.offload != "none":
             self._control.gather(None)  # all ranks at once, as they will stream
             self._link_gbps = measure_own_link(self._device.index)
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._gpu.check()
+
+    def _load(self) -> Engine:
+        prepared = self._prepared
+        try:
+            return load_engine(
+                prepared.plan, self._source, prepared.zero_config, self._control, self._device, self._observer
+            )
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of GPU memory while weights were loaded: {str(error).splitlines()[0]}",
+                hint="another process may have taken some; run it again, and it plans with what is free then",
+            ) from error
 
     def _tell_of_compiling(self, plan: Plan) -> None:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
