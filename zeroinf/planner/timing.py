@@ -18,10 +18,9 @@ _ZERO_SHARE_OF_MORE = 0.36
 
 # What the kernels of real models reach of the measured rates, and what launching one through a model's Python costs
 # beside a bare launch: fitted to Llama-2-7B, OPT-6.7B and pythia-160m shapes on an H200 (docs/benchmarks.md).
-_ARITHMETIC_SHARE = 0.85
-_MEMORY_SHARE = 0.7
-_MASKED_ATTENTION_SHARE = 0.22
-_HOST_SHARE = 1.95
+_SHARES = (0.95, 0.62)  # of arithmetic, of memory
+_MASKED_ATTENTION_SHARES = (0.17, 0.23)
+_HOST_SHARE = 2.3
 _STEP_S = 0.5e-3
 _SHORTEST_KERNEL_S = 2e-6
 
@@ -111,8 +110,8 @@ def _gpu_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0}
     for group in step.kernels:
         for kernel in group.kernels:
-            share = _MASKED_ATTENTION_SHARE if kernel.is_masked_attention else _MEMORY_SHARE
-            arithmetic = kernel.flops / speeds.tflops / 1e12 / _ARITHMETIC_SHARE
-            memory = max(kernel.nbytes / speeds.hbm_gbps / 1e9 / share, _SHORTEST_KERNEL_S)
+            shares = _MASKED_ATTENTION_SHARES if kernel.is_masked_attention else _SHARES
+            arithmetic = kernel.flops / speeds.tflops / 1e12 / shares[0]
+            memory = max(kernel.nbytes / speeds.hbm_gbps / 1e9 / shares[1], _SHORTEST_KERNEL_S)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)
     return times

@@ -16,7 +16,7 @@ class Kernel:
     flops: int
     nbytes: int
     is_masked_attention: bool = False
-    """Attention of a few queries under a mask, whose kernel reads memory slowly."""
+    """Attention under a mask, whose kernel is slower than the others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from zeroinf.simulation.recorder import Recorder
 
 _FLASH_HEAD = 256
-_FEW_QUERIES = 16
 _EFFICIENT_BIAS_ALIGNMENT = 16
 # Beyond this head size the memory-efficient kernel accumulates in a float32 buffer of the output's shape.
 _EFFICIENT_REGISTER_HEAD = 128
@@ -56,8 +55,7 @@ class GpuAttention(TorchFunctionMode):
             )
         out = _flash(query, value) if flash else _efficient(query, key, value, attn_mask)
         flops = 2 * rows * heads * length * key.shape[2] * (size + value.shape[3])
-        few = attn_mask is not None and length <= _FEW_QUERIES
-        self._recorder.kernel(flops, (query, key, value, out), is_masked_attention=few)
+        self._recorder.kernel(flops, (query, key, value, out), is_masked_attention=attn_mask is not None)
         return out
 
 
