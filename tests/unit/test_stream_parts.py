@@ -60,6 +60,31 @@ def test_a_block_out_of_order_is_an_error_and_never_wrong_weights() -> None:
         ring.acquire(2)
 
 
+@given(
+    pieces=st.integers(1, 6),
+    slots=st.integers(1, 4),
+    whole=st.integers(0, 2),
+    ran=st.integers(0, 5),
+    held=st.booleans(),
+)
+def test_after_a_broken_pass_the_next_one_begins_with_its_first_piece(
+    pieces: int, slots: int, whole: int, ran: int, held: bool
+) -> None:
+    ring = Ring(
+        [Piece(1, torch.full((1,), i, dtype=torch.uint8)) for i in range(pieces)], slots, CPU, Replicated(CPU), None
+    )
+    ran = min(ran, pieces - 1) if held else min(ran, pieces)
+    for turn in range(whole * pieces + ran):
+        ring.acquire(turn % pieces)
+        ring.release()
+    if held:
+        ring.acquire(ran)
+    ring.finish(whole + 1)
+    for index in range(pieces):
+        assert ring.slots[ring.acquire(index)].item() == index
+        ring.release()
+
+
 @given(st.integers(1, 10_000), st.integers(1, 8), st.sampled_from([512, 4096]))
 def test_parts_of_a_piece_cover_it_once_and_their_gather_fits_its_slot(pages: int, ranks: int, unit: int) -> None:
     nbytes = 512 * pages
