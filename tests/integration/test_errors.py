@@ -307,9 +307,18 @@ def test_refused_lines_do_not_keep_the_others_from_being_done(model: str, tmp_pa
     assert f"see {out}.errors.jsonl" in done.err
 
 
-def test_every_rank_ends_with_the_code_of_the_error_and_one_speaks(model: str) -> None:
-    done = run_zeroinf(["-m", model, *PROMPT, "--dtype", "float16"], ranks=2, launcher="num-gpus")
-    assert done.code == 2, done.err
-    assert done.err.count("float16 does not run on the CPU") == 1
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--dtype", "float16"], 2, "float16 does not run on the CPU"),
+        (["--host-memory", "512MiB"], 3, "nothing fits: "),
+    ],
+)
+def test_every_rank_ends_with_the_code_of_the_error_and_one_speaks(
+    arguments: Sequence[str], code: int, words: str, model: str
+) -> None:
+    done = run_zeroinf(["-m", model, *PROMPT, *arguments], ranks=2, launcher="num-gpus")
+    assert done.code == code, done.err
+    assert done.err.count(words) == 1
     assert "Traceback" not in done.err
     assert "loading weights" not in done.err
