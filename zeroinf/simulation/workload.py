@@ -26,7 +26,7 @@ _KEPT = 6
 class Simulator:
     """Workloads of one model: prompts of up to `prompt_tokens` tokens, to which `new_tokens` are added.
 
-    `padded`: prompts differ in length. Blocks that do the same are run twice and counted as often as there are such.
+    `padded`: prompts differ in length. Of blocks that do the same a few are run, and counted for all of them.
     Calling it with a number of rows takes tenths of a second and no memory.
     """
 
