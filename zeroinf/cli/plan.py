@@ -121,6 +121,11 @@ def _refuse_impossible(asked: dict[str, Any], machine: Machine, anatomy: Anatomy
     blocks, resident = len(anatomy.blocks), asked["resident_blocks"] or 0
     if resident > blocks:
         raise UsageError(f"--resident-blocks {resident}: the model has {blocks} blocks", hint=f"at most {blocks}")
+    if resident == blocks and (asked["offload"] != "auto" or asked["fetch"] != "auto"):
+        raise UsageError(
+            f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
+            hint="--offload none says the same",
+        )
     tokens = asked["input_len"] + asked["output_len"]
     if anatomy.context_limit is not None and tokens > anatomy.context_limit:
         raise UsageError(

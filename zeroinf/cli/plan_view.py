@@ -40,9 +40,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """The chosen plan in three lines: how it runs, how fast, what it takes."""
     assert plan.timing is not None
     tiers = _tiers(plan, len(plan.anatomy.blocks))
-    streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} streams, weights {plan.fetch}"
+    streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} streams"
+    if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
+        streams += f", weights {plan.fetch}"
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}; {streams}, {plan.batch_size} rows each"
-    yield f"{_speed(plan.timing)}; a decode step waits for {plan.timing.binds}"
+    yield f"{_speed(plan.timing)}; a decode step waits for {_resource(plan)}"
     takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
     yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])
 
@@ -51,8 +53,19 @@ def _tiers(plan: Plan, blocks: int) -> str:
     if plan.engine != "stream":
         return f"{blocks} blocks"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
-    parts = ((plan.resident_blocks, "on the GPU"), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
+    computing = "on the GPU" if plan.device == "cuda" else "where the CPU computes"
+    parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
     return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
+
+
+def _resource(plan: Plan) -> str:
+    """What a decode step waits for, in words that hold for the device."""
+    assert plan.timing is not None
+    if plan.device == "cuda":
+        return plan.timing.binds
+    return {"GPU memory": "memory", "kernel launches": "operator calls", "link": "copies"}.get(
+        plan.timing.binds, plan.timing.binds
+    )
 
 
 def _speed(timing: Timing) -> str:

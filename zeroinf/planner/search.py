@@ -146,11 +146,11 @@ class Planner:
                 outcome = list(self._candidates(wish, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
-                found += [max(fitting, key=_merit)] if fitting else []
+                found += [max(fitting, key=self._merit)] if fitting else []
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
         if not found:
             raise DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
-        found.sort(key=_merit, reverse=True)
+        found.sort(key=self._merit, reverse=True)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],
@@ -170,23 +170,26 @@ class Planner:
         cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.world_size))
         sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
         found: list[Candidate] = []
-        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 0, fewest), sizes, budgets):
+        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), 0, sizes, budgets):
             if isinstance(outcome, Candidate):
                 found += [outcome, *self._with_more_residents(wish, outcome, budgets)]
             elif not found:
                 yield outcome
         if found and not wish.batch_size:
-            best = max(found, key=_merit).choice
+            best = max(found, key=self._merit).choice
             larger = [rows for rows in sizes if rows > best.batch_size]
-            grown = self._growing(wish, best, larger, budgets) if best.resident_blocks > fewest else ()
+            grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
             found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
         yield from found
 
     def _growing(
-        self, wish: Wish, start: Choice, sizes: Sequence[int], budgets: dict[Place, int]
+        self, wish: Wish, start: Choice, fits: int, sizes: Sequence[int], budgets: dict[Place, int]
     ) -> Iterator[Candidate | Rejection]:
-        """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection."""
-        fits, miss = start.batch_size, None
+        """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection.
+
+        `fits` rows are known to fit.
+        """
+        miss = None
         for rows in sizes:
             outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
             yield outcome
@@ -276,6 +279,16 @@ class Planner:
         timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.world_size, wish.requests)
         return Candidate(choice=choice, terms=terms, timing=timing)
 
+    def _merit(self, candidate: Candidate) -> tuple[float, int, int, int]:
+        """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU.
+
+        A CPU computes few rows as fast as many, and its memory belongs to others, too: there, fewer rows of equals.
+        """
+        choice, on_cpu = candidate.choice, self._device == "cpu"
+        speed = float(f"{candidate.timing.tokens_per_second:.{2 if on_cpu else 3}g}")
+        rows = -choice.batch_size if on_cpu else choice.batch_size
+        return (speed, -_OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
+
     def _terms(self, wish: Wish, choice: Choice, workload: Workload) -> tuple[Term, ...]:
         if self._engine_terms is not None:
             terms = self._engine_terms(choice, workload)
@@ -319,12 +332,6 @@ def _doubling(cap: int) -> Iterator[int]:
         yield rows
         rows *= 2
     yield cap
-
-
-def _merit(candidate: Candidate) -> tuple[float, int, int, int]:
-    """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU."""
-    choice, speed = candidate.choice, float(f"{candidate.timing.tokens_per_second:.3g}")
-    return (speed, -_OFFLOADS.index(choice.offload), choice.batch_size, -choice.resident_blocks)
 
 
 def _nothing_fits(rejected: list[Rejection]) -> str:
