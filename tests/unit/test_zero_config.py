@@ -348,6 +348,7 @@ def test_users_pool_is_counted_from_the_users_numbers() -> None:
         ("1.5GiB", 3 << 29),
         ("1 tib", 1 << 40),
         ("64kb", 64_000),
+        ("3.6GiB", 3_865_470_566),
     ],
 )
 def test_sizes(text: str, nbytes: int) -> None:

@@ -44,7 +44,10 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of 
         match = _SIZE.fullmatch(value)
         if match is None or match[2].lower() not in _UNIT_BYTES:
             self.fail(f"{value!r} is not a size: write 24GiB, 512MiB, 1GB or plain bytes", param, ctx)
-        size = Fraction(match[1]) * _UNIT_BYTES[match[2].lower()]
+        unit = _UNIT_BYTES[match[2].lower()]
+        size = Fraction(match[1]) * unit
+        if unit > 1:
+            size = Fraction(int(size))  # 3.6GiB is no whole number of bytes, and nobody means it to be
         if size <= 0 or size % self.multiple_of:
             whole = "a whole number of bytes" if self.multiple_of == 1 else f"a multiple of {self.multiple_of} bytes"
             self.fail(f"{value!r} must be {whole} above zero", param, ctx)
