@@ -70,7 +70,7 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
         ]
     )
     assert (plenty.code, scarce.code) == (0, 0), scarce.err
-    assert f"offload none: of {BLOCKS} blocks {BLOCKS} on the GPU" in plenty.err
+    assert f"offload none: of {BLOCKS} blocks {BLOCKS} where the CPU computes" in plenty.err
     said = re.search(rf"offload nvme: of {BLOCKS} blocks (\d+) in host memory, (\d+) on NVMe; 1 stream", scarce.err)
     assert said, scarce.err
     assert f"output            {tmp_path / 'scarce.jsonl'}\n" in scarce.err, "nothing is cut off"
