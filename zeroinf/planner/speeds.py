@@ -69,6 +69,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         hbm_gbps=rates.hbm_gbps * _reached(rates, "hbm_gbps") if rates.hbm_gbps else card.hbm_gbps,
         launch_s=rates.launch_s or _LAUNCH_S,
         fill_gbps=fill,
+        place_gbps=(rates.host_copy_gbps or 2 * _FILL_GBPS) / 2,
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,9 @@ class Speeds:
     hbm_gbps: float
     launch_s: float
     fill_gbps: float
-    """Filling page-locked host memory from the page cache."""
+    """Filling host memory from the page cache, and page-locking it."""
+    place_gbps: float
+    """From the page cache through a stage in host memory onto the GPU."""
     projected: tuple[str, ...] = ()
 
 
@@ -83,13 +86,21 @@ def time_plan(
     batches = 1 if requests is None else -(-requests // (workload.rows * world_size))
     rows = workload.rows * world_size if requests is None else requests
     return Timing(
-        load_s=sum(pieces(anatomy)) / speeds.fill_gbps / 1e9,
+        load_s=_load_s(choice, sizes, speeds),
         prefill_s=prefill,
         decode_s=decode,
         tokens_per_second=rows * workload.new_tokens / (batches * batch_s),
         streamed_bytes=streamed,
         binds=binds,
     )
+
+
+def _load_s(choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
+    """Seconds until the blocks (`sizes`, in bytes) are where they rest; a store that is not there yet takes longer."""
+    resident = sum(sizes[: choice.resident_blocks]) if choice.engine == "stream" else 0
+    on_disk = sum(sizes[: choice.nvme_blocks])
+    from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
+    return ((sum(sizes) - resident - on_disk) / speeds.fill_gbps + from_store) / 1e9
 
 
 def _step(step: Step, waits: dict[Resource, float], speeds: Speeds) -> tuple[float, Resource]:
