@@ -84,7 +84,7 @@ def test_host_memory_copies_at_some_rate() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_every_kernel_of_the_footprint_runs_on_numbers_that_stay_finite(dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        _use(torch.device("cpu"), dtype)
+        assert _use(torch.device("cpu"), dtype).isfinite().all()
         _multiply(torch.device("cpu"), dtype, width=8)
 
 

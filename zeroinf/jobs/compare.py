@@ -36,26 +36,21 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
     def planned(*names: str) -> int:
         return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
 
-    def most(*values: int) -> int:
-        return max(values)
-
     outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots"), planned("KV cache")
     computing = planned("activations, logits, states", "matrix product workspaces")
     gaps, unforeseen = planned("allocator's pages and gaps"), planned("unforeseen")
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
     allocated = whole - outside - gaps - unforeseen
-    yield _bytes("weights that stay", allocated - slots - cache - computing, most(*(u.loaded - u.slots for u in uses)))
-    yield _bytes("slots", slots, most(*(u.slots for u in uses)))
-    yield _bytes("KV cache", cache, most(*(u.cache for u in uses)))
-    yield _bytes("activations, workspaces", computing, most(*(u.allocated - u.loaded - u.cache for u in uses)))
-    yield _bytes("allocated", allocated, most(*(u.allocated for u in uses)))
-    yield _bytes("reserved", allocated + gaps, most(*(u.reserved for u in uses)))
+    yield _bytes("weights that stay", allocated - slots - cache - computing, max(u.loaded - u.slots for u in uses))
+    yield _bytes("slots", slots, max(u.slots for u in uses))
+    yield _bytes("KV cache", cache, max(u.cache for u in uses))
+    yield _bytes("activations, workspaces", computing, max(u.allocated - u.loaded - u.cache for u in uses))
+    yield _bytes("allocated", allocated, max(u.allocated for u in uses))
+    yield _bytes("reserved", allocated + gaps, max(u.reserved for u in uses))
     processes = [(u.process, u.reserved) for u in uses if u.process is not None]
     if processes:
-        yield _bytes(
-            "CUDA context, collectives", outside, most(*(process - reserved for process, reserved in processes))
-        )
-        yield _bytes("GPU memory in all", whole, most(*(process for process, _ in processes)))
+        yield _bytes("CUDA context, collectives", outside, max((process - reserved for process, reserved in processes)))
+        yield _bytes("GPU memory in all", whole, max((process for process, _ in processes)))
 
 
 def compare_host(plan: Plan, locked_bytes: int, peak_bytes: int) -> Iterator[Compared]:

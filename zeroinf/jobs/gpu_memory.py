@@ -11,9 +11,6 @@ from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
 from zeroinf.planner.plan import Plan
 
-# cuDNN's attention builds a plan for each new length of the cache: 40 ms a token on an H200 (docs/decisions/0008).
-_CUDNN_ATTENTION = False
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuUse:
@@ -34,7 +31,8 @@ class GpuUse:
 
 def _start_libraries(plan: Plan, device: torch.device) -> None:
     """Let matrix product libraries take their workspaces now, before there are gaps that they would keep open."""
-    torch.backends.cuda.enable_cudnn_sdp(_CUDNN_ATTENTION)
+    # cuDNN's attention builds a plan for each new length of the cache: 44 ms a token on an H200 (docs/decisions/0008).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     weight = torch.ones(16, 16, dtype=getattr(torch, plan.dtype), device=device)
     torch.nn.functional.linear(weight, weight)
     torch.nn.functional.linear(weight, weight, weight[0])

@@ -57,7 +57,7 @@ class Workload:
 
 
 class Simulate(Protocol):
-    """Whoever can tell what a micro-batch does. Prompts are `padded` where their lengths differ."""
+    """Whoever can tell what a micro-batch of so many rows does."""
 
     def __call__(self, rows: int) -> Workload: ...
 

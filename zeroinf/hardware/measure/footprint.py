@@ -44,8 +44,11 @@ def _look(index: int, uuid: str) -> dict[str, int]:
         }
 
 
-def _use(device: torch.device, dtype: torch.dtype) -> None:
-    """One of each kind of kernel that a decoder and its sampler launch: CUDA loads a kernel when it is first used."""
+def _use(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """One of each kind of kernel that a decoder and its sampler launch: CUDA loads a kernel when it is first used.
+
+    Returns the logits, (rows, vocabulary).
+    """
     import torch
     from torch.nn import functional
 
@@ -67,6 +70,7 @@ def _use(device: torch.device, dtype: torch.dtype) -> None:
     allowed = ordered.softmax(-1).cumsum(-1) < 0.9
     chosen = torch.multinomial(torch.where(allowed, logits, 0.0).softmax(-1), 1)
     logits.masked_fill(~allowed, float("-inf")).topk(4).values.gather(-1, chosen.clamp(max=3)).argmax(-1).tolist()
+    return logits
 
 
 def _multiply(device: torch.device, dtype: torch.dtype, *, width: int) -> None:
