@@ -39,7 +39,10 @@ def test_more_than_the_limit_cannot_be_allocated(device: torch.device) -> None:
         batch_size=1,
     )
     GpuMemory(plan, device, 2 * GIB).check()
-    torch.empty(GIB, dtype=torch.uint8, device=device)
+    held = torch.empty(GIB, dtype=torch.uint8, device=device)
+    segments = torch.cuda.memory._snapshot()["segments"]
+    assert next(s for s in segments if s["address"] == held.untyped_storage().data_ptr())["is_expandable"]
+    del held
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(2 * GIB + 1, dtype=torch.uint8, device=device)
 

@@ -46,6 +46,8 @@ class GpuMemory:
         self._outside_torch = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name in OUTSIDE_TORCH)
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
         self._used_before = self._used()
+        # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(device)
         _start_libraries(plan, device)
         self._limit: int | None = None
