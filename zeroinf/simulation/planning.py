@@ -17,6 +17,7 @@ from zeroinf.planner.plan import AioSettings, Plan
 from zeroinf.planner.search import Decision, Planner, Wish
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
+from zeroinf.simulation.rows import ByRows
 from zeroinf.simulation.workload import Simulator
 
 
@@ -86,13 +87,15 @@ def _speeds(question: Question) -> Speeds:
 
 def _planner(question: Question, speeds: Speeds) -> Planner:
     lengths, wish = question.lengths, question.wish
-    simulate = Simulator(
-        question.config,
-        question.anatomy,
-        prompt_tokens=lengths.prompt_tokens,
-        new_tokens=lengths.new_tokens,
-        padded=lengths.padded,
-        trust_remote_code=question.trust_remote_code,
+    simulate = ByRows(
+        Simulator(
+            question.config,
+            question.anatomy,
+            prompt_tokens=lengths.prompt_tokens,
+            new_tokens=lengths.new_tokens,
+            padded=lengths.padded,
+            trust_remote_code=question.trust_remote_code,
+        )
     )
 
     def overhead(gathers: bool) -> Overhead:

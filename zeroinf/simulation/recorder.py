@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
             self._pass_through(out.numel() * _OWN_BYTES[func])
-        if func not in _NO_KERNEL and (any(is_new) or func._schema.is_mutable):
+        if func not in _NO_KERNEL and (any(is_new) or (func._schema.is_mutable and args[0].device.type == "meta")):
             formula = _FLOPS.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             self.kernel(flops, _tensors((args, kwargs, out)))
