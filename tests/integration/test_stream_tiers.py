@@ -68,7 +68,7 @@ def test_all_resident_leaves_no_weights_in_host_memory_and_moves_none(small_chec
     assert (stats.streamed_bytes_per_pass, stats.shared_host_bytes, stats.slot_bytes) == (0, 0, 0)
 
 
-def test_what_stays_on_the_device_passes_through_the_host_a_block_at_a_time(
+def test_what_stays_on_the_device_passes_through_the_host_in_no_more_memory_than_is_planned(
     small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -82,7 +82,9 @@ def test_what_stays_on_the_device_passes_through_the_host_a_block_at_a_time(
     folder = small_checkpoint("llama")
     engine = stream(folder, offload="none", resident_blocks=blocks_of(folder))
     groups, outside = group_tensors(engine.model)
-    assert made == [max(group.nbytes for group in (*groups, outside))]
+    blocks = max(group.nbytes for group in groups)
+    assert len(groups) >= 2
+    assert sum(made) == 2 * blocks + max(blocks, outside.nbytes)
 
 
 def test_waits_for_the_disk_are_counted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from click.testing import CliRunner, Result
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, UsageError, ZeroinfError
+from zeroinf.model import inspect
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.inspect import read_anatomy
 
 MODEL = ("--model", "pythia-70m")
 BOX = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--nvme-space", "10GiB")
@@ -38,6 +42,22 @@ def refused(*arguments: str, error: type[ZeroinfError] = UsageError) -> ZeroinfE
 def document(*arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(printed(*arguments, "--json"))
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_model_is_counted_once() -> Iterator[None]:
+    """Counting a large model takes longer than all else that a plan does."""
+    known: dict[tuple[str, str], Anatomy] = {}
+
+    def once(config: Any, *, dtype: str, **more: Any) -> Anatomy:
+        key = (config.to_json_string(), dtype)
+        if key not in known:
+            known[key] = read_anatomy(config, dtype=dtype, **more)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "read_anatomy", once)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +22,11 @@ from zeroinf.engines.stream import host
 from zeroinf.engines.stream.carrier import Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import lay_out
+from zeroinf.engines.stream.origin import Pieces
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.errors import EnvironmentProblem
+from zeroinf.engines.stream.weights import Weights
+from zeroinf.errors import EnvironmentProblem, StoreError
+from zeroinf.planner.memory import LOADING_STAGES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 CPU = torch.device("cpu")
@@ -151,3 +159,47 @@ def test_ranks_of_a_node_map_one_copy() -> None:
         for rank in range(2)
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+
+
+class Filler:
+    """Fills piece i with the byte i, and says in which order it began; piece `broken` fails."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.begun: list[int] = []
+        self.at_once = threading.Barrier(2)
+        self._broken = broken
+
+    def fill(self, pieces: Pieces) -> None:
+        ((index, memory),) = pieces
+        self.begun.append(index)
+        if index < 2:
+            self.at_once.wait(10)
+        if index == self._broken:
+            raise StoreError("broken")
+        memory.fill_(index)
+
+
+def placed(origin: Filler, sizes: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Weights that come from `origin` alone."""
+    weights: Any = SimpleNamespace(
+        _groups=[SimpleNamespace(nbytes=size) for size in sizes],
+        _control=Control(World(), "cpu"), _device=torch.device("cpu"), _pin=False, _origin=origin,
+    )  # fmt: skip
+    return Weights.place(weights, range(len(sizes)))
+
+
+def test_pieces_for_the_device_are_filled_while_others_are_copied() -> None:
+    origin, sizes = Filler(), [4096, 8192, 4096, 12288, 4096, 4096, 20480]
+    for index, piece in placed(origin, sizes):
+        time.sleep(0.005)  # time to overwrite it, if somebody did
+        assert piece.numel() == sizes[index]
+        assert piece.min() == piece.max() == index
+        assert len(origin.begun) <= index + LOADING_STAGES
+    assert sorted(origin.begun) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_piece_that_cannot_be_filled_ends_the_loading(broken: int) -> None:
+    with pytest.raises(StoreError, match="broken"):
+        for index, _ in placed(Filler(broken), [4096] * 6):
+            assert index < broken

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +19,7 @@ from zeroinf.engines.stream.store import in_order
 from zeroinf.engines.stream.stored import StoredWeights, StoreInUse, describe
 from zeroinf.engines.stream.tensors import Group
 from zeroinf.model.source import ModelSource
+from zeroinf.planner.memory import LOADING_STAGES
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.tiers import Tier
 
@@ -25,7 +28,7 @@ class Weights:
     """The pieces of a model's groups, from its checkpoint or, with NVMe offload, from the store written from it.
 
     What rests in host memory lies there once a node, whatever the number of ranks. What stays on the device passes
-    through one stage that the ranks of a node fill together: of it the host keeps nothing.
+    through stages that the ranks of a node fill together: of it the host keeps nothing.
     """
 
     def __init__(
@@ -76,19 +79,40 @@ class Weights:
         return pieces
 
     def place(self, groups: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Load pieces onto the device (uint8), one after the other, each into memory of its own."""
-        stage = HostMemory(max(self._groups[index].nbytes for index in groups), self._control, pin=self._pin)
-        try:
-            for index in groups:
-                nbytes = self._groups[index].nbytes
-                self._origin.fill([(index, stage.bytes[:nbytes])])
-                self._control.gather(None)
-                piece = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-                piece.copy_(stage.bytes[:nbytes])
-                self._control.gather(None)  # nobody fills the stage again before all have copied it
-                yield index, piece
-        finally:
-            stage.close()
+        """Load pieces onto the device (uint8), each into memory of its own, in order.
+
+        While one is copied the next ones are filled, each in a stage of its own, so that a disk always has work.
+        """
+        sizes = [self._groups[index].nbytes for index in groups]
+        stages = [
+            HostMemory(max(sizes[turn::LOADING_STAGES]), self._control, pin=False)
+            for turn in range(min(LOADING_STAGES, len(sizes)))
+        ]
+        filling: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(LOADING_STAGES - 1) as pool:
+
+            def begin(turn: int) -> None:
+                if turn < len(groups):
+                    memory = stages[turn % LOADING_STAGES].bytes[: sizes[turn]]
+                    filling.append(pool.submit(self._origin.fill, [(groups[turn], memory)]))
+
+            try:
+                for turn in range(LOADING_STAGES - 1):
+                    begin(turn)
+                for turn, index in enumerate(groups):
+                    filling.popleft().result()
+                    self._control.gather(None)  # all ranks have filled this stage, and copied the piece before
+                    begin(turn + LOADING_STAGES - 1)
+                    stage = stages[turn % LOADING_STAGES]
+                    if self._pin and not stage.pinned_bytes:
+                        stage.pin()
+                    piece = torch.empty(sizes[turn], dtype=torch.uint8, device=self._device)
+                    piece.copy_(stage.bytes[: sizes[turn]])
+                    yield index, piece
+            finally:
+                pool.shutdown(cancel_futures=True)
+                for stage in stages:
+                    stage.close()
 
     @property
     def shared_bytes(self) -> int:
