@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Listener
+from zeroinf.engines.stream import load as load_module
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
@@ -108,6 +110,31 @@ def test_pickled_weights_load_through_transformers(tmp_path: Path) -> None:
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert tokens_of(stream(folder)) == expected
+
+
+def test_weights_that_transformers_converts_are_let_go_one_by_one(
+    small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    at_each_copy: list[int] = []
+    load, copy = AutoModelForCausalLM.from_pretrained, load_module._copy
+
+    def watched(*args: Any, **named: Any) -> Any:
+        model = load(*args, **named)
+        alive.extend(weakref.ref(parameter.untyped_storage()) for parameter in model.parameters())
+        return model
+
+    def counted(*args: Any) -> None:
+        at_each_copy.append(sum(one() is not None for one in alive))
+        copy(*args)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    monkeypatch.setattr(load_module, "_copy", counted)
+    monkeypatch.setattr(load_module, "_THREADS", 1)
+    stream(small_checkpoint("mixtral"))
+    assert at_each_copy[0] == len(alive) == len(at_each_copy)
+    assert at_each_copy[-1] == 1
+    assert not any(one() is not None for one in alive)
 
 
 def test_blocks_of_the_host_copy_take_no_more_than_the_weights(small_checkpoint: Callable[[str], Path]) -> None:

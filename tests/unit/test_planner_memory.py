@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,12 +156,19 @@ def test_what_comes_from_a_disk_passes_through_three_buffers_a_rank(fetch: str, 
 
 
 def test_what_stays_on_the_gpu_passes_through_the_host_and_not_beside_the_ring() -> None:
-    stage = "stage while loading, beyond the ring"
-    largest = max(piece_bytes(CHAIN.outside), PIECE)
-    assert host(resident_blocks=1)[stage] == largest
-    assert host()[stage] == piece_bytes(CHAIN.outside)
-    ring = 3 * PIECE
-    assert host(offload="nvme", nvme_blocks=1).get(stage, 0) == max(0, piece_bytes(CHAIN.outside) - ring)
+    stages, outside = "stages while loading, beyond the ring", piece_bytes(CHAIN.outside)
+    largest = max(outside, PIECE)
+    assert host()[stages] == outside
+    assert host(resident_blocks=1)[stages] == largest + PIECE
+    assert host(resident_blocks=5)[stages] == host(resident_blocks=2)[stages] == largest + 2 * PIECE
+    assert host(offload="nvme", nvme_blocks=1).get(stages, 0) == max(0, outside - 3 * PIECE)
+
+
+@pytest.mark.parametrize("resident", [0, 5, BLOCKS])
+def test_a_checkpoint_that_is_converted_passes_through_host_memory_as_a_whole(resident: int) -> None:
+    terms = stream_host_terms(replace(CHAIN, is_converted=True), choice(resident_blocks=resident), 1, "cuda")
+    weights = sum(term.nbytes for term in terms if term.origin == "counted")
+    assert CHAIN.weight_bytes < weights < CHAIN.weight_bytes + 4 * max(PIECE, piece_bytes(CHAIN.outside))
 
 
 def test_every_rank_is_a_process() -> None:

@@ -123,6 +123,8 @@ class Anatomy:
     hidden_size: int
     vocabulary: int
     context_limit: int | None
+    is_converted: bool = False
+    """transformers renames, splits or fuses a checkpoint's weights as it loads them, all of them in host memory."""
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""

@@ -42,6 +42,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
         hidden_size=text.hidden_size,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         context_limit=limit,
+        is_converted=is_converted(model),
     )
 
 
@@ -79,6 +80,13 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no stack of {layers} decoder layers that could be streamed")
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
+
+
+def is_converted(model: Any) -> bool:
+    """Whether transformers renames, splits or fuses weights as it loads a checkpoint of `model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def keep_in_float32(model: Any, dtype: str) -> None:

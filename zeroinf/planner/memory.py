@@ -33,6 +33,9 @@ STAGES = 4
 READ_BUFFERS = 3
 """For blocks on NVMe: one is copied to the device, which is quick, while the next is read and another one begun."""
 
+LOADING_STAGES = 3
+"""What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
+
 GROWING = ("KV cache", "activations, logits, states")
 """Terms of GPU memory that grow with the rows of a micro-batch."""
 
@@ -40,6 +43,9 @@ OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
 """Terms of GPU memory that torch's allocator does not hold."""
 
 UNFORESEEN = "unforeseen"
+
+CONVERSION = "all weights while they are converted, beyond what stays"
+"""The term of host memory that a store which is there already, or random weights, do without."""
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -162,19 +168,31 @@ def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) 
 def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device: str) -> tuple[Term, ...]:
     """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through.
 
-    What stays on a GPU passes through a stage on its way there, before there is a ring.
+    What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
+    comes last.
     """
     sizes = sorted(pieces(anatomy), reverse=True)
     on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
     rings = READ_BUFFERS * _pulled_bytes(sizes[0], choice, world_size) * world_size if choice.nvme_blocks else 0
-    stage = max([piece_bytes(anatomy.outside), *sizes[: choice.resident_blocks]])
+    largest = sizes[0] if choice.resident_blocks else 0
+    stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
+    locked = sum(sizes[:on_host])
     terms = [
-        Term("host", "weights, page-locked", sum(sizes[:on_host]), "counted"),
+        Term("host", "weights, page-locked", locked, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
-        Term("host", "stage while loading, beyond the ring", max(0, stage - rings), "counted"),
+        Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
+        Term("host", CONVERSION, max(0, _converted_bytes(anatomy) - locked - max(stages, rings)), "counted"),
         *_processes(world_size, device),
     ]
     return tuple(term for term in terms if term.nbytes)
+
+
+def _converted_bytes(anatomy: Anatomy) -> int:
+    """Host memory while transformers converts a checkpoint: all weights, and room to fuse some and to hand them on."""
+    if not anatomy.is_converted:
+        return 0
+    sizes = [piece_bytes(anatomy.outside), *pieces(anatomy)]
+    return sum(sizes) + 2 * max(sizes)
 
 
 def zero_host_terms(

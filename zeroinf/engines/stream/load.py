@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
+from zeroinf.model.inspect import is_converted
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import weight_files
 
@@ -29,8 +31,8 @@ _Read = Callable[[Tensor], tuple[torch.Tensor, Path | str]]
 class Checkpoint:
     """Fills pieces from a checkpoint, or with random values.
 
-    The ranks of a node share the work, each filling its part of the tensors; where transformers has to rename or fuse
-    weights, one rank loads all of them through it, and for a while they lie in host memory twice.
+    The ranks of a node share the work, each filling its part of the tensors. Where transformers has to rename or fuse
+    weights, one rank loads all of them through it, and lets go of each as it is copied.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Checkpoint:
         self._random = source.random_weights
         self._tally = tally
         self._tile = torch.empty(0)
+        self._loading = threading.Lock()
         if self._random:
             self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
             return
@@ -65,8 +68,9 @@ class Checkpoint:
         targets = [pair for index, piece in pieces for pair in self._groups[index].views(piece)]
         targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
         mine = targets[self._part :: self._parts] if self._parts else []
-        if mine and not self._random and self._read is None:
-            self._read = self._load()
+        with self._loading:
+            if mine and not self._random and self._read is None:
+                self._read = self._load()
         with ThreadPoolExecutor(_THREADS) as pool:
             for done in [pool.submit(self._fill_one, *target) for target in mine]:
                 done.result()
@@ -98,9 +102,8 @@ def _direct_origins(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]
     None where transformers renames, splits or fuses weights as it loads them.
     """
     from safetensors import safe_open
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if any(file.suffix != ".safetensors" for file in files) or get_model_conversion_mapping(model, add_legacy=False):
+    if any(file.suffix != ".safetensors" for file in files) or is_converted(model):
         return None
     stored: dict[str, Path] = {}
     for file in files:
@@ -149,7 +152,12 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {source.name}: {error}") from error
     values = loaded.state_dict()
-    return lambda tensor: (values[tensor.names[0]], source.location)
+
+    def read(tensor: Tensor) -> tuple[torch.Tensor, str]:
+        value, *_ = [values.pop(name) for name in tensor.names if name in values]
+        return value, source.location
+
+    return read
 
 
 def _copy(tensor: Tensor, memory: torch.Tensor, value: torch.Tensor, origin: Path | str) -> None:
