@@ -30,20 +30,25 @@ NEW_TOKENS = 10
 CPU = torch.device("cpu")
 
 
-def stream(folder: Path, dtype: str = "float32", told: Listener | None = None, **where: Any) -> StreamEngine:
+def stream(
+    folder: Path,
+    dtype: str = "float32",
+    told: Listener | None = None,
+    control: Control | None = None,
+    **where: Any,
+) -> StreamEngine:
     """An engine with its weights in host memory, or as `where` says in the plan's terms."""
     source = resolve_model(str(folder))
-    fields = {"offload": "cpu", **where}
+    fields = {"offload": "cpu", "world_size": 1, **where}
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype=dtype),
         engine="stream",
         dtype=dtype,
         device="cpu",
-        world_size=1,
         batch_size=len(PROMPTS),
         **fields,
     )
-    return StreamEngine(plan, source, Control(World(), "cpu"), CPU, told)
+    return StreamEngine(plan, source, control or Control(World(), "cpu"), CPU, told)
 
 
 def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:

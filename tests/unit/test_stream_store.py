@@ -41,7 +41,15 @@ def contents_of(sizes: list[int], parts: int) -> Contents:
     for nbytes in sizes:
         pieces.append(StoredPiece(offset=end, nbytes=nbytes, tensors=(("w", "torch.uint8", (nbytes,), 0),)))
         end += padded(nbytes)
-    named = {"model": "m", "revision": None, "architecture": "A", "dtype": "float32", "source": "s", "made": ""}
+    named = {
+        "model": "m",
+        "revision": None,
+        "architecture": "A",
+        "dtype": "float32",
+        "wire": "model",
+        "source": "s",
+        "made": "",
+    }
     return Contents(parts=parts, pieces=tuple(pieces), **named)  # type: ignore[arg-type]
 
 

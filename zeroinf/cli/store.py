@@ -120,9 +120,9 @@ def _print_table(found: list[Summary]) -> None:
 
     from zeroinf.hardware.checks import gib
 
-    table = Table("name", "model", "dtype", "size", "state", box=None, pad_edge=False)
+    table = Table("name", "model", "dtype", "wire", "size", "state", box=None, pad_edge=False)
     for s in found:
-        table.add_row(s.name, s.model or "?", s.dtype or "?", gib(s.disk_bytes), s.state)
+        table.add_row(s.name, s.model or "?", s.dtype or "?", s.wire or "?", gib(s.disk_bytes), s.state)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for s in found:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zeroinf.planner.wire import Wire
+
 Offload = Literal["none", "cpu", "nvme"]
 Fetch = Literal["replicated", "partitioned"]
 """Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
@@ -20,3 +22,4 @@ class Choice:
     batch_size: int
     resident_blocks: int
     nvme_blocks: int
+    wire: Wire = "model"

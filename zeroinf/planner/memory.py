@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroinf.model.anatomy import Anatomy, TensorSpec
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
 from zeroinf.planner.allocator import Allocator, Event
 from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Workload, repeated
 
 Place = Literal["gpu", "host", "disk"]
@@ -85,14 +86,25 @@ def piece_bytes(tensors: Iterable[TensorSpec]) -> int:
     return round_up(sum(round_up(tensor.nbytes, ALIGNMENT) for tensor in tensors), PIECE_ALIGNMENT)
 
 
-def pieces(anatomy: Anatomy) -> tuple[int, ...]:
-    """The bytes of each block's piece."""
-    return tuple(piece_bytes(block.tensors) for block in anatomy.blocks)
+def crossing_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int:
+    """Bytes of `tensors` in one contiguous piece as it rests and crosses the link; `dtype` is the model's."""
+    if wire == "model":
+        return piece_bytes(tensors)
+    sizes = {True: 0, False: 0}
+    for tensor, coded in zip(tensors, is_coded(tensors, dtype, wire), strict=True):
+        sizes[coded] += round_up(tensor.nbytes, ALIGNMENT)
+    elements = sizes[True] // DTYPE_BYTES[dtype]
+    return round_up(CODES[wire].nbytes(elements) + sizes[False] + CODES[wire].scale_bytes(elements), PIECE_ALIGNMENT)
 
 
-def store_bytes(anatomy: Anatomy) -> int:
+def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
+    """The bytes of each block's piece as it rests and crosses the link."""
+    return tuple(crossing_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
+
+
+def store_bytes(anatomy: Anatomy, wire: Wire) -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
-    return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy), piece_bytes(anatomy.outside)))
+    return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy, wire), piece_bytes(anatomy.outside)))
 
 
 def round_up(size: int, unit: int) -> int:
@@ -112,7 +124,7 @@ def stream_gpu_terms(
 ) -> tuple[Term, ...]:
     """GPU memory of one rank of the stream engine at its highest, the micro-batch after the first included."""
     parts = world_size if choice.fetch == "partitioned" else 1
-    sizes = sorted(pieces(anatomy), reverse=True)
+    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     streamed = len(sizes) - choice.resident_blocks
     pulled = _pulled_bytes(sizes[0], choice, world_size)
     slots = [pulled * parts] * min(SLOTS[choice.fetch], streamed)
@@ -122,6 +134,7 @@ def stream_gpu_terms(
         "resident blocks": sizes[: choice.resident_blocks],
         "slots": slots,
         "stages": stages,
+        "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     held = [nbytes for given in fixed.values() for nbytes in given]
@@ -171,7 +184,7 @@ def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device:
     What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
     comes last.
     """
-    sizes = sorted(pieces(anatomy), reverse=True)
+    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
     rings = READ_BUFFERS * _pulled_bytes(sizes[0], choice, world_size) * world_size if choice.nvme_blocks else 0
     largest = sizes[0] if choice.resident_blocks else 0

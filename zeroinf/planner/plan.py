@@ -10,6 +10,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
 from zeroinf.planner.timing import Timing
+from zeroinf.planner.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ class Plan:
     nvme_blocks: int = 0
     """Blocks that rest on NVMe; the rest of those that stream rest in host memory."""
     nvme_paths: tuple[Path, ...] = ()
+    wire: Wire = "model"
+    """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     terms: tuple[Term, ...] = ()

@@ -22,6 +22,7 @@ from zeroinf.planner.memory import (
     total,
 )
 from zeroinf.planner.timing import Speeds, Timing, time_plan
+from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Simulate, Workload
 
 MOST_ROWS = 4096
@@ -52,6 +53,7 @@ class Wish:
     gpus_are_linked: bool = True
     """GPUs reach each other's memory: what makes partitioned fetch worth while."""
     engine: str = "stream"
+    wire: Wire = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +215,7 @@ class Planner:
             return []
         place: Place = "gpu" if "gpu" in budgets else "host"
         free = budgets[place] - total(candidate.terms, place)
-        more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy)))
+        more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy, choice.wire)))
         for residents in range(choice.resident_blocks + more, choice.resident_blocks, -1):
             changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
@@ -236,6 +238,7 @@ class Planner:
             batch_size=rows,
             resident_blocks=residents,
             nvme_blocks=on_disk,
+            wire=wish.wire,
         )
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
@@ -258,12 +261,13 @@ class Planner:
             batch_size=rows,
             resident_blocks=0,
             nvme_blocks=len(self._anatomy.blocks),
+            wire=wish.wire,
         )
         terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._device)
         if self._device == "cpu":  # what computes lies there, too
             terms = self._terms(wish, nothing, self._simulate(rows))
         free = self._host_bytes - total(terms, "host")
-        return max(0, free // max(pieces(self._anatomy)))
+        return max(0, free // max(pieces(self._anatomy, wish.wire)))
 
     def _try(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Candidate | Rejection:
         workload = self._simulate(choice.batch_size)
@@ -298,7 +302,7 @@ class Planner:
             host = stream_host_terms(self._anatomy, choice, wish.world_size, self._device)
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks:
-            terms = (*terms, Term("disk", "store", store_bytes(self._anatomy), "counted"))
+            terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms)
         return terms

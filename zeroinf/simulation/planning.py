@@ -131,6 +131,7 @@ def _asked(question: Question) -> Plan:
         prompt_tokens=question.lengths.prompt_tokens,
         new_tokens=question.lengths.new_tokens,
         nvme_paths=question.nvme_paths,
+        wire=wish.wire,
         pin_memory=question.pin_memory,
         aio=question.aio,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
 from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
+from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
@@ -26,6 +28,7 @@ from zeroinf.planner.tiers import tiers
 class StreamEngine:
     """Blocks stream from host memory or from a store through a ring of device slots; the others stay on the device.
 
+    Where weights cross as codes, every block rests as codes, on the device too, and is expanded as its turn comes.
     Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
     pulls its part. Either way they read the node's one copy.
     """
@@ -38,7 +41,8 @@ class StreamEngine:
         self._forwards = 0
         self._device = device
         self._model = build_skeleton(source, plan.dtype)
-        groups, outside = group_tensors(self._model)
+        groups, outside = group_tensors(self._model, plan.wire)
+        self._expander = Expander(groups, device) if plan.wire != "model" else None
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks)
         self._weights = Weights(
             plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, told or Silent()
@@ -59,8 +63,14 @@ class StreamEngine:
             raise
 
     def _bind_residents(self, blocks: Sequence[int], groups: Sequence[Group], outside: Group) -> None:
+        _, modules = find_blocks(self._model)
         for index, piece in self._weights.place([*blocks, len(groups)]):
-            _bind(_ready((*groups, outside)[index].views(piece)))
+            if self._expander is None or index == len(groups):
+                _bind(_ready((*groups, outside)[index].views(piece)))
+            else:
+                _bind(_ready(groups[index].views(self._expander.slot)))
+                expand = partial(self._expander.expand, groups[index], piece)
+                modules[index].register_forward_pre_hook(_before(expand))
 
     def _stream(
         self,
@@ -86,20 +96,25 @@ class StreamEngine:
         self._ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, self._ahead)
         _, blocks = find_blocks(self._model)
         for turn, index in enumerate(streamed):
-            views = [_ready(groups[index].views(slot)) for slot in self._ring.slots]
-            self._attach(self._ring, turn, blocks[index], views)
+            self._attach(self._ring, turn, blocks[index], groups[index])
 
-    def _attach(self, ring: Ring, turn: int, block: Module, views: Sequence[_Views]) -> None:
-        """Hand `block` the slot's tensors when it is about to run, and the slot back when it has."""
+    def _attach(self, ring: Ring, turn: int, block: Module, group: Group) -> None:
+        """Hand `block` its tensors when it is about to run, and the slot back when it has."""
+        slots = ring.slots if self._expander is None else [self._expander.slot]
+        views = [_ready(group.views(slot)) for slot in slots]
 
-        def take(module: Module, inputs: Any) -> None:
-            _bind(views[ring.acquire(turn)])
+        def take() -> None:
+            slot = ring.acquire(turn)
+            if self._expander is None:
+                _bind(views[slot])
+            else:
+                self._expander.expand(group, ring.slots[slot])
 
         def give_back(module: Module, inputs: Any, output: Any) -> None:
             ring.release()
 
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
-        block.register_forward_pre_hook(take)
+        block.register_forward_pre_hook(_before(take))
         block.register_forward_hook(give_back)
 
     @property
@@ -118,7 +133,8 @@ class StreamEngine:
         return True
 
     def stats(self) -> EngineStats:
-        slots = self._ring.slots if self._ring is not None else []
+        slots = [*(self._ring.slots if self._ring is not None else ())]
+        slots += [self._expander.slot] if self._expander is not None else []
         return EngineStats(
             forwards=self._forwards,
             streamed_bytes_per_pass=self._streamed_bytes,
@@ -137,6 +153,15 @@ class StreamEngine:
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]
+
+
+def _before(act: Callable[[], None]) -> Callable[[Module, Any], None]:
+    """A hook that runs `act` before a module's forward."""
+
+    def hook(module: Module, inputs: Any) -> None:
+        act()
+
+    return hook
 
 
 def _ready(views: _Views) -> _Views:

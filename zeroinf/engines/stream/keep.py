@@ -27,6 +27,7 @@ from zeroinf.engines.stream.store import (
     store_names,
 )
 from zeroinf.errors import StoreError, UsageError
+from zeroinf.planner.wire import Wire
 
 State = Literal["whole", "unfinished", "damaged"]
 
@@ -43,6 +44,7 @@ class Summary:
     revision: str | None
     architecture: str | None
     dtype: str | None
+    wire: Wire | None
     disk_bytes: int
     paths: tuple[Path, ...]
 
@@ -141,6 +143,7 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
         revision=contents.revision if contents is not None else None,
         architecture=contents.architecture if contents is not None else None,
         dtype=contents.dtype if contents is not None else None,
+        wire=contents.wire if contents is not None else None,
         disk_bytes=sum(_disk_bytes(path, name) for path in paths),
         paths=tuple(paths),
     )

@@ -14,6 +14,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.origin import Pieces, Tally
+from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import is_converted
@@ -65,7 +66,7 @@ class Checkpoint:
 
         Raises ModelError for a checkpoint that does not match.
         """
-        targets = [pair for index, piece in pieces for pair in self._groups[index].views(piece)]
+        targets = [pair for index, piece in pieces for pair in self._groups[index].targets(piece)]
         targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
         mine = targets[self._part :: self._parts] if self._parts else []
         with self._loading:
@@ -75,24 +76,23 @@ class Checkpoint:
             for done in [pool.submit(self._fill_one, *target) for target in mine]:
                 done.result()
 
-    def _fill_one(self, tensor: Tensor, memory: torch.Tensor) -> None:
+    def _fill_one(self, tensor: Tensor, target: Target) -> None:
         if not tensor.is_parameter:
-            memory.copy_(tensor.value)
+            target.write(tensor.value)
         if self._random:
-            self._fill_randomly(tensor, memory)
+            self._fill_randomly(tensor, target)
         elif tensor.stored:
             assert self._read is not None
-            _copy(tensor, memory, *self._read(tensor))
-        self._tally.add(memory.nbytes * self._parts)
+            _copy(tensor, target, *self._read(tensor))
+        self._tally.add(target.nbytes * self._parts)
 
-    def _fill_randomly(self, tensor: Tensor, memory: torch.Tensor) -> None:
+    def _fill_randomly(self, tensor: Tensor, target: Target) -> None:
         """Normal values that repeat after a while: they must not be zeros, and need not be good."""
         if not tensor.is_parameter:
             return
-        flat, values = memory.view(-1), self._tile.to(memory.dtype)
-        for start in range(0, flat.numel(), _TILE):
-            part = flat[start : start + _TILE]
-            part.copy_(values[: part.numel()])
+        elements = target.shape.numel()
+        for start in range(0, elements, _TILE):
+            target.write_part(start, self._tile[: elements - start])
 
 
 def _direct_origins(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> dict[str, tuple[Path, str]] | None:
@@ -160,10 +160,10 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     return read
 
 
-def _copy(tensor: Tensor, memory: torch.Tensor, value: torch.Tensor, origin: Path | str) -> None:
-    if value.shape != memory.shape:
+def _copy(tensor: Tensor, target: Target, value: torch.Tensor, origin: Path | str) -> None:
+    if value.shape != target.shape:
         raise ModelError(
-            f"{origin} holds {tensor.names[0]} as {tuple(value.shape)}, the model has {tuple(memory.shape)}",
+            f"{origin} holds {tensor.names[0]} as {tuple(value.shape)}, the model has {tuple(target.shape)}",
             hint="the weights belong to another config",
         )
-    memory.copy_(value)
+    target.write(value)

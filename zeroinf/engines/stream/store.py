@@ -19,8 +19,9 @@ from typing import Any
 
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.planner.memory import CHUNK_BYTES, round_up
+from zeroinf.planner.wire import Wire
 
-FORMAT = 1
+FORMAT = 2
 STRIPE_BYTES = 8 << 20
 REQUEST_BYTES = 4 << 20
 """The most that one read or write moves: large enough for any disk's full rate, small enough to share among threads."""
@@ -56,6 +57,8 @@ class Contents:
     revision: str | None
     architecture: str
     dtype: str
+    wire: Wire
+    """How the weights of blocks lie in it."""
     source: str
     """The weights' identity: hex."""
     made: str
@@ -67,7 +70,7 @@ class Contents:
     def name(self) -> str:
         """The same name means the same bytes."""
         layout = [FORMAT, CHUNK_BYTES, STRIPE_BYTES, self.architecture, self.made, [asdict(p) for p in self.pieces]]
-        return f"{source_key(self.source, self.dtype, self.parts)}-{digest_of(_canonical(layout))[:12]}"
+        return f"{source_key(self.source, self.dtype, self.wire, self.parts)}-{digest_of(_canonical(layout))[:12]}"
 
     @property
     def data_bytes(self) -> int:
@@ -106,9 +109,9 @@ class Store:
                 raise damaged(data_file(self.folders[request.part]), f"byte {request.at + at} and on were changed")
 
 
-def source_key(identity: str, dtype: str, parts: int) -> str:
-    """The part of a name that is known without building the model: which weights, which dtype, how many paths."""
-    return digest_of(_canonical([identity, dtype, parts]))[:12]
+def source_key(identity: str, dtype: str, wire: Wire, parts: int) -> str:
+    """The part of a name that is known without building the model: which weights, in which form, how many paths."""
+    return digest_of(_canonical([identity, dtype, wire, parts]))[:12]
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:

@@ -30,6 +30,7 @@ from zeroinf.engines.stream.write import require_room, write_store
 from zeroinf.hardware.checks import gib
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
+from zeroinf.planner.memory import store_bytes
 from zeroinf.planner.plan import Plan
 
 
@@ -100,13 +101,11 @@ class StoredWeights:
 
 def check_room(plan: Plan, source: ModelSource) -> None:
     """Raise DoesNotFitError unless the disks have room for what a run of the plan would still write of its store."""
-    key = source_key(weights_identity(source), plan.dtype, len(plan.nvme_paths))
+    key = source_key(weights_identity(source), plan.dtype, plan.wire, len(plan.nvme_paths))
     first, *_ = in_order(plan.nvme_paths)
     if any(is_whole(first, name) for name in store_names(first, f"{key}-*")):
         return
-    outside = sum(tensor.nbytes for tensor in plan.anatomy.outside)
-    blocks = (block.nbytes for block in plan.anatomy.blocks)
-    require_room(plan.nvme_paths, sum(padded(nbytes) for nbytes in (outside, *blocks)), f"{key}-*")
+    require_room(plan.nvme_paths, store_bytes(plan.anatomy, plan.wire), f"{key}-*")
 
 
 def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Contents:
@@ -122,6 +121,7 @@ def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Conten
         revision=source.revision,
         architecture=plan.anatomy.architecture,
         dtype=plan.dtype,
+        wire=plan.wire,
         source=weights_identity(source),
         made=_digest_of_buffers(groups),
         parts=len(plan.nvme_paths),

@@ -10,7 +10,10 @@ import torch
 from torch.nn import Module, Parameter
 
 from zeroinf.engines.stream.layout import Layout, lay_out
+from zeroinf.engines.stream.target import Target
+from zeroinf.model.anatomy import TensorSpec
 from zeroinf.model.inspect import find_blocks
+from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
 
 
 @dataclass(slots=True)
@@ -49,18 +52,39 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        return self.layout.nbytes
+        """Bytes of the piece as it rests and crosses the link."""
+        return self.layout.crossing_bytes
 
     def views(self, piece: torch.Tensor) -> list[tuple[Tensor, torch.Tensor]]:
-        """Each tensor with its memory in `piece` (uint8, at least `nbytes`)."""
+        """Each tensor with its memory in `piece` (uint8, in full)."""
         return [(t, place.view(piece)) for t, place in zip(self.tensors, self.layout.places, strict=True)]
 
+    def targets(self, crossing: torch.Tensor) -> list[tuple[Tensor, Target]]:
+        """Each tensor with where it is written in a piece as it crosses the link (uint8, `nbytes`)."""
+        places = self.layout.places
+        return [(t, Target(self.layout, place, crossing)) for t, place in zip(self.tensors, places, strict=True)]
 
-def group_tensors(model: Any) -> tuple[tuple[Group, ...], Group]:
-    """A group for each block, and one of what lies outside."""
+
+def group_tensors(model: Any, wire: Wire = "model") -> tuple[tuple[Group, ...], Group]:
+    """A group for each block, whose weights cross in the format `wire`, and one of what lies outside, as it is."""
     inside, outside = _sort_tensors(model)
-    *blocks, rest = (Group(tuple(tensors), lay_out(t.value for t in tensors)) for tensors in (*inside, outside))
-    return tuple(blocks), rest
+    dtype = str(model.dtype).removeprefix("torch.")
+    coded = (is_coded([_spec(tensor) for tensor in tensors], dtype, wire) for tensors in inside)
+    blocks = (_group(tensors, CODES.get(wire), which) for tensors, which in zip(inside, coded, strict=True))
+    return tuple(blocks), _group(outside)
+
+
+def _group(tensors: Sequence[Tensor], kind: Codes | None = None, coded: Sequence[bool] = ()) -> Group:
+    return Group(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded))
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(
+        name=tensor.names[0],
+        shape=tuple(tensor.value.shape),
+        dtype=str(tensor.value.dtype).removeprefix("torch."),
+        is_buffer=not tensor.is_parameter,
+    )
 
 
 def _sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:

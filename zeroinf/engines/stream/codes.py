@@ -1,0 +1,68 @@
+"""Weights as codes of a few bits: making them, once, on the CPU, and turning them back into weights where they compute.
+
+A group of weights shares a scale: the weight that lies farthest from zero, on its side, over the lowest code. A weight
+is its code times the scale, computed in float32 and rounded once to the model's dtype. Four-bit codes lie two in a
+byte, the first half of a group in the low bits, the second half in the high ones. Nothing here depends on how many
+threads or ranks share the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from zeroinf.planner.wire import Codes
+
+SCALE_DTYPE = torch.bfloat16
+
+# Elements that are computed at a time: what lies between the steps stays in a core's cache.
+_CHUNK = 1 << 17
+
+
+def encode(weights: torch.Tensor, dtype: torch.dtype, kind: Codes, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Write `weights` (one dimension) rounded to `dtype`, as `codes` (uint8) and `scales`. Zeros end the last group."""
+    for start in range(0, weights.numel(), _CHUNK):
+        part = weights[start : start + _CHUNK].to(dtype).float()
+        groups = pad(part, (0, -part.numel() % kind.group)).view(-1, kind.group)
+        lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        farthest = torch.where(highest > -lowest, highest, lowest)
+        scale = (farthest / -_offset(kind)).to(SCALE_DTYPE)
+        divisor = scale.float()
+        divisor[divisor == 0] = 1  # a group of zeros
+        groups.div_(divisor).round_().add_(_offset(kind)).clamp_(0, 2 * _offset(kind) - 1)
+        _part(scales, start, groups.numel(), kind.group).copy_(scale.view(-1))
+        _part(codes, start, groups.numel(), 8 // kind.bits).copy_(_packed(groups.to(torch.uint8), kind).view(-1))
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, kind: Codes, weights: torch.Tensor) -> None:
+    """Write the weights that `codes` and `scales` stand for into `weights` (one dimension, of the model's dtype)."""
+    for start in range(0, weights.numel(), _CHUNK):
+        part = weights[start : start + _CHUNK]
+        packed = _part(codes, start, part.numel(), 8 // kind.bits)
+        values = _unpacked(packed, kind).float().view(-1, kind.group).sub_(_offset(kind))
+        values.mul_(_part(scales, start, part.numel(), kind.group).float().unsqueeze(-1))
+        part.copy_(values.view(-1))
+
+
+def _offset(kind: Codes) -> int:
+    """What is added to codes to make them unsigned."""
+    return 1 << (kind.bits - 1)
+
+
+def _part(of: torch.Tensor, start: int, elements: int, each: int) -> torch.Tensor:
+    """What belongs to `elements` weights from `start` on, where `each` of them share one entry."""
+    return of[start // each : (start + elements) // each]
+
+
+def _packed(codes: torch.Tensor, kind: Codes) -> torch.Tensor:
+    if kind.bits == 8:
+        return codes
+    low, high = codes.chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def _unpacked(codes: torch.Tensor, kind: Codes) -> torch.Tensor:
+    if kind.bits == 8:
+        return codes
+    halves = codes.view(-1, kind.group // 2)
+    return torch.cat((halves & 15, halves >> 4), dim=-1)

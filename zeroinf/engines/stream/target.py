@@ -1,0 +1,59 @@
+"""Where a tensor is written in a piece that will cross the link, as itself or as codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zeroinf.engines.stream.codes import encode
+from zeroinf.engines.stream.layout import Coded, Layout, Place
+from zeroinf.planner.memory import round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor's part of the piece `crossing` (uint8), which is laid out by `layout`."""
+
+    layout: Layout
+    place: Place
+    crossing: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.place.shape
+
+    @property
+    def nbytes(self) -> int:
+        """What is written, gaps left out."""
+        coded, place = self._coded, self.place
+        if coded is None:
+            return place.nbytes
+        elements = place.shape.numel()
+        return coded.kind.nbytes(elements) + coded.kind.scale_bytes(elements)
+
+    def write(self, value: torch.Tensor) -> None:
+        """Write the whole tensor (contiguous, of its shape, any dtype)."""
+        self.write_part(0, value.reshape(-1))
+
+    def write_part(self, start: int, values: torch.Tensor) -> None:
+        """Write `values` (one dimension, any dtype) from element `start` on.
+
+        Where the tensor is coded, a group must begin there, and only the tensor's end may leave one unfinished.
+        """
+        coded = self._coded
+        if coded is None:
+            memory = self.layout.crossing_place(self.place).view(self.crossing)
+            memory.view(-1)[start : start + values.numel()] = values
+            return
+        first = self.place.offset // coded.dtype.itemsize + start
+        last = first + round_up(values.numel(), coded.kind.group)
+        codes = self.layout.codes(self.crossing)[coded.kind.nbytes(first) : coded.kind.nbytes(last)]
+        scales = self.layout.scales(self.crossing)[first // coded.kind.group : last // coded.kind.group]
+        encode(values, coded.dtype, coded.kind, codes, scales)
+
+    @property
+    def _coded(self) -> Coded | None:
+        """The codes of which this tensor has a part; None if it crosses as it is."""
+        coded = self.layout.coded
+        return coded if coded is not None and self.place.offset < coded.nbytes else None

@@ -1,0 +1,50 @@
+"""Wire formats: which weights of a block cross the link as codes of a few bits, and how many bytes that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zeroinf.model.anatomy import TensorSpec
+
+Wire = Literal["model", "int8", "int4"]
+"""`model`: weights cross as the model has them, without loss."""
+
+SCALE_BYTES = 2
+
+# What has fewer elements than this part of its block's largest weight stays as it is: it would save next to nothing.
+_WORTHWHILE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Weights as codes of `bits` bits; each `group` of them, as they lie in memory, share a scale."""
+
+    bits: int
+    group: int
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes of so many codes, whole groups, without their scales."""
+        return elements * self.bits // 8
+
+    def scale_bytes(self, elements: int) -> int:
+        return elements // self.group * SCALE_BYTES
+
+
+CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
+"""The lossy formats. What their groups cost in quality is measured in docs/decisions/0009."""
+
+
+def is_coded(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> list[bool]:
+    """Which of a block's tensors cross as codes: its large weights. `dtype` is the model's.
+
+    Norms, biases, buffers, weights kept in another dtype and those with short rows (convolutions, states) do not.
+    """
+    if wire == "model":
+        return [False] * len(tensors)
+    fitting = [
+        not t.is_buffer and t.dtype == dtype and len(t.shape) > 1 and t.shape[-1] >= CODES[wire].group for t in tensors
+    ]
+    largest = max((t.numel for t, fits in zip(tensors, fitting, strict=True) if fits), default=0)
+    return [fits and t.numel * _WORTHWHILE >= largest for t, fits in zip(tensors, fitting, strict=True)]
