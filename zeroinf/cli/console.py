@@ -129,6 +129,8 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
     yield "load", f"{report.load_s:.1f} s"
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
+    if report.plan.wire != "model":
+        yield "weights", f"{report.plan.wire} codes: lossy"
     if report.streamed_bytes:
         share = f", {100 * report.link_share:.0f} % of the links' {report.link_gbps:.1f}" if report.link_share else ""
         yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{share}"

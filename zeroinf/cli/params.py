@@ -94,8 +94,20 @@ class AutoIntType(click.ParamType):  # type: ignore[type-arg]
         return number
 
 
+def wire_option(command: _Command) -> _Command:
+    """How weights cross the link: `wire`."""
+    return click.option(
+        "--wire",
+        type=click.Choice(["model", "int8", "int4"]),
+        default="model",
+        show_default=True,
+        help="How the weights of blocks rest and cross the link: as the model has them, or as codes of 8 or 4 bits, "
+        "which is lossy: `zeroinf eval` measures how much. With the stream engine.",
+    )(command)
+
+
 def engine_options(command: _Command) -> _Command:
-    """What runs the model and how: `engine`, `fetch`, `resident_blocks` and `batch_size`."""
+    """What runs the model and how: `engine`, `fetch`, `wire`, `resident_blocks` and `batch_size`."""
     return _add(
         command,
         click.option(
@@ -113,6 +125,7 @@ def engine_options(command: _Command) -> _Command:
             help="With several GPUs and the stream engine: each pulls all weights over its own link, or its part of "
             "them, gathered between GPUs. auto takes what is faster; only GPUs that reach each other are partitioned.",
         ),
+        wire_option,
         click.option(
             "--resident-blocks",
             type=AutoIntType(minimum=0),

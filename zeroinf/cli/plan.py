@@ -97,7 +97,7 @@ def _refuse_contradictions(
         raise UsageError("--emit-zero-config prints nothing but that JSON", hint="drop --json and --explain")
     if as_json and explain:
         raise UsageError("--explain has no effect with --json, which holds every term", hint="drop one of them")
-    if asked["engine"] == "zero" and (named := given(ctx, "fetch", "resident_blocks")):
+    if asked["engine"] == "zero" and (named := given(ctx, "fetch", "resident_blocks", "wire")):
         raise UsageError(f"{flags(ctx, named)} has no effect with --engine zero", hint="drop it")
     if asked["engine"] != "zero" and not asked["pin_memory"]:
         raise UsageError(
@@ -156,6 +156,7 @@ def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code
         fetch=asked["fetch"],
         batch_size=asked["batch_size"],
         resident_blocks=asked["resident_blocks"],
+        wire=asked["wire"],
         requests=asked["requests"],
         nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if machine.disks else None,
     )

@@ -43,7 +43,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} streams"
     if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
         streams += f", weights {plan.fetch}"
-    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}; {streams}, {plan.batch_size} rows each"
+    wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
+    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {plan.batch_size} rows each"
     yield f"{_speed(plan.timing)}; a decode step waits for {_resource(plan)}"
     takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
     yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])

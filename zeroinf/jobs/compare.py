@@ -36,7 +36,7 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
     def planned(*names: str) -> int:
         return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
 
-    outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots"), planned("KV cache")
+    outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots", "expanded slot"), planned("KV cache")
     computing = planned("activations, logits, states", "matrix product workspaces")
     gaps, unforeseen = planned("allocator's pages and gaps"), planned("unforeseen")
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")

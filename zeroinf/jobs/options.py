@@ -10,6 +10,7 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.plan import AioSettings
+from zeroinf.planner.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,7 @@ class RunOptions:
     engine: str = "auto"
     fetch: Fetch | Literal["auto"] = "auto"
     resident_blocks: int | None = None
+    wire: Wire = "model"
     offload: Offload | Literal["auto"] = "auto"
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True

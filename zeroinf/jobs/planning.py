@@ -66,6 +66,7 @@ def plan_run(
         fetch=options.fetch,
         batch_size=options.batch_size,
         resident_blocks=options.resident_blocks,
+        wire=options.wire,
         requests=requests,
         nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if offload == "auto" and nvme_paths else None,
         one_node=world.local_size == world.size,
@@ -113,6 +114,11 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
         raise UsageError(f"{', '.join(given)} has no effect: this run computes on the CPU", hint="drop it")
     named = {"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None}
     given = [flag for flag, is_given in named.items() if is_given]
+    if engine != "stream" and options.wire != "model":
+        raise UsageError(
+            f"--wire {options.wire} has no effect with the {engine} engine: its weights cross as the model has them",
+            hint="drop it, or --engine stream",
+        )
     if given and engine != "stream":
         raise UsageError(f"{', '.join(given)} has no effect with the {engine} engine", hint="drop it")
     if given and options.offload == "none":

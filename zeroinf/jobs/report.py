@@ -67,7 +67,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
         plan, anatomy = self.plan, self.plan.anatomy
-        asked = ("engine", "fetch", "offload", "dtype", "device", "world_size", "batch_size", "resident_blocks")
+        asked = ("engine", "fetch", "offload", "wire", "dtype", "device", "world_size", "batch_size", "resident_blocks")
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "link_gbps", "link_share", "ms_per_token")

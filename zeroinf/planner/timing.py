@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.memory import pieces
-from zeroinf.planner.workload import Step, Workload
+from zeroinf.planner.workload import Kernel, Kernels, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
@@ -24,6 +24,10 @@ _MASKED_ATTENTION_SHARES = (0.17, 0.23)
 _HOST_SHARE = 2.3
 _STEP_S = 0.5e-3
 _SHORTEST_KERNEL_S = 2e-6
+
+# Making codes of weights in a checkpoint, GB/s of the weights: eight threads, of which each made 1.1 to 1.5 on a core
+# of its own; with fewer cores it takes longer.
+_ENCODE_GBPS = 8.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +71,7 @@ def time_plan(
 ) -> Timing:
     """The time of `requests` requests (None: as many as fill every micro-batch) on `world_size` ranks."""
     parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
-    sizes = sorted(pieces(anatomy), reverse=True)
+    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     streams = choice.engine == "zero" or choice.resident_blocks < len(sizes)
     passing = sum(sizes[choice.resident_blocks :]) if choice.engine == "stream" else sum(sizes)
     streamed = 0 if choice.offload == "none" else passing // parts
@@ -78,15 +82,16 @@ def time_plan(
         "disk": from_disk / speeds.disk_gbps / 1e9,
         "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
     }
-    prefill, _ = _step(workload.prefill, waits, speeds)
-    first, _ = _step(workload.first_decode, waits, speeds)
-    last, binds = _step(workload.last_decode, waits, speeds)
+    expansion = _expansion(anatomy, choice)
+    prefill, _ = _step(_with(workload.prefill, expansion), waits, speeds)
+    first, _ = _step(_with(workload.first_decode, expansion), waits, speeds)
+    last, binds = _step(_with(workload.last_decode, expansion), waits, speeds)
     decode = (first + last) / 2
     batch_s = prefill + (workload.new_tokens - 1) * decode
     batches = 1 if requests is None else -(-requests // (workload.rows * world_size))
     rows = workload.rows * world_size if requests is None else requests
     return Timing(
-        load_s=_load_s(choice, sizes, speeds),
+        load_s=_load_s(anatomy, choice, sizes, speeds),
         prefill_s=prefill,
         decode_s=decode,
         tokens_per_second=rows * workload.new_tokens / (batches * batch_s),
@@ -95,12 +100,25 @@ def time_plan(
     )
 
 
-def _load_s(choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
+def _expansion(anatomy: Anatomy, choice: Choice) -> Kernels:
+    """What turns codes into weights again in a pass: a kernel and a copy for each block."""
+    if choice.wire == "model":
+        return Kernels(1.0, ())
+    both = zip(pieces(anatomy), pieces(anatomy, choice.wire), strict=True)
+    return Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0))))
+
+
+def _with(step: Step, more: Kernels) -> Step:
+    return replace(step, kernels=(*step.kernels, more))
+
+
+def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
     """Seconds until the blocks (`sizes`, in bytes) are where they rest; a store that is not there yet takes longer."""
     resident = sum(sizes[: choice.resident_blocks]) if choice.engine == "stream" else 0
     on_disk = sum(sizes[: choice.nvme_blocks])
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
-    return ((sum(sizes) - resident - on_disk) / speeds.fill_gbps + from_store) / 1e9
+    encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))
+    return ((sum(sizes) - resident - on_disk) / speeds.fill_gbps + from_store + encoded / _ENCODE_GBPS) / 1e9
 
 
 def _step(step: Step, waits: dict[Resource, float], speeds: Speeds) -> tuple[float, Resource]:
