@@ -55,6 +55,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
     assert {line.split()[0]: len(line.split()) > 2 for line in listed if line.strip()} == {
         "run": True,
         "plan": True,
+        "eval": True,
         "config": True,
         "store": True,
         "doctor": True,

@@ -14,11 +14,11 @@ import click
 import zeroinf
 from zeroinf.errors import ZeroinfError
 
-_COMMANDS = ("run", "plan", "config", "store", "doctor")
+_COMMANDS = ("run", "plan", "eval", "config", "store", "doctor")
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module when the command is needed; each is named as its command."""
+    """Imports a command's module when the command is needed; each is named as its command (`eval_` as `eval`)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -26,7 +26,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"zeroinf.cli.{cmd_name}"), cmd_name)
+        module = importlib.import_module(f"zeroinf.cli.{cmd_name}")
+        command: click.Command = getattr(module, "eval_" if cmd_name == "eval" else cmd_name)
         return command
 
 

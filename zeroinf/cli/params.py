@@ -145,8 +145,8 @@ def engine_options(command: _Command) -> _Command:
     )
 
 
-def offload_options(command: _Command, *, auto: bool = False) -> _Command:
-    """Where weights rest: `offload`, `nvme_paths`, `pin_memory` and the three `aio_` settings."""
+def rest_options(command: _Command, *, auto: bool = True) -> _Command:
+    """Where weights rest: `offload` and `nvme_paths`."""
     return _add(
         command,
         click.option(
@@ -164,6 +164,14 @@ def offload_options(command: _Command, *, auto: bool = False) -> _Command:
             multiple=True,
             help="Folder on a fast local disk. With --offload nvme; weights are striped over several.",
         ),
+    )
+
+
+def offload_options(command: _Command, *, auto: bool = False) -> _Command:
+    """Where weights rest: `offload`, `nvme_paths`, `pin_memory` and the three `aio_` settings."""
+    return _add(
+        command,
+        lambda command: rest_options(command, auto=auto),
         click.option(
             "--pin-memory/--no-pin-memory",
             default=True,
@@ -200,13 +208,14 @@ def given(ctx: click.Context, *names: str) -> list[str]:
     return [name for name in names if ctx.get_parameter_source(name) in explicit]
 
 
-def refuse_unused_offload_options(ctx: click.Context) -> None:
-    """Refuse offload options that would have no effect, and NVMe offload without a folder.
+def refuse_unused_offload_options(ctx: click.Context, *, engine: str | None = None) -> None:
+    """Refuse offload options that would have no effect with `engine` (default: the one asked for, or DeepSpeed's), and
+    NVMe offload without a folder.
 
     Raises:
         UsageError: naming the options.
     """
-    offload, engine = ctx.params["offload"], ctx.params.get("engine", "zero")
+    offload, engine = ctx.params["offload"], engine or ctx.params.get("engine", "zero")
     elsewhere = ctx.params.get("machine_name") or ctx.params.get("nvme_space")  # a disk that is planned for
     if offload == "nvme" and not ctx.params["nvme_paths"] and not elsewhere:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")

@@ -102,7 +102,7 @@ def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     return tuple(crossing_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
 
 
-def store_bytes(anatomy: Anatomy, wire: Wire) -> int:
+def store_bytes(anatomy: Anatomy, wire: Wire = "model") -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
     return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy, wire), piece_bytes(anatomy.outside)))
 

@@ -1,0 +1,75 @@
+"""`zeroinf eval`: perplexity of a text, to see what a wire format costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zeroinf.cli.params import (
+    SizeType,
+    model_options,
+    refuse_unused_offload_options,
+    rest_options,
+    wire_option,
+)
+from zeroinf.errors import UsageError
+
+
+@click.command(name="eval", short_help="Measure how well a model predicts a text.")
+@model_options
+@wire_option
+@rest_options
+@click.option(
+    "--text",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The text (UTF-8) that the model shall predict.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    help="Tokens that run together. [default: 512, or as many as the model can]",
+)
+@click.option(
+    "--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most that may be taken of the GPU; enforced."
+)
+@click.option("--host-memory", "host_memory_bytes", type=SizeType(), help="The most host memory that may be taken.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, **asked: Any) -> None:
+    """Measure how well a model predicts a text: perplexity a token and bits a byte.
+
+    The text runs through the same engine as in `zeroinf run`, on one GPU or the CPU, so that a lossy --wire shows its
+    cost beside `--wire model`.
+
+    \b
+      zeroinf eval --model demo --text book.txt
+      zeroinf eval --model demo --text book.txt --wire int4
+    """
+    refuse_unused_offload_options(ctx, engine="stream")
+    from rich.console import Console
+
+    from zeroinf.cli.console import ConsoleObserver
+    from zeroinf.distributed.world import world_from_environment
+    from zeroinf.generation.row import Sampling
+    from zeroinf.jobs.evaluate import evaluate
+    from zeroinf.jobs.options import RunOptions
+    from zeroinf.jobs.runner import pick_device
+
+    world = world_from_environment()
+    if world.size > 1:
+        raise UsageError(f"zeroinf eval runs alone, not on {world.size} ranks", hint="start it without a launcher")
+    options = RunOptions(sampling=Sampling(max_new_tokens=1), batch_size=1, engine="stream", **asked)
+    observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)
+    found = evaluate(options, text, window, pick_device(world), observer)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    how = "as the model has them" if found.plan.wire == "model" else f"{found.plan.wire} codes: lossy"
+    click.echo(f"perplexity     {found.perplexity:.3f} a token")
+    click.echo(f"bits per byte  {found.bits_per_byte:.4f}")
+    click.echo(f"weights        {how}, {found.plan.dtype}")
+    click.echo(f"text           {found.text_bytes:,} bytes, {found.tokens:,} tokens in windows of {found.window}")

@@ -1,0 +1,180 @@
+"""How well a model predicts a text, through the same plan and engine as a run: what a wire format costs in quality."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.base import Engine
+from zeroinf.engines.registry import load_engine
+from zeroinf.errors import InputError, UsageError
+from zeroinf.hardware.snapshot import read_machine
+from zeroinf.jobs.gpu_memory import GpuMemory
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.planning import plan_run
+from zeroinf.jobs.report import Observer, Progress
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
+from zeroinf.planner.plan import Plan
+from zeroinf.simulation.planning import Lengths
+
+_WINDOW = 512
+# Positions whose probabilities are computed at a time.
+_POSITIONS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A text, as predicted by a model. Times in seconds."""
+
+    plan: Plan
+    window: int
+    """Tokens of one forward: what a token can see is at most as long."""
+    text_bytes: int
+    tokens: int
+    """Those that were predicted."""
+    nats: float
+    """The sum of the negative logarithms of their probabilities."""
+    load_s: float
+    evaluate_s: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between models, whatever their tokenizers."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure. `schema` changes when a name or a meaning does."""
+        planned = ("engine", "offload", "wire", "dtype", "device", "resident_blocks", "nvme_blocks")
+        own = ("window", "text_bytes", "tokens", "perplexity", "bits_per_byte", "load_s", "evaluate_s")
+        return {
+            "schema": 1,
+            "architecture": self.plan.anatomy.architecture,
+            **{name: getattr(self.plan, name) for name in planned},
+            **{name: getattr(self, name) for name in own},
+        }
+
+
+def evaluate(
+    options: RunOptions, text: Path, window: int | None, device: torch.device, observer: Observer
+) -> Evaluation:
+    """Let the model of `options` predict the file `text` (UTF-8) in windows of `window` tokens (None: the usual).
+
+    Windows overlap by what the first token of each needs to be predicted. Raises InputError for a text that cannot be
+    read, UsageError for a window that the model cannot take, and whatever planning and loading raise.
+    """
+    content = _read(text)
+    source = resolve_model(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    assert tokenizer is not None  # only random weights come without one
+    anatomy = read_anatomy(
+        source.config,
+        dtype=pick_dtype(options.dtype, source, device.type),
+        trust_remote_code=options.trust_remote_code,
+    )
+    limit = anatomy.context_limit or sys.maxsize
+    if window is not None and window > limit:
+        raise UsageError(f"--window {window}, but the model's context is {limit}", hint="shorten it")
+    window = window or min(_WINDOW, limit)
+    lead = tokenizer("")["input_ids"]
+    windows = list(cut(tokenizer(content, add_special_tokens=False)["input_ids"], lead, window))
+    if not windows:
+        raise InputError(f"{text} holds too few tokens to predict one")
+    lengths = Lengths(prompt_tokens=max(map(len, windows)), new_tokens=1, padded=False)
+    plan, _, _ = plan_run(
+        _without_logits(options, anatomy, window, device), source, anatomy, lengths, 1, World(), device.type
+    )
+    observer.loading(plan)
+    if device.type == "cuda":
+        GpuMemory(plan, device, options.gpu_memory_bytes).check()
+    started = time.perf_counter()
+    engine = load_engine(plan, source, None, Control(World(), device.type), device, observer)
+    try:
+        loaded = time.perf_counter()
+        observer.loaded(loaded - started)
+        nats = sum(_nats_of_all(engine, windows, max(1, len(lead)), device, observer))
+        evaluate_s = time.perf_counter() - loaded
+    finally:
+        observer.ended()
+        engine.close()
+    return Evaluation(
+        plan=plan,
+        window=window,
+        text_bytes=len(content.encode()),
+        tokens=sum(len(one) - max(1, len(lead)) for one in windows),
+        nats=nats,
+        load_s=loaded - started,
+        evaluate_s=evaluate_s,
+    )
+
+
+def cut(tokens: Sequence[int], lead: Sequence[int], window: int) -> Iterator[list[int]]:
+    """Windows of at most `window` tokens in which each of `tokens` is predicted once.
+
+    Each begins with `lead`, what the tokenizer puts before any text; without one, it begins with the last token of the
+    window before, and the first token of all is predicted by none.
+    """
+    step = window - max(1, len(lead))
+    if step < 1:
+        raise UsageError(f"--window {window} leaves no token to predict", hint="choose a longer one")
+    for start in range(0 if lead else 1, len(tokens), step):
+        yield [*(lead or tokens[start - 1 : start]), *tokens[start : start + step]]
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {text}: {error}", hint="--text wants a UTF-8 file") from error
+
+
+def _without_logits(options: RunOptions, anatomy: Anatomy, window: int, device: torch.device) -> RunOptions:
+    """`options` with limits that leave room for the scores of every position, of which a run has only the last."""
+    logits = window * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
+    machine = read_machine()
+    if device.type == "cuda":
+        free = min(gpu.free_bytes for gpu in machine.gpus)
+        return replace(options, gpu_memory_bytes=min(options.gpu_memory_bytes or free, free) - logits)
+    available = machine.memory.available_bytes
+    return replace(options, host_memory_bytes=min(options.host_memory_bytes or available, available) - logits)
+
+
+def _nats_of_all(
+    engine: Engine, windows: Sequence[Sequence[int]], lead: int, device: torch.device, observer: Observer
+) -> Iterator[float]:
+    """What each window's tokens behind its `lead` cost, one forward after the other."""
+    started, tokens = time.perf_counter(), 0
+    for done, window in enumerate(windows, start=1):
+        ids = torch.tensor([window], device=device)
+        (output,) = engine.forward([{"input_ids": ids, "use_cache": False}])
+        yield _nats(output.logits[0, lead - 1 : -1], ids[0, lead:])
+        tokens += len(window) - lead
+        progress = Progress(
+            rows_done=done,
+            rows=len(windows),
+            tokens=tokens,
+            elapsed_s=time.perf_counter() - started,
+            streamed_bytes=done * engine.stats().streamed_bytes_per_pass,
+        )
+        observer.progress(progress)
+
+
+def _nats(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Of scores (positions, vocabulary) for the tokens that follow."""
+    parts = (slice(start, start + _POSITIONS) for start in range(0, tokens.numel(), _POSITIONS))
+    return sum(float(cross_entropy(logits[part].float(), tokens[part], reduction="sum")) for part in parts)
