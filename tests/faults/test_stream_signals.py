@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import has_lines, run_zeroinf, started, wait_until
+from launching import has_results, run_zeroinf, started, wait_until
 
 from zeroinf.engines.stream.keep import list_stores, verify_store
 from zeroinf.engines.stream.store import open_store
@@ -34,7 +34,7 @@ def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
     out = tmp_path / "out.jsonl"
     launcher = "none" if ranks == 1 else "num-gpus"
     with started([*common, "-i", str(many), "-o", str(out)], ranks=ranks, launcher=launcher) as process:
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
+        wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     if code is not None:

@@ -28,7 +28,7 @@ from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare
+from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.stream import Stream
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import load_tokenizer, resolve_model
@@ -52,7 +52,8 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         batch_size=cell["batch_size"],
     )
     source = resolve_model(options.model)
-    prepared = prepare(options, source, world, "cpu")
+    reading = read_job(options, source, "cpu")
+    prepared = prepare(options, source, reading, reading.job.work, world, "cpu")
     engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), Silent())
     try:
         codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)

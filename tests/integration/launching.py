@@ -17,6 +17,8 @@ from typing import Any, Literal
 import psutil
 
 from zeroinf.distributed.ports import free_port
+from zeroinf.jobs.journal import read_records
+from zeroinf.jobs.output import journal_path
 
 Launcher = Literal["none", "num-gpus", "deepspeed", "torchrun"]
 
@@ -125,9 +127,16 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
         time.sleep(0.05)
 
 
-def has_lines(path: Path, count: int) -> bool:
-    """Whether at least `count` whole lines are in the file."""
-    return path.is_file() and path.read_bytes().count(b"\n") >= count
+def journalled(journal: Path) -> list[dict[str, Any]]:
+    """The results in a journal, in the order in which they came."""
+    if not journal.is_file():
+        return []
+    return [record["result"] for _, record, _ in read_records(journal) if record and "result" in record]
+
+
+def has_results(output: Path, count: int) -> bool:
+    """Whether at least `count` results are in the journal of `output`."""
+    return len(journalled(journal_path(output))) >= count
 
 
 def write_jsonl(path: Path, entries: Sequence[Any]) -> Path:

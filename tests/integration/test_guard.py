@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import FakeGpu
-from launching import read_jsonl, write_jsonl
+from launching import journalled, read_jsonl, write_jsonl
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
@@ -62,6 +62,7 @@ class Job:
             input_file=str(write_jsonl(folder / "in.jsonl", entries)),
             output_file=self.out,
             overwrite=True,
+            resume_command="zeroinf run --resume",
             offload="cpu",
             batch_size=4,
             resident_blocks=1,
@@ -69,9 +70,10 @@ class Job:
         self._put_the_cpu_in_its_place(patch)
 
     def run(self, **changed: Any) -> RunReport:
-        report = runner.run_job(replace(self._options, **changed), World(), GPU, io.StringIO(), self.ear)
-        assert report is not None
-        return report
+        outcome = runner.run_job(replace(self._options, **changed), World(), GPU, io.StringIO(), self.ear)
+        assert outcome is not None
+        assert outcome.report is not None
+        return outcome.report
 
     def _put_the_cpu_in_its_place(self, patch: pytest.MonkeyPatch) -> None:
         self.gpu.install(patch)
@@ -142,7 +144,8 @@ def test_a_neighbour_that_comes_after_the_plan_ends_the_run_before_a_weight_is_l
     with pytest.raises(DoesNotFitError, match=r"GPU 0 lacks 0\.00 GiB of what the plan needs") as caught:
         job.run()
     assert caught.value.exit_code == 3
-    assert job.ear.notes == [f"0 finished results are saved in {job.out}.partial"]
+    assert job.ear.notes == []
+    assert not job.out.with_name("out.jsonl.journal").exists(), "nothing to go on from"
 
 
 def test_a_neighbour_that_comes_while_weights_are_loaded_costs_rows_and_no_result(
@@ -208,9 +211,9 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_what_was_finished_save
     assert caught.value.message == "out of GPU memory with 1 row: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert "--max-new-tokens" in (caught.value.hint or "")
     assert job.forwards == [4] * 5 + [2, 1]
-    partial = job.out.with_name("out.jsonl.partial")
-    assert read_jsonl(partial) == [expected[0], expected[2]]
-    assert job.ear.notes[-1] == f"2 finished results are saved in {partial}"
+    journal = job.out.with_name("out.jsonl.journal")
+    assert {line["id"] for line in journalled(journal)} == {expected[i]["id"] for i in (0, 2)}
+    assert job.ear.notes[-1] == f"2 finished results are saved in {journal}; to go on: zeroinf run --resume"
 
 
 def test_the_report_puts_every_place_beside_what_was_measured(job: Job) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import Launcher, has_lines, rank_processes, read_jsonl, run_zeroinf, started, wait_until
+from launching import Launcher, has_results, journalled, rank_processes, run_zeroinf, started, wait_until
+
+from zeroinf.jobs.output import journal_path
 
 PROMPTLY_S = 15
 
@@ -57,12 +59,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[str, float]:
 
 
 def check_saved(out: Path, err: str) -> None:
-    """Finished results are in the partial file, in input order, and the user is told so, once."""
-    partial = out.with_name(out.name + ".partial")
-    saved = read_jsonl(partial)
+    """Finished results are in the journal, each once, and the user is told so, once, with what goes on from there."""
+    journal = journal_path(out)
+    saved = [line["id"] for line in journalled(journal)]
     assert saved
-    assert [line["id"] for line in saved] == sorted({line["id"] for line in saved}, key=lambda i: int(i.split("-")[1]))
-    assert f"{len(saved)} finished results are saved in {partial}" in err
+    assert len(set(saved)) == len(saved)
+    assert f"{len(saved)} finished results are saved in {journal}; to go on: zeroinf run " in err
     assert err.count("finished results are saved") == 1
     assert not out.exists()
     assert "GLHF" not in err, "what gloo says of a lost peer"
@@ -86,7 +88,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named(
 ) -> None:
     out = tmp_path / "out.jsonl"
     with started(arguments(model, many, out, engine=engine), ranks=2, launcher=launcher) as process:
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
+        wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         ranks = rank_processes(process)
         assert sorted(ranks) == [0, 1]
         ranks[victim].send_signal(signal.SIGKILL)
@@ -97,8 +99,8 @@ def test_a_killed_rank_takes_the_job_down_and_is_named(
         assert "killed" in err
         assert gone([rank.pid for rank in ranks.values()])
     if victim == 0:
-        assert has_lines(tmp_path / "out.jsonl.partial", 2), "what rank 0 had written stays"
-        assert f"saved in {out}.partial" in err
+        assert has_results(tmp_path / "out.jsonl", 2), "what rank 0 had written stays"
+        assert f"saved in {out}.journal; to go on: zeroinf run " in err
     else:
         check_saved(out, err)
 
@@ -114,7 +116,7 @@ def test_a_signal_ends_the_run_in_order(
     with started(
         arguments(model, many, out, *more), ranks=ranks, launcher="none" if ranks == 1 else "num-gpus"
     ) as process:  # fmt: skip
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
+        wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         assert len(list(nvme.glob("zeroinf-swap-*"))) == ranks
         process.send_signal(number)
         err, seconds = ended(process)
@@ -131,7 +133,7 @@ def test_ctrl_c_on_a_terminal_reaches_every_process_and_ends_the_run_in_order(
     """A terminal signals the whole foreground group, launcher and all, not one process."""
     out = tmp_path / "out.jsonl"
     with started(arguments(model, many, out), ranks=2, launcher="num-gpus", own_group=True) as process:
-        wait_until(lambda: has_lines(tmp_path / "out.jsonl.partial", 2), process)
+        wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         os.killpg(process.pid, signal.SIGINT)
         err, seconds = ended(process)
     assert process.returncode == 130, err
@@ -144,7 +146,7 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(model: Path, many
     nvme.mkdir()
     more = ("--offload", "nvme", "--nvme-path", str(nvme))
     with started(arguments(model, many, tmp_path / "killed.jsonl", *more)) as process:
-        wait_until(lambda: has_lines(tmp_path / "killed.jsonl.partial", 1), process)
+        wait_until(lambda: has_results(tmp_path / "killed.jsonl", 1), process)
         process.kill()
         process.wait()
     assert len(list(nvme.glob("zeroinf-swap-*"))) == 1

@@ -42,7 +42,11 @@ def test_importing_zeroinf_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("run", "plan", "config", "store", "doctor"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in ("run", "status", "plan", "config", "store", "doctor")),
+    ],
 )
 def test_help_loads_neither_torch_nor_deepspeed_nor_anything_else_that_is_heavy(arguments: list[str]) -> None:
     loaded = modules_after(f"from zeroinf.cli.main import main; sys.argv[1:] = {arguments}; main()")
@@ -54,6 +58,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
     listed = CliRunner().invoke(cli, ["--help"]).stdout.partition("Commands:")[2].splitlines()
     assert {line.split()[0]: len(line.split()) > 2 for line in listed if line.strip()} == {
         "run": True,
+        "status": True,
         "plan": True,
         "eval": True,
         "config": True,

@@ -1,4 +1,4 @@
-"""What the ordered output promises."""
+"""What the output promises: whole or not there, in input order, and nothing lost in silence."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroinf.errors import OutputError
-from zeroinf.jobs.output import JsonlOutput, PairsOutput, check_output, errors_path, partial_path
-from zeroinf.jobs.requests import Refusal, Result
+from zeroinf.errors import EnvironmentProblem, OutputError
+from zeroinf.generation.row import Sampling
+from zeroinf.jobs import export
+from zeroinf.jobs.output import (
+    Job,
+    JournalOutput,
+    PairsOutput,
+    check_output,
+    errors_path,
+    journal_path,
+    partial_path,
+)
+from zeroinf.jobs.requests import Refusal, Result, Work
 
 
 def result(index: int, *, completion: str = "out", prompt: str | None = "in") -> Result:
@@ -35,8 +46,36 @@ def refusal(index: int) -> Refusal:
     return Refusal(index=index, line=index + 1, id=None, reason="no")
 
 
+def work(index: int) -> Work:
+    return Work(index=index, id=f"id-{index}", text="in", prompt=(1, 2, 3), sampling=Sampling(max_new_tokens=2))
+
+
+def job(count: int, *, refused: Sequence[int] = (), **marks: str) -> Job:
+    return Job(
+        work=tuple(work(index) for index in range(count) if index not in refused),
+        refusals=tuple(refusal(index) for index in refused),
+        fingerprint={"model": "m", "dtype": "float32", **marks},
+    )
+
+
+def opened(
+    out: Path, of: Job, *, overwrite: bool = False, resume: bool = False, resume_anyway: bool = False
+) -> JournalOutput:
+    return JournalOutput(out, of, overwrite=overwrite, resume=resume or resume_anyway, resume_anyway=resume_anyway)
+
+
+def begun(out: Path, of: Job, **how: bool) -> JournalOutput:
+    output = opened(out, of, **how)
+    output.begin(1)
+    return output
+
+
 def ids(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_text().split("\n")[:-1]]
+
+
+def left(output: JournalOutput) -> list[int]:
+    return [item.index for item in output.left]
 
 
 @pytest.fixture
@@ -59,70 +98,155 @@ def test_a_refusal_is_one_json_line() -> None:
     assert refusal(4).to_line() == '{"line": 5, "id": null, "error": "no"}'
 
 
-# Order
+# Order and resume
 
 
 @given(st.data())
-def test_any_arrival_order_yields_input_order(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    refused = data.draw(st.lists(st.booleans(), max_size=12))
-    arrival = data.draw(st.permutations(range(len(refused))))
-    arrive_before_abandon = data.draw(st.integers(0, len(refused)))
+def test_any_arrival_order_with_any_stop_between_yields_input_order(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, 10))
+    refused = data.draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
+    of = job(count, refused=sorted(refused))
+    arrival = data.draw(st.permutations([item.index for item in of.work]))
+    before = data.draw(st.integers(0, len(arrival)))
     path = tmp_path_factory.mktemp("any") / "out.jsonl"
-    output = JsonlOutput(path, overwrite=False)
-    for index in arrival[:arrive_before_abandon]:
-        output.add(refusal(index) if refused[index] else result(index))
-    kept = sorted(arrival[:arrive_before_abandon])
-    if arrive_before_abandon == len(refused):
-        output.finish()
-        written = path
-    else:
-        saved = output.abandon()
-        assert saved == (partial_path(path), sum(not refused[index] for index in kept))
-        written = partial_path(path)
-    assert ids(written) == [f"id-{index}" for index in kept if not refused[index]]
+    output = begun(path, of)
+    for index in arrival[:before]:
+        output.add(result(index))
+    saved = output.abandon("stopped")
+    assert saved == ((journal_path(path), before) if before or refused else (None, 0))
+    output = opened(path, of, resume=True)
+    assert sorted(left(output)) == sorted(arrival[before:])
+    if output.left:
+        output.begin(1)
+    for index in arrival[before:]:
+        output.add(result(index))
+    output.finish()
+    assert ids(path) == [f"id-{item.index}" for item in of.work]
     errors = errors_path(path).read_text().splitlines() if errors_path(path).exists() else []
-    assert [json.loads(line)["line"] for line in errors] == [index + 1 for index in kept if refused[index]]
+    assert [json.loads(line)["line"] for line in errors] == [index + 1 for index in sorted(refused)]
 
 
-def test_a_result_is_on_disk_as_soon_as_all_before_it_are_there(out: Path) -> None:
-    output = JsonlOutput(out, overwrite=False)
+def test_refusals_are_on_disk_as_soon_as_the_work_begins(out: Path) -> None:
+    begun(out, job(3, refused=[1]))
+    assert [json.loads(line) for line in errors_path(out).read_text().splitlines()] == [
+        {"line": 2, "id": None, "error": "no"}
+    ]
+
+
+def test_an_index_added_twice_is_an_error(out: Path) -> None:
+    output = begun(out, job(3))
     output.add(result(0))
-    assert ids(partial_path(out)) == ["id-0"]
-    output.add(result(3))
-    output.add(result(2))
-    assert ids(partial_path(out)) == ["id-0"]
-    output.add(refusal(1))
-    assert ids(partial_path(out)) == ["id-0", "id-2", "id-3"]
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("again", [0, 2])
-def test_an_index_added_twice_is_an_error(out: Path, again: int) -> None:
-    output = JsonlOutput(out, overwrite=False)
-    output.add(result(0))
-    output.add(result(2))
-    with pytest.raises(ValueError, match=f"index {again} was added twice"):
-        output.add(result(again))
+    with pytest.raises(ValueError, match="index 0 was added twice"):
+        output.add(result(0))
 
 
 def test_finish_refuses_to_publish_a_gap(out: Path) -> None:
-    output = JsonlOutput(out, overwrite=False)
+    output = begun(out, job(2))
     output.add(result(1))
-    with pytest.raises(ValueError, match="index 0 is not written"):
+    with pytest.raises(ValueError, match="index 0 has no result"):
         output.finish()
     assert not out.exists()
-    assert output.abandon() == (partial_path(out), 1)
+    assert output.abandon("a gap") == (journal_path(out), 1)
+
+
+def test_a_journal_is_not_gone_on_with_unasked(out: Path) -> None:
+    output = begun(out, job(2))
+    output.add(result(1))
+    output.abandon("stopped")
+    with pytest.raises(OutputError, match="holds 1 results of an earlier run") as caught:
+        opened(out, job(2))
+    assert "--resume" in (caught.value.hint or "")
+    assert "--overwrite" in (caught.value.hint or "")
+
+
+def test_a_job_that_has_changed_is_refused_by_the_name_of_the_field_and_goes_on_only_when_forced(out: Path) -> None:
+    output = begun(out, job(3))
+    output.add(result(1))
+    output.abandon("stopped")
+    changed = job(3, dtype="bfloat16")
+    with pytest.raises(OutputError, match=r"of another job: dtype was float32, is bfloat16$") as caught:
+        opened(out, changed, resume=True)
+    assert "--resume-anyway" in (caught.value.hint or "")
+    output = begun(out, changed, resume_anyway=True)
+    assert (output.changed, left(output)) == (("dtype",), [0, 2])
+    output.add(result(0))
+    output.abandon("stopped")
+    assert '"changed": ["dtype"]' in journal_path(out).read_text(), "it is on record"
+    assert left(opened(out, changed, resume=True)) == [2], "what was forced once need not be forced again"
+
+
+def test_forced_to_go_on_only_results_of_the_same_place_and_id_are_kept(out: Path) -> None:
+    output = begun(out, job(4))
+    for index in range(3):
+        output.add(result(index))
+    output.abandon("stopped")
+    moved = Job(work=(work(0), Work(**{**as_fields(work(1)), "id": "another"})), refusals=(), fingerprint={})
+    output = begun(out, moved, resume_anyway=True)
+    assert left(output) == [1]
+    output.add(Result(**{**as_fields(result(1)), "id": "another"}))
+    output.finish()
+    assert ids(out) == ["id-0", "another"]
+
+
+def as_fields(item: Any) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in item.__slots__}
+
+
+def test_a_journal_without_results_is_no_obstacle(out: Path) -> None:
+    begun(out, job(2, refused=[0])).abandon("it does not fit")
+    assert journal_path(out).exists(), "the refusals beside it are of this job"
+    output = begun(out, job(2, dtype="bfloat16"))
+    assert left(output) == [0, 1]
+    assert not errors_path(out).exists()
+
+
+def test_a_run_that_fails_before_it_begins_leaves_what_was_there(out: Path) -> None:
+    opened(out, job(1)).abandon("it does not fit")
+    assert list(out.parent.iterdir()) == []
+    output = begun(out, job(2))
+    output.add(result(1))
+    output.abandon("stopped")
+    before = journal_path(out).read_bytes()
+    for how in ("resume", "overwrite"):
+        opened(out, job(2), **{how: True}).abandon("it does not fit")
+    assert journal_path(out).read_bytes() == before
 
 
 # Files
 
 
-def test_finish_leaves_the_output_alone_in_its_folder(out: Path) -> None:
-    output = JsonlOutput(out, overwrite=False)
+def test_finish_leaves_the_output_and_its_journal(out: Path) -> None:
+    output = begun(out, job(1))
     output.add(result(0))
     output.finish()
-    assert list(out.parent.iterdir()) == [out]
+    assert sorted(out.parent.iterdir()) == [out, journal_path(out)]
     assert out.read_bytes() == result(0).to_line().encode() + b"\n"
+
+
+def test_a_finished_job_is_finished_again_without_work_and_its_output_made_again_where_it_is_gone(out: Path) -> None:
+    output = begun(out, job(1))
+    output.add(result(0))
+    output.finish()
+    for step in ("there", "gone"):
+        if step == "gone":
+            out.unlink()
+        output = opened(out, job(1), resume=True)
+        assert left(output) == []
+        output.finish()
+        assert ids(out) == ["id-0"]
+        assert not partial_path(out).exists()
+
+
+def test_an_output_that_was_changed_since_is_not_replaced(out: Path) -> None:
+    output = begun(out, job(1))
+    output.add(result(0))
+    output.finish()
+    out.write_text("notes in the margin")
+    with pytest.raises(OutputError, match="was made by another program during the run, or changed since"):
+        opened(out, job(1), resume=True).finish()
+    assert out.read_text() == "notes in the margin"
 
 
 def test_finish_syncs_the_file_before_and_its_folder_after_the_rename(
@@ -139,54 +263,68 @@ def test_finish_syncs_the_file_before_and_its_folder_after_the_rename(
         events.append("rename")
         replace(*names, **options)
 
+    output = begun(out, job(1))
+    output.add(result(0))
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
-    JsonlOutput(out, overwrite=False).finish()
-    assert events.index("file") < events.index("rename")
-    assert events[-1] == "folder"
+    output.finish()
+    assert events == ["file", "file", "rename", "folder", "file"], "journal, output, its name, and that it is there"
 
 
 def test_files_have_the_users_umask(out: Path) -> None:
     before = os.umask(0o027)
     try:
-        output = JsonlOutput(out, overwrite=False)
-        output.add(refusal(0))
+        output = begun(out, job(2, refused=[0]))
+        output.add(result(1))
         output.finish()
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (out, errors_path(out))} == {0o640}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (out, errors_path(out), journal_path(out))} == {0o640}
 
 
 def test_half_a_surrogate_pair_is_written_as_its_json_escape(out: Path) -> None:
-    output = JsonlOutput(out, overwrite=False)
+    output = begun(out, job(1))
     output.add(result(0, completion="a\udc80"))
     output.finish()
     assert json.loads(out.read_bytes())["completion"] == "a\udc80"
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial", "out.jsonl.errors.jsonl"])
-def test_nothing_of_an_earlier_run_is_lost_without_overwrite(out: Path, name: str) -> None:
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_that_has_no_journal_is_lost_without_overwrite(out: Path, name: str, resume: bool) -> None:
     (out.parent / name).write_text("old")
-    for act in (check_output, JsonlOutput):
-        with pytest.raises(OutputError, match=rf"{name} exists already") as caught:
-            act(out, False)
-        assert "--overwrite" in (caught.value.hint or "")
+    with pytest.raises(OutputError, match=rf"{name} exists already, without a journal") as caught:
+        opened(out, job(1), resume=resume)
+    assert "--overwrite" in (caught.value.hint or "")
+    assert [path.name for path in out.parent.iterdir()] == [name]
     assert (out.parent / name).read_text() == "old"
 
 
+def test_a_file_that_is_no_journal_is_left_alone(out: Path) -> None:
+    journal_path(out).write_text("what I did on my holidays\n")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(OutputError, match="is not a journal of zeroinf"):
+            opened(out, job(1), **how)
+    assert journal_path(out).read_text() == "what I did on my holidays\n"
+
+
 def test_overwrite_replaces_what_an_earlier_run_left_and_the_output_only_at_the_end(out: Path) -> None:
-    for path in (out, partial_path(out), errors_path(out)):
-        path.write_text("old")
-    output = JsonlOutput(out, overwrite=True)
-    output.add(result(0))
-    assert out.read_text() == "old"
+    output = begun(out, job(2, refused=[1]))
+    output.add(result(0, completion="old"))
     output.finish()
-    assert list(out.parent.iterdir()) == [out]
-    assert ids(out) == ["id-0"]
+    old = out.read_text()
+    output = begun(out, job(1), overwrite=True)
+    output.add(result(0))
+    assert out.read_text() == old
+    output.abandon("stopped")
+    output = opened(out, job(1), resume=True)
+    output.finish()
+    assert sorted(out.parent.iterdir()) == [out, journal_path(out)]
+    assert json.loads(out.read_text())["completion"] == "out"
 
 
 def test_a_file_that_appears_during_the_run_is_not_replaced(out: Path) -> None:
-    output = JsonlOutput(out, overwrite=False)
+    output = begun(out, job(1))
     output.add(result(0))
     out.write_text("of another program")
     with pytest.raises(OutputError, match="made by another program") as caught:
@@ -195,11 +333,18 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(out: Path) -> None:
     assert (out.read_text(), ids(partial_path(out))) == ("of another program", ["id-0"])
 
 
-def test_two_runs_do_not_share_a_partial_file(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    JsonlOutput(out, overwrite=False)
-    monkeypatch.setattr("zeroinf.jobs.output.check_output", lambda path, overwrite: None)  # both checked beforehand
-    with pytest.raises(OutputError, match="File exists"):
-        JsonlOutput(out, overwrite=False)
+def test_a_second_run_on_the_same_output_is_refused_and_named_and_a_dead_ones_lock_is_none(out: Path) -> None:
+    output = begun(out, job(2))
+    output.add(result(0))
+    with pytest.raises(OutputError, match=rf"another run \(process {os.getpid()} on .*\) is writing"):
+        opened(out, job(2), resume=True)
+    output.abandon("stopped")
+    pid = os.fork()
+    if pid == 0:
+        opened(out, job(2), resume=True).begin(1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert left(opened(out, job(2), resume=True)) == [1]
 
 
 @pytest.mark.parametrize(
@@ -221,85 +366,48 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match=message) as caught:
-        check_output(tmp_path / name, overwrite)
+        check_output(tmp_path / name, overwrite=overwrite, resume=False)
     assert caught.value.hint
 
 
 def test_a_folder_that_is_not_writable_is_found_before_the_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(OutputError, match="is not writable"):
-        check_output(out, False)
+        check_output(out, overwrite=False, resume=False)
 
 
 def test_a_relative_name_without_folder_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    output = JsonlOutput(Path("out.jsonl"), overwrite=False)
+    output = begun(Path("out.jsonl"), job(0))
     output.finish()
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-# A disk that is full
+# Parquet
 
 
-class FullDisk(io.FileIO):
-    """Takes `room` bytes, then none, as a file system without space does."""
+def test_parquet_holds_the_same_rows_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
 
-    room = 0
-
-    def write(self, data: Any) -> int:
-        taken = bytes(data)[: FullDisk.room]
-        if not taken:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        FullDisk.room -= len(taken)
-        return super().write(taken)
-
-
-def test_a_full_disk_ends_in_an_error_that_says_what_is_saved(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line_bytes = len(result(0).to_line()) + 1
-    monkeypatch.setattr(FullDisk, "room", 2 * line_bytes + 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode.replace("b", "")))
-        output = JsonlOutput(out, overwrite=False)
-    output.add(result(0))
-    output.add(result(1))
-    output.add(result(3))
-    with pytest.raises(OutputError, match=r"No space left on device; 2 results are saved in .*out\.jsonl\.partial"):
-        output.add(result(2))
-    whole_lines = partial_path(out).read_bytes()
-    assert whole_lines.decode() == f"{result(0).to_line()}\n{result(1).to_line()}\n"
-    assert output.abandon() == (partial_path(out), 2)
-    assert partial_path(out).read_bytes() == whole_lines
+    monkeypatch.setattr(export, "_PARQUET_ROWS", 2)
+    out = tmp_path / "out.parquet"
+    output = begun(out, job(5, refused=[3]))
+    for index in (4, 0, 2, 1):
+        output.add(result(index, completion=f"ü{index}\udc80"))
+    output.finish()
+    rows = parquet.read_table(out).to_pylist()
+    assert [row["id"] for row in rows] == ["id-0", "id-1", "id-2", "id-4"]
+    assert rows[0] == {**result(0).to_fields(), "completion": "ü0?"}
+    assert errors_path(out).exists()
 
 
-def test_when_there_is_room_again_nothing_is_lost_and_no_hole_is_left(
-    out: Path, monkeypatch: pytest.MonkeyPatch
+def test_parquet_without_pyarrow_is_refused_before_the_work_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FullDisk, "room", 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode.replace("b", "")))
-        output = JsonlOutput(out, overwrite=False)
-    with pytest.raises(OutputError):
-        output.add(result(0))
-    with pytest.raises(ValueError, match="index 0 is not written"):
-        output.finish()
-    monkeypatch.setattr(FullDisk, "room", 10_000)
-    output.add(result(1))
-    output.add(result(3))
-    assert output.abandon() == (partial_path(out), 3)
-    assert ids(partial_path(out)) == ["id-0", "id-1", "id-3"]
-
-
-def test_a_failed_sync_is_an_output_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    output = JsonlOutput(out, overwrite=False)
-    output.add(result(0))
-    monkeypatch.setattr(os, "fsync", fail)
-    for end in (output.finish, output.abandon):
-        with pytest.raises(OutputError, match=r"Input/output error; 1 results are saved"):
-            end()
-    assert not out.exists()
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(EnvironmentProblem, match=r"out\.parquet needs pyarrow") as caught:
+        check_output(tmp_path / "out.parquet", overwrite=False, resume=False)
+    assert caught.value.hint == "pip install 'zeroinf[parquet]'"
 
 
 # Standard output
@@ -307,26 +415,28 @@ def test_a_failed_sync_is_an_output_error(out: Path, monkeypatch: pytest.MonkeyP
 
 def test_pairs_are_printed_in_input_order() -> None:
     stream = io.StringIO()
-    output = PairsOutput(stream)
+    output = PairsOutput(stream, [work(0), work(2), work(3)])
     output.add(result(2, prompt=None, completion="c"))
-    output.add(refusal(1))
     output.add(result(0, prompt="a", completion="b"))
-    output.finish()
     dashes = "-" * 60
     assert stream.getvalue() == f"in=a\nout=b\n{dashes}\nin=id-2\nout=c\n{dashes}\n"
+    with pytest.raises(ValueError, match="index 3 has no result"):
+        output.finish()
+    output.add(result(3))
+    output.finish()
 
 
 def test_abandoned_pairs_are_printed_and_counted() -> None:
     stream = io.StringIO()
-    output = PairsOutput(stream)
+    output = PairsOutput(stream, [work(4), work(5)])
     output.add(result(5))
-    assert output.abandon() == (None, 1)
+    assert output.abandon("stopped") == (None, 1)
     assert stream.getvalue().startswith("in=in\nout=out\n")
 
 
 def test_a_terminal_that_is_not_utf8_shows_an_escape() -> None:
     raw = io.BytesIO()
-    output = PairsOutput(io.TextIOWrapper(raw, encoding="latin-1"))
+    output = PairsOutput(io.TextIOWrapper(raw, encoding="latin-1"), [work(0)])
     output.add(result(0, completion="ü€"))
     assert b"out=\xfc\\u20ac\n" in raw.getvalue()
 
@@ -336,7 +446,7 @@ def test_a_closed_pipe_is_an_output_error() -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    output = PairsOutput(ClosedPipe())
+    output = PairsOutput(ClosedPipe(), [work(0)])
     with pytest.raises(OutputError, match="Broken pipe; 0 results were printed"):
         output.add(result(0))
-    assert output.abandon() == (None, 0)
+    assert output.abandon("a closed pipe") == (None, 0)

@@ -13,7 +13,8 @@ from rich.progress import Progress as Bar
 from zeroinf.cli.plan_view import plan_lines
 from zeroinf.hardware.process import resident
 from zeroinf.jobs.compare import Compared
-from zeroinf.jobs.report import Progress, RunReport
+from zeroinf.jobs.observer import Progress
+from zeroinf.jobs.report import RunReport
 from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
 
@@ -108,7 +109,8 @@ def _rates(progress: Progress) -> str:
     parts = [f"{progress.tokens / elapsed:,.1f} tokens/s"]
     if progress.streamed_bytes:
         parts.append(f"{progress.streamed_bytes / elapsed / 1e9:.1f} GB/s of weights")
-    parts.append(f"{_clock(elapsed * (progress.rows / progress.rows_done - 1))} left" if progress.rows_done else "")
+    done = progress.rows_done - progress.rows_before
+    parts.append(f"{_clock(elapsed * (progress.rows - progress.rows_done) / done)} left" if done else "")
     return ", ".join(part for part in parts if part)
 
 

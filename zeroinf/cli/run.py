@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,19 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     default="auto",
     help="What -i holds; auto goes by the file's ending and its first line.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option("--overwrite", is_flag=True, help="Start anew: replace an existing output file and its journal.")
+@click.option("--resume", is_flag=True, help="Go on with a job that was stopped or killed; start it if there is none.")
+@click.option(
+    "--resume-anyway",
+    is_flag=True,
+    help="The same although the model, prompts or settings are not: results of both come into one output.",
+)
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(min=0, max=1),
+    default=1.0,
+    help="Run nothing if a larger share of the requests than this is refused.",
+)
 @click.option(
     "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
 )
@@ -116,9 +130,15 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
         )
     if num_gpus is not None and not world.launched:
         check_gpu_count(num_gpus)
-        _check_output(asked["output_file"], asked["overwrite"])
+    asked["resume"] |= asked["resume_anyway"]
+    arguments = sys.argv[1:]
+    if not world.launched and _offers_to_resume(asked):
+        arguments, asked["resume"] = [*arguments, "--resume"], True
+    if num_gpus is not None and not world.launched:
+        _check_output(asked)
         if num_gpus > 1:
-            return launch(num_gpus, sys.argv[1:])
+            return launch(num_gpus, arguments)
+    asked["resume_command"] = _resume_command(arguments)
     return _run_here(ctx, world, report_file=report_file, quiet=quiet, **asked)
 
 
@@ -131,6 +151,12 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise UsageError(f"{flags(ctx, named)} and --zero-config contradict each other", hint="set it in the JSON")
     if asked["overwrite"] and asked["output_file"] is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    for flag in ("resume", "resume_anyway"):
+        name = f"--{flag.replace('_', '-')}"
+        if asked[flag] and asked["output_file"] is None:
+            raise UsageError(f"{name} without --output-file", hint="add -o FILE, whose journal shall go on")
+        if asked[flag] and asked["overwrite"]:
+            raise UsageError(f"{name} and --overwrite contradict each other", hint="drop one of them")
     if asked["input_file"] is None and given(ctx, "input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and asked["input_file"] is None:
@@ -139,11 +165,31 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise InputError(f"no such input file: {asked['input_file']}")
 
 
-def _check_output(path: Path | None, overwrite: bool) -> None:
+def _check_output(asked: dict[str, Any]) -> None:
     from zeroinf.jobs.output import check_output
 
-    if path is not None:
-        check_output(path, overwrite)
+    if asked["output_file"] is not None:
+        check_output(asked["output_file"], overwrite=asked["overwrite"], resume=asked["resume"])
+
+
+def _offers_to_resume(asked: dict[str, Any]) -> bool:
+    """Whether there is something to go on with, the user has not said what to do about it, and now says yes."""
+    path = asked["output_file"]
+    if path is None or asked["resume"] or asked["overwrite"] or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    from zeroinf.jobs.output import journal_path
+    from zeroinf.jobs.status import read_status
+
+    if not journal_path(path).is_file() or not (done := read_status(path).done):
+        return False
+    return click.confirm(f"{journal_path(path)} holds {done} results: go on with it?", default=True, err=True)
+
+
+def _resume_command(arguments: Sequence[str]) -> str:
+    """What goes on with a run that was started with `arguments`, safe to paste into a shell."""
+    dropped = ("--overwrite", "--resume", "--local_rank", "--local-rank")
+    words = [word for word in arguments if word.partition("=")[0] not in dropped]
+    return shlex.join(["zeroinf", *words, *(() if "--resume-anyway" in words else ("--resume",))])
 
 
 def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
@@ -152,6 +198,7 @@ def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet
     from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
     from zeroinf.generation.row import Sampling
     from zeroinf.jobs.options import RunOptions
+    from zeroinf.jobs.output import errors_path
     from zeroinf.jobs.runner import pick_device, run_job
     from zeroinf.planner.plan import AioSettings
 
@@ -168,18 +215,19 @@ def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet
     )
     console = Console(stderr=True, soft_wrap=True)
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
-    report = run_job(options, world, pick_device(world), sys.stdout, observer)
-    if report is None:
+    outcome = run_job(options, world, pick_device(world), sys.stdout, observer)
+    if outcome is None:
         return 0
-    if report_file is not None:
-        report_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    if options.benchmark:
-        print_benchmark(console, report)
-    if not quiet:
-        print_report(console, report)
-    if report.refused:
-        where = f"see {report.errors}" if report.errors is not None else "their reasons stand above"
+    if (report := outcome.report) is not None:
+        if report_file is not None:
+            report_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if options.benchmark:
+            print_benchmark(console, report)
+        if not quiet:
+            print_report(console, report)
+    if outcome.refused:
+        where = f"see {errors_path(options.output_file)}" if options.output_file else "their reasons stand above"
         raise RequestsFailedError(
-            f"{report.refused} of {report.requests + report.refused} requests were refused", hint=where
+            f"{outcome.refused} of {outcome.requests + outcome.refused} requests were refused", hint=where
         )
     return 0

@@ -37,6 +37,13 @@ class RunOptions:
     input_format: InputFormat = "auto"
     output_file: Path | None = None
     overwrite: bool = False
+    resume: bool = False
+    resume_anyway: bool = False
+    """Go on although the job is not the same; with `resume`."""
+    resume_command: str = ""
+    """What the user types to go on with this run."""
+    max_error_rate: float = 1.0
+    """The largest share of the requests that may be refused."""
     batch_size: int | None = None
     gpu_memory_bytes: int | None = None
     """The most that each rank may take of its GPU."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
-from abc import ABC, abstractmethod
-from contextlib import suppress
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, Protocol, TextIO
 
 from zeroinf.errors import OutputError
-from zeroinf.jobs.requests import Refusal, Result
+from zeroinf.jobs.export import check_format, writer_for
+from zeroinf.jobs.files import rename, sync_folder, write_lines, write_new
+from zeroinf.jobs.journal import Journal
+from zeroinf.jobs.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
+_RESUME_HINT = "pass --resume to go on with it, or --overwrite to discard it"
 _DASHES = "-" * 60  # as DeepSpeed's and the BLOOM inference scripts print
 
 
@@ -22,8 +28,48 @@ class Saved(NamedTuple):
     results: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a job consists of, and what its results depend on."""
+
+    work: tuple[Work, ...]
+    refusals: tuple[Refusal, ...]
+    fingerprint: Mapping[str, str]
+
+
+class Writer(Protocol):
+    """Where results go, in any order, each once. All but `begin` raise OutputError when it cannot be written.
+
+    After `begin` come results, now and then `settle`, and in the end `finish`; `abandon` may come at any time.
+    """
+
+    left: Sequence[Work]
+    """What is still to be done."""
+
+    def begin(self, ranks: int) -> None:
+        """The work begins."""
+        ...
+
+    def add(self, result: Result) -> None: ...
+
+    def settle(self) -> int:
+        """Make results durable, not too often; how many are, those of earlier runs included."""
+        ...
+
+    def finish(self) -> None: ...
+
+    def abandon(self, why: str) -> Saved:
+        """Keep what there is."""
+        ...
+
+
+def journal_path(path: Path) -> Path:
+    """Where results are as soon as they come, and what a job goes on from."""
+    return path.with_name(path.name + ".journal")
+
+
 def partial_path(path: Path) -> Path:
-    """Where results wait until the job is done."""
+    """What becomes the output once it is whole."""
     return path.with_name(path.name + ".partial")
 
 
@@ -32,15 +78,19 @@ def errors_path(path: Path) -> Path:
     return path.with_name(path.name + ".errors.jsonl")
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
     """To be called before the long work.
 
-    Raises OutputError if `path` cannot be written, or if something an earlier run left there would be lost.
+    Raises OutputError if `path` cannot be written, or if something that is there would be lost; EnvironmentProblem if
+    this machine does not write such files.
     """
+    check_format(path)
     try:
         _check_folder(path)
-        for file in (path, partial_path(path), errors_path(path)):
-            _check_file(file, overwrite)
+        for file in (path, partial_path(path), errors_path(path), journal_path(path)):
+            _check_kind(file)
+        if not overwrite:
+            _check_nothing_is_lost(path, resume)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another name") from error
 
@@ -55,207 +105,241 @@ def _check_folder(path: Path) -> None:
         raise OutputError(f"the folder of {path} is not writable", hint="choose another folder")
 
 
-def _check_file(file: Path, overwrite: bool) -> None:
+def _check_kind(file: Path) -> None:
     # A link or a device (/dev/stdout is both) would itself be replaced by the finished file.
     if file.is_symlink() or (file.exists() and not file.is_file()):
         raise OutputError(f"{file} is not a regular file", hint="choose another name")
-    if file.exists() and not overwrite:
-        raise OutputError(f"{file} exists already", hint=_OVERWRITE_HINT)
 
 
-class OrderedWriter(ABC):
-    """Takes results and refusals in any order and writes them in input order.
+def _check_nothing_is_lost(path: Path, resume: bool) -> None:
+    if not journal_path(path).exists():
+        for file in (path, partial_path(path), errors_path(path)):
+            if file.exists():
+                raise OutputError(f"{file} exists already, without a journal", hint=_OVERWRITE_HINT)
+    elif path.exists() and not resume:
+        raise OutputError(f"{path} exists already", hint=_OVERWRITE_HINT)
 
-    Every index of the input, from 0 on, is added once. An item is written as soon as all before it are there. After the
-    last one comes `finish`; if the job fails or is interrupted, `abandon`. Each of the three raises OutputError, saying
-    what is saved, when the output cannot be written.
+
+class JournalOutput:
+    """One line a result in `path`, one a refusal in `<path>.errors.jsonl`.
+
+    Until `finish`, results are in `<path>.journal`: `path` is complete or not there at all. The journal stays.
     """
 
-    def __init__(self) -> None:
-        self._waiting: dict[int, Result | Refusal] = {}
-        self._next_index = 0
-        self._results_written = 0
-        self._write_failed = False
+    def __init__(self, path: Path, job: Job, *, overwrite: bool, resume: bool, resume_anyway: bool) -> None:
+        """Take hold of the journal and see what is left; nothing is written before `begin`.
 
-    def add(self, item: Result | Refusal) -> None:
-        """Write `item` and all that waited for it, or keep it until its turn comes.
-
-        After an OutputError nothing is lost yet: the next call tries again.
+        Raises OutputError as `check_output` does, where another run holds the journal, where it has results and neither
+        `overwrite` nor `resume` says what to do with them, and where it is another job's, unless `resume_anyway`.
         """
-        if item.index < self._next_index or item.index in self._waiting:
-            raise ValueError(f"index {item.index} was added twice")
-        self._waiting[item.index] = item
-        while self._next_index in self._waiting:
-            self._write_waiting(self._next_index)
+        check_output(path, overwrite=overwrite, resume=resume)
+        self._path, self._job, self._overwrite = path, job, overwrite
+        self._begun = self._new = False
+        self.changed: tuple[str, ...] = ()
+        """Fields in which this run differs from the one that it goes on from."""
+        try:
+            self._journal = Journal(journal_path(path))
+        except OSError as error:
+            raise OutputError(f"cannot write {journal_path(path)}: {error.strerror}") from error
+        try:
+            self._new = overwrite or not self._journal.results
+            if not self._new:
+                self._compare(resume, resume_anyway)
+            elif path.exists() and not overwrite:
+                raise OutputError(f"{path} exists already, and its journal is empty", hint=_OVERWRITE_HINT)
+        except BaseException:
+            self._journal.close()
+            raise
+        done = {} if self._new else self._journal.results
+        self.left: Sequence[Work] = tuple(work for work in job.work if work.index not in done)
+
+    @property
+    def damaged(self) -> int:
+        """Lines of the journal whose checksum does not hold; what they said is done again."""
+        return self._journal.damaged
+
+    def _compare(self, resume: bool, anyway: bool) -> None:
+        journal, now = self._journal, self._job.fingerprint
+        count = len(journal.results)
+        if not resume:
+            raise OutputError(f"{journal.path} holds {count} results of an earlier run", hint=_RESUME_HINT)
+        then = journal.fingerprint
+        self.changed = tuple(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if self.changed and not anyway:
+            what = ", ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in self.changed)
+            raise OutputError(
+                f"{journal.path} holds {count} results of another job: {what}",
+                hint="run it as it was, pass --resume-anyway to mix both in one output, or --overwrite to start anew",
+            )
+        if self.changed:
+            journal.keep({work.index: work.id for work in self._job.work})
+
+    def begin(self, ranks: int) -> None:
+        """Write who is at work, and the refusals. Raises OutputError."""
+        self._begun = True
+        job, journal = self._job, self._journal
+        session = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "ranks": ranks,
+            "requests": len(job.work),
+            "refused": len(job.refusals),
+            "changed": self.changed,
+            "fingerprint": dict(job.fingerprint),
+        }
+        try:
+            if self._new:
+                journal.start({"replaces": self._overwrite and self._path.exists()})
+            journal.note(session=session)
+            journal.sync()
+            self._write_refusals()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write_refusals(self) -> None:
+        errors = errors_path(self._path)
+        if self._job.refusals:
+            write_new(partial_path(self._path), write_lines(refusal.to_line() for refusal in self._job.refusals))
+            rename(partial_path(self._path), errors)
+        elif errors.exists():
+            errors.unlink()
+
+    def add(self, result: Result) -> None:
+        """Journal it. Raises OutputError, or ValueError where its index has a result already."""
+        try:
+            self._journal.add(result)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def settle(self) -> int:
+        """Make results durable if that is due; how many are."""
+        try:
+            self._journal.sync_if_due()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return self._journal.durable
 
     def finish(self) -> None:
-        """Publish the output. Raises ValueError if an index below an added one was not added, or not written."""
-        if self._waiting:
-            raise ValueError(f"index {self._next_index} is not written")
+        """Publish the output. Raises OutputError, or ValueError if a result is missing."""
+        order = [work.index for work in self._job.work]
+        if missing := [index for index in order if index not in self._journal.results]:
+            raise ValueError(f"index {missing[0]} has no result")
         try:
-            self._publish()
+            self._journal.sync()
+            self._publish(order)
         except OSError as error:
             raise self._unwritable(error) from error
+        self._journal.close()
 
-    def abandon(self) -> Saved:
-        """Write what still waits, in input order, and leave the output unpublished.
+    def _publish(self, order: Iterable[int]) -> None:
+        partial, path = partial_path(self._path), self._path
+        write_new(partial, writer_for(path, self._journal.read(order)))
+        assert self._journal.manifest is not None
+        if path.exists() and (self._journal.published or not self._journal.manifest["replaces"]):
+            if not filecmp.cmp(partial, path, shallow=False):
+                raise OutputError(
+                    f"{path} was made by another program during the run, or changed since",
+                    hint=f"move it away, then --resume; until then all results are in {partial}",
+                )
+            partial.unlink()
+            sync_folder(path.parent)
+        else:
+            rename(partial, path)
+        if not self._journal.published:
+            self._journal.note(published=True)
+            self._journal.sync()
 
-        Does not write again where the last write failed: that error has been raised once.
-        """
-        for index in sorted(self._waiting) if not self._write_failed else ():
-            self._write_waiting(index)
+    def abandon(self, why: str) -> Saved:
+        """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""
+        journal = self._journal
+        keeps_nothing = not journal.results and not (self._begun and self._job.refusals)
         try:
-            return Saved(self._close(), self._results_written)
+            if keeps_nothing:
+                journal.discard()
+                return Saved(None, 0)
+            if self._begun:
+                journal.note(ended=why)
+                journal.sync()
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _write_waiting(self, index: int) -> None:
-        # An item leaves `_waiting` after it is written: a Ctrl-C between the two can repeat a line, but not lose one.
-        item = self._waiting[index]
-        try:
-            self._write(item)
-        except OSError as error:
-            self._write_failed = True
-            raise self._unwritable(error) from error
-        self._write_failed = False
-        self._results_written += isinstance(item, Result)
-        self._next_index = index + 1
-        del self._waiting[index]
-
-    @abstractmethod
-    def _write(self, item: Result | Refusal) -> None: ...
-
-    @abstractmethod
-    def _publish(self) -> None: ...
-
-    @abstractmethod
-    def _close(self) -> Path | None:
-        """Make what is written durable; the path of the file that holds it."""
-
-    @abstractmethod
-    def _unwritable(self, error: OSError) -> OutputError: ...
-
-
-class JsonlOutput(OrderedWriter):
-    """One JSON line a result in `path`, one a refusal in `<path>.errors.jsonl`.
-
-    Until `finish`, the results are in `<path>.partial`, each flushed as it is written: `path` is complete or not there
-    at all. With `overwrite`, what an earlier run left under the three names goes, `path` itself only at `finish`.
-
-    Raises OutputError as `check_output` does, and if the file cannot be made.
-    """
-
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        super().__init__()
-        check_output(path, overwrite)
-        self._path = path
-        self._overwrite = overwrite
-        try:
-            self._results = _LineFile(partial_path(path), overwrite)
-        except OSError as error:
-            raise OutputError(f"cannot write {partial_path(path)}: {error.strerror}") from error
-        self._errors: _LineFile | None = None
-
-    def _write(self, item: Result | Refusal) -> None:
-        if isinstance(item, Result):
-            self._results.append(item.to_line())
-            return
-        if self._errors is None:
-            self._errors = _LineFile(errors_path(self._path), self._overwrite)
-        self._errors.append(item.to_line())
-
-    def _publish(self) -> None:
-        self._close()
-        if not self._overwrite and self._path.exists():
-            raise OutputError(
-                f"{self._path} was made by another program during the run",
-                hint=f"the {self._results_written} results are in {self._results.path}",
-            )
-        if self._errors is None:
-            errors_path(self._path).unlink(missing_ok=True)  # of an earlier run, with `overwrite`
-        self._results.path.replace(self._path)
-        _sync_folder(self._path.parent)
-
-    def _close(self) -> Path:
-        self._results.close()
-        if self._errors is not None:
-            self._errors.close()
-        _sync_folder(self._path.parent)
-        return self._results.path
+        finally:
+            journal.close()
+        return Saved(journal.path, len(journal.results) if self._begun or not self._new else 0)
 
     def _unwritable(self, error: OSError) -> OutputError:
+        journal = self._journal
+        what = f"cannot write {journal.path}: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            try:
+                journal.rescue()
+                what += "; all results have been written there again"
+            except OSError as again:
+                return OutputError(f"{what}, and it cannot be written again: {again.strerror}")
         return OutputError(
-            f"cannot write {self._path}: {error.strerror}; "
-            f"{self._results_written} results are saved in {self._results.path}",
-            hint="free some space there, or choose another disk",
+            f"{what}; {journal.durable} results are saved there", hint="make room or mend it, then --resume"
         )
 
 
-class PairsOutput(OrderedWriter):
-    """Prompt and completion for people, `in=` and `out=` and a line of dashes.
+class PairsOutput:
+    """Prompt and completion for people, `in=` and `out=` and a line of dashes, in input order.
 
-    A request of messages whose result carries no prompt shows its id instead. Refusals only keep their place in the
-    order here: the caller reports them.
+    A request of messages whose result carries no prompt shows its id instead. Nothing of it can be resumed.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
+    def __init__(self, stream: TextIO, work: Sequence[Work]) -> None:
+        self.left = work
         self._stream = stream
         self._encoding = stream.encoding or "utf-8"
+        self._order = iter([work.index for work in work])
+        self._next = next(self._order, None)
+        self._waiting: dict[int, Result] = {}
+        self._printed = 0
 
-    def _write(self, item: Result | Refusal) -> None:
-        if isinstance(item, Refusal):
-            return
-        text = f"in={item.id if item.prompt is None else item.prompt}\nout={item.completion}\n{_DASHES}\n"
-        # A terminal that is not UTF-8 shall show an escape, not end the run.
-        self._stream.write(text.encode(self._encoding, "backslashreplace").decode(self._encoding))
-        self._stream.flush()
+    def begin(self, ranks: int) -> None: ...
 
-    def _publish(self) -> None:
-        self._close()
+    def add(self, result: Result) -> None:
+        """Print `result` and all that waited for it, or keep it until its turn comes."""
+        self._waiting[result.index] = result
+        while self._next in self._waiting:
+            self._print(self._next)
+            self._next = next(self._order, None)
 
-    def _close(self) -> None:
-        self._stream.flush()
+    def settle(self) -> int:
+        return self._printed + len(self._waiting)
+
+    def finish(self) -> None:
+        """Raises ValueError if a result is missing."""
+        if self._next is not None:
+            raise ValueError(f"index {self._next} has no result")
+        self._flush()
+
+    def abandon(self, why: str) -> Saved:
+        """Print what still waits, in input order."""
+        for index in sorted(self._waiting):
+            self._print(index)
+        self._flush()
+        return Saved(None, self._printed)
+
+    def _print(self, index: int) -> None:
+        result = self._waiting.pop(index)
+        text = f"in={result.id if result.prompt is None else result.prompt}\nout={result.completion}\n{_DASHES}\n"
+        try:
+            # A terminal that is not UTF-8 shall show an escape, not end the run.
+            self._stream.write(text.encode(self._encoding, "backslashreplace").decode(self._encoding))
+            self._stream.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._printed += 1
+
+    def _flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> OutputError:
+        self._waiting.clear()
         return OutputError(
-            f"cannot write to standard output: {error.strerror}; {self._results_written} results were printed",
+            f"cannot write to standard output: {error.strerror}; {self._printed} results were printed",
             hint="pass --output-file to keep results in a file",
         )
-
-
-class _LineFile:
-    """A file that grows by whole lines: one for which there is no room is cut off again."""
-
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        self.path = path
-        self._file = path.open("wb" if overwrite else "xb", buffering=0)
-        self._size_bytes = 0
-
-    def append(self, line: str) -> None:
-        # Half a surrogate pair has no UTF-8; backslashreplace writes it as \udXXX, which is JSON's own escape for it.
-        left = (line + "\n").encode("utf-8", "backslashreplace")
-        size_bytes = self._size_bytes + len(left)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            with suppress(OSError):
-                self._file.seek(self._size_bytes)
-                self._file.truncate()
-            raise
-        self._size_bytes = size_bytes
-
-    def close(self) -> None:
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, not only the contents behind them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

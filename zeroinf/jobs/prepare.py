@@ -13,13 +13,14 @@ from typing import Any, BinaryIO
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
-from zeroinf.generation.row import Sampling
+from zeroinf.jobs.fingerprint import fingerprint
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.output import check_output
-from zeroinf.jobs.planning import plan_run
+from zeroinf.jobs.output import Job, check_output
+from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.readers import read_requests
-from zeroinf.jobs.requests import Refusal, Request
+from zeroinf.jobs.requests import Refusal, Request, Work
 from zeroinf.jobs.text import TextCodec
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.plan import Plan
@@ -27,14 +28,12 @@ from zeroinf.simulation.planning import Lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """One request, ready for a row."""
+class Reading:
+    """What is known of a job before its output has been looked at."""
 
-    index: int
-    id: str
-    text: str | None
-    prompt: tuple[int, ...]
-    sampling: Sampling
+    job: Job
+    anatomy: Anatomy
+    tokenize_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +45,18 @@ class Prepared:
     """Why `auto` did not take the default engine, if it did not."""
     zero_config: dict[str, Any]
     work: tuple[Work, ...]
-    refusals: tuple[Refusal, ...]
+    """What is still to be done."""
+    refused: int
+    rows_before: int
+    """Requests that earlier runs have done."""
     tokenize_s: float
 
 
-def prepare(options: RunOptions, source: ModelSource, world: World, device: str) -> Prepared:
-    """Check everything, cheap things first. Raises the error of whatever does not hold."""
+def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
+    """Read and tokenise the requests, cheap checks first. Raises the error of whatever does not hold."""
     if options.output_file is not None:
-        check_output(options.output_file, options.overwrite)
+        check_output(options.output_file, overwrite=options.overwrite, resume=options.resume)
+    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     requests, refusals = _read(options)
     tokenizer = load_tokenizer(source)
     anatomy = read_anatomy(
@@ -69,19 +72,29 @@ def prepare(options: RunOptions, source: ModelSource, world: World, device: str)
             f"none of the {len(refusals) + len(too_long)} requests can be run: {(refusals + too_long)[0].reason}"
         )
     _refuse_idle_sampling_flags(options, work)
+    refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
+    marks = fingerprint(source, tokenizer, requests, work, refused, engine=engine, dtype=anatomy.dtype, device=device)
+    return Reading(job=Job(work=work, refusals=refused, fingerprint=marks), anatomy=anatomy, tokenize_s=tokenize_s)
+
+
+def prepare(
+    options: RunOptions, source: ModelSource, reading: Reading, work: tuple[Work, ...], world: World, device: str
+) -> Prepared:
+    """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     lengths = Lengths(
         prompt_tokens=max(len(item.prompt) for item in work),
         new_tokens=max(item.sampling.max_new_tokens for item in work),
         padded=len({len(item.prompt) for item in work}) > 1,
     )
-    plan, own_config, why = plan_run(options, source, anatomy, lengths, len(work), world, device)
+    plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
         plan=plan,
         engine_choice=why,
         zero_config=own_config or build_zero_config(plan),
         work=work,
-        refusals=tuple(refusals + too_long),
-        tokenize_s=tokenize_s,
+        refused=len(reading.job.refusals),
+        rows_before=len(reading.job.work) - len(work),
+        tokenize_s=reading.tokenize_s,
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from zeroinf.jobs.requests import Result
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class WorkQueue:

@@ -1,17 +1,16 @@
-"""What happened in a run, and what is told while it happens."""
+"""What happened in a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from zeroinf.engines.base import Stalls
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.jobs.gpu_memory import GpuUse
-from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
 
 
@@ -138,37 +137,11 @@ class RunReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """A moment of a run."""
+class Outcome:
+    """What came of a job."""
 
-    rows_done: int
-    rows: int
-    tokens: int
-    elapsed_s: float
-    streamed_bytes: int
-
-
-class Observer(Protocol):
-    """Whoever shows a run to the user. Only rank 0 has one that speaks."""
-
-    def refused(self, refusals: Sequence[Refusal]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def failed(self, text: str) -> None:
-        """Say what went wrong where no exception can carry it to the command line."""
-        ...
-
-    def loading(self, plan: Plan) -> None: ...
-
-    def filled(self, done_bytes: int, total_bytes: int) -> None:
-        """Weights loaded so far, all ranks of this node together. Called from any thread."""
-        ...
-
-    def loaded(self, seconds: float) -> None: ...
-
-    def progress(self, progress: Progress) -> None: ...
-
-    def ended(self) -> None:
-        """Generation is over, well or badly: clear whatever is being redrawn."""
-        ...
+    requests: int
+    """Results in the output, those of earlier runs included."""
+    refused: int
+    report: RunReport | None
+    """None where earlier runs had done everything."""

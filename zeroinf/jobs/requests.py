@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from zeroinf.generation.row import FinishReason, Sampling
 
@@ -21,6 +23,17 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One request, ready for a row."""
+
+    index: int
+    id: str
+    text: str | None
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """What a request came to. Token counts leave out padding; `completion` leaves out the prompt."""
 
@@ -32,17 +45,28 @@ class Result:
     prompt_tokens: int
     completion_tokens: int
 
+    def to_fields(self) -> dict[str, str | int]:
+        """What the output says of it."""
+        return {
+            "id": self.id,
+            "completion": self.completion,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
     def to_line(self) -> str:
         """One line of JSON, without its line end."""
-        return _json_line(
-            {
-                "id": self.id,
-                "completion": self.completion,
-                "finish_reason": self.finish_reason,
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-            }
-        )
+        return _json_line(self.to_fields())
+
+    def to_record(self) -> dict[str, Any]:
+        """All of it but the prompt, for the journal."""
+        return {name: value for name, value in asdict(self).items() if name != "prompt"}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Result:
+        """A result as `to_record` gave it."""
+        return cls(**record, prompt=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,5 +83,5 @@ class Refusal:
         return _json_line({"line": self.line, "id": self.id, "error": self.reason})
 
 
-def _json_line(fields: dict[str, str | int | None]) -> str:
+def _json_line(fields: Mapping[str, str | int | None]) -> str:
     return json.dumps(fields, ensure_ascii=False)

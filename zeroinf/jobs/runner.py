@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TextIO
 
 import psutil
@@ -16,7 +16,14 @@ from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine, EngineStats, Stalls
 from zeroinf.engines.registry import load_engine
-from zeroinf.errors import DoesNotFitError, EnvironmentProblem, RankError, ZeroinfError
+from zeroinf.errors import (
+    DoesNotFitError,
+    EnvironmentProblem,
+    OutputError,
+    RankError,
+    RequestsFailedError,
+    ZeroinfError,
+)
 from zeroinf.generation.cache import CachePool
 from zeroinf.generation.loop import generate
 from zeroinf.generation.micro_batch import TokenRules
@@ -26,10 +33,11 @@ from zeroinf.hardware.measure.links import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
+from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.output import JsonlOutput, OrderedWriter, PairsOutput, Saved, errors_path, partial_path
-from zeroinf.jobs.prepare import Prepared, prepare
-from zeroinf.jobs.report import Observer, RankReport, RunReport
+from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
+from zeroinf.jobs.prepare import Prepared, prepare, read_job
+from zeroinf.jobs.report import Outcome, RankReport, RunReport
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
@@ -65,51 +73,111 @@ def pick_device(world: World) -> torch.device:
 
 def run_job(
     options: RunOptions, world: World, device: torch.device, results: TextIO, observer: Observer
-) -> RunReport | None:
-    """Carry out one run. Every rank calls it; rank 0 gets the report, the others None.
+) -> Outcome | None:
+    """Carry out one run. Every rank calls it; rank 0 gets the outcome, the others None.
 
     Results go to the options' output file, or to `results` where there is none. Raises a ZeroinfError; whatever was
-    finished by then is saved, and the error's hint says where.
+    finished by then is saved, and a note says where and how to go on.
     """
     peak = PeakMemory()
     control = Control(world, device.type)
     with Interrupts() as interrupts:
-        source, prepared, writer = _prepare_together(options, control, device, results)
-        output = Output(writer) if writer is not None else None
-        watch = (
-            PeerWatch(control, lambda death, speak: _on_death(death, speak, output, options.output_file, observer))
-            if world.size > 1
-            else None
-        )
+        start = _start_together(options, control, device, results, observer)
+        output = Output(start.writer) if start.writer is not None else None
+        leaving = _Leaving(options, output, observer, interrupts)
+        report = None
         try:
-            job = _Job(options, control, device, source, prepared, output, observer, interrupts, peak)
-            report = job.run(watch)
+            if start.prepared is not None:
+                leaving.watch = PeerWatch(control, leaving.with_the_dead) if world.size > 1 else None
+                job = _Job(options, control, device, start.source, start.prepared, output, observer, interrupts, peak)
+                report = job.run(leaving.watch)
+            if output is not None:
+                output.finish()
         except BaseException as error:
-            interrupts.deferred = True  # a launcher's signal that follows shall not take the place of the cause
-            _leave(error, output, watch, observer)
+            leaving.because_of(error)
             raise
     control.close()
-    return report
+    if start.job is None:
+        return None
+    return Outcome(requests=len(start.job.work), refused=len(start.job.refusals), report=report)
 
 
-def _prepare_together(
-    options: RunOptions, control: Control, device: torch.device, results: TextIO
-) -> tuple[ModelSource, Prepared, OrderedWriter | None]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """What a rank begins with; `writer` and `job` are there on rank 0 only."""
+
+    source: ModelSource
+    prepared: Prepared | None
+    """None where earlier runs have done all work."""
+    writer: Writer | None = None
+    job: Job | None = None
+
+
+def _start_together(
+    options: RunOptions, control: Control, device: torch.device, results: TextIO, observer: Observer
+) -> _Start:
     """Rank 0 checks and plans; the others learn its answer, or that there is none."""
     if control.world.is_main:
         try:
-            source = _resolve(options)
-            prepared = prepare(options, source, control.world, device.type)
-            writer = _writer(options, results)
+            start = _start(options, control.world, device.type, results, observer)
         except ZeroinfError as error:
             control.broadcast(error.exit_code)
             raise
-        control.broadcast(prepared)
-        return source, prepared, writer
+        control.broadcast(start.prepared)
+        return start
     answer = control.broadcast(None)
     if isinstance(answer, int):
         raise OtherRankFailedError(answer)
-    return _resolve(options), answer, None
+    return _Start(source=_resolve(options), prepared=answer)
+
+
+def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
+    source = _resolve(options)
+    reading = read_job(options, source, device)
+    job = reading.job
+    observer.refused(job.refusals)
+    writer = _open_output(options, job, results, observer)
+    try:
+        if not writer.left:
+            observer.note(f"all {len(job.work)} requests were done by earlier runs")
+            return _Start(source=source, prepared=None, writer=writer, job=job)
+        prepared = prepare(options, source, reading, tuple(writer.left), world, device)
+        writer.begin(world.size)
+        _check_error_rate(options, job)
+    except BaseException as error:
+        writer.abandon(_reason(error))
+        raise
+    return _Start(source=source, prepared=prepared, writer=writer, job=job)
+
+
+def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Observer) -> Writer:
+    if options.output_file is None:
+        return PairsOutput(results, job.work)
+    output = JournalOutput(
+        options.output_file,
+        job,
+        overwrite=options.overwrite,
+        resume=options.resume,
+        resume_anyway=options.resume_anyway,
+    )
+    done = len(job.work) - len(output.left)
+    if output.damaged:
+        observer.note(f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: they are done again")
+    if options.resume:
+        observer.note(f"going on with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
+    if output.changed:
+        observer.note(f"results of two jobs in one output, which differ in {', '.join(output.changed)}")
+    return output
+
+
+def _check_error_rate(options: RunOptions, job: Job) -> None:
+    refused, count = len(job.refusals), len(job.refusals) + len(job.work)
+    if refused / count > options.max_error_rate:
+        where = f"see {errors_path(options.output_file)}" if options.output_file else "their reasons stand above"
+        raise RequestsFailedError(
+            f"{refused} of {count} requests were refused, more than --max-error-rate {options.max_error_rate:g}",
+            hint=f"{where}; nothing was run",
+        )
 
 
 def _resolve(options: RunOptions) -> ModelSource:
@@ -119,12 +187,6 @@ def _resolve(options: RunOptions) -> ModelSource:
         trust_remote_code=options.trust_remote_code,
         random_weights=options.random_weights,
     )
-
-
-def _writer(options: RunOptions, results: TextIO) -> OrderedWriter:
-    if options.output_file is None:
-        return PairsOutput(results)
-    return JsonlOutput(options.output_file, options.overwrite)
 
 
 class _Job:
@@ -157,10 +219,6 @@ class _Job:
 
     def run(self, watch: PeerWatch | None) -> RunReport | None:
         plan = self._prepared.plan
-        if self._output is not None:
-            self._observer.refused(self._prepared.refusals)
-            for refusal in self._prepared.refusals:
-                self._output.add(refusal)
         self._observer.loading(plan)
         if self._prepared.engine_choice is not None:
             self._observer.note(f"{plan.engine} engine: {self._prepared.engine_choice}")
@@ -187,11 +245,10 @@ class _Job:
             engine.close()
         if self._output is None:
             return None
-        self._output.finish()
         return RunReport(
             plan=plan,
             requests=self._output.results,
-            refused=len(self._prepared.refusals),
+            refused=self._prepared.refused,
             prompt_tokens=self._output.prompt_tokens,
             completion_tokens=self._output.completion_tokens,
             start_to_ready_s=ready_s,
@@ -332,29 +389,57 @@ def process_age_s() -> float:
     return time.time() - psutil.Process(os.getpid()).create_time()
 
 
-def _leave(error: BaseException, output: Output | None, watch: PeerWatch | None, observer: Observer) -> None:
-    """Save what is finished and tell the other ranks why this one ends."""
-    observer.ended()
-    # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is elsewhere.
-    if watch is not None and (isinstance(error, (RankError, RuntimeError)) or watch.has_lost_a_peer()):
-        watch.give_way()
-    if output is not None:
-        observer.note(_saved_text(output.abandon()))
-    if watch is not None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        watch.confess(reason, error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code)
+class _Leaving:
+    """A rank's end before its time: it saves what is finished, says so once, and tells the other ranks why."""
+
+    def __init__(self, options: RunOptions, output: Output | None, observer: Observer, interrupts: Interrupts) -> None:
+        self.watch: PeerWatch | None = None
+        self._options, self._output, self._observer, self._interrupts = options, output, observer, interrupts
+        interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
+
+    def because_of(self, error: BaseException, *, speak: bool = False) -> None:
+        """End with `error`, which is said here if nobody else will."""
+        # A launcher's signal that follows shall not take the place of the cause.
+        self._interrupts.deferred, self._interrupts.last_resort = True, lambda number: None
+        self._observer.ended()
+        # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is
+        # elsewhere.
+        if self.watch is not None and (isinstance(error, (RankError, RuntimeError)) or self.watch.has_lost_a_peer()):
+            self.watch.give_way()
+        if speak:
+            self._observer.failed(_reason(error))
+        if self._output is not None:
+            self._save(_reason(error))
+        if self.watch is not None:
+            self.watch.confess(
+                _reason(error), error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
+            )
+
+    def with_the_dead(self, death: str, speak: bool) -> None:
+        """End because another rank did."""
+        self._observer.ended()
+        if speak:
+            self._observer.failed(death)
+        if self._output is not None:
+            self._save(death)
+        elif speak and (file := self._options.output_file) is not None:
+            self._observer.note(
+                f"results finished until then are saved in {journal_path(file)}; {self._how_to_go_on()}"
+            )
+
+    def _save(self, why: str) -> None:
+        assert self._output is not None
+        try:
+            saved = self._output.abandon(why)
+        except OutputError as error:
+            self._observer.failed(error.message)
+            return
+        if saved.path is not None:
+            self._observer.note(f"{saved.results} finished results are saved in {saved.path}; {self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        return f"to go on: {self._options.resume_command}"
 
 
-def _on_death(death: str, speak: bool, output: Output | None, file: Path | None, observer: Observer) -> None:
-    observer.ended()
-    if speak:
-        observer.failed(death)
-    if output is not None:
-        observer.note(_saved_text(output.abandon()))
-    elif speak and file is not None:
-        observer.note(f"results finished until then are saved in {partial_path(file)}")
-
-
-def _saved_text(saved: Saved) -> str:
-    where = f" in {saved.path}" if saved.path is not None else ""
-    return f"{saved.results} finished results are saved{where}"
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Engine
 from zeroinf.generation.row import Row
-from zeroinf.jobs.output import OrderedWriter, Saved
-from zeroinf.jobs.prepare import Prepared, Work
+from zeroinf.jobs.observer import Observer, Progress
+from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
-from zeroinf.jobs.report import Observer, Progress
-from zeroinf.jobs.requests import Refusal, Result
+from zeroinf.jobs.requests import Result, Work
 from zeroinf.jobs.text import TextCodec
+
+if TYPE_CHECKING:
+    from zeroinf.distributed.control import Control
+    from zeroinf.engines.base import Engine
+    from zeroinf.jobs.prepare import Prepared
 
 _TELL_EVERY_S = 0.5
 _POLL_S = 0.05
@@ -23,32 +26,40 @@ _POLL_S = 0.05
 class Output:
     """The job's output on rank 0, safe to abandon from another thread."""
 
-    def __init__(self, writer: OrderedWriter) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._lock = threading.Lock()
         self._abandoned: Saved | None = None
+        self._durable = 0
         self.results = 0
+        """Those of this run."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
-    def add(self, item: Result | Refusal) -> None:
+    def add(self, result: Result) -> None:
         with self._lock:
             if self._abandoned is None:
-                self._writer.add(item)
-        if isinstance(item, Result):
-            self.results += 1
-            self.prompt_tokens += item.prompt_tokens
-            self.completion_tokens += item.completion_tokens
+                self._writer.add(result)
+        self.results += 1
+        self.prompt_tokens += result.prompt_tokens
+        self.completion_tokens += result.completion_tokens
+
+    def settle(self) -> int:
+        """How many results are durable, those of earlier runs included."""
+        with self._lock:
+            if self._abandoned is None:
+                self._durable = self._writer.settle()
+            return self._durable
 
     def finish(self) -> None:
         with self._lock:
             self._writer.finish()
 
-    def abandon(self) -> Saved:
+    def abandon(self, why: str) -> Saved:
         """Save what there is; a second call says the same again."""
         with self._lock:
             if self._abandoned is None:
-                self._abandoned = self._writer.abandon()
+                self._abandoned = self._writer.abandon(why)
             return self._abandoned
 
 
@@ -130,8 +141,9 @@ class Stream:
         if self._output is not None:
             self._observer.progress(
                 Progress(
-                    rows_done=self._output.results,
-                    rows=len(self._prepared.work),
+                    rows_done=self._output.settle(),
+                    rows_before=self._prepared.rows_before,
+                    rows=self._prepared.rows_before + len(self._prepared.work),
                     tokens=tokens,
                     elapsed_s=self._told - self._started,
                     streamed_bytes=self.forwards * self._engine.stats().streamed_bytes_per_pass * self._walks,

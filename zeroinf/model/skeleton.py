@@ -27,12 +27,13 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
         )
     model.tie_weights()
     keep_in_float32(model, dtype)
-    if (generation := _generation_config(source)) is not None:
+    if (generation := read_generation_config(source)) is not None:
         model.generation_config = generation
     return model.eval()
 
 
-def _generation_config(source: ModelSource) -> Any | None:
+def read_generation_config(source: ModelSource) -> Any | None:
+    """The checkpoint's generation config; None where it has none."""
     from transformers import GenerationConfig
 
     if source.random_weights:

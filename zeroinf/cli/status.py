@@ -1,0 +1,52 @@
+"""`zeroinf status`: how far a job is, while it runs or after."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from zeroinf.jobs.status import Status
+
+JSON_SCHEMA = 1
+
+_WATCH_EVERY_S = 2.0
+
+
+@click.command(short_help="How far a job is.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--watch", is_flag=True, help="Say it again every 2 s, until the job is finished or stops.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch one a line.")
+def status(file: Path, watch: bool, as_json: bool) -> None:
+    """Show what is done and left of the job whose output is FILE. It may be running, stopped or finished.
+
+    \b
+      zeroinf status out.jsonl --watch
+    """
+    from zeroinf.jobs.output import journal_path
+    from zeroinf.jobs.status import StatusReader
+
+    reader = StatusReader(file if file.suffix == ".journal" else journal_path(file))
+    while True:
+        now = reader.read()
+        click.echo(_as_json(now) if as_json else _in_words(now))
+        if not watch or now.state != "running":
+            return
+        time.sleep(_WATCH_EVERY_S)
+
+
+def _in_words(now: Status) -> str:
+    counts = f"{now.state}: {now.done} done, {now.failed} refused, {now.left} left"
+    rate = f", {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
+    error = f"\nlast error: {now.last_error}" if now.last_error and now.state == "stopped" else ""
+    return counts + rate + error
+
+
+def _as_json(now: Status) -> str:
+    fields = {**asdict(now), "tokens_per_second": now.tokens_per_second}
+    return json.dumps({"schema": JSON_SCHEMA, **fields}, default=str)

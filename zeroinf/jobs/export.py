@@ -1,0 +1,74 @@
+"""Results in the form that the user asked for: one JSON line each, or Parquet where the name ends so."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.jobs.files import write_lines
+from zeroinf.jobs.requests import Result
+
+_PARQUET_ROWS = 10_000
+"""Rows of one row group: what is in memory at once."""
+
+
+def check_format(path: Path) -> None:
+    """Raises EnvironmentProblem where what `path` asks for cannot be written here."""
+    if path.suffix != ".parquet":
+        return
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(f"-o {path} needs pyarrow", hint="pip install 'zeroinf[parquet]'") from error
+
+
+def writer_for(path: Path, results: Iterator[Result]) -> Callable[[int], None]:
+    """A writer for `write_new` in the format that `path` asks for."""
+    if path.suffix == ".parquet":
+        return lambda descriptor: _write_parquet(descriptor, results)
+    return write_lines(result.to_line() for result in results)
+
+
+def _write_parquet(descriptor: int, results: Iterator[Result]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text, number = pyarrow.string(), pyarrow.int64()
+    schema = pyarrow.schema(
+        [
+            ("id", text),
+            ("completion", text),
+            ("finish_reason", text),
+            ("prompt_tokens", number),
+            ("completion_tokens", number),
+        ]
+    )
+    with io.BufferedWriter(_Raw(descriptor)) as file, parquet.ParquetWriter(file, schema) as writer:
+        while rows := [_whole(result.to_fields()) for result in islice(results, _PARQUET_ROWS)]:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _whole(fields: dict[str, Any]) -> dict[str, Any]:
+    """Parquet's text is UTF-8, which half a surrogate pair has none of."""
+    return {
+        name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+
+
+class _Raw(io.RawIOBase):
+    """A descriptor that somebody else closes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return os.write(self._descriptor, data)

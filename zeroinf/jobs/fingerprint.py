@@ -1,0 +1,60 @@
+"""What the results of a job depend on, field by field, so that a resumed run can be told from another one.
+
+Not in it is what only moves work about: ranks, batches, offload, fetch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from zeroinf import __version__
+from zeroinf.jobs.requests import Refusal, Request, Work
+from zeroinf.model.identity import weights_identity
+from zeroinf.model.skeleton import read_generation_config
+from zeroinf.model.source import ModelSource
+
+_DIGEST_BYTES = 8
+
+
+def fingerprint(
+    source: ModelSource,
+    tokenizer: Any | None,
+    requests: Sequence[Request],
+    work: Sequence[Work],
+    refusals: Sequence[Refusal],
+    *,
+    engine: str,
+    dtype: str,
+    device: str,
+) -> dict[str, str]:
+    """Name and value of everything that can change a completion; long values as digests."""
+    libraries = ("torch", "transformers", *(("deepspeed",) if engine == "zero" else ()))
+    return {
+        "model": weights_identity(source),
+        "revision": str(source.revision),
+        "config": _digest(_config(source.config)),
+        "generation config": _digest(generation.to_dict() if (generation := read_generation_config(source)) else None),
+        "template": _digest(getattr(tokenizer, "chat_template", None)),
+        "prompts": _digest([[r.index, r.id, r.prompt, r.messages] for r in requests]),
+        "tokens": _digest([[w.index, w.prompt] for w in work]),
+        "refused requests": _digest([r.index for r in refusals]),
+        "sampling": _digest([asdict(w.sampling) for w in work]),
+        "engine": engine,
+        "dtype": dtype,
+        "device": device,
+        "zeroinf": __version__,
+        **{name: version(name) for name in libraries},
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _config(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}

@@ -1,0 +1,185 @@
+"""The journal of a job: what it is, and every result as it comes, so that it can stop at any moment and go on.
+
+One JSON object a line, then a tab and the CRC-32 of what stands before it: `cut -f1 out.jsonl.journal | jq` reads it.
+The first line is the manifest. A line counts if it is whole and its checksum holds, whatever stands around it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zeroinf.errors import OutputError
+from zeroinf.jobs.files import LineFile, encoded, sync_folder
+from zeroinf.jobs.requests import Result
+
+FORMAT = 1
+
+_OPENING = f'{{"zeroinf_journal": {FORMAT}, '.encode()
+_SYNC_EVERY_S = 0.5
+_SYNC_SHARE = 0.01
+"""The most of a run's time that goes into making results durable: after a slow fsync the next one waits longer."""
+
+
+class Journal:
+    """The journal at `path`, held by this process alone until `close`. A torn end is cut off when it is opened.
+
+    What is appended survives this process at once, and the machine once `sync` has made it durable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OutputError where another run holds it, where it is no journal, or where it cannot be written."""
+        self.path = path
+        self.manifest: dict[str, Any] | None = None
+        self.fingerprint: dict[str, str] = {}
+        """What the last run that wrote here was like."""
+        self.results: dict[int, int] = {}
+        """Where each result lies: offset by index."""
+        self.published = False
+        """Whether the output was made of it."""
+        self.damaged = 0
+        """Lines that count no longer, those of a torn end aside."""
+        self.durable = 0
+        """Results that will survive the machine."""
+        self._sync_due = 0.0
+        try:
+            self._file = LineFile(path)
+        except BlockingIOError as error:
+            raise _in_use(path) from error
+        try:
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _recover(self) -> None:
+        size, sound, bad = self.path.stat().st_size, 0, 0
+        for offset, record, end in read_records(self.path):
+            if record is None:
+                bad += 1
+                continue
+            self._take(offset, record)
+            self.damaged, sound = bad, end
+        if self.manifest is None and size and not _is_torn_opening(self.path, sound):
+            raise OutputError(
+                f"{self.path} is not a journal of zeroinf, or its first line is damaged",
+                hint="move it away, or choose another output name",
+            )
+        if sound < size:
+            self._file.cut(sound)
+        self._file.size_bytes = sound
+        self.durable = len(self.results)
+
+    def _take(self, offset: int, record: dict[str, Any]) -> None:
+        if offset == 0 and "zeroinf_journal" in record:
+            self.manifest = record
+        if "result" in record:
+            self.results[record["result"]["index"]] = offset
+        if "session" in record:
+            self.fingerprint = record["session"]["fingerprint"]
+        self.published |= "published" in record
+
+    def start(self, manifest: dict[str, Any]) -> None:
+        """Begin anew with `manifest`; whatever is in the file goes."""
+        self._file.cut(0)
+        self.manifest, self.results = {"zeroinf_journal": FORMAT, **manifest}, {}
+        self.published, self.durable = False, 0
+        self._file.append(_line(self.manifest))
+        self.sync()
+        sync_folder(self.path.parent)
+
+    def note(self, **record: Any) -> None:
+        """Append a record that is no result, with the time."""
+        self.published |= "published" in record
+        self._file.append(_line({**record, "at": round(time.time(), 3)}))
+
+    def add(self, result: Result) -> None:
+        """Append a result. Raises ValueError where its index has one already."""
+        if result.index in self.results:
+            raise ValueError(f"index {result.index} was added twice")
+        offset = self._file.size_bytes
+        self.note(result=result.to_record())
+        self.results[result.index] = offset
+
+    def keep(self, ids: Mapping[int, str]) -> None:
+        """Forget all results but those of `ids`, by index, that bear the same id."""
+        found = {result.index: result.id for result in self.read(self.results)}
+        self.results = {index: at for index, at in self.results.items() if ids.get(index) == found[index]}
+        self.durable = len(self.results)
+
+    def sync_if_due(self) -> None:
+        """Make results durable, unless that would take too much of the run's time."""
+        if self.durable < len(self.results) and time.monotonic() >= self._sync_due:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make all that was appended durable. Raises OSError."""
+        started = time.monotonic()
+        self._file.sync()
+        self.durable = len(self.results)
+        now = time.monotonic()
+        self._sync_due = now + max(_SYNC_EVERY_S, (now - started) / _SYNC_SHARE)
+
+    def read(self, indices: Iterable[int]) -> Iterator[Result]:
+        """The results of `indices`, in that order."""
+        with self.path.open("rb") as file:
+            for index in indices:
+                file.seek(self.results[index])
+                record = _parse(file.readline())
+                if record is None:
+                    raise OutputError(f"{self.path} was changed during the run", hint="start again with --resume")
+                yield Result.from_record(record["result"])
+
+    def rescue(self) -> None:
+        """Write the journal again where somebody removed it. Raises OSError."""
+        self._file.rescue()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def discard(self) -> None:
+        """Remove the journal: there is nothing in it to go on from."""
+        self._file.remove()
+        self._file.close()
+
+
+def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any] | None, int]]:
+    """Each line from byte `start` on: where it begins, what it says (None: damaged or not whole), and where it ends."""
+    with path.open("rb") as file:
+        file.seek(start)
+        offset = start
+        for line in file:
+            end = offset + len(line)
+            yield offset, _parse(line), end
+            offset = end
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    body = encoded(json.dumps(record, ensure_ascii=False))[:-1]
+    return b"%b\t%08x\n" % (body, zlib.crc32(body))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    body, _, checksum = line.rpartition(b"\t")
+    if checksum != b"%08x\n" % zlib.crc32(body):
+        return None
+    record: dict[str, Any] = json.loads(body)
+    return record
+
+
+def _is_torn_opening(path: Path, sound: int) -> bool:
+    """Whether the file is all that came of a first line: a part of it, or room for it."""
+    with path.open("rb") as file:
+        start = file.read(len(_OPENING))
+        whole_lines = file.read().count(b"\n")
+    return not sound and not whole_lines and (_OPENING.startswith(start.rstrip(b"\0")) or start == _OPENING)
+
+
+def _in_use(path: Path) -> OutputError:
+    sessions = [record["session"] for _, record, _ in read_records(path) if record and "session" in record]
+    who = f" (process {sessions[-1]['pid']} on {sessions[-1]['host']})" if sessions else ""
+    return OutputError(f"another run{who} is writing {path}", hint="wait for its end, or choose another output name")
