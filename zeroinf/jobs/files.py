@@ -54,6 +54,7 @@ class LineFile:
         size = os.fstat(self._descriptor).st_size
         with Path(f"/proc/self/fd/{self._descriptor}").open("rb") as source:
             write_new(self.path, lambda copy: _copy(source.read, copy, size))
+        sync_folder(self.path.parent)
 
     def remove(self) -> None:
         """Take the file away, as long as it is ours."""

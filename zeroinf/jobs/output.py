@@ -6,6 +6,7 @@ import filecmp
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
@@ -225,6 +226,8 @@ class JournalOutput:
         if missing := [index for index in order if index not in self._journal.results]:
             raise ValueError(f"index {missing[0]} has no result")
         try:
+            if not self._begun:  # earlier runs have done it all; what they had written may be gone since
+                self._write_refusals()
             self._journal.sync()
             self._publish(order)
         except OSError as error:
@@ -252,19 +255,15 @@ class JournalOutput:
     def abandon(self, why: str) -> Saved:
         """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""
         journal = self._journal
-        keeps_nothing = not journal.results and not (self._begun and self._job.refusals)
-        try:
-            if keeps_nothing:
-                journal.discard()
-                return Saved(None, 0)
-            if self._begun:
+        if not journal.results and not (self._begun and self._job.refusals):
+            journal.discard()
+            return Saved(None, 0)
+        if self._begun:
+            with suppress(OSError):  # then it is as durable as it was
                 journal.note(ended=why)
                 journal.sync()
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            journal.close()
-        return Saved(journal.path, len(journal.results) if self._begun or not self._new else 0)
+        journal.close()
+        return Saved(journal.path, journal.durable if self._begun or not self._new else 0)
 
     def _unwritable(self, error: OSError) -> OutputError:
         journal = self._journal

@@ -19,8 +19,6 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import (
     DoesNotFitError,
     EnvironmentProblem,
-    OutputError,
-    RankError,
     RequestsFailedError,
     ZeroinfError,
 )
@@ -33,6 +31,7 @@ from zeroinf.hardware.measure.links import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
+from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
@@ -84,7 +83,7 @@ def run_job(
     with Interrupts() as interrupts:
         start = _start_together(options, control, device, results, observer)
         output = Output(start.writer) if start.writer is not None else None
-        leaving = _Leaving(options, output, observer, interrupts)
+        leaving = Leaving(options.output_file, options.resume_command, output, observer, interrupts)
         report = None
         try:
             if start.prepared is not None:
@@ -145,7 +144,7 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
         writer.begin(world.size)
         _check_error_rate(options, job)
     except BaseException as error:
-        writer.abandon(_reason(error))
+        writer.abandon(reason_of(error))
         raise
     return _Start(source=source, prepared=prepared, writer=writer, job=job)
 
@@ -387,59 +386,3 @@ def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
 def process_age_s() -> float:
     """Seconds since this process was started: imports and all."""
     return time.time() - psutil.Process(os.getpid()).create_time()
-
-
-class _Leaving:
-    """A rank's end before its time: it saves what is finished, says so once, and tells the other ranks why."""
-
-    def __init__(self, options: RunOptions, output: Output | None, observer: Observer, interrupts: Interrupts) -> None:
-        self.watch: PeerWatch | None = None
-        self._options, self._output, self._observer, self._interrupts = options, output, observer, interrupts
-        interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
-
-    def because_of(self, error: BaseException, *, speak: bool = False) -> None:
-        """End with `error`, which is said here if nobody else will."""
-        # A launcher's signal that follows shall not take the place of the cause.
-        self._interrupts.deferred, self._interrupts.last_resort = True, lambda number: None
-        self._observer.ended()
-        # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is
-        # elsewhere.
-        if self.watch is not None and (isinstance(error, (RankError, RuntimeError)) or self.watch.has_lost_a_peer()):
-            self.watch.give_way()
-        if speak:
-            self._observer.failed(_reason(error))
-        if self._output is not None:
-            self._save(_reason(error))
-        if self.watch is not None:
-            self.watch.confess(
-                _reason(error), error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
-            )
-
-    def with_the_dead(self, death: str, speak: bool) -> None:
-        """End because another rank did."""
-        self._observer.ended()
-        if speak:
-            self._observer.failed(death)
-        if self._output is not None:
-            self._save(death)
-        elif speak and (file := self._options.output_file) is not None:
-            self._observer.note(
-                f"results finished until then are saved in {journal_path(file)}; {self._how_to_go_on()}"
-            )
-
-    def _save(self, why: str) -> None:
-        assert self._output is not None
-        try:
-            saved = self._output.abandon(why)
-        except OutputError as error:
-            self._observer.failed(error.message)
-            return
-        if saved.path is not None:
-            self._observer.note(f"{saved.results} finished results are saved in {saved.path}; {self._how_to_go_on()}")
-
-    def _how_to_go_on(self) -> str:
-        return f"to go on: {self._options.resume_command}"
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

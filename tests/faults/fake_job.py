@@ -1,0 +1,171 @@
+"""A whole job without torch: the project's own reading, queue, journal, export and leaving; only tokens are made up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from zeroinf.errors import ZeroinfError
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.jobs import journal, stream
+from zeroinf.jobs.interrupts import Interrupts, interrupted
+from zeroinf.jobs.leaving import Leaving
+from zeroinf.jobs.observer import Progress
+from zeroinf.jobs.output import Job, JournalOutput
+from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.requests import Work
+from zeroinf.jobs.stream import Output, Stream
+
+# As often as can be, so that every write and every fsync of a long job is in a short one.
+journal._SYNC_EVERY_S = journal._SYNC_SHARE * 0  # type: ignore[assignment]
+journal._SYNC_SHARE = float("inf")
+stream._TELL_EVERY_S = 0.0
+
+ROWS = 3
+
+
+def entries(count: int) -> list[str]:
+    """Lines of input: lengths differ, so that results come out of order, and some lines are bad."""
+    good = [{"id": f"r{i}", "prompt": f"Grüße {i} \U0001f642", "max_tokens": 1 + i * 7 % 5} for i in range(count)]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in good]
+    return [*lines[:2], '{"prompt": "cut off', *lines[2:], '{"prompt": "x", "max_tokens": -1}']
+
+
+class Store:
+    """What a job needs of torch's stores, in one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def add(self, key: str, amount: int) -> int:
+        self._values[key] = self._values.get(key, 0) + amount
+        return int(self._values[key])
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value
+
+    def get(self, key: str) -> Any:
+        return self._values[key]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def delete_key(self, key: str) -> None:
+        del self._values[key]
+
+
+class Ear:
+    """An observer that passes on how many results were reported as done, and what was said."""
+
+    def __init__(self, reported: Callable[[int], None] = lambda count: None) -> None:
+        self._reported = reported
+        self.said: list[str] = []
+
+    def progress(self, progress: Progress) -> None:
+        self._reported(progress.rows_done)
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    failed = note
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *told: None
+
+
+def read_job(lines: Sequence[str]) -> Job:
+    import io
+
+    source = io.BytesIO("".join(line + "\n" for line in lines).encode())
+    requests, refusals = read_requests((), source, Sampling(max_new_tokens=4), name="in.jsonl")
+    work = tuple(
+        Work(index=r.index, id=r.id, text=r.prompt, prompt=tuple((r.prompt or "").encode()), sampling=r.sampling)
+        for r in requests
+    )
+    return Job(work=work, refusals=tuple(refusals), fingerprint={"model": "fake", "prompts": str(len(lines))})
+
+
+def next_token(row: Row) -> int:
+    """A token that depends on the prompt and on all tokens before it, and on nothing else."""
+    return hashlib.blake2b(bytes(row.prompt) + bytes(row.generated), digest_size=1).digest()[0]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return " ".join(f"{token}é" for token in tokens)
+
+
+CODEC = SimpleNamespace(decode=decode)
+
+
+def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
+    """The decode loop, row by row."""
+    while rows := stream.take():
+        while live := [row for row in rows if not row.finished]:
+            if interrupts.requested:
+                raise interrupted(interrupts.requested)
+            for row in live:
+                row.accept(next_token(row), frozenset((0, 1)))
+                if row.finished:
+                    stream.done(row)
+            stream.grew(len(live))
+            if pause_s:
+                time.sleep(pause_s)
+
+
+def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) -> int:
+    """One run of the job, as `zeroinf run --resume` would carry it out; its exit code."""
+    job = read_job(lines)
+    try:
+        with Interrupts() as interrupts:
+            output = JournalOutput(out, job, overwrite=False, resume=True, resume_anyway=False)
+            held = Output(output)
+            leaving = Leaving(out, "zeroinf run --resume", held, ear, interrupts)
+            try:
+                if output.left:
+                    output.begin(1)
+                    prepared = SimpleNamespace(
+                        work=tuple(output.left),
+                        rows_before=len(job.work) - len(output.left),
+                        plan=SimpleNamespace(batch_size=ROWS, world_size=1),
+                    )
+                    stats = SimpleNamespace(forwards=0, streamed_bytes_per_pass=0)
+                    engine = SimpleNamespace(in_step=False, stats=lambda: stats)
+                    flow = Stream(prepared, CODEC, SimpleNamespace(store=Store()), engine, held, ear)  # type: ignore[arg-type]
+                    interrupts.deferred = True
+                    try:
+                        generate(flow, interrupts, pause_s)
+                        flow.gather_all()
+                    finally:
+                        interrupts.deferred = False
+                        flow.gather()
+                held.finish()
+            except BaseException as error:
+                leaving.because_of(error)
+                raise
+    except ZeroinfError as error:
+        ear.note(error.message)
+        return error.exit_code
+    return 0
+
+
+def in_child(body: Callable[[], int]) -> int:
+    """Run `body` in a fork of this process; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = body()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    """Wait for a child; negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

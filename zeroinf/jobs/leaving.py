@@ -1,0 +1,79 @@
+"""How a run ends before its time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zeroinf.errors import OutputError, RankError, ZeroinfError
+from zeroinf.jobs.interrupts import Interrupts, interrupted
+from zeroinf.jobs.observer import Observer
+from zeroinf.jobs.output import journal_path
+from zeroinf.jobs.stream import Output
+
+if TYPE_CHECKING:
+    from zeroinf.distributed.watch import PeerWatch
+
+
+class Leaving:
+    """A rank's end before its time: it saves what is finished, says so once, and tells the other ranks why."""
+
+    def __init__(
+        self,
+        file: Path | None,
+        resume_command: str,
+        output: Output | None,
+        observer: Observer,
+        interrupts: Interrupts,
+    ) -> None:
+        """`file` is the job's output, if it is a file; `output` is there on rank 0."""
+        self.watch: PeerWatch | None = None
+        self._file, self._resume_command = file, resume_command
+        self._output, self._observer, self._interrupts = output, observer, interrupts
+        interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
+
+    def because_of(self, error: BaseException, *, speak: bool = False) -> None:
+        """End with `error`, which is said here if nobody else will."""
+        # A launcher's signal that follows shall not take the place of the cause.
+        self._interrupts.deferred, self._interrupts.last_resort = True, lambda number: None
+        self._observer.ended()
+        # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is
+        # elsewhere.
+        if self.watch is not None and (isinstance(error, (RankError, RuntimeError)) or self.watch.has_lost_a_peer()):
+            self.watch.give_way()
+        if speak:
+            self._observer.failed(reason_of(error))
+        if self._output is not None:
+            self._save(reason_of(error))
+        if self.watch is not None:
+            self.watch.confess(
+                reason_of(error), error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
+            )
+
+    def with_the_dead(self, death: str, speak: bool) -> None:
+        """End because another rank did."""
+        self._observer.ended()
+        if speak:
+            self._observer.failed(death)
+        if self._output is not None:
+            self._save(death)
+        elif speak and self._file is not None:
+            self._tell(f"results finished until then are saved in {journal_path(self._file)}")
+
+    def _save(self, why: str) -> None:
+        assert self._output is not None
+        try:
+            saved = self._output.abandon(why)
+        except OutputError as error:
+            self._observer.failed(error.message)
+            return
+        if saved.path is not None:
+            self._tell(f"{saved.results} finished results are saved in {saved.path}")
+
+    def _tell(self, what: str) -> None:
+        self._observer.note(f"{what}; to go on: {self._resume_command}")
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
