@@ -20,9 +20,9 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import InputError, UsageError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.jobs.gpu_memory import GpuMemory
+from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.report import Observer, Progress
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
