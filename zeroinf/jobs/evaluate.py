@@ -166,6 +166,7 @@ def _nats_of_all(
         tokens += len(window) - lead
         progress = Progress(
             rows_done=done,
+            rows_before=0,
             rows=len(windows),
             tokens=tokens,
             elapsed_s=time.perf_counter() - started,
