@@ -28,7 +28,7 @@ def check(folder: Path, **where: Any) -> None:
     engine = stream(folder, **where)
     try:
         assert tokens_of(engine, batches=2) == plain_tokens(folder)
-        assert engine.stats().forwards == 2 * NEW_TOKENS
+        assert engine.stats().passes == 2 * NEW_TOKENS
     finally:
         engine.close()
 

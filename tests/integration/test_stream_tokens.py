@@ -100,7 +100,7 @@ def test_the_ring_goes_on_over_passes_and_batches(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "llama")
     engine = stream(folder)
     assert tokens_of(engine, batches=3) == plain_tokens(folder)
-    assert engine.stats().forwards == 3 * NEW_TOKENS
+    assert engine.stats().passes == 3 * NEW_TOKENS
 
 
 def test_bfloat16_tokens_equal_too(small_checkpoint: Callable[[str], Path]) -> None:

@@ -53,7 +53,7 @@ class TightEngine:
         return self._recovers
 
     def stats(self) -> EngineStats:
-        return EngineStats(forwards=len(self.rows), streamed_bytes_per_pass=0)
+        return EngineStats(passes=len(self.rows), streamed_bytes_per_pass=0)
 
     def close(self) -> None: ...
 

@@ -47,7 +47,7 @@ class CollectiveEngine:
             return [self.model(**inputs) for inputs in micro_batches]
 
     def stats(self) -> EngineStats:
-        return EngineStats(forwards=self.forwards, streamed_bytes_per_pass=0)
+        return EngineStats(passes=self.forwards, streamed_bytes_per_pass=0)
 
     def close(self) -> None: ...
 

@@ -42,7 +42,7 @@ class PlainEngine:
             return [self.model(**inputs) for inputs in micro_batches]
 
     def stats(self) -> EngineStats:
-        return EngineStats(forwards=len(self.forwards), streamed_bytes_per_pass=0)
+        return EngineStats(passes=len(self.forwards), streamed_bytes_per_pass=0)
 
     def close(self) -> None: ...
 

@@ -162,7 +162,7 @@ def rank(**changed: Any) -> RankReport:
         "host": Resident(3 * GIB, 6 * GIB),
         "gpu": USE,
         "link_gbps": 50.0,
-        "forwards": 8,
+        "passes": 8,
         "slot_bytes": 3 * GIB,
         "pinned_host_bytes": 5 * GIB,
         "stalls": Stalls(link_s=1.0, compute_s=2.0),

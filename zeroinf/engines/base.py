@@ -31,8 +31,8 @@ class Stalls:
 class EngineStats:
     """What an engine did on this rank since it was loaded."""
 
-    forwards: int
-    """Forwards of the whole model, warm-up included."""
+    passes: int
+    """Walks over all blocks, warm-up included."""
     streamed_bytes_per_pass: int
     """Weight bytes that cross links, from where they rest to where they compute, in one walk over all blocks. Ranks in
     step make one walk together, of which each pulls its part; other ranks make one each."""
@@ -68,7 +68,9 @@ class Engine(Protocol):
 
     name: str
     in_step: bool
-    """Every rank must call `forward` the same number of times (collectives inside)."""
+    """Every rank must walk over the blocks the same number of times (collectives inside)."""
+    shares_passes: bool
+    """One pass serves all micro-batches of a `forward`; otherwise each of them makes its own."""
 
     @property
     def model(self) -> Any:

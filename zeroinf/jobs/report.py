@@ -26,8 +26,8 @@ class RankReport:
     """None without a GPU."""
     link_gbps: float | None
     """Rate of this rank's link, measured before the weights were loaded while all ranks measured theirs."""
-    forwards: int
-    """Forwards in the measured part."""
+    passes: int
+    """Walks over the blocks in the measured part."""
     slot_bytes: int
     """Device memory that blocks pass through."""
     pinned_host_bytes: int

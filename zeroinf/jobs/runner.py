@@ -238,7 +238,7 @@ class _Job:
                 watch.stop()
             ranks = self._control.gather(self._rank_report(engine.stats(), pool, stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
-            passes = (max if engine.in_step else sum)(rank.forwards for rank in ranks)
+            passes = (max if engine.in_step else sum)(rank.passes for rank in ranks)
             stats = engine.stats()
         finally:
             engine.close()
@@ -367,7 +367,7 @@ class _Job:
             host=self._peak.stop(),
             gpu=self._gpu.use(stats.slot_bytes, pool.nbytes) if self._gpu is not None else None,
             link_gbps=self._link_gbps,
-            forwards=stream.forwards,
+            passes=stream.passes,
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=stats.pinned_host_bytes,
             stalls=stats.stalls - self._stalls_before,

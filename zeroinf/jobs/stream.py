@@ -86,7 +86,7 @@ class Stream:
         self._walks = 1 if engine.in_step else prepared.plan.world_size
         self._output = output
         self._observer = observer
-        self._forwards_before = engine.stats().forwards
+        self._passes_before = engine.stats().passes
         self._started = self._told = time.perf_counter()
 
     def take(self) -> list[Row]:
@@ -129,9 +129,9 @@ class Stream:
                 time.sleep(_POLL_S)
 
     @property
-    def forwards(self) -> int:
-        """Forwards of this rank since the stream began."""
-        return self._engine.stats().forwards - self._forwards_before
+    def passes(self) -> int:
+        """Walks over the blocks of this rank since the stream began."""
+        return self._engine.stats().passes - self._passes_before
 
     def _tell(self) -> None:
         self._told = time.perf_counter()
@@ -146,7 +146,7 @@ class Stream:
                     rows=self._prepared.rows_before + len(self._prepared.work),
                     tokens=tokens,
                     elapsed_s=self._told - self._started,
-                    streamed_bytes=self.forwards * self._engine.stats().streamed_bytes_per_pass * self._walks,
+                    streamed_bytes=self.passes * self._engine.stats().streamed_bytes_per_pass * self._walks,
                 )
             )
 

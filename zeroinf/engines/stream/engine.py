@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import Module
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
 from zeroinf.engines.stream.ahead import ReadAhead
 from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
 from zeroinf.engines.stream.expand import Expander
+from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
@@ -34,11 +34,12 @@ class StreamEngine:
     """
 
     name = "stream"
+    shares_passes = True
 
     def __init__(
         self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
     ) -> None:
-        self._forwards = 0
+        self._passes = 0
         self._device = device
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model, plan.wire)
@@ -47,6 +48,8 @@ class StreamEngine:
         self._weights = Weights(
             plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, told or Silent()
         )
+        self._before: dict[int, Callable[[], None]] = {}
+        """What a block needs before its first use in a pass, by its index; most residents need nothing."""
         self._ring: Ring | None = None
         self._ahead: ReadAhead | None = None
         try:
@@ -58,19 +61,18 @@ class StreamEngine:
             self._streamed_bytes = sum(piece.nbytes for piece in pieces)
             if pieces:
                 self._stream(plan, control, device, pieces, streamed, groups)
+            self._lock_step = LockStep(list(find_blocks(self._model)[1]), self._enter, self._leave)
         except BaseException:
             self.close()
             raise
 
     def _bind_residents(self, blocks: Sequence[int], groups: Sequence[Group], outside: Group) -> None:
-        _, modules = find_blocks(self._model)
         for index, piece in self._weights.place([*blocks, len(groups)]):
             if self._expander is None or index == len(groups):
                 _bind(_ready((*groups, outside)[index].views(piece)))
             else:
                 _bind(_ready(groups[index].views(self._expander.slot)))
-                expand = partial(self._expander.expand, groups[index], piece)
-                modules[index].register_forward_pre_hook(_before(expand))
+                self._before[index] = partial(self._expander.expand, groups[index], piece)
 
     def _stream(
         self,
@@ -94,14 +96,14 @@ class StreamEngine:
             pin = plan.pin_memory and device.type == "cuda"
             self._ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
         self._ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, self._ahead)
-        _, blocks = find_blocks(self._model)
         for turn, index in enumerate(streamed):
-            self._attach(self._ring, turn, blocks[index], groups[index])
+            self._before[index] = self._taking(self._ring, turn, groups[index])
 
-    def _attach(self, ring: Ring, turn: int, block: Module, group: Group) -> None:
-        """Hand `block` its tensors when it is about to run, and the slot back when it has."""
+    def _taking(self, ring: Ring, turn: int, group: Group) -> Callable[[], None]:
+        """What gives a block the tensors of its `turn`."""
         slots = ring.slots if self._expander is None else [self._expander.slot]
         views = [_ready(group.views(slot)) for slot in slots]
+        _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
 
         def take() -> None:
             slot = ring.acquire(turn)
@@ -110,33 +112,36 @@ class StreamEngine:
             else:
                 self._expander.expand(group, ring.slots[slot])
 
-        def give_back(module: Module, inputs: Any, output: Any) -> None:
-            ring.release()
+        return take
 
-        _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
-        block.register_forward_pre_hook(_before(take))
-        block.register_forward_hook(give_back)
+    def _enter(self, block: int) -> None:
+        if block in self._before:
+            self._before[block]()
+
+    def _leave(self, block: int) -> None:
+        if self._ring is not None and self._ring.is_held:
+            self._ring.release()
 
     @property
     def model(self) -> Any:
         return self._model
 
     def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """One pass over all blocks for each micro-batch."""
-        self._forwards += len(micro_batches)
+        """One pass over all blocks, which serves every micro-batch."""
+        self._passes += 1
         with torch.inference_mode():
-            return [self._model(**inputs) for inputs in micro_batches]
+            return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
 
     def recover(self) -> bool:
         if self._ring is not None:
-            self._ring.finish(self._forwards)
+            self._ring.finish(self._passes)
         return True
 
     def stats(self) -> EngineStats:
         slots = [*(self._ring.slots if self._ring is not None else ())]
         slots += [self._expander.slot] if self._expander is not None else []
         return EngineStats(
-            forwards=self._forwards,
+            passes=self._passes,
             streamed_bytes_per_pass=self._streamed_bytes,
             shared_host_bytes=self._weights.shared_bytes,
             pinned_host_bytes=self._weights.pinned_bytes + (self._ahead.pinned_bytes if self._ahead is not None else 0),
@@ -153,15 +158,6 @@ class StreamEngine:
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]
-
-
-def _before(act: Callable[[], None]) -> Callable[[Module, Any], None]:
-    """A hook that runs `act` before a module's forward."""
-
-    def hook(module: Module, inputs: Any) -> None:
-        act()
-
-    return hook
 
 
 def _ready(views: _Views) -> _Views:

@@ -42,7 +42,7 @@ class Ring:
         self._released = [new_event(device) for _ in range(count)]
         self._pulled = new_event(device)
         self._turn = self._carried = 0
-        self._held = False
+        self.is_held = False
         self._carry()
 
     def acquire(self, piece: int) -> int:
@@ -55,7 +55,7 @@ class Ring:
         self._carry(needed=True)
         if self._on_gpu:
             torch.cuda.current_stream().wait_event(self._arrived[slot])
-        self._held = True
+        self.is_held = True
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
@@ -64,13 +64,13 @@ class Ring:
         if self._on_gpu:
             self._released[self._turn % len(self.slots)].record()
         self.stalls.used()
-        self._held = False
+        self.is_held = False
         self._turn += 1
         self._carry()
 
     def finish(self, passes: int) -> None:
         """Let the pieces that are left of so many passes go by unused: the last one broke, before or after it began."""
-        if self._held:
+        if self.is_held:
             self.release()
         while self._turn < passes * len(self._pieces):
             self.acquire(self._turn % len(self._pieces))

@@ -35,6 +35,7 @@ class ZeroEngine:
 
     name = "zero"
     in_step = True
+    shares_passes = False
 
     def __init__(self, plan: Plan, source: ModelSource, config: dict[str, Any], world: World) -> None:
         """Load `source` straight into partitions: no rank builds the whole model first.
@@ -47,7 +48,7 @@ class ZeroEngine:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        self._forwards = 0
+        self._passes = 0
         self._offloaded = plan.offload != "none"
         config, self._swap_folder = _with_private_swap_folder(config, world)
         try:
@@ -71,7 +72,7 @@ class ZeroEngine:
 
     def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         """One collective forward for each micro-batch, one after the other."""
-        self._forwards += len(micro_batches)
+        self._passes += len(micro_batches)
         with torch.no_grad():
             return [self._engine.module(**inputs) for inputs in micro_batches]
 
@@ -79,7 +80,7 @@ class ZeroEngine:
         return False  # DeepSpeed's hooks lose count of what they have gathered
 
     def stats(self) -> EngineStats:
-        return EngineStats(forwards=self._forwards, streamed_bytes_per_pass=self._streamed_bytes())
+        return EngineStats(passes=self._passes, streamed_bytes_per_pass=self._streamed_bytes())
 
     def _streamed_bytes(self) -> int:
         if not self._offloaded:

@@ -1,0 +1,95 @@
+"""Forwards in lock-step: one walk over the blocks serves all, and whatever breaks one of them ends all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from small_models import build_model
+
+from zeroinf.engines.stream.lockstep import LockStep
+from zeroinf.model.inspect import find_blocks
+
+IDS = [torch.tensor([[5 + i, 6, 7 * i]]) for i in range(3)]
+
+
+class Walk:
+    """A model whose blocks note who runs them and when they are handed over."""
+
+    def __init__(self) -> None:
+        self.model = build_model("llama")
+        self.seen: list[str] = []
+        blocks = list(find_blocks(self.model)[1])
+        self.lock_step = LockStep(blocks, partial(self._note, "enter"), partial(self._note, "leave"))
+        for block in blocks:
+            block.mlp.register_forward_pre_hook(lambda *ignored: self.seen.append("run"))
+
+    def _note(self, what: str, block: int) -> None:
+        self.seen.append(f"{what} {block}")
+
+    def forwards(self) -> list[Callable[[], Any]]:
+        return [partial(self.model, input_ids=ids) for ids in IDS]
+
+    def run(self, forwards: list[Callable[[], Any]]) -> list[Any]:
+        with torch.inference_mode():
+            return self.lock_step.run(forwards)
+
+
+@pytest.fixture
+def walk() -> Walk:
+    return Walk()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_walk_serves_every_forward(walk: Walk, count: int) -> None:
+    outputs = walk.run(walk.forwards()[:count])
+    assert walk.seen == [
+        f"{what} {i}" if what else "run" for i in range(3) for what in ["enter", *[""] * count, "leave"]
+    ]
+    for ids, output in zip(IDS, outputs, strict=False):
+        assert torch.equal(output.logits, walk.run([partial(walk.model, input_ids=ids)])[0].logits)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("number", [0, 2])
+def test_what_one_forward_raises_is_raised_and_the_others_are_ended(walk: Walk, number: int, block: int) -> None:
+    ended: list[int] = []
+
+    def watched(index: int, forward: Callable[[], Any]) -> Any:
+        try:
+            return forward()
+        finally:
+            ended.append(index)
+
+    def break_down(module: Any, inputs: Any) -> None:
+        calls.append(None)
+        if len(calls) == number + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls: list[None] = []
+    hook = find_blocks(walk.model)[1][block].mlp.register_forward_pre_hook(break_down)
+    with pytest.raises(torch.OutOfMemoryError):
+        walk.run([partial(watched, index, forward) for index, forward in enumerate(walk.forwards())])
+    assert sorted(ended) == [0, 1, 2]
+    assert f"enter {block}" in walk.seen
+    assert f"leave {block}" not in walk.seen
+    hook.remove()
+    walk.seen.clear()
+    walk.run(walk.forwards())
+    assert walk.seen.count("run") == 9
+
+
+def test_a_forward_that_leaves_blocks_out_is_refused(walk: Walk) -> None:
+    with pytest.raises(RuntimeError, match="a forward left block 0 out"):
+        walk.run([*walk.forwards(), lambda: None])
+
+
+def test_a_forward_that_visits_blocks_again_is_refused(walk: Walk) -> None:
+    def twice(forward: Callable[[], Any]) -> Any:
+        return forward(), forward()
+
+    with pytest.raises(RuntimeError, match="visits more than 3 blocks"):
+        walk.run([partial(twice, forward) for forward in walk.forwards()])
