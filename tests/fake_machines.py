@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zeroinf.hardware.machine import Gpu, Machine, Memory
-from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
+from zeroinf.model.anatomy import Anatomy, Block, LayerCache, PoolSize, TensorSpec, TokenState
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.timing import Speeds
@@ -43,6 +43,11 @@ def _chain(blocks: int = 12, width: int = 4096) -> Anatomy:
 CHAIN = _chain()
 
 
+def pool_of(rows: int, tokens: int) -> PoolSize:
+    """Room for `rows` rows that are all of `tokens` tokens."""
+    return PoolSize(rows=rows, tokens=tokens, pages=rows * CHAIN.row_pages(tokens))
+
+
 def workload_of(rows: int, *, prompt: int = PROMPT, new: int = NEW) -> Workload:
     """A micro-batch whose memory and work are straight lines in rows and lengths."""
 
@@ -62,7 +67,7 @@ def workload_of(rows: int, *, prompt: int = PROMPT, new: int = NEW) -> Workload:
         rows=rows,
         prompt_tokens=prompt,
         new_tokens=new,
-        cache=(Event(0, CHAIN.pool_bytes(rows, prompt + new)),),
+        cache=(Event(0, CHAIN.pool_bytes(pool_of(rows, prompt + new))),),
         prefill=step(1, prompt, first=True),
         first_decode=step(11, 1, first=False),
         last_decode=step(21, 1, first=False),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from generating import rows_of, run_rows
 from launching import run_zeroinf
 from small_models import make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -14,10 +15,6 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
-from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.sampling import choose_tokens
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
@@ -30,7 +27,7 @@ NEW_TOKENS = 16
 NAMES = ("llama", "llama_tied", "gpt_neox", "opt", "bloom", "mixtral", "gptj", "gemma2", "mamba", "deepseek_v3")
 
 
-def tokens_of(folder: Path, **where: Any) -> list[list[int]]:
+def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[int]]:
     """What the stream engine generates with weights in host memory, or as `where` says in the plan's terms."""
     source, device, control = resolve_model(str(folder)), torch.device("cuda", 0), Control(World(), "cuda")
     plan = Plan(
@@ -43,16 +40,9 @@ def tokens_of(folder: Path, **where: Any) -> list[list[int]]:
         **{"offload": "cpu", **where},
     )
     engine = StreamEngine(plan, source, control, device)
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    rows = [Row(index=i, prompt=p, sampling=sampling, decode=str) for i, p in enumerate(PROMPTS)]
-    waiting = [rows]
-    tokens = max(map(len, PROMPTS)) + NEW_TOKENS
-    pool = CachePool(engine.model, plan.anatomy, rows=len(PROMPTS), tokens=tokens, device=device)
+    rows = rows_of(PROMPTS, NEW_TOKENS, ignore_eos=True)
     try:
-        generate(
-            engine, TokenRules(engine.model, 0, []), control, pool, device,
-            take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
-        )  # fmt: skip
+        run_rows(engine, rows, **limits)
     finally:
         engine.close()
     return [row.generated for row in rows]
@@ -74,12 +64,15 @@ def blocks_of(folder: Path) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("resident", "nvme"), [(0, 0), (0.0, 1.0), (1.0, 0.0), (0.34, 0.34)])
-def test_the_stream_engine_with_blocks_on_any_tier(name: str, resident: float, nvme: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 5}])
+def test_the_stream_engine_with_blocks_on_any_tier(
+    name: str, resident: float, nvme: float, limits: dict[str, int], tmp_path: Path
+) -> None:
     folder = make_checkpoint(name, tmp_path / name)
     blocks = blocks_of(folder)
     where: dict[str, Any] = {"offload": "nvme", "nvme_paths": (tmp_path,)} if nvme else {}
     where |= {"resident_blocks": round(resident * blocks), "nvme_blocks": round(nvme * blocks)}
-    assert tokens_of(folder, **where) == plain_tokens(folder)
+    assert tokens_of(folder, limits, **where) == plain_tokens(folder)
 
 
 def test_the_zero_engine_agrees_with_the_stream_engine(tmp_path: Path) -> None:
@@ -105,6 +98,6 @@ def test_pinned_host_memory_is_exactly_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_first_of_equal_scores_wins_in_half_precision_as_in_float32() -> None:
-    rows = [Row(index=i, prompt=[1], sampling=Sampling(max_new_tokens=1), decode=str) for i in range(64)]
+    rows = rows_of([[1]] * 64, 1)
     scores = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(1)).clamp(max=2.5).bfloat16().cuda()
-    assert choose_tokens(scores, rows).tolist() == scores.cpu().float().argmax(-1).tolist()
+    assert choose_tokens(scores, rows, [0] * 64).tolist() == scores.cpu().float().argmax(-1).tolist()

@@ -23,10 +23,11 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.base import Silent
 from zeroinf.engines.registry import load_engine
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.loop import Feed, generate
+from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.stream import Stream
@@ -61,12 +62,10 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         stream = Stream(prepared, codec, control, engine, None, _Silent())
         rows: list[Row] = []
         plan, cpu = prepared.plan, torch.device("cpu")
-        tokens = plan.prompt_tokens + plan.new_tokens
-        pool = CachePool(engine.model, plan.anatomy, rows=plan.batch_size, tokens=tokens, device=cpu)
-        generate(
-            engine, rules, control, pool, cpu,
-            take=stream.take, done=rows.append, grew=stream.grew,
-        )  # fmt: skip
+        desk = Desk(engine.model, rules, PagePool(engine.model, plan.anatomy, plan.pool, cpu), cpu)
+        limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
+        scheduler = Scheduler(limits, plan.anatomy.row_pages)
+        generate(engine, control, desk, scheduler, Feed(take=stream.take, done=rows.append, grew=stream.grew))
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
         control.gather(None)  # no rank removes its files while another counts
         return {

@@ -77,15 +77,11 @@ class Job:
 
     def _put_the_cpu_in_its_place(self, patch: pytest.MonkeyPatch) -> None:
         self.gpu.install(patch)
-        generate, pool = runner.generate, runner.CachePool
+        pool, desk = runner.PagePool, runner.Desk
         patch.setattr(runner, "load_engine", self._load)
         patch.setattr(runner, "measure_own_link", lambda device: LINK_GBPS)
-        patch.setattr(runner, "CachePool", lambda *given, **more: pool(*given, **{**more, "device": CPU}))
-        patch.setattr(
-            runner,
-            "generate",
-            lambda engine, rules, control, pool, device, **more: generate(engine, rules, control, pool, CPU, **more),
-        )
+        patch.setattr(runner, "PagePool", lambda *given: pool(*given[:-1], CPU))
+        patch.setattr(runner, "Desk", lambda *given: desk(*given[:-1], CPU))
 
     def _load(self, plan: Plan, source: Any, config: Any, control: Any, device: Any, told: Any) -> StreamEngine:
         self.while_loading(plan)
@@ -93,7 +89,7 @@ class Job:
 
         class Watched(StreamEngine):
             def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
-                rows = len(micro_batches[0]["input_ids"])
+                rows = sum(len(inputs["input_ids"]) for inputs in micro_batches)
                 job.forwards.append(rows)
                 outputs = super().forward(micro_batches)
                 job.after_pass(rows)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SMALL_MODELS, make_checkpoint
+from generating import greedy_by_transformers, rows_of, run_rows
+from small_models import SMALL_MODELS, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
@@ -17,10 +18,6 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.base import Listener
 from zeroinf.engines.stream import load as load_module
 from zeroinf.engines.stream.engine import StreamEngine
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
-from zeroinf.generation.row import Row, Sampling
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import Plan
@@ -53,27 +50,9 @@ def stream(
 
 def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:
     """What each row of the last of `batches` equal batches generates."""
-    waiting = [
-        [
-            Row(index=i, prompt=p, sampling=Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True), decode=str)
-            for i, p in enumerate(PROMPTS)
-        ]
-        for _ in range(batches)
-    ]
-    last = waiting[0]
-    rules = TokenRules(engine.model, 0, [])
-    pool = CachePool(
-        engine.model,
-        read_anatomy(engine.model.config, dtype=str(engine.model.dtype).removeprefix("torch.")),
-        rows=len(PROMPTS),
-        tokens=max(map(len, PROMPTS)) + NEW_TOKENS,
-        device=CPU,
-    )
-    generate(
-        engine, rules, Control(World(), "cpu"), pool, CPU,
-        take=lambda: waiting.pop() if waiting else [], done=lambda row: None,
-    )  # fmt: skip
-    return [row.generated for row in last]
+    rows = rows_of(PROMPTS * batches, NEW_TOKENS, ignore_eos=True)
+    run_rows(engine, rows, draw=len(PROMPTS), rows=len(PROMPTS), together=True)
+    return [row.generated for row in rows[-len(PROMPTS) :]]
 
 
 def plain_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[int]]:
@@ -86,14 +65,27 @@ def plain_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[
     return out[:, width:].tolist()
 
 
+# They enter two at a time where there is room for three, in micro-batches of two at the most, their prompts in pieces.
+LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8))
+PRESSED = {"draw": 2, "rows": 3, "pages": 5, "micro_batch_rows": 2, "prefill_tokens": 8}
+
+
 @pytest.mark.parametrize("name", sorted(SMALL_MODELS))
-def test_greedy_tokens_are_those_of_plain_transformers(name: str, tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_plain_transformers_whoever_comes_and_goes(name: str, tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
+    prompts = [
+        [3 + (7 * number + 11 * at) % (VOCABULARY - 3) for at in range(n)] for number, (n, _) in enumerate(LENGTHS)
+    ]
+    rows = rows_of(prompts, [new for _, new in LENGTHS], ignore_eos=True)
     engine = stream(folder)
     try:
-        assert tokens_of(engine) == plain_tokens(folder)
+        _, scheduler = run_rows(engine, rows, **PRESSED)
     finally:
         engine.close()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert [row.generated for row in rows] == [greedy_by_transformers(plain, row.prompt, row.generated) for row in rows]
+    assert [len(row.generated) for row in rows] == [new for _, new in LENGTHS]
+    assert engine.stats().passes == scheduler.counts.passes
 
 
 def test_the_ring_goes_on_over_passes_and_batches(tmp_path: Path) -> None:

@@ -1,144 +1,136 @@
-"""The pooled KV cache gives the numbers of transformers' own, from memory that is allocated once."""
+"""Pages give the keys and values that transformers' own cache would, from memory that is allocated once."""
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
+import random
 from typing import Any
 
 import pytest
 import torch
-from small_models import SMALL_MODELS, VOCABULARY, build_model, small_config
-from transformers import DynamicCache
+from generating import CPU, PlainEngine, greedy_by_transformers, rows_of, run_rows
+from small_models import build_model, small_config
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zeroinf.generation.cache import CachePool
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.generation.cache import PagePool, columns_of
+from zeroinf.model.anatomy import PAGE_TOKENS, PoolSize
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.kv import held_bytes
 
-CPU = torch.device("cpu")
-ROWS, NEW = 3, 24
-WINDOWED = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral")
+HEADS, WIDTH = 2, 16
+SIZE = PoolSize(rows=4, tokens=60, pages=14)
 
 
-@cache
-def model_of(name: str) -> Any:
-    return build_model(name)
-
-
-@cache
-def anatomy_of(name: str) -> Anatomy:
-    return read_anatomy(small_config(name))
-
-
-def pool_of(name: str, rows: int, tokens: int) -> CachePool:
-    """A pool that holds no number yet: whatever is read before it is written shows."""
-    pool = CachePool(model_of(name), anatomy_of(name), rows=rows, tokens=tokens, device=CPU)
-    pool._memory.fill_(0xFF)  # NaN in every floating dtype
+def pool_of(window: int | None, size: PoolSize = SIZE) -> PagePool:
+    """A pool for the small Llama, or Mistral with a window, that holds no number yet: what is read too soon shows."""
+    config = small_config("llama" if window is None else "mistral")
+    if window is not None:
+        config.sliding_window = window
+    model = type("Model", (), {"config": config})()
+    pool = PagePool(model, read_anatomy(config), size, CPU)
+    for states in pool._states:
+        for memory in states:
+            memory[PAGE_TOKENS:] = float("nan")
     return pool
 
 
-def logits_of(name: str, lent: Any, *, rows: int = ROWS, prompt: int = 7, new: int = NEW) -> torch.Tensor:
-    """Logits of the last position of a prefill and of each greedy step after it; every row but the first is padded."""
-    model = model_of(name)
-    accepted = inspect.signature(model.forward).parameters
-    cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-    ids = torch.arange(3, 3 + rows * prompt).reshape(rows, prompt) % VOCABULARY
-    mask = (torch.arange(prompt) >= torch.arange(rows)[:, None]).long()
-    feed, seen = ids, []
-    with torch.no_grad():
-        for _ in range(new):
-            more = {"attention_mask": mask, "use_cache": True, cache_name: lent}
-            if "position_ids" in accepted:
-                more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -feed.shape[1] :]
-            seen.append(model(input_ids=feed, **more).logits[:, -1])
-            feed = seen[-1].argmax(-1, keepdim=True)
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=-1)
-    return torch.stack(seen)
+class Twin:
+    """Rows in a pool, and each of them alone in transformers' own cache."""
+
+    def __init__(self, window: int | None, seed: int) -> None:
+        self.pool, self.window, self.random = pool_of(window), window, random.Random(seed)
+        self.own: dict[int, Any] = {}
+        self.lengths: dict[int, int] = {}
+        torch.manual_seed(seed)
+
+    def enter(self, seat: int, tokens: int) -> None:
+        self.pool.open(seat, tokens)
+        self.own[seat] = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
+        self.lengths[seat] = 0
+
+    def leave(self, seat: int) -> None:
+        self.pool.close(seat)
+        del self.own[seat], self.lengths[seat]
+
+    def forward(self, counts: dict[int, int]) -> None:
+        """Let rows of `counts` get so many tokens, and compare what attention would see of them."""
+        seats, new = list(counts), max(counts.values())
+        columns = columns_of(seats, [self.lengths[seat] for seat in seats], list(counts.values()), CPU)
+        layer = self.pool.page(self.pool.new_cache(), columns).layers[1]
+        states = torch.randn(2, len(seats), HEADS, new, WIDTH)
+        assert layer.get_seq_length() == columns.total - new
+        seen, offset = layer.get_mask_sizes(new)
+        found = layer.update(*states)
+        assert [tensor.shape for tensor in found] == [(len(seats), HEADS, seen, WIDTH)] * 2
+        assert seen + offset == columns.total
+        assert all(tensor.isfinite().all() for tensor in found)
+        for row, seat in enumerate(seats):
+            expected = self.own[seat].update(*(each[row : row + 1, :, new - counts[seat] :] for each in states))
+            for mine, theirs in zip(found, expected, strict=True):
+                assert torch.equal(mine[row, :, seen - theirs.shape[2] :], theirs[0])
+            self.lengths[seat] += counts[seat]
 
 
-def own_cache(name: str) -> DynamicCache:
-    return DynamicCache(config=model_of(name).config.get_text_config(decoder=True))
+@pytest.mark.parametrize("window", [None, 15, 16, 17, 40])
+def test_rows_that_come_go_and_change_neighbours_see_what_they_would_see_alone(window: int | None) -> None:
+    for seed in range(4):
+        twin, ends = Twin(window, seed), dict[int, int]()
+        for _ in range(60):
+            for seat in range(SIZE.rows):
+                if seat in ends and twin.lengths[seat] == ends[seat]:
+                    twin.leave(seat)
+                    del ends[seat]
+                elif seat not in ends and sum(-(-end // PAGE_TOKENS) for end in ends.values()) <= SIZE.pages - 4:
+                    ends[seat] = twin.random.randint(1, SIZE.tokens)
+                    twin.enter(seat, ends[seat])
+            waiting = [seat for seat in ends if twin.lengths[seat] < ends[seat]]
+            chosen = twin.random.sample(waiting, twin.random.randint(1, len(waiting))) if waiting else []
+            longest = twin.random.choice((1, 1, 3, 20, 60))
+            if chosen:
+                twin.forward({seat: min(longest, ends[seat] - twin.lengths[seat]) for seat in chosen})
 
 
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
-def test_logits_equal_those_over_transformers_own_cache_bit_by_bit(name: str) -> None:
-    lent = pool_of(name, ROWS + 1, 50).lend(ROWS, 7 + NEW)
-    assert torch.equal(logits_of(name, lent), logits_of(name, own_cache(name)))
+@pytest.mark.parametrize("name", ["llama", "mistral", "exaone4", "jamba", "mamba", "deepseek_v3"])
+def test_the_pool_takes_the_bytes_that_the_anatomy_says(name: str) -> None:
+    anatomy = read_anatomy(small_config(name))
+    pool = PagePool(build_model(name), anatomy, SIZE, CPU)
+    assert pool.nbytes == anatomy.pool_bytes(SIZE)
+    assert sum(memory.nbytes for states in pool._states for memory in states) == pool.nbytes
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize("prompt", [15, 16, 17, 18, 19, 40])
-def test_a_window_slides_the_same_from_prompts_around_its_width(name: str, prompt: int) -> None:
-    lent = pool_of(name, ROWS, prompt + NEW).lend(ROWS, prompt + NEW)
-    assert torch.equal(logits_of(name, lent, prompt=prompt), logits_of(name, own_cache(name), prompt=prompt))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "jamba"])
-def test_a_batch_finds_nothing_of_the_one_before(name: str) -> None:
-    pool = pool_of(name, 5, 60)
-    logits_of(name, pool.lend(5, 55), rows=5, prompt=20)
-    for rows, prompt in ((2, 9), (5, 20), (1, 33)):
-        found = logits_of(name, pool.lend(rows, prompt + NEW), rows=rows, prompt=prompt)
-        assert torch.equal(found, logits_of(name, own_cache(name), rows=rows, prompt=prompt))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "exaone4"])
-def test_a_cache_that_was_reset_starts_anew(name: str) -> None:
-    lent = pool_of(name, ROWS, 50).lend(ROWS, 50)
-    logits_of(name, lent, prompt=20)
-    lent.reset()
-    assert lent.get_seq_length() == 0
-    assert torch.equal(logits_of(name, lent), logits_of(name, own_cache(name)))
-
-
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
-def test_the_pool_takes_the_bytes_that_the_anatomy_says_and_nothing_grows_beside_it(name: str) -> None:
-    anatomy, tokens = anatomy_of(name), 7 + NEW
-    pool = CachePool(model_of(name), anatomy, rows=ROWS, tokens=tokens, device=CPU)
-    lent = pool.lend(ROWS, tokens)
-    logits_of(name, lent)
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for layer in lent.layers
-        for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if t is not None
-    }
-    pooled = any(layer.pooled for layer in anatomy.cache)
-    assert held == ({pool._memory.untyped_storage().data_ptr(): pool.nbytes} if pooled else {})
-    own = sum(held_bytes(vars(lent.layers[i])) for i, layer in enumerate(anatomy.cache) if not layer.pooled)
-    assert pool.nbytes == anatomy.pool_bytes(ROWS, tokens)
-    assert pool.nbytes + own == anatomy.cache_bytes(ROWS, tokens)
-
-
-def test_a_window_takes_no_more_than_an_eighth_beyond_its_width() -> None:
-    state = 2 * 2 * 16 * 4  # keys and values, two heads of 16, float32
-    assert anatomy_of("mistral").pool_bytes(4, 10_000) == 3 * 4 * 18 * state
-    assert anatomy_of("mistral").pool_bytes(4, 12) == 3 * 4 * 12 * state
-    assert anatomy_of("llama").pool_bytes(4, 10_000) == 3 * 4 * 10_000 * state
-
-
-def test_a_smaller_batch_lies_as_if_it_had_the_memory_to_itself() -> None:
-    lent = pool_of("llama", 8, 100).lend(2, 10)
-    logits_of("llama", lent, rows=2, prompt=4, new=7)
-    assert lent.layers[0].keys.shape == (2, 2, 10, 16)
-    assert all(layer.keys.is_contiguous() and layer.values.is_contiguous() for layer in lent.layers)
-
-
-@pytest.mark.parametrize(("rows", "tokens"), [(4, 10), (3, 11)])
-def test_more_than_the_pool_holds_is_refused(rows: int, tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"{rows} rows of {tokens} tokens from a pool of 3 rows of 10"):
-        pool_of("llama", 3, 10).lend(rows, tokens)
-
-
-def test_one_token_too_many_is_an_error_and_not_somebody_elses_memory() -> None:
-    with pytest.raises(RuntimeError, match="exceeds dimension size"):
-        logits_of("llama", pool_of("llama", ROWS, 50).lend(ROWS, 9), prompt=7, new=4)
+def test_a_window_takes_no_more_pages_than_its_width() -> None:
+    state = 2 * HEADS * WIDTH * 4 * PAGE_TOKENS  # keys and values of a page, float32
+    mistral, llama = (read_anatomy(small_config(name)) for name in ("mistral", "llama"))
+    assert mistral.pool_bytes(PoolSize(rows=4, tokens=10_000, pages=2500)) == 3 * 5 * state
+    assert mistral.pool_bytes(PoolSize(rows=4, tokens=12, pages=3)) == 3 * 4 * state
+    assert llama.pool_bytes(PoolSize(rows=4, tokens=10_000, pages=2500)) == 3 * 2501 * state
+    assert (mistral.row_pages(10_000), llama.row_pages(10_000), llama.row_pages(17)) == (1, 625, 2)
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"heads": 1}, {"rows": 1}])
 def test_states_of_another_kind_are_refused_rather_than_converted(change: dict[str, Any]) -> None:
-    layer = pool_of("llama", ROWS, 50).lend(ROWS, 50).layers[0]
-    states = torch.zeros(change.get("rows", ROWS), change.get("heads", 2), 4, 16, dtype=change.get("dtype"))
-    with pytest.raises(RuntimeError, match="the cache was planned for 3 rows of 2 heads of 16"):
+    pool = pool_of(None)
+    for seat in range(2):
+        pool.open(seat, 10)
+    layer = pool.page(pool.new_cache(), columns_of([0, 1], [0, 0], [4, 4], CPU)).layers[0]
+    states = torch.zeros(change.get("rows", 2), change.get("heads", HEADS), 4, WIDTH, dtype=change.get("dtype"))
+    with pytest.raises((RuntimeError, IndexError)):
         layer.update(states, states)
+
+
+def test_thousands_of_rows_leave_nothing_behind() -> None:
+    pool = pool_of(40)
+    free = {window: sorted(table._free) for window, table in pool._tables.items()}
+    for number in range(3000):
+        pool.open(number % SIZE.rows, 1 + number % SIZE.tokens)
+        if number >= 2:
+            pool.close((number - 2) % SIZE.rows)
+    for seat in (2998, 2999):
+        pool.close(seat % SIZE.rows)
+    assert {window: sorted(table._free) for window, table in pool._tables.items()} == free
+
+
+@pytest.mark.parametrize("prompt", [15, 16, 17, 33])
+def test_a_window_slides_the_same_from_prompts_around_its_width(prompt: int) -> None:
+    model = build_model("gemma2")
+    rows = rows_of([[5 + i] * prompt for i in range(3)], 8, ignore_eos=True)
+    run_rows(PlainEngine(model), rows, prefill_tokens=11, micro_batch_rows=2)
+    assert [row.generated for row in rows] == [greedy_by_transformers(model, row.prompt, row.generated) for row in rows]

@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from generating import run_rows
 from ranks import on_ranks
-from small_models import PAD, build_model
+from small_models import build_model
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs.queue import WorkQueue
-from zeroinf.model.inspect import read_anatomy
 
-CPU = torch.device("cpu")
 LENGTHS = (9, 1, 4, 17, 2, 2, 6, 1, 1, 12, 3)
 STOPPED = 15
 
@@ -31,7 +27,7 @@ class CollectiveEngine:
     """A transformers model; on several ranks each forward waits for those of the others, and odd ranks are slow."""
 
     name = "collective"
-    in_step = True
+    in_step = shares_passes = True
 
     def __init__(self, model: Any, control: Control) -> None:
         self.model = model
@@ -71,13 +67,11 @@ def run(
         for i, n in enumerate(LENGTHS)
     ]
     engine, queue, ended = CollectiveEngine(model, control), WorkQueue(control.store, len(rows), batch), []
-    pool = CachePool(model, read_anatomy(model.config), rows=batch, tokens=3 + max(LENGTHS), device=CPU)
-    stopped = generate(
+    stopped, _ = run_rows(
         engine,
-        TokenRules(model, PAD, ()),
-        control,
-        pool,
-        CPU,
+        rows,
+        control=control,
+        rows=batch,
         take=lambda: [rows[i] for i in queue.draw()],
         done=ended.append,
         stop_requested=lambda: STOPPED if stop_after is not None and engine.forwards >= stop_after else 0,

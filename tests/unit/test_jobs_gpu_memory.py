@@ -38,6 +38,9 @@ PLAN = Plan(
     device="cuda",
     world_size=1,
     batch_size=ROWS,
+    prompt_tokens=40,
+    new_tokens=24,
+    pool_pages=4 * ROWS,
     terms=(*(Term("gpu", name, nbytes, "counted") for name, nbytes in TERMS.items()), Term("host", "all", 9, "given")),
 )
 
@@ -65,7 +68,7 @@ def test_what_the_plan_needs_is_enough(gpu: FakeGpu) -> None:
     guarded = guard()
     guarded.check()
     load(gpu)
-    assert guarded.rows_that_fit() == ROWS
+    assert guarded.plan_that_fits().batch_size == ROWS
 
 
 @pytest.mark.parametrize("taken", [GIB // 4, 3 * GIB])
@@ -93,7 +96,7 @@ def test_rows_that_still_fit_beside_a_neighbour_really_fit(taken: int) -> None:
         gpu.neighbours += taken
         left, a_row = gpu.total - gpu.used, (CACHE + ACTIVATIONS) / ROWS
         try:
-            rows = guarded.rows_that_fit()
+            rows = guarded.plan_that_fits().batch_size
         except DoesNotFitError:
             assert left < a_row
             return
@@ -106,7 +109,7 @@ def test_no_row_beside_a_neighbour_is_refused_with_how_much_is_missing(gpu: Fake
     load(gpu)
     gpu.neighbours += CACHE + ACTIVATIONS
     with pytest.raises(DoesNotFitError, match=r"lacks 6\.00 GiB"):
-        guarded.rows_that_fit()
+        guarded.plan_that_fits()
 
 
 @pytest.mark.parametrize(("limit", "fraction"), [(24 * GIB, (24 - 0.75) / 80), (96 * GIB, 1.0)])
@@ -125,14 +128,14 @@ def test_a_limit_that_the_plan_fills_leaves_its_rows(gpu: FakeGpu) -> None:
     guarded = guard(NEEDED + CONTEXT + COLLECTIVES)
     guarded.check()
     load(gpu)
-    assert guarded.rows_that_fit() == ROWS
+    assert guarded.plan_that_fits().batch_size == ROWS
 
 
 def test_a_limit_below_the_plan_costs_rows_although_the_gpu_has_more(gpu: FakeGpu) -> None:
     gpu.neighbours = 0
     guarded = guard(NEEDED + CONTEXT + COLLECTIVES - 3 * GIB)
     load(gpu)
-    assert guarded.rows_that_fit() == ROWS // 2
+    assert guarded.plan_that_fits().batch_size == ROWS // 2
 
 
 def test_what_a_run_took_is_told_apart(gpu: FakeGpu) -> None:
@@ -140,7 +143,7 @@ def test_what_a_run_took_is_told_apart(gpu: FakeGpu) -> None:
     guarded = guard()
     gpu.context = CONTEXT
     load(gpu)
-    guarded.rows_that_fit()
+    guarded.plan_that_fits()
     gpu.reserved, gpu.most_allocated, gpu.most_reserved = 15 * GIB, 14 * GIB, 17 * GIB
     assert guarded.use(slot_bytes=3, cache_bytes=5) == GpuUse(
         loaded=WEIGHTS, slots=3, cache=5, allocated=14 * GIB, reserved=17 * GIB, process=CONTEXT + 15 * GIB

@@ -10,6 +10,7 @@ import pytest
 from small_models import small_config
 
 from zeroinf.engines.base import Stalls
+from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.jobs.gpu_memory import GpuUse
@@ -156,6 +157,12 @@ def test_the_ratio_is_predicted_over_measured_where_something_was(
     assert Compared("x", "s", predicted, measured).ratio == ratio
 
 
+COUNTS = Counts(
+    passes=8, prefill_columns=50, prefill_padding=5, decode_columns=400, decode_padding=100,
+    reserved_pages=120, most_reserved_pages=18,
+)  # fmt: skip
+
+
 def rank(**changed: Any) -> RankReport:
     fields: dict[str, Any] = {
         "host_loading": Resident(2 * GIB, 5 * GIB),
@@ -163,6 +170,8 @@ def rank(**changed: Any) -> RankReport:
         "gpu": USE,
         "link_gbps": 50.0,
         "passes": 8,
+        "counts": COUNTS,
+        "pool_pages": 20,
         "slot_bytes": 3 * GIB,
         "pinned_host_bytes": 5 * GIB,
         "stalls": Stalls(link_s=1.0, compute_s=2.0),
@@ -226,3 +235,5 @@ def test_the_json_holds_what_was_planned_what_was_moved_and_where_the_time_went(
     assert data["tokens_per_second"] == 200.0
     assert data["ranks"][0]["stalls"] == {"link_s": 1.0, "disk_s": 0.0, "compute_s": 2.0, "host_s": 0.0}
     assert data["ranks"][0]["gpu"] == asdict(USE)
+    assert data["padding"] == {"prefill": 0.1, "decode": 0.25}
+    assert data["kv_pool"] == {"mean": 0.75, "peak": 0.9}

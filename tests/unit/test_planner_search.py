@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fake_machines import CHAIN, GIB, MIB, PROMPT, machine_of, overhead, speeds, workload_of
+from fake_machines import CHAIN, GIB, MIB, PROMPT, machine_of, overhead, pool_of, speeds, workload_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -285,7 +285,9 @@ def test_without_a_gpu_everything_is_host_memory() -> None:
     decision = choose(Box(gpu=0, host=6 * GIB, ranks=2), batch_size=4)
     assert set(decision.budgets) == {"host"}
     assert {term.place for term in decision.chosen.terms} == {"host"}
-    assert {t.name: t.nbytes for t in decision.chosen.terms}["KV cache"] == 2 * CHAIN.pool_bytes(4, PROMPT + 16)
+    assert {t.name: t.nbytes for t in decision.chosen.terms}["KV cache"] == 2 * CHAIN.pool_bytes(
+        pool_of(4, PROMPT + 16)
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     type=click.IntRange(min=1),
     help="Start this many ranks, an independent stream on each GPU, through DeepSpeed's launcher. [default: one]",
 )
+@click.option(
+    "--static-batches", is_flag=True, hidden=True, help="Admit rows only when no other is live, to measure the gain."
+)
 @click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
 @click.option(
     "--report",

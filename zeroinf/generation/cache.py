@@ -1,178 +1,214 @@
-"""The KV cache: memory allocated once for a job, lent to one micro-batch after the other."""
+"""The KV cache: memory allocated once for a job, in pages that rows take as they enter and give back as they end."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zeroinf.model.anatomy import Anatomy, TokenState
+from zeroinf.generation.sampling import to_device
+from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
 
 
-class CachePool:
-    """One allocation of `anatomy.pool_bytes(rows, tokens)` bytes for keys and values.
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Where the tokens of left-padded rows lie in one forward: the last `new` of all columns are computed."""
+
+    seats: torch.Tensor
+    """(rows,), int64: each row's number among the live ones."""
+    starts: torch.Tensor
+    """(rows,), int64: tokens that are in the cache already."""
+    lengths: torch.Tensor
+    """(rows,), int64: tokens that are in the cache afterwards."""
+    total: int
+    new: int
+    is_first: bool
+    """No row has tokens in the cache."""
+    is_even: bool
+    """Each of the new columns holds a new token of every row."""
+    is_padded: bool
+    """Some columns hold no token of some row."""
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(rows, total), int64: the token's place in its row; below 0 where there is none."""
+        return torch.arange(self.total, device=self.lengths.device) - (self.total - self.lengths)[:, None]
+
+
+class PagePool:
+    """One allocation of `anatomy.pool_bytes(size)` bytes for keys and values.
 
     A cache that grows by concatenation asks for another size at every token, and the allocator cannot use again what
     the sizes before leave behind. Layers that keep anything but keys and values a token stay transformers' own.
+
+    Page 0 belongs to nobody: columns without a token are read from it and written to it.
     """
 
-    def __init__(self, model: Any, anatomy: Anatomy, *, rows: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, model: Any, anatomy: Anatomy, size: PoolSize, device: torch.device) -> None:
+        self.size = size
         self._config = model.config.get_text_config(decoder=True)
-        self._anatomy, self._layers = anatomy, anatomy.cache
-        self._rows, self._tokens = rows, tokens
-        self._memory = torch.empty(anatomy.pool_bytes(rows, tokens), dtype=torch.uint8, device=device)
-
-    @property
-    def rows(self) -> int:
-        """The most rows of a micro-batch."""
-        return self._rows
-
-    def shrink(self, rows: int) -> None:
-        """Give back all memory but that of `rows` rows. Nothing may be lent."""
-        self._rows, device = rows, self._memory.device
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)  # the old memory first
-        self._memory = torch.empty(self._anatomy.pool_bytes(rows, self._tokens), dtype=torch.uint8, device=device)
+        self._layers = anatomy.cache
+        self._memory = torch.empty(anatomy.pool_bytes(size), dtype=torch.uint8, device=device)
+        self._states: list[tuple[torch.Tensor, ...]] = []
+        start = 0
+        for layer in self._layers:
+            pages, states = layer.pool_pages(size), []
+            for state in layer.pooled:
+                memory = self._memory[start : start + pages * PAGE_TOKENS * state.nbytes]
+                states.append(memory.view(getattr(torch, state.dtype)).view(-1, state.heads, state.width))
+                states[-1][:PAGE_TOKENS].zero_()  # what is masked is multiplied by 0, which NaN would survive
+                start += state.pooled_bytes(pages)
+            self._states.append(tuple(states))
+        own = self.new_cache().layers
+        self._windows = [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
+        self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
 
     @property
     def nbytes(self) -> int:
         return self._memory.nbytes
 
-    def lend(self, rows: int, tokens: int) -> DynamicCache:
-        """An empty cache for `rows` rows of up to `tokens` tokens, laid out as if the memory were its own.
+    @property
+    def is_whole(self) -> bool:
+        """Whether no layer keeps anything elsewhere."""
+        return all(self._states)
 
-        It takes the place of the one lent before. Raises ValueError when the pool is smaller.
-        """
-        if rows > self._rows or tokens > self._tokens:
-            raise ValueError(f"{rows} rows of {tokens} tokens from a pool of {self._rows} rows of {self._tokens}")
-        cache, start = DynamicCache(config=self._config), 0
-        for index, layer in enumerate(self._layers):
-            pooled = []
-            for state in layer.pooled:
-                pooled.append(self._part(start, state, rows, layer.pooled_tokens(tokens)))
-                start += state.pooled_bytes(self._rows, layer.pooled_tokens(self._tokens))
-            if pooled:
-                cache.layers[index] = _pooled_layer(cache.layers[index], *pooled)
+    def open(self, seat: int, tokens: int) -> None:
+        """Give the row `seat` pages for `tokens` tokens."""
+        for table in self._tables.values():
+            table.open(seat, tokens)
+
+    def close(self, seat: int) -> None:
+        """Take back the pages of the row `seat`; what it still writes goes nowhere."""
+        for table in self._tables.values():
+            table.close(seat)
+
+    def new_cache(self) -> DynamicCache:
+        """transformers' own cache, for the layers that the pool cannot hold."""
+        return DynamicCache(config=self._config)
+
+    def page(self, cache: DynamicCache, columns: Columns) -> DynamicCache:
+        """Let the other layers of `cache`, for one forward, read and write the pages of its rows."""
+        views: dict[tuple[int | None, int | None], _View] = {}
+        layers = list(cache.layers)
+        for index, (layer, states) in enumerate(zip(self._layers, self._states, strict=True)):
+            if not states:
+                continue
+            key = layer.window, self._windows[index]
+            if key not in views:
+                views[key] = _View(self._tables[layer.window], columns, self._windows[index])
+            layers[index] = _PagedLayer(states, views[key], self._windows[index])
+        cache.layers = layers
         return cache
 
-    def _part(self, start: int, state: TokenState, rows: int, tokens: int) -> torch.Tensor:
-        """Memory from byte `start` on, as (rows, heads, tokens, width)."""
-        memory = self._memory[start : start + rows * tokens * state.nbytes]
-        return memory.view(getattr(torch, state.dtype)).view(rows, state.heads, tokens, state.width)
+
+class _Table:
+    """The pages of each row, in layers of one window: token i lies in the row's page i // PAGE_TOKENS, in a ring."""
+
+    def __init__(self, layer: LayerCache, size: PoolSize, device: torch.device) -> None:
+        self._layer = layer
+        self._ring = max(1, layer.row_pages(size.tokens))
+        self._free = list(range(layer.pool_pages(size) - 1, 0, -1))
+        self._held: dict[int, list[int]] = {}
+        self._pages = torch.zeros(size.rows, self._ring, dtype=torch.int64, device=device)
+
+    @property
+    def ring_tokens(self) -> int:
+        return self._ring * PAGE_TOKENS
+
+    def open(self, seat: int, tokens: int) -> None:
+        taken = [self._free.pop() for _ in range(self._layer.row_pages(tokens))]
+        self._held[seat] = taken
+        self._pages[seat].copy_(to_device([*taken, *[0] * (self._ring - len(taken))], self._pages.device))
+
+    def close(self, seat: int) -> None:
+        self._free += reversed(self._held.pop(seat))
+        self._pages[seat].zero_()
+
+    def places(self, seats: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens lie in a layer's memory. positions: (rows, columns), int64; so is the result."""
+        slots = positions % self.ring_tokens
+        pages = self._pages.index_select(0, seats).gather(1, slots // PAGE_TOKENS)
+        return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
 
 
-def _pooled_layer(own: Any, keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
-    if isinstance(own, DynamicSlidingWindowLayer):
-        return _SlidingLayer(own.sliding_window, keys, values)
-    return _FullLayer(keys, values)
+class _View:
+    """What layers of one window read and write in one forward."""
+
+    def __init__(self, table: _Table, columns: Columns, window: int | None) -> None:
+        self.columns = columns
+        self.seen = columns.total if window is None else min(columns.total, window - 1 + columns.new)
+        """Columns that attention sees, the new ones included."""
+        positions = columns.positions[:, columns.total - self.seen :]
+        places = table.places(columns.seats, positions)
+        if columns.is_padded:
+            places.masked_fill_(positions < 0, 0)
+        self.read = None if columns.is_first else places.flatten()
+        places, positions = places[:, -columns.new :], positions[:, -columns.new :]
+        self.fresh: torch.Tensor | None = None
+        """(rows, new, 1, 1), bool: columns with a new token; None where all have one."""
+        if not columns.is_even:
+            fresh = positions >= columns.starts[:, None]
+            self.fresh = fresh[:, :, None, None]
+            places = places.masked_fill(~fresh, 0)
+        if columns.new > table.ring_tokens:  # a page is written once, by the token that stays there
+            places = places.masked_fill(positions < (columns.lengths - table.ring_tokens)[:, None], 0)
+        self.write = places.flatten()
 
 
-class _FullLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values written in place; `keys` and `values` show the part that is filled."""
+class _PagedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one forward's rows, as DynamicCache would give them: left-padded, in order."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: _View, window: int | None) -> None:
         super().__init__()
-        self._all_keys, self._all_values = keys, values
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        _initialize(self, (self._all_keys, self._all_values), (key_states, value_states))
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held, new = self.keys.shape[-2], key_states.shape[-2]
-        self._all_keys.narrow(-2, held, new).copy_(key_states)
-        self._all_values.narrow(-2, held, new).copy_(value_states)
-        self.keys = self._all_keys.narrow(-2, 0, held + new)
-        self.values = self._all_values.narrow(-2, 0, held + new)
-        return self.keys, self.values
-
-    def reset(self) -> None:
-        _reset(self)
-
-
-class _SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A window that moves on through its memory, and back to the front where that ends.
-
-    `keys` and `values` show what the next token will see of the past: one token less than the window.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, sliding_window: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__(sliding_window)
-        self._room = keys, values
-        self._end = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        _initialize(self, self._room, (key_states, value_states))
+        self.is_sliding, self.sliding_window = window is not None, window
+        self._memory, self._view = memory, view
+        self._held = view.columns.total - view.columns.new
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        states = key_states, value_states
-        held, new, room = self.keys.shape[-2], key_states.shape[-2], self._room[0].shape[-2]
-        self.cumulative_length += new
-        if held + new > room:
-            return self._start_again(states)
-        if self._end + new > room:
-            self._move_to_front(held)
-        for memory, state in zip(self._room, states, strict=True):
-            memory.narrow(-2, self._end, new).copy_(state)
-        self._end += new
-        seen_keys, seen_values = (memory.narrow(-2, self._end - held - new, held + new) for memory in self._room)
-        self._show(min(held + new, self.sliding_window - 1))
-        return seen_keys, seen_values
+        self._held = self._view.columns.total
+        keys, values = self._memory
+        return self._keep(keys, key_states), self._keep(values, value_states)
 
-    def _start_again(self, states: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend to a prompt that is longer than the memory, and keep its end."""
-        keys, values = (torch.cat(pair, dim=-2) for pair in zip((self.keys, self.values), states, strict=True))
-        self._end = self.sliding_window - 1
-        for memory, state in zip(self._room, (keys, values), strict=True):
-            memory.narrow(-2, 0, self._end).copy_(state[:, :, -self._end :])
-        self._show(self._end)
-        return keys, values
+    def _keep(self, memory: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Write the new states into their pages; returns them behind those of before."""
+        view, new = self._view, states.transpose(1, 2)
+        if view.read is not None:
+            seen = memory.index_select(0, view.read).view(new.shape[0], view.seen, *memory.shape[1:])
+            tail = seen[:, view.seen - new.shape[1] :]
+            tail.copy_(new if view.fresh is None else torch.where(view.fresh, new, tail))
+            states = seen.transpose(1, 2)
+        memory.index_copy_(0, view.write, new.flatten(0, 1))
+        return states
 
-    def _move_to_front(self, held: int) -> None:
-        """In pieces that do not overlap with where they go."""
-        shift = self._end - held
-        for memory in self._room:
-            for start in range(0, held, shift):
-                count = min(shift, held - start)
-                memory.narrow(-2, start, count).copy_(memory.narrow(-2, start + shift, count))
-        self._end = held
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._view.seen, self._view.columns.total - self._view.seen
 
-    def _show(self, held: int) -> None:
-        self.keys, self.values = (memory.narrow(-2, self._end - held, held) for memory in self._room)
+    def get_seq_length(self) -> int:
+        return self._held
 
-    def reset(self) -> None:
-        _reset(self)
-        self.cumulative_length = self._end = 0
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
 
 
-def _initialize(layer: Any, room: tuple[torch.Tensor, ...], states: tuple[torch.Tensor, ...]) -> None:
-    """Raises RuntimeError for states that the memory was not laid out for: copies would convert or broadcast them."""
-    for memory, state in zip(room, states, strict=True):
-        (rows, heads, _, width), found = memory.shape, (*state.shape[:2], state.shape[3])
-        if (found, state.dtype) != ((rows, heads, width), memory.dtype):
-            raise RuntimeError(
-                f"the cache was planned for {rows} rows of {heads} heads of {width} in {memory.dtype}, "
-                f"but the model makes {found} in {state.dtype}"
-            )
-    layer.dtype, layer.device = states[0].dtype, states[0].device
-    layer.keys, layer.values = (memory.narrow(-2, 0, 0) for memory in room)
-    layer.is_initialized = True
-
-
-def _reset(layer: Any) -> None:
-    layer.keys = layer.values = None
-    layer.is_initialized = False
+def columns_of(seats: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Columns:
+    """Columns in which each row's next `counts` tokens follow the `starts` that are in the cache."""
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    known = to_device([*seats, *starts, *lengths], device).view(3, -1)
+    new, total = max(counts), max(lengths)
+    return Columns(
+        seats=known[0],
+        starts=known[1],
+        lengths=known[2],
+        total=total,
+        new=new,
+        is_first=not any(starts),
+        is_even=min(counts) == new,
+        is_padded=min(lengths) < total,
+    )

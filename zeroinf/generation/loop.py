@@ -1,114 +1,142 @@
-"""The decode loop: take rows, run forwards, hand finished rows back."""
+"""The decode loop: take rows, make passes, hand finished rows back."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.micro_batch import MicroBatch, TokenRules
+from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch
 from zeroinf.generation.row import Row
+from zeroinf.generation.scheduler import Group, Scheduler
 
 
-def generate(
-    engine: Engine,
-    rules: TokenRules,
-    control: Control,
-    pool: CachePool,
-    device: torch.device,
-    *,
-    take: Callable[[], Sequence[Row]],
-    done: Callable[[Row], None],
-    grew: Callable[[int], None] = lambda rows: None,
-    stop_requested: Callable[[], int] = lambda: 0,
-    shrank: Callable[[int], None] = lambda rows: None,
-) -> int:
-    """Run rows until `take` has none left on any rank, or a stop is requested on one of them.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """Where rows come from and go to."""
 
-    `take` returns the rows of the next micro-batch (none: the queue is empty), which find room in `pool`; `done`
-    receives each row as it ends; `grew` is told after each forward how many rows gained a token. Where an engine's
-    ranks must step together, a rank without rows keeps the others company with forwards of one token.
+    take: Callable[[], Sequence[Row]]
+    """More rows, each of which finds room in the pool; none: the queue is empty."""
+    done: Callable[[Row], None]
+    """Receives each row as it ends."""
+    grew: Callable[[int], None] = lambda rows: None
+    """Told how many rows gained a token in a pass."""
+    stop_requested: Callable[[], int] = lambda: 0
+    shrank: Callable[[int], None] = lambda rows: None
+    """Told the most rows of a micro-batch from now on, after one ran out of GPU memory."""
 
-    A micro-batch that runs out of GPU memory is run again in halves, and those that follow are as small: `shrank` is
-    told the rows of each. Raises torch.OutOfMemoryError when a single row does not fit, or the engine cannot go on.
+
+def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler, feed: Feed) -> int:
+    """Run rows until `feed` has none left on any rank, or a stop is requested on one of them.
+
+    Where an engine's ranks must step together, a rank without rows keeps the others company with forwards of one token.
+
+    A pass that runs out of GPU memory is made again with micro-batches half as large, and those that follow are as
+    small. Raises torch.OutOfMemoryError when one of a single row does not fit, or the engine cannot go on.
 
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
-    batch: MicroBatch | None = None
-    supply = _Supply(take, pool, lambda rows: MicroBatch(engine.model, rows, rules, pool, device), shrank)
+    passes = _Passes(engine, desk, scheduler, feed)
     ranks = _Agreement(control) if engine.in_step else None
     while True:
-        if batch is None:
-            batch = supply.next()
-        busy, stop = batch is not None, stop_requested()
+        groups = passes.next()
+        busy, stop = bool(groups), feed.stop_requested()
         if ranks is not None:
             busy, stop = ranks.agree(busy, stop)
         if stop or not busy:
-            if batch is not None:
-                grew(batch.accept(done))
+            passes.accept()
             return stop
         if ranks is not None:
-            ranks.foretell(batch is not None and batch.likely_goes_on(), stop_requested())
-        if batch is None:
-            engine.forward([_company(device)])
+            ranks.foretell(passes.likely_goes_on(groups), feed.stop_requested())
+        if not groups:
+            engine.forward([_company(desk.device)])
             continue
-        failed: list[Row] = []
+        ran_out = False
         try:
-            grew(_advance(engine, batch, done))
+            passes.run(groups)
         except torch.OutOfMemoryError:
-            if pool.rows == 1 or not engine.recover():
+            if max(len(group.seats) for group in groups) == 1 or not engine.recover():
                 raise
-            failed = batch.rows
-        if failed or batch.finished:
-            batch = None
-        if failed:
-            supply.halve(failed)
+            ran_out = True
+        if ran_out:  # not while the error is handled: it keeps alive what the failed forwards had made
+            passes.halve(groups)
 
 
-class _Supply:
-    """Micro-batches that find room in the pool."""
+class _Passes:
+    """Passes over the rows of one rank. The tokens of each are read while the next one runs, wherever they may be."""
 
-    def __init__(
-        self,
-        take: Callable[[], Sequence[Row]],
-        pool: CachePool,
-        make: Callable[[Sequence[Row]], MicroBatch],
-        shrank: Callable[[int], None],
-    ) -> None:
-        self._take, self._pool, self._make, self._shrank = take, pool, make, shrank
-        self._waiting: deque[Row] = deque()
+    def __init__(self, engine: Engine, desk: Desk, scheduler: Scheduler, feed: Feed) -> None:
+        self._engine, self._desk, self._scheduler, self._feed = engine, desk, scheduler, feed
+        self._chosen: list[Chosen] = []
+        self._is_dry = False
 
-    def next(self) -> MicroBatch | None:
-        """The next micro-batch; None when the queue is empty."""
-        while rows := self._rows():
-            try:
-                return self._make(rows)
-            except torch.OutOfMemoryError:
-                if self._pool.rows == 1:
-                    raise
-            self.halve(rows)
-        return None
+    def next(self) -> list[Group]:
+        """The micro-batches of the next pass; none when there is no row left."""
+        if not self._surely_goes_on():
+            self.accept()  # a pass started before the tokens are known would be wasted if they ended all rows
+        self._fill()
+        return self._scheduler.next_pass()
 
-    def _rows(self) -> list[Row]:
-        if not self._waiting:
-            self._waiting.extend(self._take())
-        return [self._waiting.popleft() for _ in range(min(self._pool.rows, len(self._waiting)))]
+    def run(self, groups: Sequence[Group]) -> None:
+        """One pass, and the choice of the tokens that follow."""
+        batches = [MicroBatch(self._desk, group) for group in groups]
+        outputs = self._engine.forward([batch.inputs() for batch in batches])
+        self.accept()
+        for batch in batches:
+            chosen = batch.choose(outputs.pop(0))
+            self._desk.close(self._scheduler.advance(batch.group))
+            if chosen is not None:
+                self._chosen.append(chosen)
 
-    def halve(self, rows: Sequence[Row]) -> None:
-        """Let those of `rows` that are not finished be run again, in micro-batches of half as many rows.
+    def accept(self) -> None:
+        """Give the tokens of the last pass to their rows."""
+        grown, chosen = 0, self._chosen
+        self._chosen = []
+        for each in chosen:
+            rows, ended = each.accept(self._desk.rules)
+            grown += rows
+            for seat in ended:
+                if not seat.has_left:
+                    self._scheduler.release(seat)
+                    self._desk.close([seat])
+                self._feed.done(seat.row)
+        if chosen:
+            self._feed.grew(grown)
 
-        Not to be called while the error is handled: it keeps alive what the failed forward had made.
-        """
-        unfinished = [row for row in rows if not row.finished]
-        for row in unfinished:
-            row.restart()
-        self._waiting.extendleft(reversed(unfinished))
-        self._pool.shrink(-(-len(rows) // 2))
-        self._shrank(self._pool.rows)
+    def halve(self, groups: Sequence[Group]) -> None:
+        """Go on with smaller micro-batches after a pass of `groups` that broke."""
+        self.accept()
+        self._desk.close(self._scheduler.halve(groups))
+        self._feed.shrank(self._scheduler.limits.micro_batch_rows)
+
+    def likely_goes_on(self, groups: Sequence[Group]) -> bool:
+        """Whether there is likely a pass after that of `groups`; two rows that may end early hardly do so together."""
+        after = [
+            seat
+            for group in groups
+            for seat, chooses in zip(group.seats, group.chooses, strict=True)
+            if not seat.has_left and seat.known + chooses < seat.total
+        ]
+        sure = any(not self._desk.rules.may_end_early(seat.row) for seat in after)
+        return sure or len(after) > 1 or self._scheduler.has_more_than(groups)
+
+    def _surely_goes_on(self) -> bool:
+        """Whether some row needs another pass, whatever tokens have been chosen."""
+        open_ended = {seat for each in self._chosen for seat in each.seats if self._desk.rules.may_end_early(seat.row)}
+        return any(seat not in open_ended and not seat.has_left for seat in self._scheduler.seats)
+
+    def _fill(self) -> None:
+        """Admit rows as long as there are rows and room."""
+        while True:
+            self._desk.open(self._scheduler.admit())
+            if self._is_dry or not self._scheduler.wants_rows:
+                return
+            rows = self._feed.take()
+            self._is_dry = not rows
+            self._scheduler.add(rows)
 
 
 class _Agreement:
@@ -133,14 +161,6 @@ class _Agreement:
         if not any_busy and not any_stop:
             any_busy, any_stop = self._control.most(busy, stop)
         return bool(any_busy), any_stop
-
-
-def _advance(engine: Engine, batch: MicroBatch, done: Callable[[Row], None]) -> int:
-    (output,) = engine.forward([batch.inputs()])
-    grown = batch.accept(done)
-    batch.choose(output)
-    # A forward started before the tokens are known would be wasted if they ended all rows.
-    return grown if batch.surely_goes_on else grown + batch.accept(done)
 
 
 def _company(device: torch.device) -> dict[str, object]:

@@ -1,18 +1,25 @@
-"""Rows that run one forward together, with their cache."""
+"""Rows that run one forward together: what goes into it, and the tokens chosen from what comes out."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
-from zeroinf.generation.cache import CachePool
+from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.row import Row
 from zeroinf.generation.sampling import choose_tokens, to_device
+from zeroinf.generation.scheduler import Group, Seat
+
+
+def breaks_at(config: Any) -> int | None:
+    """Tokens beyond which the model of `config` has other rotary factors, so that no key of before holds any more."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
 
 
 class TokenRules:
@@ -27,6 +34,7 @@ class TokenRules:
         self._config = copy.deepcopy(config)
         self._config.do_sample = False
         self._config.min_new_tokens = self._config.min_length = None
+        self._processors: dict[int, LogitsProcessorList] = {}
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
@@ -34,140 +42,138 @@ class TokenRules:
 
     def processors(self, prompt_length: int, device: torch.device) -> LogitsProcessorList:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
-        return self._model._get_logits_processor(
-            generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
-        )
+        if prompt_length not in self._processors:
+            self._processors[prompt_length] = self._model._get_logits_processor(
+                generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
+            )
+        return self._processors[prompt_length]
+
+
+class Desk:
+    """The live rows of one job on the device: their tokens, and their pages in the cache."""
+
+    def __init__(self, model: Any, rules: TokenRules, pool: PagePool, device: torch.device) -> None:
+        self.rules, self.pool, self.device = rules, pool, device
+        self.ids = torch.full((pool.size.rows, pool.size.tokens), rules.pad_token, device=device)
+        """(rows, tokens), int64: those of each seat, from the first on."""
+        self.last = pool.size.tokens - 1
+        """The last column; rows that have ended, but keep their places, may be beyond."""
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self.always: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in accepted:
+            self.always["logits_to_keep"] = 1
+        self._cache = pool.new_cache()
+        self._is_paged = pool.is_whole
+
+    def open(self, seats: Sequence[Seat]) -> None:
+        """Write the tokens of rows that enter, and give them pages."""
+        if not seats:
+            return
+        tokens = [[*seat.row.prompt, *seat.row.generated] for seat in seats]
+        width = max(map(len, tokens))
+        flat = [token for row in tokens for token in (*row, *[self.rules.pad_token] * (width - len(row)))]
+        numbers = to_device([seat.number for seat in seats], self.device)
+        self.ids[:, :width].index_copy_(0, numbers, to_device(flat, self.device).view(-1, width))
+        for seat in seats:
+            self.pool.open(seat.number, seat.total)
+
+    def close(self, seats: Sequence[Seat]) -> None:
+        """Take back the pages of rows that have ended."""
+        for seat in seats:
+            self.pool.close(seat.number)
+
+    def cache(self, *, anew: bool) -> DynamicCache:
+        """A cache for one forward; states that are not paged are those of the forward before, unless `anew`."""
+        if self._is_paged:
+            return copy.copy(self._cache)
+        if anew:
+            self._cache = self.pool.new_cache()
+        return self._cache
 
 
 class MicroBatch:
-    """Left-padded rows that start and end together, exactly as transformers' `generate` treats a batch.
+    """One forward of left-padded rows, as transformers' `generate` would make it for a batch of them.
 
-    A finished row is fed padding until the last one ends, so that the numbers of the others do not depend on it.
-
-    A step is `inputs`, a forward, `choose` and `accept`. Only `accept` waits for the device; as long as
-    `surely_goes_on` holds, it may be called after the next forward has been started.
+    `inputs`, a forward, `choose`: none of them waits for the device.
     """
 
-    def __init__(
-        self, model: Any, rows: Sequence[Row], rules: TokenRules, pool: CachePool, device: torch.device
-    ) -> None:
-        self.rows = list(rows)
-        self._model = model
-        self._rules = rules
-        self._width = self._length = max(len(row.prompt) for row in rows)
-        room = self._width + max(row.sampling.max_new_tokens for row in rows)
-        self._ids, mask, positions = _left_padded([row.prompt for row in rows], room, rules.pad_token, device)
-        self._processors = rules.processors(self._width, device)
-        self._takes_raw_scores = not self._processors and all(row.sampling.is_greedy for row in rows)
-        self._sure = max((row.sampling.max_new_tokens for row in rows if not rules.may_end_early(row)), default=0)
-        accepted = inspect.signature(model.forward).parameters
-        self._cache = pool.lend(len(rows), room)
-        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-        self._always = {"use_cache": True, self._cache_name: self._cache}
-        if "logits_to_keep" in accepted:
-            self._always["logits_to_keep"] = 1
-        self._growing = {"attention_mask": mask} if any(len(row.prompt) < self._width for row in rows) else {}
-        if "position_ids" in accepted:
-            self._growing["position_ids"] = positions
-        self._feeds_plainly = _feeds_plainly(model, self._cache)
-        self._ended: torch.Tensor | None = None
-        self._chosen: torch.Tensor | None = None
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @property
-    def finished(self) -> bool:
-        return all(row.finished for row in self.rows)
-
-    @property
-    def surely_goes_on(self) -> bool:
-        """Whether some row needs another forward, whatever tokens have been chosen."""
-        return self._length - self._width < self._sure
-
-    def likely_goes_on(self) -> bool:
-        """Whether some row needs another forward after the next one; two that may end early hardly do so together."""
-        after = self._length - self._width + 1
-        lasting = (row for row in self.rows if not row.finished and row.sampling.max_new_tokens > after)
-        return after < self._sure or sum(1 for _ in lasting) > 1
+    def __init__(self, desk: Desk, group: Group) -> None:
+        self.group, self._desk = group, desk
+        self._columns = columns_of([seat.number for seat in group.seats], group.starts, group.counts, desk.device)
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of the next forward: the whole prompts first, one token a row from then on."""
-        if self._length == self._width or not self._feeds_plainly:
-            return self._inputs_by_the_model()
-        last = slice(self._length - 1, self._length)
-        inputs = {"input_ids": self._ids[:, last], **self._always}
-        for name, tensor in self._growing.items():
-            inputs[name] = tensor[:, last] if name == "position_ids" else tensor[:, : self._length]
+        """Arguments of the model's forward."""
+        desk, columns = self._desk, self._columns
+        positions = columns.positions[:, columns.total - columns.new :].clamp(min=0)
+        inputs = {
+            **desk.always,
+            "input_ids": desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last)),
+            desk.cache_name: desk.pool.page(desk.cache(anew=columns.is_first), columns),
+        }
+        if desk.takes_positions:
+            inputs["position_ids"] = positions
+        # A state-space model's own preparation drops the mask after the prompt.
+        if columns.is_padded and not (desk.cache_name == "cache_params" and not columns.is_first):
+            inputs["attention_mask"] = (columns.positions >= 0).long()
         return inputs
 
-    def _inputs_by_the_model(self) -> dict[str, Any]:
-        first = self._length == self._width
-        ids = self._ids[:, : self._length]
-        always = {**self._always, **{name: tensor[:, : self._length] for name, tensor in self._growing.items()}}
-        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
-            ids, next_sequence_length=None if first else 1, is_first_iteration=first, **always
-        )
-        if inputs.get(self._cache_name) is None:
-            # Phi-3 drops its cache once, where its long rotary factors begin: all tokens run again.
-            self._cache.reset()
-            return {"input_ids": ids, **always}
-        return inputs
-
-    def choose(self, output: Any) -> None:
-        """Choose each row's next token from a forward's output, on the device.
-
-        The tokens chosen before must have been accepted: a row that they end gets padding.
-        """
+    def choose(self, output: Any) -> Chosen | None:
+        """Choose the next token of each row whose prompt is through; None where there is none."""
+        desk, group = self._desk, self.group
+        choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
+        if not choosing:
+            return None
         scores = output.logits[:, -1]
-        if not self._takes_raw_scores:
-            scores = self._processors(self._ids[:, : self._length], scores.to(torch.float32, copy=True))
-        tokens = choose_tokens(scores, self.rows)
-        if self._ended is not None:
-            tokens.masked_fill_(self._ended, self._rules.pad_token)
-        self._ids[:, self._length] = tokens
-        self._length += 1
-        self._chosen = tokens.to("cpu", non_blocking=True)
+        seats, lengths = self._columns.seats, self._columns.lengths
+        if len(choosing) < len(group.seats):
+            index = to_device(choosing, desk.device)
+            scores, seats, lengths = (each.index_select(0, index) for each in (scores, seats, lengths))
+        chosen = [group.seats[index] for index in choosing]
+        tokens = choose_tokens(self._processed(scores, chosen), [seat.row for seat in chosen], _numbers(chosen))
+        desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
+        return Chosen(chosen, tokens)
+
+    def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
+        """The scores as the generation config wants them: rows with equally long prompts and completions together."""
+        desk = self._desk
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, seat in enumerate(seats):
+            alike.setdefault((len(seat.row.prompt), seat.known), []).append(number)
+        if not any(desk.rules.processors(prompt, desk.device) for prompt, _ in alike):
+            greedy = all(seat.row.sampling.is_greedy for seat in seats)
+            return scores if greedy else scores.to(torch.float32, copy=True)
+        scores = scores.to(torch.float32, copy=True)
+        for (prompt, known), members in alike.items():
+            index = to_device(members, desk.device)
+            ids = desk.ids.index_select(0, to_device([seats[i].number for i in members], desk.device))[:, :known]
+            processed = desk.rules.processors(prompt, desk.device)(ids, scores.index_select(0, index))
+            scores.index_copy_(0, index, processed)
+        return scores
+
+
+class Chosen:
+    """The tokens chosen for some rows, on their way to the host."""
+
+    def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor) -> None:
+        self.seats = seats
+        self._tokens = tokens.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
 
-    def accept(self, done: Callable[[Row], None]) -> int:
-        """Wait for the chosen tokens and give them to their rows; `done` receives each row that ends.
-
-        Returns how many rows grew: 0 where nothing has been chosen since the last call.
-        """
-        if self._chosen is None:
-            return 0
+    def accept(self, rules: TokenRules) -> tuple[int, list[Seat]]:
+        """Wait for the tokens and give them to their rows: how many rows grew, and the seats of those that ended."""
         if self._copied is not None:
             self._copied.synchronize()
-        tokens, self._chosen = self._chosen.tolist(), None
-        live = [pair for pair in zip(self.rows, tokens, strict=True) if not pair[0].finished]
-        ended = False
-        for row, token in live:
-            row.accept(token, self._rules.eos_tokens)
-            if row.finished:
-                done(row)
-                ended = True
-        if ended:
-            self._ended = to_device([row.finished for row in self.rows], self._ids.device)
-        return len(live)
+        live = [(seat, token) for seat, token in zip(self.seats, self._tokens.tolist(), strict=True)]
+        live = [(seat, token) for seat, token in live if not seat.row.finished]
+        for seat, token in live:
+            seat.row.accept(token, rules.eos_tokens)
+        return len(live), [seat for seat, _ in live if seat.row.finished]
 
 
-def _feeds_plainly(model: Any, cache: Any) -> bool:
-    """Whether the model's own preparation of a decode step does nothing but take the last token."""
-    return (
-        type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-        and not cache.is_compileable
-        and not model.is_remote_code()
-    )
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], room: int, pad_token: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, mask and positions, each (rows, room), int64: prompts end in one column, generated tokens follow."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), room), pad_token)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[width - len(prompt) : width] = torch.tensor(prompt)
-    padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
-    positions = torch.arange(room) - padding
-    return ids.to(device), (positions >= 0).long().to(device), positions.clamp(min=0).to(device)
+def _numbers(seats: Sequence[Seat]) -> list[int]:
+    """Which token of its row is chosen for each seat, counted from 0."""
+    return [seat.known - len(seat.row.prompt) for seat in seats]

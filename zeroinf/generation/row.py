@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]
@@ -59,24 +59,15 @@ class Row:
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text: str = ""
-    _random: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.restart()
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def restart(self) -> None:
-        """Forget what has been generated; the same tokens will come again."""
-        self.generated.clear()
-        self.finish_reason, self.text = None, ""
-        self._random = random.Random(f"{self.sampling.seed}/{self.index}")
-
-    def draw(self) -> float:
-        """This row's next random number, uniform in [0, 1)."""
-        return self._random.random()
+    def draw(self, number: int) -> float:
+        """The random number for this row's token `number`, uniform in [0, 1): the same however often it is asked."""
+        digest = blake2b(f"{self.sampling.seed}/{self.index}/{number}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest) >> 11) / 2**53
 
     def accept(self, token: int, eos_tokens: frozenset[int]) -> None:
         """Take the next token; sets `finish_reason` and `text` when the row ends with it."""

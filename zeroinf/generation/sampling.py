@@ -12,17 +12,19 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from zeroinf.generation.row import Row, Sampling
 
 
-def choose_tokens(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def choose_tokens(scores: torch.Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> torch.Tensor:
     """The next token of each row. scores: (rows, vocabulary), float32, or of any dtype where all rows are greedy.
 
-    Returns (rows,), int64, on the same device. Greedy rows take the highest score, the first of several. The others
-    draw from their own random numbers, so a row's sample depends on nothing but its scores, its seed and its place in
-    the input.
+    `numbers` says which of its tokens each row is given, counted from 0. Returns (rows,), int64, on the same device.
+    Greedy rows take the highest score, the first of several. The others draw from their own random numbers, so a row's
+    sample depends on nothing but its scores, its seed, its place in the input and the token's place in it.
     """
     tokens = scores.argmax(dim=-1)
     for (temperature, top_k, top_p), members in _by_filter(rows).items():
         index = to_device(members, scores.device)
-        drawn = _draw(_warpers(temperature, top_k, top_p)(None, scores[index]), [rows[i].draw() for i in members])
+        drawn = _draw(
+            _warpers(temperature, top_k, top_p)(None, scores[index]), [rows[i].draw(numbers[i]) for i in members]
+        )
         tokens[index] = drawn
     return tokens
 
@@ -36,7 +38,7 @@ def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float], list[int]]
     groups: dict[tuple[float, int, float], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         s: Sampling = row.sampling
-        if not s.is_greedy and not row.finished:
+        if not s.is_greedy:
             groups[s.temperature, s.top_k, s.top_p].append(i)
     return groups
 

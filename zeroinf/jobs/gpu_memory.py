@@ -67,20 +67,20 @@ class GpuMemory:
                 hint="run it again, and it plans with what is free then",
             )
 
-    def rows_that_fit(self) -> int:
-        """The plan's rows, or as many as still fit beside what is loaded, if another process has taken memory.
+    def plan_that_fits(self) -> Plan:
+        """The plan, with as many rows as still fit beside what is loaded if another process has taken memory.
 
         Raises DoesNotFitError when not even one row fits.
         """
         self._loaded = torch.cuda.memory_allocated(self._device)
         missing = self._missing()
         if missing <= 0:
-            return self._plan.batch_size
+            return self._plan
         growing = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.grows)
         rows = self._plan.batch_size * (growing - missing) // max(growing, 1)
         if rows < 1:
             self.check()
-        return int(rows)
+        return self._plan.with_rows(int(rows))
 
     def use(self, slot_bytes: int, cache_bytes: int) -> GpuUse:
         """What was taken until now."""

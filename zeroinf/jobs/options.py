@@ -45,6 +45,7 @@ class RunOptions:
     max_error_rate: float = 1.0
     """The largest share of the requests that may be refused."""
     batch_size: int | None = None
+    static_batches: bool = False
     gpu_memory_bytes: int | None = None
     """The most that each rank may take of its GPU."""
     host_memory_bytes: int | None = None

@@ -65,6 +65,7 @@ def plan_run(
         offload=offload,
         fetch=options.fetch,
         batch_size=options.batch_size,
+        static_batches=options.static_batches,
         resident_blocks=options.resident_blocks,
         wire=options.wire,
         requests=requests,
@@ -123,6 +124,8 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
         raise UsageError(f"{', '.join(given)} has no effect with the {engine} engine", hint="drop it")
     if given and options.offload == "none":
         raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
+    if options.static_batches and engine != "stream":
+        raise UsageError("--static-batches has no effect with the zero engine: its batches are", hint="drop it")
     if options.fetch != "auto" and world.size == 1:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
     if options.fetch == "partitioned" and world.local_size != world.size:

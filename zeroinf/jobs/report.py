@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.engines.base import Stalls
+from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.jobs.gpu_memory import GpuUse
@@ -28,6 +29,10 @@ class RankReport:
     """Rate of this rank's link, measured before the weights were loaded while all ranks measured theirs."""
     passes: int
     """Walks over the blocks in the measured part."""
+    counts: Counts
+    """What its passes were filled with."""
+    pool_pages: int
+    """Pages of its KV cache."""
     slot_bytes: int
     """Device memory that blocks pass through."""
     pinned_host_bytes: int
@@ -76,6 +81,8 @@ class RunReport:
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
             **{name: getattr(self, name) for name in (*counted, *timed, *rates, *memory)},
+            "padding": self.padding,
+            "kv_pool": self.pool_share,
             "compared": [{**asdict(one), "ratio": one.ratio} for one in self.compared()],
             "ranks": [asdict(rank) for rank in self.ranks],
         }
@@ -110,6 +117,25 @@ class RunReport:
         shared = [min(rank.pinned_host_bytes, self.shared_host_bytes) for rank in self.ranks]
         return sum(rank.pinned_host_bytes for rank in self.ranks) - sum(shared[:-1])
 
+    @property
+    def padding(self) -> dict[str, float]:
+        """The part of the columns, computed or attended to, that held no token of their row; all ranks together."""
+        counts = [rank.counts for rank in self.ranks]
+        return {
+            "prefill": _share(sum(c.prefill_padding for c in counts), sum(c.prefill_columns for c in counts)),
+            "decode": _share(sum(c.decode_padding for c in counts), sum(c.decode_columns for c in counts)),
+        }
+
+    @property
+    def pool_share(self) -> dict[str, float]:
+        """The part of the KV cache that live rows held, on average over all passes and at the most."""
+        ranks = self.ranks
+        passes = sum(rank.counts.passes * rank.pool_pages for rank in ranks)
+        return {
+            "mean": _share(sum(rank.counts.reserved_pages for rank in ranks), passes),
+            "peak": max(_share(rank.counts.most_reserved_pages, rank.pool_pages) for rank in ranks),
+        }
+
     def _together(self, ranks: Sequence[Resident]) -> int:
         mapped = sorted(min(rank.shared_bytes, self.shared_host_bytes) for rank in ranks)
         return sum(rank.total_bytes for rank in ranks) - sum(mapped[:-1])
@@ -134,6 +160,10 @@ class RunReport:
     def ms_per_token(self) -> float:
         """Tokenize and generate, milliseconds for each generated token, all ranks together."""
         return 1e3 * (self.tokenize_s + self.generate_s) / max(self.completion_tokens, 1)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

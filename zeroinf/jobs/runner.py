@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -22,10 +22,11 @@ from zeroinf.errors import (
     RequestsFailedError,
     ZeroinfError,
 )
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.loop import generate
-from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.loop import Feed, generate
+from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row
+from zeroinf.generation.scheduler import Counts, Limits, Scheduler
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.measure.links import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
@@ -231,12 +232,12 @@ class _Job:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
             loading = self._peak.so_far()
-            pool = self._cache_pool(engine)
-            stream, generate_s = self._generate(engine, pool)
+            pool, scheduler = self._make_room(engine)
+            stream, generate_s = self._generate(engine, pool, scheduler)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(engine.stats(), pool, stream, loading))
+            ranks = self._control.gather(self._rank_report(engine.stats(), pool, scheduler, stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             passes = (max if engine.in_step else sum)(rank.passes for rank in ranks)
             stats = engine.stats()
@@ -288,66 +289,62 @@ class _Job:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
-    def _generate(self, engine: Engine, pool: CachePool) -> tuple[Stream, float]:
+    def _generate(self, engine: Engine, pool: PagePool, scheduler: Scheduler) -> tuple[Stream, float]:
         codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
+        desk = Desk(engine.model, rules, pool, self._device)
         if self._options.benchmark:
             warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
-            self._loop(engine, rules, pool, warm_up.take, lambda row: None, lambda rows: None)
+            self._loop(engine, desk, scheduler, warm_up.take, lambda row: None, lambda rows: None)
+            scheduler.counts = Counts()
         self._stalls_before = engine.stats().stalls
         stream = Stream(self._prepared, codec, self._control, engine, self._output, self._observer)
         started = time.perf_counter()
         try:
-            self._loop(engine, rules, pool, stream.take, stream.done, stream.grew)
+            self._loop(engine, desk, scheduler, stream.take, stream.done, stream.grew)
             stream.gather_all()
         finally:
             stream.gather()
             self._observer.ended()
         return stream, time.perf_counter() - started
 
-    def _cache_pool(self, engine: Engine) -> CachePool:
-        plan = self._prepared.plan
-        rows = plan.batch_size if self._gpu is None else self._gpu.rows_that_fit()
-        if rows < plan.batch_size:
+    def _make_room(self, engine: Engine) -> tuple[PagePool, Scheduler]:
+        """The KV cache, and who shares it out."""
+        planned = self._prepared.plan
+        plan = planned if self._gpu is None else self._gpu.plan_that_fits()
+        if plan.batch_size < planned.batch_size:
             self._observer.note(
-                f"another process has taken GPU memory since the plan: {rows} rows instead of {plan.batch_size}"
+                f"another process has taken GPU memory since the plan: {plan.batch_size} rows instead of "
+                f"{planned.batch_size}"
             )
+        limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
         try:
-            return CachePool(
-                engine.model,
-                plan.anatomy,
-                rows=rows,
-                tokens=plan.prompt_tokens + plan.new_tokens,
-                device=self._device,
-            )
+            pool = PagePool(engine.model, plan.anatomy, plan.pool, self._device)
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error, rows) from error
+            raise _out_of_memory(error, plan.batch_size) from error
+        return pool, Scheduler(limits, plan.anatomy.row_pages)
 
     def _loop(
         self,
         engine: Engine,
-        rules: TokenRules,
-        pool: CachePool,
-        take: Callable[[], list[Row]],
+        desk: Desk,
+        scheduler: Scheduler,
+        take: Callable[[], Sequence[Row]],
         done: Callable[[Row], None],
         grew: Callable[[int], None],
     ) -> None:
+        feed = Feed(
+            take=take,
+            done=done,
+            grew=grew,
+            stop_requested=lambda: self._interrupts.requested,
+            shrank=self._tell_of_shrinking,
+        )
         self._interrupts.deferred = True
         try:
-            stopped_by = generate(
-                engine,
-                rules,
-                self._control,
-                pool,
-                self._device,
-                take=take,
-                done=done,
-                grew=grew,
-                stop_requested=lambda: self._interrupts.requested,
-                shrank=self._tell_of_shrinking,
-            )
+            stopped_by = generate(engine, self._control, desk, scheduler, feed)
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error, pool.rows) from error
+            raise _out_of_memory(error, scheduler.limits.micro_batch_rows) from error
         finally:
             self._interrupts.deferred = False
         if stopped_by:
@@ -357,17 +354,21 @@ class _Job:
         """An error of the planner: say so, with what it had counted on."""
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self._prepared.plan.terms if t.place == "gpu")
         self._observer.note(
-            f"out of GPU memory, against the plan: {rows} rows from here on, the rows it hit run again. "
+            f"out of GPU memory, against the plan: micro-batches of {rows} rows from here on, the pass is made again. "
             f"Please report it with the planned terms: {terms}"
         )
 
-    def _rank_report(self, stats: EngineStats, pool: CachePool, stream: Stream, loading: Resident) -> RankReport:
+    def _rank_report(
+        self, stats: EngineStats, pool: PagePool, scheduler: Scheduler, stream: Stream, loading: Resident
+    ) -> RankReport:
         return RankReport(
             host_loading=loading,
             host=self._peak.stop(),
             gpu=self._gpu.use(stats.slot_bytes, pool.nbytes) if self._gpu is not None else None,
             link_gbps=self._link_gbps,
             passes=stream.passes,
+            counts=scheduler.counts,
+            pool_pages=scheduler.limits.pages,
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=stats.pinned_host_bytes,
             stalls=stats.stalls - self._stalls_before,

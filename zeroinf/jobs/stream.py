@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _TELL_EVERY_S = 0.5
 _POLL_S = 0.05
+_DRAWS = 4
 
 
 class Output:
@@ -79,7 +80,10 @@ class Stream:
         self._work = {work.index: work for work in prepared.work}
         self._codec = codec
         self._engine = engine
-        self._queue = WorkQueue(control.store, len(prepared.work), prepared.plan.batch_size)
+        # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
+        rows, alone = prepared.plan.batch_size, prepared.plan.world_size == 1 or prepared.plan.static_batches
+        draw = rows if alone or not engine.shares_passes else max(1, rows // _DRAWS)
+        self._queue = WorkQueue(control.store, len(prepared.work), draw)
         self._box = ResultBox(control.store)
         self._tokens = TokenCount(control.store)
         self._untold = 0

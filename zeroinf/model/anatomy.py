@@ -20,6 +20,9 @@ DTYPE_BYTES = {
 # What torch aligns its own allocations to on a GPU: kernels find their operands as they would on their own.
 _POOL_ALIGNMENT = 512
 
+PAGE_TOKENS = 16
+"""Tokens of a page, in which a row gets room in the KV cache's pool."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
@@ -67,9 +70,18 @@ class TokenState:
     def nbytes(self) -> int:
         return self.heads * self.width * DTYPE_BYTES[self.dtype]
 
-    def pooled_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes that this takes in a pool for `rows` rows with room for `tokens` tokens: where the next one begins."""
-        return -(-rows * tokens * self.nbytes // _POOL_ALIGNMENT) * _POOL_ALIGNMENT
+    def pooled_bytes(self, pages: int) -> int:
+        """Bytes that this takes in a pool of so many pages: where the next one begins."""
+        return -(-pages * PAGE_TOKENS * self.nbytes // _POOL_ALIGNMENT) * _POOL_ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSize:
+    """What a KV cache's pool has room for: `rows` live rows of up to `tokens` tokens, in `pages` pages together."""
+
+    rows: int
+    tokens: int
+    pages: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,17 +108,19 @@ class LayerCache:
         """Keys and values, if they are all that this layer keeps: a pool can hold them."""
         return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
 
-    def pooled_tokens(self, tokens: int) -> int:
-        """Tokens for which a pool keeps room in each row.
+    def row_pages(self, tokens: int) -> int:
+        """Pages that a row of so many tokens takes in a pool; those of a window are used again and again."""
+        if not self.pooled:
+            return 0
+        return -(-(tokens if self.window is None else min(tokens, self.window)) // PAGE_TOKENS)
 
-        A window gets an eighth more than it shows: it moves on in its buffer, and is copied to the front now and then
-        instead of at every token.
-        """
-        return tokens if self.window is None else min(tokens, self.window + self.window // 8)
+    def pool_pages(self, size: PoolSize) -> int:
+        """Pages of this layer in a pool: no more than all its rows can take, and one for padding."""
+        return min(size.pages, size.rows * self.row_pages(size.tokens)) + 1
 
-    def pooled_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of this layer in a pool for `rows` rows of `tokens` tokens; 0 where a pool cannot hold it."""
-        return sum(state.pooled_bytes(rows, self.pooled_tokens(tokens)) for state in self.pooled)
+    def pooled_bytes(self, size: PoolSize) -> int:
+        """Bytes of this layer in a pool; 0 where a pool cannot hold it."""
+        return sum(state.pooled_bytes(self.pool_pages(size)) for state in self.pooled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,11 +174,15 @@ class Anatomy:
         """Bytes one token of one row adds to the cache while no window is full."""
         return sum(layer.bytes_per_token for layer in self.cache)
 
-    def pool_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the one allocation that holds keys and values of `rows` rows of up to `tokens` tokens."""
-        return sum(layer.pooled_bytes(rows, tokens) for layer in self.cache)
+    @property
+    def is_paged(self) -> bool:
+        """Whether a pool of pages holds the whole cache, so that rows can be regrouped at every pass."""
+        return all(layer.pooled for layer in self.cache)
 
-    def cache_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the whole cache: the pool, and the states of the layers that it cannot hold."""
-        own = (layer.nbytes(tokens) for layer in self.cache if not layer.pooled)
-        return self.pool_bytes(rows, tokens) + rows * sum(own)
+    def row_pages(self, tokens: int) -> int:
+        """Pages that a row of so many tokens takes, in the layer that needs most of them; others have room for it."""
+        return max((layer.row_pages(tokens) for layer in self.cache), default=0)
+
+    def pool_bytes(self, size: PoolSize) -> int:
+        """Bytes of the one allocation that holds keys and values."""
+        return sum(layer.pooled_bytes(size) for layer in self.cache)

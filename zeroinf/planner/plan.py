@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
 from zeroinf.planner.timing import Timing
@@ -33,6 +33,15 @@ class Plan:
     device: Literal["cuda", "cpu"]
     world_size: int
     batch_size: int
+    """Rows that are live at once."""
+    micro_batch_rows: int = 1
+    """Rows that run one forward together, at the most; several micro-batches share a pass."""
+    prefill_tokens: int = 1
+    """Prompt tokens that a pass computes, at the most."""
+    pool_pages: int = 0
+    """Pages of the KV cache, for all live rows together."""
+    static_batches: bool = False
+    """Rows are admitted only when no other is live, as a measure of what it brings to do otherwise."""
     prompt_tokens: int = 0
     """The longest prompt: a micro-batch is at most this wide before it grows. 0 where no request is known."""
     new_tokens: int = 0
@@ -50,3 +59,18 @@ class Plan:
     terms: tuple[Term, ...] = ()
     """Where every byte goes, as predicted."""
     timing: Timing | None = None
+
+    @property
+    def pool(self) -> PoolSize:
+        """What the KV cache has room for."""
+        return PoolSize(rows=self.batch_size, tokens=self.prompt_tokens + self.new_tokens, pages=self.pool_pages)
+
+    def with_rows(self, rows: int) -> Plan:
+        """The same with fewer rows live at once, and a pool that is smaller by as much."""
+        longest = self.anatomy.row_pages(self.prompt_tokens + self.new_tokens)
+        return replace(
+            self,
+            batch_size=rows,
+            micro_batch_rows=min(self.micro_batch_rows, rows),
+            pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
+        )

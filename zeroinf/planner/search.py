@@ -54,6 +54,7 @@ class Wish:
     """GPUs reach each other's memory: what makes partitioned fetch worth while."""
     engine: str = "stream"
     wire: Wire = "model"
+    static_batches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

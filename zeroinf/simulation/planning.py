@@ -128,6 +128,7 @@ def _asked(question: Question) -> Plan:
         device=question.device,
         world_size=wish.world_size,
         batch_size=wish.batch_size or 1,
+        static_batches=wish.static_batches,
         prompt_tokens=question.lengths.prompt_tokens,
         new_tokens=question.lengths.new_tokens,
         nvme_paths=question.nvme_paths,
@@ -145,6 +146,10 @@ def _plan(question: Question, decision: Decision) -> Plan:
         offload=choice.offload,
         fetch=choice.fetch,
         batch_size=choice.batch_size,
+        micro_batch_rows=choice.batch_size,
+        prefill_tokens=choice.batch_size * question.lengths.prompt_tokens,
+        pool_pages=choice.batch_size
+        * question.anatomy.row_pages(question.lengths.prompt_tokens + question.lengths.new_tokens),
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         terms=chosen.terms,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.micro_batch import MicroBatch, TokenRules
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.model.anatomy import Anatomy, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks
 from zeroinf.planner.workload import Step, Workload
 from zeroinf.simulation.attention import GpuAttention
@@ -46,8 +48,7 @@ class Simulator:
         self._path, self._blocks = find_blocks(self._model)
         self._times = [1.0] * len(self._blocks)
         self._seen: dict[int, Workload] = {}
-        self._is_pooled = all(layer.pooled for layer in anatomy.cache)
-        if self._is_pooled:
+        if anatomy.is_paged:
             self._keep_kinds()
 
     def __call__(self, rows: int) -> Workload:
@@ -72,18 +73,20 @@ class Simulator:
     def _run(self, rows: int) -> Workload:
         model, tokens = self._model, self._prompt_tokens + self._new_tokens
         recorder = Recorder(model, self._blocks)
+        size = PoolSize(rows=rows, tokens=tokens, pages=rows * self._anatomy.row_pages(tokens))
         with torch.no_grad(), recorder:
-            pool = CachePool(model, self._anatomy, rows=rows, tokens=tokens, device=_META)
+            desk = Desk(model, TokenRules(model, None, ()), PagePool(model, self._anatomy, size, _META), _META)
+            seats = self._seats(rows)
+            desk.open(seats)
             cache = recorder.cut(self._times)
-            batch = MicroBatch(model, self._rows(rows), TokenRules(model, None, ()), pool, _META)
-            prefill = first = last = self._step(batch, recorder)
+            prefill = first = last = self._step(desk, seats, recorder)
             if self._new_tokens > 1:
-                first = last = self._step(batch, recorder)
+                first = last = self._step(desk, seats, recorder)
             if self._new_tokens > 2:
-                _skip(batch, self._new_tokens - 3)
-                if self._is_pooled:
+                _skip(desk, seats, self._new_tokens - 3)
+                if self._anatomy.is_paged:
                     recorder.cut(self._times)  # what is written in place leaves nothing behind
-                last = self._step(batch, recorder)
+                last = self._step(desk, seats, recorder)
         return Workload(
             rows=rows,
             prompt_tokens=self._prompt_tokens,
@@ -94,29 +97,33 @@ class Simulator:
             last_decode=last,
         )
 
-    def _rows(self, count: int) -> list[Row]:
+    def _seats(self, count: int) -> list[Seat]:
         """Rows that never end early; the first is the longest."""
         sampling = Sampling(max_new_tokens=self._new_tokens, ignore_eos=True)
         longest, shorter = [0] * self._prompt_tokens, [0] * (1 if self._padded else self._prompt_tokens)
-        prompts = (longest if index == 0 else shorter for index in range(count))
-        return [Row(index=i, prompt=prompt, sampling=sampling, decode=str) for i, prompt in enumerate(prompts)]
+        prompts = [longest, *[shorter] * (count - 1)]
+        rows = (Row(index=i, prompt=prompt, sampling=sampling, decode=str) for i, prompt in enumerate(prompts))
+        return [Seat(row, number, len(row.prompt)) for number, row in enumerate(rows)]
 
-    def _step(self, batch: MicroBatch, recorder: Recorder) -> Step:
+    def _step(self, desk: Desk, seats: Sequence[Seat], recorder: Recorder) -> Step:
+        batch = MicroBatch(desk, Group.of(seats))
         with ExitStack() as stack:
             stack.enter_context(_META)
             stack.enter_context(GpuAttention(recorder))
             output = self._model(**batch.inputs())
         batch.choose(output)
         del output
-        batch.accept(lambda row: None)
+        for seat in seats:
+            seat.computed, seat.known = seat.known, seat.known + 1
         return recorder.cut(self._times)
 
 
-def _skip(batch: MicroBatch, tokens: int) -> None:
-    """Let `batch` stand where it would after `tokens` more steps."""
-    batch._length += tokens
-    for layer in batch._cache.layers if tokens else ():
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:  # recurrent states do not grow
+def _skip(desk: Desk, seats: Sequence[Seat], tokens: int) -> None:
+    """Let rows stand where they would after `tokens` more steps."""
+    for seat in seats:
+        seat.computed, seat.known = seat.computed + tokens, seat.known + tokens
+    for layer in desk.cache(anew=False).layers if tokens else ():
+        if isinstance(layer, DynamicLayer) and layer.keys is not None:  # recurrent states and pages do not grow
             layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
 
 

@@ -1,0 +1,121 @@
+"""Rows run through the decode loop over plain transformers models, and what transformers itself makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from small_models import PAD
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.base import EngineStats
+from zeroinf.engines.stream.lockstep import LockStep
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.loop import Feed, generate
+from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.model.anatomy import Anatomy, PoolSize
+from zeroinf.model.inspect import find_blocks, read_anatomy
+
+CPU = torch.device("cpu")
+
+
+class PlainEngine:
+    """A transformers model on this process alone, its micro-batches in lock-step; notes the shapes of each pass."""
+
+    name = "plain"
+
+    def __init__(self, model: Any, *, in_step: bool = False, shares_passes: bool = True) -> None:
+        self.model, self.in_step, self.shares_passes = model, in_step, shares_passes
+        self.passes: list[list[tuple[int, ...]]] = []
+        self.asked: list[Mapping[str, Any]] = []
+        self._lock_step = LockStep(list(find_blocks(model)[1]), lambda block: None, lambda block: None)
+
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        self.passes.append([tuple(inputs["input_ids"].shape) for inputs in micro_batches])
+        self.asked += micro_batches
+        with torch.inference_mode():
+            return self._lock_step.run([partial(self.model, **inputs) for inputs in micro_batches])
+
+    def recover(self) -> bool:
+        return True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(passes=len(self.passes), streamed_bytes_per_pass=0)
+
+    def close(self) -> None: ...
+
+
+@cache
+def anatomy_of(model: Any) -> Anatomy:
+    return read_anatomy(model.config, dtype=str(model.dtype).removeprefix("torch."))
+
+
+def words(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+def rows_of(prompts: Sequence[Sequence[int]], lengths: Sequence[int] | int, **sampling: Any) -> list[Row]:
+    """A row for each prompt, with its own most new tokens or the same for all."""
+    most = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
+    return [
+        Row(index=i, prompt=prompt, sampling=Sampling(max_new_tokens=new, **sampling), decode=words)
+        for i, (prompt, new) in enumerate(zip(prompts, most, strict=True))
+    ]
+
+
+def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True, **given: Any) -> Limits:
+    """Room for `rows` at once, all in one micro-batch, prompts in one pass, where `given` does not say else."""
+    anatomy = anatomy_of(model)
+    tokens = max(len(row.prompt) for row in rows) + max(row.sampling.max_new_tokens for row in rows)
+    live = given.get("rows", len(rows))
+    fields = {
+        "rows": live,
+        "pages": live * anatomy.row_pages(tokens),
+        "micro_batch_rows": live,
+        "prefill_tokens": live * tokens,
+        "breaks_at": breaks_at(model.config),
+        "together": not (anatomy.is_paged and shares_passes),
+        "keeps_ended": not anatomy.is_paged,
+    }
+    return Limits(**{**fields, **given})
+
+
+def desk_of(model: Any, rows: Sequence[Row], limits: Limits, pad: int = PAD) -> Desk:
+    """Tokens and pages for as many of `rows` as `limits` says; memory that nobody has written is NaN."""
+    tokens = max(len(row.prompt) for row in rows) + max(row.sampling.max_new_tokens for row in rows)
+    pool = PagePool(
+        model, anatomy_of(model), PoolSize(rows=limits.rows, tokens=tokens, pages=limits.pages), model.device
+    )
+    for states in pool._states:
+        for memory in states:
+            memory[16:] = float("nan")
+    return Desk(model, TokenRules(model, pad, ()), pool, model.device)
+
+
+def run_rows(
+    engine: Any, rows: Sequence[Row], /, *, control: Control | None = None, draw: int | None = None, **given: Any
+) -> tuple[int, Scheduler]:
+    """Generate all of `rows`, taken `draw` at a time; what is `given` is a limit, or where rows come from and go to.
+
+    Returns what `generate` does, and the scheduler.
+    """
+    feed = {name: given.pop(name) for name in tuple(given) if name in Feed.__slots__}
+    left = [rows[start : start + (draw or len(rows))] for start in range(0, len(rows), draw or max(1, len(rows)))]
+    feed = {"take": lambda: left.pop(0) if left else [], "done": lambda row: None, **feed}
+    known = rows or rows_of([[1]], 1)
+    limits = limits_of(engine.model, known, shares_passes=engine.shares_passes, **given)
+    scheduler = Scheduler(limits, anatomy_of(engine.model).row_pages)
+    desk = desk_of(engine.model, known, limits)
+    return generate(engine, control or Control(World(), "cpu"), desk, scheduler, Feed(**feed)), scheduler
+
+
+def greedy_by_transformers(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """What plain transformers chooses after `prompt` and each of `tokens` but the last: the row alone, no cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :].argmax(-1).tolist()

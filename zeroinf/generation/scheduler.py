@@ -1,0 +1,306 @@
+"""Which rows run in the next pass, and in which micro-batches. Knows of tokens and pages, and of no tensor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+
+from zeroinf.generation.row import Row
+from zeroinf.planner.plan import Plan
+
+# A prompt joins a micro-batch that is wider by so many tokens, or by a quarter: to compute the padding costs less than
+# a forward of its own.
+_CHEAP_PADDING_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a pass may hold."""
+
+    rows: int
+    """Rows that are live at once."""
+    pages: int
+    """Pages of the pool, for all of them."""
+    micro_batch_rows: int
+    prefill_tokens: int
+    """Prompt tokens that a pass computes, padding included; longer prompts take several passes."""
+    breaks_at: int | None = None
+    """Beyond so many tokens a model computes all keys anew, such as with other rotary factors: prompts run whole."""
+    static: bool = False
+    """Rows are admitted only when no other is live."""
+    together: bool = False
+    """All live rows are one micro-batch, prompts included, and none is admitted before all have ended."""
+    keeps_ended: bool = False
+    """A row that has ended keeps its place in its micro-batch: the model has states that cannot be regrouped."""
+
+    @classmethod
+    def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
+        """Those of `plan`, for an engine whose passes serve several micro-batches or one."""
+        regroups = plan.anatomy.is_paged
+        return cls(
+            rows=plan.batch_size,
+            pages=plan.pool_pages,
+            micro_batch_rows=plan.micro_batch_rows,
+            prefill_tokens=plan.prefill_tokens,
+            breaks_at=breaks_at,
+            static=plan.static_batches,
+            together=not (regroups and shares_passes),
+            keeps_ended=not regroups,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """A live row: its `number` among the live ones, and how far it is."""
+
+    row: Row
+    number: int
+    known: int
+    """Tokens of the prompt and those generated, the one that the host has not read yet included."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    has_left: bool = False
+
+    @property
+    def total(self) -> int:
+        """Tokens at the most."""
+        return len(self.row.prompt) + self.row.sampling.max_new_tokens
+
+    @property
+    def due(self) -> int:
+        """Tokens to be computed before the next one can be chosen."""
+        return self.known - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A micro-batch: of each seat the next so many tokens."""
+
+    seats: tuple[Seat, ...]
+    starts: tuple[int, ...]
+    """Tokens of each row that are in the cache already."""
+    counts: tuple[int, ...]
+    chooses: tuple[bool, ...]
+    """Rows of which the next token is chosen afterwards; of the others, there is more of the prompt."""
+
+    @classmethod
+    def of(cls, seats: Sequence[Seat], most: int | None = None) -> Group:
+        """All that is due of each row, or `most` tokens of it."""
+        counts = tuple(seat.due if most is None else min(seat.due, most) for seat in seats)
+        return cls(
+            tuple(seats),
+            tuple(seat.computed for seat in seats),
+            counts,
+            tuple(count == seat.due for seat, count in zip(seats, counts, strict=True)),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row in the cache afterwards."""
+        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+
+    @property
+    def width(self) -> int:
+        """Columns that are computed: rows are padded to the longest part."""
+        return max(self.counts)
+
+    @property
+    def length(self) -> int:
+        """Columns that are attended to: rows are padded to the longest."""
+        return max(self.lengths)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the passes so far were filled with; padding counts among the columns."""
+
+    passes: int = 0
+    prefill_columns: int = 0
+    prefill_padding: int = 0
+    decode_columns: int = 0
+    """Columns that decode steps attended to."""
+    decode_padding: int = 0
+    reserved_pages: int = 0
+    """Pages of live rows, summed over passes."""
+    most_reserved_pages: int = 0
+
+    def add(self, groups: Sequence[Group], pages: int) -> None:
+        self.passes += 1
+        self.reserved_pages += pages
+        self.most_reserved_pages = max(self.most_reserved_pages, pages)
+        for group in groups:
+            rows = len(group.seats)
+            if group.width > 1:
+                self.prefill_columns += rows * group.width
+                self.prefill_padding += rows * group.width - sum(group.counts)
+            else:
+                self.decode_columns += rows * group.length
+                self.decode_padding += rows * group.length - sum(group.lengths)
+
+
+class Scheduler:
+    """Admits rows and forms passes. `row_pages` tells the pages that a row of so many tokens reserves.
+
+    A row gets its pages for all the tokens it can come to when it is admitted, so none is ever sent away; it gives them
+    back when it ends. Rows of one `add` are admitted before those of the next one, so none waits for ever.
+    """
+
+    def __init__(self, limits: Limits, row_pages: Callable[[int], int]) -> None:
+        self.limits, self._row_pages = limits, row_pages
+        self.counts = Counts()
+        self.seats: list[Seat] = []
+        self._waiting: deque[Row] = deque()
+        self._free = list(range(limits.rows - 1, -1, -1))
+        self._pages = limits.pages
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether more rows could be admitted than wait."""
+        return not self._waiting and bool(self._free) and (not self.seats or not self._is_static)
+
+    @property
+    def _is_static(self) -> bool:
+        return self.limits.static or self.limits.together
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Let rows wait. Raises ValueError for one that the pool could never hold."""
+        rows = sorted(rows, key=lambda row: -len(row.prompt))
+        for row in rows:
+            needed = self._row_pages(len(row.prompt) + row.sampling.max_new_tokens)
+            if needed > self.limits.pages:
+                raise ValueError(f"row {row.index} needs {needed} pages of a pool of {self.limits.pages}")
+        self._waiting.extend(rows)
+
+    def admit(self) -> list[Seat]:
+        """Rows that enter now."""
+        if self.seats and self._is_static:
+            return []
+        most = self.limits.micro_batch_rows if self.limits.together else self.limits.rows
+        admitted, passed_over = [], deque[Row]()
+        while self._waiting and self._free and len(self.seats) < most:
+            row = self._waiting.popleft()
+            seat = Seat(row, self._free[-1], len(row.prompt) + len(row.generated))
+            if self._row_pages(seat.total) > self._pages:
+                passed_over.append(row)
+                continue
+            self._free.pop()
+            self._pages -= self._row_pages(seat.total)
+            self.seats.append(seat)
+            admitted.append(seat)
+        self._waiting.extendleft(reversed(passed_over))
+        return admitted
+
+    def has_more_than(self, groups: Sequence[Group]) -> bool:
+        """Whether rows wait, or are live without being in `groups`."""
+        return bool(self._waiting) or len(self.seats) > sum(len(group.seats) for group in groups)
+
+    def release(self, seat: Seat) -> None:
+        """`seat` has ended: its pages are free."""
+        seat.has_left = True
+        self._pages += self._row_pages(seat.total)
+        if not self.limits.keeps_ended:
+            self._vacate([seat])
+        elif all(other.has_left for other in self.seats):
+            self._vacate(self.seats)
+
+    def _vacate(self, seats: Sequence[Seat]) -> None:
+        self._free += [seat.number for seat in seats]
+        self.seats = [seat for seat in self.seats if seat not in seats]
+
+    def next_pass(self) -> list[Group]:
+        """The micro-batches of the next pass; none when no row is live."""
+        limits, broken = self.limits, self.limits.breaks_at
+        for seat in self.seats:
+            if broken is not None and seat.known > broken >= seat.computed:
+                seat.computed = 0
+        if limits.together:
+            groups = [Group.of(self.seats)] if self.seats else []
+        else:
+            groups = [*self._prompts(), *self._decodes()]
+        if groups:
+            self.counts.add(groups, limits.pages - self._pages)
+        return groups
+
+    def advance(self, group: Group) -> list[Seat]:
+        """`group` has been computed and its tokens chosen; returns the seats that ended, as they have all theirs."""
+        ended = []
+        for seat, count, chooses in zip(group.seats, group.counts, group.chooses, strict=True):
+            seat.computed += count
+            seat.known += chooses
+            if seat.known == seat.total and not seat.has_left:
+                self.release(seat)
+                ended.append(seat)
+        return ended
+
+    def halve(self, groups: Sequence[Group]) -> list[Seat]:
+        """A pass of `groups` ran out of memory: micro-batches are half as large from now on.
+
+        What was left half done is computed again. Returns the seats that had to be given up; their rows wait again.
+        """
+        limits = self.limits
+        rows = max(len(group.seats) for group in groups)
+        prefill = max(len(group.seats) * group.width for group in groups)
+        self.limits = replace(
+            limits,
+            micro_batch_rows=max(1, -(-rows // 2)),
+            prefill_tokens=max(1, min(limits.prefill_tokens, -(-prefill // 2))),
+        )
+        if not limits.together:
+            for seat in self.seats:
+                seat.computed = 0 if seat.due > 1 else seat.computed
+            return []
+        given_up = [seat for seat in self.seats if not seat.has_left]
+        self._waiting.extendleft(seat.row for seat in reversed(given_up))
+        self._pages += sum(self._row_pages(seat.total) for seat in given_up)
+        self._vacate(self.seats)
+        return given_up
+
+    def _decodes(self) -> Iterator[Group]:
+        """Rows of which one token is due, the like-long ones together."""
+        due = sorted((seat for seat in self.seats if seat.due == 1), key=lambda seat: (self._side(seat), seat.known))
+        for _, side in groupby(due, self._side):
+            seats = list(side)
+            parts = -(-len(seats) // self.limits.micro_batch_rows)
+            edges = [len(seats) * part // parts for part in range(parts + 1)]
+            yield from (Group.of(seats[start:end]) for start, end in pairwise(edges))
+
+    def _prompts(self) -> Iterator[Group]:
+        """Rows of which more is due, as many as the pass may compute, in the order in which they were admitted."""
+        left, opened = self.limits.prefill_tokens, list[Seat]()
+        most = self.limits.prefill_tokens if self.limits.breaks_at is None else None
+        is_first = True
+        for seat in (seat for seat in self.seats if seat.due > 1):
+            joins = self._joins(seat, opened, most)
+            if not joins and opened:
+                yield Group.of(opened, most)
+                opened = []
+            before, after = _columns(opened, most), _columns([*opened, seat], most)
+            if after - before > left and not is_first:
+                break
+            left -= after - before
+            opened.append(seat)
+            is_first = False
+        if opened:
+            yield Group.of(opened, most)
+
+    def _joins(self, seat: Seat, opened: Sequence[Seat], most: int | None) -> bool:
+        if not opened or len(opened) == self.limits.micro_batch_rows:
+            return False
+        first = opened[0]
+        if self._side(first) != self._side(seat) or (first.computed == 0) != (seat.computed == 0):
+            return False
+        widths = sorted((_due(first, most), _due(seat, most)))
+        return widths[1] - widths[0] <= max(_CHEAP_PADDING_TOKENS, widths[1] // 4)
+
+    def _side(self, seat: Seat) -> bool:
+        return self.limits.breaks_at is not None and seat.known > self.limits.breaks_at
+
+
+def _due(seat: Seat, most: int | None) -> int:
+    return seat.due if most is None else min(seat.due, most)
+
+
+def _columns(seats: Sequence[Seat], most: int | None) -> int:
+    return len(seats) * max((_due(seat, most) for seat in seats), default=0)
