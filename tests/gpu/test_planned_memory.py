@@ -22,8 +22,9 @@ GIB = 1 << 30
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    """A GPU of which this process may take all again when the test is over."""
+    """A GPU of which this process holds nothing, and may take all again when the test is over."""
     found = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
     yield found
     torch.cuda.set_per_process_memory_fraction(1.0, found)
 
