@@ -20,8 +20,9 @@ from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.jobs.options import RunOptions
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.source import ModelSource
+from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.search import Wish
@@ -48,6 +49,7 @@ def plan_run(
         offload, nvme_paths = _offload_of(own_config)
     engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
     _refuse_idle(options, engine, world, device, len(anatomy.blocks))
+    anatomy = replace(anatomy, loads=_loading(source, anatomy))
     machine = read_machine(nvme_paths)
     _check_folders(machine.disks)
     rates = read_profile(machine)
@@ -106,6 +108,15 @@ def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[Literal["stream
     if asked == "zero" or obstacle:
         return "zero", obstacle if asked == "auto" else None
     return "stream", None
+
+
+def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
+    """How the weights of this very checkpoint are loaded."""
+    if source.random_weights:
+        return "in place"
+    if source.is_local and not can_be_converted(source.config, local_weight_files(Path(source.location))):
+        return "as a whole"
+    return anatomy.loads
 
 
 def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, blocks: int) -> None:

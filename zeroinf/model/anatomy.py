@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -22,6 +23,11 @@ _POOL_ALIGNMENT = 512
 
 PAGE_TOKENS = 16
 """Tokens of a page, in which a row gets room in the KV cache's pool."""
+
+
+Loading = Literal["in place", "piece by piece", "as a whole"]
+"""How weights get from a checkpoint to where they rest: straight from its files; block by block through transformers,
+which renames, splits or fuses them; or, where that cannot be, with all of them in host memory first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +143,7 @@ class Anatomy:
     hidden_size: int
     vocabulary: int
     context_limit: int | None
-    is_converted: bool = False
-    """transformers renames, splits or fuses a checkpoint's weights as it loads them, all of them in host memory."""
+    loads: Loading = "in place"
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""

@@ -42,7 +42,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
         hidden_size=text.hidden_size,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         context_limit=limit,
-        is_converted=is_converted(model),
+        loads="piece by piece" if is_converted(model) else "in place",
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError
 from zeroinf.model.hub import hub_error
@@ -34,6 +35,11 @@ def weight_files(source: ModelSource) -> list[Path]:
     if not any((folder / f"{_SINGLE_FILES[0]}{suffix}").exists() for suffix in ("", _INDEX_SUFFIX)):
         folder = _fetch(source, (*_TEXT_FILES, *_TORCH_FILES, *code))
     return local_weight_files(folder)
+
+
+def can_be_converted(config: Any, files: Sequence[Path]) -> bool:
+    """Whether weights can be loaded a piece at a time: not if they are pickled, or quantised in some way."""
+    return getattr(config, "quantization_config", None) is None and all(f.suffix == ".safetensors" for f in files)
 
 
 def local_weight_files(folder: Path) -> list[Path]:

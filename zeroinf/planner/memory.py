@@ -45,9 +45,6 @@ OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
 
 UNFORESEEN = "unforeseen"
 
-CONVERSION = "all weights while they are converted, beyond what stays"
-"""The term of host memory that a store which is there already, or random weights, do without."""
-
 _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
@@ -194,18 +191,21 @@ def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device:
         Term("host", "weights, page-locked", locked, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
-        Term("host", CONVERSION, max(0, _converted_bytes(anatomy) - locked - max(stages, rings)), "counted"),
+        Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
         *_processes(world_size, device),
     ]
     return tuple(term for term in terms if term.nbytes)
 
 
-def _converted_bytes(anatomy: Anatomy) -> int:
-    """Host memory while transformers converts a checkpoint: all weights, and room to fuse some and to hand them on."""
-    if not anatomy.is_converted:
-        return 0
+def _passing_bytes(anatomy: Anatomy, locked_bytes: int) -> int:
+    """Host memory that loading takes beside stages and page-locked weights.
+
+    One piece is converted from what the checkpoint holds of it while another one is copied; of weights that are loaded
+    as a whole each is let go when it has been copied.
+    """
     sizes = [piece_bytes(anatomy.outside), *pieces(anatomy)]
-    return sum(sizes) + 2 * max(sizes)
+    converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
+    return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)
 
 
 def zero_host_terms(

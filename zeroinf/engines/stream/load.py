@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 
 from zeroinf.distributed.control import Control
+from zeroinf.engines.stream.convert import Converter
 from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.source import ModelSource
-from zeroinf.model.weights import weight_files
+from zeroinf.model.weights import can_be_converted, weight_files
 
 _THREADS = 8
 _RANDOM_SCALE = 0.02
@@ -33,7 +33,8 @@ class Checkpoint:
     """Fills pieces from a checkpoint, or with random values.
 
     The ranks of a node share the work, each filling its part of the tensors. Where transformers has to rename or fuse
-    weights, one rank loads all of them through it, and lets go of each as it is copied.
+    weights, one rank does, piece by piece, or, where that cannot be, loads all of them and lets go of each as it is
+    copied.
     """
 
     def __init__(
@@ -46,7 +47,6 @@ class Checkpoint:
         self._random = source.random_weights
         self._tally = tally
         self._tile = torch.empty(0)
-        self._loading = threading.Lock()
         if self._random:
             self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
             return
@@ -55,35 +55,57 @@ class Checkpoint:
                 weight_files(source)
             control.gather(None)  # one rank of a node fetches what has to be fetched
         stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
-        origins = _direct_origins(stored, model, weight_files(source))
+        files = weight_files(source)
+        origins = _direct_origins(stored, model, files)
+        self._read: _Read | None = _read_directly(origins) if origins is not None else None
+        self._converter: Converter | None = None
         if origins is None:
             self._parts = 1 if self._part == 0 else 0
-        self._read = _read_directly(origins) if origins is not None else None
-        self._load = partial(_read_through_transformers, model, source)
+            if can_be_converted(source.config, files) and self._parts:
+                self._converter = Converter(model, files)
+        self._source, self._model = source, model
+        self._loading = threading.Lock()
 
     def fill(self, pieces: Pieces) -> None:
         """Write this rank's part of the tensors of each group in `pieces`, converted to their dtypes.
 
         Raises ModelError for a checkpoint that does not match.
         """
+        if not self._parts:
+            return
+        if self._random or self._read is not None:
+            self._fill_all(pieces, self._read)
+            return
+        for piece in pieces:
+            self._fill_all([piece], self._read_piece(piece[0]))
+
+    def _read_piece(self, index: int) -> _Read:
+        """How to read the tensors of a group whose weights transformers converts."""
+        number = index if index < len(self._groups) - 1 else None
+        with self._loading:
+            if self._read is None and self._converter is not None:
+                values = self._converter.convert(self._groups[index], number)
+                if values is not None:
+                    return lambda tensor: (values.pop(tensor.names[0]), self._source.location)
+            if self._read is None:
+                self._read = _read_through_transformers(self._model, self._source)
+            return self._read
+
+    def _fill_all(self, pieces: Pieces, read: _Read | None) -> None:
         targets = [pair for index, piece in pieces for pair in self._groups[index].targets(piece)]
         targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
-        mine = targets[self._part :: self._parts] if self._parts else []
-        with self._loading:
-            if mine and not self._random and self._read is None:
-                self._read = self._load()
         with ThreadPoolExecutor(_THREADS) as pool:
-            for done in [pool.submit(self._fill_one, *target) for target in mine]:
+            for done in [pool.submit(self._fill_one, *target, read) for target in targets[self._part :: self._parts]]:
                 done.result()
 
-    def _fill_one(self, tensor: Tensor, target: Target) -> None:
+    def _fill_one(self, tensor: Tensor, target: Target, read: _Read | None) -> None:
         if not tensor.is_parameter:
             target.write(tensor.value)
         if self._random:
             self._fill_randomly(tensor, target)
         elif tensor.stored:
-            assert self._read is not None
-            _copy(tensor, target, *self._read(tensor))
+            assert read is not None
+            _copy(tensor, target, *read(tensor))
         self._tally.add(target.nbytes * self._parts)
 
     def _fill_randomly(self, tensor: Tensor, target: Target) -> None:

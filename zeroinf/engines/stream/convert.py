@@ -1,0 +1,74 @@
+"""Weights that transformers renames, splits or fuses as it loads them, converted a group at a time."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeroinf.engines.stream.tensors import Group, Tensor
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+class Converter:
+    """Lets transformers convert what a checkpoint holds for one group, so that no more than that lies in memory.
+
+    `model` is the skeleton that the groups come from, blocks first. A block's weights are those whose names have its
+    number first, whatever else transformers does with their names.
+    """
+
+    def __init__(self, model: Any, files: Sequence[Path]) -> None:
+        from safetensors import safe_open
+
+        self._model = model
+        self._lock = threading.Lock()
+        self._held: dict[int | None, dict[str, Any]] = defaultdict(dict)
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            for name in names:
+                number = _NUMBER.search(name)
+                self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
+
+    def convert(self, group: Group, number: int | None) -> dict[str, torch.Tensor] | None:
+        """The stored tensors of `group` by their first names; `number` is its block's, None for what lies outside.
+
+        None where the weights with that number do not make all of the group.
+        """
+        stored = [tensor for tensor in group.tensors if tensor.stored]
+        with self._lock:
+            try:
+                self._load(self._held[number])
+                found = {tensor.names[0]: _loaded(tensor) for tensor in stored}
+            finally:
+                for tensor in group.tensors:
+                    tensor.bind(tensor.value)
+        whole = {name: value for name, value in found.items() if value is not None}
+        return whole if len(whole) == len(stored) else None
+
+    def _load(self, weights: dict[str, Any]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        model, shows = self._model, logging.is_progress_bar_enabled()
+        asked = LoadStateDictConfig(dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model))
+        logging.disable_progress_bar()
+        try:
+            convert_and_load_state_dict_in_model(model, weights, asked)
+        finally:
+            if shows:
+                logging.enable_progress_bar()
+
+
+def _loaded(tensor: Tensor) -> torch.Tensor | None:
+    """What lies where `tensor` is used since it was loaded; None where that is still the tensor itself."""
+    values = [getattr(module, name) for module, name in tensor.sites]
+    return next((value for value in values if value is not tensor.value), None)
