@@ -64,13 +64,16 @@ def test_more_gpus_than_there_are_end_in_an_environment_problem() -> None:
     assert "GPUs (1 asked for, 0 visible)" in result.exception.message
 
 
-def test_stale_build_lock_fails_for_nvme_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_build_lock_is_named_and_fails_for_deepspeed_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = tmp_path / "async_io" / "lock"
     lock.parent.mkdir()
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert f"left by a killed build: {lock}" in CliRunner().invoke(doctor, []).stdout
-    result = CliRunner().invoke(doctor, ["--offload", "nvme"])
+    assert CliRunner().invoke(doctor, ["--offload", "nvme"]).exit_code == 0
+    result = CliRunner().invoke(doctor, ["--offload", "nvme", "--engine", "zero"])
     assert isinstance(result.exception, EnvironmentProblem)
     assert str(lock) in result.exception.message
 

@@ -30,7 +30,14 @@ JSON_SCHEMA = 1
     type=click.Choice(["none", "cpu", "nvme"]),
     default="none",
     show_default=True,
-    help="Where weights would rest; with nvme, all that DeepSpeed's disk I/O needs must be here.",
+    help="Where weights would rest.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["stream", "zero"]),
+    default="stream",
+    show_default=True,
+    help="What would run the model; with zero and --offload nvme, all that DeepSpeed's disk I/O needs must be here.",
 )
 @click.option("--num-gpus", type=click.IntRange(min=1), help="How many GPUs must be visible.")
 @click.option(
@@ -42,6 +49,7 @@ JSON_SCHEMA = 1
 def doctor(
     nvme_paths: tuple[Path, ...],
     offload: Literal["none", "cpu", "nvme"],
+    engine: Literal["stream", "zero"],
     num_gpus: int | None,
     measure: bool,
     as_json: bool,
@@ -60,7 +68,7 @@ def doctor(
         _measure(machine)
     profile = find_profile(machine)
     op = read_aio_op(with_gpu=bool(machine.gpus))
-    checks = check_machine(machine, op, Asked(offload=offload, num_gpus=num_gpus))
+    checks = check_machine(machine, op, Asked(offload=offload, num_gpus=num_gpus, engine=engine))
     checks.append(check_profile(profile, datetime.now(UTC)))
     if as_json:
         click.echo(_as_json(checks, machine, profile))

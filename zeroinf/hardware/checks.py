@@ -52,10 +52,12 @@ class Asked:
 
     offload: Literal["none", "cpu", "nvme"] = "none"
     num_gpus: int | None = None
+    engine: Literal["stream", "zero"] = "stream"
 
     @property
-    def nvme(self) -> bool:
-        return self.offload == "nvme"
+    def disk_io(self) -> bool:
+        """DeepSpeed's own disk I/O; the stream engine needs none of it."""
+        return self.offload == "nvme" and self.engine == "zero"
 
 
 def check_machine(machine: Machine, op: AioOp, asked: Asked) -> list[Check]:
@@ -64,8 +66,8 @@ def check_machine(machine: Machine, op: AioOp, asked: Asked) -> list[Check]:
         *check_versions(machine.versions),
         *check_gpus(machine.gpus, asked.num_gpus),
         *check_memory(machine, several_gpus=(asked.num_gpus or len(machine.gpus)) > 1),
-        check_memlock(machine.memory, asked=asked.nvme),
-        *check_aio_op(op, asked=asked.nvme),
+        check_memlock(machine.memory, asked=asked.disk_io),
+        *check_aio_op(op, asked=asked.disk_io),
         *(check_disk(disk) for disk in machine.disks),
     ]
 
@@ -154,7 +156,7 @@ def check_memlock(memory: Memory, *, asked: bool, needed_bytes: int = DEFAULT_PO
     return Check(
         name="memlock",
         status="fail" if asked else "warn",
-        value=f"{gib(limit)}, less than the {gib(needed_bytes)} that --offload nvme locks",
+        value=f"{gib(limit)}, less than the {gib(needed_bytes)} that --engine zero --offload nvme locks",
         advice="ulimit -l unlimited, or start the container with --ulimit memlock=-1 or --cap-add IPC_LOCK",
     )
 
@@ -173,7 +175,7 @@ def check_profile(profile: Profile, now: datetime) -> Check:
 
 
 def check_aio_op(op: AioOp, *, asked: bool) -> list[Check]:
-    """What DeepSpeed's `async_io` op needs, each piece; problems fail if NVMe was `asked` for and warn otherwise."""
+    """What DeepSpeed's `async_io` op needs, each piece; problems fail if it was `asked` for and warn otherwise."""
     problems = {problem.name: problem for problem in op.problems()}
     return [
         _from_problem(problems[name], fatal=asked) if name in problems else Check(name=name, status="ok", value=value)
@@ -214,7 +216,9 @@ def _aio_warnings(op: AioOp, *, asked: bool) -> Iterator[Check]:
             name="async_io op",
             status="warn" if asked else "ok",
             value="not built yet",
-            advice="the first run with --offload nvme compiles it, which takes minutes" if asked else None,
+            advice="the first run with --engine zero --offload nvme compiles it, which takes minutes"
+            if asked
+            else None,
         )
 
 
