@@ -1,4 +1,4 @@
-"""Folders that are the user's or the project's own, wherever zeroinf is installed."""
+"""Folders that are the user's or the project's own, wherever zeroinf is installed, and files that last."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def configs_directory() -> Path:
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's data, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zeroinf.paths import cache_directory
+from zeroinf.paths import cache_directory, flush
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -29,9 +28,9 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             partial.mkdir()
             build(partial)
             for path in [*partial.rglob("*"), partial]:
-                _flush(path)
+                flush(path)
             partial.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
     return folder
 
 
@@ -55,11 +54,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import StoreError, UsageError
+from zeroinf.paths import flush
 from zeroinf.planner.memory import CHUNK_BYTES, round_up
 from zeroinf.planner.wire import Wire
 
@@ -174,7 +175,7 @@ def write_headers(store: Store) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(header_file(folder))
-        flush_folder(folder)
+        flush(folder)
 
 
 def open_store(paths: Sequence[Path], name: str) -> Store | None:
@@ -235,15 +236,6 @@ def damaged(file: Path, what: str) -> StoreError:
         f"the store's {file} is damaged: {what}",
         hint=f"zeroinf store remove {folder.name} --nvme-path {folder.parent.parent}; the next run writes it again",
     )
-
-
-def flush_folder(folder: Path) -> None:
-    """Make sure that names in `folder` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _canonical(value: Any) -> bytes:
