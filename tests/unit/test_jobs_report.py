@@ -24,8 +24,8 @@ GIB = 1 << 30
 GPU_TERMS = {
     "embeddings, head, norms": "weights that stay",
     "resident blocks": "weights that stay",
-    "live weights": "weights that stay",
-    "gaps between live weights": "weights that stay",
+    "live weights": "activations, workspaces",
+    "gaps between live weights": "reserved",
     "stages": "weights that stay",
     "slots": "slots",
     "KV cache": "KV cache",

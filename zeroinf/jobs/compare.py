@@ -37,14 +37,15 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
         return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
 
     outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots", "expanded slot"), planned("KV cache")
-    computing = planned("activations, logits, states", "matrix product workspaces")
-    gaps, unforeseen = planned("allocator's pages and gaps"), planned("unforeseen")
+    computing = planned("activations, logits, states", "matrix product workspaces", "live weights")
+    gaps, unforeseen = planned("allocator's pages and gaps", "gaps between live weights"), planned("unforeseen")
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
     allocated = whole - outside - gaps - unforeseen
     yield _bytes("weights that stay", allocated - slots - cache - computing, max(u.loaded - u.slots for u in uses))
     yield _bytes("slots", slots, max(u.slots for u in uses))
     yield _bytes("KV cache", cache, max(u.cache for u in uses))
-    yield _bytes("activations, workspaces", computing, max(u.allocated - u.loaded - u.cache for u in uses))
+    gathered = "live weights, " if plan.engine == "zero" else ""  # they come when a model runs, not when it is loaded
+    yield _bytes(f"{gathered}activations, workspaces", computing, max(u.allocated - u.loaded - u.cache for u in uses))
     yield _bytes("allocated", allocated, max(u.allocated for u in uses))
     yield _bytes("reserved", allocated + gaps, max(u.reserved for u in uses))
     processes = [(u.process, u.reserved) for u in uses if u.process is not None]

@@ -47,6 +47,7 @@ class Checkpoint:
         self._random = source.random_weights
         self._tally = tally
         self._tile = torch.empty(0)
+        self._read: _Read | None = None
         if self._random:
             self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
             return
@@ -57,7 +58,7 @@ class Checkpoint:
         stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
         files = weight_files(source)
         origins = _direct_origins(stored, model, files)
-        self._read: _Read | None = _read_directly(origins) if origins is not None else None
+        self._read = _read_directly(origins) if origins is not None else None
         self._converter: Converter | None = None
         if origins is None:
             self._parts = 1 if self._part == 0 else 0
