@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from small_models import build_tokenizer, small_config
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.world import World
+from zeroinf.engines.stream.store import data_file, header_file, source_key, store_folder
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.machine import Disk, Machine
@@ -23,9 +25,10 @@ from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.prepare import prepare
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, resolve_model
-from zeroinf.planner.memory import pieces, total
+from zeroinf.planner.memory import pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.simulation.planning import Lengths
 
@@ -219,6 +222,23 @@ def test_a_host_too_small_for_the_weights_leaves_blocks_on_the_disk(
     assert (plenty.offload, plenty.nvme_blocks) == ("cpu", 0)
     found = {plan.nvme_blocks for plan in _shrinking(asked, total(plenty.terms, "host"), anatomy)}
     assert found >= {0, BLOCKS // 2, BLOCKS}
+
+
+def test_a_store_that_is_there_needs_no_more_room(
+    ask: Ask, source: ModelSource, anatomy: Anatomy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = replace(folder_on_disk(tmp_path), free_bytes=0)
+    monkeypatch.setattr(sys.modules[__name__], "folder_on_disk", lambda path: full)
+    asked = {"nvme_paths": (tmp_path,), "resident_blocks": 0, "batch_size": 1}
+    needed = total(ask(**asked).terms, "host")
+    small = machine_of(gpu_of(), host_bytes=needed - (BLOCKS - 2) * max(pieces(anatomy)))
+    with pytest.raises(DoesNotFitError, match="on the disk"):
+        ask(on=small, **asked)
+    name = f"{source_key(weights_identity(source), 'float32', 'model', 1)}-layout"
+    data_file(store_folder(tmp_path, name)).parent.mkdir(parents=True)
+    data_file(store_folder(tmp_path, name)).write_bytes(b"0" * store_bytes(anatomy))
+    header_file(store_folder(tmp_path, name)).touch()
+    assert ask(on=small, **asked).offload == "nvme"
 
 
 def _shrinking(asked: Callable[[int], Plan], host_bytes: int, anatomy: Anatomy) -> list[Plan]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.stored import check_room
+from zeroinf.engines.stream.stored import check_room, room_taken
 from zeroinf.engines.zero.config import check_user_config, nvme_pool_bytes
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.aio_op import read_aio_op
@@ -26,6 +26,7 @@ from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.search import Wish
+from zeroinf.planner.wire import Wire
 from zeroinf.simulation.planning import Lengths, Question, answer
 
 
@@ -71,7 +72,9 @@ def plan_run(
         resident_blocks=options.resident_blocks,
         wire=options.wire,
         requests=requests,
-        nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if offload == "auto" and nvme_paths else None,
+        nvme_space_bytes=_nvme_space(machine.disks, source, anatomy.dtype)
+        if offload == "auto" and nvme_paths
+        else None,
         one_node=world.local_size == world.size,
         gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
     )
@@ -108,6 +111,13 @@ def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[Literal["stream
     if asked == "zero" or obstacle:
         return "zero", obstacle if asked == "auto" else None
     return "stream", None
+
+
+def _nvme_space(disks: Sequence[Disk], source: ModelSource, dtype: str, wire: Wire) -> int | None:
+    """What a store can take of the disks, None without any; one that is there already has its room."""
+    if not disks:
+        return None
+    return sum(disk.free_bytes for disk in disks) + room_taken([disk.path for disk in disks], source, dtype, wire)
 
 
 def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:

@@ -26,12 +26,13 @@ from zeroinf.engines.stream.store import (
     store_names,
 )
 from zeroinf.engines.stream.tensors import Group
-from zeroinf.engines.stream.write import require_room, write_store
+from zeroinf.engines.stream.write import require_room, taken_bytes, write_store
 from zeroinf.hardware.checks import gib
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import store_bytes
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.wire import Wire
 
 
 class StoreInUse:
@@ -101,11 +102,21 @@ class StoredWeights:
 
 def check_room(plan: Plan, source: ModelSource) -> None:
     """Raise DoesNotFitError unless the disks have room for what a run of the plan would still write of its store."""
-    key = source_key(weights_identity(source), plan.dtype, plan.wire, len(plan.nvme_paths))
+    pattern = _pattern(plan.nvme_paths, source, plan.dtype, plan.wire)
     first, *_ = in_order(plan.nvme_paths)
-    if any(is_whole(first, name) for name in store_names(first, f"{key}-*")):
+    if any(is_whole(first, name) for name in store_names(first, pattern)):
         return
-    require_room(plan.nvme_paths, store_bytes(plan.anatomy, plan.wire), f"{key}-*")
+    require_room(plan.nvme_paths, store_bytes(plan.anatomy, plan.wire), pattern)
+
+
+def room_taken(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wire) -> int:
+    """Bytes of the disks that stores of these weights, whole or not, have taken already: they are not needed again."""
+    return sum(taken_bytes(path, _pattern(paths, source, dtype, wire)) for path in paths)
+
+
+def _pattern(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wire) -> str:
+    """What the names of all stores of these weights match."""
+    return f"{source_key(weights_identity(source), dtype, wire, len(paths))}-*"
 
 
 def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Contents:

@@ -19,7 +19,6 @@ from zeroinf.engines.stream.store import (
     Store,
     chunk_digests,
     data_file,
-    flush_folder,
     journal_file,
     padded,
     store_folder,
@@ -28,6 +27,7 @@ from zeroinf.engines.stream.store import (
 )
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.hardware.checks import gib
+from zeroinf.paths import flush
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -106,7 +106,7 @@ class _Journal:
             self._read()
         with self._file.open("w", encoding="ascii") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in self.digests.items())
-        flush_folder(self._file.parent)
+        flush(self._file.parent)
 
     def _read(self) -> None:
         for line in self._file.read_text(encoding="ascii", errors="replace").splitlines():
@@ -133,10 +133,14 @@ def require_room(paths: Sequence[Path], data_bytes: int, pattern: str) -> None:
     What stores whose name matches `pattern` have taken already is counted as theirs.
     """
     for path in paths:
-        folders = [store_folder(path, name) for name in store_names(path, pattern)]
-        taken = sum(data_file(f).stat().st_blocks * 512 for f in folders if data_file(f).exists())
-        if shutil.disk_usage(path).free + taken < padded(data_bytes) // len(paths):
+        if shutil.disk_usage(path).free + taken_bytes(path, pattern) < padded(data_bytes) // len(paths):
             raise _too_small(paths, data_bytes)
+
+
+def taken_bytes(path: Path, pattern: str) -> int:
+    """What stores below `path` whose name matches `pattern` have taken of the disk."""
+    files = [data_file(store_folder(path, name)) for name in store_names(path, pattern)]
+    return sum(file.stat().st_blocks * 512 for file in files if file.exists())
 
 
 def _too_small(paths: Sequence[Path], data_bytes: int) -> DoesNotFitError:
