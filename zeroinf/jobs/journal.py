@@ -76,11 +76,11 @@ class Journal:
 
     def _take(self, offset: int, record: dict[str, Any]) -> None:
         if offset == 0 and "zeroinf_journal" in record:
-            self.manifest = record
+            self.manifest, self.fingerprint = record, record["fingerprint"]
         if "result" in record:
             self.results[record["result"]["index"]] = offset
         if "session" in record:
-            self.fingerprint = record["session"]["fingerprint"]
+            self.fingerprint = record["session"].get("fingerprint", self.fingerprint)
         self.published |= "published" in record
 
     def start(self, manifest: dict[str, Any]) -> None:

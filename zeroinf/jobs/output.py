@@ -185,12 +185,13 @@ class JournalOutput:
             "ranks": ranks,
             "requests": len(job.work),
             "refused": len(job.refusals),
-            "changed": self.changed,
-            "fingerprint": dict(job.fingerprint),
         }
+        if self.changed:
+            session |= {"changed": self.changed, "fingerprint": job.fingerprint}
         try:
             if self._new:
-                journal.start({"replaces": self._overwrite and self._path.exists()})
+                replaces = self._overwrite and self._path.exists()
+                journal.start({"replaces": replaces, "fingerprint": job.fingerprint})
             journal.note(session=session)
             journal.sync()
             self._write_refusals()
