@@ -13,6 +13,7 @@ import psutil
 import pytest
 from ranks import FORK, on_ranks
 
+from zeroinf.distributed import watch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import Peer, PeerWatch
 from zeroinf.distributed.world import World
@@ -165,3 +166,47 @@ def test_a_peer_is_its_process_and_not_a_later_one_of_the_same_number() -> None:
         while peer.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not peer.is_alive(), "dead, though nobody has waited for it yet"
+
+
+@pytest.mark.parametrize("dying", [0, 1, 2])
+def test_a_rank_that_dies_on_another_node_ends_all_ranks_on_all_nodes(
+    dying: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nodes, which is what their ranks are told this machine is."""
+    monkeypatch.setattr(watch, "_SILENCE_S", 2.0)
+    told: Any = FORK.Queue()
+
+    def body(control: Control) -> None:
+        own = control.world.rank
+        monkeypatch.setattr("socket.gethostname", lambda: f"node-{own}")
+        PeerWatch(control, lambda message, speak: told.put((own, message, speak)))
+        if own == dying:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    started = time.monotonic()
+    _, codes = on_ranks(3, body)
+    assert time.monotonic() - started < 40
+    assert codes[dying] == -signal.SIGKILL
+    assert {code for rank, code in enumerate(codes) if rank != dying} == {1}
+    words = [told.get(timeout=1) for _ in range(2)]
+    assert sorted(rank for rank, _, _ in words) == sorted({0, 1, 2} - {dying})
+    assert all(f"rank {dying} (process" in message for _, message, _ in words)
+
+
+def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_SILENCE_S", 1.5)
+
+    def body(control: Control) -> str:
+        own = control.world.rank
+        monkeypatch.setattr("socket.gethostname", lambda: f"node-{own}")
+        watching = PeerWatch(control, lambda message, speak: os._exit(77))
+        if own == 1:
+            watching.stop()
+        else:
+            time.sleep(3)
+        control.gather(None)
+        watching.stop()
+        return "done"
+
+    assert on_ranks(2, body) == (["done", "done"], [0, 0])

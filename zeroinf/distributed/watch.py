@@ -1,4 +1,4 @@
-"""Noticing that a rank has died, within a fraction of a second, wherever the others are stuck."""
+"""Noticing that a rank has died, within a fraction of a second on one node, wherever the others are stuck."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -19,6 +19,10 @@ from zeroinf.errors import RankError
 _POLL_S = 0.2
 _GRACE_S = 1.5
 """How long a rank that ends gives the others to notice why: several polls."""
+
+_BEAT_EVERY_S = 1.0
+_SILENCE_S = 15.0
+"""How long a rank on another node may say nothing before it is taken for dead: loading holds threads up."""
 
 _STOPPED_CODES = (130, 143)
 _HEARD = "reason/heard"
@@ -42,7 +46,10 @@ class Peer:
 
 
 class PeerWatch:
-    """A thread that watches the processes of all ranks on this host.
+    """A thread that watches the processes of all ranks on this host, and listens for those on others.
+
+    Each rank lets a counter in the store grow. Rank 0 listens to all other nodes, they listen to rank 0: what happens
+    between two of them reaches rank 0 by their word or their silence, and through it everybody.
 
     A rank that is stuck in a collective cannot notice by itself that its peer is gone. The thread does: it calls
     `on_death(message, speak)` to save what can be saved and ends the process; `speak` is true on one rank only, the
@@ -59,7 +66,11 @@ class PeerWatch:
         process = psutil.Process()
         own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time())
         peers: list[Peer] = control.gather(own)
-        self._peers = [p for p in peers if p.host == own.host and p.rank != own.rank]
+        self._near = [p for p in peers if p.host == own.host and p.rank != own.rank]
+        self._far = [p for p in peers if p.host != own.host]
+        heard = [p for p in self._far if own.rank == 0 or p.rank == 0]
+        self._beats = {peer: _Beat() for peer in heard}
+        self._beat_due = 0.0
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
         self._thread.start()
 
@@ -73,62 +84,93 @@ class PeerWatch:
 
     def has_lost_a_peer(self) -> bool:
         """Whether a rank is gone for a cause of its own: not because it, too, was asked to stop."""
-        words = [self._word_of(peer.rank) for peer in self._peers if not peer.is_alive()]
+        words = [self._word_of(peer.rank) for peer in self._near if not peer.is_alive()]
         return any(word is None or word[1] not in _STOPPED_CODES for word in words)
 
     def confess(self, reason: str, exit_code: int) -> None:
         """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
         self.stop()
+        if self._leave_word(reason, exit_code) and self._control.world.is_main:
+            self._wait_for_peers()
+
+    def _leave_word(self, reason: str, exit_code: int) -> bool:
+        """False where rank 0, which holds the store, is gone already."""
         try:
             self._control.store.set(_reason_key(self._control.world.rank), json.dumps([reason, exit_code]))
         except RuntimeError:
-            return  # rank 0, which holds the store, is gone already
-        if self._control.world.is_main:
-            self._wait_for_peers()
+            return False
+        return True
 
     def _wait_for_peers(self) -> None:
         """Keep the store until the others have read from it, or have ended."""
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and any(peer.is_alive() for peer in self._peers):
-            if self._control.store.add(_HEARD, 0) == len(self._peers):
+        while time.monotonic() < deadline and (self._far or any(peer.is_alive() for peer in self._near)):
+            if self._control.store.add(_HEARD, 0) == len(self._near) + len(self._far):
                 return
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Stop watching: from here on ranks may end in any order."""
+        """Stop watching: from here on ranks may end in any order. Other nodes still hear that this one lives."""
         self._stop.set()
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
-            word = self._word_of(0) if not self._control.world.is_main else None
-            dead = [peer for peer in self._peers if not peer.is_alive()]
+            silent = self._silent()
+            word = self._far_word() if self._control.world.is_main else self._word_of(0)
+            dead = [*(peer for peer in self._near if not peer.is_alive()), *silent]
             if not (word or dead) or self._stop.is_set():
                 continue
             self._ending.set()
             if word is not None:
-                self._on_death(word[0], False)
+                self._on_death(word[0], self._control.world.is_main)
                 self._let_rank_0_speak()
                 os._exit(word[1])
             words = [self._word_of(peer.rank) for peer in dead]
             first_alive = min(set(range(self._control.world.size)) - {peer.rank for peer in dead})
             texts = [f"rank {p.rank} (process {p.pid}) died: {_reason(w)}" for p, w in zip(dead, words, strict=True)]
+            exit_code = next((word[1] for word in words if word), RankError.exit_code)
+            if self._far:
+                self._leave_word("; ".join(texts), exit_code)
             self._on_death("; ".join(texts), first_alive == self._control.world.rank)
             time.sleep(_GRACE_S)  # the others shall see who died first, not that this rank followed
-            os._exit(next((word[1] for word in words if word), RankError.exit_code))
+            os._exit(exit_code)
+        while self._far and not time.sleep(_BEAT_EVERY_S):  # type: ignore[func-returns-value]
+            self._silent()
+
+    def _silent(self) -> list[Peer]:
+        """Say that this rank lives, and find out who on other nodes does not."""
+        now = time.monotonic()
+        if not self._far or now < self._beat_due:
+            return []
+        self._beat_due = now + _BEAT_EVERY_S
+        try:
+            self._control.store.add(_beat_key(self._control.world.rank), 1)
+            for peer, beat in self._beats.items():
+                count = self._control.store.add(_beat_key(peer.rank), 0)
+                if count != beat.count:
+                    beat.count, beat.since = count, now
+        except RuntimeError:  # the store went with rank 0
+            return [peer for peer in self._beats if peer.rank == 0]
+        return [peer for peer, beat in self._beats.items() if now - beat.since > _SILENCE_S]
+
+    def _far_word(self) -> tuple[str, int] | None:
+        """What a rank on another node says about its end."""
+        words = ((peer, self._word_of(peer.rank)) for peer in self._far)
+        return next(((f"rank {p.rank} on {p.host}: {w[0]}", w[1]) for p, w in words if w is not None), None)
 
     def _let_rank_0_speak(self) -> None:
         """Outlive rank 0, if it is quick: a launcher that sees one rank end kills the others."""
         with suppress(RuntimeError):
             self._control.store.add(_HEARD, 1)
-        main = next(peer for peer in self._peers if peer.rank == 0)
+        main = [peer for peer in self._near if peer.rank == 0]
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and main.is_alive():
+        while time.monotonic() < deadline and any(peer.is_alive() for peer in main):
             time.sleep(_POLL_S)
 
     def _word_of(self, rank: int) -> tuple[str, int] | None:
         """What `rank` confessed: its reason and its exit code."""
         key = _reason_key(rank)
-        if rank == 0 and not any(peer.rank == 0 and peer.is_alive() for peer in self._peers):
+        if rank == 0 and any(peer.rank == 0 and not peer.is_alive() for peer in self._near):
             return None  # its store went with it
         try:
             if not self._control.store.check([key]):
@@ -137,6 +179,18 @@ class PeerWatch:
         except RuntimeError:
             return None
         return reason, exit_code
+
+
+@dataclass(slots=True)
+class _Beat:
+    """The last count heard of a rank, and since when it has not changed."""
+
+    count: int = -1
+    since: float = field(default_factory=time.monotonic)
+
+
+def _beat_key(rank: int) -> str:
+    return f"beat/{rank}"
 
 
 def _reason_key(rank: int) -> str:
