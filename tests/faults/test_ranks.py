@@ -1,0 +1,95 @@
+"""Jobs of several ranks, one of which is killed at a random moment: the journal goes on with any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_job import CODEC, ROWS, Ear, generate, read_job
+from ranks import on_ranks
+from schedules import Bench, Tally, journalled, scratch
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.watch import PeerWatch
+from zeroinf.jobs.interrupts import Interrupts
+from zeroinf.jobs.leaving import Leaving
+from zeroinf.jobs.output import JournalOutput
+from zeroinf.jobs.stream import Output, Stream
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(requests=40)
+
+
+def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None) -> None:
+    """One rank's part of a run; `die_after_s` kills it."""
+    job = read_job(bench.lines)
+    with Interrupts() as interrupts:
+        output = None
+        if control.world.is_main:
+            output = JournalOutput(out, job, overwrite=False, resume=True, resume_anyway=False)
+            output.begin(control.world.size)
+        work = control.broadcast(tuple(output.left) if output is not None else None)
+        held = Output(output) if output is not None else None
+        leaving = Leaving(out, "zeroinf run --resume", held, Ear(), interrupts)
+        leaving.watch = PeerWatch(control, leaving.with_the_dead) if control.world.size > 1 else None
+        if die_after_s is not None:
+            threading.Timer(die_after_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        plan = SimpleNamespace(batch_size=ROWS, world_size=control.world.size)
+        prepared = SimpleNamespace(work=work, rows_before=len(job.work) - len(work), plan=plan)
+        stats = SimpleNamespace(forwards=0, streamed_bytes_per_pass=0)
+        engine = SimpleNamespace(in_step=False, stats=lambda: stats)
+        flow: Any = Stream(prepared, CODEC, control, engine, held, Ear())  # type: ignore[arg-type]
+        try:
+            generate(flow, interrupts, 0.01)
+            flow.gather_all()
+        except BaseException as error:
+            leaving.because_of(error)
+            raise
+        control.gather(None)
+        if leaving.watch is not None:
+            leaving.watch.stop()
+        if held is not None:
+            held.finish()
+        control.close()
+
+
+def ranks_with_one_that_dies(seed: int) -> Callable[[Bench], Tally]:
+    def schedule(bench: Bench) -> Tally:
+        chance, tally = random.Random(seed), Tally(schedules=1)
+        with scratch() as folder:
+            out = folder / "out.jsonl"
+            for size in (3, 2):
+                victim, after_s = chance.randrange(size), chance.uniform(0.05, 0.25)
+
+                def body(control: Control, victim: int = victim, after_s: float = after_s) -> None:
+                    run_on(control, bench, out, after_s if control.world.rank == victim else None)
+
+                before = len(journalled(out))
+                _, codes = on_ranks(size, body)
+                tally.faults += codes[victim] == -signal.SIGKILL
+                assert any(codes) or out.exists()
+                bench.check(folder, before, tally)
+                if out.exists():
+                    break
+            on_ranks(chance.choice((1, 2, 4)), lambda control: run_on(control, bench, out, None))
+            bench.finish(folder, tally)
+        return tally
+
+    return schedule
+
+
+def test_a_rank_killed_at_a_random_moment_loses_and_doubles_nothing_with_any_number_of_ranks_after(
+    bench: Bench,
+) -> None:
+    tally = sum((ranks_with_one_that_dies(seed)(bench) for seed in range(4)), Tally())
+    assert tally.faults >= 6
+    assert tally.is_clean, tally
