@@ -210,7 +210,7 @@ def test_another_number_of_gpus_than_the_launcher_started(
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     code, message, _ = fails("-m", model, *PROMPT, "--num-gpus", "2")
-    assert (code, message) == (2, "--num-gpus 2 inside a launcher that started 4 ranks")
+    assert (code, message) == (2, "--num-gpus 2 inside a launcher that started 4 ranks on this node")
 
 
 def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,4 +134,4 @@ def test_the_launchers_code_is_the_ranks_where_it_has_a_meaning(
     fake.chmod(0o755)
     monkeypatch.setattr(launch.sys, "executable", str(fake))
     monkeypatch.setattr(launch.signal, "signal", lambda *args: None)
-    assert launch.launch(2, ["run"]) == code
+    assert launch.launch(["run"], num_gpus=2, hostfile=None) == code

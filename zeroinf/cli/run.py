@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,11 @@ from zeroinf.cli.params import (
     offload_options,
     refuse_unused_offload_options,
 )
+from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
+
+if TYPE_CHECKING:
+    from zeroinf.distributed.world import World
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
@@ -97,6 +101,11 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option(
     "--static-batches", is_flag=True, hidden=True, help="Admit rows only when no other is live, to measure the gain."
 )
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Start ranks on all nodes that it names, in DeepSpeed's form: `host slots=8` a line. Needs ssh and pdsh.",
+)
 @click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
 @click.option(
     "--report",
@@ -106,7 +115,15 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
 @click.pass_context
-def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, quiet: bool, **asked: Any) -> int:
+def run(
+    ctx: click.Context,
+    /,
+    num_gpus: int | None,
+    hostfile: Path | None,
+    report_file: Path | None,
+    quiet: bool,
+    **asked: Any,
+) -> int:
     """Generate text from many prompts with a model that need not fit the GPU.
 
     Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other. What fits is
@@ -119,28 +136,27 @@ def run(ctx: click.Context, /, num_gpus: int | None, report_file: Path | None, q
       deepspeed --num_gpus 8 --module zeroinf run --model ...
     """
     _refuse_contradictions(ctx, asked)
-    if report_file is not None and not os.access(report_file.parent, os.W_OK):
-        raise OutputError(
-            f"--report {report_file}: its folder does not exist or is not writable", hint="choose another"
-        )
-    from zeroinf.cli.launch import check_gpu_count, launch
     from zeroinf.distributed.world import world_from_environment
 
     world = world_from_environment()
-    if world.launched and num_gpus not in (None, world.size):
-        raise UsageError(
-            f"--num-gpus {num_gpus} inside a launcher that started {world.size} ranks", hint="drop --num-gpus"
-        )
-    if num_gpus is not None and not world.launched:
-        check_gpu_count(num_gpus)
+    if world.is_main:  # on the nodes of other ranks these need not be
+        _check_files(asked["input_file"], report_file)
     asked["resume"] |= asked["resume_anyway"]
     arguments = sys.argv[1:]
     if not world.launched and _offers_to_resume(asked):
         arguments, asked["resume"] = [*arguments, "--resume"], True
-    if num_gpus is not None and not world.launched:
+    if world.launched:
+        _refuse_another_world(num_gpus, hostfile, world)
+    elif num_gpus is not None or hostfile is not None:
         _check_output(asked)
-        if num_gpus > 1:
-            return launch(num_gpus, arguments)
+        from zeroinf.cli.launch import check_gpu_count, check_pdsh, launch
+
+        if hostfile is not None:
+            check_pdsh()
+        elif num_gpus is not None:
+            check_gpu_count(num_gpus)
+        if hostfile is not None or num_gpus != 1:
+            return launch(arguments, num_gpus=num_gpus, hostfile=hostfile)
     asked["resume_command"] = _resume_command(arguments)
     return _run_here(ctx, world, report_file=report_file, quiet=quiet, **asked)
 
@@ -164,8 +180,26 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and asked["input_file"] is None:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
-    if asked["input_file"] not in (None, "-") and not Path(asked["input_file"]).is_file():
-        raise InputError(f"no such input file: {asked['input_file']}")
+
+
+def _check_files(input_file: str | None, report_file: Path | None) -> None:
+    if input_file not in (None, "-") and not Path(input_file).is_file():
+        raise InputError(f"no such input file: {input_file}")
+    if report_file is not None and not os.access(report_file.parent, os.W_OK):
+        raise OutputError(
+            f"--report {report_file}: its folder does not exist or is not writable", hint="choose another"
+        )
+
+
+def _refuse_another_world(num_gpus: int | None, hostfile: Path | None, world: World) -> None:
+    """A launcher has started ranks. Those that `--num-gpus` or `--hostfile` had started have the flags as well."""
+    if num_gpus not in (None, world.local_size):
+        raise UsageError(
+            f"--num-gpus {num_gpus} inside a launcher that started {world.local_size} ranks on this node",
+            hint="drop --num-gpus",
+        )
+    if hostfile is not None and not os.environ.get(BY_HOSTFILE):
+        raise UsageError("--hostfile inside a launcher", hint="drop --hostfile, or start zeroinf by itself")
 
 
 def _check_output(asked: dict[str, Any]) -> None:
@@ -195,7 +229,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
     return shlex.join(["zeroinf", *words, *(() if "--resume-anyway" in words else ("--resume",))])
 
 
-def _run_here(ctx: click.Context, world: Any, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
+def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     from rich.console import Console
 
     from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
