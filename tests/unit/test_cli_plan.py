@@ -78,7 +78,7 @@ def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> No
         "kv_bytes_per_token",
     } <= set(plan["model"])
     assert {
-        "engine", "offload", "fetch", "batch_size", "resident_blocks", "nvme_blocks", "world_size", "load_s",
+        "engine", "offload", "fetch", "batch_size", "resident_blocks", "nvme_blocks", "wire", "world_size", "load_s",
         "prefill_s", "decode_s", "tokens_per_second", "streamed_bytes", "binds", "memory",
     } == set(plan["plan"])  # fmt: skip
     assert set(plan["rates"]) >= {"link_gbps", "disk_gbps", "tflops", "projected"}
@@ -132,6 +132,7 @@ def test_explain_prints_every_term_and_every_rate(plan: dict[str, Any]) -> None:
         (["--emit-zero-config"], "--emit-zero-config"),
         (["--engine", "zero", "--emit-zero-config", "--json"], "--emit-zero-config"),
         (["--engine", "zero", "--fetch", "replicated"], "--fetch"),
+        (["--engine", "zero", "--wire", "int8"], "--wire"),
         (["--engine", "zero", "--resident-blocks", "1"], "--resident-blocks"),
         (["--offload", "none", "--resident-blocks", "1"], "--resident-blocks"),
         (["--offload", "none", "--num-gpus", "2", "--fetch", "replicated"], "--fetch"),

@@ -33,6 +33,7 @@ from zeroinf.planner.memory import (
     zero_gpu_terms,
     zero_host_terms,
 )
+from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Workload
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -105,6 +106,18 @@ def test_partitioned_slots_hold_a_part_of_every_rank(offload: str, unit: int, ra
     part = -(-PIECE // (ranks * unit)) * unit
     assert part * ranks >= PIECE
     assert (terms["slots"], terms["stages"]) == (6 * ranks * part, 4 * part)
+
+
+@pytest.mark.parametrize(("wire", "share"), [("int8", 0.52), ("int4", 0.29)])
+def test_codes_are_small_wherever_they_rest_and_one_slot_takes_a_block_in_full(wire: Wire, share: float) -> None:
+    coded = pieces(CHAIN, wire)[0]
+    assert coded <= share * PIECE
+    terms = named(gpu(resident_blocks=2, wire=wire))
+    assert (terms["slots"], terms["resident blocks"], terms["expanded slot"]) == (3 * coded, 2 * coded, PIECE)
+    assert named(gpu(wire=wire, offload="none", resident_blocks=BLOCKS))["expanded slot"] == PIECE
+    assert host(wire=wire)["weights, page-locked"] == BLOCKS * coded
+    assert store_bytes(CHAIN, wire) <= BLOCKS * (coded + CHUNK_BYTES) + piece_bytes(CHAIN.outside) + CHUNK_BYTES
+    assert "expanded slot" not in named(gpu())
 
 
 def test_a_plan_without_streams_needs_neither_slots_nor_stages() -> None:
