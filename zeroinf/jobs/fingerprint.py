@@ -30,6 +30,7 @@ def fingerprint(
     *,
     engine: str,
     dtype: str,
+    wire: str,
     device: str,
 ) -> dict[str, str]:
     """Name and value of everything that can change a completion; long values as digests."""
@@ -46,6 +47,7 @@ def fingerprint(
         "sampling": _digest([asdict(w.sampling) for w in work]),
         "engine": engine,
         "dtype": dtype,
+        "wire": wire,
         "device": device,
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},

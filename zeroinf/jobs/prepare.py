@@ -73,7 +73,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         )
     _refuse_idle_sampling_flags(options, work)
     refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
-    marks = fingerprint(source, tokenizer, requests, work, refused, engine=engine, dtype=anatomy.dtype, device=device)
+    how = {"engine": engine, "dtype": anatomy.dtype, "wire": options.wire, "device": device}
+    marks = fingerprint(source, tokenizer, requests, work, refused, **how)
     return Reading(job=Job(work=work, refusals=refused, fingerprint=marks), anatomy=anatomy, tokenize_s=tokenize_s)
 
 
