@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare
+from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.memory import pieces, total
+from zeroinf.planner.plan import Plan
 
 BLOCKS = 12  # more than a ring of read buffers and slots holds
 
@@ -38,6 +39,12 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("requests") / "in.jsonl", entries)
 
 
+def plan_of(options: RunOptions) -> Plan:
+    source = resolve_model(options.model)
+    reading = read_job(options, source, "cpu")
+    return prepare(options, source, reading, reading.job.work, World(), "cpu").plan
+
+
 def too_little_without_a_disk(model: Path, requests: Path, nvme: Path) -> int:
     """The first size of host memory, a block at a time, at which a run with a disk plans to use it."""
     options = RunOptions(
@@ -47,12 +54,12 @@ def too_little_without_a_disk(model: Path, requests: Path, nvme: Path) -> int:
         batch_size=3,
         nvme_paths=(nvme,),
     )
-    plan = prepare(options, resolve_model(str(model)), World(), "cpu").plan
+    plan = plan_of(options)
     assert plan.offload == "none"
     size = total(plan.terms, "host")
     while plan.offload != "nvme":
         size -= max(pieces(plan.anatomy))
-        plan = prepare(replace(options, host_memory_bytes=size), resolve_model(str(model)), World(), "cpu").plan
+        plan = plan_of(replace(options, host_memory_bytes=size))
     return size
 
 

@@ -23,7 +23,7 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.jobs import planning
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import choose_engine, plan_run
-from zeroinf.jobs.prepare import prepare
+from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
@@ -185,7 +185,8 @@ def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
     options = RunOptions(
         model=source.name, sampling=Sampling(max_new_tokens=100), input_file=str(requests), batch_size=batch_size
     )
-    prepared = prepare(options, source, ALONE, "cpu")
+    reading = read_job(options, source, "cpu")
+    prepared = prepare(options, source, reading, reading.job.work, ALONE, "cpu")
     assert (prepared.plan.prompt_tokens, prepared.plan.new_tokens) == (30, 9)
     assert prepared.plan.batch_size == (batch_size or 3)
     assert [len(work.prompt) for work in prepared.work] == [30, 1, 12]
