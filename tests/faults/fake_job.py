@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -22,12 +23,13 @@ from zeroinf.jobs.readers import read_requests
 from zeroinf.jobs.requests import Work
 from zeroinf.jobs.stream import Output, Stream
 
-# As often as can be, so that every write and every fsync of a long job is in a short one.
-journal._SYNC_EVERY_S = journal._SYNC_SHARE * 0  # type: ignore[assignment]
-journal._SYNC_SHARE = float("inf")
-stream._TELL_EVERY_S = 0.0
-
 ROWS = 3
+
+
+def hurry() -> None:
+    """Sync as often as can be, so that every write and every fsync of a long job is in a short one. For a child."""
+    journal._SYNC_EVERY_S, journal._SYNC_SHARE = 0.0, float("inf")
+    stream._TELL_EVERY_S = 0.0
 
 
 def entries(count: int) -> list[str]:
@@ -80,8 +82,7 @@ class Ear:
 
 
 def read_job(lines: Sequence[str]) -> Job:
-    import io
-
+    """The requests in `lines`, with bytes for tokens."""
     source = io.BytesIO("".join(line + "\n" for line in lines).encode())
     requests, refusals = read_requests((), source, Sampling(max_new_tokens=4), name="in.jsonl")
     work = tuple(
@@ -119,7 +120,8 @@ def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
 
 
 def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) -> int:
-    """One run of the job, as `zeroinf run --resume` would carry it out; its exit code."""
+    """One run of the job, as `zeroinf run --resume` would carry it out; its exit code. For a child."""
+    hurry()
     job = read_job(lines)
     try:
         with Interrupts() as interrupts:

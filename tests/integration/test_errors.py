@@ -224,6 +224,9 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
     ("arguments", "words"),
     [
         (["--overwrite"], "--overwrite without --output-file"),
+        (["--resume"], "--resume without --output-file"),
+        (["--resume-anyway", "-o", "o", "--overwrite"], "--resume-anyway and --overwrite contradict each other"),
+        (["--hostfile", "ZERO"], "--hostfile without --output-file"),
         (["--seed", "1"], "--seed would change nothing"),
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing"),
         (["--offload", "cpu", "--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from launching import journalled, read_jsonl, write_jsonl
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
-from zeroinf.errors import DoesNotFitError
+from zeroinf.errors import DoesNotFitError, InterruptedRunError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs import runner
 from zeroinf.jobs.options import RunOptions
@@ -210,6 +212,25 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_what_was_finished_save
     journal = job.out.with_name("out.jsonl.journal")
     assert {line["id"] for line in journalled(journal)} == {expected[i]["id"] for i in (0, 2)}
     assert job.ear.notes[-1] == f"2 finished results are saved in {journal}; to go on: zeroinf run --resume"
+
+
+@pytest.mark.parametrize("forward", [1, 7, 12])
+def test_a_run_that_was_stopped_goes_on_in_other_batches_and_ends_with_the_same_bytes(
+    forward: int, job: Job, expected: list[dict[str, Any]]
+) -> None:
+    def stop(rows: int) -> None:
+        if len(job.forwards) == forward:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    job.after_pass = stop
+    with pytest.raises(InterruptedRunError) as caught:
+        job.run()
+    assert caught.value.exit_code == 130
+    assert not job.out.exists()
+    done = len(journalled(job.out.with_name("out.jsonl.journal")))
+    report = job.run(overwrite=False, resume=True, batch_size=3)
+    assert report.requests == len(LENGTHS) - done
+    assert read_jsonl(job.out) == expected
 
 
 def test_the_report_puts_every_place_beside_what_was_measured(job: Job) -> None:

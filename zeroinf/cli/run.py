@@ -176,6 +176,8 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
             raise UsageError(f"{name} without --output-file", hint="add -o FILE, whose journal shall go on")
         if asked[flag] and asked["overwrite"]:
             raise UsageError(f"{name} and --overwrite contradict each other", hint="drop one of them")
+    if ctx.params["hostfile"] is not None and asked["output_file"] is None:
+        raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
     if asked["input_file"] is None and given(ctx, "input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and asked["input_file"] is None:

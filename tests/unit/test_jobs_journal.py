@@ -1,0 +1,102 @@
+"""When the journal makes results durable, and what `zeroinf status` reads from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_jobs_output import begun, job, result
+
+from zeroinf.cli.main import cli
+from zeroinf.jobs import journal
+from zeroinf.jobs.journal import Journal
+
+
+class Disk:
+    """A clock, and a disk that takes `sync_s` to make anything durable."""
+
+    def __init__(self, sync_s: float, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.sync_s, self.syncs = 1000.0, sync_s, 0
+        patch.setattr(journal.time, "monotonic", lambda: self.now)
+        patch.setattr(os, "fsync", self._fsync)
+
+    def _fsync(self, descriptor: int) -> None:
+        self.now += self.sync_s
+        self.syncs += 1
+
+
+@pytest.mark.parametrize("sync_s", [0.0001, 0.003, 0.03, 1.0])
+def test_making_results_durable_takes_at_most_a_hundredth_of_the_time(
+    sync_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(sync_s, monkeypatch)
+    own = Journal(tmp_path / "j")
+    own.start({"fingerprint": {}})
+    started, before = disk.now, disk.syncs
+    for index in range(10_000):
+        own.add(result(index))
+        disk.now += 0.1
+        own.sync_if_due()
+    syncs = disk.syncs - before
+    assert syncs >= 5
+    assert syncs * sync_s <= 0.01 * (disk.now - started)
+    assert own.durable >= 10_000 - 100 * max(1.0, sync_s) / 0.1 - 1, "and what is not durable is no more than that"
+
+
+def test_nothing_is_synced_where_nothing_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(0.003, monkeypatch)
+    own = Journal(tmp_path / "j")
+    own.start({"fingerprint": {}})
+    before = disk.syncs
+    for _ in range(100):
+        disk.now += 1
+        own.sync_if_due()
+    assert disk.syncs == before
+
+
+def status(path: Path, *flags: str) -> str:
+    done = CliRunner().invoke(cli, ["status", str(path), *flags], catch_exceptions=False)
+    return done.stdout
+
+
+def test_status_says_what_is_done_and_left_while_a_job_runs_when_it_stopped_and_when_it_is_finished(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out.jsonl"
+    output = begun(out, job(4, refused=[2]))
+    output.add(result(3))
+    assert status(out).startswith("running: 1 done, 1 refused, 2 left")
+    output.abandon("the disk is on fire")
+    assert status(out).startswith("stopped: 1 done, 1 refused, 2 left")
+    assert status(out).endswith("last error: the disk is on fire\n")
+    output = begun(out, job(4, refused=[2]), resume=True)
+    for index in (0, 1):
+        output.add(result(index))
+    output.finish()
+    assert status(out).startswith("finished: 3 done, 1 refused, 0 left")
+    found = json.loads(status(out.with_name("out.jsonl.journal"), "--json"))
+    assert {name: found[name] for name in ("schema", "state", "done", "failed", "left", "tokens", "runs")} == {
+        "schema": 1, "state": "finished", "done": 3, "failed": 1, "left": 0, "tokens": 4, "runs": 2,
+    }  # fmt: skip
+
+
+def test_status_does_not_disturb_a_run_and_watch_ends_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    output = begun(out, job(1))
+    assert status(out).startswith("running")
+    output.add(result(0))
+    output.finish()
+    assert status(out, "--watch").startswith("finished")
+
+
+@pytest.mark.parametrize("content", [None, b"what I did on my holidays\n"])
+def test_status_of_what_is_no_job_says_so(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "out.jsonl.journal").write_bytes(content)
+    done = CliRunner().invoke(cli, ["status", str(tmp_path / "out.jsonl")])
+    assert done.exception is not None
+    assert "out.jsonl.journal" in str(done.exception)
+    assert getattr(done.exception, "exit_code", None) == 2
