@@ -48,7 +48,7 @@ def test_tokens_are_those_of_weights_after_the_round_trip(
     blocks = blocks_of(folder)
     where = {"resident_blocks": round(resident * blocks), "nvme_blocks": round(nvme * blocks), "wire": wire}
     offload, paths = ("nvme", (tmp_path,)) if nvme else ("none" if resident == 1 else "cpu", ())
-    found = tokens_of(folder, offload=offload, nvme_paths=paths, **where)
+    found = tokens_of(folder, {}, offload=offload, nvme_paths=paths, **where)
     assert found == plain_tokens(save_through_codes(folder, wire, tmp_path / "coded"))
 
 
