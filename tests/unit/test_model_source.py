@@ -116,6 +116,15 @@ def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
         resolve_model(str(folder), random_weights=True)
 
 
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes"])
+def test_weights_in_a_format_of_their_own_are_refused_by_name(method: str, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ModelError, match=f"quantised already, with {method}, which does not stream"):
+        resolve_model(str(checkpoint))
+    assert resolve_model(str(checkpoint), random_weights=True).config.quantization_config["quant_method"] == method
+
+
 def test_code_of_the_models_own_is_named_and_not_run(tmp_path: Path) -> None:
     auto_map = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
     folder = write_config(tmp_path / "m", model_type="odd", auto_map=auto_map)

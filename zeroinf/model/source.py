@@ -58,6 +58,8 @@ def resolve_model(
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
     _require_causal(location, config)
+    if not random_weights:
+        _refuse_quantised(name, config)
     if Path(location).is_dir() and not random_weights:
         local_weight_files(Path(location))
     return ModelSource(
@@ -180,6 +182,18 @@ def _require_causal(location: str, config: Any) -> None:
     raise ModelError(
         f"{location} is not a causal language model: {architecture}",
         hint="zeroinf runs decoder-only models that generate",
+    )
+
+
+def _refuse_quantised(name: str, config: Any) -> None:
+    """Weights in a format of their own need kernels and loaders of their own: read as they lie, they mean nothing."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ModelError(
+        f"the weights of {name} are quantised already, with {getattr(method, 'value', method)}, which does not stream",
+        hint="take the model's unquantised checkpoint, and --wire int8 or int4 to move fewer bytes",
     )
 
 
