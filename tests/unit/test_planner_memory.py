@@ -37,6 +37,7 @@ from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Workload
 
 MIB, GIB = 1 << 20, 1 << 30
+WIRES: tuple[Wire, ...] = ("model", "int8", "int4")
 
 
 def choice(**changed: Any) -> Choice:
@@ -55,9 +56,12 @@ def named(terms: tuple[Term, ...]) -> dict[str, int]:
 @pytest.mark.parametrize("name", sorted(SMALL_MODELS))
 def test_pieces_are_as_long_as_the_engine_lays_them_out(name: str) -> None:
     anatomy = read_anatomy(small_config(name))
-    blocks, outside = group_tensors(build_model(name))
-    assert list(pieces(anatomy)) == [group.nbytes for group in blocks]
-    assert piece_bytes(anatomy.outside) == outside.nbytes
+    model = build_model(name)
+    for wire in WIRES:
+        blocks, outside = group_tensors(model, wire)
+        assert list(pieces(anatomy, wire)) == [group.nbytes for group in blocks]
+        assert list(pieces(anatomy)) == [group.layout.nbytes for group in blocks]
+        assert piece_bytes(anatomy.outside) == outside.nbytes
 
 
 shapes = st.lists(st.integers(1, 40), max_size=3).map(tuple)
