@@ -101,7 +101,16 @@ def decode(tokens: Sequence[int]) -> str:
     return " ".join(f"{token}é" for token in tokens)
 
 
-CODEC = SimpleNamespace(decode=decode)
+def open_stream(
+    job: Job, left: tuple[Work, ...], control: Any, ranks: int, output: Output | None, observer: Any
+) -> Stream:
+    """The stream of a rank whose engine does nothing."""
+    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, static_batches=False)
+    prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
+    stats = SimpleNamespace(passes=0, streamed_bytes_per_pass=0)
+    engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)
+    codec: Any = SimpleNamespace(decode=decode)
+    return Stream(prepared, codec, control, engine, output, observer)
 
 
 def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
@@ -131,14 +140,7 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
             try:
                 if output.left:
                     output.begin(1)
-                    prepared = SimpleNamespace(
-                        work=tuple(output.left),
-                        rows_before=len(job.work) - len(output.left),
-                        plan=SimpleNamespace(batch_size=ROWS, world_size=1),
-                    )
-                    stats = SimpleNamespace(forwards=0, streamed_bytes_per_pass=0)
-                    engine = SimpleNamespace(in_step=False, stats=lambda: stats)
-                    flow = Stream(prepared, CODEC, SimpleNamespace(store=Store()), engine, held, ear)  # type: ignore[arg-type]
+                    flow = open_stream(job, tuple(output.left), SimpleNamespace(store=Store()), 1, held, ear)
                     interrupts.deferred = True
                     try:
                         generate(flow, interrupts, pause_s)

@@ -195,8 +195,11 @@ def test_a_folder_that_became_read_only_is_a_clean_stop_before_the_work(bench: B
 def test_of_two_runs_at_once_one_is_refused_and_the_other_is_not_disturbed(bench: Bench) -> None:
     with scratch() as folder:
         out = folder / "out.jsonl"
-        runs = [in_child(lambda: run_job(bench.lines, out, Ear(), pause_s=0.03)) for _ in range(3)]
-        assert sorted(exit_code(pid) for pid in runs) == [0, 2, 2]
+        first = in_child(lambda: run_job(bench.lines, out, Ear(), pause_s=0.3))
+        while not journalled(out):
+            time.sleep(0.01)
+        others = [in_child(lambda: run_job(bench.lines, out, Ear())) for _ in range(2)]
+        assert [exit_code(pid) for pid in (*others, first)] == [2, 2, 0]
         tally = Tally()
         bench.finish(folder, tally)
         assert tally.is_clean, tally

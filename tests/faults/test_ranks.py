@@ -7,11 +7,9 @@ import random
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from fake_job import CODEC, ROWS, Ear, generate, hurry, read_job
+from fake_job import Ear, generate, hurry, open_stream, read_job
 from ranks import on_ranks
 from schedules import Bench, Tally, journalled, scratch
 
@@ -20,7 +18,7 @@ from zeroinf.distributed.watch import PeerWatch
 from zeroinf.jobs.interrupts import Interrupts
 from zeroinf.jobs.leaving import Leaving
 from zeroinf.jobs.output import JournalOutput
-from zeroinf.jobs.stream import Output, Stream
+from zeroinf.jobs.stream import Output
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +41,7 @@ def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None)
         leaving.watch = PeerWatch(control, leaving.with_the_dead) if control.world.size > 1 else None
         if die_after_s is not None:
             threading.Timer(die_after_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-        plan = SimpleNamespace(batch_size=ROWS, world_size=control.world.size)
-        prepared = SimpleNamespace(work=work, rows_before=len(job.work) - len(work), plan=plan)
-        stats = SimpleNamespace(forwards=0, streamed_bytes_per_pass=0)
-        engine = SimpleNamespace(in_step=False, stats=lambda: stats)
-        flow: Any = Stream(prepared, CODEC, control, engine, held, Ear())  # type: ignore[arg-type]
+        flow = open_stream(job, work, control, control.world.size, held, Ear())
         try:
             generate(flow, interrupts, 0.01)
             flow.gather_all()
