@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Leaving:
         self.watch: PeerWatch | None = None
         self._file, self._resume_command = file, resume_command
         self._output, self._observer, self._interrupts = output, observer, interrupts
+        self._saving, self._is_saved = threading.Lock(), False
         interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
 
     def because_of(self, error: BaseException, *, speak: bool = False) -> None:
@@ -61,6 +63,13 @@ class Leaving:
             self._tell(f"results finished until then are saved in {journal_path(self._file)}")
 
     def _save(self, why: str) -> None:
+        """Once, whichever thread comes first; the other waits until it is said."""
+        with self._saving:
+            if not self._is_saved:
+                self._is_saved = True
+                self._save_once(why)
+
+    def _save_once(self, why: str) -> None:
         assert self._output is not None
         try:
             saved = self._output.abandon(why)
