@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from zeroinf.hardware.machine import Gpu, Machine, Memory
-from zeroinf.model.anatomy import Anatomy, Block, LayerCache, PoolSize, TensorSpec, TokenState
+from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.timing import Speeds
-from zeroinf.planner.workload import Kernel, Kernels, Step, Workload
+from zeroinf.planner.workload import Kernel, Kernels, Lengths, Shape, Step, Workload
 
 MIB, GIB = 1 << 20, 1 << 30
 PROMPT, NEW = 64, 16
@@ -43,34 +43,51 @@ def _chain(blocks: int = 12, width: int = 4096) -> Anatomy:
 CHAIN = _chain()
 
 
-def pool_of(rows: int, tokens: int) -> PoolSize:
-    """Room for `rows` rows that are all of `tokens` tokens."""
-    return PoolSize(rows=rows, tokens=tokens, pages=rows * CHAIN.row_pages(tokens))
+def lengths_of(prompt: int = PROMPT, new: int = NEW) -> Lengths:
+    return Lengths(prompt_tokens=prompt, new_tokens=new)
 
 
-def workload_of(rows: int, *, prompt: int = PROMPT, new: int = NEW) -> Workload:
-    """A micro-batch whose memory and work are straight lines in rows and lengths."""
+def pool_bytes(rows: int, prompt: int = PROMPT, new: int = NEW) -> int:
+    """Bytes of a pool for `rows` rows of these lengths."""
+    return CHAIN.pool_bytes(lengths_of(prompt, new).pool(CHAIN, rows))
 
-    def step(key: int, tokens: int, *, first: bool) -> Step:
-        # One tensor that the micro-batch keeps, others that come and go.
-        begins = (Event(900, 8 * rows * (prompt + new)),) if first else ()
+
+def shape_of(rows: int, micro_batch_rows: int | None = None, prefill_tokens: int = 1 << 30) -> Shape:
+    return Shape(rows, min(rows, micro_batch_rows or rows), prefill_tokens)
+
+
+def workload_of(shape: Shape, *, prompt: int = PROMPT, new: int = NEW) -> Workload:
+    """Passes whose memory and work are straight lines in rows and lengths."""
+
+    def step(rows: int, tokens: int) -> Step:
+        # The inputs stay for the pass, others come and go.
         wide = 4 * CHAIN.hidden_size * rows * tokens
-        passing = (Event(key, wide), Event(key + 1, 2 * wide), Event(key), Event(key + 1))
+        passing = (Event(2, wide), Event(3, 2 * wide), Event(2), Event(3))
         matrix = CHAIN.hidden_size**2
         kernel = Kernel(2 * rows * tokens * matrix, 2 * matrix + 2 * wide)
         return Step(
-            events=(*begins, *passing),
+            inputs=(Event(1, 8 * rows * (prompt + new)),),
+            sections=(passing,),
+            end=(Event(1),),
+            choice=(),
             kernels=(Kernels(1.0, (Kernel(0, wide),)), Kernels(float(len(CHAIN.blocks)), (kernel,))),
         )
 
+    decode = tuple(
+        step(min(shape.micro_batch_rows, shape.rows - at), 1) for at in range(0, shape.rows, shape.micro_batch_rows)
+    )
+    tokens = min(shape.prefill_tokens, shape.rows * prompt)
     return Workload(
-        rows=rows,
+        shape=shape,
+        pool=lengths_of(prompt, new).pool(CHAIN, shape.rows),
         prompt_tokens=prompt,
         new_tokens=new,
-        cache=(Event(0, CHAIN.pool_bytes(pool_of(rows, prompt + new))),),
-        prefill=step(1, prompt, first=True),
-        first_decode=step(11, 1, first=False),
-        last_decode=step(21, 1, first=False),
+        cache=(Event(-1, pool_bytes(shape.rows, prompt, new)),),
+        prompts=(step(1, tokens),),
+        prompts_rows=tokens / prompt,
+        first_decode=decode,
+        last_decode=decode,
+        shares_passes=True,
     )
 
 

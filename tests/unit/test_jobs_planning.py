@@ -30,7 +30,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, resolve_model
 from zeroinf.planner.memory import pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
-from zeroinf.simulation.planning import Lengths
+from zeroinf.planner.workload import Lengths
 
 BLOCKS = 12  # more than a ring of read buffers holds
 ALONE, TWO, APART = World(), World(size=2, local_size=2), World(size=2, local_size=1)

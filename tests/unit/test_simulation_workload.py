@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from generating import PlainEngine
 from small_models import SMALL_MODELS, small_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from zeroinf.generation.cache import CachePool
-from zeroinf.generation.micro_batch import MicroBatch, TokenRules
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.loop import Feed, _Passes
+from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import Allocator, Event, Usage
-from zeroinf.planner.workload import Step, Workload, repeated
+from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
 from zeroinf.simulation.workload import Simulator
 
 CPU = torch.device("cpu")
@@ -46,8 +49,17 @@ def eager(name: str) -> Any:
     return config
 
 
-def simulator(config: Any, anatomy: Anatomy, *, prompt: int = PROMPT, new: int = NEW, padded: bool = True) -> Simulator:
-    return Simulator(config, anatomy, prompt_tokens=prompt, new_tokens=new, padded=padded)
+def lengths_of(prompt: int = PROMPT, new: int = NEW, *, padded: bool = True) -> Lengths:
+    return Lengths(prompt_tokens=prompt, new_tokens=new, padded=padded)
+
+
+def simulator(config: Any, anatomy: Anatomy, lengths: Lengths | None = None) -> Simulator:
+    return Simulator(config, anatomy, lengths or lengths_of())
+
+
+def whole(rows: int, micro_batch_rows: int | None = None, prefill_tokens: int = 1 << 20) -> Shape:
+    """All prompts in one pass, all rows in one micro-batch, where nothing else is said."""
+    return Shape(rows, micro_batch_rows or rows, prefill_tokens)
 
 
 def peaks(phases: Iterable[Iterable[int]]) -> list[tuple[int, int]]:
@@ -71,10 +83,9 @@ def changes(events: Iterable[Event], sizes: dict[int, int]) -> Iterator[int]:
             yield event.nbytes
 
 
-def simulated(workload: Workload) -> list[tuple[int, int]]:
+def simulated(workload: Workload, passes: Sequence[Pass]) -> list[tuple[int, int]]:
     sizes: dict[int, int] = {}
-    steps = (workload.prefill, workload.first_decode)
-    return peaks(changes(events, sizes) for events in (workload.cache, *(step.events for step in steps)))
+    return peaks(changes(events, sizes) for events in (workload.cache, *map(lock_step, passes)))
 
 
 def measured(act: Callable[[], Any]) -> tuple[Any, list[int]]:
@@ -86,38 +97,71 @@ def measured(act: Callable[[], Any]) -> tuple[Any, list[int]]:
     return result, [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
-def step(model: Any, batch: MicroBatch) -> None:
-    output = model(**batch.inputs())
-    batch.choose(output)
-    del output
-    batch.accept(lambda row: None)
+# Rows and micro-batches, prompts of how many tokens, in passes of how many: one micro-batch, several, parts of prompts.
+CASES = {"one": (ROWS, ROWS, 1 << 20), "several": (4, 2, 1 << 20), "in parts": (3, 1, 16)}
 
 
-def rows_of(count: int) -> list[Row]:
-    """Rows of which the first is longest, as the simulation takes them."""
-    sampling = Sampling(max_new_tokens=NEW, ignore_eos=True)
-    return [
-        Row(index=i, prompt=[5] * (1 if i else PROMPT), sampling=sampling, decode=lambda ids: "") for i in range(count)
-    ]
+def groups_of(shape: Shape, start: int, count: int, prompts: bool) -> list[Group]:
+    """Micro-batches as the simulation takes them: the first row is longest, the others one token shorter."""
+    rows = 1 if prompts and count < PROMPT else shape.rows
+    groups = []
+    for at in range(0, rows, shape.micro_batch_rows):
+        seats = []
+        for number in range(at, min(rows, at + shape.micro_batch_rows)):
+            behind = number > at
+            sampling = Sampling(max_new_tokens=NEW, ignore_eos=True)
+            row = Row(index=number, prompt=[5] * (PROMPT - behind), sampling=sampling, decode=str)
+            seat = Seat(row, number, start + count - behind)
+            seat.computed = start - (behind and count == 1)
+            seats.append(seat)
+        groups.append(Group.of(seats))
+    return groups
 
 
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
-def test_bytes_alive_in_every_phase_are_those_of_a_real_run(name: str) -> None:
-    model = AutoModelForCausalLM.from_config(eager(name), dtype=torch.float32).eval()
-    batches: list[MicroBatch] = []
+class Run:
+    """Passes of the small model `name`, really made on the CPU by the loop's own hands."""
 
-    def prefill(pool: CachePool) -> None:
-        batches.append(MicroBatch(model, rows_of(ROWS), TokenRules(model, None, ()), pool, CPU))
-        step(model, batches[0])
+    def __init__(self, name: str, workload: Workload) -> None:
+        model = AutoModelForCausalLM.from_config(eager(name), dtype=torch.float32).eval()
+        self.engine, self.shape = PlainEngine(model), workload.shape
+        self.workload, self.anatomy = workload, anatomy_of(name)
 
-    with torch.no_grad():
-        pool, making = measured(lambda: CachePool(model, anatomy_of(name), rows=ROWS, tokens=PROMPT + NEW, device=CPU))
-        _, first = measured(lambda: prefill(pool))
-        _, second = measured(lambda: step(model, batches[0]))
-    real = peaks((making, first, second))
-    paper = simulated(simulator(eager(name), anatomy_of(name))(ROWS))
-    for phase, seen, said in zip(("pool", "prefill", "first decode"), real, paper, strict=True):
-        assert said == pytest.approx(seen, abs=SCALARS_BYTES), phase
+    def open(self) -> None:
+        pool = PagePool(self.engine.model, self.anatomy, self.workload.pool, CPU)
+        self.desk = Desk(self.engine.model, TokenRules(self.engine.model, None, ()), pool, CPU)
+
+    def make(self, groups: Sequence[Group]) -> None:
+        limits = Limits(rows=self.shape.rows, pages=10**6, micro_batch_rows=self.shape.rows, prefill_tokens=10**6)
+        scheduler = Scheduler(limits, self.anatomy.row_pages)
+        feed = Feed(take=list, done=lambda row: None)
+        passes = _Passes(self.engine, self.desk, scheduler, feed)
+        passes.run(groups)
+        self.engine.asked.clear()
+
+
+# Passes are put together the same way for every model.
+PUT_TOGETHER = ("llama", "gemma2", "bloom", "mixtral", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*((name, "one") for name in POOLED), *((name, case) for name in PUT_TOGETHER for case in ("several", "in parts"))],
+)
+def test_bytes_alive_in_every_pass_are_those_of_a_real_run(name: str, case: str) -> None:
+    shape = Shape(*CASES[case])
+    workload = simulator(eager(name), anatomy_of(name))(shape)
+    part = min(PROMPT, shape.prefill_tokens)
+    prompts = groups_of(shape, PROMPT - part, part, True)
+    decode = groups_of(shape, PROMPT, 1, False)
+    run = Run(name, workload)
+    _, making = measured(run.open)
+    for seat in range(shape.rows):
+        run.desk.pool.open(seat, PROMPT + NEW)
+    real = [making, *(measured(lambda groups=groups: run.make(groups))[1] for groups in (prompts, decode))]
+    real.append(measured(lambda: run.make([*prompts, *decode]))[1])
+    paper = simulated(workload, (workload.prompts, workload.first_decode, (*workload.prompts, *workload.first_decode)))
+    for phase, seen, said in zip(("pool", "prompts", "decode", "both"), peaks(real), paper, strict=True):
+        assert said == pytest.approx(seen, abs=len(prompts + decode) * SCALARS_BYTES), phase
 
 
 def deeper(name: str) -> Any:
@@ -133,10 +177,14 @@ def deeper(name: str) -> Any:
     return type(config)(**fields)
 
 
+def steps_of(workload: Workload) -> tuple[Step, ...]:
+    return (*workload.prompts, *workload.first_decode, *workload.last_decode)
+
+
 def usage(workload: Workload) -> Usage:
     allocator = Allocator()
     allocator.replay(workload.cache)
-    allocator.replay(repeated(workload.steps))
+    allocator.replay(repeated(workload.passes))
     return allocator.usage
 
 
@@ -158,26 +206,26 @@ def test_blocks_left_out_change_neither_the_peak_nor_what_is_computed(
     monkeypatch.setattr(Simulator, "_keep_kinds", lambda self: None)
     every = simulator(config, anatomy)
     assert len(few._blocks) < len(every._blocks) == len(anatomy.blocks)
-    some, all_of_them = few(3), every(3)
+    some, all_of_them = few(whole(3)), every(whole(3))
     assert usage(some) == usage(all_of_them)
-    for mine, theirs in zip(some.steps, all_of_them.steps, strict=True):
+    for mine, theirs in zip(steps_of(some), steps_of(all_of_them), strict=True):
         assert totals(mine) == pytest.approx(totals(theirs), rel=1e-9)
 
 
 def test_kinds_that_differ_in_decode_only_are_told_apart() -> None:
     config = deeper("gemma3_text")
     config.sliding_window = PROMPT + 4  # full in the middle of the generation
-    workload = simulator(config, read_anatomy(config))(2)
-    blocks = [group.kernels for group in workload.last_decode.kernels[1:]]
-    assert workload.prefill.kernels[1].kernels == workload.prefill.kernels[-1].kernels
+    workload = simulator(config, read_anatomy(config))(whole(2))
+    blocks = [group.kernels for group in workload.last_decode[0].kernels[1:]]
+    assert workload.prompts[0].kernels[1].kernels == workload.prompts[0].kernels[-1].kernels
     assert blocks[0] != blocks[5]
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba", "jamba"])
 def test_more_rows_longer_prompts_and_more_tokens_never_need_less(name: str) -> None:
     def needs(rows: int, prompt: int, new: int) -> list[float]:
-        workload = simulator(small_config(name), anatomy_of(name), prompt=prompt, new=new)(rows)
-        return [usage(workload).allocated, *(total for of in workload.steps for total in totals(of)[1:])]
+        workload = simulator(small_config(name), anatomy_of(name), lengths_of(prompt, new))(whole(rows))
+        return [usage(workload).allocated, *(total for of in steps_of(workload) for total in totals(of)[1:])]
 
     least = needs(2, 20, 4)
     for more in ((3, 20, 4), (2, 33, 4), (2, 20, 17)):
@@ -185,20 +233,22 @@ def test_more_rows_longer_prompts_and_more_tokens_never_need_less(name: str) -> 
     assert least[0] < needs(4, 40, 4)[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bloom", "jamba"])
-@pytest.mark.parametrize(("rows", "prompt", "new"), [(1, 5, 1), (3, 40, 9), (5, 17, 100)])
-def test_the_cache_is_the_one_that_a_run_allocates(name: str, rows: int, prompt: int, new: int) -> None:
+@pytest.mark.parametrize("mean_pages", [None, 1.5])
+@pytest.mark.parametrize("name", ["llama", "mistral", "jamba", "mamba"])
+def test_the_pool_is_the_one_that_a_run_allocates(name: str, mean_pages: float | None) -> None:
     anatomy = anatomy_of(name)
-    workload = simulator(small_config(name), anatomy, prompt=prompt, new=new)(rows)
-    model = AutoModelForCausalLM.from_config(small_config(name))
-    pool = CachePool(model, anatomy, rows=rows, tokens=prompt + new, device=CPU)
-    assert [event.nbytes for event in workload.cache] == [pool.nbytes]
+    lengths = replace(lengths_of(), mean_pages=mean_pages)
+    workload = simulator(small_config(name), anatomy, lengths)(whole(5))
+    assert workload.pool == lengths.pool(anatomy, 5)
+    assert workload.pool.pages >= anatomy.row_pages(PROMPT + NEW)
+    pool = PagePool(AutoModelForCausalLM.from_config(small_config(name)), anatomy, workload.pool, CPU)
+    assert pool.nbytes == max(event.nbytes or 0 for event in workload.cache) or name == "mamba"
 
 
 @pytest.mark.parametrize("new", [1, 2, 3])
 def test_a_short_generation_has_fewer_steps_and_can_be_planned(new: int) -> None:
-    workload = simulator(small_config("llama"), anatomy_of("llama"), new=new)(2)
-    assert len(workload.steps) == new
+    workload = simulator(small_config("llama"), anatomy_of("llama"), lengths_of(new=new))(whole(2))
+    assert len(steps_of(workload)) == (1 if new == 1 else 3)
     assert usage(workload).allocated > sum(event.nbytes or 0 for event in workload.cache)
 
 
@@ -206,8 +256,8 @@ def test_a_short_generation_has_fewer_steps_and_can_be_planned(new: int) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_dtype_can_be_planned(name: str, dtype: str) -> None:
     anatomy = read_anatomy(small_config(name), dtype=dtype)
-    workload = simulator(small_config(name), anatomy)(2)
-    assert totals(workload.prefill)[1] > totals(workload.first_decode)[1] > 0
+    workload = simulator(small_config(name), anatomy)(whole(2))
+    assert totals(workload.prompts[0])[1] > totals(workload.first_decode[0])[1] > 0
     assert anatomy.dtype == dtype
 
 
@@ -215,7 +265,10 @@ def test_experts_compute_what_their_shapes_say() -> None:
     config = small_config("mixtral")
     dense = replace_experts(config)
     tokens = 2 * PROMPT
-    own, more = (totals(simulator(each, read_anatomy(each), padded=False)(2).prefill)[1] for each in (config, dense))
+    own, more = (
+        totals(simulator(each, read_anatomy(each), lengths_of(padded=False))(whole(2)).prompts[0])[1]
+        for each in (config, dense)
+    )
     # Two experts a token instead of one: three products of hidden by intermediate size each, in every layer.
     assert own - more == 2 * tokens * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
 
@@ -227,5 +280,4 @@ def replace_experts(config: Any) -> Any:
 
 def test_the_same_rows_are_simulated_once() -> None:
     simulate = simulator(small_config("llama"), anatomy_of("llama"))
-    assert simulate(3) is simulate(3)
-    assert simulate(3) == replace(simulate(3), rows=3)
+    assert simulate(whole(3)) is simulate(whole(3))

@@ -107,7 +107,7 @@ def wire_option(command: _Command) -> _Command:
 
 
 def engine_options(command: _Command) -> _Command:
-    """What runs the model and how: `engine`, `fetch`, `wire`, `resident_blocks` and `batch_size`."""
+    """What runs the model and how, from `engine` to `micro_batch_rows`."""
     return _add(
         command,
         click.option(
@@ -139,8 +139,16 @@ def engine_options(command: _Command) -> _Command:
             type=AutoIntType(minimum=1),
             default="auto",
             show_default=True,
-            help="Rows that run together on each GPU; auto takes what gives most tokens/s without running out of "
+            help="Rows that are live at once on each GPU; auto takes what gives most tokens/s without running out of "
             "memory.",
+        ),
+        click.option(
+            "--micro-batch-rows",
+            type=AutoIntType(minimum=1),
+            default="auto",
+            show_default=True,
+            help="Rows that run one forward together; several such micro-batches share a pass over the weights. With "
+            "the stream engine.",
         ),
     )
 

@@ -114,10 +114,14 @@ def _refuse_contradictions(
 
 def _refuse_impossible(asked: dict[str, Any], machine: Machine, anatomy: Anatomy) -> None:
     """What only the machine and the model show to be without effect, or to be impossible."""
+    from zeroinf.planner.search import check_micro_batch_rows
+
     if asked["offload"] == "nvme" and not machine.disks:
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     if asked["fetch"] != "auto" and len(machine.gpus) < 2:
         raise UsageError(f"--fetch {asked['fetch']} has no effect with one GPU", hint="drop it, or add --num-gpus")
+    if asked["micro_batch_rows"] is not None:
+        check_micro_batch_rows("zero" if asked["engine"] == "zero" else "stream", anatomy.is_paged)
     blocks, resident = len(anatomy.blocks), asked["resident_blocks"] or 0
     if resident > blocks:
         raise UsageError(f"--resident-blocks {resident}: the model has {blocks} blocks", hint=f"at most {blocks}")
@@ -139,7 +143,8 @@ def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code
     from zeroinf.model.source import pick_dtype, resolve_model
     from zeroinf.planner.plan import AioSettings
     from zeroinf.planner.search import Wish
-    from zeroinf.simulation.planning import Lengths, Question
+    from zeroinf.planner.workload import Lengths
+    from zeroinf.simulation.planning import Question
 
     machine, rates = _machine(**{name: asked.pop(name) for name in _MACHINE_OPTIONS}, asked=asked)
     # Only shapes are wanted, so the catalog's will do; it knows no revisions.
@@ -155,6 +160,7 @@ def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code
         offload=asked["offload"],
         fetch=asked["fetch"],
         batch_size=asked["batch_size"],
+        micro_batch_rows=asked["micro_batch_rows"],
         resident_blocks=asked["resident_blocks"],
         wire=asked["wire"],
         requests=asked["requests"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,10 +83,15 @@ class _Passes:
 
     def run(self, groups: Sequence[Group]) -> None:
         """One pass, and the choice of the tokens that follow."""
-        batches = [MicroBatch(self._desk, group) for group in groups]
-        outputs = self._engine.forward([batch.inputs() for batch in batches])
+        batches, inputs = list[MicroBatch](), list[dict[str, Any]]()
+        for group in groups:
+            batches.append(MicroBatch(self._desk, group))
+            inputs.append(batches[-1].inputs())
+        outputs = self._engine.forward(inputs)
+        del inputs
         self.accept()
-        for batch in batches:
+        while batches:
+            batch = batches.pop(0)
             chosen = batch.choose(outputs.pop(0))
             self._desk.close(self._scheduler.advance(batch.group))
             if chosen is not None:

@@ -27,7 +27,7 @@ from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
 from zeroinf.planner.plan import Plan
-from zeroinf.simulation.planning import Lengths
+from zeroinf.planner.workload import Lengths
 
 _WINDOW = 512
 # Positions whose probabilities are computed at a time.

@@ -45,6 +45,7 @@ class RunOptions:
     max_error_rate: float = 1.0
     """The largest share of the requests that may be refused."""
     batch_size: int | None = None
+    micro_batch_rows: int | None = None
     static_batches: bool = False
     gpu_memory_bytes: int | None = None
     """The most that each rank may take of its GPU."""

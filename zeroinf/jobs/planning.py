@@ -25,9 +25,10 @@ from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.search import Wish
+from zeroinf.planner.search import Wish, check_micro_batch_rows
 from zeroinf.planner.wire import Wire
-from zeroinf.simulation.planning import Lengths, Question, answer
+from zeroinf.planner.workload import Lengths
+from zeroinf.simulation.planning import Question, answer
 
 
 def plan_run(
@@ -49,7 +50,7 @@ def plan_run(
     if own_config is not None:
         offload, nvme_paths = _offload_of(own_config)
     engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
-    _refuse_idle(options, engine, world, device, len(anatomy.blocks))
+    _refuse_idle(options, engine, world, device, len(anatomy.blocks), anatomy.is_paged)
     anatomy = replace(anatomy, loads=_loading(source, anatomy))
     machine = read_machine(nvme_paths)
     _check_folders(machine.disks)
@@ -68,6 +69,7 @@ def plan_run(
         offload=offload,
         fetch=options.fetch,
         batch_size=options.batch_size,
+        micro_batch_rows=options.micro_batch_rows,
         static_batches=options.static_batches,
         resident_blocks=options.resident_blocks,
         wire=options.wire,
@@ -129,8 +131,9 @@ def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
     return anatomy.loads
 
 
-def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, blocks: int) -> None:
-    """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks."""
+def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, blocks: int, regroups: bool) -> None:
+    """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks whose
+    rows can be regrouped or not."""
     of_gpus = {"--gpu-memory": options.gpu_memory_bytes is not None, "--no-pin-memory": not options.pin_memory}
     if device == "cpu" and (given := [flag for flag, is_given in of_gpus.items() if is_given]):
         raise UsageError(f"{', '.join(given)} has no effect: this run computes on the CPU", hint="drop it")
@@ -145,6 +148,8 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
         raise UsageError(f"{', '.join(given)} has no effect with the {engine} engine", hint="drop it")
     if given and options.offload == "none":
         raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
+    if options.micro_batch_rows is not None:
+        check_micro_batch_rows(engine, regroups)
     if options.static_batches and engine != "stream":
         raise UsageError("--static-batches has no effect with the zero engine: its batches are", hint="drop it")
     if options.fetch != "auto" and world.size == 1:

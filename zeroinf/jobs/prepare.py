@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, BinaryIO
 
 from zeroinf.distributed.world import World
@@ -24,7 +25,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.plan import Plan
-from zeroinf.simulation.planning import Lengths
+from zeroinf.planner.workload import Lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,9 @@ def prepare(
         prompt_tokens=max(len(item.prompt) for item in work),
         new_tokens=max(item.sampling.max_new_tokens for item in work),
         padded=len({len(item.prompt) for item in work}) > 1,
+        mean_prompt_tokens=fmean(len(item.prompt) for item in work),
+        mean_new_tokens=fmean(item.sampling.max_new_tokens for item in work),
+        mean_pages=fmean(reading.anatomy.row_pages(len(item.prompt) + item.sampling.max_new_tokens) for item in work),
     )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(

@@ -20,6 +20,11 @@ class Choice:
     offload: Offload
     fetch: Fetch
     batch_size: int
+    """Rows that are live at once."""
+    micro_batch_rows: int
+    """Rows that run one forward together, at the most."""
+    prefill_tokens: int
+    """Prompt tokens that a pass computes, at the most."""
     resident_blocks: int
     nvme_blocks: int
     wire: Wire = "model"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
-from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.allocator import Allocator, Event, Usage, rounded
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.wire import CODES, Wire, is_coded
-from zeroinf.planner.workload import Workload, repeated
+from zeroinf.planner.workload import Pass, Step, Workload, repeated
 
 Place = Literal["gpu", "host", "disk"]
 Origin = Literal["counted", "simulated", "measured", "data sheet", "given", "assumed"]
@@ -38,7 +39,7 @@ LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
 GROWING = ("KV cache", "activations, logits, states")
-"""Terms of GPU memory that grow with the rows of a micro-batch."""
+"""Terms of GPU memory that grow with the rows."""
 
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
 """Terms of GPU memory that torch's allocator does not hold."""
@@ -65,7 +66,7 @@ class Term:
 
     @property
     def grows(self) -> bool:
-        """Whether it grows with the rows of a micro-batch."""
+        """Whether it grows with the rows."""
         return self.name in GROWING
 
 
@@ -119,7 +120,7 @@ def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
 def stream_gpu_terms(
     anatomy: Anatomy, choice: Choice, workload: Workload, world_size: int, overhead: Overhead
 ) -> tuple[Term, ...]:
-    """GPU memory of one rank of the stream engine at its highest, the micro-batch after the first included."""
+    """GPU memory of one rank of the stream engine at its highest."""
     parts = world_size if choice.fetch == "partitioned" else 1
     sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     streamed = len(sizes) - choice.resident_blocks
@@ -149,30 +150,88 @@ def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhea
 
 
 def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
-    """The cache, what a micro-batch computes, and what allocator, libraries and driver add. Two micro-batches run, one
-    after the other: the second finds the memory as the first one left it."""
+    """The cache, what passes compute, and what allocator, libraries and driver add."""
     allocator = Allocator()
     workspace, origin = overhead.workspace
-    allocator.replay(Event(-1 - index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
-    weights = allocator.live_bytes
-    allocator.replay(workload.cache)
-    base = allocator.live_bytes
-    for _ in range(2):
-        allocator.replay(repeated(workload.steps))
-    usage = allocator.usage
+    allocator.replay(Event(index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
+    weights, passing = allocator.usage, _usage(workload)
     return tuple(
         term
         for term in (
-            Term("gpu", "KV cache", base - weights, "simulated"),
-            Term("gpu", "activations, logits, states", usage.allocated - base, "simulated"),
+            Term("gpu", "KV cache", passing.cache, "simulated"),
+            Term("gpu", "activations, logits, states", passing.usage.allocated - passing.cache, "simulated"),
             Term("gpu", "matrix product workspaces", workspace, origin),
-            Term("gpu", "allocator's pages and gaps", usage.reserved - usage.allocated, "simulated"),
+            Term(
+                "gpu",
+                "allocator's pages and gaps",
+                weights.reserved - weights.allocated + passing.usage.reserved - passing.usage.allocated,
+                "simulated",
+            ),
             Term("gpu", "CUDA context", *overhead.context),
             Term("gpu", "collectives' buffers", *overhead.collectives),
             Term("gpu", UNFORESEEN, _UNFORESEEN_GPU, "assumed"),
         )
         if term.nbytes
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Passing:
+    """What passes take of torch's allocator beside weights; `cache` lasts."""
+
+    cache: int
+    usage: Usage
+
+
+@lru_cache(maxsize=256)
+def _usage(workload: Workload) -> _Passing:
+    """What is allocated follows from all micro-batches of a pass. What is lost in pages and gaps comes from a replay
+    with a few of each kind, twice: the second time passes find the memory as the first one left it."""
+    allocator = Allocator()
+    allocator.replay(workload.cache)
+    cache, events = allocator.live_bytes, repeated([_few(steps) for steps in workload.passes])
+    for _ in range(2):
+        allocator.replay(events)
+    few = allocator.usage
+    most = few.allocated
+    if workload.shares_passes:
+        most = cache + max(peak_bytes(steps) for steps in workload.passes)
+    return _Passing(cache, Usage(most, most + few.reserved - few.allocated))
+
+
+def _few(steps: Pass) -> Pass:
+    """The first two micro-batches of each kind."""
+    return tuple(step for index, step in enumerate(steps) if steps[:index].count(step) < 2)
+
+
+def peak_bytes(steps: Pass) -> int:
+    """The most that a pass has allocated at any time, beside what lasts."""
+    changes = {step: _changes(step) for step in set(steps)}
+    live = most = 0
+    for phase in range(max(map(len, changes.values()))):
+        for step in steps:
+            peak, change = changes[step][phase]
+            most = max(most, live + peak)
+            live += change
+    return most
+
+
+@lru_cache(maxsize=1024)
+def _changes(step: Step) -> list[tuple[int, int]]:
+    """Of each phase of a micro-batch: the most bytes it adds at any time, and what is left of them."""
+    sizes: dict[int, int] = {}
+    found = []
+    for events in (step.inputs, *step.sections, step.end, step.choice):
+        live = most = 0
+        for event in events:
+            if event.nbytes is None:
+                live -= sizes.pop(event.key)
+            else:
+                sizes[event.key] = rounded(event.nbytes)
+                live += sizes[event.key]
+                most = max(most, live)
+        found.append((most, live))
+    return found
 
 
 def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device: str) -> tuple[Term, ...]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from zeroinf.errors import DoesNotFitError
+from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.memory import (
     Overhead,
@@ -23,10 +23,20 @@ from zeroinf.planner.memory import (
 )
 from zeroinf.planner.timing import Speeds, Timing, time_plan
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.workload import Simulate, Workload
+from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
 MOST_ROWS = 4096
 """More rows a GPU than this are never tried: long before, arithmetic binds."""
+
+MOST_MICRO_BATCH_ROWS = 128
+"""More rows in one forward compute no faster, and what attention gathers for them grows."""
+
+# What is tried where a pass of the largest micro-batches does not fit.
+_SMALLER = (1, 4, 16)
+_PREFILL_TOKENS = (2048, 16384)
+_SHORTEST_PART = 256
+# The most rows are found to a part of so many.
+_CLOSE_ENOUGH = 32
 
 _HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
 
@@ -44,6 +54,7 @@ class Wish:
     offload: Offload | Literal["auto"] = "auto"
     fetch: Fetch | Literal["auto"] = "auto"
     batch_size: int | None = None
+    micro_batch_rows: int | None = None
     resident_blocks: int | None = None
     requests: int | None = None
     """How many rows there are in all; None is plenty."""
@@ -62,6 +73,7 @@ class Candidate:
     """A choice that fits, with all it takes and how fast it is."""
 
     choice: Choice
+    pool: PoolSize
     terms: tuple[Term, ...]
     timing: Timing
 
@@ -123,6 +135,7 @@ class Planner:
         simulate: Simulate,
         *,
         device: Literal["cuda", "cpu"],
+        lengths: Lengths,
         engine_terms: EngineTerms | None = None,
     ) -> None:
         self._anatomy = anatomy
@@ -130,6 +143,7 @@ class Planner:
         self._overhead = overhead
         self._simulate = simulate
         self._device = device
+        self._lengths = lengths
         self._engine_terms = engine_terms
         self._gpu_bytes = min((gpu.free_bytes for gpu in machine.gpus), default=0)
         self._host_bytes = machine.memory.available_bytes
@@ -200,7 +214,7 @@ class Planner:
                 miss = rows
                 break
             fits = rows
-        while miss is not None and fits and miss - fits > 1:
+        while miss is not None and fits and miss - fits > 1 + fits // _CLOSE_ENOUGH:
             rows = (fits + miss) // 2
             outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
             yield outcome
@@ -237,10 +251,29 @@ class Planner:
             offload=offload,
             fetch=fetch,
             batch_size=rows,
+            micro_batch_rows=rows,
+            prefill_tokens=rows * self._lengths.prompt_tokens,
             resident_blocks=residents,
             nvme_blocks=on_disk,
             wire=wish.wire,
         )
+
+    def _shapes(self, wish: Wish, rows: int) -> Iterator[Shape]:
+        """Ways to make passes of `rows` rows, those that take most memory and least time first."""
+        prompts = rows * self._lengths.prompt_tokens
+        if wish.engine != "stream" or not self._anatomy.is_paged:
+            yield Shape(rows, rows, prompts)
+            return
+        # As many prompt tokens as are computed in twice the time that the weights take, with which nothing waits.
+        link_s = self._anatomy.block_bytes / self._speeds.link_gbps / 1e9
+        worthwhile = 2 * link_s * self._speeds.tflops * 1e12 / (2 * self._anatomy.parameters)
+        tokens = min(prompts, int(sorted((_PREFILL_TOKENS[0], worthwhile, _PREFILL_TOKENS[1]))[1]))
+        found = dict[Shape, None]()
+        for share in _SMALLER:
+            together = wish.micro_batch_rows or -(-MOST_MICRO_BATCH_ROWS // share)
+            part = min(tokens, max(tokens // share, _SHORTEST_PART))
+            found[Shape(rows, min(rows, together), part)] = None
+        yield from found
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
         """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""
@@ -260,18 +293,40 @@ class Planner:
             offload="nvme",
             fetch="replicated",
             batch_size=rows,
+            micro_batch_rows=rows,
+            prefill_tokens=rows,
             resident_blocks=0,
             nvme_blocks=len(self._anatomy.blocks),
             wire=wish.wire,
         )
         terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._device)
         if self._device == "cpu":  # what computes lies there, too
-            terms = self._terms(wish, nothing, self._simulate(rows))
+            terms = self._terms(wish, nothing, self._simulate(next(self._shapes(wish, rows))))
         free = self._host_bytes - total(terms, "host")
         return max(0, free // max(pieces(self._anatomy, wish.wire)))
 
     def _try(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Candidate | Rejection:
-        workload = self._simulate(choice.batch_size)
+        rejected = self._too_many_rows(wish, choice, budgets)
+        for shape in self._shapes(wish, choice.batch_size) if rejected is None else ():
+            outcome = self._try_shape(wish, choice, shape, budgets)
+            if isinstance(outcome, Candidate):
+                return outcome
+            rejected = outcome
+        assert rejected is not None
+        return rejected
+
+    def _too_many_rows(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Rejection | None:
+        """What the KV cache alone says of more rows than one, which takes no simulation."""
+        place: Place = "gpu" if "gpu" in budgets else "host"
+        pool = self._anatomy.pool_bytes(self._lengths.pool(self._anatomy, choice.batch_size))
+        if wish.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
+            return None
+        lack = Lack(place=place, needed_bytes=pool, available_bytes=budgets[place])
+        return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=(lack,))
+
+    def _try_shape(self, wish: Wish, choice: Choice, shape: Shape, budgets: dict[Place, int]) -> Candidate | Rejection:
+        choice = replace(choice, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens)
+        workload = self._simulate(shape)
         terms = self._terms(wish, choice, workload)
         needed = {place: total(terms, place) for place in budgets}
         lacks = tuple(
@@ -282,7 +337,7 @@ class Planner:
         if lacks:
             return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=lacks)
         timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.world_size, wish.requests)
-        return Candidate(choice=choice, terms=terms, timing=timing)
+        return Candidate(choice=choice, pool=workload.pool, terms=terms, timing=timing)
 
     def _merit(self, candidate: Candidate) -> tuple[float, int, int, int]:
         """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU.
@@ -337,6 +392,13 @@ def _doubling(cap: int) -> Iterator[int]:
         yield rows
         rows *= 2
     yield cap
+
+
+def check_micro_batch_rows(engine: str, regroups: bool) -> None:
+    """Raise UsageError where all live rows are one micro-batch, whatever is asked for."""
+    if engine != "stream" or not regroups:
+        what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
+        raise UsageError(f"--micro-batch-rows has no effect with {what}: all rows run together", hint="drop it")
 
 
 def _nothing_fits(rejected: list[Rejection]) -> str:

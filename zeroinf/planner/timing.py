@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.memory import pieces
-from zeroinf.planner.workload import Kernel, Kernels, Step, Workload
+from zeroinf.planner.workload import Kernel, Kernels, Pass, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
@@ -53,7 +53,8 @@ class Speeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """A plan in seconds. A pass is one walk over all blocks: a prefill or a decode step of one micro-batch."""
+    """A plan in seconds. `prefill_s` is a pass with as many prompts as it may compute and nothing else, `decode_s` one
+    with a token of every live row."""
 
     load_s: float
     prefill_s: float
@@ -69,7 +70,7 @@ class Timing:
 def time_plan(
     anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, world_size: int, requests: int | None
 ) -> Timing:
-    """The time of `requests` requests (None: as many as fill every micro-batch) on `world_size` ranks."""
+    """The time of `requests` requests (None: without end) on `world_size` ranks."""
     parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
     sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     streams = choice.engine == "zero" or choice.resident_blocks < len(sizes)
@@ -82,19 +83,20 @@ def time_plan(
         "disk": from_disk / speeds.disk_gbps / 1e9,
         "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
     }
-    expansion = _expansion(anatomy, choice)
-    prefill, _ = _step(_with(workload.prefill, expansion), waits, speeds)
-    first, _ = _step(_with(workload.first_decode, expansion), waits, speeds)
-    last, binds = _step(_with(workload.last_decode, expansion), waits, speeds)
-    decode = (first + last) / 2
-    batch_s = prefill + (workload.new_tokens - 1) * decode
-    batches = 1 if requests is None else -(-requests // (workload.rows * world_size))
-    rows = workload.rows * world_size if requests is None else requests
+    expansion = _times((_expansion(anatomy, choice),), speeds)
+    rows = None if requests is None else -(-requests // world_size)
+    prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
+    prefill_s, _ = _pass(prompts, expansion, waits)
+    decode_s, binds = _pass(decode, expansion, waits)
+    count = _Continuous if workload.shares_passes else _Static
+    tokens, seconds = count(workload, prompts, decode, expansion, waits).tokens_and_seconds(rows)
+    if requests is not None:
+        tokens *= requests / (rows or 1) / world_size
     return Timing(
         load_s=_load_s(anatomy, choice, sizes, speeds),
-        prefill_s=prefill,
-        decode_s=decode,
-        tokens_per_second=rows * workload.new_tokens / (batches * batch_s),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        tokens_per_second=tokens * world_size / seconds,
         streamed_bytes=streamed,
         binds=binds,
     )
@@ -108,10 +110,6 @@ def _expansion(anatomy: Anatomy, choice: Choice) -> Kernels:
     return Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0))))
 
 
-def _with(step: Step, more: Kernels) -> Step:
-    return replace(step, kernels=(*step.kernels, more))
-
-
 def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
     """Seconds until the blocks (`sizes`, in bytes) are where they rest; a store that is not there yet takes longer."""
     resident = sum(sizes[: choice.resident_blocks]) if choice.engine == "stream" else 0
@@ -121,23 +119,80 @@ def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Spee
     return ((sum(sizes) - resident - on_disk) / speeds.fill_gbps + from_store + encoded / _ENCODE_GBPS) / 1e9
 
 
-def _step(step: Step, waits: dict[Resource, float], speeds: Speeds) -> tuple[float, Resource]:
-    """Seconds of a step and what they are spent on: streams, host and GPU work beside each other."""
-    on_gpu = _gpu_times(step, speeds)
-    launches = sum(group.times * len(group.kernels) for group in step.kernels)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What passes are made of on one rank, in seconds of each resource."""
+
+    workload: Workload
+    prompts: dict[Resource, float]
+    decode: dict[Resource, float]
+    expansion: dict[Resource, float]
+    """Of codes into weights, once a pass."""
+    waits: dict[Resource, float]
+
+    def seconds(self, prompts: float, decode: float) -> float:
+        """Of a pass with such parts of a full load of prompts and of a step of all rows."""
+        both = {name: prompts * self.prompts[name] + decode * self.decode[name] for name in self.prompts}
+        return _pass(both, self.expansion, self.waits)[0]
+
+
+class _Static(_Work):
+    def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
+        """Tokens of so many rows (None: as many as fill every batch), and how long they take."""
+        live, new = self.workload.shape.rows, self.workload.new_tokens
+        count = live if rows is None else rows
+        batch_s = self.seconds(1, 0) + (new - 1) * self.seconds(0, 1)
+        return count * new, -(-count // live) * batch_s
+
+
+class _Continuous(_Work):
+    def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
+        """Tokens of so many rows (None: without end, of one pass), and how long they take."""
+        live, new = self.workload.shape.rows, self.workload.new_tokens
+        enter = min(self.workload.prompts_rows, live / new)  # a pass, once all places are taken
+        steady_s = self.seconds(enter / self.workload.prompts_rows, enter * (new - 1) / live)
+        if rows is None:
+            return enter * new, steady_s
+        first = min(live, rows)
+        begin = max(1.0, first / self.workload.prompts_rows)
+        begin_s = begin * self.seconds(min(1.0, first / self.workload.prompts_rows), (begin - 1) / begin / 2)
+        end_s = (new - 1) * self.seconds(0, first / live)
+        return rows * new, begin_s + (rows - first) / enter * steady_s + end_s
+
+
+def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:
+    """Of a step of all rows, in the middle of their way."""
+    first, last = _work(workload.first_decode, speeds), _work(workload.last_decode, speeds)
+    return {name: (first[name] + last[name]) / 2 for name in first}
+
+
+def _work(steps: Pass, speeds: Speeds) -> dict[Resource, float]:
+    """Seconds that the kernels of `steps` take of each resource, one after the other."""
+    times = _times([group for step in steps for group in step.kernels], speeds)
+    times["kernel launches"] += _STEP_S * len(steps)
+    return times
+
+
+def _pass(
+    work: dict[Resource, float], more: dict[Resource, float], waits: dict[Resource, float]
+) -> tuple[float, Resource]:
+    """Seconds of a pass and what they are spent on: streams, host and GPU work beside each other."""
+    both = {name: work[name] + more[name] for name in work}
+    on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")
     times: dict[Resource, float] = {
         **waits,
-        "kernel launches": launches * speeds.launch_s * _HOST_SHARE + _STEP_S,
-        max(on_gpu, key=lambda resource: on_gpu[resource]): sum(on_gpu.values()),
+        "kernel launches": both["kernel launches"],
+        max(on_gpu, key=lambda resource: both[resource]): sum(both[resource] for resource in on_gpu),
     }
     slowest = max(times, key=lambda resource: times[resource])
     return times[slowest], slowest
 
 
-def _gpu_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
-    """Seconds of a step's kernels by what each of them is bound by."""
-    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0}
-    for group in step.kernels:
+def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
+    """Seconds of kernels by what each of them is bound by, and of launching them."""
+    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0}
+    for group in groups:
+        times["kernel launches"] += group.times * len(group.kernels) * speeds.launch_s * _HOST_SHARE
         for kernel in group.kernels:
             shares = _MASKED_ATTENTION_SHARES if kernel.is_masked_attention else _SHARES
             arithmetic = kernel.flops / speeds.tflops / 1e12 / shares[0]

@@ -17,20 +17,8 @@ from zeroinf.planner.plan import AioSettings, Plan
 from zeroinf.planner.search import Decision, Planner, Wish
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
-from zeroinf.simulation.rows import ByRows
+from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.workload import Simulator
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lengths:
-    """Prompts and completions of a job, in tokens."""
-
-    prompt_tokens: int
-    """The longest prompt."""
-    new_tokens: int
-    """The most that is added to one."""
-    padded: bool = True
-    """Prompts differ in length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,15 +75,12 @@ def _speeds(question: Question) -> Speeds:
 
 def _planner(question: Question, speeds: Speeds) -> Planner:
     lengths, wish = question.lengths, question.wish
-    simulate = ByRows(
-        Simulator(
-            question.config,
-            question.anatomy,
-            prompt_tokens=lengths.prompt_tokens,
-            new_tokens=lengths.new_tokens,
-            padded=lengths.padded,
-            trust_remote_code=question.trust_remote_code,
-        )
+    simulate = Simulator(
+        question.config,
+        question.anatomy,
+        lengths,
+        shares_passes=wish.engine == "stream",
+        trust_remote_code=question.trust_remote_code,
     )
 
     def overhead(gathers: bool) -> Overhead:
@@ -113,6 +98,7 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
         overhead,
         simulate,
         device=question.device,
+        lengths=lengths,
         engine_terms=terms,
     )
 
@@ -146,10 +132,9 @@ def _plan(question: Question, decision: Decision) -> Plan:
         offload=choice.offload,
         fetch=choice.fetch,
         batch_size=choice.batch_size,
-        micro_batch_rows=choice.batch_size,
-        prefill_tokens=choice.batch_size * question.lengths.prompt_tokens,
-        pool_pages=choice.batch_size
-        * question.anatomy.row_pages(question.lengths.prompt_tokens + question.lengths.new_tokens),
+        micro_batch_rows=choice.micro_batch_rows,
+        prefill_tokens=choice.prefill_tokens,
+        pool_pages=chosen.pool.pages,
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         terms=chosen.terms,
@@ -176,5 +161,5 @@ def _shares(lengths: Lengths) -> Sequence[Lengths]:
     found = [lengths]
     while found[-1].prompt_tokens > 1:
         prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
-        found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new))
+        found.append(Lengths(prompt_tokens=prompt, new_tokens=new, padded=lengths.padded))
     return found

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Kernel, Kernels, Step
+from zeroinf.planner.workload import Events, Kernel, Kernels
 
 aten = torch.ops.aten
 
@@ -27,6 +27,9 @@ _OWN_BYTES = {aten._safe_softmax.default: 1}
 _GROUPED_ROW_BYTES = 16
 
 _OUTSIDE = -1
+_OUT = -1
+# Where operators that touch some rows of a tensor have those rows: among their arguments, or in what they return.
+_ROWS_OF = {aten.index_select.default: _OUT, aten.index_copy_.default: 3}
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -40,7 +43,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = (*model.parameters(), *model.buffers())
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._next_key = 0
-        self._events: list[Event] = []
+        self._sections: list[list[Event]] = [[]]
         self._kernels: dict[int, list[Kernel]] = defaultdict(list)
         self._section = _OUTSIDE
         self._hooks = [hook for index, block in enumerate(blocks) for hook in self._watch(index, block)]
@@ -63,7 +66,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func not in _NO_KERNEL and (any(is_new) or (func._schema.is_mutable and args[0].device.type == "meta")):
             formula = _FLOPS.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            self.kernel(flops, _tensors((args, kwargs, out)))
+            rows = _ROWS_OF.get(func)  # of all that the first tensor holds, only so much is read or written
+            moved = None if rows is None else out if rows == _OUT else args[rows]
+            self.kernel(flops, _tensors((args, kwargs, out)) if moved is None else (args[2], moved, moved))
             if func is aten.baddbmm.default:
                 self.kernel(0, (out, out))  # what is added is first written out in full, and read again
         return out
@@ -72,22 +77,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note a kernel that reads or writes `tensors`."""
         self._kernels[self._section].append(Kernel(flops, sum(map(_touched, tensors)), is_masked_attention))
 
-    def cut(self, times: Sequence[float]) -> Step:
-        """What was recorded since the last cut; block i stands for `times[i]` blocks."""
-        step = Step(
-            events=tuple(self._events),
-            kernels=tuple(
-                Kernels(1.0 if section == _OUTSIDE else times[section], tuple(kernels))
-                for section, kernels in sorted(self._kernels.items())
-            ),
+    def cut(self) -> tuple[Events, ...]:
+        """Allocations and frees since the last cut: those before the first block, and those from each block on."""
+        sections = tuple(map(tuple, self._sections))
+        self._sections = [[]]
+        return sections
+
+    def cut_kernels(self, times: Sequence[float]) -> tuple[Kernels, ...]:
+        """Kernels since the last time; block i stands for `times[i]` blocks."""
+        kernels = tuple(
+            Kernels(1.0 if section == _OUTSIDE else times[section], tuple(found))
+            for section, found in sorted(self._kernels.items())
         )
-        self._events.clear()
         self._kernels.clear()
-        return step
+        return kernels
 
     def _watch(self, index: int, block: Module) -> Iterator[Any]:
         def enter(*ignored: Any) -> None:
             self._section = index
+            self._sections.append([])
 
         def leave(*ignored: Any) -> None:
             self._section = _OUTSIDE
@@ -102,14 +110,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         self._known.add(storage)
         key = self._key()
-        self._events.append(Event(key, storage.nbytes()))
-        weakref.finalize(storage, lambda: self._events.append(Event(key)))
+        self._sections[-1].append(Event(key, storage.nbytes()))
+        weakref.finalize(storage, lambda: self._sections[-1].append(Event(key)))
         return True
 
     def _pass_through(self, nbytes: int) -> None:
         """An allocation that is over at once."""
         key = self._key()
-        self._events += [Event(key, nbytes), Event(key)]
+        self._sections[-1] += [Event(key, nbytes), Event(key)]
 
     def _key(self) -> int:
         self._next_key += 1

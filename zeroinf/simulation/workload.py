@@ -4,124 +4,213 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
-from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules
+from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks
-from zeroinf.planner.workload import Step, Workload
+from zeroinf.planner.allocator import Event
+from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.rows import ByRows
 
 _META = torch.device("meta")
 # So many blocks of each kind are run: the gaps that one leaves behind for the next stop growing after a few (GPT-NeoX:
 # five, most others: two).
 _KEPT = 6
+# Keys of what lasts lie apart from those of passes.
+_CACHE_KEYS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a forward computes of a row: so many tokens, behind those that are in the cache."""
+
+    start: int
+    count: int
 
 
 class Simulator:
-    """Workloads of one model: prompts of up to `prompt_tokens` tokens, to which `new_tokens` are added.
+    """Workloads of one model for rows of `lengths`.
 
-    `padded`: prompts differ in length. Of blocks that do the same a few are run, and counted for all of them.
-    Calling it with a number of rows takes tenths of a second and no memory.
+    `static`: all rows start together and end together, as one micro-batch. Of blocks that do the same a few are run,
+    and counted for all of them. A new shape takes tenths of a second and no memory.
     """
 
     def __init__(
         self,
         config: Any,
         anatomy: Anatomy,
+        lengths: Lengths,
         *,
-        prompt_tokens: int,
-        new_tokens: int,
-        padded: bool,
+        shares_passes: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        self._anatomy = anatomy
-        self._prompt_tokens, self._new_tokens, self._padded = prompt_tokens, new_tokens, padded
+        self._anatomy, self._lengths = anatomy, lengths
+        self._breaks_at = breaks_at(config)
+        self._shares_passes = shares_passes and anatomy.is_paged
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
         self._path, self._blocks = find_blocks(self._model)
         self._times = [1.0] * len(self._blocks)
-        self._seen: dict[int, Workload] = {}
+        self._seen: dict[Shape, Workload] = {}
+        self._steps: dict[tuple[int, int, bool], ByRows] = {}
         if anatomy.is_paged:
             self._keep_kinds()
 
-    def __call__(self, rows: int) -> Workload:
-        if rows not in self._seen:
-            self._seen[rows] = self._run(rows)
-        return self._seen[rows]
+    def __call__(self, shape: Shape) -> Workload:
+        if shape not in self._seen:
+            self._seen[shape] = self._run(shape)
+        return self._seen[shape]
 
     def _keep_kinds(self) -> None:
         """Leave the first blocks in the model, a few of each kind: models tell a block what it is by its place.
 
         Where caches grow by themselves, every block counts instead.
         """
-        ran = self._run(2)  # two rows, of which one is padded
-        steps = (ran.prefill, ran.first_decode, ran.last_decode)
+        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        steps = [self._step(2, 0, longest), *(self._step(2, longest + done, 1) for done in (1, max(1, new - 1)))]
         groups = zip(*(step.kernels[1:] for step in steps), strict=True)
         kinds = [tuple(group.kernels for group in block) for block in groups]
         kept = max(index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < _KEPT) + 1
         self._times = [kinds.count(kind) / kinds[:kept].count(kind) for kind in kinds[:kept]]
         self._blocks = self._blocks[:kept]
         self._model.set_submodule(self._path, self._blocks)
+        self._steps.clear()
 
-    def _run(self, rows: int) -> Workload:
-        model, tokens = self._model, self._prompt_tokens + self._new_tokens
-        recorder = Recorder(model, self._blocks)
-        size = PoolSize(rows=rows, tokens=tokens, pages=rows * self._anatomy.row_pages(tokens))
-        with torch.no_grad(), recorder:
-            desk = Desk(model, TokenRules(model, None, ()), PagePool(model, self._anatomy, size, _META), _META)
-            seats = self._seats(rows)
-            desk.open(seats)
-            cache = recorder.cut(self._times)
-            prefill = first = last = self._step(desk, seats, recorder)
-            if self._new_tokens > 1:
-                first = last = self._step(desk, seats, recorder)
-            if self._new_tokens > 2:
-                _skip(desk, seats, self._new_tokens - 3)
-                if self._anatomy.is_paged:
-                    recorder.cut(self._times)  # what is written in place leaves nothing behind
-                last = self._step(desk, seats, recorder)
-        return Workload(
-            rows=rows,
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
-            cache=cache.events,
-            prefill=prefill,
-            first_decode=first,
-            last_decode=last,
+    def _run(self, shape: Shape) -> Workload:
+        return self._together(shape) if not self._shares_passes else self._coming_and_going(shape)
+
+    def _coming_and_going(self, shape: Shape) -> Workload:
+        """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
+        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        whole = longest <= shape.prefill_tokens or self._breaks_at is not None
+        rows = max(1, min(shape.rows, shape.prefill_tokens // longest)) if whole else 1
+        start = 0 if whole else longest - shape.prefill_tokens
+        sizes = [min(shape.micro_batch_rows, rows - at) for at in range(0, rows, shape.micro_batch_rows)]
+        mixes = rows < shape.rows or self._lengths.padded  # then rows of a micro-batch are not equally far
+
+        def decode(done: int) -> Pass:
+            count = -(-shape.rows // shape.micro_batch_rows)
+            edges = [shape.rows * part // count for part in range(count + 1)]
+            return tuple(self._step(end - at, longest + done - 1, 1, padded=mixes) for at, end in pairwise(edges))
+
+        return self._workload(
+            shape,
+            prompts=tuple(self._step(size, start, longest - start) for size in sizes),
+            prompts_rows=rows if whole else shape.prefill_tokens / longest,
+            first_decode=decode(1) if new > 1 else (),
+            last_decode=decode(new - 1) if new > 1 else (),
         )
 
-    def _seats(self, count: int) -> list[Seat]:
-        """Rows that never end early; the first is the longest."""
-        sampling = Sampling(max_new_tokens=self._new_tokens, ignore_eos=True)
-        longest, shorter = [0] * self._prompt_tokens, [0] * (1 if self._padded else self._prompt_tokens)
-        prompts = [longest, *[shorter] * (count - 1)]
-        rows = (Row(index=i, prompt=prompt, sampling=sampling, decode=str) for i, prompt in enumerate(prompts))
-        return [Seat(row, number, len(row.prompt)) for number, row in enumerate(rows)]
+    def _workload(self, shape: Shape, **steps: Any) -> Workload:
+        size = self._lengths.pool(self._anatomy, shape.rows)
+        with torch.no_grad(), Recorder(self._model, ()) as recorder:
+            desk = self._desk(size)
+            (cache,) = recorder.cut()
+            del desk
+        return Workload(
+            shape=shape,
+            pool=size,
+            prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
+            new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
+            cache=tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in cache),
+            shares_passes=self._shares_passes,
+            **steps,
+        )
 
-    def _step(self, desk: Desk, seats: Sequence[Seat], recorder: Recorder) -> Step:
-        batch = MicroBatch(desk, Group.of(seats))
+    def _desk(self, size: PoolSize) -> Desk:
+        pool = PagePool(self._model, self._anatomy, size, _META)
+        return Desk(self._model, TokenRules(self._model, None, ()), pool, _META)
+
+    def _step(self, rows: int, start: int, count: int, *, padded: bool | None = None) -> Step:
+        """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`."""
+        key = start, count, self._lengths.padded if padded is None else padded
+        if key not in self._steps:
+            self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key)))
+        return self._steps[key](rows)
+
+    def _simulate(self, parts: Sequence[Part]) -> Step:
+        recorder = Recorder(self._model, self._blocks)
+        with torch.no_grad(), recorder:
+            desk = self._desk(self._lengths.pool(self._anatomy, len(parts)))
+            recorder.cut()
+            return self._record(desk, parts, recorder)
+
+    def _together(self, shape: Shape) -> Workload:
+        """All rows in one micro-batch from the first step to the last, with the states that it keeps."""
+        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        shorter = 1 if self._lengths.padded else longest
+        prompts = (Part(0, longest), *(Part(0, shorter),) * (shape.rows - 1))
+        recorder = Recorder(self._model, self._blocks)
+        with torch.no_grad(), recorder:
+            desk = self._desk(self._lengths.pool(self._anatomy, shape.rows))
+            recorder.cut()
+            found = [self._record(desk, prompts, recorder)]
+            if new > 1:
+                found.append(self._record(desk, [Part(part.count, 1) for part in prompts], recorder))
+            if new > 2:
+                _skip(desk, new - 3)
+                skipped = recorder.cut()[0]
+                last = self._record(desk, [Part(part.count + new - 2, 1) for part in prompts], recorder)
+                found.append(replace(last, inputs=(*skipped, *last.inputs)))
+        return self._workload(
+            shape,
+            prompts=(found[0],),
+            prompts_rows=shape.rows,
+            first_decode=tuple(found[1:2]),
+            last_decode=tuple(found[2:]),
+        )
+
+    def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder) -> Step:
+        """The loop's own steps for a micro-batch: `recorder` is told of each."""
+        recorder.cut_kernels(self._times)
+        batch = MicroBatch(desk, _group(parts, self._lengths.new_tokens))
+        inputs = batch.inputs()
+        (making,) = recorder.cut()
         with ExitStack() as stack:
             stack.enter_context(_META)
             stack.enter_context(GpuAttention(recorder))
-            output = self._model(**batch.inputs())
+            output = self._model(**inputs)
+        sections = recorder.cut()
+        del inputs
+        (end,) = recorder.cut()
         batch.choose(output)
-        del output
-        for seat in seats:
-            seat.computed, seat.known = seat.known, seat.known + 1
-        return recorder.cut(self._times)
+        del output, batch
+        (choice,) = recorder.cut()
+        kernels = recorder.cut_kernels(self._times)
+        return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
 
 
-def _skip(desk: Desk, seats: Sequence[Seat], tokens: int) -> None:
-    """Let rows stand where they would after `tokens` more steps."""
-    for seat in seats:
-        seat.computed, seat.known = seat.computed + tokens, seat.known + tokens
+def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
+    """`rows` rows of which the first is longest, the others one token shorter where they are padded."""
+    if not padded or start + count == 1:
+        return (Part(start, count),) * rows
+    other = Part(start, count - 1) if count > 1 else Part(start - 1, count)
+    return (Part(start, count), *(other,) * (rows - 1))
+
+
+def _group(parts: Sequence[Part], new_tokens: int) -> Group:
+    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+    seats = [
+        Seat(Row(index=i, prompt=(), sampling=sampling, decode=str), i, known=part.start + part.count)
+        for i, part in enumerate(parts)
+    ]
+    for seat, part in zip(seats, parts, strict=True):
+        seat.computed = part.start
+    return Group.of(seats)
+
+
+def _skip(desk: Desk, tokens: int) -> None:
+    """Let states stand where they would after `tokens` more steps."""
     for layer in desk.cache(anew=False).layers if tokens else ():
         if isinstance(layer, DynamicLayer) and layer.keys is not None:  # recurrent states and pages do not grow
             layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
