@@ -74,9 +74,7 @@ def plan_run(
         resident_blocks=options.resident_blocks,
         wire=options.wire,
         requests=requests,
-        nvme_space_bytes=_nvme_space(machine.disks, source, anatomy.dtype, options.wire)
-        if offload == "auto" and nvme_paths
-        else None,
+        nvme_space_bytes=_nvme_space(machine.disks, source, anatomy.dtype, options.wire) if offload == "auto" else None,
         one_node=world.local_size == world.size,
         gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
     )
