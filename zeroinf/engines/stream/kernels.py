@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,10 +11,9 @@ from zeroinf.planner.wire import Codes
 _WEIGHTS_A_PROGRAM = 4096
 
 
+# Triton looks annotations up while it compiles, and knows none of Python's types.
 @triton.jit  # type: ignore[untyped-decorator]
-def _decode(
-    codes: Any, scales: Any, weights: Any, groups: Any, bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr
-) -> None:
+def _decode(codes, scales, weights, groups, bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     inside = (row < groups)[:, None]
     scale = tl.load(scales + row, mask=row < groups).to(tl.float32)[:, None]
