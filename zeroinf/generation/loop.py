@@ -59,7 +59,7 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
         try:
             passes.run(groups)
         except torch.OutOfMemoryError:
-            if max(len(group.seats) for group in groups) == 1 or not engine.recover():
+            if not scheduler.can_halve(groups) or not engine.recover():
                 raise
             ran_out = True
         if ran_out:  # not while the error is handled: it keeps alive what the failed forwards had made

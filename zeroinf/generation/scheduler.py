@@ -234,19 +234,28 @@ class Scheduler:
                 ended.append(seat)
         return ended
 
+    def can_halve(self, groups: Sequence[Group]) -> bool:
+        """Whether passes can be smaller than that of `groups`."""
+        return self._smaller(groups) != self.limits
+
+    def _smaller(self, groups: Sequence[Group]) -> Limits:
+        rows = max(len(group.seats) for group in groups)
+        prompts = [len(group.seats) * group.width for group in groups if group.width > 1]
+        tokens = -(-max(prompts) // 2) if prompts else self.limits.prefill_tokens
+        if self.limits.together and rows == 1:
+            return self.limits
+        return replace(
+            self.limits,
+            micro_batch_rows=max(1, -(-rows // 2)),
+            prefill_tokens=min(self.limits.prefill_tokens, tokens),
+        )
+
     def halve(self, groups: Sequence[Group]) -> list[Seat]:
         """A pass of `groups` ran out of memory: micro-batches are half as large from now on.
 
         What was left half done is computed again. Returns the seats that had to be given up; their rows wait again.
         """
-        limits = self.limits
-        rows = max(len(group.seats) for group in groups)
-        prefill = max(len(group.seats) * group.width for group in groups)
-        self.limits = replace(
-            limits,
-            micro_batch_rows=max(1, -(-rows // 2)),
-            prefill_tokens=max(1, min(limits.prefill_tokens, -(-prefill // 2))),
-        )
+        limits = self.limits = self._smaller(groups)
         if not limits.together:
             for seat in self.seats:
                 seat.computed = 0 if seat.due > 1 else seat.computed
