@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -187,9 +188,7 @@ def test_a_plan_that_was_wrong_costs_rows_and_is_reported_with_its_terms(
     job.after_pass = fail
     report = job.run()
     (note,) = job.ear.notes
-    assert note.startswith(
-        "out of GPU memory, against the plan: micro-batches of 2 rows from here on, the pass is made again"
-    )
+    assert re.match(r"out of GPU memory, against the plan: micro-batches of \d rows? from here on", note)
     terms = [term for term in report.plan.terms if term.place == "gpu"]
     assert {"KV cache", "slots", "activations, logits, states"} <= {term.name for term in terms}
     assert all(f"{term.name} {term.nbytes / 2**30:.2f} GiB" in note for term in terms)

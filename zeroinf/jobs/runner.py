@@ -354,7 +354,8 @@ class _Job:
         """An error of the planner: say so, with what it had counted on."""
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self._prepared.plan.terms if t.place == "gpu")
         self._observer.note(
-            f"out of GPU memory, against the plan: micro-batches of {rows} row{'s' * (rows > 1)} from here on, the pass is made again. "
+            f"out of GPU memory, against the plan: micro-batches of {rows} row{'s' * (rows > 1)} from here on, "
+            "the pass is made again. "
             f"Please report it with the planned terms: {terms}"
         )
 
