@@ -1,4 +1,34 @@
 """zeroinf: throughput inference for language models that do not fit the GPU."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zeroinf.api import Generated, Pipeline, Plan, Result, TensorParallel, generate, pipeline, plan
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = [
+    "Generated",
+    "Pipeline",
+    "Plan",
+    "Result",
+    "TensorParallel",
+    "__version__",
+    "generate",
+    "pipeline",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import zeroinf.api
+
+    return getattr(zeroinf.api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

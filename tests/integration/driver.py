@@ -2,7 +2,8 @@
 
     python driver.py CELLS.json RESULT.json        alone, or on each rank with RANK, WORLD_SIZE and so on set
 
-A cell is `{"name", "model", "engine", "fetch", "offload", "nvme_path", "input", "batch_size", "max_new_tokens"}`.
+A cell is `{"name", "model", "engine", "fetch", "offload", "nvme_path", "input", "batch_size", "max_new_tokens",
+"dtype", "parallel"}`, the last for tensor parallelism: `{"injection_policy", "checkpoint", "save_to"}`.
 Everything between the command line and the output file is zeroinf's own; only starting a process for each is saved.
 """
 
@@ -33,6 +34,7 @@ from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.stream import Stream
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.planner.plan import TensorParallel
 
 
 class _Silent:
@@ -40,17 +42,30 @@ class _Silent:
         return lambda *args: None
 
 
+def _parallel(
+    injection_policy: list[Any] | None = None, checkpoint: str | None = None, save_to: str | None = None
+) -> TensorParallel:
+    return TensorParallel(
+        size=0,
+        injection_policy=tuple((name, tuple(layers)) for name, layers in injection_policy or ()),
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        save_to=Path(save_to) if save_to else None,
+    )
+
+
 def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """One run without command line, journal and report. Tokens by request index, this rank's alone."""
     options = RunOptions(
         model=cell["model"],
         sampling=Sampling(max_new_tokens=cell["max_new_tokens"]),
+        dtype=cell["dtype"],
         engine=cell["engine"],
         fetch=cell["fetch"],
         offload=cell["offload"],
         nvme_paths=(Path(cell["nvme_path"]),),
         input_file=cell["input"],
         batch_size=cell["batch_size"],
+        tensor_parallel=_parallel(**cell["parallel"]),
     )
     source = resolve_model(options.model)
     reading = read_job(options, source, "cpu")
@@ -59,13 +74,16 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     try:
         codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
-        stream = Stream(prepared, codec, control, engine, None, _Silent())
+        part = control.part(prepared.plan.tensor_parallel.size)
+        stream = Stream(prepared, codec, part, control.store, engine, None, _Silent())
         rows: list[Row] = []
         plan, cpu = prepared.plan, torch.device("cpu")
-        desk = Desk(engine.model, rules, PagePool(engine.model, plan.anatomy, plan.pool, cpu), cpu)
+        pages = PagePool(engine.model, plan.rank_anatomy(world.rank), plan.pool, cpu)
+        desk = Desk(engine.model, rules, pages, cpu)
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
         scheduler = Scheduler(limits, plan.anatomy.row_pages)
-        generate(engine, control, desk, scheduler, Feed(take=stream.take, done=rows.append, grew=stream.grew))
+        ranks = part if plan.tensor_parallel.size > 1 else control
+        generate(engine, ranks, desk, scheduler, Feed(take=stream.take, done=rows.append, grew=stream.grew))
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
         control.gather(None)  # no rank removes its files while another counts
         return {

@@ -57,10 +57,14 @@ class Cell:
     fetch: str = "auto"
     batch_size: int | None = BATCH_SIZE
     """None leaves it to the planner."""
+    parallel: tuple[tuple[str, Any], ...] = ()
+    """What the driver takes as "parallel"."""
+    dtype: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.engine}-{self.offload}-{self.fetch}-{self.batch_size}"
+        words = (Path(self.model).name, self.engine, self.offload, self.fetch, self.batch_size)
+        return "-".join(map(str, (*words, *(name for name, _ in self.parallel))))
 
 
 @dataclass(frozen=True)
@@ -140,13 +144,15 @@ def _cut(row: list[int], eos: int | list[int] | None) -> list[int]:
 
 
 @cache
-def expected(model: str, prompts: tuple[tuple[int, ...], ...], pad: int, batch_size: int) -> list[list[int]]:
+def expected(
+    model: str, prompts: tuple[tuple[int, ...], ...], pad: int, batch_size: int, dtype: str
+) -> list[list[int]]:
     """What plain transformers generates from the checkpoint folder `model`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     return plain_tokens(plain, prompts, pad, batch_size)
 
 
@@ -169,6 +175,8 @@ def drive(folder: Path, cells: Sequence[Cell], ranks: int) -> None:
                 "input": str(prompts),
                 "batch_size": cell.batch_size,
                 "max_new_tokens": NEW_TOKENS,
+                "parallel": dict(cell.parallel),
+                "dtype": cell.dtype,
             }
         )
     (folder / "cells.json").write_text(json.dumps(listed))
@@ -199,6 +207,9 @@ def answer(folder: Path, cell: Cell) -> Answer:
     assert cell.name in results, f"{cell.name} {'hung' if (folder / 'hung').exists() else 'was not reached'}:\n{logs}"
     parts = results[cell.name]["ranks"]
     assert not any("error" in part for part in parts), "\n".join(part.get("error", "") for part in parts)
+    if cell.engine == "tensor-parallel":  # one stream
+        assert all(part["tokens"] == parts[0]["tokens"] for part in parts)
+        parts = parts[:1]
     rows = [index for part in parts for index in part["tokens"]]
     assert len(rows) == len(set(rows)), "a request was answered twice"
     return Answer(
@@ -219,9 +230,9 @@ def wide_checkpoint(shared_folder: SharedFolder, architecture: str) -> Path:
     return shared_folder(f"wide-{architecture}", lambda folder: make_wide_checkpoint(architecture, folder))
 
 
-def check_tokens(found: Answer, model: str) -> None:
+def check_tokens(found: Answer, model: str, dtype: str = "auto") -> None:
     """Every request is answered with the tokens of plain transformers on the same batches."""
     prompts = tuple(map(tuple, found.prompts))
     assert len(prompts) == len(PROMPTS)
-    wanted = expected(model, prompts, found.pad_token, found.batch_size)
+    wanted = expected(model, prompts, found.pad_token, found.batch_size, dtype)
     assert [found.tokens[index] for index in sorted(found.tokens)] == wanted

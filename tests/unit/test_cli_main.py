@@ -45,7 +45,7 @@ def test_importing_zeroinf_loads_nothing_heavy() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("run", "status", "plan", "config", "store", "doctor")),
+        *([command, "--help"] for command in ("run", "status", "plan", "bench", "config", "store", "doctor")),
     ],
 )
 def test_help_loads_neither_torch_nor_deepspeed_nor_anything_else_that_is_heavy(arguments: list[str]) -> None:
@@ -61,6 +61,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
         "status": True,
         "plan": True,
         "eval": True,
+        "bench": True,
         "config": True,
         "store": True,
         "doctor": True,

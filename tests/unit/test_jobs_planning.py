@@ -92,10 +92,11 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
     ("asked", "own_config", "engine", "why"),
     [
         ("auto", False, "stream", None),
-        ("auto", True, "zero", "--zero-config configures DeepSpeed"),
+        ("auto", True, "zero", "--zero-config configures DeepSpeed's ZeRO"),
         ("zero", False, "zero", None),
         ("zero", True, "zero", None),
         ("stream", False, "stream", None),
+        ("resident", False, "resident", None),
     ],
 )
 def test_auto_takes_the_stream_engine_unless_it_says_why(

@@ -14,7 +14,7 @@ from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.jobs.gpu_memory import GpuUse
-from zeroinf.jobs.report import RankReport, RunReport
+from zeroinf.jobs.report import Phases, RankReport, RunReport
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import Term, total
 from zeroinf.planner.plan import Plan
@@ -175,6 +175,7 @@ def rank(**changed: Any) -> RankReport:
         "slot_bytes": 3 * GIB,
         "pinned_host_bytes": 5 * GIB,
         "stalls": Stalls(link_s=1.0, compute_s=2.0),
+        "repetitions": (Phases(generate_s=4.0, first_token_s=1.0, prefill_s=2.0),),
     }
     return RankReport(**{**fields, **changed})
 

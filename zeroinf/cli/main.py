@@ -14,7 +14,7 @@ import click
 import zeroinf
 from zeroinf.errors import ZeroinfError
 
-_COMMANDS = ("run", "status", "plan", "eval", "config", "store", "doctor")
+_COMMANDS = ("run", "status", "plan", "eval", "bench", "config", "store", "doctor")
 
 
 class _LazyGroup(click.Group):

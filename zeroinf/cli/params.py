@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,15 +10,11 @@ import click
 from click.core import ParameterSource
 
 from zeroinf.errors import UsageError
-from zeroinf.planner.plan import AioSettings
+from zeroinf.planner.plan import AioSettings, TensorParallel
+from zeroinf.planner.traits import ENGINE_NAMES
+from zeroinf.sizes import parse_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}
-_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
-_UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 _AIO = AioSettings()
 AIO_OPTIONS = ("aio_block_size", "aio_queue_depth", "aio_threads")
@@ -41,17 +35,10 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of 
         """Bytes of `value`; a usage error names what is wrong with it."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(value)
-        if match is None or match[2].lower() not in _UNIT_BYTES:
-            self.fail(f"{value!r} is not a size: write 24GiB, 512MiB, 1GB or plain bytes", param, ctx)
-        unit = _UNIT_BYTES[match[2].lower()]
-        size = Fraction(match[1]) * unit
-        if unit > 1:
-            size = Fraction(int(size))  # 3.6GiB is no whole number of bytes, and nobody means it to be
-        if size <= 0 or size % self.multiple_of:
-            whole = "a whole number of bytes" if self.multiple_of == 1 else f"a multiple of {self.multiple_of} bytes"
-            self.fail(f"{value!r} must be {whole} above zero", param, ctx)
-        return int(size)
+        try:
+            return parse_size(value, multiple_of=self.multiple_of)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def model_options(command: _Command) -> _Command:
@@ -67,13 +54,79 @@ def model_options(command: _Command) -> _Command:
         click.option("--revision", help="Branch, tag or commit on the hub."),
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            type=click.Choice(["auto", "bfloat16", "float16", "float32", "int8"]),
             default="auto",
             show_default=True,
             help="Type of the weights and of the arithmetic; auto takes the model's own.",
         ),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     )
+
+
+class InjectionPolicyType(click.ParamType):  # type: ignore[type-arg]
+    """`Block=attention.output,mlp.output`: a class of blocks and the layers whose results are summed."""
+
+    name = "Block=layer,layer"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """The class's name and the layers'."""
+        block, _, layers = str(value).partition("=")
+        names = tuple(filter(None, layers.split(",")))
+        if not block or not names:
+            self.fail(f"{value!r}: write LlamaDecoderLayer=self_attn.o_proj,mlp.down_proj", param, ctx)
+        return block, names
+
+
+_PARALLEL_OPTIONS = ("tensor_parallel_size", "injection_policy", "checkpoint_json", "save_mp_checkpoint_path")
+
+
+def tensor_parallel_options(command: _Command) -> _Command:
+    """How DeepSpeed-Inference splits a model: what `tensor_parallel_of` takes."""
+    return _add(
+        command,
+        click.option(
+            "-tp",
+            "--tensor-parallel-size",
+            type=click.IntRange(min=1),
+            help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
+        ),
+        click.option(
+            "--injection-policy",
+            type=InjectionPolicyType(),
+            multiple=True,
+            help="Block=attention.output,mlp.output: the layers whose results are summed, for models that DeepSpeed "
+            "does not know. With --engine tensor-parallel.",
+        ),
+        click.option(
+            "--kernel-inject", is_flag=True, help="DeepSpeed's fused kernels; they need transformers 4 and are refused."
+        ),
+        click.option(
+            "--checkpoint-json",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="Weights listed in DeepSpeed's format (BLOOM, ds_model, Megatron), saved by any number of ranks. With "
+            "--engine tensor-parallel.",
+        ),
+        click.option(
+            "--save-mp-checkpoint-path",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Save each rank's part of the weights and ds_inference_config.json there. With --engine "
+            "tensor-parallel.",
+        ),
+    )
+
+
+def tensor_parallel_of(asked: dict[str, Any]) -> TensorParallel:
+    """Take what `tensor_parallel_options` asked for out of `asked`. Raises UsageError for kernel injection."""
+    if asked.pop("kernel_inject"):
+        raise UsageError(
+            "--kernel-inject: DeepSpeed's kernels keep the KV cache and the positions to themselves and answer with "
+            "tuples; models of transformers 5 expect none of it",
+            hint="drop it: --engine tensor-parallel splits the model without them",
+        )
+    size, policy, checkpoint, save_to = (asked.pop(name) for name in _PARALLEL_OPTIONS)
+    return TensorParallel(size=size or 0, injection_policy=policy, checkpoint=checkpoint, save_to=save_to)
 
 
 class AutoIntType(click.ParamType):  # type: ignore[type-arg]
@@ -112,10 +165,12 @@ def engine_options(command: _Command) -> _Command:
         command,
         click.option(
             "--engine",
-            type=click.Choice(["auto", "stream", "zero"]),
+            type=click.Choice(["auto", *ENGINE_NAMES]),
             default="auto",
             show_default=True,
-            help="stream is ours, zero is DeepSpeed's ZeRO-3; auto takes stream wherever it can run the request.",
+            help="stream is ours, zero is DeepSpeed's ZeRO-3; resident (the whole model on each GPU), accelerate and "
+            "tensor-parallel (DeepSpeed-Inference) are for comparison. auto takes stream wherever it can run the "
+            "request.",
         ),
         click.option(
             "--fetch",
@@ -131,7 +186,7 @@ def engine_options(command: _Command) -> _Command:
             type=AutoIntType(minimum=0),
             default="auto",
             show_default=True,
-            help="Blocks that never leave the GPU; the others stream. With the stream engine.",
+            help="Blocks that never leave the GPU; the others stream. With the stream engine and accelerate.",
         ),
         click.option(
             "-b",
@@ -216,6 +271,20 @@ def given(ctx: click.Context, *names: str) -> list[str]:
     return [name for name in names if ctx.get_parameter_source(name) in explicit]
 
 
+def given_flags(ctx: click.Context, *names: str) -> list[str]:
+    """The same as the long flags that users write."""
+    return [f"--{name.replace('_', '-')}" for name in given(ctx, *names)]
+
+
+def aio_of(asked: dict[str, Any]) -> AioSettings:
+    """Take DeepSpeed's disk settings out of `asked`."""
+    return AioSettings(
+        block_size_bytes=asked.pop("aio_block_size"),
+        queue_depth=asked.pop("aio_queue_depth"),
+        threads=asked.pop("aio_threads"),
+    )
+
+
 def refuse_unused_offload_options(ctx: click.Context, *, engine: str | None = None) -> None:
     """Refuse offload options that would have no effect with `engine` (default: the one asked for, or DeepSpeed's), and
     NVMe offload without a folder.
@@ -234,8 +303,12 @@ def refuse_unused_offload_options(ctx: click.Context, *, engine: str | None = No
         )
     if engine != "zero" and (unused := given(ctx, *AIO_OPTIONS)):
         raise UsageError(f"{flags(ctx, unused)} configures DeepSpeed's disk I/O", hint="add --engine zero, or drop it")
-    if engine == "zero" and len(ctx.params["nvme_paths"]) > 1:
-        raise UsageError("DeepSpeed uses one --nvme-path, not several", hint="--engine stream, or name one folder")
+    if engine in ("zero", "accelerate") and len(ctx.params["nvme_paths"]) > 1:
+        raise UsageError(f"the {engine} engine uses one --nvme-path", hint="--engine stream, or name one folder")
+    if engine in ("resident", "tensor-parallel") and (unused := given(ctx, "nvme_paths", "pin_memory")):
+        raise UsageError(f"{flags(ctx, unused)} has no effect with the {engine} engine", hint="drop it")
+    if engine == "accelerate" and (unused := given(ctx, "pin_memory")):
+        raise UsageError(f"{flags(ctx, unused)} has no effect: accelerate locks no pages", hint="drop it")
     if offload == "none" and given(ctx, "pin_memory"):
         raise UsageError(
             f"{flags(ctx, ['pin_memory'])} has no effect with --offload none", hint="add --offload cpu, or drop it"

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import click
 
 from zeroinf.cli.params import (
     SizeType,
+    aio_of,
     engine_options,
     flags,
     given,
+    given_flags,
     model_options,
     offload_options,
     refuse_unused_offload_options,
 )
 from zeroinf.errors import OutputError, UsageError
-
-if TYPE_CHECKING:
-    from zeroinf.hardware.machine import Machine
-    from zeroinf.hardware.rates import Rates
-    from zeroinf.model.anatomy import Anatomy
-    from zeroinf.simulation.planning import Question
+from zeroinf.planner.traits import refuse_settings
 
 
 @click.command(short_help="Say what fits, how fast it would be, and why.")
@@ -36,6 +33,12 @@ if TYPE_CHECKING:
 )
 @click.option("--requests", type=click.IntRange(min=1), help="Requests in all. [default: plenty]")
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks, one on each GPU. [default: all GPUs]")
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    type=click.IntRange(min=1),
+    help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
+)
 @click.option(
     "--machine", "machine_name", help="A machine that is not here: a name in configs/machines, or doctor's JSON."
 )
@@ -65,13 +68,14 @@ def plan(
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
     """
-    _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain)
+    _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
     from zeroinf.cli.plan_view import print_plan, to_json
+    from zeroinf.jobs.ask import PlanOptions, ask
     from zeroinf.simulation.planning import answer
 
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
-    question = _question(**asked)
+    question = ask(PlanOptions(aio=aio_of(asked), **asked))
     found = answer(question)
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
@@ -88,7 +92,13 @@ def plan(
 
 
 def _refuse_contradictions(
-    ctx: click.Context, asked: dict[str, Any], *, emit_zero_config: bool, as_json: bool, explain: bool
+    ctx: click.Context,
+    asked: dict[str, Any],
+    *,
+    emit_zero_config: bool,
+    as_json: bool,
+    explain: bool,
+    plot: Path | None,
 ) -> None:
     refuse_unused_offload_options(ctx)
     if emit_zero_config and asked["engine"] != "zero":
@@ -97,8 +107,12 @@ def _refuse_contradictions(
         raise UsageError("--emit-zero-config prints nothing but that JSON", hint="drop --json and --explain")
     if as_json and explain:
         raise UsageError("--explain has no effect with --json, which holds every term", hint="drop one of them")
-    if asked["engine"] == "zero" and (named := given(ctx, "fetch", "resident_blocks", "wire")):
-        raise UsageError(f"{flags(ctx, named)} has no effect with --engine zero", hint="drop it")
+    if asked["engine"] != "auto":
+        refuse_settings(asked["engine"], given_flags(ctx, "fetch", "resident_blocks", "wire", "tensor_parallel_size"))
+    elif named := given(ctx, "tensor_parallel_size"):
+        raise UsageError(f"{flags(ctx, named)} has no effect", hint="add --engine tensor-parallel, or drop it")
+    if plot is not None and asked["engine"] == "tensor-parallel":
+        raise UsageError("--plot draws tokens/s, which the planner does not know of this engine", hint="drop it")
     if asked["engine"] != "zero" and not asked["pin_memory"]:
         raise UsageError(
             "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"
@@ -110,121 +124,3 @@ def _refuse_contradictions(
     without_link = ("fetch", "link_gbps") if offload == "none" else ()
     if named := given(ctx, *without_disk, *without_link):
         raise UsageError(f"{flags(ctx, named)} has no effect with --offload {offload}", hint="drop it")
-
-
-def _refuse_impossible(asked: dict[str, Any], machine: Machine, anatomy: Anatomy) -> None:
-    """What only the machine and the model show to be without effect, or to be impossible."""
-    from zeroinf.planner.search import check_micro_batch_rows
-
-    if asked["offload"] == "nvme" and not machine.disks:
-        raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
-    if asked["fetch"] != "auto" and len(machine.gpus) < 2:
-        raise UsageError(f"--fetch {asked['fetch']} has no effect with one GPU", hint="drop it, or add --num-gpus")
-    if asked["micro_batch_rows"] is not None:
-        check_micro_batch_rows("zero" if asked["engine"] == "zero" else "stream", anatomy.is_paged)
-    blocks, resident = len(anatomy.blocks), asked["resident_blocks"] or 0
-    if resident > blocks:
-        raise UsageError(f"--resident-blocks {resident}: the model has {blocks} blocks", hint=f"at most {blocks}")
-    if resident == blocks and (asked["offload"] != "auto" or asked["fetch"] != "auto"):
-        raise UsageError(
-            f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
-            hint="--offload none says the same",
-        )
-    tokens = asked["input_len"] + asked["output_len"]
-    if anatomy.context_limit is not None and tokens > anatomy.context_limit:
-        raise UsageError(
-            f"--input-len and --output-len make {tokens} tokens, the model's context is {anatomy.context_limit}",
-            hint="shorten one of them",
-        )
-
-
-def _question(*, model: str, revision: str | None, dtype: str, trust_remote_code: bool, **asked: Any) -> Question:
-    from zeroinf.model.inspect import read_anatomy
-    from zeroinf.model.source import pick_dtype, resolve_model
-    from zeroinf.planner.plan import AioSettings
-    from zeroinf.planner.search import Wish
-    from zeroinf.planner.workload import Lengths
-    from zeroinf.simulation.planning import Question
-
-    machine, rates = _machine(**{name: asked.pop(name) for name in _MACHINE_OPTIONS}, asked=asked)
-    # Only shapes are wanted, so the catalog's will do; it knows no revisions.
-    source = resolve_model(
-        model, revision=revision, trust_remote_code=trust_remote_code, random_weights=revision is None
-    )
-    device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
-    anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, device), trust_remote_code=trust_remote_code)
-    _refuse_impossible(asked, machine, anatomy)
-    wish = Wish(
-        engine="zero" if asked["engine"] == "zero" else "stream",
-        world_size=max(1, len(machine.gpus)),
-        offload=asked["offload"],
-        fetch=asked["fetch"],
-        batch_size=asked["batch_size"],
-        micro_batch_rows=asked["micro_batch_rows"],
-        resident_blocks=asked["resident_blocks"],
-        wire=asked["wire"],
-        requests=asked["requests"],
-        nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if machine.disks else None,
-    )
-    return Question(
-        config=source.config,
-        anatomy=anatomy,
-        machine=machine,
-        rates=rates,
-        wish=wish,
-        lengths=Lengths(prompt_tokens=asked["input_len"], new_tokens=asked["output_len"]),
-        device=device,
-        nvme_paths=asked["nvme_paths"] or tuple(disk.path for disk in machine.disks),
-        pin_memory=asked["pin_memory"],
-        aio=AioSettings(
-            block_size_bytes=asked["aio_block_size"],
-            queue_depth=asked["aio_queue_depth"],
-            threads=asked["aio_threads"],
-        ),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-_MACHINE_OPTIONS = (
-    "machine_name", "gpu_memory", "host_memory", "nvme_space", "num_gpus", "link_gbps", "nvme_gbps",
-)  # fmt: skip
-
-
-def _machine(
-    *,
-    machine_name: str | None,
-    gpu_memory: int | None,
-    host_memory: int | None,
-    nvme_space: int | None,
-    num_gpus: int | None,
-    link_gbps: float | None,
-    nvme_gbps: float | None,
-    asked: dict[str, Any],
-) -> tuple[Machine, Rates]:
-    """The machine to plan for: this one or the one named, with what the flags say instead."""
-    from zeroinf.hardware.override import override
-    from zeroinf.hardware.presets import load_machine
-    from zeroinf.hardware.profile import read_profile
-    from zeroinf.hardware.snapshot import read_machine
-
-    if machine_name is None:
-        machine = read_machine(asked["nvme_paths"])
-        rates = read_profile(machine)
-    else:
-        if asked["nvme_paths"]:
-            raise UsageError("--nvme-path names a folder of this machine, --machine another one", hint="drop one")
-        file = load_machine(machine_name)
-        machine, rates = file.machine, file.rates
-    missing = next((disk for disk in machine.disks if not disk.exists), None)
-    if machine_name is None and missing is not None:
-        raise UsageError(f"--nvme-path {missing.path} is not a folder", hint=f"mkdir -p {missing.path}")
-    return override(
-        machine,
-        rates,
-        gpu_memory_bytes=gpu_memory,
-        host_memory_bytes=host_memory,
-        nvme_space_bytes=nvme_space,
-        num_gpus=num_gpus,
-        link_gbps=link_gbps,
-        nvme_gbps=nvme_gbps,
-    )

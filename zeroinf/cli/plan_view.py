@@ -13,6 +13,7 @@ from zeroinf.planner.memory import Place, Term, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.search import Candidate, Decision, Rejection
 from zeroinf.planner.timing import Timing
+from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import Answer, Question
 
 JSON_SCHEMA = 1
@@ -38,20 +39,21 @@ def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The chosen plan in three lines: how it runs, how fast, what it takes."""
-    assert plan.timing is not None
     tiers = _tiers(plan, len(plan.anatomy.blocks))
-    streams = "1 stream" if plan.world_size == 1 else f"{plan.world_size} streams"
+    streams = "1 stream" if plan.streams == 1 else f"{plan.streams} streams"
+    if plan.tensor_parallel.size > 1:
+        streams += f", each on {plan.tensor_parallel.size} ranks"
     if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
         streams += f", weights {plan.fetch}"
     wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {plan.batch_size} rows each"
-    yield f"{_speed(plan.timing)}; a decode step waits for {_resource(plan)}"
+    yield _speed(plan)
     takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
     yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])
 
 
 def _tiers(plan: Plan, blocks: int) -> str:
-    if plan.engine != "stream":
+    if not TRAITS[plan.engine].places_blocks:
         return f"{blocks} blocks"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
     computing = "on the GPU" if plan.device == "cuda" else "where the CPU computes"
@@ -59,20 +61,23 @@ def _tiers(plan: Plan, blocks: int) -> str:
     return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
 
 
-def _resource(plan: Plan) -> str:
+def _resource(timing: Timing, device: str) -> str:
     """What a decode step waits for, in words that hold for the device."""
-    assert plan.timing is not None
-    if plan.device == "cuda":
-        return plan.timing.binds
+    if device == "cuda":
+        return timing.binds
     return {"GPU memory": "memory", "kernel launches": "operator calls", "link": "copies"}.get(
-        plan.timing.binds, plan.timing.binds
+        timing.binds, timing.binds
     )
 
 
-def _speed(timing: Timing) -> str:
+def _speed(plan: Plan) -> str:
+    timing = plan.timing
+    if timing is None:
+        return f"no speed expected: the planner has no model of the {plan.engine} engine"
     return (
         f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
-        f"prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s"
+        f"prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
+        f"a decode step waits for {_resource(timing, plan.device)}"
     )
 
 
@@ -189,7 +194,10 @@ def _candidate(one: Candidate, decision: Decision) -> dict[str, Any]:
         for place in _PLACES
         if place in decision.budgets
     }
-    return {**asdict(one.choice), **asdict(one.timing), "memory": memory}
+    timing = asdict(one.timing)
+    if not TRAITS[one.choice.engine].is_timed:
+        timing = dict.fromkeys(timing)
+    return {**asdict(one.choice), **timing, "memory": memory}
 
 
 def _rejection(one: Rejection) -> dict[str, Any]:

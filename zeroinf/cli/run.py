@@ -15,12 +15,15 @@ import click
 from zeroinf.cli.params import (
     AIO_OPTIONS,
     SizeType,
+    aio_of,
     engine_options,
     flags,
     given,
     model_options,
     offload_options,
     refuse_unused_offload_options,
+    tensor_parallel_of,
+    tensor_parallel_options,
 )
 from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
@@ -36,6 +39,7 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
 @engine_options
 @lambda command: offload_options(command, auto=True)
+@tensor_parallel_options
 @click.option(
     "--gpu-memory",
     "gpu_memory_bytes",
@@ -108,6 +112,13 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 )
 @click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
 @click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Run the same requests so often once weights are loaded, each time measured. With --benchmark.",
+)
+@click.option(
     "--report",
     "report_file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -136,6 +147,7 @@ def run(
       deepspeed --num_gpus 8 --module zeroinf run --model ...
     """
     _refuse_contradictions(ctx, asked)
+    asked["tensor_parallel"] = tensor_parallel_of(asked)
     from zeroinf.distributed.world import world_from_environment
 
     world = world_from_environment()
@@ -168,6 +180,8 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
             raise UsageError(f"{flags(ctx, unused)} has no effect without --nvme-path", hint="add it, or drop the flag")
     elif named := given(ctx, "offload", "nvme_paths", "pin_memory", *AIO_OPTIONS):
         raise UsageError(f"{flags(ctx, named)} and --zero-config contradict each other", hint="set it in the JSON")
+    if asked["repetitions"] > 1 and not asked["benchmark"]:
+        raise UsageError("--repetitions has no effect without --benchmark", hint="add --benchmark, or drop it")
     if asked["overwrite"] and asked["output_file"] is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
     for flag in ("resume", "resume_anyway"):
@@ -239,17 +253,12 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     from zeroinf.jobs.options import RunOptions
     from zeroinf.jobs.output import errors_path
     from zeroinf.jobs.runner import pick_device, run_job
-    from zeroinf.planner.plan import AioSettings
 
     keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
     options = RunOptions(
         sampling=Sampling(**{key: asked.pop(key) for key in keys}),
         sampling_only=tuple(given(ctx, *_SAMPLING_ONLY)),
-        aio=AioSettings(
-            block_size_bytes=asked.pop("aio_block_size"),
-            queue_depth=asked.pop("aio_queue_depth"),
-            threads=asked.pop("aio_threads"),
-        ),
+        aio=aio_of(asked),
         **asked,
     )
     console = Console(stderr=True, soft_wrap=True)

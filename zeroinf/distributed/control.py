@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -42,6 +44,7 @@ class Control:
     def __init__(self, world: World, device: str) -> None:
         self.world = world
         self.store: dist.Store = dist.HashStore()
+        self._first = 0
         if world.size > 1:
             start_process_group(world, device)
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -55,13 +58,29 @@ class Control:
             return server
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
 
+    def part(self, size: int) -> Control:
+        """The channel among `size` neighbouring ranks, this one among them; `world` is theirs, the store everybody's.
+
+        Every rank must call it. `size` divides the number of ranks.
+        """
+        if size == self.world.size:
+            return self
+        part, rank = copy.copy(self), self.world.rank % size
+        part.world = replace(self.world, rank=rank, size=size)
+        if size > 1:
+            starts = range(0, self.world.size, size)
+            groups = [dist.new_group(range(at, at + size), backend="gloo", timeout=_PATIENCE) for at in starts]
+            part._first = self.world.rank - rank
+            part._group = groups[self.world.rank // size]
+        return part
+
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """The first rank's value, on every rank."""
         if self.world.size == 1:
             return value
         box = [value]
         with _lost_rank_named():
-            dist.broadcast_object_list(box, src=0, group=self._group)
+            dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:

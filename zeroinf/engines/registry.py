@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -10,9 +10,6 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine, Listener
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
-
-EngineName = Literal["stream", "zero"]
-ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 
 
 def load_engine(
@@ -24,11 +21,24 @@ def load_engine(
     told: Listener,
 ) -> Engine:
     """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported."""
-    if plan.engine == "zero":
-        from zeroinf.engines.zero.engine import ZeroEngine
+    match plan.engine:
+        case "zero":
+            from zeroinf.engines.zero.engine import ZeroEngine
 
-        assert zero_config is not None
-        return ZeroEngine(plan, source, zero_config, control.world)
+            assert zero_config is not None
+            return ZeroEngine(plan, source, zero_config, control.world)
+        case "resident":
+            from zeroinf.engines.baselines.resident import ResidentEngine
+
+            return ResidentEngine(plan, source, device)
+        case "accelerate":
+            from zeroinf.engines.baselines.offloaded import AccelerateEngine
+
+            return AccelerateEngine(plan, source, device)
+        case "tensor-parallel":
+            from zeroinf.engines.baselines.tensor_parallel import TensorParallelEngine
+
+            return TensorParallelEngine(plan, source, control, device, told)
     from zeroinf.engines.stream.engine import StreamEngine
 
     return StreamEngine(plan, source, control, device, told)

@@ -10,15 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from zeroinf import __version__
 from zeroinf.jobs.requests import Refusal, Request, Work
+from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 
 _DIGEST_BYTES = 8
+_LIBRARIES = {"zero": ("deepspeed",), "tensor-parallel": ("deepspeed",), "accelerate": ("accelerate",)}
 
 
 def fingerprint(
@@ -32,10 +35,13 @@ def fingerprint(
     dtype: str,
     wire: str,
     device: str,
+    checkpoint: Path | None = None,
 ) -> dict[str, str]:
     """Name and value of everything that can change a completion; long values as digests."""
-    libraries = ("torch", "transformers", *(("deepspeed",) if engine == "zero" else ()))
+    libraries = ("torch", "transformers", *_LIBRARIES.get(engine, ()))
+    listed = {} if checkpoint is None else {"checkpoint listing": file_digest(checkpoint)}
     return {
+        **listed,
         "model": weights_identity(source),
         "revision": str(source.revision),
         "config": _digest(_config(source.config)),

@@ -9,7 +9,7 @@ from typing import Literal
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat
 from zeroinf.planner.choice import Fetch, Offload
-from zeroinf.planner.plan import AioSettings
+from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
 
 
@@ -32,6 +32,7 @@ class RunOptions:
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     zero_config: Path | None = None
+    tensor_parallel: TensorParallel = field(default_factory=lambda: TensorParallel(size=0))
     prompts: tuple[str, ...] = ()
     input_file: str | None = None
     input_format: InputFormat = "auto"
@@ -51,5 +52,7 @@ class RunOptions:
     """The most that each rank may take of its GPU."""
     host_memory_bytes: int | None = None
     benchmark: bool = False
+    repetitions: int = 1
+    """How often the same requests are run, each time measured; the last one's results are kept."""
     sampling_only: tuple[str, ...] = ()
     """Flags the user gave that mean something only where a row samples."""

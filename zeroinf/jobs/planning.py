@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.stored import check_room, room_taken
@@ -24,8 +24,9 @@ from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
-from zeroinf.planner.plan import Plan
+from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.search import Wish, check_micro_batch_rows
+from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question, answer
@@ -36,7 +37,7 @@ def plan_run(
     source: ModelSource,
     anatomy: Anatomy,
     lengths: Lengths,
-    requests: int,
+    requests: int | None,
     world: World,
     device: str,
 ) -> tuple[Plan, dict[str, Any] | None, str | None]:
@@ -51,6 +52,8 @@ def plan_run(
         offload, nvme_paths = _offload_of(own_config)
     engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
     _refuse_idle(options, engine, world, device, len(anatomy.blocks), anatomy.is_paged)
+    offload = possible_offload(engine, offload)
+    parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
     anatomy = replace(anatomy, loads=_loading(source, anatomy))
     machine = read_machine(nvme_paths)
     _check_folders(machine.disks)
@@ -66,6 +69,7 @@ def plan_run(
     wish = Wish(
         engine=engine,
         world_size=world.size,
+        ranks_per_stream=parallel.size,
         offload=offload,
         fetch=options.fetch,
         batch_size=options.batch_size,
@@ -89,6 +93,7 @@ def plan_run(
         nvme_paths=nvme_paths,
         pin_memory=options.pin_memory,
         aio=options.aio,
+        tensor_parallel=parallel,
         trust_remote_code=options.trust_remote_code,
         own_zero_config=own_config,
     )
@@ -100,17 +105,42 @@ def plan_run(
     return plan, own_config, why
 
 
-def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[Literal["stream", "zero"], str | None]:
+def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[EngineName, str | None]:
     """The engine's name, and why `auto` did not take the stream engine.
 
-    Raises UsageError when the stream engine is asked for what it does not do.
+    Raises UsageError when another engine than DeepSpeed's is asked to use its configuration.
     """
-    obstacle = "--zero-config configures DeepSpeed" if own_zero_config else None
-    if asked == "stream" and obstacle:
-        raise UsageError(f"--engine stream: {obstacle}", hint="--engine zero, or --engine auto")
-    if asked == "zero" or obstacle:
-        return "zero", obstacle if asked == "auto" else None
-    return "stream", None
+    obstacle = "--zero-config configures DeepSpeed's ZeRO" if own_zero_config else None
+    if asked == "auto":
+        return ("zero", obstacle) if obstacle else ("stream", None)
+    if asked != "zero" and obstacle:
+        raise UsageError(f"--engine {asked}: {obstacle}", hint="--engine zero, or --engine auto")
+    return cast(EngineName, asked), None
+
+
+def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int) -> TensorParallel:
+    """What was asked, with the ranks of a group: all, unless the user says how many.
+
+    Raises UsageError where `ranks` cannot hold the model together like that.
+    """
+    if engine != "tensor-parallel":
+        return TensorParallel()
+    size = asked.size or ranks
+    if ranks % size:
+        raise UsageError(
+            f"--tensor-parallel-size {size} with {ranks} ranks: groups must be of equal size",
+            hint=f"start a multiple of {size} ranks (--num-gpus)",
+        )
+    if asked.save_to is not None and not 1 < size == ranks:
+        raise UsageError("--save-mp-checkpoint-path needs one group of two ranks or more", hint="add --num-gpus N")
+    try:
+        anatomy.with_heads_shared(size, 0)
+    except ValueError as error:
+        raise UsageError(
+            f"--tensor-parallel-size {size}: {anatomy.architecture}: {error}",
+            hint="a --tensor-parallel-size of at most that many, or --engine stream",
+        ) from error
+    return replace(asked, size=size)
 
 
 def _nvme_space(disks: Sequence[Disk], source: ModelSource, dtype: str, wire: Wire) -> int | None:
@@ -133,23 +163,26 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
     """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks whose
     rows can be regrouped or not."""
     of_gpus = {"--gpu-memory": options.gpu_memory_bytes is not None, "--no-pin-memory": not options.pin_memory}
-    if device == "cpu" and (given := [flag for flag, is_given in of_gpus.items() if is_given]):
+    if device == "cpu" and (given := _given(of_gpus)):
         raise UsageError(f"{', '.join(given)} has no effect: this run computes on the CPU", hint="drop it")
-    named = {"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None}
-    given = [flag for flag, is_given in named.items() if is_given]
-    if engine != "stream" and options.wire != "model":
-        raise UsageError(
-            f"--wire {options.wire} has no effect with the {engine} engine: its weights cross as the model has them",
-            hint="drop it, or --engine stream",
-        )
-    if given and engine != "stream":
-        raise UsageError(f"{', '.join(given)} has no effect with the {engine} engine", hint="drop it")
+    parallel = options.tensor_parallel
+    flags = {
+        "--no-pin-memory": not options.pin_memory,
+        "--static-batches": options.static_batches,
+        "--wire": options.wire != "model",
+        "several of --nvme-path": len(options.nvme_paths) > 1,
+        "--tensor-parallel-size": parallel.size > 0,
+        "--injection-policy": bool(parallel.injection_policy),
+        "--checkpoint-json": parallel.checkpoint is not None,
+        "--save-mp-checkpoint-path": parallel.save_to is not None,
+    }
+    refuse_settings(engine, _given(flags))
+    given = _given({"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None})
+    refuse_settings(engine, given)
     if given and options.offload == "none":
         raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
     if options.micro_batch_rows is not None:
         check_micro_batch_rows(engine, regroups)
-    if options.static_batches and engine != "stream":
-        raise UsageError("--static-batches has no effect with the zero engine: its batches are", hint="drop it")
     if options.fetch != "auto" and world.size == 1:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
     if options.fetch == "partitioned" and world.local_size != world.size:
@@ -164,6 +197,10 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
             f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
+
+
+def _given(flags: Mapping[str, bool]) -> list[str]:
+    return [flag for flag, is_given in flags.items() if is_given]
 
 
 def _read_zero_config(path: Path) -> dict[str, Any]:
@@ -202,6 +239,7 @@ def _check_nvme(plan: Plan, source: ModelSource, disks: Sequence[Disk], own_conf
     """The disks' room, and what the engine needs beside it."""
     if plan.engine == "stream":
         check_room(plan, source)
+    if plan.engine != "zero":
         return
     # What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT.
     if disks[0].free_bytes < plan.anatomy.weight_bytes:

@@ -75,7 +75,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     _refuse_idle_sampling_flags(options, work)
     refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
     how = {"engine": engine, "dtype": anatomy.dtype, "wire": options.wire, "device": device}
-    marks = fingerprint(source, tokenizer, requests, work, refused, **how)
+    checkpoint = options.tensor_parallel.checkpoint
+    marks = fingerprint(source, tokenizer, requests, work, refused, **how, checkpoint=checkpoint)
     return Reading(job=Job(work=work, refusals=refused, fingerprint=marks), anatomy=anatomy, tokenize_s=tokenize_s)
 
 

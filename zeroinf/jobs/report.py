@@ -16,6 +16,17 @@ from zeroinf.planner.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Phases:
+    """Where the time of one rank's generation went."""
+
+    generate_s: float
+    first_token_s: float
+    """From the start until the first tokens were known; 0 on a rank that had no rows."""
+    prefill_s: float
+    """From the drawing of each micro-batch until its first tokens were known, all of them together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankReport:
     """One rank's part of a run."""
 
@@ -39,6 +50,8 @@ class RankReport:
     """Host memory page-locked by this rank, what it shares with others included."""
     stalls: Stalls
     """Where the time of the measured part went."""
+    repetitions: tuple[Phases, ...]
+    """Of the same requests; what else is measured is the last one's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +88,7 @@ class RunReport:
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "link_gbps", "link_share", "ms_per_token")
-        memory = ("peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
+        memory = ("peak_gpu_bytes", "peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
         return {
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
@@ -84,6 +97,8 @@ class RunReport:
             "padding": self.padding,
             "kv_pool": self.pool_share,
             "compared": [{**asdict(one), "ratio": one.ratio} for one in self.compared()],
+            "tensor_parallel_size": plan.tensor_parallel.size,
+            "repetitions": [asdict(phases) for phases in self.repetitions],
             "ranks": [asdict(rank) for rank in self.ranks],
         }
 
@@ -100,6 +115,24 @@ class RunReport:
     def tokens_per_second(self) -> float:
         """Completion tokens over the time to generate them, all ranks together."""
         return self.completion_tokens / self.generate_s if self.generate_s else 0.0
+
+    @property
+    def repetitions(self) -> tuple[Phases, ...]:
+        """Of the whole run: the ranks' longest times."""
+        return tuple(
+            Phases(
+                generate_s=max(phases.generate_s for phases in ranks),
+                first_token_s=max(phases.first_token_s for phases in ranks),
+                prefill_s=max(phases.prefill_s for phases in ranks),
+            )
+            for ranks in zip(*(rank.repetitions for rank in self.ranks), strict=True)
+        )
+
+    @property
+    def peak_gpu_bytes(self) -> int | None:
+        """What the run took of the GPU that it took most of; None without a GPU."""
+        uses = [rank.gpu for rank in self.ranks if rank.gpu is not None]
+        return max((use.process or use.reserved for use in uses), default=None)
 
     @property
     def peak_host_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import TextIO
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
@@ -37,7 +38,7 @@ from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
 from zeroinf.jobs.prepare import Prepared, prepare, read_job
-from zeroinf.jobs.report import Outcome, RankReport, RunReport
+from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
@@ -214,6 +215,8 @@ class _Job:
         self._interrupts = interrupts
         self._peak = peak
         self._stalls_before = Stalls()
+        self._repetitions: list[Phases] = []
+        self._part = control.part(prepared.plan.tensor_parallel.size)
         self._gpu: GpuMemory | None = None
         self._link_gbps: float | None = None
 
@@ -296,12 +299,23 @@ class _Job:
         if self._options.benchmark:
             warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(engine, desk, scheduler, warm_up.take, lambda row: None, lambda rows: None)
-            scheduler.counts = Counts()
+        for number in range(1, self._options.repetitions):
+            self._run_once(number, engine, desk, scheduler, codec, None)
+            self._control.gather(None)  # ranks begin together
+        scheduler.counts = Counts()
         self._stalls_before = engine.stats().stalls
-        stream = Stream(self._prepared, codec, self._control, engine, self._output, self._observer)
+        return self._run_once(0, engine, desk, scheduler, codec, self._output)
+
+    def _run_once(
+        self, number: int, engine: Engine, desk: Desk, scheduler: Scheduler, codec: TextCodec, output: Output | None
+    ) -> tuple[Stream, float]:
+        """All requests, from a queue of its own. Without `output` only the time counts."""
+        store = dist.PrefixStore(f"repetition/{number}", self._control.store)
         started = time.perf_counter()
+        stream = Stream(self._prepared, codec, self._part, store, engine, output, self._observer)
         try:
             self._loop(engine, desk, scheduler, stream.take, stream.done, stream.grew)
+            self._repetitions.append(stream.phases())
             stream.gather_all()
         finally:
             stream.gather()
@@ -312,6 +326,8 @@ class _Job:
         """The KV cache, and who shares it out."""
         planned = self._prepared.plan
         plan = planned if self._gpu is None else self._gpu.plan_that_fits()
+        fitting = min(self._part.gather(plan.batch_size))  # ranks of one stream run the same rows
+        plan = plan.with_rows(fitting) if fitting < plan.batch_size else plan
         if plan.batch_size < planned.batch_size:
             self._observer.note(
                 f"another process has taken GPU memory since the plan: {plan.batch_size} rows instead of "
@@ -319,7 +335,7 @@ class _Job:
             )
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
         try:
-            pool = PagePool(engine.model, plan.anatomy, plan.pool, self._device)
+            pool = PagePool(engine.model, plan.rank_anatomy(self._control.world.rank), plan.pool, self._device)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
         return pool, Scheduler(limits, plan.anatomy.row_pages)
@@ -342,7 +358,8 @@ class _Job:
         )
         self._interrupts.deferred = True
         try:
-            stopped_by = generate(engine, self._control, desk, scheduler, feed)
+            control = self._part if self._prepared.plan.tensor_parallel.size > 1 else self._control
+            stopped_by = generate(engine, control, desk, scheduler, feed)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, scheduler.limits.micro_batch_rows) from error
         finally:
@@ -373,6 +390,7 @@ class _Job:
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=stats.pinned_host_bytes,
             stalls=stats.stalls - self._stalls_before,
+            repetitions=tuple(self._repetitions),
         )
 
 

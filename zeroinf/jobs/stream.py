@@ -7,10 +7,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from zeroinf.generation.row import Row
 from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
+from zeroinf.jobs.report import Phases
 from zeroinf.jobs.requests import Result, Work
 from zeroinf.jobs.text import TextCodec
 
@@ -65,13 +68,18 @@ class Output:
 
 
 class Stream:
-    """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results."""
+    """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results.
+
+    `part` is the channel among the ranks that hold one model together: alone, or all that share this stream. `store`
+    is that of all ranks, and fresh.
+    """
 
     def __init__(
         self,
         prepared: Prepared,
         codec: TextCodec,
-        control: Control,
+        part: Control,
+        store: dist.Store,
         engine: Engine,
         output: Output | None,
         observer: Observer,
@@ -80,25 +88,34 @@ class Stream:
         self._work = {work.index: work for work in prepared.work}
         self._codec = codec
         self._engine = engine
+        self._part = part
         # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
         rows, alone = prepared.plan.batch_size, prepared.plan.world_size == 1 or prepared.plan.static_batches
         draw = rows if alone or not engine.shares_passes else max(1, rows // _DRAWS)
-        self._queue = WorkQueue(control.store, len(prepared.work), draw)
-        self._box = ResultBox(control.store)
-        self._tokens = TokenCount(control.store)
+        self._queue = WorkQueue(store, len(prepared.work), draw)
+        self._box = ResultBox(store)
+        self._tokens = TokenCount(store)
         self._untold = 0
-        self._walks = 1 if engine.in_step else prepared.plan.world_size
+        self._walks = 1 if engine.in_step else prepared.plan.streams
         self._output = output
         self._observer = observer
+        self._filling_since: float | None = None
+        self._first_token_s: float | None = None
+        self._prefill_s = 0.0
         self._passes_before = engine.stats().passes
         self._started = self._told = time.perf_counter()
 
     def take(self) -> list[Row]:
-        """Rows of the next micro-batch; none when the queue is empty."""
-        return [_row(self._prepared.work[position], self._codec) for position in self._queue.draw()]
+        """Rows of the next micro-batch; none when the queue is empty. Ranks of one stream get the same."""
+        drawn = self._part.broadcast(self._queue.draw() if self._part.world.is_main else None)
+        if drawn and self._filling_since is None:
+            self._filling_since = time.perf_counter()
+        return [_row(self._prepared.work[position], self._codec) for position in drawn]
 
     def done(self, row: Row) -> None:
-        """Send a finished row's result on its way."""
+        """Send a finished row's result on its way, once a stream."""
+        if not self._part.world.is_main:
+            return
         work = self._work[row.index]
         assert row.finish_reason is not None
         self._box.put(
@@ -115,7 +132,12 @@ class Stream:
 
     def grew(self, rows: int) -> None:
         """Count a forward's tokens, and now and then gather results and say how far the run is."""
-        self._untold += rows
+        self._untold += rows if self._part.world.is_main else 0
+        if rows and self._filling_since is not None:
+            now = time.perf_counter()
+            self._first_token_s = self._first_token_s or now - self._started
+            self._prefill_s += now - self._filling_since
+            self._filling_since = None
         if time.perf_counter() - self._told >= _TELL_EVERY_S:
             self._tell()
 
@@ -131,6 +153,14 @@ class Stream:
             self._tell()
             if self._output.results < len(self._prepared.work):
                 time.sleep(_POLL_S)
+
+    def phases(self) -> Phases:
+        """This rank's times until now."""
+        return Phases(
+            generate_s=time.perf_counter() - self._started,
+            first_token_s=self._first_token_s or 0.0,
+            prefill_s=self._prefill_s,
+        )
 
     @property
     def passes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -120,6 +120,13 @@ class LayerCache:
             return 0
         return -(-(tokens if self.window is None else min(tokens, self.window)) // PAGE_TOKENS)
 
+    def with_heads_shared(self, parts: int, part: int) -> LayerCache:
+        """As the anatomy's."""
+        if self.keys is None or self.values is None:
+            raise ValueError("a layer keeps more than keys and values")
+        keys, values = (replace(state, heads=_share(state.heads, parts, part)) for state in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, bytes_per_token=keys.nbytes + values.nbytes)
+
     def pool_pages(self, size: PoolSize) -> int:
         """Pages of this layer in a pool: no more than all its rows can take, and one for padding."""
         return min(size.pages, size.rows * self.row_pages(size.tokens)) + 1
@@ -191,3 +198,19 @@ class Anatomy:
     def pool_bytes(self, size: PoolSize) -> int:
         """Bytes of the one allocation that holds keys and values."""
         return sum(layer.pooled_bytes(size) for layer in self.cache)
+
+    def with_heads_shared(self, parts: int, part: int) -> Anatomy:
+        """The same with a share of the heads in each layer's cache: number `part` of `parts`, of which the first get
+        what is over.
+
+        Raises ValueError where a share is empty, or a layer keeps anything else than keys and values.
+        """
+        if parts == 1:
+            return self
+        return replace(self, cache=tuple(layer.with_heads_shared(parts, part) for layer in self.cache))
+
+
+def _share(heads: int, parts: int, part: int) -> int:
+    if heads < parts:
+        raise ValueError(f"its keys and values have {heads} heads")
+    return heads // parts + (part < heads % parts)

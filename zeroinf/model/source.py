@@ -104,6 +104,12 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
     """
     from zeroinf.model.inspect import config_dtype
 
+    if requested == "int8":
+        raise UsageError(
+            "no engine computes with int8 weights: DeepSpeed-Inference does inside its own kernels only, which need "
+            "transformers 4",
+            hint="use --dtype bfloat16, float16 or float32",
+        )
     if requested != "auto":
         if requested not in DTYPES:
             raise UsageError(f"unknown dtype {requested!r}", hint=f"one of auto, {', '.join(DTYPES)}")

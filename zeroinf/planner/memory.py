@@ -136,7 +136,7 @@ def stream_gpu_terms(
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     held = [nbytes for given in fixed.values() for nbytes in given]
-    return (*counted, *_dynamic_terms(held, workload, overhead))
+    return (*counted, *dynamic_terms(held, workload, overhead))
 
 
 def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
@@ -146,10 +146,10 @@ def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhea
         Term("gpu", "live weights", live_bytes, "counted"),
         Term("gpu", "gaps between live weights", live_bytes // 4, "assumed"),
     )
-    return (*counted, *_dynamic_terms([kept_bytes, live_bytes], workload, overhead))
+    return (*counted, *dynamic_terms([kept_bytes, live_bytes], workload, overhead))
 
 
-def _dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
+def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
     """The cache, what passes compute, and what allocator, libraries and driver add."""
     allocator = Allocator()
     workspace, origin = overhead.workspace
@@ -251,7 +251,7 @@ def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device:
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
-        *_processes(world_size, device),
+        *process_terms(world_size, device),
     ]
     return tuple(term for term in terms if term.nbytes)
 
@@ -278,11 +278,12 @@ def zero_host_terms(
             locked += world_size * (1 << (part - 1).bit_length()) if part and not tensor.is_buffer else 0
     if offload == "nvme":
         locked = world_size * (1 << max(pool_bytes - 1, 1).bit_length())
-    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *_processes(world_size, device))
+    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *process_terms(world_size, device))
     return tuple(term for term in terms if term.nbytes)
 
 
-def _processes(world_size: int, device: str) -> tuple[Term, ...]:
+def process_terms(world_size: int, device: str) -> tuple[Term, ...]:
+    """What `world_size` processes and the system take of host memory."""
     return (
         Term("host", "processes with their libraries", world_size * _HOST_PROCESS[device], "assumed"),
         Term("host", "margin for the system", _HOST_MARGIN, "assumed"),

@@ -23,6 +23,21 @@ class AioSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TensorParallel:
+    """How DeepSpeed-Inference splits a model over ranks."""
+
+    size: int = 1
+    """Ranks that hold one model together, and run the same rows. 0 asks for all there are."""
+    injection_policy: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """For each class of blocks the linear layers in it whose results are summed over the ranks; empty: found by
+    DeepSpeed."""
+    checkpoint: Path | None = None
+    """A checkpoint JSON in DeepSpeed's format instead of the model's own weights."""
+    save_to: Path | None = None
+    """Folder that receives each rank's part of the weights, and their checkpoint JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Where the weights rest, how many rows run together, on what."""
 
@@ -56,9 +71,21 @@ class Plan:
     """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     terms: tuple[Term, ...] = ()
     """Where every byte goes, as predicted."""
     timing: Timing | None = None
+    """None where the planner knows no speed of the engine."""
+
+    @property
+    def streams(self) -> int:
+        """Input streams: ranks that hold one model together run the same rows."""
+        return self.world_size // self.tensor_parallel.size
+
+    def rank_anatomy(self, rank: int) -> Anatomy:
+        """The anatomy as the cache of `rank` sees it: ranks of a group share the heads as DeepSpeed shares them out."""
+        parts = self.tensor_parallel.size
+        return self.anatomy.with_heads_shared(parts, rank % parts)
 
     @property
     def pool(self) -> PoolSize:

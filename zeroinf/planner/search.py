@@ -22,6 +22,7 @@ from zeroinf.planner.memory import (
     total,
 )
 from zeroinf.planner.timing import Speeds, Timing, time_plan
+from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
@@ -66,6 +67,12 @@ class Wish:
     engine: str = "stream"
     wire: Wire = "model"
     static_batches: bool = False
+    ranks_per_stream: int = 1
+    """Ranks that hold one model together and run the same rows."""
+
+    @property
+    def streams(self) -> int:
+        return self.world_size // self.ranks_per_stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +191,7 @@ class Planner:
         fewest = self._fewest_residents(wish, offload)
         if offload == "nvme" and not self._choice(wish, offload, fetch, 1, fewest).nvme_blocks:
             return  # the host can hold all that streams
-        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.world_size))
+        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
         sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
         found: list[Candidate] = []
         for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), 0, sizes, budgets):
@@ -226,7 +233,7 @@ class Planner:
     def _with_more_residents(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
         """The same with as many resident blocks as fit beside its rows, if more do."""
         choice, blocks = candidate.choice, len(self._anatomy.blocks)
-        if wish.resident_blocks is not None or choice.offload == "none" or wish.engine != "stream":
+        if wish.resident_blocks is not None or choice.offload == "none" or not TRAITS[wish.engine].places_blocks:
             return []
         place: Place = "gpu" if "gpu" in budgets else "host"
         free = budgets[place] - total(candidate.terms, place)
@@ -336,7 +343,7 @@ class Planner:
         )
         if lacks:
             return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=lacks)
-        timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.world_size, wish.requests)
+        timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests)
         return Candidate(choice=choice, pool=workload.pool, terms=terms, timing=timing)
 
     def _merit(self, candidate: Candidate) -> tuple[float, int, int, int]:
@@ -357,7 +364,7 @@ class Planner:
             gpu = stream_gpu_terms(self._anatomy, choice, workload, wish.world_size, overhead)
             host = stream_host_terms(self._anatomy, choice, wish.world_size, self._device)
             terms = (*gpu, *host)
-        if choice.offload == "nvme" and choice.nvme_blocks:
+        if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms)

@@ -9,6 +9,7 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.memory import pieces
+from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.workload import Kernel, Kernels, Pass, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
@@ -16,6 +17,8 @@ Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "ke
 # The part of its links that DeepSpeed's engine reaches, by the number of GPUs (docs/benchmarks.md).
 _ZERO_SHARE = {1: 0.85, 2: 0.49}
 _ZERO_SHARE_OF_MORE = 0.36
+# accelerate copies from memory that is not page-locked, and waits for each copy.
+_ACCELERATE_SHARE = 0.17
 
 # What the kernels of real models reach of the measured rates, and what launching one through a model's Python costs
 # beside a bare launch: fitted to 53 runs of five architectures on an H200 (docs/benchmarks.md).
@@ -74,9 +77,9 @@ def time_plan(
     parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
     sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
     streams = choice.engine == "zero" or choice.resident_blocks < len(sizes)
-    passing = sum(sizes[choice.resident_blocks :]) if choice.engine == "stream" else sum(sizes)
+    passing = sum(sizes[choice.resident_blocks :]) if TRAITS[choice.engine].places_blocks else sum(sizes)
     streamed = 0 if choice.offload == "none" else passing // parts
-    share = _ZERO_SHARE.get(world_size, _ZERO_SHARE_OF_MORE) if choice.engine == "zero" else 1.0
+    share = _link_share(choice.engine, world_size)
     from_disk = sum(sizes[: choice.nvme_blocks]) * world_size // parts
     waits: dict[Resource, float] = {
         "link": streamed / speeds.link_gbps / 1e9 / share,
@@ -110,9 +113,15 @@ def _expansion(anatomy: Anatomy, choice: Choice) -> Kernels:
     return Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0))))
 
 
+def _link_share(engine: str, world_size: int) -> float:
+    if engine == "zero":
+        return _ZERO_SHARE.get(world_size, _ZERO_SHARE_OF_MORE)
+    return _ACCELERATE_SHARE if engine == "accelerate" else 1.0
+
+
 def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
     """Seconds until the blocks (`sizes`, in bytes) are where they rest; a store that is not there yet takes longer."""
-    resident = sum(sizes[: choice.resident_blocks]) if choice.engine == "stream" else 0
+    resident = sum(sizes[: choice.resident_blocks]) if TRAITS[choice.engine].places_blocks else 0
     on_disk = sum(sizes[: choice.nvme_blocks])
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
     encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from zeroinf.engines.baselines.memory import baseline_terms
 from zeroinf.engines.zero.memory import zero_terms
 from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.memory import Overhead
-from zeroinf.planner.plan import AioSettings, Plan
+from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.search import Decision, Planner, Wish
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
+from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.workload import Simulator
 
@@ -36,6 +38,7 @@ class Question:
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     trust_remote_code: bool = False
     own_zero_config: dict[str, Any] | None = None
     """The user's DeepSpeed JSON in the place of ours."""
@@ -91,6 +94,8 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
     terms = None
     if wish.engine == "zero":
         terms = zero_terms(_asked(question), overhead(wish.world_size > 1), question.own_zero_config)
+    elif wish.engine != "stream":
+        terms = baseline_terms(_asked(question), overhead(wish.ranks_per_stream > 1))
     return Planner(
         question.anatomy,
         question.machine,
@@ -121,6 +126,7 @@ def _asked(question: Question) -> Plan:
         wire=wish.wire,
         pin_memory=question.pin_memory,
         aio=question.aio,
+        tensor_parallel=question.tensor_parallel,
     )
 
 
@@ -138,7 +144,7 @@ def _plan(question: Question, decision: Decision) -> Plan:
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         terms=chosen.terms,
-        timing=chosen.timing,
+        timing=chosen.timing if TRAITS[choice.engine].is_timed else None,
     )
 
 

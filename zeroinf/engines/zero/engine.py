@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ import torch
 from zeroinf.distributed.control import start_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
+from zeroinf.engines.quiet import quiet_deepspeed
 from zeroinf.errors import ModelError
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -52,7 +49,7 @@ class ZeroEngine:
         self._offloaded = plan.offload != "none"
         config, self._swap_folder = _with_private_swap_folder(config, world)
         try:
-            with _quiet_deepspeed():
+            with quiet_deepspeed():
                 # zero.Init makes buffers in the weights' dtype, and a rotary embedding of rounded frequencies gives
                 # other tokens: the model's own are made apart.
                 buffers = dict(build_skeleton(source, plan.dtype).named_buffers())
@@ -144,20 +141,3 @@ def _remove_leftovers(parent: Path, host: str) -> None:
         pid = int(folder.name.removeprefix(f"{_SWAP_PREFIX}{host}-").split("-")[0])
         if not psutil.pid_exists(pid):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _quiet_deepspeed() -> Iterator[None]:
-    """Keep stdout for results, where DeepSpeed logs and prints, and stderr free of what no user can act upon."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    # Compiled on first use (a minute), for an all-reduce that inference under ZeRO never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel(logging.ERROR)
-    for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with redirect_stdout(sys.stderr):
-        yield

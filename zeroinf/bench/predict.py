@@ -1,0 +1,62 @@
+"""What a cell is expected to take, before any has run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.hardware.snapshot import read_machine
+from zeroinf.jobs.ask import PlanOptions, ask
+from zeroinf.planner.traits import TRAITS
+from zeroinf.simulation.planning import answer
+
+# A process with its imports, a rank's start, and the way out: seconds seen on machines with and without GPUs.
+_START_S = 12.0
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Of one cell, in seconds; None where the planner does not know, with the reason in `words`."""
+
+    seconds: float | None
+    tokens_per_second: float | None
+    words: str = ""
+
+
+def predict(cell: Cell, settings: Settings) -> Prediction:
+    """How long `cell` takes, all repetitions and the warm-up included."""
+    if not TRAITS[cell.engine_name].is_timed:
+        return Prediction(seconds=None, tokens_per_second=None, words="the planner has no model of the engine")
+    _, _, fetch = cell.engine.partition("/")
+    has_gpu = settings.device != "cpu" and bool(read_machine().gpus)
+    places = TRAITS[cell.engine_name].places_blocks and cell.offload != "none" and settings.resident_blocks != "auto"
+    options = PlanOptions(
+        model=cell.model,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        engine=cell.engine_name,
+        offload=cell.offload,  # type: ignore[arg-type]
+        batch_size=cell.batch_size,
+        resident_blocks=int(settings.resident_blocks) if places else None,
+        requests=cell.batch_size * cell.num_gpus,
+        input_len=cell.input_len,
+        output_len=cell.output_len,
+        nvme_paths=settings.nvme_paths if cell.offload == "nvme" else (),
+    )
+    if fetch:
+        options = replace(options, fetch=fetch)  # type: ignore[arg-type]
+    if has_gpu:
+        options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory_bytes)
+    try:
+        timing = answer(ask(options)).plan.timing
+    except (DoesNotFitError, UsageError) as error:
+        return Prediction(seconds=_START_S, tokens_per_second=None, words=error.message)
+    assert timing is not None
+    once = timing.prefill_s + (cell.output_len - 1) * timing.decode_s
+    warm_up = timing.prefill_s + _WARM_UP_STEPS * timing.decode_s
+    return Prediction(
+        seconds=_START_S + timing.load_s + warm_up + settings.repetitions * once,
+        tokens_per_second=timing.tokens_per_second,
+    )

@@ -1,0 +1,49 @@
+"""What the baselines take of each memory: weights, KV cache and simulated activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.memory import Overhead, Term, dynamic_terms, piece_bytes, pieces, process_terms
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.search import EngineTerms
+from zeroinf.planner.workload import Workload
+
+
+def baseline_terms(asked: Plan, overhead: Overhead) -> EngineTerms:
+    """Memory terms of `asked` with another choice in it, under the baseline that it names."""
+
+    def terms(choice: Choice, workload: Workload) -> tuple[Term, ...]:
+        return (*_gpu_terms(asked, choice, workload, overhead), *_host_terms(asked, choice))
+
+    return terms
+
+
+def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhead) -> Iterator[Term]:
+    """Of one rank. Activations are those of the whole model: split over ranks they are smaller."""
+    ranks, sizes = asked.tensor_parallel.size, sorted(pieces(asked.anatomy), reverse=True)
+    resident = choice.resident_blocks if choice.engine == "accelerate" else len(sizes)
+    held = {
+        "embeddings, head, norms": piece_bytes(asked.anatomy.outside),
+        "resident blocks": -(-sum(sizes[:resident]) // ranks),
+        "the block that computes": sizes[0] if resident < len(sizes) else 0,
+    }
+    yield from (Term("gpu", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
+    cache = tuple(
+        event if event.nbytes is None else replace(event, nbytes=-(-event.nbytes // ranks)) for event in workload.cache
+    )
+    yield from dynamic_terms([n for n in held.values() if n], replace(workload, cache=cache), overhead)
+
+
+def _host_terms(asked: Plan, choice: Choice) -> Iterator[Term]:
+    """Of all ranks: accelerate's have a copy each, the parts of a split model are cut from one that is there for a
+    while."""
+    sizes = sorted(pieces(asked.anatomy), reverse=True)
+    on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
+    if choice.engine == "accelerate" and choice.offload == "cpu" and on_host:
+        yield Term("host", "weights", asked.world_size * sum(sizes[:on_host]), "counted")
+    if choice.engine == "tensor-parallel":
+        yield Term("host", "weights while loading", sum(sizes) + piece_bytes(asked.anatomy.outside), "counted")
+    yield from process_terms(asked.world_size, asked.device)

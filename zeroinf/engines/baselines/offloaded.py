@@ -1,0 +1,84 @@
+"""accelerate's device map: what does not stay on the GPU is copied there by a hook, layer by layer, as it runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeroinf.engines.baselines.plain import PlainEngine, load_pretrained, random_model
+from zeroinf.model.inspect import find_blocks
+from zeroinf.model.skeleton import build_skeleton
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+
+class AccelerateEngine(PlainEngine):
+    """`from_pretrained(device_map=...)` with CPU or disk offload.
+
+    The map is what `device_map="auto"` makes of a memory limit: the first blocks on the GPU, the rest behind it; how
+    many is the plan's choice. Several ranks have a copy each, of the weights in host memory, too.
+    """
+
+    name = "accelerate"
+
+    def __init__(self, plan: Plan, source: ModelSource, device: torch.device) -> None:
+        self._folder: Path | None = None
+        if plan.offload == "nvme":
+            self._folder = Path(tempfile.mkdtemp(prefix="zeroinf-accelerate-", dir=plan.nvme_paths[0]))
+        try:
+            self.model = self._load(plan, source, device)
+        except BaseException:
+            self.close()
+            raise
+        rests_elsewhere = plan.offload == "nvme" or device.type == "cuda"
+        moved = plan.anatomy.blocks[plan.resident_blocks :] if rests_elsewhere else ()
+        self._streamed_bytes = sum(block.nbytes for block in moved)
+
+    def _load(self, plan: Plan, source: ModelSource, device: torch.device) -> Any:
+        places = _device_map(source, plan, device)
+        if not source.random_weights:
+            return load_pretrained(plan, source, device_map=places, offload_folder=self._folder)
+        from accelerate import dispatch_model
+
+        made = {name: torch.device("cpu" if place == "disk" else place) for name, place in places.items()}
+        model = random_model(plan, source, made)
+        if len(set(places.values())) == 1:
+            return model
+        return dispatch_model(model, places, main_device=_own_name(device), offload_dir=self._folder)
+
+    def close(self) -> None:
+        super().close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _device_map(source: ModelSource, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Where each module goes, in accelerate's words. Modules outside the blocks stay on the device."""
+    model = build_skeleton(source, plan.dtype)
+    path, blocks = find_blocks(model)
+    elsewhere = "disk" if plan.offload == "nvme" else "cpu"
+    places: dict[str, Any] = dict.fromkeys(_modules_beside(model, path), _own_name(device))
+    for index in range(len(blocks)):
+        places[f"{path}.{index}"] = _own_name(device) if index < plan.resident_blocks else elsewhere
+    return places
+
+
+def _own_name(device: torch.device) -> int | str:
+    return "cpu" if device.type == "cpu" else int(device.index)
+
+
+def _modules_beside(model: torch.nn.Module, path: str) -> list[str]:
+    """The largest modules that hold nothing of `path`, in the order of the model."""
+    found: list[str] = []
+    for name, child in model.named_children():
+        if path == name:
+            continue
+        if path.startswith(f"{name}."):
+            found += [f"{name}.{inner}" for inner in _modules_beside(child, path.removeprefix(f"{name}."))]
+        else:
+            found.append(name)
+    return found

@@ -1,0 +1,89 @@
+"""What the baselines share: transformers' model as it is, and forwards one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zeroinf.engines.base import EngineStats
+from zeroinf.errors import ModelError
+from zeroinf.model.skeleton import build_skeleton
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+_RANDOM_SCALE = 0.02
+_RANDOM_SEED = 0
+
+
+class PlainEngine:
+    """Runs the forward of a loaded transformers model. Ranks are independent."""
+
+    in_step = False
+    shares_passes = False
+    model: Any
+    _passes = 0
+    _streamed_bytes = 0
+
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """One forward for each micro-batch, one after the other."""
+        self._passes += len(micro_batches)
+        with torch.no_grad():
+            return [self.model(**inputs) for inputs in micro_batches]
+
+    def recover(self) -> bool:
+        return True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(passes=self._passes, streamed_bytes_per_pass=self._streamed_bytes)
+
+    def close(self) -> None:
+        self.model = None
+
+
+def load_pretrained(plan: Plan, source: ModelSource, **where: Any) -> Any:
+    """transformers' `from_pretrained` with `where` (a device map) as its users call it.
+
+    Raises ModelError for a checkpoint that cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=source.config,
+            dtype=getattr(torch, plan.dtype),
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **where,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source.name}: {error}") from error
+    return model.eval()
+
+
+def random_model(plan: Plan, source: ModelSource, devices: Mapping[str, torch.device]) -> Any:
+    """The model of `source` with random values, each tensor made where the longest prefix of its name in `devices`
+    says."""
+    model = build_skeleton(source, plan.dtype)
+    made: dict[int, torch.nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, own in list(module._parameters.items()):
+            if own is None:
+                continue
+            if id(own) not in made:
+                device = _device_of(f"{prefix}.{name}", devices)
+                generator = torch.Generator(device).manual_seed(_RANDOM_SEED + len(made))
+                value = torch.empty(own.shape, dtype=own.dtype, device=device)
+                made[id(own)] = torch.nn.Parameter(value.normal_(std=_RANDOM_SCALE, generator=generator), False)
+            module._parameters[name] = made[id(own)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.to(_device_of(f"{prefix}.{name}", devices))
+    return model
+
+
+def _device_of(name: str, devices: Mapping[str, torch.device]) -> torch.device:
+    known = (prefix for prefix in devices if not prefix or name.startswith(f"{prefix}."))
+    return devices[max(known, key=len)]

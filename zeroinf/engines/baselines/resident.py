@@ -1,0 +1,21 @@
+"""The whole model on one GPU, or on the CPU: plain transformers."""
+
+from __future__ import annotations
+
+import torch
+
+from zeroinf.engines.baselines.plain import PlainEngine, load_pretrained, random_model
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+
+class ResidentEngine(PlainEngine):
+    """`from_pretrained` straight onto the device. Several ranks have a copy each."""
+
+    name = "resident"
+
+    def __init__(self, plan: Plan, source: ModelSource, device: torch.device) -> None:
+        if source.random_weights:
+            self.model = random_model(plan, source, {"": device})
+        else:
+            self.model = load_pretrained(plan, source, device_map={"": device})

@@ -1,0 +1,78 @@
+"""What each engine can be asked for, and what the planner knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from zeroinf.errors import UsageError
+from zeroinf.planner.choice import Offload
+
+EngineName = Literal["stream", "zero", "resident", "accelerate", "tensor-parallel"]
+ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traits:
+    """One engine's."""
+
+    offloads: tuple[Offload, ...]
+    """Where it can leave weights."""
+    settings: frozenset[str] = frozenset()
+    """Those of the flags that not every engine has a use for."""
+    places_blocks: bool = False
+    """It is told how many blocks stay on the GPU."""
+    is_timed: bool = True
+    """The planner knows how fast it is."""
+
+
+_PARALLEL = {
+    "--tensor-parallel-size",
+    "--injection-policy",
+    "--kernel-inject",
+    "--checkpoint-json",
+    "--save-mp-checkpoint-path",
+}
+
+TRAITS: dict[str, Traits] = {
+    "stream": Traits(
+        offloads=("none", "cpu", "nvme"),
+        settings=frozenset(
+            {
+                *("--fetch", "--resident-blocks", "--no-pin-memory", "several of --nvme-path"),
+                *("--wire", "--static-batches"),
+            }
+        ),
+        places_blocks=True,
+    ),
+    "zero": Traits(offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"})),
+    "resident": Traits(offloads=("none",)),
+    "accelerate": Traits(
+        offloads=("none", "cpu", "nvme"), settings=frozenset({"--resident-blocks"}), places_blocks=True
+    ),
+    "tensor-parallel": Traits(offloads=("none",), settings=frozenset(_PARALLEL), is_timed=False),
+}
+
+
+def refuse_settings(engine: str, given: Iterable[str]) -> None:
+    """Raise UsageError for flags among `given` that would have no effect with `engine`."""
+    if idle := [flag for flag in given if flag not in TRAITS[engine].settings]:
+        others = sorted({name for name in ENGINE_NAMES for flag in idle if flag in TRAITS[name].settings})
+        raise UsageError(
+            f"{', '.join(idle)} has no effect with the {engine} engine",
+            hint=f"drop it, or --engine {' or '.join(others)}",
+        )
+
+
+def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload | Literal["auto"]:
+    """`asked`, or where the engine leaves weights if it can do no other. Raises UsageError for what it cannot do."""
+    offloads = TRAITS[engine].offloads
+    if asked == "auto":
+        return offloads[0] if len(offloads) == 1 else "auto"
+    if asked not in offloads:
+        raise UsageError(
+            f"the {engine} engine keeps all weights on the GPUs: --offload {asked} has no effect with it",
+            hint="--offload none, or --engine stream",
+        )
+    return asked

@@ -1,0 +1,27 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
+_UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str, *, multiple_of: int = 1) -> int:
+    """Bytes of `24GiB` (binary), `24GB` (decimal) or plain bytes. Raises ValueError that says what is wrong."""
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNIT_BYTES:
+        raise ValueError(f"{text!r} is not a size: write 24GiB, 512MiB, 1GB or plain bytes")
+    unit = _UNIT_BYTES[match[2].lower()]
+    size = Fraction(match[1]) * unit
+    if unit > 1:
+        size = Fraction(int(size))  # 3.6GiB is no whole number of bytes, and nobody means it to be
+    if size <= 0 or size % multiple_of:
+        whole = "a whole number of bytes" if multiple_of == 1 else f"a multiple of {multiple_of} bytes"
+        raise ValueError(f"{text!r} must be {whole} above zero")
+    return int(size)
