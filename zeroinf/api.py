@@ -127,7 +127,7 @@ def pipeline(
     `max_prompt_tokens` and `max_new_tokens` are what memory is planned for. `batch_size` None lets the planner choose.
     `options` say how to run, with the names and meanings of the flags of `zeroinf run`: `engine`, `offload`,
     `nvme_paths`, `fetch`, `wire`, `resident_blocks`, `micro_batch_rows`, `dtype`, `revision`, `trust_remote_code`,
-    `random_weights`, `pin_memory`, `gpu_memory`, `host_memory`, `zero_config`, and `tensor_parallel` (a TensorParallel).
+    `random_weights`, `pin_memory`, `gpu_memory`, `host_memory`, `zero_config`, `tensor_parallel` (a TensorParallel).
 
         pipe = zeroinf.pipeline("HuggingFaceTB/SmolLM2-135M-Instruct", offload="cpu")
         pipe("The capital of France is", max_new_tokens=8)     # [{"generated_text": "The capital of France is ..."}]

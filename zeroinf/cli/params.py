@@ -122,7 +122,7 @@ def tensor_parallel_of(asked: dict[str, Any]) -> TensorParallel:
     if asked.pop("kernel_inject"):
         raise UsageError(
             "--kernel-inject: DeepSpeed's kernels keep the KV cache and the positions to themselves and answer with "
-            "tuples; models of transformers 5 expect none of it",
+            "tuples; models of transformers 5 expect none of it (docs/decisions/0009-baselines.md)",
             hint="drop it: --engine tensor-parallel splits the model without them",
         )
     size, policy, checkpoint, save_to = (asked.pop(name) for name in _PARALLEL_OPTIONS)

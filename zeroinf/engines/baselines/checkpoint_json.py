@@ -167,7 +167,7 @@ def _read_listing(path: Path) -> _Listing:
         ranks = int(data.get("mp_size") or data.get("tp_size") or len(tp)) if tp else 0
         version = float(data.get("version", 0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"--checkpoint-json {path}: {error!r}", hint="docs/from-elsewhere.md shows one") from error
+        raise ModelError(f"--checkpoint-json {path}: {error!r}", hint="docs/from-elsewhere.md shows them") from error
     if kind not in ("bloom", "ds_model", "megatron"):
         raise ModelError(f"--checkpoint-json {path}: unknown type {data['type']!r}", hint="BLOOM, ds_model or Megatron")
     if tp and len(tp) % ranks:
