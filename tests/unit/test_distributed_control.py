@@ -210,3 +210,23 @@ def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypa
         return "done"
 
     assert on_ranks(2, body) == (["done", "done"], [0, 0])
+
+
+def test_parts_of_the_ranks_talk_among_themselves_and_share_the_store() -> None:
+    def body(control: Control) -> Any:
+        part = control.part(2)
+        told = part.broadcast(control.world.rank)
+        return told, part.gather(control.world.rank), part.world.rank, part.world.size, part.store.add("all", 1) > 0
+
+    answers, _ = on_ranks(4, body)
+    assert [answer[:4] for answer in answers] == [
+        (0, [0, 1], 0, 2),
+        (0, [0, 1], 1, 2),
+        (2, [2, 3], 0, 2),
+        (2, [2, 3], 1, 2),
+    ]
+
+
+def test_a_part_of_one_rank_is_alone_and_a_part_of_all_is_the_whole() -> None:
+    alone = Control(World(), "cpu")
+    assert alone.part(1) is alone

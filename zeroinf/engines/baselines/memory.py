@@ -23,18 +23,25 @@ def baseline_terms(asked: Plan, overhead: Overhead) -> EngineTerms:
 
 def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhead) -> Iterator[Term]:
     """Of one rank. Activations are those of the whole model: split over ranks they are smaller."""
-    ranks, sizes = asked.tensor_parallel.size, sorted(pieces(asked.anatomy), reverse=True)
+    sizes = sorted(pieces(asked.anatomy), reverse=True)
+    # The first rank of a group has the most heads where they cannot be shared equally.
+    mine, whole = (anatomy.kv_bytes_per_token for anatomy in (asked.rank_anatomy(0), asked.anatomy))
     resident = choice.resident_blocks if choice.engine == "accelerate" else len(sizes)
     held = {
         "embeddings, head, norms": piece_bytes(asked.anatomy.outside),
-        "resident blocks": -(-sum(sizes[:resident]) // ranks),
+        "resident blocks": _share(sum(sizes[:resident]), mine, whole),
         "the block that computes": sizes[0] if resident < len(sizes) else 0,
     }
     yield from (Term("gpu", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
     cache = tuple(
-        event if event.nbytes is None else replace(event, nbytes=-(-event.nbytes // ranks)) for event in workload.cache
+        event if event.nbytes is None else replace(event, nbytes=_share(event.nbytes, mine, whole))
+        for event in workload.cache
     )
     yield from dynamic_terms([n for n in held.values() if n], replace(workload, cache=cache), overhead)
+
+
+def _share(nbytes: int, mine: int, whole: int) -> int:
+    return -(-nbytes * mine // whole) if mine < whole else nbytes
 
 
 def _host_terms(asked: Plan, choice: Choice) -> Iterator[Term]:
