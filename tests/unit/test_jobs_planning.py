@@ -129,7 +129,7 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
 @pytest.mark.parametrize(
     ("options", "world", "words"),
     [
-        ({"engine": "zero", "wire": "int4"}, ALONE, "--wire int4 has no effect with the zero engine"),
+        ({"engine": "zero", "wire": "int4"}, ALONE, "--wire has no effect with the zero engine"),
         ({"engine": "zero", "fetch": "partitioned"}, TWO, "--fetch has no effect with the zero engine"),
         ({"engine": "zero", "resident_blocks": 0}, ALONE, "--resident-blocks has no effect with the zero engine"),
         ({"offload": "none", "fetch": "replicated"}, TWO, "--fetch has no effect with --offload none"),
