@@ -95,7 +95,10 @@ def overhead(gathers: bool) -> Overhead:
     """Half a GiB of context, and of collectives' buffers where weights are gathered."""
     collectives = GIB // 2 if gathers else 0
     return Overhead(
-        context=(GIB // 2, "assumed"), workspace=(16 * MIB, "assumed"), collectives=(collectives, "assumed")
+        context=(GIB // 2, "assumed"),
+        workspace=(16 * MIB, "assumed"),
+        collectives=(collectives, "assumed"),
+        process=(5 * GIB // 2, "assumed"),
     )
 
 

@@ -19,8 +19,8 @@ from zeroinf.hardware.snapshot import read_machine
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 ON_ONE_GPU = {
-    "link_gbps", "links_gbps", "matmul_tflops", "hbm_gbps", "context_bytes", "workspace_bytes", "launch_s",
-    "page_lock_gbps", "host_copy_gbps",
+    "link_gbps", "links_gbps", "matmul_tflops", "hbm_gbps", "context_bytes", "process_bytes", "workspace_bytes",
+    "launch_s", "page_lock_gbps", "host_copy_gbps",
 }  # fmt: skip
 ON_SEVERAL = {"all_gather_gbps", "nccl_bytes"}
 
@@ -65,6 +65,8 @@ def test_one_row_reads_its_weight_no_faster_than_the_memory_is(measured: tuple[M
 def test_what_a_process_holds_is_what_nvml_sees(measured: tuple[Machine, Rates, list[str]]) -> None:
     _, rates, _ = measured
     assert rates.context_bytes is not None
+    assert rates.process_bytes is not None
+    assert 256 << 20 < rates.process_bytes < 8 << 30
     assert rates.workspace_bytes is not None
     assert 100 << 20 < rates.context_bytes < 4 << 30
     assert 0 < rates.workspace_bytes < 1 << 30

@@ -164,8 +164,8 @@ def test_each_use_has_its_own_name_and_origin() -> None:
     assert origins["slots"][1] == "counted"
 
 
-def host(world_size: int = 1, device: str = "cuda", **chosen: Any) -> dict[str, int]:
-    return named(stream_host_terms(CHAIN, choice(**chosen), world_size, device))
+def host(world_size: int = 1, process: Overhead | None = None, **chosen: Any) -> dict[str, int]:
+    return named(stream_host_terms(CHAIN, choice(**chosen), world_size, process or overhead(False)))
 
 
 def test_the_host_holds_each_block_once_whatever_the_number_of_ranks() -> None:
@@ -194,7 +194,7 @@ def test_what_stays_on_the_gpu_passes_through_the_host_and_not_beside_the_ring()
 @pytest.mark.parametrize("resident", [0, 5, BLOCKS])
 def test_weights_that_transformers_handles_take_host_memory_while_they_are_loaded(resident: int) -> None:
     def counted(loads: Any) -> int:
-        terms = stream_host_terms(replace(CHAIN, loads=loads), choice(resident_blocks=resident), 1, "cuda")
+        terms = stream_host_terms(replace(CHAIN, loads=loads), choice(resident_blocks=resident), 1, overhead(False))
         return sum(term.nbytes for term in terms if term.origin == "counted")
 
     largest = max(PIECE, piece_bytes(CHAIN.outside))
@@ -205,11 +205,11 @@ def test_weights_that_transformers_handles_take_host_memory_while_they_are_loade
 def test_every_rank_is_a_process() -> None:
     processes = "processes with their libraries"
     assert host(4)[processes] == 4 * host(1)[processes]
-    assert host(1, device="cpu")[processes] < host(1)[processes]
+    assert host(1, Overhead(process=(GIB, "measured")))[processes] == GIB
 
 
 def test_zero_rounds_page_locked_weights_up_to_powers_of_two() -> None:
-    terms = named(zero_host_terms(CHAIN, "cpu", 1, "cuda", 0))
+    terms = named(zero_host_terms(CHAIN, "cpu", 1, overhead(False), 0))
     weights = [tensor.nbytes for tensor in CHAIN.tensors() if not tensor.is_buffer]
     expected = 0
     for nbytes in weights:
@@ -222,8 +222,8 @@ def test_zero_rounds_page_locked_weights_up_to_powers_of_two() -> None:
 
 def test_zero_counts_its_pool_on_each_rank_and_no_weights_where_none_rest() -> None:
     locked = "weights or read pool, page-locked"
-    assert named(zero_host_terms(CHAIN, "nvme", 2, "cuda", 3 * MIB))[locked] == 2 * 4 * MIB
-    assert locked not in named(zero_host_terms(CHAIN, "none", 2, "cuda", 0))
+    assert named(zero_host_terms(CHAIN, "nvme", 2, overhead(False), 3 * MIB))[locked] == 2 * 4 * MIB
+    assert locked not in named(zero_host_terms(CHAIN, "none", 2, overhead(False), 0))
 
 
 def test_zero_counts_live_weights_with_their_gaps_and_those_that_stay() -> None:

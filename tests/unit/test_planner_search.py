@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.errors import DoesNotFitError
-from zeroinf.planner.memory import store_bytes, total
+from zeroinf.planner.memory import Overhead, store_bytes, total
 from zeroinf.planner.search import MOST_ROWS, Candidate, Decision, Planner, Wish
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.workload import Shape, Workload
@@ -45,7 +45,7 @@ def choose(box: Box, *, prompt: int = PROMPT, rates: Speeds | None = None, **wis
         CHAIN,
         machine,
         rates or speeds(),
-        overhead,
+        overhead if box.gpu else lambda gathers: Overhead(),
         lambda shape: simulated(shape, prompt),
         device="cuda" if box.gpu else "cpu",
         lengths=lengths_of(prompt),

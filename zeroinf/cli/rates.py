@@ -39,6 +39,8 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         yield "launch_s", "kernel launch", f"{rates.launch_s * 1e6:.1f} us"
     if rates.context_bytes is not None:
         yield "context_bytes", "CUDA context", gib(rates.context_bytes)
+    if rates.process_bytes is not None:
+        yield "process_bytes", "process on the host", gib(rates.process_bytes)
     if rates.workspace_bytes is not None:
         yield "workspace_bytes", "matmul workspace", gib(rates.workspace_bytes)
     if rates.nccl_bytes is not None:

@@ -43,6 +43,9 @@ class Rates:
     context_bytes: int | None = None
     """What a process holds of a GPU beside torch's reserved memory, once all kinds of kernels have run."""
 
+    process_bytes: int | None = None
+    """Host memory of the same process, its libraries loaded."""
+
     workspace_bytes: int | None = None
     """What torch's allocator keeps for matmul libraries when every tensor is gone."""
 

@@ -52,7 +52,6 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _UNFORESEEN_GPU = 96 * _MIB
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
-_HOST_PROCESS = {"cuda": int(2.5 * _GIB), "cpu": int(0.75 * _GIB)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,13 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overhead:
-    """What a process takes of its GPU beside tensors, in bytes, each with its origin."""
+    """What a process takes of its GPU beside tensors, and of host memory, in bytes, each with its origin."""
 
     context: tuple[int, Origin] = (0, "counted")
     workspace: tuple[int, Origin] = (0, "counted")
     collectives: tuple[int, Origin] = (0, "counted")
+    process: tuple[int, Origin] = (768 * _MIB, "assumed")
+    """Host memory of a process with its libraries; the default is one without CUDA."""
 
 
 def piece_bytes(tensors: Iterable[TensorSpec]) -> int:
@@ -234,7 +235,7 @@ def _changes(step: Step) -> list[tuple[int, int]]:
     return found
 
 
-def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device: str) -> tuple[Term, ...]:
+def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through.
 
     What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
@@ -251,7 +252,7 @@ def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, device:
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
-        *process_terms(world_size, device),
+        *process_terms(world_size, overhead),
     ]
     return tuple(term for term in terms if term.nbytes)
 
@@ -268,7 +269,7 @@ def _passing_bytes(anatomy: Anatomy, locked_bytes: int) -> int:
 
 
 def zero_host_terms(
-    anatomy: Anatomy, offload: Offload, world_size: int, device: str, pool_bytes: int
+    anatomy: Anatomy, offload: Offload, world_size: int, overhead: Overhead, pool_bytes: int
 ) -> tuple[Term, ...]:
     """Host memory of all ranks of DeepSpeed's engine; torch rounds each page-locked allocation to a power of two."""
     locked = 0
@@ -278,14 +279,15 @@ def zero_host_terms(
             locked += world_size * (1 << (part - 1).bit_length()) if part and not tensor.is_buffer else 0
     if offload == "nvme":
         locked = world_size * (1 << max(pool_bytes - 1, 1).bit_length())
-    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *process_terms(world_size, device))
+    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *process_terms(world_size, overhead))
     return tuple(term for term in terms if term.nbytes)
 
 
-def process_terms(world_size: int, device: str) -> tuple[Term, ...]:
+def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     """What `world_size` processes and the system take of host memory."""
+    nbytes, origin = overhead.process
     return (
-        Term("host", "processes with their libraries", world_size * _HOST_PROCESS[device], "assumed"),
+        Term("host", "processes with their libraries", world_size * nbytes, origin),
         Term("host", "margin for the system", _HOST_MARGIN, "assumed"),
     )
 

@@ -12,6 +12,7 @@ from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.memory import (
+    LOADING_STAGES,
     Overhead,
     Place,
     Term,
@@ -294,7 +295,9 @@ class Planner:
         return 0
 
     def _blocks_in_host(self, wish: Wish, rows: int) -> int:
-        """How many blocks the host can hold beside everything else there."""
+        """How many blocks the host can hold beside everything else there, the stages of resident ones included."""
+        blocks = len(self._anatomy.blocks)
+        resident = min(LOADING_STAGES - 1, blocks) if self._device == "cuda" else 0
         nothing = Choice(
             engine="stream",
             offload="nvme",
@@ -302,11 +305,11 @@ class Planner:
             batch_size=rows,
             micro_batch_rows=rows,
             prefill_tokens=rows,
-            resident_blocks=0,
-            nvme_blocks=len(self._anatomy.blocks),
+            resident_blocks=resident,
+            nvme_blocks=blocks - resident,
             wire=wish.wire,
         )
-        terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._device)
+        terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._overhead(False))
         if self._device == "cpu":  # what computes lies there, too
             terms = self._terms(wish, nothing, self._simulate(next(self._shapes(wish, rows))))
         free = self._host_bytes - total(terms, "host")
@@ -362,7 +365,7 @@ class Planner:
         else:
             overhead = self._overhead(choice.fetch == "partitioned")
             gpu = stream_gpu_terms(self._anatomy, choice, workload, wish.world_size, overhead)
-            host = stream_host_terms(self._anatomy, choice, wish.world_size, self._device)
+            host = stream_host_terms(self._anatomy, choice, wish.world_size, overhead)
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))

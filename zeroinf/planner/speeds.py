@@ -50,6 +50,7 @@ _HOST = _Card(0.2, 10, 5)
 _CONTEXT_BYTES = 800 * _MIB
 _WORKSPACE_BYTES = {True: 34 * _MIB, False: 10 * _MIB}
 _COLLECTIVES_BYTES = 1536 * _MIB
+_PROCESS_BYTES = 2560 * _MIB
 
 
 def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, disks: Sequence[Disk] = ()) -> Speeds:
@@ -61,15 +62,16 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     wanted += ["disk_gbps"] if disks else []
     wanted += ["all_gather_gbps"] if world_size > 1 else []
     fill = 1 / (1 / (rates.page_lock_gbps or 2 * _FILL_GBPS) + 1 / (rates.host_copy_gbps or 2 * _FILL_GBPS))
+    link = _link_gbps(rates, gpu, world_size)
     return Speeds(
-        link_gbps=_link_gbps(rates, gpu, world_size),
+        link_gbps=link,
         disk_gbps=sum(rates.of_disk(disk) or _UNKNOWN_DISK_GBPS for disk in disks) or _UNKNOWN_DISK_GBPS,
         gather_gbps=gather,
         tflops=_arithmetic(rates, card, dtype),
         hbm_gbps=rates.hbm_gbps * _reached(rates, "hbm_gbps") if rates.hbm_gbps else card.hbm_gbps,
         launch_s=rates.launch_s or _LAUNCH_S,
         fill_gbps=fill,
-        place_gbps=(rates.host_copy_gbps or 2 * _FILL_GBPS) / 2,
+        place_gbps=min(rates.host_copy_gbps or 2 * _FILL_GBPS, link),
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )
 
@@ -87,6 +89,7 @@ def overhead_of(machine: Machine, rates: Rates, *, world_size: int, gathers: boo
         context=_known(rates, "context_bytes", _CONTEXT_BYTES),
         workspace=_known(rates, "workspace_bytes", _WORKSPACE_BYTES[hopper]),
         collectives=collectives,
+        process=_known(rates, "process_bytes", _PROCESS_BYTES),
     )
 
 

@@ -50,7 +50,7 @@ class Speeds:
     fill_gbps: float
     """Filling host memory from the page cache, and page-locking it."""
     place_gbps: float
-    """From the page cache through a stage in host memory onto the GPU."""
+    """From the page cache through stages in host memory onto the GPU, both at once."""
     projected: tuple[str, ...] = ()
 
 

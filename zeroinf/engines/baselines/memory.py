@@ -16,7 +16,7 @@ def baseline_terms(asked: Plan, overhead: Overhead) -> EngineTerms:
     """Memory terms of `asked` with another choice in it, under the baseline that it names."""
 
     def terms(choice: Choice, workload: Workload) -> tuple[Term, ...]:
-        return (*_gpu_terms(asked, choice, workload, overhead), *_host_terms(asked, choice))
+        return (*_gpu_terms(asked, choice, workload, overhead), *_host_terms(asked, choice, overhead))
 
     return terms
 
@@ -44,7 +44,7 @@ def _share(nbytes: int, mine: int, whole: int) -> int:
     return -(-nbytes * mine // whole) if mine < whole else nbytes
 
 
-def _host_terms(asked: Plan, choice: Choice) -> Iterator[Term]:
+def _host_terms(asked: Plan, choice: Choice, overhead: Overhead) -> Iterator[Term]:
     """Of all ranks: accelerate's have a copy each, the parts of a split model are cut from one that is there for a
     while."""
     sizes = sorted(pieces(asked.anatomy), reverse=True)
@@ -53,4 +53,4 @@ def _host_terms(asked: Plan, choice: Choice) -> Iterator[Term]:
         yield Term("host", "weights", asked.world_size * sum(sizes[:on_host]), "counted")
     if choice.engine == "tensor-parallel":
         yield Term("host", "weights while loading", sum(sizes) + piece_bytes(asked.anatomy.outside), "counted")
-    yield from process_terms(asked.world_size, asked.device)
+    yield from process_terms(asked.world_size, overhead)

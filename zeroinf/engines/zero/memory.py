@@ -33,9 +33,7 @@ def zero_terms(asked: Plan, overhead: Overhead, own_config: Mapping[str, Any] | 
         live = min(section.get("stage3_max_live_parameters", _DEFAULT_LIVE), plan.anatomy.parameters) * element_bytes
         return (
             *zero_gpu_terms(live, kept, workload, overhead),
-            *zero_host_terms(
-                plan.anatomy, plan.offload, plan.world_size, plan.device, nvme_pool_bytes(plan, own_config)
-            ),
+            *zero_host_terms(plan.anatomy, plan.offload, plan.world_size, overhead, nvme_pool_bytes(plan, own_config)),
         )
 
     return terms

@@ -1,4 +1,4 @@
-"""What a process takes of a GPU beside its tensors. Run as a program, it uses the GPU as a model would, and looks."""
+"""What a process takes of a GPU and of its host beside tensors. Run as a program, it uses the GPU as a model would."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from typing import TYPE_CHECKING
 from zeroinf.hardware.gpus import read_used_bytes
 from zeroinf.hardware.machine import Gpu
 from zeroinf.hardware.measure.children import run_children
+from zeroinf.hardware.process import resident
 
 if TYPE_CHECKING:
     import torch
 
 
 def measure_footprint(gpu: Gpu) -> dict[str, int]:
-    """`context_bytes` and `workspace_bytes` of a fresh process on `gpu`, whose use by others must not change meanwhile.
+    """`context_bytes`, `workspace_bytes` and `process_bytes` of a fresh process on `gpu`.
+
+    What others use of it must not change meanwhile.
 
     Raises EnvironmentProblem where that process fails.
     """
     (found,) = run_children(__name__, [[str(gpu.index), str(gpu.uuid)]])
-    return {name: int(found[name]) for name in ("context_bytes", "workspace_bytes")}
+    return {name: int(found[name]) for name in ("context_bytes", "workspace_bytes", "process_bytes")}
 
 
 def _look(index: int, uuid: str) -> dict[str, int]:
     before_bytes = read_used_bytes(uuid)
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  # what every run loads
 
     device = torch.device("cuda", index)
     with torch.cuda.device(device), torch.inference_mode():
@@ -41,6 +45,7 @@ def _look(index: int, uuid: str) -> dict[str, int]:
         return {
             "context_bytes": held_bytes - torch.cuda.memory_reserved(),
             "workspace_bytes": torch.cuda.memory_allocated(),
+            "process_bytes": resident().total_bytes,
         }
 
 
