@@ -12,13 +12,15 @@ from small_models import PAD
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
+from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
-from zeroinf.model.anatomy import Anatomy, PoolSize
+from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import find_blocks, read_anatomy
 
 CPU = torch.device("cpu")
@@ -28,6 +30,7 @@ class PlainEngine:
     """A transformers model on this process alone, its micro-batches in lock-step; notes the shapes of each pass."""
 
     name = "plain"
+    link_stream = None
 
     def __init__(self, model: Any, *, in_step: bool = False, shares_passes: bool = True) -> None:
         self.model, self.in_step, self.shares_passes = model, in_step, shares_passes
@@ -85,7 +88,9 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
     return Limits(**{**fields, **given})
 
 
-def desk_of(model: Any, rows: Sequence[Row], limits: Limits, pad: int = PAD) -> Desk:
+def desk_of(
+    model: Any, rows: Sequence[Row], limits: Limits, pad: int = PAD, kv_dtype: KvDtype = "model", stream: Any = None
+) -> Desk:
     """Tokens and pages for as many of `rows` as `limits` says; memory that nobody has written is NaN."""
     tokens = max(len(row.prompt) for row in rows) + max(row.sampling.max_new_tokens for row in rows)
     pool = PagePool(
@@ -94,11 +99,35 @@ def desk_of(model: Any, rows: Sequence[Row], limits: Limits, pad: int = PAD) -> 
     for states in pool._states:
         for memory in states:
             memory[16:] = float("nan")
-    return Desk(model, TokenRules(model, pad, ()), pool, model.device)
+    host = host_of(model, tokens, limits, kv_dtype, stream) if limits.host_tokens else None
+    return Desk(model, TokenRules(model, pad, ()), pool, model.device, host)
+
+
+def host_of(model: Any, tokens: int, limits: Limits, dtype: KvDtype, stream: Any) -> HostCache:
+    """Room on the host, and staging full of NaN, for rows of up to `tokens` tokens."""
+    rows = limits.rows if limits.together else limits.micro_batch_rows
+    size = HostSize(
+        tokens=limits.host_tokens,
+        seen_columns=rows * tokens,
+        new_columns=max(limits.prefill_tokens, rows * (tokens if limits.together else 1), tokens),
+        dtype=dtype,
+    )
+    on_gpu = model.device.type == "cuda"
+    host = HostCache(model, anatomy_of(model), size, model.device, stream, pin=on_gpu)
+    for memory in (host._host, *host.link._fetched._slots, *host.link._sent._slots):
+        (memory.bytes if isinstance(memory, HostMemory) else memory).fill_(255)
+    return host
 
 
 def run_rows(
-    engine: Any, rows: Sequence[Row], /, *, control: Control | None = None, draw: int | None = None, **given: Any
+    engine: Any,
+    rows: Sequence[Row],
+    /,
+    *,
+    control: Control | None = None,
+    draw: int | None = None,
+    kv_dtype: KvDtype = "model",
+    **given: Any,
 ) -> tuple[int, Scheduler]:
     """Generate all of `rows`, taken `draw` at a time; what is `given` is a limit, or where rows come from and go to.
 
@@ -110,8 +139,12 @@ def run_rows(
     known = rows or rows_of([[1]], 1)
     limits = limits_of(engine.model, known, shares_passes=engine.shares_passes, **given)
     scheduler = Scheduler(limits, anatomy_of(engine.model).row_pages)
-    desk = desk_of(engine.model, known, limits)
-    return generate(engine, control or Control(World(), "cpu"), desk, scheduler, Feed(**feed)), scheduler
+    desk = desk_of(engine.model, known, limits, kv_dtype=kv_dtype, stream=engine.link_stream)
+    try:
+        return generate(engine, control or Control(World(), "cpu"), desk, scheduler, Feed(**feed)), scheduler
+    finally:
+        if desk.host is not None:
+            desk.host.close()
 
 
 def greedy_by_transformers(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:

@@ -28,6 +28,7 @@ class CollectiveEngine:
 
     name = "collective"
     in_step = shares_passes = True
+    link_stream = None
 
     def __init__(self, model: Any, control: Control) -> None:
         self.model = model

@@ -71,6 +71,8 @@ class Engine(Protocol):
     """Every rank must walk over the blocks the same number of times (collectives inside)."""
     shares_passes: bool
     """One pass serves all micro-batches of a `forward`; otherwise each of them makes its own."""
+    link_stream: Any
+    """The CUDA stream on which weights cross this rank's link, in the order of their use; None where none do."""
 
     @property
     def model(self) -> Any:

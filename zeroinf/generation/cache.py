@@ -64,8 +64,7 @@ class PagePool:
                 states[-1][:PAGE_TOKENS].zero_()  # what is masked is multiplied by 0, which NaN would survive
                 start += state.pooled_bytes(pages)
             self._states.append(tuple(states))
-        own = self.new_cache().layers
-        self._windows = [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
+        self._windows = windows_of(self._config)
         self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
 
     @property
@@ -93,17 +92,23 @@ class PagePool:
 
     def page(self, cache: DynamicCache, columns: Columns) -> DynamicCache:
         """Let the other layers of `cache`, for one forward, read and write the pages of its rows."""
-        views: dict[tuple[int | None, int | None], _View] = {}
+        views: dict[tuple[int | None, int | None], _PagedView] = {}
         layers = list(cache.layers)
         for index, (layer, states) in enumerate(zip(self._layers, self._states, strict=True)):
             if not states:
                 continue
             key = layer.window, self._windows[index]
             if key not in views:
-                views[key] = _View(self._tables[layer.window], columns, self._windows[index])
+                views[key] = _PagedView(self._tables[layer.window], columns, self._windows[index])
             layers[index] = _PagedLayer(states, views[key], self._windows[index])
         cache.layers = layers
         return cache
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """What attention of each layer sees of a row: so many tokens, or all of them. `config` is the decoder's."""
+    own = DynamicCache(config=config).layers
+    return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
 
 
 class _Table:
@@ -136,65 +141,85 @@ class _Table:
         return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
 
 
-class _View:
-    """What layers of one window read and write in one forward."""
+class View:
+    """What layers of one window see in one forward."""
 
-    def __init__(self, table: _Table, columns: Columns, window: int | None) -> None:
+    def __init__(self, columns: Columns, window: int | None) -> None:
         self.columns = columns
         self.seen = columns.total if window is None else min(columns.total, window - 1 + columns.new)
         """Columns that attention sees, the new ones included."""
-        positions = columns.positions[:, columns.total - self.seen :]
+        self.positions = columns.positions[:, columns.total - self.seen :]
+        self.fresh: torch.Tensor | None = None
+        """(rows, new), bool: columns with a new token; None where all have one."""
+        if not columns.is_even:
+            self.fresh = self.positions[:, -columns.new :] >= columns.starts[:, None]
+
+
+class _PagedView(View):
+    """What they read and write."""
+
+    def __init__(self, table: _Table, columns: Columns, window: int | None) -> None:
+        super().__init__(columns, window)
+        positions = self.positions
         places = table.places(columns.seats, positions)
         if columns.is_padded:
             places.masked_fill_(positions < 0, 0)
         self.read = None if columns.is_first else places.flatten()
         places, positions = places[:, -columns.new :], positions[:, -columns.new :]
-        self.fresh: torch.Tensor | None = None
-        """(rows, new, 1, 1), bool: columns with a new token; None where all have one."""
-        if not columns.is_even:
-            fresh = positions >= columns.starts[:, None]
-            self.fresh = fresh[:, :, None, None]
-            places = places.masked_fill(~fresh, 0)
+        if self.fresh is not None:
+            places = places.masked_fill(~self.fresh, 0)
         if columns.new > table.ring_tokens:  # a page is written once, by the token that stays there
             places = places.masked_fill(positions < (columns.lengths - table.ring_tokens)[:, None], 0)
         self.write = places.flatten()
 
 
-class _PagedLayer(DynamicLayer):  # type: ignore[misc]
+class SharedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one forward's rows, as DynamicCache would give them: left-padded, in order."""
 
-    def __init__(self, memory: tuple[torch.Tensor, ...], view: _View, window: int | None) -> None:
+    def __init__(self, view: View, window: int | None) -> None:
         super().__init__()
         self.is_sliding, self.sliding_window = window is not None, window
-        self._memory, self._view = memory, view
+        self._seen, self._total = view.seen, view.columns.total
         self._held = view.columns.total - view.columns.new
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._held = self._view.columns.total
-        keys, values = self._memory
-        return self._keep(keys, key_states), self._keep(values, value_states)
+        self._held = self._total
+        return self._keep(key_states, value_states)
 
-    def _keep(self, memory: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Write the new states into their pages; returns them behind those of before."""
-        view, new = self._view, states.transpose(1, 2)
-        if view.read is not None:
-            seen = memory.index_select(0, view.read).view(new.shape[0], view.seen, *memory.shape[1:])
-            tail = seen[:, view.seen - new.shape[1] :]
-            tail.copy_(new if view.fresh is None else torch.where(view.fresh, new, tail))
-            states = seen.transpose(1, 2)
-        memory.index_copy_(0, view.write, new.flatten(0, 1))
-        return states
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new states; returns them behind those of before."""
+        raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._view.seen, self._view.columns.total - self._view.seen
+        return self._seen, self._total - self._seen
 
     def get_seq_length(self) -> int:
         return self._held
 
     def get_max_length(self) -> int:
         return -1 if self.sliding_window is None else self.sliding_window
+
+
+class _PagedLayer(SharedLayer):
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: _PagedView, window: int | None) -> None:
+        super().__init__(view, window)
+        self._memory, self._view = memory, view
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = self._memory
+        return self._in_pages(memory[0], keys), self._in_pages(memory[1], values)
+
+    def _in_pages(self, memory: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        view, new = self._view, states.transpose(1, 2)
+        if view.read is not None:
+            seen = memory.index_select(0, view.read).view(new.shape[0], view.seen, *memory.shape[1:])
+            tail = seen[:, view.seen - new.shape[1] :]
+            tail.copy_(new if view.fresh is None else torch.where(view.fresh[:, :, None, None], new, tail))
+            states = seen.transpose(1, 2)
+        memory.index_copy_(0, view.write, new.flatten(0, 1))
+        return states
 
 
 def columns_of(seats: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Columns:

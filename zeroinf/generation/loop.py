@@ -87,6 +87,7 @@ class _Passes:
         for group in groups:
             batches.append(MicroBatch(self._desk, group))
             inputs.append(batches[-1].inputs())
+        self._desk.begin(batches)
         outputs = self._engine.forward(inputs)
         del inputs
         self.accept()

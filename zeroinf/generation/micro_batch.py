@@ -11,6 +11,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from zeroinf.generation.cache import PagePool, columns_of
+from zeroinf.generation.host_cache import HostCache
+from zeroinf.generation.link import Unit
 from zeroinf.generation.row import Row
 from zeroinf.generation.sampling import choose_tokens, to_device
 from zeroinf.generation.scheduler import Group, Seat
@@ -50,10 +52,12 @@ class TokenRules:
 
 
 class Desk:
-    """The live rows of one job on the device: their tokens, and their pages in the cache."""
+    """The live rows of one job on the device: their tokens, and their pages in the cache; `host` holds the others."""
 
-    def __init__(self, model: Any, rules: TokenRules, pool: PagePool, device: torch.device) -> None:
-        self.rules, self.pool, self.device = rules, pool, device
+    def __init__(
+        self, model: Any, rules: TokenRules, pool: PagePool, device: torch.device, host: HostCache | None = None
+    ) -> None:
+        self.rules, self.pool, self.device, self.host = rules, pool, device, host
         self.ids = torch.full((pool.size.rows, pool.size.tokens), rules.pad_token, device=device)
         """(rows, tokens), int64: those of each seat, from the first on."""
         self.last = pool.size.tokens - 1
@@ -77,12 +81,19 @@ class Desk:
         numbers = to_device([seat.number for seat in seats], self.device)
         self.ids[:, :width].index_copy_(0, numbers, to_device(flat, self.device).view(-1, width))
         for seat in seats:
-            self.pool.open(seat.number, seat.total)
+            if not seat.on_host:
+                self.pool.open(seat.number, seat.total)
 
     def close(self, seats: Sequence[Seat]) -> None:
         """Take back the pages of rows that have ended."""
         for seat in seats:
-            self.pool.close(seat.number)
+            if not seat.on_host:
+                self.pool.close(seat.number)
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """The next pass runs `batches`, whose inputs are made, in this order."""
+        if self.host is not None:
+            self.host.begin([batch.fetched for batch in batches])
 
     def cache(self, *, anew: bool) -> DynamicCache:
         """A cache for one forward; states that are not paged are those of the forward before, unless `anew`."""
@@ -96,8 +107,11 @@ class Desk:
 class MicroBatch:
     """One forward of left-padded rows, as transformers' `generate` would make it for a batch of them.
 
-    `inputs`, a forward, `choose`: none of them waits for the device.
+    `inputs`, the desk's `begin`, a forward, `choose`: none of them waits for the device.
     """
+
+    fetched: Sequence[Unit] = ()
+    """What the forward will fetch from host memory, once the inputs are made."""
 
     def __init__(self, desk: Desk, group: Group) -> None:
         self.group, self._desk = group, desk
@@ -110,7 +124,7 @@ class MicroBatch:
         inputs = {
             **desk.always,
             "input_ids": desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last)),
-            desk.cache_name: desk.pool.page(desk.cache(anew=columns.is_first), columns),
+            desk.cache_name: self._cache(),
         }
         if desk.takes_positions:
             inputs["position_ids"] = positions
@@ -118,6 +132,15 @@ class MicroBatch:
         if columns.is_padded and not (desk.cache_name == "cache_params" and not columns.is_first):
             inputs["attention_mask"] = (columns.positions >= 0).long()
         return inputs
+
+    def _cache(self) -> DynamicCache:
+        desk, columns = self._desk, self._columns
+        cache = desk.cache(anew=columns.is_first)
+        if not self.group.on_host:
+            return desk.pool.page(cache, columns)
+        assert desk.host is not None
+        self.fetched = desk.host.page(cache, columns, self.group)
+        return cache
 
     def choose(self, output: Any) -> Chosen | None:
         """Choose the next token of each row whose prompt is through; None where there is none."""

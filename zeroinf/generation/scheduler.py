@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
+from zeroinf.generation.arena import Arena
 from zeroinf.generation.row import Row
 from zeroinf.planner.plan import Plan
 
@@ -34,6 +35,12 @@ class Limits:
     """All live rows are one micro-batch, prompts included, and none is admitted before all have ended."""
     keeps_ended: bool = False
     """A row that has ended keeps its place in its micro-batch: the model has states that cannot be regrouped."""
+    host_tokens: int = 0
+    """Tokens that host memory has room for: rows for which there are no pages rest there."""
+
+    def __post_init__(self) -> None:
+        if self.together and self.pages and self.host_tokens:
+            raise ValueError("rows of one micro-batch lie all on the GPU or all in host memory")
 
     @classmethod
     def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
@@ -48,6 +55,7 @@ class Limits:
             static=plan.static_batches,
             together=not (regroups and shares_passes),
             keeps_ended=not regroups,
+            host_tokens=plan.host_tokens,
         )
 
 
@@ -62,6 +70,12 @@ class Seat:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     has_left: bool = False
+    host_start: int | None = None
+    """Where its keys and values begin in host memory, in tokens; None where they lie on the GPU."""
+
+    @property
+    def on_host(self) -> bool:
+        return self.host_start is not None
 
     @property
     def total(self) -> int:
@@ -100,6 +114,11 @@ class Group:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each row in the cache afterwards."""
         return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+
+    @property
+    def on_host(self) -> bool:
+        """Where keys and values of all its rows rest."""
+        return self.seats[0].on_host
 
     @property
     def width(self) -> int:
@@ -143,8 +162,9 @@ class Counts:
 class Scheduler:
     """Admits rows and forms passes. `row_pages` tells the pages that a row of so many tokens reserves.
 
-    A row gets its pages for all the tokens it can come to when it is admitted, so none is ever sent away; it gives them
-    back when it ends. Rows of one `add` are admitted before those of the next one, so none waits for ever.
+    A row gets its pages for all the tokens it can come to when it is admitted, or such a place in host memory, so none
+    is ever sent away; it gives them back when it ends. Rows of one `add` are admitted before those of the next one, so
+    none waits for ever.
     """
 
     def __init__(self, limits: Limits, row_pages: Callable[[int], int]) -> None:
@@ -154,6 +174,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._free = list(range(limits.rows - 1, -1, -1))
         self._pages = limits.pages
+        self._host = Arena(limits.host_tokens)
 
     @property
     def wants_rows(self) -> bool:
@@ -168,9 +189,13 @@ class Scheduler:
         """Let rows wait. Raises ValueError for one that the pool could never hold."""
         rows = sorted(rows, key=lambda row: -len(row.prompt))
         for row in rows:
-            needed = self._row_pages(len(row.prompt) + row.sampling.max_new_tokens)
-            if needed > self.limits.pages:
-                raise ValueError(f"row {row.index} needs {needed} pages of a pool of {self.limits.pages}")
+            tokens = len(row.prompt) + row.sampling.max_new_tokens
+            needed = self._row_pages(tokens)
+            if needed > self.limits.pages and tokens > self.limits.host_tokens:
+                raise ValueError(
+                    f"row {row.index} needs {needed} pages of {self.limits.pages}, or room for {tokens} tokens of "
+                    f"{self.limits.host_tokens} on the host"
+                )
         self._waiting.extend(rows)
 
     def admit(self) -> list[Seat]:
@@ -182,24 +207,38 @@ class Scheduler:
         while self._waiting and self._free and len(self.seats) < most:
             row = self._waiting.popleft()
             seat = Seat(row, self._free[-1], len(row.prompt) + len(row.generated))
-            if self._row_pages(seat.total) > self._pages:
+            if not self._find_place(seat):
                 passed_over.append(row)
                 continue
             self._free.pop()
-            self._pages -= self._row_pages(seat.total)
             self.seats.append(seat)
             admitted.append(seat)
         self._waiting.extendleft(reversed(passed_over))
         return admitted
+
+    def _find_place(self, seat: Seat) -> bool:
+        """Whether there is room for the tokens of `seat`, which is then taken."""
+        pages = self._row_pages(seat.total)
+        if pages <= self._pages:
+            self._pages -= pages
+            return True
+        seat.host_start = self._host.take(seat.total)
+        return seat.on_host
+
+    def _leave_place(self, seat: Seat) -> None:
+        if seat.host_start is None:
+            self._pages += self._row_pages(seat.total)
+        else:
+            self._host.give_back(seat.host_start, seat.total)
 
     def has_more_than(self, groups: Sequence[Group]) -> bool:
         """Whether rows wait, or are live without being in `groups`."""
         return bool(self._waiting) or len(self.seats) > sum(len(group.seats) for group in groups)
 
     def release(self, seat: Seat) -> None:
-        """`seat` has ended: its pages are free."""
+        """`seat` has ended: its place is free."""
         seat.has_left = True
-        self._pages += self._row_pages(seat.total)
+        self._leave_place(seat)
         if not self.limits.keeps_ended:
             self._vacate([seat])
         elif all(other.has_left for other in self.seats):
@@ -262,7 +301,8 @@ class Scheduler:
             return []
         given_up = [seat for seat in self.seats if not seat.has_left]
         self._waiting.extendleft(seat.row for seat in reversed(given_up))
-        self._pages += sum(self._row_pages(seat.total) for seat in given_up)
+        for seat in given_up:
+            self._leave_place(seat)
         self._vacate(self.seats)
         return given_up
 
@@ -303,8 +343,9 @@ class Scheduler:
         widths = sorted((_due(first, most), _due(seat, most)))
         return widths[1] - widths[0] <= max(_CHEAP_PADDING_TOKENS, widths[1] // 4)
 
-    def _side(self, seat: Seat) -> bool:
-        return self.limits.breaks_at is not None and seat.known > self.limits.breaks_at
+    def _side(self, seat: Seat) -> tuple[bool, bool]:
+        """Rows of one micro-batch agree in it: where they rest, and whether they are beyond a break."""
+        return seat.on_host, self.limits.breaks_at is not None and seat.known > self.limits.breaks_at
 
 
 def _due(seat: Seat, most: int | None) -> int:

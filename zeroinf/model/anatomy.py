@@ -24,6 +24,17 @@ _POOL_ALIGNMENT = 512
 PAGE_TOKENS = 16
 """Tokens of a page, in which a row gets room in the KV cache's pool."""
 
+# Records, and the parts of each, begin at multiples of it: attention kernels read 16 bytes at a time.
+_RECORD_ALIGNMENT = 16
+_SCALE_BYTES = 4
+
+FETCHED_UNITS, SENT_UNITS = 3, 2
+"""Staging for keys and values of host memory, one unit for each block of a micro-batch: one is attended to, two are on
+their way; new ones are written to one unit while those of the other leave."""
+
+KvDtype = Literal["model", "int8"]
+"""How keys and values rest in host memory: as the model has them, or as a byte each with a scale a token and head."""
+
 
 Loading = Literal["in place", "piece by piece", "as a whole"]
 """How weights get from a checkpoint to where they rest: straight from its files; block by block through transformers,
@@ -91,6 +102,46 @@ class PoolSize:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HostSize:
+    """What keys and values in host memory have room for: `tokens` of all rows there, and of one micro-batch."""
+
+    tokens: int
+    seen_columns: int
+    """Columns that one micro-batch attends to, rows times columns, at the most."""
+    new_columns: int
+    """Columns that one micro-batch adds, at the most."""
+    dtype: KvDtype = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """How the keys and values of a token lie in host memory and cross the link: where each part begins, in bytes.
+
+    Keys, values, and, of codes, a float32 scale for each head of the keys and of the values.
+    """
+
+    keys: TokenState
+    values: TokenState
+    dtype: KvDtype
+
+    @property
+    def starts(self) -> tuple[int, int, int, int, int]:
+        """Where keys, values, scales of keys, scales of values, and the next record begin."""
+        coded = self.dtype == "int8"
+        sizes = [state.heads * state.width if coded else state.nbytes for state in (self.keys, self.values)]
+        sizes += [state.heads * _SCALE_BYTES if coded else 0 for state in (self.keys, self.values)]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT)
+        keys, values, key_scales, value_scales, end = starts
+        return keys, values, key_scales, value_scales, end
+
+    @property
+    def nbytes(self) -> int:
+        return self.starts[-1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
     """How one layer's KV cache (or recurrent state) grows, a row, where transformers' own cache keeps it.
 
@@ -113,6 +164,12 @@ class LayerCache:
     def pooled(self) -> tuple[TokenState, ...]:
         """Keys and values, if they are all that this layer keeps: a pool can hold them."""
         return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
+
+    def record(self, dtype: KvDtype) -> Record | None:
+        """How a token of this layer lies in host memory; None where that cannot hold it."""
+        if self.keys is None or self.values is None:
+            return None
+        return Record(keys=self.keys, values=self.values, dtype=dtype)
 
     def row_pages(self, tokens: int) -> int:
         """Pages that a row of so many tokens takes in a pool; those of a window are used again and again."""
@@ -198,6 +255,25 @@ class Anatomy:
     def pool_bytes(self, size: PoolSize) -> int:
         """Bytes of the one allocation that holds keys and values."""
         return sum(layer.pooled_bytes(size) for layer in self.cache)
+
+    @property
+    def can_rest_on_host(self) -> bool:
+        """Whether host memory can hold keys and values: some layer keeps them, and none reads those of another."""
+        return any(layer.pooled for layer in self.cache) and len(self.cache) == len(self.blocks)
+
+    def records(self, dtype: KvDtype) -> dict[int, Record]:
+        """How a token lies in host memory in each layer that it can hold, by the layer's number."""
+        found = {index: layer.record(dtype) for index, layer in enumerate(self.cache)}
+        return {index: record for index, record in found.items() if record is not None}
+
+    def host_token_bytes(self, dtype: KvDtype) -> int:
+        """Bytes of a token of one row in host memory, in all layers together."""
+        return sum(record.nbytes for record in self.records(dtype).values())
+
+    def staging_bytes(self, size: HostSize) -> tuple[int, int]:
+        """Bytes of the two allocations on the GPU: for keys and values that arrive, and for those that leave."""
+        widest = max((record.nbytes for record in self.records(size.dtype).values()), default=0)
+        return FETCHED_UNITS * size.seen_columns * widest, SENT_UNITS * size.new_columns * widest
 
     def with_heads_shared(self, parts: int, part: int) -> Anatomy:
         """The same with a share of the heads in each layer's cache: number `part` of `parts`, of which the first get

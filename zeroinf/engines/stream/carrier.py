@@ -18,6 +18,8 @@ class Carrier(Protocol):
 
     in_step: bool
     """All ranks must carry the same pieces."""
+    stream: Any
+    """On which what this rank pulls crosses its link; None on the CPU."""
 
     def span(self, nbytes: int) -> slice:
         """The bytes of a piece of `nbytes` that this rank pulls."""
@@ -44,7 +46,7 @@ class Replicated:
     in_step = False
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = _new_stream(device)
+        self.stream = new_stream(device)
 
     def span(self, nbytes: int) -> slice:
         return slice(0, nbytes)
@@ -55,11 +57,11 @@ class Replicated:
     def carry(
         self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
     ) -> None:
-        if self._stream is None:
+        if self.stream is None:
             slot[:nbytes].copy_(mine)
             return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(released)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(released)
             slot[:nbytes].copy_(mine, non_blocking=True)
             pulled.record()
             arrived.record()
@@ -78,7 +80,7 @@ class Partitioned:
 
     def __init__(self, device: torch.device, rank: int, ranks: int, largest_piece: int, unit: int) -> None:
         self._rank, self._ranks, self._unit = rank, ranks, unit
-        self._pull, self._gather = _new_stream(device), _new_stream(device)
+        self.stream, self._gather = new_stream(device), new_stream(device)
         part = self._part(largest_piece)
         self._stages = [torch.empty(part, dtype=torch.uint8, device=device) for _ in range(STAGES)]
         self._staged = [new_event(device) for _ in range(STAGES)]
@@ -101,12 +103,12 @@ class Partitioned:
         at = self._turn % STAGES
         self._turn += 1
         stage, whole = self._stages[at][: self._part(nbytes)], slot[: self.slot_bytes(nbytes)]
-        if self._pull is None:
+        if self.stream is None:
             stage[: mine.numel()].copy_(mine)
             _all_gather(whole, stage)
             return
-        with torch.cuda.stream(self._pull):
-            self._pull.wait_event(self._free[at])
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self._free[at])
             stage[: mine.numel()].copy_(mine, non_blocking=True)
             pulled.record()
             self._staged[at].record()
@@ -118,7 +120,8 @@ class Partitioned:
             self._free[at].record()
 
 
-def _new_stream(device: torch.device) -> Any:
+def new_stream(device: torch.device) -> Any:
+    """A stream of its own on the GPU, None on the CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 

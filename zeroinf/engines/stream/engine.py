@@ -50,6 +50,7 @@ class StreamEngine:
         )
         self._before: dict[int, Callable[[], None]] = {}
         """What a block needs before its first use in a pass, by its index; most residents need nothing."""
+        self.link_stream: Any = None
         self._ring: Ring | None = None
         self._ahead: ReadAhead | None = None
         try:
@@ -89,6 +90,7 @@ class StreamEngine:
             unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
             largest = max(piece.nbytes for piece in pieces)
             carrier = Partitioned(device, control.world.rank, control.world.size, largest, unit)
+        self.link_stream = carrier.stream
         on_disk = [index for index, piece in zip(streamed, pieces, strict=True) if piece.memory is None]
         if on_disk:
             assert self._weights.used is not None

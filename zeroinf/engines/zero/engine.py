@@ -33,6 +33,7 @@ class ZeroEngine:
     name = "zero"
     in_step = True
     shares_passes = False
+    link_stream = None
 
     def __init__(self, plan: Plan, source: ModelSource, config: dict[str, Any], world: World) -> None:
         """Load `source` straight into partitions: no rank builds the whole model first.

@@ -1,0 +1,130 @@
+"""Keys and values in host memory: those of rows there cross the link before their turn, new ones go back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from zeroinf.engines.stream.host import HostMemory
+from zeroinf.generation.cache import Columns, SharedLayer, View, windows_of
+from zeroinf.generation.link import Link, Run, Unit
+from zeroinf.generation.records import read, write
+from zeroinf.generation.scheduler import Group
+from zeroinf.model.anatomy import Anatomy, HostSize, Record
+
+
+class HostCache:
+    """One stretch of host memory a layer, in which a row has the same places in each; its tokens lie side by side.
+
+    `stream` is that on which weights cross the link, None where there is none. Memory is page-locked if `pin`, at
+    exactly the size that the anatomy says. On the meta device there is none.
+    """
+
+    def __init__(
+        self, model: Any, anatomy: Anatomy, size: HostSize, device: torch.device, stream: Any, *, pin: bool
+    ) -> None:
+        self.size = size
+        self._device = device
+        self._windows = windows_of(model.config.get_text_config(decoder=True))
+        self._records = anatomy.records(size.dtype)
+        nbytes = size.tokens * anatomy.host_token_bytes(size.dtype)
+        self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin)
+        self._memory: dict[int, torch.Tensor] = {}
+        start = 0
+        for layer, record in self._records.items():
+            end = start + size.tokens * record.nbytes
+            held = torch.empty(0, dtype=torch.uint8) if self._host is None else self._host.bytes[start:end]
+            self._memory[layer] = held.view(-1, record.nbytes)
+            start = end
+        self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory."""
+        return self._host.nbytes if self._host is not None else 0
+
+    def page(self, cache: DynamicCache, columns: Columns, group: Group) -> list[Unit]:
+        """Let layers of `cache`, for one forward, read and write what host memory holds of the rows of `group`.
+
+        Returns what the forward will fetch, for `begin`.
+        """
+        found: list[Unit] = []
+        views: dict[int | None, _HostView] = {}
+        layers = list(cache.layers)
+        for index, record in self._records.items():
+            window = self._windows[index]
+            if window not in views:
+                views[window] = _HostView(columns, group, window)
+            view = views[window]
+            fetched, sent = view.units(index, self._memory[index])
+            found += [] if fetched is None else [fetched]
+            layers[index] = _HostLayer(self.link, record, view, window, fetched, sent)
+        cache.layers = layers
+        return found
+
+    def begin(self, batches: Sequence[Sequence[Unit]]) -> None:
+        """The next pass runs micro-batches that fetch `batches`, in this order in each block."""
+        units = [unit for batch in batches for unit in batch]
+        self.link.begin(sorted(units, key=lambda unit: unit.layer))
+
+    def close(self) -> None:
+        """Unlock the memory, once nothing is on its way to it or from it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        if self._host is not None:
+            self._host.close()
+
+
+class _HostView(View):
+    """Which records layers of one window fetch and send back."""
+
+    def __init__(self, columns: Columns, group: Group, window: int | None) -> None:
+        super().__init__(columns, window)
+        self._rows, self._new = len(group.seats), columns.new
+        self._fetched, self._sent = list[Run](), list[Run]()
+        for row, (seat, start, count) in enumerate(zip(group.seats, group.starts, group.counts, strict=True)):
+            if seat.has_left:  # its places may be another row's
+                continue
+            assert seat.host_start is not None
+            first = max(0, start + count - self.seen)
+            if first < start:
+                column = self.seen - start - count + first
+                self._fetched.append(Run(row, column, seat.host_start + first, start - first))
+            self._sent.append(Run(row, columns.new - count, seat.host_start + start, count))
+        self.empty: torch.Tensor | None = None
+        """(rows, seen, 1), bool: columns without a token; None where there is none."""
+        if self._fetched and (columns.is_padded or any(seat.has_left for seat in group.seats)):
+            self.empty = (self.positions < 0)[:, :, None]
+            for row, seat in enumerate(group.seats):
+                if seat.has_left:
+                    self.empty[row] = True
+
+    def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
+        """What is fetched of a layer, if anything, and what is sent."""
+        fetched = Unit(layer, memory, self._rows, self.seen, self._fetched) if self._fetched else None
+        return fetched, Unit(layer, memory, self._rows, self._new, self._sent)
+
+
+class _HostLayer(SharedLayer):
+    def __init__(
+        self, link: Link, record: Record, view: _HostView, window: int | None, fetched: Unit | None, sent: Unit
+    ) -> None:
+        super().__init__(view, window)
+        self._link, self._record, self._view = link, record, view
+        self._fetched, self._sent = fetched, sent
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        view, record = self._view, self._record
+        with self._link.sending(self._sent) as new:
+            write(record, new, keys, values)
+            if self._fetched is None:  # codes are attended to as codes at once: how prompts are cut changes nothing
+                return (keys, values) if record.dtype == "model" else read(record, new)
+            seen = self._link.take(self._fetched)
+            if view.empty is not None:  # what is masked is multiplied by 0, which NaN would survive
+                seen.masked_fill_(view.empty, 0)
+            tail = seen[:, view.seen - new.shape[1] :]
+            tail.copy_(new if view.fresh is None else torch.where(view.fresh[:, :, None], new, tail))
+        return read(record, seen)

@@ -1,0 +1,186 @@
+"""What crosses the link beside weights: copies of keys and values in both directions, in the order of their use."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zeroinf.engines.stream.carrier import new_event, new_stream
+from zeroinf.model.anatomy import FETCHED_UNITS, SENT_UNITS
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` records side by side: of a row of a unit from `column` on, in host memory from `place` on."""
+
+    row: int
+    column: int
+    place: int
+    count: int
+
+    def within(self, records: torch.Tensor) -> torch.Tensor:
+        """Its part of a unit's records (rows, columns, bytes)."""
+        return records[self.row, self.column : self.column + self.count]
+
+    def of(self, unit: Unit) -> torch.Tensor:
+        """Its part of the unit's host memory."""
+        return unit.memory[self.place : self.place + self.count]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """What one layer keeps of the rows of one micro-batch: `memory` (places, bytes) of the layer, on the host."""
+
+    layer: int
+    memory: torch.Tensor
+    rows: int
+    columns: int
+    runs: Sequence[Run]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross the link."""
+        return sum(run.count for run in self.runs) * self.memory.shape[1]
+
+
+class Link:
+    """Moves units between host memory and staging on the device, without making the host wait.
+
+    `begin` says which units the next pass will take, in order; as many as there is staging for are under way before
+    their turn. They cross on `stream`, that of the weights, or on one of their own; what goes back, on another one.
+    A unit is not fetched before all that was sent of its layer in the pass before has left.
+    """
+
+    def __init__(self, staging: tuple[int, int], layers: int, device: torch.device, stream: Any) -> None:
+        """`staging`: bytes on the device for units that arrive, and for those that leave."""
+        self._in = stream if stream is not None else new_stream(device)
+        self._out = new_stream(device)
+        self._fetched, self._sent = _Slots(staging[0], FETCHED_UNITS, device), _Slots(staging[1], SENT_UNITS, device)
+        self._written = [new_event(device) for _ in range(layers)]
+        self._waiting: deque[Unit] = deque()
+        self._coming: deque[Unit] = deque()
+        self._moves = device.type != "meta"
+        self._is_held = False
+        self.fetched_bytes = self.sent_bytes = 0
+
+    def begin(self, units: Sequence[Unit]) -> None:
+        """The pass before is enqueued, or broke; the next one will take `units`."""
+        self._let_go()
+        self._fetched.drop()
+        self._sent.drop()
+        self._coming.clear()
+        self._waiting = deque(units)
+        self._fetch()
+
+    def take(self, unit: Unit) -> torch.Tensor:
+        """The records of `unit` (rows, columns, bytes), uint8, for what is enqueued until the next call.
+
+        Columns that none of its runs covers hold anything. Raises RuntimeError when it is not the next unit's turn.
+        """
+        self._let_go()
+        self._fetch()
+        if not self._coming or self._coming[0] is not unit:
+            raise RuntimeError(f"keys and values of block {unit.layer} are asked for out of order")
+        self._coming.popleft()
+        self._is_held = True
+        return _shaped(self._fetched.wait(), unit)
+
+    @contextmanager
+    def sending(self, unit: Unit) -> Iterator[torch.Tensor]:
+        """Room for the new records of `unit` (rows, columns, bytes), uint8; they leave when the context ends."""
+        records = _shaped(self._sent.claim(), unit)
+        yield records
+        self._sent.full()
+        self.sent_bytes += unit.nbytes
+        with _on(self._out):
+            self._sent.wait()
+            for run in unit.runs if self._moves else ():
+                run.of(unit).copy_(run.within(records), non_blocking=True)
+            self._sent.free()
+            _record(self._written[unit.layer])
+
+    def _let_go(self) -> None:
+        """All that is enqueued so far is the last use of the unit that was taken."""
+        if self._is_held:
+            self._fetched.free()
+        self._is_held = False
+
+    def _fetch(self) -> None:
+        while self._waiting and self._fetched.has_room:
+            unit = self._waiting.popleft()
+            self._coming.append(unit)
+            self.fetched_bytes += unit.nbytes
+            with _on(self._in):
+                _wait(self._written[unit.layer])
+                records = _shaped(self._fetched.claim(), unit)
+                for run in unit.runs if self._moves else ():
+                    run.within(records).copy_(run.of(unit), non_blocking=True)
+                self._fetched.full()
+
+
+class _Slots:
+    """A ring of `count` pieces of device memory: claimed, filled, waited for, and free again, each time in order.
+
+    Each call is meant for the current stream.
+    """
+
+    def __init__(self, nbytes: int, count: int, device: torch.device) -> None:
+        self._slots = torch.empty(nbytes, dtype=torch.uint8, device=device).chunk(count)
+        self._full = [new_event(device) for _ in range(count)]
+        self._free = [new_event(device) for _ in range(count)]
+        self._claimed = self._waited = self._freed = 0
+
+    @property
+    def has_room(self) -> bool:
+        return self._claimed - self._freed < len(self._slots)
+
+    def claim(self) -> torch.Tensor:
+        """A slot to fill, once its last use is over."""
+        at = self._claimed % len(self._slots)
+        self._claimed += 1
+        _wait(self._free[at])
+        return self._slots[at]
+
+    def full(self) -> None:
+        """What is enqueued so far has filled the slot that was claimed last."""
+        _record(self._full[(self._claimed - 1) % len(self._slots)])
+
+    def wait(self) -> torch.Tensor:
+        """The next slot that was filled, once it is."""
+        at = self._waited % len(self._slots)
+        self._waited += 1
+        _wait(self._full[at])
+        return self._slots[at]
+
+    def free(self) -> None:
+        """What is enqueued so far is the last use of the next slot."""
+        _record(self._free[self._freed % len(self._slots)])
+        self._freed += 1
+
+    def drop(self) -> None:
+        """Nobody is going to use what was claimed, and is not free yet."""
+        self._waited = self._freed = self._claimed
+
+
+def _shaped(slot: torch.Tensor, unit: Unit) -> torch.Tensor:
+    nbytes = unit.memory.shape[1]
+    return slot[: unit.rows * unit.columns * nbytes].view(unit.rows, unit.columns, nbytes)
+
+
+def _on(stream: Any) -> Any:
+    return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+
+def _wait(event: Any) -> None:
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+def _record(event: Any) -> None:
+    if event is not None:
+        event.record()
