@@ -43,7 +43,7 @@ HOST_TERMS = {
     "processes with their libraries": "host memory in all",
 }
 TIMING = Timing(
-    load_s=8.0, prefill_s=0.5, decode_s=0.25, tokens_per_second=300.0, streamed_bytes=10**9, binds="link"
+    load_s=8.0, prefill_s=0.5, decode_s=0.25, tokens_per_second=300.0, streamed_bytes=10**9, fetched_bytes=0, binds="link"
 )  # fmt: skip
 USE = GpuUse(
     loaded=10 * GIB, slots=3 * GIB, cache=4 * GIB, allocated=20 * GIB, reserved=23 * GIB, process=24 * GIB
@@ -171,6 +171,8 @@ def rank(**changed: Any) -> RankReport:
         "link_gbps": 50.0,
         "passes": 8,
         "counts": COUNTS,
+        "kv_fetched_bytes": 0,
+        "kv_sent_bytes": 0,
         "pool_pages": 20,
         "slot_bytes": 3 * GIB,
         "pinned_host_bytes": 5 * GIB,

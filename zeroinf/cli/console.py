@@ -133,9 +133,13 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
     if report.plan.wire != "model":
         yield "weights", f"{report.plan.wire} codes: lossy"
-    if report.streamed_bytes:
+    if report.plan.host is not None:
+        lossy = f", as {report.plan.host.dtype} codes: lossy" if report.plan.host.dtype != "model" else ""
+        yield "KV cache", f"{report.plan.host_rows} of {report.plan.batch_size} rows in host memory{lossy}"
+    if report.streamed_bytes or report.kv_gbps:
+        also = f", {report.kv_gbps:.1f} GB/s of keys and values" if report.kv_gbps else ""
         share = f", {100 * report.link_share:.0f} % of the links' {report.link_gbps:.1f}" if report.link_share else ""
-        yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{share}"
+        yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{also}{share}"
     if waits := _stalls(report):
         yield "time of a rank", waits
     ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""

@@ -182,6 +182,22 @@ def engine_options(command: _Command) -> _Command:
         ),
         wire_option,
         click.option(
+            "--kv",
+            type=click.Choice(["auto", "gpu", "host"]),
+            default="auto",
+            show_default=True,
+            help="Where keys and values of rows rest: in host memory, whence they cross the link for each block, or on "
+            "the GPU; auto takes host memory for as many rows as make more tokens/s. With the stream engine.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(["model", "int8"]),
+            default="model",
+            show_default=True,
+            help="How keys and values rest in host memory: as the model has them, or as codes of 8 bits, which is "
+            "lossy.",
+        ),
+        click.option(
             "--resident-blocks",
             type=AutoIntType(minimum=0),
             default="auto",

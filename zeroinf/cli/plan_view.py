@@ -46,10 +46,18 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
         streams += f", weights {plan.fetch}"
     wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
-    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {plan.batch_size} rows each"
+    rows = f"{plan.batch_size} rows each{_kv(plan)}"
+    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
     takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
     yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])
+
+
+def _kv(plan: Plan) -> str:
+    if plan.host is None:
+        return ""
+    lossy = f" as {plan.host.dtype} codes (lossy)" if plan.host.dtype != "model" else ""
+    return f", keys and values of {plan.host_rows} in host memory{lossy}"
 
 
 def _tiers(plan: Plan, blocks: int) -> str:

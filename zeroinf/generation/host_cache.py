@@ -42,9 +42,8 @@ class HostCache:
         self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
 
     @property
-    def nbytes(self) -> int:
-        """Of host memory."""
-        return self._host.nbytes if self._host is not None else 0
+    def pinned_bytes(self) -> int:
+        return self._host.pinned_bytes if self._host is not None else 0
 
     def page(self, cache: DynamicCache, columns: Columns, group: Group) -> list[Unit]:
         """Let layers of `cache`, for one forward, read and write what host memory holds of the rows of `group`.

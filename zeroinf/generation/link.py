@@ -68,6 +68,10 @@ class Link:
         self._is_held = False
         self.fetched_bytes = self.sent_bytes = 0
 
+    @property
+    def staging_bytes(self) -> int:
+        return self._fetched.nbytes + self._sent.nbytes
+
     def begin(self, units: Sequence[Unit]) -> None:
         """The pass before is enqueued, or broke; the next one will take `units`."""
         self._let_go()
@@ -130,6 +134,7 @@ class _Slots:
     """
 
     def __init__(self, nbytes: int, count: int, device: torch.device) -> None:
+        self.nbytes = nbytes
         self._slots = torch.empty(nbytes, dtype=torch.uint8, device=device).chunk(count)
         self._full = [new_event(device) for _ in range(count)]
         self._free = [new_event(device) for _ in range(count)]

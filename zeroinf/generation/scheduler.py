@@ -55,7 +55,7 @@ class Limits:
             static=plan.static_batches,
             together=not (regroups and shares_passes),
             keeps_ended=not regroups,
-            host_tokens=plan.host_tokens,
+            host_tokens=plan.host.tokens if plan.host is not None else 0,
         )
 
 

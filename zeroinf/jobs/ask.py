@@ -14,10 +14,11 @@ from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.jobs.planning import choose_engine, share_model
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import pick_dtype, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.search import Wish, check_micro_batch_rows
 from zeroinf.planner.traits import possible_offload
@@ -41,6 +42,8 @@ class PlanOptions:
     batch_size: int | None = None
     micro_batch_rows: int | None = None
     wire: Wire = "model"
+    kv: Kv = "auto"
+    kv_dtype: KvDtype = "model"
     offload: Offload | Literal["auto"] = "auto"
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True
@@ -84,6 +87,8 @@ def ask(options: PlanOptions) -> Question:
         micro_batch_rows=options.micro_batch_rows,
         resident_blocks=options.resident_blocks,
         wire=options.wire,
+        host_share=host_share(options.kv, options.kv_dtype, engine, anatomy),
+        kv_dtype=options.kv_dtype,
         requests=options.requests,
         nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if machine.disks else None,
     )

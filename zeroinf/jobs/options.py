@@ -8,7 +8,9 @@ from typing import Literal
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat
+from zeroinf.model.anatomy import KvDtype
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
 
@@ -27,6 +29,8 @@ class RunOptions:
     fetch: Fetch | Literal["auto"] = "auto"
     resident_blocks: int | None = None
     wire: Wire = "model"
+    kv: Kv = "auto"
+    kv_dtype: KvDtype = "model"
     offload: Offload | Literal["auto"] = "auto"
     nvme_paths: tuple[Path, ...] = ()
     pin_memory: bool = True

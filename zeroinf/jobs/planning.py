@@ -24,6 +24,7 @@ from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
+from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.search import Wish, check_micro_batch_rows
 from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
@@ -77,6 +78,8 @@ def plan_run(
         static_batches=options.static_batches,
         resident_blocks=options.resident_blocks,
         wire=options.wire,
+        host_share=host_share(options.kv, options.kv_dtype, engine, anatomy),
+        kv_dtype=options.kv_dtype,
         requests=requests,
         nvme_space_bytes=_nvme_space(machine.disks, source, anatomy.dtype, options.wire) if offload == "auto" else None,
         one_node=world.local_size == world.size,

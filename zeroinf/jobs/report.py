@@ -44,6 +44,10 @@ class RankReport:
     """What its passes were filled with."""
     pool_pages: int
     """Pages of its KV cache."""
+    kv_fetched_bytes: int
+    """Keys and values that crossed this rank's link from host memory in the measured part."""
+    kv_sent_bytes: int
+    """Those that crossed it the other way."""
     slot_bytes: int
     """Device memory that blocks pass through."""
     pinned_host_bytes: int
@@ -84,16 +88,28 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Every figure of the run, for `--report`. `schema` changes when a name or a meaning does."""
         plan, anatomy = self.plan, self.plan.anatomy
-        asked = ("engine", "fetch", "offload", "wire", "dtype", "device", "world_size", "batch_size", "resident_blocks")
+        asked = (
+            "engine",
+            "fetch",
+            "offload",
+            "wire",
+            "dtype",
+            "device",
+            "world_size",
+            "batch_size",
+            "resident_blocks",
+            "host_rows",
+        )
         counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
-        rates = ("tokens_per_second", "streamed_gbps", "link_gbps", "link_share", "ms_per_token")
+        rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")
         memory = ("peak_gpu_bytes", "peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
         return {
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
             **{name: getattr(self, name) for name in (*counted, *timed, *rates, *memory)},
+            "kv_dtype": plan.host.dtype if plan.host is not None else "model",
             "padding": self.padding,
             "kv_pool": self.pool_share,
             "compared": [{**asdict(one), "ratio": one.ratio} for one in self.compared()],
@@ -179,6 +195,12 @@ class RunReport:
         return self.streamed_bytes / self.generate_s / 1e9 if self.generate_s else 0.0
 
     @property
+    def kv_gbps(self) -> float:
+        """GB/s (10^9 bytes) of keys and values from host memory, all links together."""
+        fetched = sum(rank.kv_fetched_bytes for rank in self.ranks)
+        return fetched / self.generate_s / 1e9 if self.generate_s else 0.0
+
+    @property
     def link_gbps(self) -> float | None:
         """All links together, as measured before the weights were loaded; None where nothing crosses one."""
         rates = [rank.link_gbps for rank in self.ranks if rank.link_gbps is not None]
@@ -186,8 +208,8 @@ class RunReport:
 
     @property
     def link_share(self) -> float | None:
-        """The part of the links' rate that the weights reached over the whole generation."""
-        return self.streamed_gbps / self.link_gbps if self.link_gbps else None
+        """The part of the links' rate that weights, keys and values reached over the whole generation."""
+        return (self.streamed_gbps + self.kv_gbps) / self.link_gbps if self.link_gbps else None
 
     @property
     def ms_per_token(self) -> float:

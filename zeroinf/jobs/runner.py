@@ -24,6 +24,7 @@ from zeroinf.errors import (
     ZeroinfError,
 )
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row
@@ -190,6 +191,24 @@ def _resolve(options: RunOptions) -> ModelSource:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """The KV cache, on the GPU and in host memory, and who shares it out."""
+
+    pool: PagePool
+    host: HostCache | None
+    scheduler: Scheduler
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.pool.nbytes + (self.host.link.staging_bytes if self.host is not None else 0)
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Keys and values that have crossed the link to the GPU, and from it."""
+        return (self.host.link.fetched_bytes, self.host.link.sent_bytes) if self.host is not None else (0, 0)
+
+
 class _Job:
     """The part of a run that needs the model."""
 
@@ -218,6 +237,8 @@ class _Job:
         self._repetitions: list[Phases] = []
         self._part = control.part(prepared.plan.tensor_parallel.size)
         self._gpu: GpuMemory | None = None
+        self._room: _Room | None = None
+        self._moved_before = (0, 0)
         self._link_gbps: float | None = None
 
     def run(self, watch: PeerWatch | None) -> RunReport | None:
@@ -235,16 +256,18 @@ class _Job:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
             loading = self._peak.so_far()
-            pool, scheduler = self._make_room(engine)
-            stream, generate_s = self._generate(engine, pool, scheduler)
+            room = self._room = self._make_room(engine)
+            stream, generate_s = self._generate(engine, room)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
-            ranks = self._control.gather(self._rank_report(engine.stats(), pool, scheduler, stream, loading))
+            ranks = self._control.gather(self._rank_report(engine.stats(), room, stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             passes = (max if engine.in_step else sum)(rank.passes for rank in ranks)
             stats = engine.stats()
         finally:
+            if self._room is not None and self._room.host is not None:
+                self._room.host.close()
             engine.close()
         if self._output is None:
             return None
@@ -271,7 +294,7 @@ class _Job:
         plan = self._prepared.plan
         self._gpu = GpuMemory(plan, self._device, self._options.gpu_memory_bytes)
         self._gpu.check()
-        if plan.offload != "none":
+        if plan.offload != "none" or plan.host is not None:
             self._control.gather(None)  # all ranks at once, as they will stream
             self._link_gbps = measure_own_link(self._device.index)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -292,10 +315,10 @@ class _Job:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
-    def _generate(self, engine: Engine, pool: PagePool, scheduler: Scheduler) -> tuple[Stream, float]:
+    def _generate(self, engine: Engine, room: _Room) -> tuple[Stream, float]:
         codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
-        desk = Desk(engine.model, rules, pool, self._device)
+        desk, scheduler = Desk(engine.model, rules, room.pool, self._device, room.host), room.scheduler
         if self._options.benchmark:
             warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(engine, desk, scheduler, warm_up.take, lambda row: None, lambda rows: None)
@@ -303,7 +326,7 @@ class _Job:
             self._run_once(number, engine, desk, scheduler, codec, None)
             self._control.gather(None)  # ranks begin together
         scheduler.counts = Counts()
-        self._stalls_before = engine.stats().stalls
+        self._stalls_before, self._moved_before = engine.stats().stalls, room.moved_bytes
         return self._run_once(0, engine, desk, scheduler, codec, self._output)
 
     def _run_once(
@@ -322,8 +345,7 @@ class _Job:
             self._observer.ended()
         return stream, time.perf_counter() - started
 
-    def _make_room(self, engine: Engine) -> tuple[PagePool, Scheduler]:
-        """The KV cache, and who shares it out."""
+    def _make_room(self, engine: Engine) -> _Room:
         planned = self._prepared.plan
         plan = planned if self._gpu is None else self._gpu.plan_that_fits()
         fitting = min(self._part.gather(plan.batch_size))  # ranks of one stream run the same rows
@@ -336,9 +358,13 @@ class _Job:
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
         try:
             pool = PagePool(engine.model, plan.rank_anatomy(self._control.world.rank), plan.pool, self._device)
+            host = None
+            if plan.host is not None:
+                pin = plan.pin_memory and self._device.type == "cuda"
+                host = HostCache(engine.model, plan.anatomy, plan.host, self._device, engine.link_stream, pin=pin)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
-        return pool, Scheduler(limits, plan.anatomy.row_pages)
+        return _Room(pool, host, Scheduler(limits, plan.anatomy.row_pages))
 
     def _loop(
         self,
@@ -376,19 +402,20 @@ class _Job:
             f"Please report it with the planned terms: {terms}"
         )
 
-    def _rank_report(
-        self, stats: EngineStats, pool: PagePool, scheduler: Scheduler, stream: Stream, loading: Resident
-    ) -> RankReport:
+    def _rank_report(self, stats: EngineStats, room: _Room, stream: Stream, loading: Resident) -> RankReport:
+        fetched, sent = (now - before for now, before in zip(room.moved_bytes, self._moved_before, strict=True))
         return RankReport(
             host_loading=loading,
             host=self._peak.stop(),
-            gpu=self._gpu.use(stats.slot_bytes, pool.nbytes) if self._gpu is not None else None,
+            gpu=self._gpu.use(stats.slot_bytes, room.gpu_bytes) if self._gpu is not None else None,
             link_gbps=self._link_gbps,
             passes=stream.passes,
-            counts=scheduler.counts,
-            pool_pages=scheduler.limits.pages,
+            counts=room.scheduler.counts,
+            pool_pages=room.scheduler.limits.pages,
+            kv_fetched_bytes=fetched,
+            kv_sent_bytes=sent,
             slot_bytes=stats.slot_bytes,
-            pinned_host_bytes=stats.pinned_host_bytes,
+            pinned_host_bytes=stats.pinned_host_bytes + (room.host.pinned_bytes if room.host is not None else 0),
             stalls=stats.stalls - self._stalls_before,
             repetitions=tuple(self._repetitions),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zeroinf.model.anatomy import KvDtype
 from zeroinf.planner.wire import Wire
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -28,3 +29,6 @@ class Choice:
     resident_blocks: int
     nvme_blocks: int
     wire: Wire = "model"
+    host_rows: int = 0
+    """Rows whose keys and values rest in host memory."""
+    kv_dtype: KvDtype = "model"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, HostSize, TensorSpec
 from zeroinf.planner.allocator import Allocator, Event, Usage, rounded
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.wire import CODES, Wire, is_coded
@@ -38,7 +38,9 @@ READ_BUFFERS = 3
 LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
-GROWING = ("KV cache", "activations, logits, states")
+KV_STAGING = "staging of keys and values"
+
+GROWING = ("KV cache", KV_STAGING, "activations, logits, states")
 """Terms of GPU memory that grow with the rows."""
 
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
@@ -134,6 +136,7 @@ def stream_gpu_terms(
         "slots": slots,
         "stages": stages,
         "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
+        KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     held = [nbytes for given in fixed.values() for nbytes in given]
@@ -235,8 +238,11 @@ def _changes(step: Step) -> list[tuple[int, int]]:
     return found
 
 
-def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead) -> tuple[Term, ...]:
-    """Host memory of all ranks of a node: what streams from there once, and the ring that NVMe blocks pass through.
+def stream_host_terms(
+    anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead, kv: HostSize | None = None
+) -> tuple[Term, ...]:
+    """Host memory of all ranks of a node: what streams from there once, the ring that NVMe blocks pass through, and
+    room for keys and values.
 
     What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
     comes last.
@@ -247,8 +253,10 @@ def stream_host_terms(anatomy: Anatomy, choice: Choice, world_size: int, overhea
     largest = sizes[0] if choice.resident_blocks else 0
     stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
     locked = sum(sizes[:on_host])
+    on_each = 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
+        Term("host", "keys and values, page-locked", on_each * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
 from zeroinf.planner.timing import Timing
@@ -57,10 +57,8 @@ class Plan:
     """Pages of the KV cache, for all live rows together."""
     host_rows: int = 0
     """Rows whose keys and values rest in host memory; those of the others lie in pages on the GPU."""
-    host_tokens: int = 0
-    """Tokens that host memory has room for, for all of them together."""
-    kv_dtype: KvDtype = "model"
-    """How keys and values rest in host memory."""
+    host: HostSize | None = None
+    """Room for them there."""
     static_batches: bool = False
     """Rows are admitted only when no other is live, as a measure of what it brings to do otherwise."""
     prompt_tokens: int = 0
@@ -98,24 +96,17 @@ class Plan:
         """What the KV cache has room for."""
         return PoolSize(rows=self.batch_size, tokens=self.prompt_tokens + self.new_tokens, pages=self.pool_pages)
 
-    @property
-    def host_size(self) -> HostSize:
-        """What keys and values in host memory have room for."""
-        rows, tokens = self.micro_batch_rows, self.prompt_tokens + self.new_tokens
-        whole = 0 if self.anatomy.is_paged else rows * self.prompt_tokens  # then all prompts run together
-        return HostSize(
-            tokens=self.host_tokens,
-            seen_columns=rows * tokens,
-            new_columns=max(self.prefill_tokens, whole, rows, tokens),
-            dtype=self.kv_dtype,
-        )
-
     def with_rows(self, rows: int) -> Plan:
         """The same with fewer rows live at once, and a pool that is smaller by as much."""
-        longest = self.anatomy.row_pages(self.prompt_tokens + self.new_tokens)
+        longest = self.anatomy.row_pages(self.prompt_tokens + self.new_tokens) if self.pool_pages else 0
+        together, host = min(self.micro_batch_rows, rows), self.host
+        if host is not None:
+            host = replace(host, seen_columns=host.seen_columns * together // self.micro_batch_rows)
         return replace(
             self,
             batch_size=rows,
-            micro_batch_rows=min(self.micro_batch_rows, rows),
+            micro_batch_rows=together,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
+            host_rows=min(self.host_rows, rows),
+            host=host,
         )

@@ -9,8 +9,9 @@ from typing import Literal
 
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
-from zeroinf.model.anatomy import Anatomy, PoolSize
+from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.kv import HostShare
 from zeroinf.planner.memory import (
     LOADING_STAGES,
     Overhead,
@@ -40,6 +41,10 @@ _SHORTEST_PART = 256
 # The most rows are found to a part of so many.
 _CLOSE_ENOUGH = 32
 
+_HOST_SHARES = (0.0, 0.5, 0.75, 1.0)
+# Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
+_WORTHWHILE = 1.03
+
 _HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
 
 _OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
@@ -67,6 +72,9 @@ class Wish:
     """GPUs reach each other's memory: what makes partitioned fetch worth while."""
     engine: str = "stream"
     wire: Wire = "model"
+    host_share: HostShare = 0.0
+    """The part of the rows whose keys and values rest in host memory."""
+    kv_dtype: KvDtype = "model"
     static_batches: bool = False
     ranks_per_stream: int = 1
     """Ranks that hold one model together and run the same rows."""
@@ -82,6 +90,7 @@ class Candidate:
 
     choice: Choice
     pool: PoolSize
+    host: HostSize | None
     terms: tuple[Term, ...]
     timing: Timing
 
@@ -130,6 +139,10 @@ class Decision:
     rejected: tuple[Rejection, ...]
     budgets: dict[Place, int]
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.chosen.timing.tokens_per_second
+
 
 class Planner:
     """Plans for one model on one machine. Pure: the same facts give the same decision."""
@@ -158,6 +171,24 @@ class Planner:
 
     def choose(self, wish: Wish) -> Decision:
         """The best plan for `wish`. Raises DoesNotFitError when there is none, with the nearest misses."""
+        if wish.host_share != "auto":
+            return self._choose(wish)
+        shares = _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]
+        best: Decision | None = None
+        errors: list[DoesNotFitError] = []
+        for share in shares:
+            try:
+                found = self._choose(replace(wish, host_share=share))
+            except DoesNotFitError as error:
+                errors.append(error)
+                continue
+            if best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
+                best = found
+        if best is None:
+            raise errors[0]
+        return best
+
+    def _choose(self, wish: Wish) -> Decision:
         budgets: dict[Place, int] = {"host": self._host_bytes}
         if self._device == "cuda":
             budgets["gpu"] = self._gpu_bytes
@@ -264,13 +295,15 @@ class Planner:
             resident_blocks=residents,
             nvme_blocks=on_disk,
             wire=wish.wire,
+            host_rows=_host_rows(wish, rows),
+            kv_dtype=wish.kv_dtype,
         )
 
     def _shapes(self, wish: Wish, rows: int) -> Iterator[Shape]:
         """Ways to make passes of `rows` rows, those that take most memory and least time first."""
         prompts = rows * self._lengths.prompt_tokens
         if wish.engine != "stream" or not self._anatomy.is_paged:
-            yield Shape(rows, rows, prompts)
+            yield Shape(rows, rows, prompts, _host_rows(wish, rows), wish.kv_dtype)
             return
         # As many prompt tokens as are computed in twice the time that the weights take, with which nothing waits.
         link_s = self._anatomy.block_bytes / self._speeds.link_gbps / 1e9
@@ -280,7 +313,7 @@ class Planner:
         for share in _SMALLER:
             together = wish.micro_batch_rows or -(-MOST_MICRO_BATCH_ROWS // share)
             part = min(tokens, max(tokens // share, _SHORTEST_PART))
-            found[Shape(rows, min(rows, together), part)] = None
+            found[Shape(rows, min(rows, together), part, _host_rows(wish, rows), wish.kv_dtype)] = None
         yield from found
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
@@ -328,7 +361,7 @@ class Planner:
     def _too_many_rows(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Rejection | None:
         """What the KV cache alone says of more rows than one, which takes no simulation."""
         place: Place = "gpu" if "gpu" in budgets else "host"
-        pool = self._anatomy.pool_bytes(self._lengths.pool(self._anatomy, choice.batch_size))
+        pool = self._anatomy.pool_bytes(self._lengths.pool(self._anatomy, choice.batch_size, choice.host_rows))
         if wish.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
             return None
         lack = Lack(place=place, needed_bytes=pool, available_bytes=budgets[place])
@@ -347,7 +380,7 @@ class Planner:
         if lacks:
             return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=lacks)
         timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests)
-        return Candidate(choice=choice, pool=workload.pool, terms=terms, timing=timing)
+        return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
     def _merit(self, candidate: Candidate) -> tuple[float, int, int, int]:
         """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU.
@@ -365,7 +398,7 @@ class Planner:
         else:
             overhead = self._overhead(choice.fetch == "partitioned")
             gpu = stream_gpu_terms(self._anatomy, choice, workload, wish.world_size, overhead)
-            host = stream_host_terms(self._anatomy, choice, wish.world_size, overhead)
+            host = stream_host_terms(self._anatomy, choice, wish.world_size, overhead, workload.host)
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
@@ -377,6 +410,12 @@ class Planner:
 def _on_host(term: Term, world_size: int) -> Term:
     """Without a GPU each rank computes in host memory."""
     return replace(term, place="host", nbytes=term.nbytes * world_size) if term.place == "gpu" else term
+
+
+def _host_rows(wish: Wish, rows: int) -> int:
+    """Rows of which keys and values rest in host memory."""
+    assert wish.host_share != "auto"
+    return round(wish.host_share * rows)
 
 
 def _offloads(wish: Wish) -> tuple[Offload, ...]:

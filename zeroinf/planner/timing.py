@@ -8,6 +8,7 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import pieces
 from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.workload import Kernel, Kernels, Pass, Workload
@@ -65,7 +66,9 @@ class Timing:
     tokens_per_second: float
     """All ranks together, prefill included."""
     streamed_bytes: int
-    """That cross one rank's link in a pass."""
+    """Of weights, that cross one rank's link in a pass."""
+    fetched_bytes: int
+    """Of keys and values, that cross it in a decode step."""
     binds: Resource
     """What a decode step waits for."""
 
@@ -88,7 +91,11 @@ def time_plan(
     }
     expansion = _times((_expansion(anatomy, choice),), speeds)
     rows = None if requests is None else -(-requests // world_size)
+    started, fetched = _fetched_bytes(anatomy, choice, workload)
     prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
+    prompts["link"] += started / speeds.link_gbps / 1e9
+    decode["link"] += fetched / speeds.link_gbps / 1e9
+    decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s * _HOST_SHARE
     prefill_s, _ = _pass(prompts, expansion, waits)
     decode_s, binds = _pass(decode, expansion, waits)
     count = _Continuous if workload.shares_passes else _Static
@@ -101,6 +108,7 @@ def time_plan(
         decode_s=decode_s,
         tokens_per_second=tokens * world_size / seconds,
         streamed_bytes=streamed,
+        fetched_bytes=int(fetched),
         binds=binds,
     )
 
@@ -117,6 +125,16 @@ def _link_share(engine: str, world_size: int) -> float:
     if engine == "zero":
         return _ZERO_SHARE.get(world_size, _ZERO_SHARE_OF_MORE)
     return _ACCELERATE_SHARE if engine == "accelerate" else 1.0
+
+
+def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[float, float]:
+    """Keys and values that cross the link, for as many prompts as a pass computes, and for a step of all rows."""
+    if not choice.host_rows:
+        return 0.0, 0.0
+    prompt, new = workload.prompt_tokens, workload.new_tokens
+    row = fetched_bytes(anatomy, choice.kv_dtype, prompt + new / 2)
+    begun = fetched_bytes(anatomy, choice.kv_dtype, prompt / 2) if workload.prompts_rows < 1 else 0.0
+    return begun, choice.host_rows * row
 
 
 def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
@@ -190,6 +208,7 @@ def _pass(
     on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")
     times: dict[Resource, float] = {
         **waits,
+        "link": waits["link"] + both["link"],
         "kernel launches": both["kernel launches"],
         max(on_gpu, key=lambda resource: both[resource]): sum(both[resource] for resource in on_gpu),
     }
@@ -199,7 +218,7 @@ def _pass(
 
 def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     """Seconds of kernels by what each of them is bound by, and of launching them."""
-    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0}
+    times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
     for group in groups:
         times["kernel launches"] += group.times * len(group.kernels) * speeds.launch_s * _HOST_SHARE
         for kernel in group.kernels:

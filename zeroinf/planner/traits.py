@@ -41,7 +41,7 @@ TRAITS: dict[str, Traits] = {
         settings=frozenset(
             {
                 *("--fetch", "--resident-blocks", "--no-pin-memory", "several of --nvme-path"),
-                *("--wire", "--static-batches"),
+                *("--wire", "--static-batches", "--kv", "--kv-dtype"),
             }
         ),
         places_blocks=True,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
 
-from zeroinf.model.anatomy import Anatomy, PoolSize
+from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event
 
 
@@ -27,12 +27,27 @@ class Lengths:
     mean_pages: float | None = None
     """Pages of the KV cache that a row takes."""
 
-    def pool(self, anatomy: Anatomy, rows: int) -> PoolSize:
-        """Room for so many rows of these lengths on average, and for the longest of all."""
-        tokens = self.prompt_tokens + self.new_tokens
-        longest = anatomy.row_pages(tokens)
+    def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
+        """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
+        tokens, paged = self.prompt_tokens + self.new_tokens, rows - host_rows
+        longest = anatomy.row_pages(tokens) if paged else 0
         mean = longest if self.mean_pages is None else self.mean_pages
-        return PoolSize(rows=rows, tokens=tokens, pages=max(longest, ceil(rows * mean)))
+        return PoolSize(rows=rows, tokens=tokens, pages=max(longest, ceil(paged * mean)))
+
+    def host(self, shape: Shape, *, whole: int = 0) -> HostSize | None:
+        """Room for the rows of `shape` in host memory; None where there are none. Prompts run so many tokens at a time,
+        at the most, or the `whole` of one."""
+        if not shape.host_rows:
+            return None
+        tokens = self.prompt_tokens + self.new_tokens
+        mean = (self.mean_prompt_tokens or self.prompt_tokens) + (self.mean_new_tokens or self.new_tokens)
+        together = min(shape.micro_batch_rows, shape.host_rows)
+        return HostSize(
+            tokens=max(tokens, ceil(shape.host_rows * mean)),
+            seen_columns=together * tokens,
+            new_columns=max(shape.prefill_tokens, together, whole),
+            dtype=shape.kv_dtype,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +102,9 @@ class Shape:
     rows: int
     micro_batch_rows: int
     prefill_tokens: int
+    host_rows: int = 0
+    """Rows whose keys and values rest in host memory."""
+    kv_dtype: KvDtype = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -107,6 +125,10 @@ class Workload:
     first_decode: Pass
     """The rows' first token after the prompt; empty where there is only one new token."""
     last_decode: Pass
+    host: HostSize | None = None
+    """Room for the rows that rest in host memory."""
+    paged_prompts: Pass = ()
+    """Prompts of rows on the GPU, where `prompts` are of rows in host memory and there are both."""
     shares_passes: bool
     """Prompts and decode steps share passes; otherwise all rows start together, and what is alive after the last step
     goes with them."""
@@ -116,7 +138,8 @@ class Workload:
         """An order of passes that finds the most memory in use."""
         if not self.shares_passes:
             return tuple(filter(None, (self.prompts, self.first_decode, self.last_decode)))
-        return (self.prompts, (*self.prompts, *self.last_decode))
+        kinds = filter(None, (self.prompts, self.paged_prompts))
+        return (self.prompts, *((*prompts, *self.last_decode) for prompts in kinds))
 
 
 class Simulate(Protocol):

@@ -141,6 +141,8 @@ def _plan(question: Question, decision: Decision) -> Plan:
         micro_batch_rows=choice.micro_batch_rows,
         prefill_tokens=choice.prefill_tokens,
         pool_pages=chosen.pool.pages,
+        host_rows=choice.host_rows,
+        host=chosen.host,
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         terms=chosen.terms,

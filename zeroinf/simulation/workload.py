@@ -12,10 +12,11 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
-from zeroinf.model.anatomy import Anatomy, PoolSize
+from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload
@@ -62,7 +63,7 @@ class Simulator:
         self._path, self._blocks = find_blocks(self._model)
         self._times = [1.0] * len(self._blocks)
         self._seen: dict[Shape, Workload] = {}
-        self._steps: dict[tuple[int, int, bool], ByRows] = {}
+        self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
         if anatomy.is_paged:
             self._keep_kinds()
 
@@ -96,23 +97,33 @@ class Simulator:
         rows = max(1, min(shape.rows, shape.prefill_tokens // longest)) if whole else 1
         start = 0 if whole else longest - shape.prefill_tokens
         sizes = [min(shape.micro_batch_rows, rows - at) for at in range(0, rows, shape.micro_batch_rows)]
+        kv = shape.kv_dtype if shape.host_rows else None
         mixes = rows < shape.rows or self._lengths.padded  # then rows of a micro-batch are not equally far
 
-        def decode(done: int) -> Pass:
-            count = -(-shape.rows // shape.micro_batch_rows)
-            edges = [shape.rows * part // count for part in range(count + 1)]
-            return tuple(self._step(end - at, longest + done - 1, 1, padded=mixes) for at, end in pairwise(edges))
+        def prompts(kv: KvDtype | None) -> Pass:
+            return tuple(self._step(size, start, longest - start, kv) for size in sizes)
+
+        def decode(done: int, live: int, kv: KvDtype | None) -> Pass:
+            count = -(-live // shape.micro_batch_rows)
+            edges = [live * part // count for part in range(count + 1)] if live else []
+            return tuple(self._step(end - at, longest + done - 1, 1, kv, padded=mixes) for at, end in pairwise(edges))
+
+        def decodes(done: int) -> Pass:
+            return (*decode(done, shape.rows - shape.host_rows, None), *decode(done, shape.host_rows, kv))
 
         return self._workload(
             shape,
-            prompts=tuple(self._step(size, start, longest - start) for size in sizes),
+            prompts=prompts(kv),
+            paged_prompts=prompts(None) if 0 < shape.host_rows < shape.rows else (),
             prompts_rows=rows if whole else shape.prefill_tokens / longest,
-            first_decode=decode(1) if new > 1 else (),
-            last_decode=decode(new - 1) if new > 1 else (),
+            first_decode=decodes(1) if new > 1 else (),
+            last_decode=decodes(new - 1) if new > 1 else (),
         )
 
     def _workload(self, shape: Shape, **steps: Any) -> Workload:
-        size = self._lengths.pool(self._anatomy, shape.rows)
+        size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows)
+        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        whole = 0 if self._breaks_at is None else longest + new
         with torch.no_grad(), Recorder(self._model, ()) as recorder:
             desk = self._desk(size)
             (cache,) = recorder.cut()
@@ -120,6 +131,7 @@ class Simulator:
         return Workload(
             shape=shape,
             pool=size,
+            host=self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest),
             prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
             cache=tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in cache),
@@ -127,21 +139,30 @@ class Simulator:
             **steps,
         )
 
-    def _desk(self, size: PoolSize) -> Desk:
+    def _desk(self, size: PoolSize, kv: KvDtype | None = None, parts: Sequence[Part] = ()) -> Desk:
+        """For rows on the GPU, or for `parts` of some that rest in host memory as `kv`."""
         pool = PagePool(self._model, self._anatomy, size, _META)
-        return Desk(self._model, TokenRules(self._model, None, ()), pool, _META)
+        host = None
+        if kv is not None:
+            new, seen = max(part.count for part in parts), max(part.start + part.count for part in parts)
+            room = HostSize(tokens=0, seen_columns=len(parts) * seen, new_columns=len(parts) * new, dtype=kv)
+            host = HostCache(self._model, self._anatomy, room, _META, None, pin=False)
+        return Desk(self._model, TokenRules(self._model, None, ()), pool, _META, host)
 
-    def _step(self, rows: int, start: int, count: int, *, padded: bool | None = None) -> Step:
-        """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`."""
-        key = start, count, self._lengths.padded if padded is None else padded
+    def _step(
+        self, rows: int, start: int, count: int, kv: KvDtype | None = None, *, padded: bool | None = None
+    ) -> Step:
+        """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`, which
+        rest in host memory as `kv`, or on the GPU."""
+        key = start, count, self._lengths.padded if padded is None else padded, kv
         if key not in self._steps:
-            self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key)))
+            self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key[:3]), kv))
         return self._steps[key](rows)
 
-    def _simulate(self, parts: Sequence[Part]) -> Step:
+    def _simulate(self, parts: Sequence[Part], kv: KvDtype | None) -> Step:
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            desk = self._desk(self._lengths.pool(self._anatomy, len(parts)))
+            desk = self._desk(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
             recorder.cut()
             return self._record(desk, parts, recorder)
 
@@ -152,7 +173,9 @@ class Simulator:
         prompts = (Part(0, longest), *(Part(0, shorter),) * (shape.rows - 1))
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            desk = self._desk(self._lengths.pool(self._anatomy, shape.rows))
+            longer = [Part(part.count + new, longest) for part in prompts]
+            kv = shape.kv_dtype if shape.host_rows else None
+            desk = self._desk(self._lengths.pool(self._anatomy, shape.rows), kv, longer)
             recorder.cut()
             found = [self._record(desk, prompts, recorder)]
             if new > 1:
@@ -173,8 +196,9 @@ class Simulator:
     def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder) -> Step:
         """The loop's own steps for a micro-batch: `recorder` is told of each."""
         recorder.cut_kernels(self._times)
-        batch = MicroBatch(desk, _group(parts, self._lengths.new_tokens))
+        batch = MicroBatch(desk, _group(parts, self._lengths.new_tokens, on_host=desk.host is not None))
         inputs = batch.inputs()
+        desk.begin([batch])
         (making,) = recorder.cut()
         with ExitStack() as stack:
             stack.enter_context(_META)
@@ -198,14 +222,14 @@ def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
     return (Part(start, count), *(other,) * (rows - 1))
 
 
-def _group(parts: Sequence[Part], new_tokens: int) -> Group:
+def _group(parts: Sequence[Part], new_tokens: int, *, on_host: bool) -> Group:
     sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
     seats = [
         Seat(Row(index=i, prompt=(), sampling=sampling, decode=str), i, known=part.start + part.count)
         for i, part in enumerate(parts)
     ]
     for seat, part in zip(seats, parts, strict=True):
-        seat.computed = part.start
+        seat.computed, seat.host_start = part.start, 0 if on_host else None
     return Group.of(seats)
 
 

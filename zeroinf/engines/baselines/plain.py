@@ -22,6 +22,7 @@ class PlainEngine:
 
     in_step = False
     shares_passes = False
+    link_stream = None
     model: Any
     _passes = 0
     _streamed_bytes = 0

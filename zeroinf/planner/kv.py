@@ -1,0 +1,41 @@
+"""Keys and values in host memory: who may have them there, and what crosses the link for them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from zeroinf.errors import UsageError
+from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.planner.traits import refuse_settings
+
+Kv = Literal["gpu", "host", "auto"]
+"""Where keys and values rest: all on the GPU, all in host memory, or as many rows there as make the most tokens/s."""
+
+HostShare = float | Literal["auto"]
+"""The part of the rows whose keys and values rest in host memory."""
+
+
+def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostShare:
+    """What `kv` and `dtype` ask for. Raises UsageError for what `engine` or the model cannot do."""
+    given = {"--kv": kv != "auto", "--kv-dtype": dtype != "model"}
+    refuse_settings(engine, [flag for flag, is_given in given.items() if is_given])
+    if kv == "gpu" and dtype != "model":
+        raise UsageError(f"--kv-dtype {dtype} is for keys and values in host memory", hint="drop it, or --kv host")
+    if not anatomy.can_rest_on_host and (kv == "host" or dtype != "model"):
+        raise UsageError(
+            f"--kv {kv} --kv-dtype {dtype}: no layer of {anatomy.architecture} keeps keys and values that host memory could hold",
+            hint="drop it",
+        )
+    if kv == "auto":  # rows that cannot be regrouped all rest in one place, on the GPU unless told otherwise
+        return "auto" if engine == "stream" and anatomy.is_paged and anatomy.can_rest_on_host else 0.0
+    return 1.0 if kv == "host" else 0.0
+
+
+def fetched_bytes(anatomy: Anatomy, dtype: KvDtype, tokens: float) -> float:
+    """Bytes that cross the link for a step of one row in host memory, of which so many tokens are in the cache."""
+    layers = ((layer.window, layer.record(dtype)) for layer in anatomy.cache)
+    return sum(
+        record.nbytes * (tokens if window is None else min(tokens, window))
+        for window, record in layers
+        if record is not None
+    )
