@@ -11,7 +11,7 @@ from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.kv import HostShare
+from zeroinf.planner.kv import HostShare, fetched_bytes
 from zeroinf.planner.memory import (
     LOADING_STAGES,
     Overhead,
@@ -173,10 +173,11 @@ class Planner:
         """The best plan for `wish`. Raises DoesNotFitError when there is none, with the nearest misses."""
         if wish.host_share != "auto":
             return self._choose(wish)
-        shares = _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]
         best: Decision | None = None
         errors: list[DoesNotFitError] = []
-        for share in shares:
+        for share in _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]:
+            if best is not None and self._most_with_host(wish) <= _WORTHWHILE * best.tokens_per_second:
+                break
             try:
                 found = self._choose(replace(wish, host_share=share))
             except DoesNotFitError as error:
@@ -187,6 +188,16 @@ class Planner:
         if best is None:
             raise errors[0]
         return best
+
+    def _most_with_host(self, wish: Wish) -> float:
+        """Tokens/s that no number of rows in host memory can exceed, however few weights stream beside them.
+
+        With rows on the GPU as well, it is this or what those on the GPU reach alone, whichever is more.
+        """
+        prompt, new = self._lengths.mean_prompt_tokens, self._lengths.mean_new_tokens
+        tokens = (prompt or self._lengths.prompt_tokens) + (new or self._lengths.new_tokens) / 2
+        row = fetched_bytes(self._anatomy, wish.kv_dtype, tokens)
+        return wish.world_size * self._speeds.link_gbps * 1e9 / row
 
     def _choose(self, wish: Wish) -> Decision:
         budgets: dict[Place, int] = {"host": self._host_bytes}
