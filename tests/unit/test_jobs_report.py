@@ -43,8 +43,14 @@ HOST_TERMS = {
     "processes with their libraries": "host memory in all",
 }
 TIMING = Timing(
-    load_s=8.0, prefill_s=0.5, decode_s=0.25, tokens_per_second=300.0, streamed_bytes=10**9, fetched_bytes=0, binds="link"
-)  # fmt: skip
+    load_s=8.0,
+    prefill_s=0.5,
+    decode_s=0.25,
+    tokens_per_second=300.0,
+    streamed_bytes=10**9,
+    fetched_bytes=0,
+    binds="link",
+)
 USE = GpuUse(
     loaded=10 * GIB, slots=3 * GIB, cache=4 * GIB, allocated=20 * GIB, reserved=23 * GIB, process=24 * GIB
 )  # fmt: skip

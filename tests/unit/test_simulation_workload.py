@@ -15,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, _Passes
 from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import Allocator, Event, Usage
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
@@ -130,6 +131,11 @@ class Run:
         pool = PagePool(self.engine.model, self.anatomy, self.workload.pool, CPU)
         self.desk = Desk(self.engine.model, TokenRules(self.engine.model, None, ()), pool, CPU)
 
+    def open_host(self) -> None:
+        """Room in host memory, and staging, which plans count by themselves."""
+        if self.workload.host is not None:
+            self.desk.host = HostCache(self.engine.model, self.anatomy, self.workload.host, CPU, None, pin=False)
+
     def make(self, groups: Sequence[Group]) -> None:
         limits = Limits(rows=self.shape.rows, pages=10**6, micro_batch_rows=self.shape.rows, prefill_tokens=10**6)
         scheduler = Scheduler(limits, self.anatomy.row_pages)
@@ -148,14 +154,33 @@ PUT_TOGETHER = ("llama", "gemma2", "bloom", "mixtral", "gpt_oss", "deepseek_v3")
     [*((name, "one") for name in POOLED), *((name, case) for name in PUT_TOGETHER for case in ("several", "in parts"))],
 )
 def test_bytes_alive_in_every_pass_are_those_of_a_real_run(name: str, case: str) -> None:
-    shape = Shape(*CASES[case])
+    _compare(name, Shape(*CASES[case]))
+
+
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+@pytest.mark.parametrize("host_rows", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
+def test_so_are_those_of_rows_in_host_memory(name: str, host_rows: int, kv_dtype: KvDtype) -> None:
+    _compare(name, Shape(4, 2, 1 << 20, host_rows, kv_dtype))
+    if host_rows == 4:
+        _compare(name, Shape(3, 1, 16, 3, kv_dtype))
+
+
+def _compare(name: str, shape: Shape) -> None:
     workload = simulator(eager(name), anatomy_of(name))(shape)
     part = min(PROMPT, shape.prefill_tokens)
     prompts = groups_of(shape, PROMPT - part, part, True)
     decode = groups_of(shape, PROMPT, 1, False)
     run = Run(name, workload)
     _, making = measured(run.open)
-    for seat in range(shape.rows):
+    run.open_host()
+    on_host = 0 if workload.host is None else workload.host.tokens // shape.host_rows
+    for seat in (seat for group in (*prompts, *decode) for seat in group.seats):
+        # The longest prompts are those of rows in host memory, whichever these are.
+        in_decode = any(seat in group.seats for group in decode)
+        if seat.number >= (shape.rows - shape.host_rows if in_decode else 0) and on_host:
+            seat.host_start = max(0, seat.number - (shape.rows - shape.host_rows)) * on_host
+    for seat in range(shape.rows - shape.host_rows):
         run.desk.pool.open(seat, PROMPT + NEW)
     real = [making, *(measured(lambda groups=groups: run.make(groups))[1] for groups in (prompts, decode))]
     real.append(measured(lambda: run.make([*prompts, *decode]))[1])

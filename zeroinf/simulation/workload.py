@@ -152,8 +152,8 @@ class Simulator:
     def _step(
         self, rows: int, start: int, count: int, kv: KvDtype | None = None, *, padded: bool | None = None
     ) -> Step:
-        """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`, which
-        rest in host memory as `kv`, or on the GPU."""
+        """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`. Its
+        rows rest in host memory as `kv`, or on the GPU."""
         key = start, count, self._lengths.padded if padded is None else padded, kv
         if key not in self._steps:
             self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key[:3]), kv))
