@@ -77,12 +77,14 @@ def workload_of(shape: Shape, *, prompt: int = PROMPT, new: int = NEW) -> Worklo
         step(min(shape.micro_batch_rows, shape.rows - at), 1) for at in range(0, shape.rows, shape.micro_batch_rows)
     )
     tokens = min(shape.prefill_tokens, shape.rows * prompt)
+    pool = lengths_of(prompt, new).pool(CHAIN, shape.rows, shape.host_rows)
     return Workload(
         shape=shape,
-        pool=lengths_of(prompt, new).pool(CHAIN, shape.rows),
+        pool=pool,
+        host=lengths_of(prompt, new).host(shape),
         prompt_tokens=prompt,
         new_tokens=new,
-        cache=(Event(-1, pool_bytes(shape.rows, prompt, new)),),
+        cache=(Event(-1, CHAIN.pool_bytes(pool)),),
         prompts=(step(1, tokens),),
         prompts_rows=tokens / prompt,
         first_decode=decode,

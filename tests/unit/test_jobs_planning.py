@@ -28,6 +28,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.planner.kv import host_share
 from zeroinf.planner.memory import pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
@@ -130,6 +131,9 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
     ("options", "world", "words"),
     [
         ({"engine": "zero", "wire": "int4"}, ALONE, "--wire has no effect with the zero engine"),
+        ({"engine": "zero", "kv": "host"}, ALONE, "--kv has no effect with the zero engine"),
+        ({"engine": "zero", "kv_dtype": "int8"}, ALONE, "--kv-dtype has no effect with the zero engine"),
+        ({"kv": "gpu", "kv_dtype": "int8"}, ALONE, "--kv-dtype int8 is for keys and values in host memory"),
         ({"engine": "zero", "fetch": "partitioned"}, TWO, "--fetch has no effect with the zero engine"),
         ({"engine": "zero", "resident_blocks": 0}, ALONE, "--resident-blocks has no effect with the zero engine"),
         ({"offload": "none", "fetch": "replicated"}, TWO, "--fetch has no effect with --offload none"),
@@ -273,3 +277,21 @@ def test_the_users_own_json_is_refused_where_it_does_not_fit(ask: Ask, tmp_path:
     own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     with pytest.raises(DoesNotFitError, match="of GPU memory"):
         ask(zero_config=own, gpu_memory_bytes=GIB // 2)
+
+
+# Keys and values
+
+
+def test_keys_and_values_rest_where_the_user_says(ask: Ask) -> None:
+    plan = ask(kv="host", kv_dtype="int8", batch_size=3)
+    assert plan.host is not None
+    assert (plan.host_rows, plan.pool_pages, plan.host.dtype) == (3, 0, "int8")
+    assert ask(kv="gpu", batch_size=3).host is None
+
+
+@pytest.mark.parametrize("kv", ["host", "auto"])
+def test_a_model_that_keeps_no_keys_and_values_has_none_in_host_memory(kv: Any) -> None:
+    mamba = read_anatomy(small_config("mamba"))
+    with pytest.raises(UsageError, match="--kv-dtype int8: no layer of MambaForCausalLM keeps keys and values"):
+        host_share(kv, "int8", "stream", mamba)
+    assert host_share("auto", "model", "stream", mamba) == 0.0

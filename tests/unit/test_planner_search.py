@@ -9,7 +9,19 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fake_machines import CHAIN, GIB, MIB, PROMPT, lengths_of, machine_of, overhead, pool_bytes, speeds, workload_of
+from fake_machines import (
+    CHAIN,
+    GIB,
+    MIB,
+    NEW,
+    PROMPT,
+    lengths_of,
+    machine_of,
+    overhead,
+    pool_bytes,
+    speeds,
+    workload_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -362,3 +374,44 @@ def test_why_each_way_does_not_fit_is_said() -> None:
     assert message.startswith("nothing fits: offload none: 1 row needs")
     assert "offload cpu: 1 row needs" in message
     assert "100 rows need" in refused(lambda: choose(replace(ROOMY, gpu=GIB), batch_size=100))
+
+
+# Keys and values in host memory
+
+
+def test_rows_rest_in_host_memory_where_weights_take_longer_than_their_keys_and_values() -> None:
+    slow, box = speeds(link_gbps=2.0), Box(gpu=2 * GIB, host=64 * GIB)
+    on_gpu, free = (
+        choose(box, prompt=1024, rates=slow, offload="cpu", resident_blocks=0, host_share=share)
+        for share in (0.0, "auto")
+    )
+    assert on_gpu.chosen.choice.host_rows == 0
+    assert free.chosen.choice.host_rows > 0
+    assert free.chosen.choice.batch_size > on_gpu.chosen.choice.batch_size
+    assert speed(free) > 1.03 * speed(on_gpu)
+    assert {"staging of keys and values", "keys and values, page-locked"} <= {one.name for one in free.chosen.terms}
+
+
+def test_host_memory_takes_no_rows_that_it_cannot_hold() -> None:
+    decision = choose(Box(gpu=2 * GIB, host=4 * GIB), rates=speeds(link_gbps=2.0), offload="cpu", host_share="auto")
+    assert total(decision.chosen.terms, "host") <= 4 * GIB
+
+
+def test_all_rows_rest_where_the_user_says() -> None:
+    box = Box(gpu=8 * GIB, host=64 * GIB)
+    chosen = choose(box, offload="cpu", batch_size=24, host_share=1.0).chosen
+    assert (chosen.choice.host_rows, chosen.pool.pages) == (24, 0)
+    assert chosen.host is not None
+    assert chosen.host.tokens == 24 * (PROMPT + NEW)
+    assert chosen.timing.fetched_bytes > 0
+    assert choose(box, offload="cpu", batch_size=24).chosen.host is None
+
+
+def test_keys_and_values_of_codes_cross_the_link_in_less_time() -> None:
+    box = Box(gpu=8 * GIB, host=64 * GIB)
+    whole, codes = (
+        choose(box, prompt=1024, offload="cpu", batch_size=96, host_share=1.0, kv_dtype=dtype).chosen
+        for dtype in ("model", "int8")
+    )
+    assert codes.timing.fetched_bytes < 0.6 * whole.timing.fetched_bytes
+    assert codes.timing.decode_s < whole.timing.decode_s
