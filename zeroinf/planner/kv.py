@@ -23,8 +23,8 @@ def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostSha
         raise UsageError(f"--kv-dtype {dtype} is for keys and values in host memory", hint="drop it, or --kv host")
     if not anatomy.can_rest_on_host and (kv == "host" or dtype != "model"):
         raise UsageError(
-            f"--kv {kv} --kv-dtype {dtype}: no layer of {anatomy.architecture} keeps keys and values that could rest in "
-            "host memory",
+            f"--kv {kv} --kv-dtype {dtype}: no layer of {anatomy.architecture} keeps keys and values that could rest "
+            "in host memory",
             hint="drop it",
         )
     if kv == "auto":  # rows that cannot be regrouped all rest in one place, on the GPU unless told otherwise
