@@ -18,7 +18,9 @@ from wire_reference import save_through_codes
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import InputError, UsageError
+from zeroinf.jobs import evaluate, planning
 from zeroinf.jobs.evaluate import cut
+from zeroinf.planner import search
 
 TEXT = "The quick brown fox jumps over the lazy dog, and not for the first time. "
 
@@ -65,6 +67,23 @@ def test_figures_are_those_of_plain_transformers(
     assert (found["tokens"], found["wire"]) == (tokens, wire)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT * 3), rel=1e-4)
+
+
+def test_a_plan_counts_a_window_in_one_part_where_prompts_of_a_run_would_be_parted(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+
+    def note(*arguments: Any) -> Any:
+        plans.append(planning.plan_run(*arguments)[0])
+        return plans[-1], None, None
+
+    monkeypatch.setattr(search, "_PREFILL_TOKENS", (8, 8))
+    monkeypatch.setattr(evaluate, "plan_run", note)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    evaluated("--model", str(small_checkpoint("llama")), "--text", str(text), "--window", "50")
+    assert plans[0].prefill_tokens == 50
 
 
 @pytest.mark.parametrize(

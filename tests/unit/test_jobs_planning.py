@@ -137,6 +137,7 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"engine": "zero", "fetch": "partitioned"}, TWO, "--fetch has no effect with the zero engine"),
         ({"engine": "zero", "resident_blocks": 0}, ALONE, "--resident-blocks has no effect with the zero engine"),
         ({"offload": "none", "fetch": "replicated"}, TWO, "--fetch has no effect with --offload none"),
+        ({"batch_size": 4, "micro_batch_rows": 5}, ALONE, "--micro-batch-rows 5, but with --batch-size 4"),
         ({"fetch": "replicated"}, ALONE, "--fetch replicated has no effect with one rank"),
         ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
         ({"resident_blocks": BLOCKS, "offload": "nvme"}, ALONE, "--offload and --fetch have no effect"),

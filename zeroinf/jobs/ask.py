@@ -114,8 +114,7 @@ def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anat
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     if options.fetch != "auto" and len(machine.gpus) < 2:
         raise UsageError(f"--fetch {options.fetch} has no effect with one GPU", hint="drop it, or add --num-gpus")
-    if options.micro_batch_rows is not None:
-        check_micro_batch_rows(engine, anatomy.is_paged)
+    check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, anatomy.is_paged)
     blocks, resident = len(anatomy.blocks), options.resident_blocks or 0
     if resident > blocks:
         raise UsageError(f"--resident-blocks {resident}: the model has {blocks} blocks", hint=f"at most {blocks}")

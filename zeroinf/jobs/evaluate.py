@@ -95,7 +95,7 @@ def evaluate(
     windows = list(cut(tokenizer(content, add_special_tokens=False)["input_ids"], lead, window))
     if not windows:
         raise InputError(f"{text} holds too few tokens to predict one")
-    lengths = Lengths(prompt_tokens=max(map(len, windows)), new_tokens=1, padded=False)
+    lengths = Lengths(prompt_tokens=max(map(len, windows)), new_tokens=1, padded=False, whole=True)
     plan, _, _ = plan_run(
         _without_logits(options, anatomy, window, device), source, anatomy, lengths, 1, World(), device.type
     )

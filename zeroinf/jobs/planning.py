@@ -184,8 +184,7 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
     refuse_settings(engine, given)
     if given and options.offload == "none":
         raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
-    if options.micro_batch_rows is not None:
-        check_micro_batch_rows(engine, regroups)
+    check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups)
     if options.fetch != "auto" and world.size == 1:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
     if options.fetch == "partitioned" and world.local_size != world.size:

@@ -324,6 +324,7 @@ class Planner:
         for share in _SMALLER:
             together = wish.micro_batch_rows or -(-MOST_MICRO_BATCH_ROWS // share)
             part = min(tokens, max(tokens // share, _SHORTEST_PART))
+            part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
             found[Shape(rows, min(rows, together), part, _host_rows(wish, rows), wish.kv_dtype)] = None
         yield from found
 
@@ -454,8 +455,15 @@ def _doubling(cap: int) -> Iterator[int]:
     yield cap
 
 
-def check_micro_batch_rows(engine: str, regroups: bool) -> None:
-    """Raise UsageError where all live rows are one micro-batch, whatever is asked for."""
+def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:
+    """Raise UsageError where so many rows in a micro-batch (None: as planned) are asked for in vain."""
+    if rows is None:
+        return
+    if batch_size is not None and rows > batch_size:
+        raise UsageError(
+            f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more rows are live",
+            hint="lower the one, or raise the other",
+        )
     if engine != "stream" or not regroups:
         what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
         raise UsageError(f"--micro-batch-rows has no effect with {what}: all rows run together", hint="drop it")

@@ -21,6 +21,10 @@ class Lengths:
     """The most that is added to one."""
     padded: bool = True
     """Prompts differ in length."""
+    whole: bool = False
+    """A prompt is computed in one part, however long it is."""
+    logprobs: int | None = None
+    """Log-probabilities that rows ask for, the most of any; None: none does."""
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
     mean_new_tokens: float | None = None

@@ -169,5 +169,6 @@ def _shares(lengths: Lengths) -> Sequence[Lengths]:
     found = [lengths]
     while found[-1].prompt_tokens > 1:
         prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
-        found.append(Lengths(prompt_tokens=prompt, new_tokens=new, padded=lengths.padded))
+        means: dict[str, Any] = {"mean_prompt_tokens": None, "mean_new_tokens": None, "mean_pages": None}
+        found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new, **means))
     return found
