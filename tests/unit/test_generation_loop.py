@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -340,6 +341,34 @@ def _step_by_step(model: Any, prompt: Sequence[int], new: int) -> list[int]:
     for _ in range(new):
         tokens.append(greedy_by_transformers(model, tokens, [0])[0])
     return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 3, "seed": 5}])
+def test_logprobs_are_those_of_plain_transformers_logits_whatever_alters_the_scores(
+    model: Any, settings: dict[str, Any]
+) -> None:
+    model.generation_config.repetition_penalty = 1.3
+    rows = rows_of((6, 12, 3, 9), **settings)
+    asked: list[int | None] = [0, None, 20, 4]
+    for row, count in zip(rows, asked, strict=True):
+        row.sampling = replace(row.sampling, logprobs=count)
+    run_rows(PlainEngine(model), rows, **PRESSED)
+    for row, count in zip(rows, asked, strict=True):
+        if count is None:
+            assert not row.likelihoods
+            continue
+        tokens = torch.tensor([[*row.prompt, *row.generated[:-1]]])
+        logs = model(tokens, use_cache=False).logits[0, len(row.prompt) - 1 :].log_softmax(-1)
+        assert len(row.likelihoods) == len(row.generated)
+        for token, told, wanted in zip(row.generated, row.likelihoods, logs, strict=True):
+            assert told.logprob == pytest.approx(wanted[token].item(), abs=1e-4)
+            assert [token for token, _ in told.top] == wanted.topk(count).indices.tolist()
+            assert [log for _, log in told.top] == pytest.approx(wanted.topk(count).values.tolist(), abs=1e-4)
+
+
+def test_without_logprobs_no_log_softmax_is_computed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda *args, **how: pytest.fail("computed for nobody"))
+    run_rows(PlainEngine(model), rows_of(2))
 
 
 def test_scores_of_half_precision_give_the_tokens_of_their_float32_copies() -> None:

@@ -322,9 +322,6 @@ def test_openai_settings_that_ask_for_nothing_are_accepted(key: str) -> None:
         ("presence_penalty", -1),
         ("repetition_penalty", 1.1),
         ("logit_bias", {"50256": -100}),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 5),
         ("tools", [{}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
@@ -335,6 +332,43 @@ def test_openai_settings_that_ask_for_nothing_are_accepted(key: str) -> None:
 def test_openai_settings_that_we_do_not_do_are_refused_by_name(key: str, value: object) -> None:
     reason = refuse_body(**{key: value})
     assert reason.startswith(f"{key}=") and reason.endswith("is not supported")
+
+
+@pytest.mark.parametrize(
+    ("body", "default", "logprobs"),
+    [
+        ({}, 3, 3),
+        ({"logprobs": None}, 3, 3),
+        ({"logprobs": 0}, None, 0),
+        ({"logprobs": 20}, 3, 20),
+        ({"logprobs": False}, 3, None),
+        ({"logprobs": True}, None, 0),
+        ({"logprobs": True, "top_logprobs": 5}, None, 5),
+    ],
+)
+@pytest.mark.parametrize("batch", [False, True])
+def test_logprobs_are_asked_for_as_completions_and_as_chats_do(
+    body: dict[str, Any], default: int | None, logprobs: int | None, batch: bool
+) -> None:
+    entry = {"prompt": "a", **body}
+    (request,), _ = read(
+        json.dumps({"body": entry} if batch else entry).encode(), defaults=Sampling(max_new_tokens=1, logprobs=default)
+    )
+    assert request.sampling.logprobs == logprobs
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"logprobs": 21}, "logprobs must lie between 0 and 20, not 21"),
+        ({"logprobs": True, "top_logprobs": -1}, "logprobs must lie between 0 and 20, not -1"),
+        ({"logprobs": "yes"}, "logprobs must be true, false or an integer, not 'yes'"),
+        ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+        ({"logprobs": 4, "top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+    ],
+)
+def test_logprobs_that_cannot_be_told_are_refused(body: dict[str, Any], reason: str) -> None:
+    assert refuse_body(**body) == reason
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
 @click.option(
+    "--logprobs",
+    type=click.IntRange(min=0, max=20),
+    help="Tell each token's log-probability, and those of so many of the likeliest tokens. With -o.",
+)
+@click.option(
     "--num-gpus",
     type=click.IntRange(min=1),
     help="Start this many ranks, an independent stream on each GPU, through DeepSpeed's launcher. [default: one]",
@@ -254,7 +259,7 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     from zeroinf.jobs.output import errors_path
     from zeroinf.jobs.runner import pick_device, run_job
 
-    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "logprobs")
     options = RunOptions(
         sampling=Sampling(**{key: asked.pop(key) for key in keys}),
         sampling_only=tuple(given(ctx, *_SAMPLING_ONLY)),

@@ -14,7 +14,7 @@ from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.row import Row
-from zeroinf.generation.sampling import choose_tokens, to_device
+from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of, to_device
 from zeroinf.generation.scheduler import Group, Seat
 
 
@@ -154,9 +154,10 @@ class MicroBatch:
             index = to_device(choosing, desk.device)
             scores, seats, lengths = (each.index_select(0, index) for each in (scores, seats, lengths))
         chosen = [group.seats[index] for index in choosing]
-        tokens = choose_tokens(self._processed(scores, chosen), [seat.row for seat in chosen], _numbers(chosen))
+        rows = [seat.row for seat in chosen]
+        tokens = choose_tokens(self._processed(scores, chosen), rows, _numbers(chosen))
         desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
-        return Chosen(chosen, tokens)
+        return Chosen(chosen, tokens, likelihoods_of(scores, tokens, rows))
 
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
@@ -179,9 +180,10 @@ class MicroBatch:
 class Chosen:
     """The tokens chosen for some rows, on their way to the host."""
 
-    def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor) -> None:
+    def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor, likelihoods: Likelihoods | None) -> None:
         self.seats = seats
         self._tokens = tokens.to("cpu", non_blocking=True)
+        self._likelihoods = None if likelihoods is None else likelihoods.to_host()
         self._copied = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
@@ -190,6 +192,10 @@ class Chosen:
         """Wait for the tokens and give them to their rows: how many rows grew, and the seats of those that ended."""
         if self._copied is not None:
             self._copied.synchronize()
+        told = {} if self._likelihoods is None else self._likelihoods.by_place()
+        for place, likelihood in told.items():
+            if not self.seats[place].row.finished:
+                self.seats[place].row.likelihoods.append(likelihood)
         live = [(seat, token) for seat, token in zip(self.seats, self._tokens.tolist(), strict=True)]
         live = [(seat, token) for seat, token in live if not seat.row.finished]
         for seat, token in live:

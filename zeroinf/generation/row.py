@@ -10,6 +10,9 @@ from typing import Literal
 Decode = Callable[[Sequence[int]], str]
 FinishReason = Literal["stop", "length"]
 
+MOST_LOGPROBS = 20
+"""As many likely tokens as OpenAI's API tells."""
+
 # Tokens may hold a part of a character, so the text that ends in a stop string can reach back a little further than
 # one token a character.
 _STOP_MARGIN_TOKENS = 8
@@ -30,6 +33,8 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of so many of the likeliest; None: tell none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,12 +45,23 @@ class Sampling:
             raise ValueError(f"top_p must lie above 0 and at most at 1, not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs must lie between 0 and {MOST_LOGPROBS}, not {self.logprobs}")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """What the model thought of a token before it was chosen."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens with their log-probabilities, the likeliest first."""
 
 
 @dataclass(slots=True)
@@ -57,6 +73,8 @@ class Row:
     sampling: Sampling
     decode: Decode
     generated: list[int] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
+    """Of each generated token, where `sampling.logprobs` asks for them."""
     finish_reason: FinishReason | None = None
     text: str = ""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.row import Likelihood, Row, Sampling
 
 
 def choose_tokens(scores: torch.Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> torch.Tensor:
@@ -27,6 +28,51 @@ def choose_tokens(scores: torch.Tensor, rows: Sequence[Row], numbers: Sequence[i
         )
         tokens[index] = drawn
     return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihoods:
+    """Log-probabilities of the tokens chosen for the rows at `places`, and of the likeliest ones."""
+
+    places: Sequence[int]
+    counts: Sequence[int]
+    """How many of the likeliest each row asks for."""
+    logs: torch.Tensor
+    """(places, 1 + most of counts), float32: the chosen token's, then those of the likeliest."""
+    tokens: torch.Tensor
+    """(places, most of counts), int64: the likeliest."""
+
+    def to_host(self) -> Likelihoods:
+        """The same in host memory, once the device has come so far."""
+        logs, tokens = (each.to("cpu", non_blocking=True) for each in (self.logs, self.tokens))
+        return replace(self, logs=logs, tokens=tokens)
+
+    def by_place(self) -> dict[int, Likelihood]:
+        """What each row is told."""
+        told = zip(self.places, self.counts, self.logs.tolist(), self.tokens.tolist(), strict=True)
+        return {
+            place: Likelihood(own, tuple(zip(tokens, top, strict=True))[:count])
+            for place, count, (own, *top), tokens in told
+        }
+
+
+def likelihoods_of(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Row]) -> Likelihoods | None:
+    """What the model's own scores say of the tokens `chosen` for `rows`; None where no row asks.
+
+    scores: (rows, vocabulary), of any dtype, as the model gave them; chosen: (rows,), int64.
+    """
+    asked = {place: row.sampling.logprobs for place, row in enumerate(rows)}
+    counts = {place: count for place, count in asked.items() if count is not None}
+    if not counts:
+        return None
+    places = list(counts)
+    if len(places) < len(rows):
+        index = to_device(places, scores.device)
+        scores, chosen = scores.index_select(0, index), chosen.index_select(0, index)
+    logs = scores.log_softmax(dim=-1, dtype=torch.float32)
+    top = logs.topk(min(max(counts.values()), logs.shape[1]))
+    own = logs.gather(1, chosen[:, None])
+    return Likelihoods(places, list(counts.values()), torch.cat((own, top.values), dim=1), top.indices)
 
 
 def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

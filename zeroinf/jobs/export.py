@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -46,6 +47,7 @@ def _write_parquet(descriptor: int, results: Iterator[Result]) -> None:
             ("finish_reason", text),
             ("prompt_tokens", number),
             ("completion_tokens", number),
+            ("logprobs", text),
         ]
     )
     with io.BufferedWriter(_Raw(descriptor)) as file, parquet.ParquetWriter(file, schema) as writer:
@@ -54,10 +56,11 @@ def _write_parquet(descriptor: int, results: Iterator[Result]) -> None:
 
 
 def _whole(fields: dict[str, Any]) -> dict[str, Any]:
-    """Parquet's text is UTF-8, which half a surrogate pair has none of."""
+    """Parquet's text is UTF-8, which half a surrogate pair has none of; what is nested becomes JSON."""
+    flat = {name: json.dumps(value) if isinstance(value, list) else value for name, value in fields.items()}
     return {
         name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-        for name, value in fields.items()
+        for name, value in flat.items()
     }
 
 

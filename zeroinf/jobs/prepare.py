@@ -73,6 +73,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
             f"none of the {len(refusals) + len(too_long)} requests can be run: {(refusals + too_long)[0].reason}"
         )
     _refuse_idle_sampling_flags(options, work)
+    if options.output_file is None and any(item.sampling.logprobs is not None for item in work):
+        raise UsageError("logprobs without --output-file: in=/out= pairs hold none", hint="add -o FILE, or drop them")
     refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
     how = {"engine": engine, "dtype": anatomy.dtype, "wire": options.wire, "device": device}
     checkpoint = options.tensor_parallel.checkpoint
@@ -84,9 +86,11 @@ def prepare(
     options: RunOptions, source: ModelSource, reading: Reading, work: tuple[Work, ...], world: World, device: str
 ) -> Prepared:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
+    asked = [count for item in work if (count := item.sampling.logprobs) is not None]
     lengths = Lengths(
         prompt_tokens=max(len(item.prompt) for item in work),
         new_tokens=max(item.sampling.max_new_tokens for item in work),
+        logprobs=max(asked, default=None),
         padded=len({len(item.prompt) for item in work}) > 1,
         mean_prompt_tokens=fmean(len(item.prompt) for item in work),
         mean_new_tokens=fmean(item.sampling.max_new_tokens for item in work),

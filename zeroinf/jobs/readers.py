@@ -41,7 +41,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "echo": (False,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),  # in /v1/completions 0 still asks for the chosen token's logprob
     "min_p": (0,),
     "n": (1,),
     "presence_penalty": (0,),
@@ -50,7 +49,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "stream": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 
 
@@ -89,6 +87,12 @@ def _as_id(value: object) -> str:
 
 def _as_stop(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _as_logprobs(value: object) -> object:
+    if value is None or isinstance(value, int):
+        return value
+    raise ValueError("must be true, false or an integer")
 
 
 def _as_content(value: object) -> object:
@@ -136,6 +140,8 @@ class _Body(_Edge):
     seed: int | None = None
     stop: Annotated[list[_Text] | None, BeforeValidator(_as_stop)] = None
     ignore_eos: bool | None = None
+    logprobs: Annotated[Any, AfterValidator(_as_logprobs)] = None
+    top_logprobs: int | None = None
 
 
 class _Line(_Body):
@@ -333,7 +339,7 @@ def _asks_for_nothing(key: str, value: object) -> bool:
         return True
     if key not in _NEUTRAL:
         return False
-    # To Python False equals 0 and True equals 1; to the API `logprobs: 0` and `logprobs: false` differ.
+    # To Python False equals 0 and True equals 1; to the API they are of different types.
     if any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in _NEUTRAL[key]):
         return True
     raise _LineError(f"{key}={reprlib.repr(value)} is not supported")
@@ -362,10 +368,23 @@ def _sampling(body: _Body, defaults: Sampling) -> Sampling:
         "ignore_eos": body.ignore_eos,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if (logprobs := _logprobs(body, defaults.logprobs)) != defaults.logprobs:
+        changes["logprobs"] = logprobs
     try:
         return replace(defaults, **changes) if changes else defaults
     except ValueError as error:
         raise _LineError(str(error)) from None
+
+
+def _logprobs(body: _Body, default: int | None) -> int | None:
+    """Completions ask with a number (`logprobs: 5`), chats with two keys (`logprobs: true, top_logprobs: 5`)."""
+    if body.top_logprobs and body.logprobs is not True:
+        raise _LineError(f"top_logprobs={body.top_logprobs} needs logprobs=true")
+    if body.logprobs is None:
+        return default
+    if isinstance(body.logprobs, bool):
+        return (body.top_logprobs or 0) if body.logprobs else None
+    return int(body.logprobs)
 
 
 def _readable_id(entry: dict[str, Any]) -> str | None:

@@ -44,15 +44,19 @@ class Result:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    logprobs: list[dict[str, Any]] | None = None
+    """Of each generated token, as the output tells them, where the request asks for them."""
 
-    def to_fields(self) -> dict[str, str | int]:
+    def to_fields(self) -> dict[str, Any]:
         """What the output says of it."""
+        told = {} if self.logprobs is None else {"logprobs": self.logprobs}
         return {
             "id": self.id,
             "completion": self.completion,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            **told,
         }
 
     def to_line(self) -> str:
@@ -61,7 +65,7 @@ class Result:
 
     def to_record(self) -> dict[str, Any]:
         """All of it but the prompt, for the journal."""
-        return {name: value for name, value in asdict(self).items() if name != "prompt"}
+        return {name: value for name, value in asdict(self).items() if name != "prompt" and value is not None}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Result:
@@ -83,5 +87,5 @@ class Refusal:
         return _json_line({"line": self.line, "id": self.id, "error": self.reason})
 
 
-def _json_line(fields: Mapping[str, str | int | None]) -> str:
+def _json_line(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False)

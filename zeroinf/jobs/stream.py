@@ -118,6 +118,7 @@ class Stream:
             return
         work = self._work[row.index]
         assert row.finish_reason is not None
+        told = None if work.sampling.logprobs is None else list(map(self._codec.told, row.generated, row.likelihoods))
         self._box.put(
             Result(
                 index=work.index,
@@ -127,6 +128,7 @@ class Stream:
                 finish_reason=row.finish_reason,
                 prompt_tokens=len(work.prompt),
                 completion_tokens=len(row.generated),
+                logprobs=told,
             )
         )
 

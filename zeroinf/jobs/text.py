@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from zeroinf.generation.row import Likelihood
 from zeroinf.jobs.requests import Request
+
+_DECIMALS = 6
+_IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
 
 
 class TextCodec:
@@ -14,6 +18,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any | None, vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
+        self._texts: dict[int, str] = {}
 
     @property
     def pad_token(self) -> int | None:
@@ -53,3 +58,20 @@ class TextCodec:
         if self._tokenizer is not None:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         return " ".join(str(token) for token in tokens)
+
+    def told(self, token: int, likelihood: Likelihood) -> dict[str, Any]:
+        """A generated token and the likeliest ones in its place, for the output."""
+        top = [self._with_text(*one) for one in likelihood.top]
+        return {**self._with_text(token, likelihood.logprob), "top_logprobs": top}
+
+    def _with_text(self, token: int, logprob: float) -> dict[str, Any]:
+        if token not in self._texts:
+            self._texts[token] = self._text(token)
+        value = round(max(_IMPOSSIBLE, logprob), _DECIMALS)
+        return {"token": self._texts[token], "id": token, "logprob": value}
+
+    def _text(self, token: int) -> str:
+        """A token by itself, special ones and spaces included."""
+        if self._tokenizer is not None:
+            return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(token)

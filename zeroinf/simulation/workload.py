@@ -196,7 +196,7 @@ class Simulator:
     def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder) -> Step:
         """The loop's own steps for a micro-batch: `recorder` is told of each."""
         recorder.cut_kernels(self._times)
-        batch = MicroBatch(desk, _group(parts, self._lengths.new_tokens, on_host=desk.host is not None))
+        batch = MicroBatch(desk, _group(parts, self._lengths, on_host=desk.host is not None))
         inputs = batch.inputs()
         desk.begin([batch])
         (making,) = recorder.cut()
@@ -222,8 +222,8 @@ def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
     return (Part(start, count), *(other,) * (rows - 1))
 
 
-def _group(parts: Sequence[Part], new_tokens: int, *, on_host: bool) -> Group:
-    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+def _group(parts: Sequence[Part], lengths: Lengths, *, on_host: bool) -> Group:
+    sampling = Sampling(max_new_tokens=lengths.new_tokens, ignore_eos=True, logprobs=lengths.logprobs)
     seats = [
         Seat(Row(index=i, prompt=(), sampling=sampling, decode=str), i, known=part.start + part.count)
         for i, part in enumerate(parts)
