@@ -380,10 +380,9 @@ def test_why_each_way_does_not_fit_is_said() -> None:
 
 
 def test_rows_rest_in_host_memory_where_weights_take_longer_than_their_keys_and_values() -> None:
-    slow, box = speeds(link_gbps=2.0), Box(gpu=2 * GIB, host=64 * GIB)
+    slow, box = speeds(link_gbps=2.0), Box(gpu=GIB, host=64 * GIB)
     on_gpu, free = (
-        choose(box, prompt=1024, rates=slow, offload="cpu", resident_blocks=0, host_share=share)
-        for share in (0.0, "auto")
+        choose(box, rates=slow, offload="cpu", resident_blocks=0, host_share=share) for share in (0.0, "auto")
     )
     assert on_gpu.chosen.choice.host_rows == 0
     assert free.chosen.choice.host_rows > 0

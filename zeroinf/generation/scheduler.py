@@ -192,10 +192,8 @@ class Scheduler:
             tokens = len(row.prompt) + row.sampling.max_new_tokens
             needed = self._row_pages(tokens)
             if needed > self.limits.pages and tokens > self.limits.host_tokens:
-                raise ValueError(
-                    f"row {row.index} needs {needed} pages of {self.limits.pages}, or room for {tokens} tokens of "
-                    f"{self.limits.host_tokens} on the host"
-                )
+                host = f", or room for {tokens} tokens of {self.limits.host_tokens}" if self.limits.host_tokens else ""
+                raise ValueError(f"row {row.index} needs {needed} pages of a pool of {self.limits.pages}{host}")
         self._waiting.extend(rows)
 
     def admit(self) -> list[Seat]:

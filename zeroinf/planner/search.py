@@ -41,7 +41,7 @@ _SHORTEST_PART = 256
 # The most rows are found to a part of so many.
 _CLOSE_ENOUGH = 32
 
-_HOST_SHARES = (0.0, 0.5, 0.75, 1.0)
+_HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
 
