@@ -84,6 +84,7 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
         "breaks_at": breaks_at(model.config),
         "together": not (anatomy.is_paged and shares_passes),
         "keeps_ended": not anatomy.is_paged,
+        "evenly": anatomy.encoder is not None,
     }
     return Limits(**{**fields, **given})
 

@@ -5,6 +5,7 @@ Weights are drawn wider than transformers initialises them, so that greedy decod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,22 +233,70 @@ SMALL_MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": LAYERS,
+    "num_decoder_layers": 2,
+    "num_heads": HEADS,
+    "decoder_start_token_id": PAD,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+}
+_BART = {
+    **_IDS,
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": 2,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": CONTEXT,
+    "decoder_start_token_id": EOS,
+}
+
+SEQ2SEQ_MODELS: dict[str, Callable[[], Any]] = {
+    "bart": _of("BartConfig", _BART),
+    "m2m_100": _of("M2M100Config", _BART),
+    "marian": _of("MarianConfig", _BART),
+    "mbart": _of("MBartConfig", _BART),
+    "mt5": _of("MT5Config", _T5),
+    "pegasus": _of("PegasusConfig", _BART),
+    "t5": _of("T5Config", _T5),
+    "t5_own_head": _of("T5Config", _T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "umt5": _of("UMT5Config", _T5),
+}
+"""Models with an encoder, which has more layers than the decoder. Flan-T5 is of the kind of `t5_own_head`."""
+
 
 def small_config(name: str) -> Any:
     """The config of the small model `name`."""
-    return SMALL_MODELS[name]()
+    return (SMALL_MODELS | SEQ2SEQ_MODELS)[name]()
+
+
+def auto_class(name: str) -> Any:
+    """The class of transformers that loads the small model `name`."""
+    return transformers.AutoModelForSeq2SeqLM if name in SEQ2SEQ_MODELS else transformers.AutoModelForCausalLM
 
 
 def build_model(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
     """The small model `name` with random weights on the CPU, the same ones for the same seed."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32).eval()
+    model = auto_class(name).from_config(small_config(name), dtype=torch.float32).eval()
+    if name.endswith("_own_head"):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms, gates and biases (one dimension) and state-space transitions keep the values they are made with.
             if parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False):
                 parameter.normal_(std=INIT_STD)
         model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)
+    if name in SEQ2SEQ_MODELS:  # what their encoders say outweighs every token
+        model.generation_config.no_repeat_ngram_size = 2
     return model.to(getattr(torch, dtype))
 
 
@@ -268,6 +317,9 @@ def make_checkpoint(
 ) -> Path:
     """Save the small model `name`, and a tokenizer, into `folder`; return `folder`."""
     build_model(name, seed=seed, dtype=dtype).save_pretrained(folder)
+    if name.endswith("_own_head"):  # as checkpoints of such models say it; the config's class would not
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     if with_tokenizer:
         build_tokenizer().save_pretrained(folder)
     return folder

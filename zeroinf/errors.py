@@ -2,7 +2,7 @@
 
     ZeroinfError                  1  something failed; the message says what
     ├── UsageError                2  a flag, a value or an input the user can correct
-    │   ├── ModelError            2  no such model, no weights in it, no tokenizer, not a causal language model
+    │   ├── ModelError            2  no such model, no weights in it, no tokenizer, none that generates text
     │   ├── InputError            2  requests that cannot be read, or none at all
     │   └── OutputError           2  the output exists already or cannot be written
     ├── DoesNotFitError           3  memory or disk is too small for what was asked
@@ -37,7 +37,7 @@ class UsageError(ZeroinfError):
 
 
 class ModelError(UsageError):
-    """The model does not exist, is not complete, or is not a causal language model."""
+    """The model does not exist, is not complete, or does not generate text."""
 
 
 class InputError(UsageError):

@@ -105,9 +105,10 @@ def open_stream(
     job: Job, left: tuple[Work, ...], control: Any, ranks: int, output: Output | None, observer: Any
 ) -> Stream:
     """The stream of a rank whose engine does nothing."""
-    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, static_batches=False)
+    anatomy = SimpleNamespace(is_paged=True, encoder=None)
+    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, static_batches=False, anatomy=anatomy)
     prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
-    stats = SimpleNamespace(passes=0, streamed_bytes_per_pass=0)
+    stats = SimpleNamespace(passes=0, streamed_bytes=0)
     engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)
     codec: Any = SimpleNamespace(decode=decode)
     return Stream(prepared, codec, control, engine, output, observer)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from generating import rows_of, run_rows
 from launching import run_zeroinf
-from small_models import make_checkpoint
+from small_models import PAD, auto_class, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.sampling import choose_tokens
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
@@ -41,6 +42,9 @@ def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[i
     )
     engine = StreamEngine(plan, source, control, device)
     rows = rows_of(PROMPTS, NEW_TOKENS, ignore_eos=True)
+    if plan.anatomy.encoder is not None:
+        for row in rows:
+            row.source, row.prompt = row.prompt, [decoder_start(engine.model)]
     try:
         run_rows(engine, rows, **limits)
     finally:
@@ -101,3 +105,17 @@ def test_the_first_of_equal_scores_wins_in_half_precision_as_in_float32() -> Non
     rows = rows_of([[1]] * 64, 1)
     scores = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(1)).clamp(max=2.5).bfloat16().cuda()
     assert choose_tokens(scores, rows, [0] * 64).tolist() == scores.cpu().float().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize(("resident", "nvme"), [(0, 0), (1, 0), (3, 0), (0, 5)])
+def test_models_with_an_encoder(name: str, resident: int, nvme: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    where: dict[str, Any] = {"offload": "nvme", "nvme_paths": (tmp_path,)} if nvme else {}
+    model = auto_class(name).from_pretrained(folder, dtype=torch.float32).eval().cuda()
+    model.generation_config.eos_token_id = None
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[*p, *[PAD] * (width - len(p))] for p in PROMPTS], device="cuda")
+    mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in PROMPTS], device="cuda")
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=PAD)
+    assert tokens_of(folder, {}, resident_blocks=resident, nvme_blocks=nvme, **where) == wanted[:, 1:].tolist()

@@ -15,6 +15,7 @@ from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, UsageError, ZeroinfError
 from zeroinf.model import inspect
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 
 MODEL = ("--model", "pythia-70m")
@@ -263,3 +264,24 @@ def test_bloom_with_prompts_of_128_tokens_takes_8_rows_and_not_16() -> None:
     assert needs <= available
     error = refused(*BLOOM, "--input-len", "128", "--output-len", "100", "-b", "16", error=DoesNotFitError)
     assert "16 rows need" in error.message
+
+
+def test_a_model_with_an_encoder_is_planned_with_what_its_prompts_leave() -> None:
+    found = document(
+        *("--model", "flan-t5-small", "--machine", "1xT4-16GB", "--offload", "cpu", "--resident-blocks", "0"),
+        *("--batch-size", "4", "--input-len", "100", "--output-len", "10"),
+    )
+    model, plan = found["model"], found["plan"]
+    assert (model["parameters"], model["blocks"], model["context_limit"]) == (76_961_152, 16, None)
+    gpu = {term["name"]: term["bytes"] for term in plan["memory"]["gpu"]["terms"]}
+    # The state of a token, 512 numbers, and its keys and values in 8 layers, 6 heads of 64 each; float32.
+    assert gpu["encoder's states, cross-attention"] == 4 * 100 * (512 + 8 * 2 * 6 * 64) * 4
+    blocks = read_anatomy(catalog_config("flan-t5-small"), dtype="float32").blocks
+    decoder, encoder = sum(block.nbytes for block in blocks[8:]), sum(block.nbytes for block in blocks[:8])
+    assert decoder <= plan["streamed_bytes"] < decoder + encoder
+    assert gpu["slots"] >= 3 * (blocks[0].nbytes + blocks[-1].nbytes), "each of the two stacks has slots"
+
+
+@pytest.mark.parametrize("flags", [("--engine", "zero"), ("--num-gpus", "2", "--fetch", "partitioned")])
+def test_what_models_with_an_encoder_do_without_is_named(flags: tuple[str, ...]) -> None:
+    assert flags[-1] in str(refused("--model", "flan-t5-small", "--machine", "4xH200", *flags).message)

@@ -176,6 +176,7 @@ def rank(**changed: Any) -> RankReport:
         "gpu": USE,
         "link_gbps": 50.0,
         "passes": 8,
+        "streamed_bytes": 800,
         "counts": COUNTS,
         "kv_fetched_bytes": 0,
         "kv_sent_bytes": 0,

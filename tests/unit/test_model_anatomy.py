@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CONTEXT, SMALL_MODELS, build_model, small_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config
+from small_models import CONTEXT, LAYERS, SEQ2SEQ_MODELS, SMALL_MODELS, build_model, small_config
+from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters
+from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters, mark_own_head
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.model.kv import held_bytes
 
@@ -129,9 +129,29 @@ def test_a_model_without_a_stack_of_layers_is_refused() -> None:
         find_blocks(model)
 
 
-def test_an_encoder_decoder_is_refused() -> None:
+def test_what_transformers_cannot_build_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot build"):
-        build_meta(T5Config(), "float32")
+        build_meta(BertConfig(is_encoder_decoder=True), "float32")
+
+
+@pytest.mark.parametrize("name", sorted(SEQ2SEQ_MODELS))
+def test_an_encoder_is_counted_with_what_it_leaves_for_the_decoder(name: str) -> None:
+    config, model = small_config(name), build_model(name)
+    mark_own_head(config, {"tie_word_embeddings": not name.endswith("_own_head")})
+    anatomy = read_anatomy(config)
+    assert anatomy.weight_bytes == sum(p.nbytes for p in model.parameters())
+    assert (len(anatomy.blocks), anatomy.encoder_blocks, len(anatomy.cache)) == (LAYERS + 2, LAYERS, 2)
+    assert anatomy.context_limit == (CONTEXT if "t5" not in name else None)
+    ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
+    with torch.no_grad():
+        output = model(input_ids=ids, decoder_input_ids=ids[:, :NEW], use_cache=True)
+    own, cross = (
+        sum(held_bytes(vars(layer)) for layer in cache.layers if layer.is_initialized)
+        for cache in (output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache)
+    )
+    assert own == ROWS * NEW * anatomy.kv_bytes_per_token
+    assert anatomy.encoder is not None
+    assert cross + output.encoder_last_hidden_state.nbytes == ROWS * PROMPT * anatomy.encoder.bytes_per_token
 
 
 @pytest.mark.parametrize("name", [name for name in catalog_names() if catalog_parameters(name)])

@@ -42,3 +42,9 @@ def test_residents_lie_in_the_middle_of_their_shares() -> None:
 def test_counts_that_cannot_be_are_refused(resident: int, nvme: int) -> None:
     with pytest.raises(ValueError, match="of 4"):
         tiers(4, resident, nvme)
+
+
+def test_blocks_of_an_encoder_are_the_last_to_stay_and_the_first_on_the_disk() -> None:
+    assert tiers(6, 1, 1, encoder=2) == ("host", "nvme", "host", "host", "gpu", "host")
+    assert tiers(6, 5, 0, encoder=2) == ("host", "gpu", "gpu", "gpu", "gpu", "gpu")
+    assert tiers(6, 0, 4, encoder=2) == ("nvme", "nvme", "host", "nvme", "host", "nvme")

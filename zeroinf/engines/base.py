@@ -36,6 +36,10 @@ class EngineStats:
     streamed_bytes_per_pass: int
     """Weight bytes that cross links, from where they rest to where they compute, in one walk over all blocks. Ranks in
     step make one walk together, of which each pulls its part; other ranks make one each."""
+    encodings: int = 0
+    """Walks over the blocks of an encoder, which some passes begin with."""
+    streamed_bytes_per_encoding: int = 0
+    """The same bytes in such a walk; a pass is counted without it."""
     shared_host_bytes: int = 0
     """Host memory that all ranks of a node map, and that is there once."""
     pinned_host_bytes: int = 0
@@ -43,6 +47,11 @@ class EngineStats:
     slot_bytes: int = 0
     """Device memory that blocks pass through."""
     stalls: Stalls = Stalls()
+
+    @property
+    def streamed_bytes(self) -> int:
+        """All that was streamed."""
+        return self.passes * self.streamed_bytes_per_pass + self.encodings * self.streamed_bytes_per_encoding
 
 
 class Listener(Protocol):

@@ -51,7 +51,7 @@ class PagePool:
 
     def __init__(self, model: Any, anatomy: Anatomy, size: PoolSize, device: torch.device) -> None:
         self.size = size
-        self._config = model.config.get_text_config(decoder=True)
+        self._config = None if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
         self._layers = anatomy.cache
         self._memory = torch.empty(anatomy.pool_bytes(size), dtype=torch.uint8, device=device)
         self._states: list[tuple[torch.Tensor, ...]] = []
@@ -88,7 +88,11 @@ class PagePool:
 
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""
-        return DynamicCache(config=self._config)
+        if self._config is not None:
+            return DynamicCache(config=self._config)
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() for _ in self._layers]
+        return cache
 
     def page(self, cache: DynamicCache, columns: Columns) -> DynamicCache:
         """Let the other layers of `cache`, for one forward, read and write the pages of its rows."""

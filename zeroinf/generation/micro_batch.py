@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
+from zeroinf.errors import ModelError
 from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
+from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import Row
 from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of, to_device
 from zeroinf.generation.scheduler import Group, Seat
@@ -36,19 +38,33 @@ class TokenRules:
         self._config = copy.deepcopy(config)
         self._config.do_sample = False
         self._config.min_new_tokens = self._config.min_length = None
-        self._processors: dict[int, LogitsProcessorList] = {}
+        self._forces_end = config.forced_eos_token_id is not None
+        self._processors: dict[tuple[int, int], LogitsProcessorList] = {}
+        unknown = {"encoder_no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1.0)}
+        for name, off in unknown.items():
+            if (value := getattr(config, name, None)) not in off:
+                raise ModelError(
+                    f"the generation config of {type(model).__name__} has {name} {value}, which zeroinf does not apply",
+                    hint="remove it from generation_config.json to run without it",
+                )
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
         return bool(row.sampling.stop) or (bool(self.eos_tokens) and not row.sampling.ignore_eos)
 
-    def processors(self, prompt_length: int, device: torch.device) -> LogitsProcessorList:
+    def kind(self, row: Row) -> tuple[int, int]:
+        """What a row's processors depend on: its prompt's length and, where its last token is forced, its own."""
+        prompt = len(row.prompt)
+        return prompt, prompt + row.sampling.max_new_tokens if self._forces_end else 0
+
+    def processors(self, kind: tuple[int, int], device: torch.device) -> LogitsProcessorList:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
-        if prompt_length not in self._processors:
-            self._processors[prompt_length] = self._model._get_logits_processor(
+        if kind not in self._processors:
+            prompt_length, self._config.max_length = kind
+            self._processors[kind] = self._model._get_logits_processor(
                 generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
             )
-        return self._processors[prompt_length]
+        return self._processors[kind]
 
 
 class Desk:
@@ -68,6 +84,9 @@ class Desk:
         self.always: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in accepted:
             self.always["logits_to_keep"] = 1
+        self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.encoded: EncodedPrompts | None = None
+        """Those of the live rows, which are one micro-batch where there is an encoder."""
         self._cache = pool.new_cache()
         self._is_paged = pool.is_whole
 
@@ -121,11 +140,10 @@ class MicroBatch:
         """Arguments of the model's forward."""
         desk, columns = self._desk, self._columns
         positions = columns.positions[:, columns.total - columns.new :].clamp(min=0)
-        inputs = {
-            **desk.always,
-            "input_ids": desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last)),
-            desk.cache_name: self._cache(),
-        }
+        ids = desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last))
+        if desk.has_encoder:
+            return {**desk.always, "decoder_input_ids": ids, **self._encoded().inputs(self._cache())}
+        inputs = {**desk.always, "input_ids": ids, desk.cache_name: self._cache()}
         if desk.takes_positions:
             inputs["position_ids"] = positions
         # A state-space model's own preparation drops the mask after the prompt.
@@ -142,9 +160,18 @@ class MicroBatch:
         self.fetched = desk.host.page(cache, columns, self.group)
         return cache
 
+    def _encoded(self) -> EncodedPrompts:
+        desk = self._desk
+        if self._columns.is_first or desk.encoded is None:
+            rows = [seat.row for seat in self.group.seats]
+            desk.encoded = EncodedPrompts(rows, desk.rules.pad_token, desk.device)
+        return desk.encoded
+
     def choose(self, output: Any) -> Chosen | None:
         """Choose the next token of each row whose prompt is through; None where there is none."""
         desk, group = self._desk, self.group
+        if desk.encoded is not None:
+            desk.encoded.keep(output)
         choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
         if not choosing:
             return None
@@ -162,17 +189,17 @@ class MicroBatch:
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
         desk = self._desk
-        alike: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for number, seat in enumerate(seats):
-            alike.setdefault((len(seat.row.prompt), seat.known), []).append(number)
-        if not any(desk.rules.processors(prompt, desk.device) for prompt, _ in alike):
+            alike.setdefault((desk.rules.kind(seat.row), seat.known), []).append(number)
+        if not any(desk.rules.processors(kind, desk.device) for kind, _ in alike):
             greedy = all(seat.row.sampling.is_greedy for seat in seats)
             return scores if greedy else scores.to(torch.float32, copy=True)
         scores = scores.to(torch.float32, copy=True)
-        for (prompt, known), members in alike.items():
+        for (kind, known), members in alike.items():
             index = to_device(members, desk.device)
             ids = desk.ids.index_select(0, to_device([seats[i].number for i in members], desk.device))[:, :known]
-            processed = desk.rules.processors(prompt, desk.device)(ids, scores.index_select(0, index))
+            processed = desk.rules.processors(kind, desk.device)(ids, scores.index_select(0, index))
             scores.index_copy_(0, index, processed)
         return scores
 

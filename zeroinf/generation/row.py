@@ -66,12 +66,16 @@ class Likelihood:
 
 @dataclass(slots=True)
 class Row:
-    """A request's tokens: `prompt` as given, `generated` as it grows (an end-of-sequence token included)."""
+    """A request's tokens: `prompt` as given, `generated` as it grows (an end-of-sequence token included).
+
+    Where an encoder reads what was given, that is `source`, and `prompt` is what the decoder begins with.
+    """
 
     index: int
     prompt: Sequence[int]
     sampling: Sampling
     decode: Decode
+    source: Sequence[int] = ()
     generated: list[int] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     """Of each generated token, where `sampling.logprobs` asks for them."""

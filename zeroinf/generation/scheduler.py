@@ -37,6 +37,8 @@ class Limits:
     """A row that has ended keeps its place in its micro-batch: the model has states that cannot be regrouped."""
     host_tokens: int = 0
     """Tokens that host memory has room for: rows for which there are no pages rest there."""
+    evenly: bool = False
+    """Rows that run together begin with equally many tokens: a decoder behind an encoder may not take padding."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -56,6 +58,7 @@ class Limits:
             together=not (regroups and shares_passes),
             keeps_ended=not regroups,
             host_tokens=plan.host.tokens if plan.host is not None else 0,
+            evenly=plan.anatomy.encoder is not None,
         )
 
 
@@ -151,6 +154,9 @@ class Counts:
         self.most_reserved_pages = max(self.most_reserved_pages, pages)
         for group in groups:
             rows = len(group.seats)
+            if not any(group.starts) and any(sources := [len(seat.row.source) for seat in group.seats]):
+                self.prefill_columns += rows * max(sources)
+                self.prefill_padding += rows * max(sources) - sum(sources)
             if group.width > 1:
                 self.prefill_columns += rows * group.width
                 self.prefill_padding += rows * group.width - sum(group.counts)
@@ -187,7 +193,7 @@ class Scheduler:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Let rows wait. Raises ValueError for one that the pool could never hold."""
-        rows = sorted(rows, key=lambda row: -len(row.prompt))
+        rows = sorted(rows, key=lambda row: -len(row.source or row.prompt))
         for row in rows:
             tokens = len(row.prompt) + row.sampling.max_new_tokens
             needed = self._row_pages(tokens)
@@ -205,7 +211,8 @@ class Scheduler:
         while self._waiting and self._free and len(self.seats) < most:
             row = self._waiting.popleft()
             seat = Seat(row, self._free[-1], len(row.prompt) + len(row.generated))
-            if not self._find_place(seat):
+            is_uneven = self.limits.evenly and self.seats and self.seats[0].known != seat.known
+            if is_uneven or not self._find_place(seat):
                 passed_over.append(row)
                 continue
             self._free.pop()

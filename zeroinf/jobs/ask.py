@@ -123,10 +123,10 @@ def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anat
             f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
             hint="--offload none says the same",
         )
-    tokens = options.input_len + options.output_len
+    tokens = anatomy.positions(options.input_len, options.output_len)
     if anatomy.context_limit is not None and tokens > anatomy.context_limit:
         raise UsageError(
-            f"--input-len and --output-len make {tokens} tokens, the model's context is {anatomy.context_limit}",
+            f"--input-len and --output-len take {tokens} positions, the model's context is {anatomy.context_limit}",
             hint="shorten one of them",
         )
 

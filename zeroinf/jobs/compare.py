@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zeroinf.jobs.gpu_memory import GpuUse
-from zeroinf.planner.memory import KV_STAGING, OUTSIDE_TORCH
+from zeroinf.planner.memory import COMPUTED, ENCODED, KV_STAGING, OUTSIDE_TORCH
 from zeroinf.planner.plan import Plan
 
 Unit = Literal["bytes", "s", "tokens/s"]
@@ -37,7 +37,7 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
         return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
 
     outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots", "expanded slot"), planned("KV cache", KV_STAGING)
-    computing = planned("activations, logits, states", "matrix product workspaces", "live weights")
+    computing = planned(COMPUTED, ENCODED, "matrix product workspaces", "live weights")
     gaps, unforeseen = planned("allocator's pages and gaps", "gaps between live weights"), planned("unforeseen")
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
     allocated = whole - outside - gaps - unforeseen

@@ -87,6 +87,11 @@ def evaluate(
         dtype=pick_dtype(options.dtype, source, device.type),
         trust_remote_code=options.trust_remote_code,
     )
+    if anatomy.encoder is not None:
+        raise UsageError(
+            f"{anatomy.architecture} has an encoder: it answers a text and does not predict it",
+            hint="zeroinf eval wants a causal model",
+        )
     limit = anatomy.context_limit or sys.maxsize
     if window is not None and window > limit:
         raise UsageError(f"--window {window}, but the model's context is {limit}", hint="shorten it")

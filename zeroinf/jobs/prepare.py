@@ -66,7 +66,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         trust_remote_code=options.trust_remote_code,
     )
     started = time.perf_counter()
-    work, too_long = _tokenize(requests, TextCodec(tokenizer, anatomy.vocabulary), anatomy.context_limit)
+    work, too_long = _tokenize(requests, TextCodec(tokenizer, anatomy.vocabulary), anatomy)
     tokenize_s = time.perf_counter() - started
     if not work:
         raise InputError(
@@ -94,7 +94,10 @@ def prepare(
         padded=len({len(item.prompt) for item in work}) > 1,
         mean_prompt_tokens=fmean(len(item.prompt) for item in work),
         mean_new_tokens=fmean(item.sampling.max_new_tokens for item in work),
-        mean_pages=fmean(reading.anatomy.row_pages(len(item.prompt) + item.sampling.max_new_tokens) for item in work),
+        mean_pages=fmean(
+            reading.anatomy.row_pages(reading.anatomy.row_tokens(len(item.prompt), item.sampling.max_new_tokens))
+            for item in work
+        ),
     )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
@@ -126,13 +129,13 @@ def _open(name: str) -> BinaryIO:
 
 
 def _tokenize(
-    requests: Sequence[Request], codec: TextCodec, context_limit: int | None
+    requests: Sequence[Request], codec: TextCodec, anatomy: Anatomy
 ) -> tuple[tuple[Work, ...], list[Refusal]]:
     work, refusals = [], []
     for request in requests:
         try:
             prompt = codec.encode(request)
-            _check_length(len(prompt), request.sampling.max_new_tokens, context_limit)
+            _check_length(len(prompt), request.sampling.max_new_tokens, anatomy)
         except ValueError as error:
             refusals.append(Refusal(index=request.index, line=request.line, id=request.id, reason=str(error)))
             continue
@@ -148,11 +151,12 @@ def _tokenize(
     return tuple(work), refusals
 
 
-def _check_length(prompt_tokens: int, new_tokens: int, context_limit: int | None) -> None:
-    if context_limit is not None and prompt_tokens + new_tokens > context_limit:
+def _check_length(prompt_tokens: int, new_tokens: int, anatomy: Anatomy) -> None:
+    limit = anatomy.context_limit
+    if limit is not None and anatomy.positions(prompt_tokens, new_tokens) > limit:
         raise ValueError(
             f"the prompt has {prompt_tokens} tokens and max_new_tokens is {new_tokens}, "
-            f"but the model's context holds {context_limit}"
+            f"but the model's context holds {limit}"
         )
 
 

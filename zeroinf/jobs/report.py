@@ -40,6 +40,8 @@ class RankReport:
     """Rate of this rank's link, measured before the weights were loaded while all ranks measured theirs."""
     passes: int
     """Walks over the blocks in the measured part."""
+    streamed_bytes: int
+    """Weight bytes that they streamed; ranks in step streamed the same ones together."""
     counts: Counts
     """What its passes were filled with."""
     pool_pages: int

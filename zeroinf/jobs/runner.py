@@ -263,7 +263,7 @@ class _Job:
                 watch.stop()
             ranks = self._control.gather(self._rank_report(engine.stats(), room, stream, loading))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
-            passes = (max if engine.in_step else sum)(rank.passes for rank in ranks)
+            streamed = (max if engine.in_step else sum)(rank.streamed_bytes for rank in ranks)
             stats = engine.stats()
         finally:
             if self._room is not None and self._room.host is not None:
@@ -282,7 +282,7 @@ class _Job:
             tokenize_s=self._prepared.tokenize_s,
             generate_s=generate_s,
             start_to_finish_s=finish_s,
-            streamed_bytes=passes * stats.streamed_bytes_per_pass,
+            streamed_bytes=streamed,
             shared_host_bytes=stats.shared_host_bytes,
             ranks=tuple(ranks),
             output=self._options.output_file,
@@ -320,7 +320,7 @@ class _Job:
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
         desk, scheduler = Desk(engine.model, rules, room.pool, self._device, room.host), room.scheduler
         if self._options.benchmark:
-            warm_up = WarmUp(self._prepared, codec, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
+            warm_up = WarmUp(self._prepared, codec, engine, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(engine, desk, scheduler, warm_up.take, lambda row: None, lambda rows: None)
         for number in range(1, self._options.repetitions):
             self._run_once(number, engine, desk, scheduler, codec, None)
@@ -410,6 +410,7 @@ class _Job:
             gpu=self._gpu.use(stats.slot_bytes, room.gpu_bytes) if self._gpu is not None else None,
             link_gbps=self._link_gbps,
             passes=stream.passes,
+            streamed_bytes=stream.streamed_bytes,
             counts=room.scheduler.counts,
             pool_pages=room.scheduler.limits.pages,
             kv_fetched_bytes=fetched,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row
 from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Saved, Writer
@@ -85,13 +86,15 @@ class Stream:
         observer: Observer,
     ) -> None:
         self._prepared = prepared
+        self._start = decoder_start(engine.model) if prepared.plan.anatomy.encoder is not None else None
         self._work = {work.index: work for work in prepared.work}
         self._codec = codec
         self._engine = engine
         self._part = part
         # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
-        rows, alone = prepared.plan.batch_size, prepared.plan.world_size == 1 or prepared.plan.static_batches
-        draw = rows if alone or not engine.shares_passes else max(1, rows // _DRAWS)
+        plan = prepared.plan
+        at_once = plan.world_size == 1 or plan.static_batches or not plan.anatomy.is_paged or not engine.shares_passes
+        draw = plan.batch_size if at_once else max(1, plan.batch_size // _DRAWS)
         self._queue = WorkQueue(store, len(prepared.work), draw)
         self._box = ResultBox(store)
         self._tokens = TokenCount(store)
@@ -102,7 +105,7 @@ class Stream:
         self._filling_since: float | None = None
         self._first_token_s: float | None = None
         self._prefill_s = 0.0
-        self._passes_before = engine.stats().passes
+        self._before = engine.stats()
         self._started = self._told = time.perf_counter()
 
     def take(self) -> list[Row]:
@@ -110,7 +113,7 @@ class Stream:
         drawn = self._part.broadcast(self._queue.draw() if self._part.world.is_main else None)
         if drawn and self._filling_since is None:
             self._filling_since = time.perf_counter()
-        return [_row(self._prepared.work[position], self._codec) for position in drawn]
+        return [_row(self._prepared.work[position], self._codec, self._start) for position in drawn]
 
     def done(self, row: Row) -> None:
         """Send a finished row's result on its way, once a stream."""
@@ -167,7 +170,12 @@ class Stream:
     @property
     def passes(self) -> int:
         """Walks over the blocks of this rank since the stream began."""
-        return self._engine.stats().passes - self._passes_before
+        return self._engine.stats().passes - self._before.passes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weight bytes that these walks streamed."""
+        return self._engine.stats().streamed_bytes - self._before.streamed_bytes
 
     def _tell(self) -> None:
         self._told = time.perf_counter()
@@ -182,7 +190,7 @@ class Stream:
                     rows=self._prepared.rows_before + len(self._prepared.work),
                     tokens=tokens,
                     elapsed_s=self._told - self._started,
-                    streamed_bytes=self.passes * self._engine.stats().streamed_bytes_per_pass * self._walks,
+                    streamed_bytes=self.streamed_bytes * self._walks,
                 )
             )
 
@@ -190,15 +198,18 @@ class Stream:
 class WarmUp:
     """A few tokens of the first micro-batch, thrown away: first forwards pay for what later ones find ready."""
 
-    def __init__(self, prepared: Prepared, codec: TextCodec, tokens: int) -> None:
+    def __init__(self, prepared: Prepared, codec: TextCodec, engine: Engine, tokens: int) -> None:
+        start = decoder_start(engine.model) if prepared.plan.anatomy.encoder is not None else None
         first = prepared.work[: prepared.plan.batch_size]
-        self._rows = [_row(work, codec, tokens) for work in first]
+        self._rows = [_row(work, codec, start, tokens) for work in first]
 
     def take(self) -> list[Row]:
         rows, self._rows = self._rows, []
         return rows
 
 
-def _row(work: Work, codec: TextCodec, tokens: int | None = None) -> Row:
+def _row(work: Work, codec: TextCodec, start: int | None, tokens: int | None = None) -> Row:
+    """A row for `work`; where an encoder reads its prompt, the decoder begins with the token `start`."""
     sampling = work.sampling if tokens is None else replace(work.sampling, max_new_tokens=tokens, ignore_eos=True)
-    return Row(index=work.index, prompt=work.prompt, sampling=sampling, decode=codec.decode)
+    prompt, source = (work.prompt, ()) if start is None else ((start,), work.prompt)
+    return Row(index=work.index, prompt=prompt, source=source, sampling=sampling, decode=codec.decode)

@@ -35,6 +35,10 @@ their way; new ones are written to one unit while those of the other leave."""
 KvDtype = Literal["model", "int8"]
 """How keys and values rest in host memory: as the model has them, or as a byte each with a scale a token and head."""
 
+OWN_HEAD = "has_own_head"
+"""Set on a config of T5's kind whose checkpoint has a head of its own: transformers' classes always say that it is tied
+to the embeddings, and leave it apart when they see the weights."""
+
 
 Loading = Literal["in place", "piece by piece", "as a whole"]
 """How weights get from a checkpoint to where they rest: straight from its files; block by block through transformers,
@@ -61,7 +65,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One decoder layer: what a pass visits, and what moves as one piece."""
+    """One layer of a decoder, or of an encoder: what a pass visits, and what moves as one piece."""
 
     index: int
     tensors: tuple[TensorSpec, ...]
@@ -194,8 +198,18 @@ class LayerCache:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """What reads the prompts of a sequence-to-sequence model; the decoder begins with one token of its own."""
+
+    blocks: int
+    """So many of the model's blocks, the first ones, are its."""
+    bytes_per_token: int
+    """What a prompt's token leaves for the decoder, a row: its last state, and keys and values of cross-attention."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
-    """A causal language model, counted: every tensor once, tied weights once."""
+    """A language model, counted: every tensor once, tied weights once."""
 
     architecture: str
     dtype: str
@@ -204,10 +218,13 @@ class Anatomy:
     outside: tuple[TensorSpec, ...]
     tied: tuple[tuple[str, str], ...]
     cache: tuple[LayerCache, ...]
+    """Of the decoder's layers."""
     hidden_size: int
     vocabulary: int
     context_limit: int | None
     loads: Loading = "in place"
+    encoder: Encoder | None = None
+    """None for a causal model, whose prompts are read by the blocks that answer them."""
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""
@@ -225,8 +242,13 @@ class Anatomy:
         return sum(t.nbytes for t in self.tensors() if not t.is_buffer)
 
     @property
+    def encoder_blocks(self) -> int:
+        """How many of the first blocks are an encoder's."""
+        return self.encoder.blocks if self.encoder is not None else 0
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of all blocks: what crosses the link in one pass when nothing is resident."""
+        """Bytes of all blocks: what crosses the link in a pass over all of them when nothing is resident."""
         return sum(block.nbytes for block in self.blocks)
 
     @property
@@ -246,7 +268,15 @@ class Anatomy:
     @property
     def is_paged(self) -> bool:
         """Whether a pool of pages holds the whole cache, so that rows can be regrouped at every pass."""
-        return all(layer.pooled for layer in self.cache)
+        return self.encoder is None and all(layer.pooled for layer in self.cache)
+
+    def row_tokens(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Tokens of a row in the cache at the most; of a prompt that an encoder reads, none are there."""
+        return (prompt_tokens if self.encoder is None else 1) + new_tokens
+
+    def positions(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Positions that a row takes up, which `context_limit` limits: encoder and decoder have so many each."""
+        return prompt_tokens + new_tokens if self.encoder is None else max(prompt_tokens, new_tokens)
 
     def row_pages(self, tokens: int) -> int:
         """Pages that a row of so many tokens takes, in the layer that needs most of them; others have room for it."""

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from zeroinf.errors import ModelError
+from zeroinf.model.anatomy import OWN_HEAD
 from zeroinf.paths import configs_directory
 
 
@@ -42,7 +43,15 @@ def catalog_config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     fields = {key: value for key, value in entry.items() if not key.startswith("_")}
-    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    config = CONFIG_MAPPING[fields["model_type"]](**{k: v for k, v in fields.items() if k != "model_type"})
+    mark_own_head(config, fields)
+    return config
+
+
+def mark_own_head(config: Any, fields: dict[str, Any]) -> None:
+    """Note on `config`, made of the JSON `fields`, that the head is not the embeddings' although its class says so."""
+    if fields.get("tie_word_embeddings") is False and config.tie_word_embeddings:
+        setattr(config, OWN_HEAD, True)
 
 
 def _find(name: str) -> dict[str, Any] | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import Module, ModuleList
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
-from zeroinf.model.kv import read_cache
+from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, TensorSpec
+from zeroinf.model.kv import read_cache, read_encoded_bytes
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
-# state space) has no such limit.
+# state space) has no such limit, nor has one whose positions are distances (T5).
 _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -27,15 +28,15 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
     """
     dtype = dtype or config_dtype(config)
     model = build_meta(config, dtype, trust_remote_code)
-    path, layers = find_blocks(model)
+    stacks = find_stacks(model)
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
-    inside, outside, tied = _sort_tensors(model, path)
+    blocks, outside, tied = _sort_tensors(model, stacks)
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
-        blocks_path=path,
-        blocks=tuple(Block(index=i, tensors=tuple(inside.get(i, ()))) for i in range(len(layers))),
+        blocks_path=stacks[-1][0],
+        blocks=tuple(Block(index=i, tensors=tuple(tensors)) for i, tensors in enumerate(blocks)),
         outside=tuple(outside),
         tied=tuple(tied),
         cache=read_cache(model, limit),
@@ -43,6 +44,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
         vocabulary=model.get_input_embeddings().weight.shape[0],
         context_limit=limit,
         loads="piece by piece" if is_converted(model) else "in place",
+        encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
     )
 
 
@@ -53,21 +55,55 @@ def config_dtype(config: Any) -> str:
 
 
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
-    """The causal language model of `config` on the meta device, in evaluation mode; `config` itself is not changed.
+    """The language model of `config` on the meta device, in evaluation mode; `config` itself is not changed.
 
     Parameters get the dtypes that `from_pretrained` would give them; buffers keep the ones they are made with.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers cannot build a causal language model of {type(config).__name__}: {error}"
-        ) from error
+        raise ModelError(f"transformers cannot build a language model of {type(config).__name__}: {error}") from error
+    untie_head(model)
     keep_in_float32(model, dtype)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model of `config`, one with an encoder or a causal one."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def untie_head(model: Any) -> None:
+    """Give `model` a head of its own, on the meta device, where its config is marked so."""
+    if getattr(model.config, OWN_HEAD, False):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
+
+
+def find_stacks(model: Any) -> tuple[tuple[str, ModuleList], ...]:
+    """The layers that a forward walks over and their dotted paths: those of the encoder, if any, and of the decoder.
+
+    Raises ModelError where one of them has none.
+    """
+    if not model.config.is_encoder_decoder:
+        return (find_blocks(model),)
+    return tuple(_largest_stack(model, part) for part in (model.get_encoder(), model.get_decoder()))
+
+
+def _largest_stack(model: Any, part: Module) -> tuple[str, ModuleList]:
+    own = set(part.modules())
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, ModuleList)]
+    stacks = [stack for stack in stacks if stack[1] in own]
+    if not stacks:
+        raise ModelError(f"{type(part).__name__} has no stack of layers that could be streamed")
+    return max(stacks, key=_parameters)
+
+
+def _parameters(stack: tuple[str, ModuleList]) -> int:
+    return sum(parameter.numel() for parameter in stack[1].parameters())
 
 
 def find_blocks(model: Any) -> tuple[str, ModuleList]:
@@ -75,11 +111,13 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
 
     Of several, the one with the most parameters. Raises ModelError when there is none.
     """
+    if model.config.is_encoder_decoder:
+        return find_stacks(model)[-1]
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == layers]
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no stack of {layers} decoder layers that could be streamed")
-    return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
+    return max(stacks, key=_parameters)
 
 
 def is_converted(model: Any) -> bool:
@@ -102,15 +140,24 @@ def keep_in_float32(model: Any, dtype: str) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
+def home_of(name: str, stacks: Sequence[tuple[str, ModuleList]]) -> int | None:
+    """The index, counted over all `stacks`, of the block that the tensor `name` lies in; None outside."""
+    first = 0
+    for path, layers in stacks:
+        if name.startswith(f"{path}."):
+            return first + int(name.removeprefix(f"{path}.").partition(".")[0])
+        first += len(layers)
+    return None
+
+
 def _sort_tensors(
-    model: Module, path: str
-) -> tuple[dict[int, list[TensorSpec]], list[TensorSpec], list[tuple[str, str]]]:
+    model: Module, stacks: Sequence[tuple[str, ModuleList]]
+) -> tuple[list[list[TensorSpec]], list[TensorSpec], list[tuple[str, str]]]:
     """Specs of the tensors in each block, of those outside, and the tied pairs (alias, canonical)."""
-    inside: dict[int, list[TensorSpec]] = {}
+    inside: list[list[TensorSpec]] = [[] for _, layers in stacks for _ in layers]
     outside: list[TensorSpec] = []
     tied: list[tuple[str, str]] = []
     first_name: dict[int, str] = {}
-    in_block = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
     named: list[tuple[str, torch.Tensor, bool]] = [
         (n, p, False) for n, p in model.named_parameters(remove_duplicate=False)
     ]
@@ -123,14 +170,14 @@ def _sort_tensors(
         spec = TensorSpec(
             name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."), is_buffer=is_buffer
         )
-        match = in_block.match(name)
-        (inside.setdefault(int(match[1]), []) if match else outside).append(spec)
+        home = home_of(name, stacks)
+        (outside if home is None else inside[home]).append(spec)
     return inside, outside, tied
 
 
 def _context_limit(text: Any) -> int | None:
     """The longest sequence of the text config's positions; None where nothing limits it."""
-    if getattr(text, "alibi", False):
+    if getattr(text, "alibi", False) or hasattr(text, "relative_attention_num_buckets"):
         return None
     limits = [getattr(text, name, None) for name in _LIMIT_NAMES]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

@@ -19,6 +19,8 @@ from zeroinf.model.anatomy import LayerCache, TokenState
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
 # allows it, is far enough out to see blocks of tokens that a model compresses together (128).
 _SHORT, _LONGER, _FAR = 9, 14, 331
+_PROMPT = 5
+"""Tokens that an encoder reads where the decoder's cache is looked at."""
 
 
 class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -59,6 +61,26 @@ def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
     return layers
 
 
+def read_encoded_bytes(model: Any) -> int:
+    """Bytes that a prompt's token leaves for the decoder of `model`, which lies on the meta device and has an encoder.
+
+    They are those of its last state, and of its keys and values in cross-attention. Raises ModelError where what a
+    prompt leaves is not so many bytes a token.
+    """
+    lengths = (_SHORT, _LONGER, 2 * _LONGER)
+    found = {length: _encoded(model, length) for length in lengths}
+    per_token = found[_SHORT] // _SHORT
+    if any(nbytes != length * per_token for length, nbytes in found.items()):
+        raise _unreadable(model, f"what the encoder leaves, by the prompt's length: {found}")
+    return per_token
+
+
+def _encoded(model: Any, tokens: int) -> int:
+    output = _forward(model, 1, 1, prompt=tokens, past_key_values=None)
+    layers = output.past_key_values.cross_attention_cache.layers
+    return int(output.encoder_last_hidden_state.nbytes) + sum(held_bytes(vars(layer)) for layer in layers)
+
+
 def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache:
     """The LayerCache that explains what a cache layer holds at three lengths."""
     short, longer, beyond = filled
@@ -97,23 +119,36 @@ def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
     """The cache's layers after a prefill of `tokens - 1` and one decode step."""
     parameters = inspect.signature(model.forward).parameters
     name = "past_key_values" if "past_key_values" in parameters else "cache_params"
-    cache = (
-        DynamicCache(config=model.config.get_text_config(decoder=True))
-        if model._supports_default_dynamic_cache()
-        else None
-    )
-    try:
-        with torch.no_grad(), torch.device("meta"), _ReadsAsZero():  # type: ignore[no-untyped-call]
-            for length in (tokens - 1, 1):
-                ids = torch.zeros(rows, length, dtype=torch.long)
-                cache = model(input_ids=ids, use_cache=True, **{name: cache}).get(name)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise _unreadable(model, f"a forward of {tokens} tokens fails on the meta device: {error}") from error
+    prompt = _PROMPT if model.config.is_encoder_decoder else 0
+    cache = None
+    if model._supports_default_dynamic_cache() and not prompt:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for length in (tokens - 1, 1):
+        cache = _forward(model, rows, length, prompt=prompt, **{name: cache}).get(name)
+    if prompt:
+        cache = getattr(cache, "self_attention_cache", None)
     apart = dict(vars(cache)) if cache is not None else {}
     layers = apart.pop("layers", None)
     if not layers or held_bytes(apart):
         raise _unreadable(model, f"{type(cache).__name__} keeps states outside its layers")
+    if prompt:  # there may be one for each layer of the longer stack
+        layers = [layer for layer in layers if layer.is_initialized]
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            raise _unreadable(model, "its decoder keeps more than keys and values, or drops some")
     return list(layers)
+
+
+def _forward(model: Any, rows: int, tokens: int, *, prompt: int, **cache: Any) -> Any:
+    """What a forward of `tokens` returns; where an encoder reads a `prompt` of so many, they are the decoder's."""
+    try:
+        with torch.no_grad(), torch.device("meta"), _ReadsAsZero():  # type: ignore[no-untyped-call]
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            inputs = {"input_ids": ids}
+            if prompt:
+                inputs = {"input_ids": torch.zeros(rows, prompt, dtype=torch.long), "decoder_input_ids": ids}
+            return model(**inputs, use_cache=True, **cache)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise _unreadable(model, f"a forward of {tokens} tokens fails on the meta device: {error}") from error
 
 
 @contextmanager

@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 
-from zeroinf.model.inspect import keep_in_float32
+from zeroinf.model.inspect import auto_class, keep_in_float32, untie_head
 from zeroinf.model.source import ModelSource
 
 
 def build_skeleton(source: ModelSource, dtype: str) -> Any:
-    """The causal language model of `source` in evaluation mode, weights tied, nothing loaded; takes almost no memory.
+    """The language model of `source` in evaluation mode, weights tied, nothing loaded; takes almost no memory.
 
     Parameters have the shapes and dtypes that `from_pretrained` would give them; buffers have the values that the model
     makes by itself; the generation config is the checkpoint's.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(source.config).from_config(
             copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
         )
     model.tie_weights()
+    untie_head(model)
     keep_in_float32(model, dtype)
     if (generation := read_generation_config(source)) is not None:
         model.generation_config = generation

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError, UsageError
-from zeroinf.model.catalog import catalog_config, catalog_hub_id
+from zeroinf.model.catalog import catalog_config, catalog_hub_id, mark_own_head
 from zeroinf.model.demo import DEMO_ALIAS, demo_model_folder
 from zeroinf.model.gguf import convert_gguf
 from zeroinf.model.hub import hub_error
@@ -44,8 +44,8 @@ def resolve_model(
     """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
 
     `name` is `demo`, a checkpoint folder, a `.gguf` file, a hub id or, with `random_weights`, a name of the catalog.
-    Raises ModelError when there is no such model, when its weights are not complete, when it is not a causal language
-    model, or when it would run code of its own without `trust_remote_code`.
+    Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
+    language model nor a sequence-to-sequence one, or when it would run code of its own without `trust_remote_code`.
     """
     config = None
     if random_weights and not Path(name).exists() and (hub_id := catalog_hub_id(name)):
@@ -57,7 +57,7 @@ def resolve_model(
         raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
-    _require_causal(location, config)
+    _require_generating(location, config)
     if not random_weights:
         _refuse_quantised(name, config)
     if Path(location).is_dir() and not random_weights:
@@ -151,43 +151,57 @@ def _locate(name: str) -> str:
 
 
 def _read_config(location: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        PretrainedConfig,
+    )
 
     try:
         fields, _ = PretrainedConfig.get_config_dict(location, revision=revision)
         native = CONFIG_MAPPING[fields["model_type"]] if fields.get("model_type") in CONFIG_MAPPING else None
         own_code = fields.get("auto_map") or {}
-        if own_code and not trust_remote_code and native not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        known = native in MODEL_FOR_CAUSAL_LM_MAPPING or native in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if own_code and not trust_remote_code and not known:
             code = ", ".join(sorted(map(str, own_code.values())))
             raise ModelError(
                 f"{location} brings its own code, which would run here: {code}",
                 hint="read that code, then pass --trust-remote-code",
             )
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise hub_error(location, revision, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the config of {location} cannot be read: {error}") from error
+    mark_own_head(config, fields)
+    return config
 
 
-def _require_causal(location: str, config: Any) -> None:
-    """Refuse what AutoModelForCausalLM cannot build, and encoders that it would build as decoders."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def _require_generating(location: str, config: Any) -> None:
+    """Refuse what transformers cannot build as a model that generates, and encoders that it would build as decoders."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     own_code = getattr(config, "auto_map", None) or {}
     named = getattr(config, "architectures", None) or []
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.is_encoder_decoder:
+        generating = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
+        # T5's first checkpoints have an earlier name.
+        accepted = {generating.__name__, "T5WithLMHeadModel"} if generating is not None else set()
+        known = bool(accepted) and (not named or not accepted.isdisjoint(named))
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Some encoders (BERT) can be built as decoders: theirs is a checkpoint of another class.
         decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
         known = not named or decoder in named or getattr(config, "is_decoder", True)
     else:
         known = "AutoModelForCausalLM" in own_code
-    if known and not config.is_encoder_decoder:
+    if known:
         return
     architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
     raise ModelError(
-        f"{location} is not a causal language model: {architecture}",
-        hint="zeroinf runs decoder-only models that generate",
+        f"{location} is no language model that generates: {architecture}",
+        hint="zeroinf runs decoder-only models, and sequence-to-sequence models such as T5",
     )
 
 

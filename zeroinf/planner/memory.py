@@ -10,6 +10,7 @@ from typing import Literal
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, HostSize, TensorSpec
 from zeroinf.planner.allocator import Allocator, Event, Usage, rounded
 from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Pass, Step, Workload, repeated
 
@@ -39,8 +40,10 @@ LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
 KV_STAGING = "staging of keys and values"
+ENCODED = "encoder's states, cross-attention"
+COMPUTED = "activations, logits, states"
 
-GROWING = ("KV cache", KV_STAGING, "activations, logits, states")
+GROWING = ("KV cache", KV_STAGING, COMPUTED, ENCODED)
 """Terms of GPU memory that grow with the rows."""
 
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
@@ -103,6 +106,43 @@ def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     return tuple(crossing_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walk:
+    """The blocks that are visited together: `sizes` in bytes, largest first, of which so many rest elsewhere."""
+
+    sizes: tuple[int, ...]
+    resident: int
+    nvme: int
+
+    @property
+    def streamed(self) -> int:
+        """How many blocks pass through slots."""
+        return len(self.sizes) - self.resident
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(self.sizes[self.resident :])
+
+    @property
+    def nvme_bytes(self) -> int:
+        return sum(self.sizes[: self.nvme])
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.sizes[: self.streamed - self.nvme])
+
+
+def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
+    """The decoder's blocks, which every pass visits, and the encoder's, if there is one, which new prompts visit."""
+    sizes, first = pieces(anatomy, choice.wire), anatomy.encoder_blocks
+    parts = (sizes[first:], sizes[:first]) if first else (sizes,)
+    counts = shares(len(sizes), choice.resident_blocks, choice.nvme_blocks, first)
+    return tuple(
+        Walk(sizes=tuple(sorted(part, reverse=True)), resident=resident, nvme=nvme)
+        for part, (resident, nvme) in zip(parts, counts, strict=False)
+    )
+
+
 def store_bytes(anatomy: Anatomy, wire: Wire = "model") -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
     return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy, wire), piece_bytes(anatomy.outside)))
@@ -125,14 +165,15 @@ def stream_gpu_terms(
 ) -> tuple[Term, ...]:
     """GPU memory of one rank of the stream engine at its highest."""
     parts = world_size if choice.fetch == "partitioned" else 1
-    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
-    streamed = len(sizes) - choice.resident_blocks
-    pulled = _pulled_bytes(sizes[0], choice, world_size)
-    slots = [pulled * parts] * min(SLOTS[choice.fetch], streamed)
-    stages = [pulled] * STAGES if streamed and parts > 1 else []
+    slots, stages, resident = list[int](), list[int](), list[int]()
+    for walk in walks(anatomy, choice):
+        pulled = _pulled_bytes(walk.sizes[0], choice, world_size)
+        slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed)
+        stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
+        resident += walk.sizes[: walk.resident]
     fixed = {
         "embeddings, head, norms": [piece_bytes(anatomy.outside)],
-        "resident blocks": sizes[: choice.resident_blocks],
+        "resident blocks": resident,
         "slots": slots,
         "stages": stages,
         "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
@@ -140,7 +181,8 @@ def stream_gpu_terms(
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     held = [nbytes for given in fixed.values() for nbytes in given]
-    return (*counted, *dynamic_terms(held, workload, overhead))
+    encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
+    return (*counted, *dynamic_terms(held, workload, overhead, encoded))
 
 
 def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
@@ -153,8 +195,9 @@ def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhea
     return (*counted, *dynamic_terms([kept_bytes, live_bytes], workload, overhead))
 
 
-def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
-    """The cache, what passes compute, and what allocator, libraries and driver add."""
+def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:
+    """The cache, what passes compute, of it `encoded` bytes that last from the first to the last, and what allocator,
+    libraries and driver add."""
     allocator = Allocator()
     workspace, origin = overhead.workspace
     allocator.replay(Event(index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
@@ -163,7 +206,8 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead) -
         term
         for term in (
             Term("gpu", "KV cache", passing.cache, "simulated"),
-            Term("gpu", "activations, logits, states", passing.usage.allocated - passing.cache, "simulated"),
+            Term("gpu", ENCODED, encoded, "counted"),
+            Term("gpu", COMPUTED, passing.usage.allocated - passing.cache - encoded, "simulated"),
             Term("gpu", "matrix product workspaces", workspace, origin),
             Term(
                 "gpu",
@@ -247,12 +291,12 @@ def stream_host_terms(
     What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
     comes last.
     """
-    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
-    on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
-    rings = READ_BUFFERS * _pulled_bytes(sizes[0], choice, world_size) * world_size if choice.nvme_blocks else 0
-    largest = sizes[0] if choice.resident_blocks else 0
+    all_walks = walks(anatomy, choice)
+    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
+    rings = READ_BUFFERS * read * world_size
+    largest = max((walk.sizes[0] for walk in all_walks if walk.resident), default=0)
     stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
-    locked = sum(sizes[:on_host])
+    locked = sum(walk.host_bytes for walk in all_walks)
     on_each = 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),

@@ -92,13 +92,18 @@ class Plan:
         return self.anatomy.with_heads_shared(parts, rank % parts)
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a row in the KV cache at the most."""
+        return self.anatomy.row_tokens(self.prompt_tokens, self.new_tokens)
+
+    @property
     def pool(self) -> PoolSize:
         """What the KV cache has room for."""
-        return PoolSize(rows=self.batch_size, tokens=self.prompt_tokens + self.new_tokens, pages=self.pool_pages)
+        return PoolSize(rows=self.batch_size, tokens=self.row_tokens, pages=self.pool_pages)
 
     def with_rows(self, rows: int) -> Plan:
         """The same with fewer rows live at once, and a pool that is smaller by as much."""
-        longest = self.anatomy.row_pages(self.prompt_tokens + self.new_tokens) if self.pool_pages else 0
+        longest = self.anatomy.row_pages(self.row_tokens) if self.pool_pages else 0
         together, host = min(self.micro_batch_rows, rows), self.host
         if host is not None:
             host = replace(host, seen_columns=host.seen_columns * together // self.micro_batch_rows)

@@ -209,7 +209,7 @@ class Planner:
         tried: dict[tuple[Offload, Fetch], list[Candidate]] = {}
         rejected: list[Rejection] = []
         for offload in _offloads(wish):
-            for fetch in _fetches(wish, offload):
+            for fetch in _fetches(wish, offload, has_encoder=self._anatomy.encoder is not None):
                 outcome = list(self._candidates(wish, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
@@ -437,8 +437,8 @@ def _offloads(wish: Wish) -> tuple[Offload, ...]:
     return _OFFLOADS[1 if streams else 0 : 3 if wish.nvme_space_bytes is not None else 2]
 
 
-def _fetches(wish: Wish, offload: Offload) -> tuple[Fetch, ...]:
-    if wish.world_size == 1 or offload == "none" or wish.engine != "stream":
+def _fetches(wish: Wish, offload: Offload, *, has_encoder: bool) -> tuple[Fetch, ...]:
+    if has_encoder or wish.world_size == 1 or offload == "none" or wish.engine != "stream":
         return ("replicated",)
     if wish.fetch != "auto":
         return (wish.fetch,)

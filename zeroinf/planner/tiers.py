@@ -8,20 +8,32 @@ from typing import Literal
 Tier = Literal["gpu", "host", "nvme"]
 
 
-def tiers(blocks: int, resident: int, nvme: int) -> tuple[Tier, ...]:
+def tiers(blocks: int, resident: int, nvme: int, *, encoder: int = 0) -> tuple[Tier, ...]:
     """The tier of each of `blocks` blocks, in order: `resident` on the GPU, `nvme` on NVMe, the rest in host memory.
 
     Residents are spread evenly over the pass, so that the link has as much time before each block that streams; blocks
-    on NVMe are spread evenly among those. Raises ValueError for counts that are negative or more than there are blocks.
+    on NVMe are spread evenly among those. The first `encoder` blocks work once for a prompt, not once for a token: the
+    others are the first to stay on the GPU and the last to rest on NVMe. Raises ValueError for counts that are negative
+    or more than there are blocks.
     """
     if resident < 0 or nvme < 0 or resident + nvme > blocks:
         raise ValueError(f"{resident} resident blocks and {nvme} on NVMe, of {blocks}")
     found: list[Tier] = ["host"] * blocks
-    for index in _spread(range(blocks), resident):
-        found[index] = "gpu"
-    for index in _spread([index for index in range(blocks) if found[index] == "host"], nvme):
-        found[index] = "nvme"
+    parts = range(encoder, blocks), range(encoder)
+    for part, (gpu, disk) in zip(parts, shares(blocks, resident, nvme, encoder), strict=True):
+        for index in _spread(part, gpu):
+            found[index] = "gpu"
+        for index in _spread([index for index in part if found[index] == "host"], disk):
+            found[index] = "nvme"
     return tuple(found)
+
+
+def shares(blocks: int, resident: int, nvme: int, encoder: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of so many resident blocks and blocks on NVMe those of the decoder, and those of the encoder."""
+    decoder_resident = min(resident, blocks - encoder)
+    encoder_resident = resident - decoder_resident
+    encoder_nvme = min(nvme, encoder - encoder_resident)
+    return (decoder_resident, nvme - encoder_nvme), (encoder_resident, encoder_nvme)
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import pieces
+from zeroinf.planner.memory import Walk, pieces, walks
 from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.workload import Kernel, Kernels, Pass, Workload
 
@@ -66,7 +66,7 @@ class Timing:
     tokens_per_second: float
     """All ranks together, prefill included."""
     streamed_bytes: int
-    """Of weights, that cross one rank's link in a pass."""
+    """Of weights, that cross one rank's link in a pass, an encoder's blocks left out."""
     fetched_bytes: int
     """Of keys and values, that cross it in a decode step."""
     binds: Resource
@@ -77,18 +77,9 @@ def time_plan(
     anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, world_size: int, requests: int | None
 ) -> Timing:
     """The time of `requests` requests (None: without end) on `world_size` ranks."""
-    parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
-    sizes = sorted(pieces(anatomy, choice.wire), reverse=True)
-    streams = choice.engine == "zero" or choice.resident_blocks < len(sizes)
-    passing = sum(sizes[choice.resident_blocks :]) if TRAITS[choice.engine].places_blocks else sum(sizes)
-    streamed = 0 if choice.offload == "none" else passing // parts
-    share = _link_share(choice.engine, world_size)
-    from_disk = sum(sizes[: choice.nvme_blocks]) * world_size // parts
-    waits: dict[Resource, float] = {
-        "link": streamed / speeds.link_gbps / 1e9 / share,
-        "disk": from_disk / speeds.disk_gbps / 1e9,
-        "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
-    }
+    decoder, *encoder = walks(anatomy, choice)
+    waits, streamed = _waits([decoder], choice, speeds, world_size)
+    prompt_waits, _ = _waits([decoder, *encoder], choice, speeds, world_size)
     expansion = _times((_expansion(anatomy, choice),), speeds)
     rows = None if requests is None else -(-requests // world_size)
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -96,14 +87,14 @@ def time_plan(
     prompts["link"] += started / speeds.link_gbps / 1e9
     decode["link"] += fetched / speeds.link_gbps / 1e9
     decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s * _HOST_SHARE
-    prefill_s, _ = _pass(prompts, expansion, waits)
+    prefill_s, _ = _pass(prompts, expansion, prompt_waits)
     decode_s, binds = _pass(decode, expansion, waits)
     count = _Continuous if workload.shares_passes else _Static
-    tokens, seconds = count(workload, prompts, decode, expansion, waits).tokens_and_seconds(rows)
+    tokens, seconds = count(workload, prompts, decode, expansion, prompt_waits, waits).tokens_and_seconds(rows)
     if requests is not None:
         tokens *= requests / (rows or 1) / world_size
     return Timing(
-        load_s=_load_s(anatomy, choice, sizes, speeds),
+        load_s=_load_s(anatomy, choice, [decoder, *encoder], speeds),
         prefill_s=prefill_s,
         decode_s=decode_s,
         tokens_per_second=tokens * world_size / seconds,
@@ -111,6 +102,24 @@ def time_plan(
         fetched_bytes=int(fetched),
         binds=binds,
     )
+
+
+def _waits(
+    visited: Sequence[Walk], choice: Choice, speeds: Speeds, world_size: int
+) -> tuple[dict[Resource, float], int]:
+    """Seconds that the blocks `visited` in a pass keep links and disk busy, and bytes that cross one rank's link."""
+    parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
+    streams = choice.engine == "zero" or any(walk.streamed for walk in visited)
+    passing = sum(walk.streamed_bytes if TRAITS[choice.engine].places_blocks else sum(walk.sizes) for walk in visited)
+    streamed = 0 if choice.offload == "none" else passing // parts
+    share = _link_share(choice.engine, world_size)
+    from_disk = sum(walk.nvme_bytes for walk in visited) * world_size // parts
+    waits: dict[Resource, float] = {
+        "link": streamed / speeds.link_gbps / 1e9 / share,
+        "disk": from_disk / speeds.disk_gbps / 1e9,
+        "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
+    }
+    return waits, streamed
 
 
 def _expansion(anatomy: Anatomy, choice: Choice) -> Kernels:
@@ -137,13 +146,17 @@ def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tupl
     return begun, choice.host_rows * row
 
 
-def _load_s(anatomy: Anatomy, choice: Choice, sizes: Sequence[int], speeds: Speeds) -> float:
-    """Seconds until the blocks (`sizes`, in bytes) are where they rest; a store that is not there yet takes longer."""
-    resident = sum(sizes[: choice.resident_blocks]) if TRAITS[choice.engine].places_blocks else 0
-    on_disk = sum(sizes[: choice.nvme_blocks])
+def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: Speeds) -> float:
+    """Seconds until all blocks are where they rest; a store that is not there yet takes longer."""
+    resident = sum(sum(walk.sizes[: walk.resident]) for walk in visited) if TRAITS[choice.engine].places_blocks else 0
+    on_disk = sum(walk.nvme_bytes for walk in visited)
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
     encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))
-    return ((sum(sizes) - resident - on_disk) / speeds.fill_gbps + from_store + encoded / _ENCODE_GBPS) / 1e9
+    return (
+        (sum(sum(walk.sizes) for walk in visited) - resident - on_disk) / speeds.fill_gbps
+        + from_store
+        + encoded / _ENCODE_GBPS
+    ) / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +168,14 @@ class _Work:
     decode: dict[Resource, float]
     expansion: dict[Resource, float]
     """Of codes into weights, once a pass."""
+    prompt_waits: dict[Resource, float]
+    """Of a pass that begins with an encoder's blocks; without one, those of every pass."""
     waits: dict[Resource, float]
 
     def seconds(self, prompts: float, decode: float) -> float:
         """Of a pass with such parts of a full load of prompts and of a step of all rows."""
         both = {name: prompts * self.prompts[name] + decode * self.decode[name] for name in self.prompts}
-        return _pass(both, self.expansion, self.waits)[0]
+        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)[0]
 
 
 class _Static(_Work):

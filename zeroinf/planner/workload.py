@@ -33,7 +33,7 @@ class Lengths:
 
     def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
         """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
-        tokens, paged = self.prompt_tokens + self.new_tokens, rows - host_rows
+        tokens, paged = anatomy.row_tokens(self.prompt_tokens, self.new_tokens), rows - host_rows
         longest = anatomy.row_pages(tokens) if paged else 0
         mean = longest if self.mean_pages is None else self.mean_pages
         return PoolSize(rows=rows, tokens=tokens, pages=max(longest, ceil(paged * mean)))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from zeroinf.engines.baselines.memory import baseline_terms
 from zeroinf.engines.zero.memory import zero_terms
-from zeroinf.errors import DoesNotFitError
+from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
@@ -54,7 +54,9 @@ class Answer:
 
 
 def answer(question: Question) -> Answer:
-    """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits."""
+    """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models
+    with an encoder do without."""
+    _refuse_beside_an_encoder(question)
     speeds = _speeds(question)
     try:
         decision = _planner(question, speeds).choose(question.wish)
@@ -63,6 +65,25 @@ def answer(question: Question) -> Answer:
             error.message, hint="; or ".join(filter(None, (error.hint, _shorter(question))))
         ) from None
     return Answer(plan=_plan(question, decision), decision=decision, speeds=speeds)
+
+
+def _refuse_beside_an_encoder(question: Question) -> None:
+    wish, name = question.wish, question.anatomy.architecture
+    if question.anatomy.encoder is None:
+        return
+    if wish.engine != "stream":
+        raise UsageError(
+            f"the {wish.engine} engine does not run models with an encoder, such as {name}", hint="--engine stream"
+        )
+    if wish.fetch == "partitioned":
+        raise UsageError(
+            f"--fetch partitioned: ranks do not step together for models with an encoder, such as {name}",
+            hint="--fetch replicated",
+        )
+    if wish.static_batches:
+        raise UsageError(
+            f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
+        )
 
 
 def _speeds(question: Question) -> Speeds:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn import ModuleList
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
@@ -17,7 +18,7 @@ from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules, breaks_
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
-from zeroinf.model.inspect import build_meta, find_blocks
+from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
@@ -60,7 +61,8 @@ class Simulator:
         self._breaks_at = breaks_at(config)
         self._shares_passes = shares_passes and anatomy.is_paged
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
-        self._path, self._blocks = find_blocks(self._model)
+        self._path, _ = find_blocks(self._model)
+        self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._times = [1.0] * len(self._blocks)
         self._seen: dict[Shape, Workload] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
@@ -170,14 +172,16 @@ class Simulator:
         """All rows in one micro-batch from the first step to the last, with the states that it keeps."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         shorter = 1 if self._lengths.padded else longest
-        prompts = (Part(0, longest), *(Part(0, shorter),) * (shape.rows - 1))
+        given = (longest, *(shorter,) * (shape.rows - 1))
+        sources = given if self._anatomy.encoder is not None else ()
+        prompts = [Part(0, 1 if sources else tokens) for tokens in given]
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
             longer = [Part(part.count + new, longest) for part in prompts]
             kv = shape.kv_dtype if shape.host_rows else None
             desk = self._desk(self._lengths.pool(self._anatomy, shape.rows), kv, longer)
             recorder.cut()
-            found = [self._record(desk, prompts, recorder)]
+            found = [self._record(desk, prompts, recorder, sources)]
             if new > 1:
                 found.append(self._record(desk, [Part(part.count, 1) for part in prompts], recorder))
             if new > 2:
@@ -193,10 +197,10 @@ class Simulator:
             last_decode=tuple(found[2:]),
         )
 
-    def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder) -> Step:
-        """The loop's own steps for a micro-batch: `recorder` is told of each."""
+    def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder, sources: Sequence[int] = ()) -> Step:
+        """The loop's own steps for a micro-batch, whose encoder reads so many tokens: `recorder` is told of each."""
         recorder.cut_kernels(self._times)
-        batch = MicroBatch(desk, _group(parts, self._lengths, on_host=desk.host is not None))
+        batch = MicroBatch(desk, _group(parts, self._lengths, sources, on_host=desk.host is not None))
         inputs = batch.inputs()
         desk.begin([batch])
         (making,) = recorder.cut()
@@ -222,11 +226,15 @@ def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
     return (Part(start, count), *(other,) * (rows - 1))
 
 
-def _group(parts: Sequence[Part], lengths: Lengths, *, on_host: bool) -> Group:
+def _group(parts: Sequence[Part], lengths: Lengths, sources: Sequence[int], *, on_host: bool) -> Group:
     sampling = Sampling(max_new_tokens=lengths.new_tokens, ignore_eos=True, logprobs=lengths.logprobs)
     seats = [
-        Seat(Row(index=i, prompt=(), sampling=sampling, decode=str), i, known=part.start + part.count)
-        for i, part in enumerate(parts)
+        Seat(
+            Row(index=i, prompt=(), source=[0] * tokens, sampling=sampling, decode=str),
+            i,
+            known=part.start + part.count,
+        )
+        for i, (part, tokens) in enumerate(zip(parts, sources or [0] * len(parts), strict=True))
     ]
     for seat, part in zip(seats, parts, strict=True):
         seat.computed, seat.host_start = part.start, 0 if on_host else None

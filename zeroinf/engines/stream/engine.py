@@ -15,9 +15,10 @@ from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
-from zeroinf.model.inspect import find_blocks
+from zeroinf.model.inspect import find_stacks
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
@@ -31,6 +32,9 @@ class StreamEngine:
     Where weights cross as codes, every block rests as codes, on the device too, and is expanded as its turn comes.
     Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
     pulls its part. Either way they read the node's one copy.
+
+    Blocks of an encoder have a ring of their own, in which the first ones wait for the next prompts while the decoder's
+    blocks go round: no copy depends on what the next pass will be.
     """
 
     name = "stream"
@@ -39,30 +43,37 @@ class StreamEngine:
     def __init__(
         self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
     ) -> None:
-        self._passes = 0
         self._device = device
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model, plan.wire)
         self._expander = Expander(groups, device) if plan.wire != "model" else None
-        where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks)
+        where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(
             plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, told or Silent()
         )
         self._before: dict[int, Callable[[], None]] = {}
         """What a block needs before its first use in a pass, by its index; most residents need nothing."""
         self.link_stream: Any = None
-        self._ring: Ring | None = None
-        self._ahead: ReadAhead | None = None
+        self._rings: dict[int, Ring] = {}
+        """Of each stack of blocks that streams, by its number in the model."""
+        self._ahead: list[ReadAhead] = []
+        self._stalls = StallMeter(device)
         try:
             streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
             in_memory = self._weights.keep([index for index in streamed if where[index] == "host"])
             self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
-            pieces = [Piece(groups[index].nbytes, in_memory.get(index)) for index in streamed]
-            self._streamed_bytes = sum(piece.nbytes for piece in pieces)
-            if pieces:
-                self._stream(plan, control, device, pieces, streamed, groups)
-            self._lock_step = LockStep(list(find_blocks(self._model)[1]), self._enter, self._leave)
+            stacks = [list(layers) for _, layers in find_stacks(self._model)]
+            self._walks = [0] * len(stacks)
+            self._streamed_bytes = [0] * len(stacks)
+            first = 0
+            for number, stack in enumerate(stacks):
+                own = [index for index in streamed if first <= index < first + len(stack)]
+                self._streamed_bytes[number] = sum(groups[index].nbytes for index in own)
+                if own:
+                    self._rings[number] = self._stream(plan, control, own, groups, in_memory)
+                first += len(stack)
+            self._lock_step = LockStep([block for stack in stacks for block in stack], self._enter, self._leave)
         except BaseException:
             self.close()
             raise
@@ -79,27 +90,31 @@ class StreamEngine:
         self,
         plan: Plan,
         control: Control,
-        device: torch.device,
-        pieces: Sequence[Piece],
         streamed: Sequence[int],
         groups: Sequence[Group],
-    ) -> None:
-        """Start the ring, and let the blocks `streamed` take their tensors from it."""
+        in_memory: Mapping[int, torch.Tensor],
+    ) -> Ring:
+        """Start a ring, and let the blocks `streamed` take their tensors from it."""
+        device = self._device
+        pieces = [Piece(groups[index].nbytes, in_memory.get(index)) for index in streamed]
         carrier: Carrier = Replicated(device)
         if self.in_step:
             unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
             largest = max(piece.nbytes for piece in pieces)
             carrier = Partitioned(device, control.world.rank, control.world.size, largest, unit)
         self.link_stream = carrier.stream
+        ahead: ReadAhead | None = None
         on_disk = [index for index, piece in zip(streamed, pieces, strict=True) if piece.memory is None]
         if on_disk:
             assert self._weights.used is not None
             spans = [carrier.span(groups[index].nbytes) for index in on_disk]
             pin = plan.pin_memory and device.type == "cuda"
-            self._ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
-        self._ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, self._ahead)
+            ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
+            self._ahead.append(ahead)
+        ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, ahead, self._stalls)
         for turn, index in enumerate(streamed):
-            self._before[index] = self._taking(self._ring, turn, groups[index])
+            self._before[index] = self._taking(ring, turn, groups[index])
+        return ring
 
     def _taking(self, ring: Ring, turn: int, group: Group) -> Callable[[], None]:
         """What gives a block the tensors of its `turn`."""
@@ -121,41 +136,46 @@ class StreamEngine:
             self._before[block]()
 
     def _leave(self, block: int) -> None:
-        if self._ring is not None and self._ring.is_held:
-            self._ring.release()
+        for ring in self._rings.values():
+            if ring.is_held:
+                ring.release()
 
     @property
     def model(self) -> Any:
         return self._model
 
     def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """One pass over all blocks, which serves every micro-batch."""
-        self._passes += 1
+        """One pass over all blocks, which serves every micro-batch; over the decoder's where prompts are encoded."""
+        self._walks[-1] += 1
+        if len(self._walks) > 1 and any("encoder_outputs" not in inputs for inputs in micro_batches):
+            self._walks[0] += 1
         with torch.inference_mode():
             return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
 
     def recover(self) -> bool:
-        if self._ring is not None:
-            self._ring.finish(self._passes)
+        for number, ring in self._rings.items():
+            ring.finish(self._walks[number])
         return True
 
     def stats(self) -> EngineStats:
-        slots = [*(self._ring.slots if self._ring is not None else ())]
+        slots = [slot for ring in self._rings.values() for slot in ring.slots]
         slots += [self._expander.slot] if self._expander is not None else []
         return EngineStats(
-            passes=self._passes,
-            streamed_bytes_per_pass=self._streamed_bytes,
+            passes=self._walks[-1],
+            streamed_bytes_per_pass=self._streamed_bytes[-1],
+            encodings=sum(self._walks[:-1]),
+            streamed_bytes_per_encoding=sum(self._streamed_bytes[:-1]),
             shared_host_bytes=self._weights.shared_bytes,
-            pinned_host_bytes=self._weights.pinned_bytes + (self._ahead.pinned_bytes if self._ahead is not None else 0),
+            pinned_host_bytes=self._weights.pinned_bytes + sum(ahead.pinned_bytes for ahead in self._ahead),
             slot_bytes=sum(slot.numel() for slot in slots),
-            stalls=self._ring.stalls.total() if self._ring is not None else Stalls(),
+            stalls=self._stalls.total() if self._rings else Stalls(),
         )
 
     def close(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
-        if self._ahead is not None:
-            self._ahead.close()
+        for ahead in self._ahead:
+            ahead.close()
         self._weights.close()
 
 

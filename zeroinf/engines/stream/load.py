@@ -17,7 +17,7 @@ from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
-from zeroinf.model.inspect import is_converted
+from zeroinf.model.inspect import auto_class, is_converted
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
 
@@ -156,10 +156,8 @@ def _read_directly(origins: dict[str, tuple[Path, str]]) -> _Read:
 
 
 def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
-    from transformers import AutoModelForCausalLM
-
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto_class(source.config).from_pretrained(
             source.location,
             config=source.config,
             dtype=model.dtype,

@@ -30,14 +30,21 @@ class Ring:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], slots: int, device: torch.device, carrier: Carrier, ahead: ReadAhead | None
+        self,
+        pieces: Sequence[Piece],
+        slots: int,
+        device: torch.device,
+        carrier: Carrier,
+        ahead: ReadAhead | None,
+        stalls: StallMeter | None = None,
     ) -> None:
+        """`stalls` is a meter that several rings share, where a compute stream takes turns with them."""
         self._pieces, self._carrier, self._ahead = pieces, carrier, ahead
         self._on_gpu = device.type == "cuda"
         largest = max(carrier.slot_bytes(piece.nbytes) for piece in pieces)
         count = min(slots, len(pieces))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self.stalls = StallMeter(device)
+        self.stalls = stalls or StallMeter(device)
         self._arrived = [new_event(device) for _ in range(count)]
         self._released = [new_event(device) for _ in range(count)]
         self._pulled = new_event(device)

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 from zeroinf.engines.stream.layout import Layout, lay_out
 from zeroinf.engines.stream.target import Target
 from zeroinf.model.anatomy import TensorSpec
-from zeroinf.model.inspect import find_blocks
+from zeroinf.model.inspect import find_stacks, home_of
 from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
 
 
@@ -89,7 +89,7 @@ def _spec(tensor: Tensor) -> TensorSpec:
 
 def _sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
     """The tensors of each block, and those outside; a tensor that two blocks share moves with neither."""
-    path, blocks = find_blocks(model)
+    stacks = find_stacks(model)
     tensors: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
         own: Sequence[tuple[str, torch.Tensor | None]] = (*module._parameters.items(), *module._buffers.items())
@@ -100,17 +100,10 @@ def _sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
             tensor.names.append(f"{prefix}.{name}" if prefix else name)
             tensor.sites.append((module, name))
             tensor.stored |= name not in module._non_persistent_buffers_set
-    inside: list[list[Tensor]] = [[] for _ in blocks]
+    inside: list[list[Tensor]] = [[] for _, layers in stacks for _ in layers]
     outside: list[Tensor] = []
     for tensor in tensors.values():
-        homes = {_home(name, path) for name in tensor.names}
+        homes = {home_of(name, stacks) for name in tensor.names}
         home = homes.pop() if len(homes) == 1 else None
         (outside if home is None else inside[home]).append(tensor)
     return inside, outside
-
-
-def _home(name: str, path: str) -> int | None:
-    """The index of the block that the tensor `name` lies in."""
-    if not name.startswith(f"{path}."):
-        return None
-    return int(name.removeprefix(f"{path}.").partition(".")[0])
