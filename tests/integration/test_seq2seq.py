@@ -40,6 +40,8 @@ def cell(folder: Path, work: Path, offload: str, **changed: Any) -> dict[str, An
     return {
         "name": offload,
         "model": str(folder),
+        "dtype": "auto",
+        "parallel": {},
         "engine": "stream",
         "fetch": "auto",
         "offload": offload,

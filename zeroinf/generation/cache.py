@@ -64,7 +64,7 @@ class PagePool:
                 states[-1][:PAGE_TOKENS].zero_()  # what is masked is multiplied by 0, which NaN would survive
                 start += state.pooled_bytes(pages)
             self._states.append(tuple(states))
-        self._windows = windows_of(self._config)
+        self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
         self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
 
     @property
