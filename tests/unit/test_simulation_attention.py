@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded, cut
 from torch.nn import functional
 
-from zeroinf.planner.workload import Step
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
 
@@ -25,8 +25,8 @@ def attend(
     kv_heads: int = HEADS,
     mask: torch.dtype | None = None,
     **how: Any,
-) -> tuple[Step, torch.Tensor]:
-    """The step of one attention, its operands not among it, and what comes out."""
+) -> tuple[Recorded, torch.Tensor]:
+    """What is recorded of one attention, its operands not among it, and what comes out."""
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     keys = length + past
     recorder = Recorder(torch.nn.Module(), [])
@@ -35,12 +35,12 @@ def attend(
         key = torch.empty(ROWS, kv_heads, keys, size, **meta)
         value = torch.empty(ROWS, kv_heads, keys, value_size or size, **meta)
         bias = None if mask is None else torch.empty(ROWS, 1, length, keys, device="meta", dtype=mask)
-        recorder.cut(())
+        cut(recorder)
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, **how)
-        return recorder.cut(()), out
+        return cut(recorder), out
 
 
-def peak(step: Step) -> int:
+def peak(step: Recorded) -> int:
     alive: dict[int, int] = {}
     most = 0
     for event in step.events:

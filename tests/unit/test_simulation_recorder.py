@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Recorded, cut
 from torch import nn
 
 from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Kernel, Step
+from zeroinf.planner.workload import Kernel
 from zeroinf.simulation.recorder import Recorder
 
 META = torch.device("meta")
@@ -20,21 +21,23 @@ def model_of(*blocks: nn.Module) -> nn.Sequential:
     return nn.Sequential(*blocks).to(META)
 
 
-def record(act: Callable[..., Any], model: nn.Module | None = None, times: tuple[float, ...] = ()) -> tuple[Step, Any]:
-    """The step of `act(model)`, and what it returned, which is alive when the step is cut."""
+def record(
+    act: Callable[..., Any], model: nn.Module | None = None, times: tuple[float, ...] = ()
+) -> tuple[Recorded, Any]:
+    """What is recorded of `act(model)`, and what it returned, which is alive then."""
     model = model_of() if model is None else model
     recorder = Recorder(model, list(model.children())[: len(times)])
     with torch.no_grad(), recorder:
         result = act(model)
-        step = recorder.cut(times)
+        step = cut(recorder, times)
     return step, result
 
 
-def sizes(step: Step) -> list[int]:
+def sizes(step: Recorded) -> list[int]:
     return [event.nbytes for event in step.events if event.nbytes is not None]
 
 
-def kernels(step: Step) -> list[Kernel]:
+def kernels(step: Recorded) -> list[Kernel]:
     return [kernel for group in step.kernels for kernel in group.kernels]
 
 
@@ -114,9 +117,9 @@ def test_a_cut_begins_anew_and_ends_are_known_by_the_key_of_their_beginning() ->
     recorder = Recorder(model_of(), [])
     with recorder:
         value = empty(5) + 1
-        first = recorder.cut(())
+        first = cut(recorder)
         del value
-        second = recorder.cut(())
+        second = cut(recorder)
     assert first.events[-1] == Event(1) and len(kernels(first)) == 1
     assert second.events == (Event(2),) and kernels(second) == []
 
