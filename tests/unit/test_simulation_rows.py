@@ -65,4 +65,4 @@ def test_real_models_lie_on_the_line(name: str, start: int, count: int) -> None:
     for rows in (2, 4, 8):
         simulate._step(rows, start, count)
     for rows in (3, 61):
-        assert same(simulate._step(rows, start, count), simulate._simulate(_parts(rows, start, count, True)))
+        assert same(simulate._step(rows, start, count), simulate._simulate(_parts(rows, start, count, True), None))
