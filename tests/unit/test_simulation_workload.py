@@ -166,8 +166,13 @@ def test_so_are_those_of_rows_in_host_memory(name: str, host_rows: int, kv_dtype
         _compare(name, Shape(3, 1, 16, 3, kv_dtype))
 
 
-def _compare(name: str, shape: Shape) -> None:
-    workload = simulator(eager(name), anatomy_of(name))(shape)
+@pytest.mark.parametrize("logprobs", [0, 20])
+def test_so_are_those_of_rows_that_ask_for_logprobs(logprobs: int) -> None:
+    _compare("llama", Shape(*CASES["several"]), logprobs)
+
+
+def _compare(name: str, shape: Shape, logprobs: int | None = None) -> None:
+    workload = simulator(eager(name), anatomy_of(name), replace(lengths_of(), logprobs=logprobs))(shape)
     part = min(PROMPT, shape.prefill_tokens)
     prompts = groups_of(shape, PROMPT - part, part, True)
     decode = groups_of(shape, PROMPT, 1, False)
@@ -176,6 +181,7 @@ def _compare(name: str, shape: Shape) -> None:
     run.open_host()
     on_host = 0 if workload.host is None else workload.host.tokens // shape.host_rows
     for seat in (seat for group in (*prompts, *decode) for seat in group.seats):
+        seat.row.sampling = replace(seat.row.sampling, logprobs=logprobs)
         # The longest prompts are those of rows in host memory, whichever these are.
         in_decode = any(seat in group.seats for group in decode)
         if seat.number >= (shape.rows - shape.host_rows if in_decode else 0) and on_host:
