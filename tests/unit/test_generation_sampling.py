@@ -35,13 +35,14 @@ def row(index: int = 0, **sampling: object) -> Row:
 
 def draws(rows: Sequence[Row], scores: torch.Tensor, steps: int) -> list[list[int]]:
     """Each row's tokens over `steps` draws from the same scores."""
-    return [list(tokens) for tokens in zip(*(choose_tokens(scores, rows).tolist() for _ in range(steps)), strict=True)]
+    chosen = (choose_tokens(scores, rows, [number] * len(rows)).tolist() for number in range(steps))
+    return [list(tokens) for tokens in zip(*chosen, strict=True)]
 
 
 def test_greedy_rows_take_the_highest_score_whatever_their_seed() -> None:
     scores = scores_of(3)
     rows = [row(i, temperature=0.0, seed=i) for i in range(3)]
-    assert choose_tokens(scores, rows).tolist() == scores.argmax(-1).tolist()
+    assert choose_tokens(scores, rows, [0] * 3).tolist() == scores.argmax(-1).tolist()
 
 
 def test_same_seed_and_place_give_the_same_sample_and_others_another() -> None:
@@ -68,14 +69,6 @@ def test_a_rows_sample_does_not_depend_on_its_neighbours_or_their_order() -> Non
     assert [shuffled[order.index(i)] for i in range(4)] == together
     alone = [draws([rows()[i]], scores[i : i + 1], 30)[0] for i in range(4)]
     assert alone == together
-
-
-def test_a_finished_row_draws_no_more_numbers() -> None:
-    scores, finished = scores_of(2), row(1)
-    finished.finish_reason = "stop"
-    before = finished._random.getstate()
-    choose_tokens(scores, [row(0), finished])
-    assert finished._random.getstate() == before
 
 
 def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
@@ -117,13 +110,14 @@ def test_tokens_are_drawn_from_the_distribution_of_transformers_own_filters(
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_a_random_number_at_either_end_still_gives_a_token_with_a_probability() -> None:
+def test_a_random_number_at_either_end_still_gives_a_token_with_a_probability(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     scores = torch.full((1, VOCABULARY), -torch.inf)
     scores[0, 3] = scores[0, 9] = 0.0
     for uniform, token in ((0.0, 3), (0.49, 3), (0.51, 9), (1.0 - 2**-53, 9)):
-        drawn = row()
-        drawn._random.random = lambda uniform=uniform: uniform  # type: ignore[method-assign]
-        assert choose_tokens(scores, [drawn]).tolist() == [token]
+        monkeypatch.setattr(Row, "draw", lambda self, number, uniform=uniform: uniform)
+        assert choose_tokens(scores, [row()], [0]).tolist() == [token]
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ def test_parquet_holds_the_same_rows_in_the_same_order(tmp_path: Path, monkeypat
     output.finish()
     rows = parquet.read_table(out).to_pylist()
     assert [row["id"] for row in rows] == ["id-0", "id-1", "id-2", "id-4"]
-    assert rows[0] == {**result(0).to_fields(), "completion": "ü0?"}
+    assert rows[0] == {**result(0).to_fields(), "completion": "ü0?", "logprobs": None}
     assert errors_path(out).exists()
 
 
