@@ -13,7 +13,7 @@ import torch
 from generating import PlainEngine, greedy_by_transformers, run_rows
 from generating import rows_of as made
 from small_models import EOS, PAD, VOCABULARY, build_model, small_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
@@ -111,7 +111,7 @@ def test_every_end_token_of_the_generation_config_ends_a_row(model: Any) -> None
 
 
 def test_the_tokenizers_end_token_counts_where_the_generation_config_has_none() -> None:
-    config = SimpleNamespace(eos_token_id=None, do_sample=True, min_new_tokens=None, min_length=None)
+    config = GenerationConfig(do_sample=True)
     rules = TokenRules(SimpleNamespace(generation_config=config), None, (EOS,))
     assert rules.eos_tokens == {EOS}
     assert rules.pad_token == EOS
