@@ -84,7 +84,7 @@ class Job:
         patch.setattr(runner, "load_engine", self._load)
         patch.setattr(runner, "measure_own_link", lambda device: LINK_GBPS)
         patch.setattr(runner, "PagePool", lambda *given: pool(*given[:-1], CPU))
-        patch.setattr(runner, "Desk", lambda *given: desk(*given[:-1], CPU))
+        patch.setattr(runner, "Desk", lambda model, rules, pool, device, host: desk(model, rules, pool, CPU, host))
 
     def _load(self, plan: Plan, source: Any, config: Any, control: Any, device: Any, told: Any) -> StreamEngine:
         self.while_loading(plan)

@@ -17,7 +17,7 @@ class GpuUse:
     """What a run took of a GPU, in bytes."""
 
     loaded: int
-    """Allocated when the weights were there, slots among them."""
+    """Allocated by loading weights, slots among them."""
     slots: int
     cache: int
     """The KV cache's pool."""
@@ -50,6 +50,7 @@ class GpuMemory:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(device)
         _start_libraries(plan, device)
+        self._workspaces = torch.cuda.memory_allocated(device)
         self._limit: int | None = None
         if limit_bytes is not None:
             self._limit = limit_bytes - self._outside_torch
@@ -72,7 +73,7 @@ class GpuMemory:
 
         Raises DoesNotFitError when not even one row fits.
         """
-        self._loaded = torch.cuda.memory_allocated(self._device)
+        self._loaded = torch.cuda.memory_allocated(self._device) - self._workspaces
         missing = self._missing()
         if missing <= 0:
             return self._plan
