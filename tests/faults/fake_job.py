@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
 from zeroinf.errors import ZeroinfError
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs import journal, stream
@@ -37,29 +39,6 @@ def entries(count: int) -> list[str]:
     good = [{"id": f"r{i}", "prompt": f"Grüße {i} \U0001f642", "max_tokens": 1 + i * 7 % 5} for i in range(count)]
     lines = [json.dumps(entry, ensure_ascii=False) for entry in good]
     return [*lines[:2], '{"prompt": "cut off', *lines[2:], '{"prompt": "x", "max_tokens": -1}']
-
-
-class Store:
-    """What a job needs of torch's stores, in one process."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-
-    def add(self, key: str, amount: int) -> int:
-        self._values[key] = self._values.get(key, 0) + amount
-        return int(self._values[key])
-
-    def set(self, key: str, value: str) -> None:
-        self._values[key] = value
-
-    def get(self, key: str) -> Any:
-        return self._values[key]
-
-    def check(self, keys: Sequence[str]) -> bool:
-        return all(key in self._values for key in keys)
-
-    def delete_key(self, key: str) -> None:
-        del self._values[key]
 
 
 class Ear:
@@ -101,17 +80,16 @@ def decode(tokens: Sequence[int]) -> str:
     return " ".join(f"{token}é" for token in tokens)
 
 
-def open_stream(
-    job: Job, left: tuple[Work, ...], control: Any, ranks: int, output: Output | None, observer: Any
-) -> Stream:
+def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Output | None, observer: Any) -> Stream:
     """The stream of a rank whose engine does nothing."""
+    ranks = control.world.size
     anatomy = SimpleNamespace(is_paged=True, encoder=None)
-    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, static_batches=False, anatomy=anatomy)
+    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, streams=ranks, static_batches=False, anatomy=anatomy)
     prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
     stats = SimpleNamespace(passes=0, streamed_bytes=0)
     engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)
     codec: Any = SimpleNamespace(decode=decode)
-    return Stream(prepared, codec, control, engine, output, observer)
+    return Stream(prepared, codec, control.part(1), control.store, engine, output, observer)
 
 
 def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
@@ -141,7 +119,7 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
             try:
                 if output.left:
                     output.begin(1)
-                    flow = open_stream(job, tuple(output.left), SimpleNamespace(store=Store()), 1, held, ear)
+                    flow = open_stream(job, tuple(output.left), Control(World(), "cpu"), held, ear)
                     interrupts.deferred = True
                     try:
                         generate(flow, interrupts, pause_s)

@@ -41,7 +41,7 @@ def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None)
         leaving.watch = PeerWatch(control, leaving.with_the_dead) if control.world.size > 1 else None
         if die_after_s is not None:
             threading.Timer(die_after_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-        flow = open_stream(job, work, control, control.world.size, held, Ear())
+        flow = open_stream(job, work, control, held, Ear())
         try:
             generate(flow, interrupts, 0.01)
             flow.gather_all()
