@@ -20,7 +20,7 @@ from zeroinf.model.source import resolve_model
 from zeroinf.planner.memory import pieces, total
 from zeroinf.planner.plan import Plan
 
-BLOCKS = 12  # more than a ring of read buffers and slots holds
+BLOCKS = 24  # many more than a ring of read buffers and slots holds
 
 
 @pytest.fixture(scope="module")
