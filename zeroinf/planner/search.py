@@ -38,6 +38,7 @@ MOST_MICRO_BATCH_ROWS = 128
 _SMALLER = (1, 4, 16)
 _PREFILL_TOKENS = (2048, 16384)
 _SHORTEST_PART = 256
+_PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 # The most rows are found to a part of so many.
 _CLOSE_ENOUGH = 32
 
@@ -213,7 +214,7 @@ class Planner:
                 outcome = list(self._candidates(wish, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
-                found += [max(fitting, key=self._merit)] if fitting else []
+                found += [self._with_steady_prompts(wish, max(fitting, key=self._merit), budgets)] if fitting else []
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
         if not found:
             raise DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
@@ -247,7 +248,17 @@ class Planner:
             larger = [rows for rows in sizes if rows > best.batch_size]
             grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
             found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
+            found += self._with_even_waves(wish, max(found, key=self._merit), budgets)
         yield from found
+
+    def _with_even_waves(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
+        """The same with so few rows that no more waves are needed, and the last one is as large as the others."""
+        rows = candidate.choice.batch_size
+        if wish.requests is None or rows * wish.streams >= wish.requests:
+            return []
+        requests = -(-wish.requests // wish.streams)
+        fewer = self._try(wish, self._with_rows(wish, candidate.choice, -(-requests // -(-requests // rows))), budgets)
+        return [fewer, *self._with_more_residents(wish, fewer, budgets)] if isinstance(fewer, Candidate) else []
 
     def _growing(
         self, wish: Wish, start: Choice, fits: int, sizes: Sequence[int], budgets: dict[Place, int]
@@ -289,6 +300,21 @@ class Planner:
                 return [outcome]
         return []
 
+    def _with_steady_prompts(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Candidate:
+        """The same with fewer prompt tokens a pass, if that is faster: prompts that come in a wave make the link wait,
+        those that come a few at a time are computed while weights cross it."""
+        choice, workload = candidate.choice, self._simulate(_shape(candidate.choice))
+        if not workload.shares_passes:
+            return candidate
+        least = self._lengths.prompt_tokens if self._lengths.whole else _SHORTEST_PART
+        fewer = {max(least, int(share * choice.prefill_tokens)) for share in _PREFILL_SHARES}
+        shapes = [_shape(replace(choice, prefill_tokens=tokens)) for tokens in fewer if tokens < choice.prefill_tokens]
+        outcomes = [candidate, *(self._try_shape(wish, choice, shape, budgets) for shape in shapes)]
+        return max(
+            (one for one in outcomes if isinstance(one, Candidate)),
+            key=lambda one: (*self._merit(one), one.choice.prefill_tokens),
+        )
+
     def _choice(self, wish: Wish, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         blocks = len(self._anatomy.blocks)
         on_disk = 0
@@ -316,9 +342,9 @@ class Planner:
         if wish.engine != "stream" or not self._anatomy.is_paged:
             yield Shape(rows, rows, prompts, _host_rows(wish, rows), wish.kv_dtype)
             return
-        # As many prompt tokens as are computed in twice the time that the weights take, with which nothing waits.
+        # With as many prompt tokens as are computed in the time that the weights take, the link waits for nothing.
         link_s = self._anatomy.block_bytes / self._speeds.link_gbps / 1e9
-        worthwhile = 2 * link_s * self._speeds.tflops * 1e12 / (2 * self._anatomy.parameters)
+        worthwhile = link_s * self._speeds.tflops * 1e12 / (2 * self._anatomy.parameters)
         tokens = min(prompts, int(sorted((_PREFILL_TOKENS[0], worthwhile, _PREFILL_TOKENS[1]))[1]))
         found = dict[Shape, None]()
         for share in _SMALLER:
@@ -422,6 +448,10 @@ class Planner:
 def _on_host(term: Term, world_size: int) -> Term:
     """Without a GPU each rank computes in host memory."""
     return replace(term, place="host", nbytes=term.nbytes * world_size) if term.place == "gpu" else term
+
+
+def _shape(choice: Choice) -> Shape:
+    return Shape(choice.batch_size, choice.micro_batch_rows, choice.prefill_tokens, choice.host_rows, choice.kv_dtype)
 
 
 def _host_rows(wish: Wish, rows: int) -> int:

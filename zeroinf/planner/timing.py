@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
@@ -28,6 +30,11 @@ _MASKED_ATTENTION_SHARES = (0.17, 0.23)
 _HOST_SHARE = 2.3
 _STEP_S = 0.5e-3
 _SHORTEST_KERNEL_S = 2e-6
+
+# How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
+_WAVES = 4
+_STRIDES = 64
+_FEW = 1e-6
 
 # Making codes of weights in a checkpoint, GB/s of the weights: eight threads, of which each made 1.1 to 1.5 on a core
 # of its own; with fewer cores it takes longer.
@@ -189,17 +196,37 @@ class _Static(_Work):
 
 class _Continuous(_Work):
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
-        """Tokens of so many rows (None: without end, of one pass), and how long they take."""
+        """Tokens of so many rows (None: without end, of as many as a lifetime lets in), and how long they take.
+
+        Rows that entered together end together, so prompts come in waves: all of the first few are walked through, and
+        the others take as long as the last of these.
+        """
+        new = self.workload.new_tokens
+        wave = min(self.workload.shape.rows, self.workload.prompts_rows * new)
+        more = 0 if rows is None else max(0, ceil(rows / wave - _WAVES))
+        count = _WAVES * wave if rows is None else rows - more * wave
+        seconds = self._walk(count)
+        if rows is not None and not more:
+            return rows * new, seconds
+        wave_s = seconds - self._walk(count - wave)
+        return (wave * new, wave_s) if rows is None else (rows * new, seconds + more * wave_s)
+
+    def _walk(self, rows: float) -> float:
+        """Seconds until so many rows have come and gone, in strides of one pass or, where rows live long, of more."""
         live, new = self.workload.shape.rows, self.workload.new_tokens
-        enter = min(self.workload.prompts_rows, live / new)  # a pass, once all places are taken
-        steady_s = self.seconds(enter / self.workload.prompts_rows, enter * (new - 1) / live)
-        if rows is None:
-            return enter * new, steady_s
-        first = min(live, rows)
-        begin = max(1.0, first / self.workload.prompts_rows)
-        begin_s = begin * self.seconds(min(1.0, first / self.workload.prompts_rows), (begin - 1) / begin / 2)
-        end_s = (new - 1) * self.seconds(0, first / live)
-        return rows * new, begin_s + (rows - first) / enter * steady_s + end_s
+        strides = min(round(new), _STRIDES)
+        passes, waiting, starting, running, seconds = new / strides, rows, 0.0, 0.0, 0.0
+        most = self.workload.prompts_rows * passes
+        entered: deque[float] = deque(maxlen=strides)
+        while waiting + starting + running > _FEW:
+            admitted = min(waiting, live - starting - running)
+            waiting, starting = waiting - admitted, starting + admitted
+            entering = min(most, starting)
+            seconds += passes * self.seconds(entering / most, running / live)
+            entered.append(entering)
+            leaving = entered[0] if len(entered) == strides else 0.0
+            starting, running = starting - entering, running + entering - leaving
+        return seconds
 
 
 def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:

@@ -1,0 +1,98 @@
+"""Predicted speed beside the passes that the real scheduler makes of the same requests, and what is chosen by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_machines import CHAIN, GIB, lengths_of, machine_of, overhead, speeds, workload_of
+from generating import rows_of
+
+from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.search import Candidate, Planner, Wish
+from zeroinf.planner.timing import Timing, time_plan
+from zeroinf.planner.workload import Shape
+
+PROMPT, NEW = 256, 24
+
+
+def timed(shape: Shape, requests: int | None, **rates: float) -> Timing:
+    choice = Choice(
+        engine="stream",
+        offload="cpu",
+        fetch="replicated",
+        batch_size=shape.rows,
+        micro_batch_rows=shape.micro_batch_rows,
+        prefill_tokens=shape.prefill_tokens,
+        resident_blocks=0,
+        nvme_blocks=0,
+    )
+    return time_plan(CHAIN, choice, workload_of(shape, prompt=PROMPT, new=NEW), speeds(**rates), 1, requests)
+
+
+def walked(shape: Shape, requests: int, link_s: float, prefill_s: float) -> float:
+    """Seconds of the scheduler's passes: each waits for the weights, or for its prompts."""
+    limits = Limits(
+        rows=shape.rows, pages=1 << 30, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens
+    )
+    scheduler = Scheduler(limits, lambda tokens: 1)
+    scheduler.add(rows_of([[1] * PROMPT] * requests, [NEW] * requests))
+    seconds = 0.0
+    while True:
+        scheduler.admit()
+        groups = scheduler.next_pass()
+        if not groups:
+            return seconds
+        columns = sum(len(group.seats) * group.width for group in groups if group.width > 1)
+        seconds += max(link_s, columns / shape.prefill_tokens * prefill_s)
+        for group in groups:
+            scheduler.advance(group)
+
+
+@pytest.mark.parametrize("tflops", [1000.0, 10.0], ids=["the link binds", "prompts bind"])
+@pytest.mark.parametrize("prompts", [1, 3, 16], ids=lambda prompts: f"{prompts} prompts a pass")
+@pytest.mark.parametrize("requests", [1, 16, 24, 100, 640])
+def test_predicted_seconds_are_those_of_the_schedulers_passes(requests: int, prompts: int, tflops: float) -> None:
+    shape = Shape(16, 16, prompts * PROMPT)
+    timing = timed(shape, requests, tflops=tflops)
+    link_s = timing.streamed_bytes / speeds().link_gbps / 1e9
+    assert timing.decode_s == pytest.approx(link_s), "else a pass is more than weights and prompts"
+    seconds = walked(shape, requests, link_s, timing.prefill_s)
+    assert requests * NEW / timing.tokens_per_second == pytest.approx(seconds, rel=0.04, abs=1.01 * timing.prefill_s)
+
+
+def test_a_job_without_end_runs_at_the_speed_of_a_very_long_one() -> None:
+    shape = Shape(16, 16, 16 * PROMPT)
+    endless, long = (timed(shape, requests, tflops=10.0).tokens_per_second for requests in (None, 100_000))
+    assert endless == pytest.approx(long, rel=1e-3)
+
+
+def test_prompts_come_a_few_at_a_time_where_a_wave_of_them_would_make_the_link_wait() -> None:
+    chosen = choose(tflops=8.0, batch_size=48, requests=480)
+    wave = timed(Shape(48, 48, 48 * PROMPT), 480, tflops=8.0)
+    assert chosen.choice.prefill_tokens < 48 * PROMPT / 2
+    assert chosen.timing.tokens_per_second > 1.05 * wave.tokens_per_second
+
+
+def test_a_job_that_takes_two_waves_takes_two_of_one_size() -> None:
+    most = choose(link_gbps=2.0, requests=10_000).choice.batch_size
+    requests = most + most // 2
+    chosen = choose(link_gbps=2.0, requests=requests)
+    assert chosen.choice.batch_size == -(-requests // 2)
+    fuller = choose(link_gbps=2.0, requests=requests, batch_size=most)
+    assert chosen.timing.tokens_per_second > fuller.timing.tokens_per_second
+
+
+def choose(*, requests: int, batch_size: int | None = None, **rates: Any) -> Candidate:
+    planner = Planner(
+        CHAIN,
+        machine_of(gpu_bytes=2 * GIB, host_bytes=64 * GIB),
+        speeds(**rates),
+        overhead,
+        lambda shape: workload_of(shape, prompt=PROMPT, new=NEW),
+        device="cuda",
+        lengths=lengths_of(PROMPT, NEW),
+    )
+    wish = Wish(offload="cpu", batch_size=batch_size, requests=requests)
+    return planner.choose(wish).chosen
