@@ -54,7 +54,7 @@ def test_more_memory_takes_more_rows_and_longer_prompts_fewer(offload: str) -> N
 
 def test_a_few_rows_more_than_the_plan_do_not_fit() -> None:
     question = ask(gpu=1200 * MIB, offload="none")
-    most = rows(question)
+    most = max(tried.choice.batch_size for tried in answer(question).decision.tried)
     more = most + most // 32 + 2
     assert rows(replace(question, wish=replace(question.wish, batch_size=most))) == most
     with pytest.raises(DoesNotFitError, match=f"{more} rows need"):

@@ -248,8 +248,23 @@ class Planner:
             larger = [rows for rows in sizes if rows > best.batch_size]
             grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
             found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
+            found += self._beside(wish, found, budgets)
             found += self._with_even_waves(wish, max(found, key=self._merit), budgets)
         yield from found
+
+    def _beside(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
+        """More rows than the best has, and fewer than the next that was tried: that may fit in small parts only."""
+        best, tried = max(found, key=self._merit), list[Candidate]()
+        slower = min((c.choice.batch_size for c in found if c.choice.batch_size > best.choice.batch_size), default=0)
+        while slower - best.choice.batch_size > 1 + best.choice.batch_size // _CLOSE_ENOUGH:
+            rows = (best.choice.batch_size + slower) // 2
+            outcome = self._try(wish, self._with_rows(wish, best.choice, rows), budgets)
+            if isinstance(outcome, Candidate) and self._merit(outcome) > self._merit(best):
+                best = outcome
+                tried.append(best)
+            else:
+                slower = rows
+        return tried
 
     def _with_even_waves(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
         """The same with so few rows that no more waves are needed, and the last one is as large as the others."""
