@@ -31,11 +31,11 @@ from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 MOST_ROWS = 4096
 """More rows a GPU than this are never tried: long before, arithmetic binds."""
 
-MOST_MICRO_BATCH_ROWS = 128
-"""More rows in one forward compute no faster, and what attention gathers for them grows."""
+MOST_MICRO_BATCH_ROWS = 512
+"""More rows in one forward hardly save time: resident weights are read seldom, and what attention gathers grows."""
 
-# What is tried where a pass of the largest micro-batches does not fit.
-_SMALLER = (1, 4, 16)
+# What is tried, one after the other, until a pass fits: parts of the most rows and of the most prompt tokens.
+_PARTS = ((1, 1), (4, 1), (16, 4), (64, 16))
 _PREFILL_TOKENS = (2048, 16384)
 _SHORTEST_PART = 256
 _PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
@@ -362,9 +362,9 @@ class Planner:
         worthwhile = link_s * self._speeds.tflops * 1e12 / (2 * self._anatomy.parameters)
         tokens = min(prompts, int(sorted((_PREFILL_TOKENS[0], worthwhile, _PREFILL_TOKENS[1]))[1]))
         found = dict[Shape, None]()
-        for share in _SMALLER:
-            together = wish.micro_batch_rows or -(-MOST_MICRO_BATCH_ROWS // share)
-            part = min(tokens, max(tokens // share, _SHORTEST_PART))
+        for rows_share, tokens_share in _PARTS:
+            together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
+            part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
             part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
             found[Shape(rows, min(rows, together), part, _host_rows(wish, rows), wish.kv_dtype)] = None
         yield from found
