@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from threading import Barrier, Thread
 
 import pytest
 import torch.distributed as dist
 
-from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
-from zeroinf.jobs.requests import Result
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
+from zeroinf.jobs.requests import Result, Work
 
 
 def on_threads(count: int, body: Callable[[int], None]) -> None:
@@ -39,6 +42,41 @@ def result(index: int) -> Result:
         prompt_tokens=index,
         completion_tokens=1,
     )
+
+
+def passes_of(work: Sequence[Work], rows: int) -> int:
+    limits = Limits(rows=rows, pages=1 << 20, micro_batch_rows=rows, prefill_tokens=1 << 20)
+    scheduler = Scheduler(limits, lambda tokens: 1)
+    scheduler.add([Row(index=w.index, prompt=w.prompt, sampling=w.sampling, decode=str) for w in work])
+    passes = 0
+    while scheduler.admit() or scheduler.seats:
+        for group in scheduler.next_pass():
+            scheduler.advance(group)
+        passes += 1
+    return passes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_order(seed: int) -> None:
+    drawn, rows = random.Random(seed), 16
+    work = [
+        Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=drawn.randint(4, 128)))
+        for i in range(400)
+    ]
+    ordered = shortest_last(work, rows)
+    assert sorted(item.index for item in ordered) == list(range(400))
+    assert ordered[:300] == tuple(work[:300])
+    least = sum(item.sampling.max_new_tokens for item in work) / rows
+    assert passes_of(ordered, rows) < 1.02 * least
+    assert passes_of(work, rows) > 1.02 * least
+
+
+def test_work_of_equal_lengths_or_of_less_than_fills_the_rows_is_run_in_its_order() -> None:
+    work = tuple(
+        Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=7)) for i in range(9)
+    )
+    assert shortest_last(work, 4) == work
+    assert shortest_last(work, 20) == work
 
 
 @pytest.mark.parametrize(("total", "rows", "ranks"), [(0, 4, 2), (1, 4, 3), (7, 8, 2), (8, 8, 2), (101, 3, 8)])

@@ -18,6 +18,7 @@ from zeroinf.jobs.fingerprint import fingerprint
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_requests
 from zeroinf.jobs.requests import Refusal, Request, Work
 from zeroinf.jobs.text import TextCodec
@@ -87,24 +88,28 @@ def prepare(
 ) -> Prepared:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
+    lives = [item.sampling.max_new_tokens for item in work]  # passes: of the rows that are live, more are long ones
+    tokens = [len(item.prompt) + new for item, new in zip(work, lives, strict=True)]
+    pages = [
+        reading.anatomy.row_pages(reading.anatomy.row_tokens(len(item.prompt), new))
+        for item, new in zip(work, lives, strict=True)
+    ]
     lengths = Lengths(
         prompt_tokens=max(len(item.prompt) for item in work),
-        new_tokens=max(item.sampling.max_new_tokens for item in work),
+        new_tokens=max(lives),
         logprobs=max(asked, default=None),
         padded=len({len(item.prompt) for item in work}) > 1,
         mean_prompt_tokens=fmean(len(item.prompt) for item in work),
-        mean_new_tokens=fmean(item.sampling.max_new_tokens for item in work),
-        mean_pages=fmean(
-            reading.anatomy.row_pages(reading.anatomy.row_tokens(len(item.prompt), item.sampling.max_new_tokens))
-            for item in work
-        ),
+        mean_new_tokens=fmean(lives),
+        mean_tokens=fmean(tokens, lives),
+        mean_pages=fmean(pages, lives),
     )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
         plan=plan,
         engine_choice=why,
         zero_config=own_config or build_zero_config(plan),
-        work=work,
+        work=work if plan.static_batches else shortest_last(work, plan.batch_size * plan.streams),
         refused=len(reading.job.refusals),
         rows_before=len(reading.job.work) - len(work),
         tokenize_s=reading.tokenize_s,

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import TYPE_CHECKING
 
-from zeroinf.jobs.requests import Result
+from zeroinf.jobs.requests import Result, Work
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+
+def shortest_last(work: Sequence[Work], rows: int) -> tuple[Work, ...]:
+    """`work` in its order, but for the end of it, where the longest completions begin first, so that the last of `rows`
+    rows that are live together end together and none runs on alone."""
+    most = max(item.sampling.max_new_tokens for item in work)
+    mean = sum(item.sampling.max_new_tokens for item in work) / len(work)
+    start = max(0, len(work) - ceil(rows * most / mean))
+    return (*work[:start], *sorted(work[start:], key=lambda item: -item.sampling.max_new_tokens))
 
 
 class WorkQueue:

@@ -28,8 +28,10 @@ class Lengths:
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
     mean_new_tokens: float | None = None
+    mean_tokens: float | None = None
+    """Tokens that a live row can come to."""
     mean_pages: float | None = None
-    """Pages of the KV cache that a row takes."""
+    """Pages of the KV cache that a live row takes."""
 
     def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
         """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
@@ -44,7 +46,7 @@ class Lengths:
         if not shape.host_rows:
             return None
         tokens = self.prompt_tokens + self.new_tokens
-        mean = (self.mean_prompt_tokens or self.prompt_tokens) + (self.mean_new_tokens or self.new_tokens)
+        mean = tokens if self.mean_tokens is None else self.mean_tokens
         together = min(shape.micro_batch_rows, shape.host_rows)
         return HostSize(
             tokens=max(tokens, ceil(shape.host_rows * mean)),

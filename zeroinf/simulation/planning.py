@@ -190,6 +190,6 @@ def _shares(lengths: Lengths) -> Sequence[Lengths]:
     found = [lengths]
     while found[-1].prompt_tokens > 1:
         prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
-        means: dict[str, Any] = {"mean_prompt_tokens": None, "mean_new_tokens": None, "mean_pages": None}
+        means: dict[str, Any] = dict.fromkeys(("mean_prompt_tokens", "mean_new_tokens", "mean_tokens", "mean_pages"))
         found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new, **means))
     return found
