@@ -8,6 +8,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine, Listener
+from zeroinf.model.pretrained import reading_weights
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
@@ -20,7 +21,22 @@ def load_engine(
     device: torch.device,
     told: Listener,
 ) -> Engine:
-    """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported."""
+    """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported.
+
+    Raises ModelError for weights that are damaged, or that would run code, whichever engine reads them.
+    """
+    with reading_weights(source):
+        return _load(plan, source, zero_config, control, device, told)
+
+
+def _load(
+    plan: Plan,
+    source: ModelSource,
+    zero_config: dict[str, Any] | None,
+    control: Control,
+    device: torch.device,
+    told: Listener,
+) -> Engine:
     match plan.engine:
         case "zero":
             from zeroinf.engines.zero.engine import ZeroEngine

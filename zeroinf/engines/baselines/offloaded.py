@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.baselines.plain import PlainEngine, load_pretrained, random_model
+from zeroinf.engines.baselines.plain import PlainEngine, random_model
 from zeroinf.model.inspect import find_blocks
+from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
@@ -41,7 +42,8 @@ class AccelerateEngine(PlainEngine):
     def _load(self, plan: Plan, source: ModelSource, device: torch.device) -> Any:
         places = _device_map(source, plan, device)
         if not source.random_weights:
-            return load_pretrained(plan, source, device_map=places, offload_folder=self._folder)
+            dtype = getattr(torch, plan.dtype)
+            return load_pretrained(source, dtype, device_map=places, offload_folder=self._folder)
         from accelerate import dispatch_model
 
         made = {name: torch.device("cpu" if place == "disk" else place) for name, place in places.items()}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from zeroinf.engines.base import EngineStats
-from zeroinf.errors import ModelError
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
@@ -41,27 +40,6 @@ class PlainEngine:
 
     def close(self) -> None:
         self.model = None
-
-
-def load_pretrained(plan: Plan, source: ModelSource, **where: Any) -> Any:
-    """transformers' `from_pretrained` with `where` (a device map) as its users call it.
-
-    Raises ModelError for a checkpoint that cannot be read.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=source.config,
-            dtype=getattr(torch, plan.dtype),
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            **where,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {source.name}: {error}") from error
-    return model.eval()
 
 
 def random_model(plan: Plan, source: ModelSource, devices: Mapping[str, torch.device]) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from zeroinf.engines.baselines.plain import PlainEngine, load_pretrained, random_model
+from zeroinf.engines.baselines.plain import PlainEngine, random_model
+from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
@@ -18,4 +19,4 @@ class ResidentEngine(PlainEngine):
         if source.random_weights:
             self.model = random_model(plan, source, {"": device})
         else:
-            self.model = load_pretrained(plan, source, device_map={"": device})
+            self.model = load_pretrained(source, getattr(torch, plan.dtype), device_map={"": device})

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
-from zeroinf.model.inspect import auto_class, is_converted
+from zeroinf.model.inspect import is_converted
+from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
 
@@ -156,23 +156,7 @@ def _read_directly(origins: dict[str, tuple[Path, str]]) -> _Read:
 
 
 def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
-    try:
-        loaded = auto_class(source.config).from_pretrained(
-            source.location,
-            config=source.config,
-            dtype=model.dtype,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            weights_only=True,
-        )
-    except UnpicklingError as error:
-        raise ModelError(
-            f"cannot load {source.name}: its pickled files hold more than weights, and could run code here",
-            hint="convert it to safetensors where you trust it",
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {source.name}: {error}") from error
-    values = loaded.state_dict()
+    values = load_pretrained(source, model.dtype).state_dict()
 
     def read(tensor: Tensor) -> tuple[torch.Tensor, str]:
         value, *_ = [values.pop(name) for name in tensor.names if name in values]

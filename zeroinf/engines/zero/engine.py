@@ -18,7 +18,8 @@ from zeroinf.distributed.control import start_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.engines.quiet import quiet_deepspeed
-from zeroinf.errors import ModelError
+from zeroinf.model.inspect import auto_class
+from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
@@ -96,22 +97,11 @@ class ZeroEngine:
 
 
 def _build(source: ModelSource, plan: Plan) -> Any:
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(torch, plan.dtype)
-    if source.random_weights:
-        torch.manual_seed(_RANDOM_SEED)
-        return AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=source.config,
-            dtype=dtype,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {source.name}: {error}") from error
+    if not source.random_weights:
+        return load_pretrained(source, dtype)
+    torch.manual_seed(_RANDOM_SEED)
+    return auto_class(source.config).from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
 
 
 def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
