@@ -20,6 +20,16 @@ def configs_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+GUARDED_FILE, _GUARDED_FOLDER = 0o644, 0o755
+"""The most that is allowed, whatever the umask, with weights that later runs find: their owner alone writes them."""
+
+
+def make_guarded(folder: Path) -> None:
+    """Make `folder`, and what is missing above it, such that nobody but their owner may write there."""
+    for each in (*reversed(folder.parents), folder):
+        each.mkdir(_GUARDED_FOLDER, exist_ok=True)
+
+
 def flush(path: Path) -> None:
     """Make sure that a file's data, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

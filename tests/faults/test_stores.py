@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ class Notes(Silent):
 
 
 def start(model: Path, nvme: Path, **more: Any) -> Any:
-    return stream(model, offload="nvme", nvme_blocks=BLOCKS, nvme_paths=(nvme,), **more)
+    return stream(model, **{"offload": "nvme", "nvme_blocks": BLOCKS, "nvme_paths": (nvme,), **more})
 
 
 @pytest.fixture
@@ -66,15 +67,18 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("piece", range(BLOCKS + 1))
-def test_a_flipped_bit_ends_the_run_before_a_token_of_it(
-    piece: int, written: Path, model: Path, tmp_path: Path
+@pytest.mark.parametrize("tiers", ["nvme", "host", "gpu"])
+def test_a_flipped_bit_ends_the_run_before_a_token_of_it_in_every_tier(
+    tiers: str, piece: int, written: Path, model: Path, tmp_path: Path
 ) -> None:
+    """Blocks are read from the store into whichever tier they rest in; the last piece is what lies outside of them."""
+    where = {"nvme": {}, "host": {"nvme_blocks": 0}, "gpu": {"nvme_blocks": 0, "resident_blocks": BLOCKS}}[tiers]
     store = open_store([tmp_path], written.name)
     assert store is not None
     entry = store.contents.pieces[piece]
     flip(written / "data", entry.offset + entry.nbytes // 2)
     with pytest.raises(StoreError, match=r"is damaged: byte \d+ and on were changed") as caught:
-        engine = start(model, tmp_path)  # what stays on the device is read here already
+        engine = start(model, tmp_path, **where)  # what stays on the device is read here already
         try:
             tokens_of(engine)
         finally:
@@ -118,6 +122,26 @@ def exchange_for_another(written: Path) -> None:
     (summary,) = list_stores([elsewhere])
     shutil.rmtree(written)
     shutil.copytree(store_folder(elsewhere, summary.name), written)
+
+
+def test_nobody_but_their_owner_may_write_to_stores_whatever_the_umask(model: Path, tmp_path: Path) -> None:
+    seen: dict[str, int] = {}
+    rename = Path.rename
+
+    def noted(self: Path, target: Path) -> Path:
+        seen.update({path.name: path.stat().st_mode for path in (tmp_path / "zeroinf-store").rglob("*")})
+        return rename(self, target)
+
+    before = os.umask(0)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", noted)
+            start(model, tmp_path).close()
+    finally:
+        os.umask(before)
+    seen |= {path.name: path.stat().st_mode for path in tmp_path.rglob("*")}
+    assert seen.keys() >= {"zeroinf-store", "data", "journal", "header.partial", "header.json"}
+    assert [name for name, mode in seen.items() if mode & (stat.S_IWGRP | stat.S_IWOTH)] == []
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,16 @@ def test_a_build_that_is_killed_leaves_nothing_usable_and_the_next_one_succeeds(
     assert not folder.with_name("model.partial").exists()
 
 
+def test_nobody_but_their_owner_may_write_to_what_was_built_whatever_the_umask(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "converted" / "model"
+    before = os.umask(0)
+    try:
+        build_once(folder, lambda partial: partial.joinpath("weights").touch())
+    finally:
+        os.umask(before)
+    assert not any(path.stat().st_mode & 0o022 for path in (folder / "weights", folder, *folder.parents[:2]))
+
+
 def test_many_at_once_build_once(tmp_path: Path) -> None:
     built: list[Path] = []
 

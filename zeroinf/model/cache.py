@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zeroinf.paths import cache_directory, flush
+from zeroinf.paths import GUARDED_FILE, cache_directory, flush, make_guarded
+
+_OTHERS_WRITE = 0o022
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -20,14 +22,15 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_guarded(folder.parent)
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            make_guarded(partial)
             build(partial)
             for path in [*partial.rglob("*"), partial]:
+                path.chmod(path.stat().st_mode & ~_OTHERS_WRITE)
                 flush(path)
             partial.rename(folder)
             flush(folder.parent)
@@ -44,7 +47,8 @@ def file_digest(path: Path) -> str:
         return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    memory.parent.mkdir(parents=True, exist_ok=True)
+    make_guarded(memory.parent)
+    memory.touch(GUARDED_FILE)
     memory.write_text(digest, encoding="ascii")
     return digest
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from zeroinf.engines.stream.store import Contents, Request, Store, damaged, data_file
 from zeroinf.errors import StoreError
 from zeroinf.hardware.disk import read_disk
+from zeroinf.paths import GUARDED_FILE
 
 THREADS = 8
 """Requests in flight: enough to keep an NVMe drive, or several, at their full rate."""
@@ -30,7 +31,7 @@ class DataFiles:
         self._descriptors: list[int] = []
         try:
             for file in self._files:
-                self._descriptors.append(os.open(file, flags, 0o644))
+                self._descriptors.append(os.open(file, flags, GUARDED_FILE))
         except OSError as error:
             self.close()
             raise _failed("open", file, error) from error

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from zeroinf.paths import GUARDED_FILE, make_guarded
+
 
 class StoreLock:
     """Shared by readers, exclusive for whoever writes or removes. One file for each part, always in the same order.
@@ -51,9 +53,9 @@ class StoreLock:
         return True
 
     def _lock(self, file: Path, kind: int) -> None:
-        file.parent.mkdir(exist_ok=True)
+        make_guarded(file.parent)
         while True:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, GUARDED_FILE)
             self._descriptors.append(descriptor)
             fcntl.flock(descriptor, kind)
             with suppress(FileNotFoundError):

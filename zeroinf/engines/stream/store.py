@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import StoreError, UsageError
-from zeroinf.paths import flush
+from zeroinf.paths import GUARDED_FILE, flush
 from zeroinf.planner.memory import CHUNK_BYTES, round_up
 from zeroinf.planner.wire import Wire
 
@@ -170,6 +170,7 @@ def write_headers(store: Store) -> None:
         body = {"format": FORMAT, "part": part, **asdict(store.contents), "digests": store.digests}
         text = json.dumps({"digest": digest_of(_canonical(body)), **body})
         partial = header_file(folder).with_suffix(".partial")
+        partial.touch(GUARDED_FILE)
         with partial.open("w", encoding="ascii") as file:
             file.write(text)
             file.flush()

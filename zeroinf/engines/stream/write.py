@@ -27,7 +27,7 @@ from zeroinf.engines.stream.store import (
 )
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.hardware.checks import gib
-from zeroinf.paths import flush
+from zeroinf.paths import GUARDED_FILE, flush, make_guarded
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,7 +41,7 @@ def write_store(contents: Contents, paths: Sequence[Path], origin: Origin, *, di
     """
     folders = [store_folder(path, contents.name) for path in paths]
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_guarded(folder)
     journal = _Journal(folders, contents)
     require_room(paths, contents.data_bytes, contents.name)
     files = DataFiles(folders, direct=direct, write=True)
@@ -104,6 +104,7 @@ class _Journal:
         lengths = [data_file(folder).stat().st_size if data_file(folder).exists() else 0 for folder in folders]
         if lengths == [contents.part_bytes(part) for part in range(contents.parts)] and self._file.exists():
             self._read()
+        self._file.touch(GUARDED_FILE)
         with self._file.open("w", encoding="ascii") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in self.digests.items())
         flush(self._file.parent)
