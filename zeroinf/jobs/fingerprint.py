@@ -19,6 +19,7 @@ from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import TensorParallel
 
 _DIGEST_BYTES = 8
 _LIBRARIES = {"zero": ("deepspeed",), "tensor-parallel": ("deepspeed",), "accelerate": ("accelerate",)}
@@ -34,14 +35,18 @@ def fingerprint(
     engine: str,
     dtype: str,
     wire: str,
+    kv_dtype: str,
     device: str,
-    checkpoint: Path | None = None,
+    parallel: TensorParallel,
+    zero_config: Path | None,
 ) -> dict[str, str]:
     """Name and value of everything that can change a completion; long values as digests."""
     libraries = ("torch", "transformers", *_LIBRARIES.get(engine, ()))
-    listed = {} if checkpoint is None else {"checkpoint listing": file_digest(checkpoint)}
+    files = {"checkpoint listing": parallel.checkpoint, "ZeRO config": zero_config}
     return {
-        **listed,
+        **{name: file_digest(file) for name, file in files.items() if file is not None},
+        "injection policy": _digest(parallel.injection_policy),
+        "code of the model": _code_digest(source),
         "model": weights_identity(source),
         "revision": str(source.revision),
         "config": _digest(_config(source.config)),
@@ -54,6 +59,7 @@ def fingerprint(
         "engine": engine,
         "dtype": dtype,
         "wire": wire,
+        "keys and values": kv_dtype,
         "device": device,
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},
@@ -62,6 +68,13 @@ def fingerprint(
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _code_digest(source: ModelSource) -> str:
+    """Of what a local folder would run here; the code of the hub's models belongs to their commit."""
+    folder = Path(source.location)
+    code = sorted(folder.rglob("*.py")) if source.trust_remote_code and source.is_local else []
+    return _digest([[str(file.relative_to(folder)), file_digest(file)] for file in code])
 
 
 def _config(config: Any) -> dict[str, Any]:

@@ -77,9 +77,20 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     if options.output_file is None and any(item.sampling.logprobs is not None for item in work):
         raise UsageError("logprobs without --output-file: in=/out= pairs hold none", hint="add -o FILE, or drop them")
     refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
-    how = {"engine": engine, "dtype": anatomy.dtype, "wire": options.wire, "device": device}
-    checkpoint = options.tensor_parallel.checkpoint
-    marks = fingerprint(source, tokenizer, requests, work, refused, **how, checkpoint=checkpoint)
+    marks = fingerprint(
+        source,
+        tokenizer,
+        requests,
+        work,
+        refused,
+        engine=engine,
+        dtype=anatomy.dtype,
+        wire=options.wire,
+        kv_dtype=options.kv_dtype,
+        device=device,
+        parallel=options.tensor_parallel,
+        zero_config=options.zero_config,
+    )
     return Reading(job=Job(work=work, refusals=refused, fingerprint=marks), anatomy=anatomy, tokenize_s=tokenize_s)
 
 
