@@ -126,11 +126,23 @@ def test_weights_in_a_format_of_their_own_are_refused_by_name(method: str, check
 
 
 def test_code_of_the_models_own_is_named_and_not_run(tmp_path: Path) -> None:
-    auto_map = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddModel"}
+    auto_map = {"AutoConfig": "configuration_odd.OddConfig", "AutoModelForCausalLM": "some/where--modeling_odd.Model"}
     folder = write_config(tmp_path / "m", model_type="odd", auto_map=auto_map)
     (folder / "configuration_odd.py").write_text("raise SystemExit('this code was run')")
-    with pytest.raises(ModelError, match=r"configuration_odd\.OddConfig, modeling_odd\.OddModel") as caught:
+    with pytest.raises(
+        ModelError, match=r"would run here: configuration_odd\.py, modeling_odd\.py of some/where$"
+    ) as caught:
         resolve_model(str(folder), random_weights=True)
+    assert "--trust-remote-code" in str(caught.value.hint)
+
+
+def test_code_of_the_tokenizers_own_is_named_and_not_run(checkpoint: Path) -> None:
+    known = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["tokens_odd.Odd", None]}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**known, **own}))
+    (checkpoint / "tokens_odd.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ModelError, match=r"would run here: tokens_odd\.py$") as caught:
+        load_tokenizer(resolve_model(str(checkpoint)))
     assert "--trust-remote-code" in str(caught.value.hint)
 
 

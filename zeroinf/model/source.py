@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """The tokenizer of `source`, padding on the left, with a pad token.
 
     None for random weights that come without a tokenizer in a local folder: callers make up token ids. Raises
-    ModelError where a real model has none.
+    ModelError where a real model has none, or one that would run code of its own without `trust_remote_code`.
     """
     folder = Path(source.location)
     has_files = any((folder / file).is_file() for file in _TOKENIZER_FILES)
@@ -85,12 +86,16 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     if source.is_local and not has_files and not source.trust_remote_code:
         raise _no_tokenizer(source, f"none of {', '.join(_TOKENIZER_FILES)} is there")
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code, padding_side="left"
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        own_code = get_tokenizer_config(source.location, revision=source.revision).get("auto_map")
+        if own_code and not source.trust_remote_code:
+            raise _own_code(source.location, own_code) from error
         raise _no_tokenizer(source, str(error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or _any_special_token(tokenizer)
@@ -165,11 +170,7 @@ def _read_config(location: str, revision: str | None, trust_remote_code: bool) -
         own_code = fields.get("auto_map") or {}
         known = native in MODEL_FOR_CAUSAL_LM_MAPPING or native in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
         if own_code and not trust_remote_code and not known:
-            code = ", ".join(sorted(map(str, own_code.values())))
-            raise ModelError(
-                f"{location} brings its own code, which would run here: {code}",
-                hint="read that code, then pass --trust-remote-code",
-            )
+            raise _own_code(location, own_code)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise hub_error(location, revision, error) from error
@@ -177,6 +178,19 @@ def _read_config(location: str, revision: str | None, trust_remote_code: bool) -
         raise ModelError(f"the config of {location} cannot be read: {error}") from error
     mark_own_head(config, fields)
     return config
+
+
+def _own_code(location: str, named: Mapping[str, Any]) -> ModelError:
+    """`named` is an `auto_map`: classes as `module.Class`, or `repository--module.Class`, one or several each."""
+    classes = [
+        one for value in named.values() for one in (value if isinstance(value, list | tuple) else [value]) if one
+    ]
+    parts = [one.rpartition("--") for one in classes]
+    files = sorted({f"{module.partition('.')[0]}.py" + (f" of {other}" if other else "") for other, _, module in parts})
+    return ModelError(
+        f"{location} brings its own code, which would run here: {', '.join(files)}",
+        hint="read that code, then pass --trust-remote-code",
+    )
 
 
 def _require_generating(location: str, config: Any) -> None:
