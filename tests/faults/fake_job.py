@@ -28,6 +28,10 @@ from zeroinf.jobs.stream import Output, Stream
 ROWS = 3
 
 
+pause = time.sleep
+"""What a pass does that takes long."""
+
+
 def hurry() -> None:
     """Sync as often as can be, so that every write and every fsync of a long job is in a short one. For a child."""
     journal._SYNC_EVERY_S, journal._SYNC_SHARE = 0.0, float("inf")
@@ -104,7 +108,7 @@ def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
                     stream.done(row)
             stream.grew(len(live))
             if pause_s:
-                time.sleep(pause_s)
+                pause(pause_s)
 
 
 def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fake_job
 import pytest
 from fake_job import Ear, exit_code, in_child, read_job, run_job
 from hypothesis import given
@@ -181,6 +182,28 @@ def test_a_disk_that_fills_up_ends_the_run_cleanly_and_with_room_again_the_job_g
     assert faults >= 3
 
 
+def test_who_runs_into_a_full_disk_is_told_what_is_saved_and_how_to_go_on(bench: Bench, whole: bytes) -> None:
+    with scratch() as folder:
+        reads, writes = os.pipe()
+
+        def body() -> int:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) * 2 // 3, len(whole)))
+            ear = Ear()
+            code = run_job(bench.lines, folder / "out.jsonl", ear)
+            os.write(writes, "\n".join(ear.said).encode())
+            return code
+
+        pid = in_child(body)
+        os.close(writes)
+        with os.fdopen(reads) as pipe:
+            saved, error = pipe.read().splitlines()
+        assert exit_code(pid) == 2
+        journal, count = journal_path(folder / "out.jsonl"), len(journalled(folder / "out.jsonl"))
+        assert 0 < count < 6
+        assert saved == f"{count} finished results are saved in {journal}; to go on: zeroinf run --resume"
+        assert error == f"cannot write {journal}: File too large; {count} results are saved there"
+
+
 def test_a_folder_that_became_read_only_is_a_clean_stop_before_the_work(bench: Bench, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -227,23 +250,30 @@ def test_a_pass_that_takes_long_is_dropped_within_seconds_of_the_first_signal_an
         assert tally.is_clean, tally
 
 
-def test_a_second_signal_ends_the_process_at_once_even_in_a_call_that_hears_no_signals() -> None:
-    def body() -> int:
-        with Interrupts() as interrupts:
-            interrupts.deferred = True
-            libc, left = ctypes.CDLL(None), 60
-            while left:  # a C call that goes on where a signal broke it
-                left = libc.sleep(left)
-        return 0
+def test_a_second_signal_ends_the_process_at_once_even_in_a_call_that_hears_no_signals_and_the_job_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deaf_sleep(seconds: float) -> None:
+        libc, left = ctypes.CDLL(None), round(seconds)
+        while left:  # a C call that goes on where a signal broke it
+            left = libc.sleep(left)
 
-    pid = in_child(body)
-    time.sleep(0.3)
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.8)
-    started = time.monotonic()
-    os.kill(pid, signal.SIGTERM)
-    assert exit_code(pid) == 143
-    assert time.monotonic() - started < PROMPTLY_S
+    monkeypatch.setattr(fake_job, "pause", deaf_sleep)
+    with scratch() as folder:
+        out = folder / "out.jsonl"
+        pid = in_child(lambda: run_job(bench.lines, out, Ear(), pause_s=60))
+        while not journalled(out):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.8)
+        started = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        assert exit_code(pid) == 143
+        assert time.monotonic() - started < PROMPTLY_S
+        assert b'"ended"' not in journal_path(out).read_bytes(), "at once"
+        tally = Tally()
+        bench.finish(folder, tally)
+        assert tally.is_clean, tally
 
 
 def test_signals_that_come_together_are_one() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from launching import Launcher, read_jsonl, run_zeroinf, write_jsonl
 
+ODD = "a $(touch trapped) `touch trapped` ;'\"&|*\\ b"
+"""All that a shell would interpret."""
+
 BATCHES = ["-b", "2", "--offload", "cpu"]
 
 
@@ -44,9 +47,12 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
     launcher: Launcher, engine: str, model: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    requests, out = write_jsonl(tmp_path / "in.jsonl", uneven_requests()), tmp_path / "out.jsonl"
+    folder = tmp_path / ODD
+    folder.mkdir()
+    (folder / "model").symlink_to(model)
+    requests, out = write_jsonl(folder / "in.jsonl", uneven_requests()), folder / "out.jsonl"
     done = run_zeroinf(
-        ["-m", str(model), "-i", str(requests), "-o", str(out), *BATCHES, "--engine", engine],
+        ["-m", str(folder / "model"), "-i", str(requests), "-o", str(out), *BATCHES, "--engine", engine],
         ranks=2,
         launcher=launcher,
     )
@@ -57,15 +63,17 @@ def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
     assert [line["id"] for line in found] == [request["id"] for request in uneven_requests()]
     assert [line["completion_tokens"] for line in found] == [r["max_new_tokens"] for r in uneven_requests()]
     assert found == alone
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "model", "out.jsonl", "out.jsonl.journal"]
+    assert not Path("trapped").exists()
 
 
 def test_a_rank_without_requests_keeps_the_other_company(model: Path) -> None:
-    arguments = ["-m", str(model), "--prompt", "only one", "--engine", "zero"]
+    arguments = ["-m", str(model), "--prompt", ODD, "--engine", "zero"]
     done = run_zeroinf([*arguments, "--max-new-tokens", "5"], ranks=2, launcher="num-gpus")
     assert done.code == 0, done.err
-    assert done.out.count("in=only one\nout=") == 1
+    assert done.out.count(f"in={ODD}\nout=") == 1
     assert "1 done" in done.err
+    assert not Path("trapped").exists()
 
 
 def test_deepspeeds_launcher_refuses_the_flag_m_which_is_why_the_readme_says_module() -> None:

@@ -83,13 +83,24 @@ def test_status_says_what_is_done_and_left_while_a_job_runs_when_it_stopped_and_
     }  # fmt: skip
 
 
-def test_status_does_not_disturb_a_run_and_watch_ends_with_it(tmp_path: Path) -> None:
+def test_status_does_not_disturb_a_run_and_watch_follows_it_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out.jsonl"
-    output = begun(out, job(1))
-    assert status(out).startswith("running")
+    output = begun(out, job(2))
+    steps = iter((lambda: output.add(result(1)), lambda: output.add(result(0)), output.finish))
+    monkeypatch.setattr("zeroinf.cli.status.time.sleep", lambda seconds: next(steps)())
+    told = [line.partition(",")[0] for line in status(out, "--watch").splitlines()]
+    assert told == ["running: 0 done", "running: 1 done", "running: 2 done", "finished: 2 done"]
+
+
+def test_watch_ends_with_a_run_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    output = begun(out, job(2))
     output.add(result(0))
-    output.finish()
-    assert status(out, "--watch").startswith("finished")
+    monkeypatch.setattr("zeroinf.cli.status.time.sleep", lambda seconds: output.abandon("the disk is on fire"))
+    states = [json.loads(line)["state"] for line in status(out, "--watch", "--json").splitlines()]
+    assert states == ["running", "stopped"]
 
 
 @pytest.mark.parametrize("content", [None, b"what I did on my holidays\n"])

@@ -30,6 +30,7 @@ from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageEr
 
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
+    from zeroinf.jobs.report import RunReport
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
@@ -157,7 +158,7 @@ def run(
 
     world = world_from_environment()
     if world.is_main:  # on the nodes of other ranks these need not be
-        _check_files(asked["input_file"], report_file)
+        _check_files(asked["input_file"], asked["output_file"], report_file)
     asked["resume"] |= asked["resume_anyway"]
     arguments = sys.argv[1:]
     if not world.launched and _offers_to_resume(asked):
@@ -203,13 +204,22 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
 
 
-def _check_files(input_file: str | None, report_file: Path | None) -> None:
+def _check_files(input_file: str | None, output_file: Path | None, report_file: Path | None) -> None:
+    from zeroinf.jobs.output import errors_path, journal_path, partial_path
+
     if input_file not in (None, "-") and not Path(input_file).is_file():
         raise InputError(f"no such input file: {input_file}")
-    if report_file is not None and not os.access(report_file.parent, os.W_OK):
+    written = [of(output_file) for of in (Path, journal_path, partial_path, errors_path) if output_file is not None]
+    if input_file is not None and Path(input_file).resolve() in map(Path.resolve, written):
+        raise OutputError(f"-o {output_file} would replace the input, {input_file}", hint="choose another name")
+    if report_file is None:
+        return
+    if not os.access(report_file.parent, os.W_OK):
         raise OutputError(
             f"--report {report_file}: its folder does not exist or is not writable", hint="choose another"
         )
+    if report_file.resolve() in map(Path.resolve, (Path(input_file or ""), *written)):
+        raise OutputError(f"--report {report_file} would replace a file of the job", hint="choose another name")
 
 
 def _refuse_another_world(num_gpus: int | None, hostfile: Path | None, world: World) -> None:
@@ -250,6 +260,13 @@ def _resume_command(arguments: Sequence[str]) -> str:
     return shlex.join(["zeroinf", *words, *(() if "--resume-anyway" in words else ("--resume",))])
 
 
+def _write_report(file: Path, report: RunReport) -> None:
+    try:
+        file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write --report {file}: {error.strerror}; the results are complete") from error
+
+
 def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     from rich.console import Console
 
@@ -273,7 +290,7 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
         return 0
     if (report := outcome.report) is not None:
         if report_file is not None:
-            report_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+            _write_report(report_file, report)
         if options.benchmark:
             print_benchmark(console, report)
         if not quiet:

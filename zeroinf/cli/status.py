@@ -44,7 +44,8 @@ def _in_words(now: Status) -> str:
     counts = f"{now.state}: {now.done} done, {now.failed} refused, {now.left} left"
     rate = f", {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
     error = f"\nlast error: {now.last_error}" if now.last_error and now.state == "stopped" else ""
-    return counts + rate + error
+    mixed = f"\nresults of jobs that differ in {', '.join(now.changed)}" if now.changed else ""
+    return counts + rate + mixed + error
 
 
 def _as_json(now: Status) -> str:

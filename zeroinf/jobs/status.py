@@ -30,6 +30,8 @@ class Status:
     runs: int = 0
     last_error: str | None = None
     """Why the last run that ended before its time did, if it said so."""
+    changed: tuple[str, ...] = ()
+    """Fields in which a run differed from the one before it, and was forced to go on."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,7 +79,9 @@ class StatusReader:
         if "session" in record:
             self._session = {**record["session"], "at": record["at"]}
             failed = self._session["refused"]
-            status = replace(status, tokens=0, seconds=0.0, runs=status.runs + 1, failed=failed, state="stopped")
+            changed = tuple(dict.fromkeys((*status.changed, *self._session.get("changed", ()))))
+            status = replace(status, runs=status.runs + 1, failed=failed, changed=changed)
+            status = replace(status, tokens=0, seconds=0.0, state="stopped")
         elif "result" in record:
             self._indices.add(record["result"]["index"])
             tokens = status.tokens + record["result"]["completion_tokens"]
