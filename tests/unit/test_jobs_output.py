@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,17 +272,6 @@ def test_finish_syncs_the_file_before_and_its_folder_after_the_rename(
     assert events == ["file", "file", "rename", "folder", "file"], "journal, output, its name, and that it is there"
 
 
-def test_files_have_the_users_umask(out: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        output = begun(out, job(2, refused=[0]))
-        output.add(result(1))
-        output.finish()
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (out, errors_path(out), journal_path(out))} == {0o640}
-
-
 def test_half_a_surrogate_pair_is_written_as_its_json_escape(out: Path) -> None:
     output = begun(out, job(1))
     output.add(result(0, completion="a\udc80"))
@@ -345,6 +335,31 @@ def test_a_second_run_on_the_same_output_is_refused_and_named_and_a_dead_ones_lo
         os._exit(0)
     os.waitpid(pid, 0)
     assert left(opened(out, job(2), resume=True)) == [1]
+
+
+def test_a_journal_that_was_removed_under_its_run_is_written_again_and_another_ones_left_alone(out: Path) -> None:
+    first = begun(out, job(3))
+    first.add(result(0))
+    shutil.rmtree(out.parent)
+    with pytest.raises(OutputError, match=r"was removed, .*; all results have been written there again") as caught:
+        sync(first)
+    assert first.abandon(caught.value.message) == (journal_path(out), 1)
+    second = begun(out, job(3), resume=True)
+    second.add(result(1))
+    journal_path(out).unlink()
+    other = begun(out, job(2, dtype="bfloat16"))
+    other.add(result(0))
+    before = journal_path(out).read_bytes()
+    with pytest.raises(OutputError, match="it cannot be written again: another file has its name now") as caught:
+        sync(second)
+    assert second.abandon(caught.value.message) == (None, 0), "and nothing is said to be saved that is not"
+    assert journal_path(out).read_bytes() == before
+
+
+def sync(output: JournalOutput) -> None:
+    """What becomes durable after a while, at once."""
+    output._journal._sync_due = 0.0
+    output.settle()
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,12 @@ def test_a_path_that_does_not_exist(name: str) -> None:
         resolve_model(name)
 
 
+def test_a_hub_id_that_a_shell_would_interpret_is_only_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model .* on the hub"):
+        resolve_model(f"$(touch${{IFS}}it-ran)/`touch {tmp_path.name}`")
+    assert not Path("it-ran").exists()
+
+
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     file.touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -46,11 +47,13 @@ class LineFile:
         """Make all lines durable. Raises FileNotFoundError where the file no longer lies under its name."""
         os.fsync(self._descriptor)
         if not _is(self._descriptor, self.path):
-            raise FileNotFoundError(2, "it was removed, moved or replaced during the run")
+            raise FileNotFoundError(errno.ENOENT, "it was removed, moved or replaced during the run")
 
     def rescue(self) -> None:
         """Put what is in the file under its name again, where somebody removed it. Raises OSError where that fails."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():  # perhaps another run has begun there
+            raise FileExistsError(errno.EEXIST, "another file has its name now")
         size = os.fstat(self._descriptor).st_size
         with Path(f"/proc/self/fd/{self._descriptor}").open("rb") as source:
             write_new(self.path, lambda copy: _copy(source.read, copy, size))
@@ -135,7 +138,7 @@ def _open_locked(path: Path) -> int:
                 raise
             time.sleep(_LOCK_PAUSE_S)
         os.close(descriptor)
-    raise BlockingIOError(11, "it is made and removed again and again")
+    raise BlockingIOError(errno.EAGAIN, "it is made and removed again and again")
 
 
 def _is(descriptor: int, path: Path) -> bool:

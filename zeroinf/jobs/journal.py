@@ -137,6 +137,7 @@ class Journal:
     def rescue(self) -> None:
         """Write the journal again where somebody removed it. Raises OSError."""
         self._file.rescue()
+        self.durable = len(self.results)
 
     def close(self) -> None:
         self._file.close()

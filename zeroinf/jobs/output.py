@@ -135,7 +135,7 @@ class JournalOutput:
         """
         check_output(path, overwrite=overwrite, resume=resume)
         self._path, self._job, self._overwrite = path, job, overwrite
-        self._begun = self._new = False
+        self._begun = self._new = self._is_lost = False
         self.changed: tuple[str, ...] = ()
         """Fields in which this run differs from the one that it goes on from."""
         try:
@@ -256,6 +256,9 @@ class JournalOutput:
     def abandon(self, why: str) -> Saved:
         """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""
         journal = self._journal
+        if self._is_lost:
+            journal.close()
+            return Saved(None, 0)
         if not journal.results and not (self._begun and self._job.refusals):
             journal.discard()
             return Saved(None, 0)
@@ -274,6 +277,7 @@ class JournalOutput:
                 journal.rescue()
                 what += "; all results have been written there again"
             except OSError as again:
+                self._is_lost = True
                 return OutputError(f"{what}, and it cannot be written again: {again.strerror}")
         return OutputError(
             f"{what}; {journal.durable} results are saved there", hint="make room or mend it, then --resume"
