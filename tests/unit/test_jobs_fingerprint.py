@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import TensorParallel
 
 ENTRIES: list[dict[str, Any]] = [{"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"}, {"id": "bad"}]
+
+
+TOLD: Any = {"prompt": None, "completion": "x", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
 
 
 @pytest.fixture
@@ -106,8 +110,7 @@ def refused(tmp_path: Path, first: Job, second: Job) -> set[str]:
     out = tmp_path / "out.jsonl"
     output = JournalOutput(out, first, overwrite=False, resume=False, resume_anyway=False)
     output.begin(1)
-    told = {"prompt": None, "completion": "x", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
-    output.add(Result(index=0, id="a", **told))  # type: ignore[arg-type]
+    output.add(Result(index=0, id="a", **TOLD))
     output.abandon("stopped")
     with pytest.raises(OutputError, match="results of another job: ") as caught:
         JournalOutput(out, second, overwrite=False, resume=True, resume_anyway=False)
@@ -142,6 +145,24 @@ def test_another_version_is_named(name: str, folder: Path, tmp_path: Path, monke
 
 def test_every_field_of_the_fingerprint_is_tried_here(folder: Path) -> None:
     assert set(job_in(folder).fingerprint) == {*IN_FILES, *ASKED, *VERSIONS}
+
+
+def test_a_job_whose_template_writes_the_date_goes_on_with_the_date_it_began_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+    write(folder, [{"messages": [{"role": "user", "content": str(number)}]} for number in range(2)])
+    out = folder / "out.jsonl"
+    first = job_in(folder, output_file=out)
+    output = JournalOutput(out, first, overwrite=False, resume=False, resume_anyway=False)
+    output.begin(1)
+    output.add(Result(index=0, id=first.work[0].id, **TOLD))
+    output.abandon("stopped")
+    now = time.time() + 3 * 86400
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert job_in(folder).work != first.work, "another day, another prompt"
+    assert job_in(folder, output_file=out, resume=True) == first
 
 
 def test_what_only_moves_work_about_changes_nothing(folder: Path) -> None:

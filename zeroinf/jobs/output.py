@@ -5,16 +5,17 @@ from __future__ import annotations
 import filecmp
 import os
 import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.export import check_format, writer_for
 from zeroinf.jobs.files import rename, sync_folder, write_lines, write_new
-from zeroinf.jobs.journal import Journal
+from zeroinf.jobs.journal import Journal, read_records
 from zeroinf.jobs.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
@@ -36,6 +37,8 @@ class Job:
     work: tuple[Work, ...]
     refusals: tuple[Refusal, ...]
     fingerprint: Mapping[str, str]
+    began: float = field(default_factory=time.time)
+    """When its first run did, in seconds since 1970: some chat templates write the date into prompts."""
 
 
 class Writer(Protocol):
@@ -67,6 +70,14 @@ class Writer(Protocol):
 def journal_path(path: Path) -> Path:
     """Where results are as soon as they come, and what a job goes on from."""
     return path.with_name(path.name + ".journal")
+
+
+def began_before(path: Path) -> float | None:
+    """When the job whose output is `path` began, as its journal says; None where there is no such job."""
+    if not journal_path(path).is_file():
+        return None
+    _, first, _ = next(read_records(journal_path(path)), (0, None, 0))
+    return None if first is None else first.get("began")
 
 
 def partial_path(path: Path) -> Path:
@@ -191,7 +202,7 @@ class JournalOutput:
         try:
             if self._new:
                 replaces = self._overwrite and self._path.exists()
-                journal.start({"replaces": replaces, "fingerprint": job.fingerprint})
+                journal.start({"replaces": replaces, "began": job.began, "fingerprint": job.fingerprint})
             journal.note(session=session)
             journal.sync()
             self._write_refusals()

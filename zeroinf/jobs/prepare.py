@@ -16,7 +16,7 @@ from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.jobs.fingerprint import fingerprint
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.output import Job, check_output
+from zeroinf.jobs.output import Job, began_before, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_requests
@@ -58,6 +58,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     """Read and tokenise the requests, cheap checks first. Raises the error of whatever does not hold."""
     if options.output_file is not None:
         check_output(options.output_file, overwrite=options.overwrite, resume=options.resume)
+    before = began_before(options.output_file) if options.output_file is not None and options.resume else None
+    began = before or round(time.time(), 3)
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     requests, refusals = _read(options)
     tokenizer = load_tokenizer(source)
@@ -67,7 +69,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         trust_remote_code=options.trust_remote_code,
     )
     started = time.perf_counter()
-    work, too_long = _tokenize(requests, TextCodec(tokenizer, anatomy.vocabulary), anatomy)
+    codec = TextCodec(tokenizer, anatomy.vocabulary, began)
+    work, too_long = _tokenize(requests, codec, anatomy)
     tokenize_s = time.perf_counter() - started
     if not work:
         raise InputError(
@@ -91,7 +94,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         parallel=options.tensor_parallel,
         zero_config=options.zero_config,
     )
-    return Reading(job=Job(work=work, refusals=refused, fingerprint=marks), anatomy=anatomy, tokenize_s=tokenize_s)
+    job = Job(work=work, refusals=refused, fingerprint=marks, began=began)
+    return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s)
 
 
 def prepare(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from zeroinf.generation.row import Likelihood
@@ -15,8 +18,10 @@ _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
 class TextCodec:
     """A model's tokenizer, or plain UTF-8 bytes for random weights that come without one."""
 
-    def __init__(self, tokenizer: Any | None, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any | None, vocabulary: int, now: float | None = None) -> None:
+        """`now` (seconds since 1970) is what chat templates are told that ask for the date; None: the clock's."""
         self._tokenizer = tokenizer
+        self._now = now
         self._vocabulary = vocabulary
         self._texts: dict[int, str] = {}
 
@@ -48,7 +53,10 @@ class TextCodec:
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             raise ValueError("the model has no chat template: give `prompt` instead of `messages`")
         try:
-            rendered = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            with _clock_at(self._now):
+                rendered = self._tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=False
+                )
         except Exception as error:  # templates are the model author's own programs and raise what they like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
@@ -75,3 +83,17 @@ class TextCodec:
         if self._tokenizer is not None:
             return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return str(token)
+
+
+@contextmanager
+def _clock_at(now: float | None) -> Iterator[None]:
+    """Let chat templates that ask for the date find that of `now`; transformers takes it from the clock alone."""
+    from transformers.utils import chat_template_utils as templates
+
+    clock = templates.datetime
+    if now is not None:
+        templates.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(now))
+    try:
+        yield
+    finally:
+        templates.datetime = clock
