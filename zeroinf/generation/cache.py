@@ -217,12 +217,17 @@ class _PagedLayer(SharedLayer):
 
     def _in_pages(self, memory: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         view, new = self._view, states.transpose(1, 2)
+        is_step = view.columns.new == 1  # the one new token overwrites nothing that attention still sees
+        if is_step:
+            memory.index_copy_(0, view.write, new.flatten(0, 1))
         if view.read is not None:
             seen = memory.index_select(0, view.read).view(new.shape[0], view.seen, *memory.shape[1:])
-            tail = seen[:, view.seen - new.shape[1] :]
-            tail.copy_(new if view.fresh is None else torch.where(view.fresh[:, :, None, None], new, tail))
+            if not is_step:
+                tail = seen[:, view.seen - new.shape[1] :]
+                tail.copy_(new if view.fresh is None else torch.where(view.fresh[:, :, None, None], new, tail))
             states = seen.transpose(1, 2)
-        memory.index_copy_(0, view.write, new.flatten(0, 1))
+        if not is_step:
+            memory.index_copy_(0, view.write, new.flatten(0, 1))
         return states
 
 
