@@ -243,6 +243,8 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--engine", "zero", "--resident-blocks", "1"], "--resident-blocks has no effect with the zero engine"),
         (["--fetch", "replicated"], "--fetch replicated has no effect with one rank"),
         (["--input-format", "text"], "--input-format without --input-file"),
+        (["--engine", "tensor-parallel", "--kernel-inject"], "BLOOM's and GPT-NeoX's cannot be made"),
+        (["--engine", "tensor-parallel", "--dtype", "int8"], "init_inference refuses the dtype"),
         (["--zero-config", "ZERO", "--offload", "cpu"], "offload and --zero-config contradict each other"),
         (["--zero-config", "ZERO", "--pin-memory"], "pin-memory and --zero-config contradict each other"),
         (["--zero-config", "ZERO", "--nvme-path", "."], "--nvme-path and --zero-config contradict each other"),

@@ -100,7 +100,7 @@ def tensor_parallel_options(command: _Command) -> _Command:
             "does not know. With --engine tensor-parallel.",
         ),
         click.option(
-            "--kernel-inject", is_flag=True, help="DeepSpeed's fused kernels; they need transformers 4 and are refused."
+            "--kernel-inject", is_flag=True, help="DeepSpeed's fused layers: refused, they need transformers 4."
         ),
         click.option(
             "--checkpoint-json",
@@ -121,8 +121,8 @@ def tensor_parallel_of(asked: dict[str, Any]) -> TensorParallel:
     """Take what `tensor_parallel_options` asked for out of `asked`. Raises UsageError for kernel injection."""
     if asked.pop("kernel_inject"):
         raise UsageError(
-            "--kernel-inject: DeepSpeed's kernels keep the KV cache and the positions to themselves and answer with "
-            "tuples; models of transformers 5 expect none of it (docs/decisions/0009-baselines.md)",
+            "--kernel-inject: DeepSpeed's fused layers do not run under transformers 5: BLOOM's and GPT-NeoX's cannot be "
+            "made, others answer with tuples or leave the KV cache empty (docs/decisions/0012-baselines.md)",
             hint="drop it: --engine tensor-parallel splits the model without them",
         )
     size, policy, checkpoint, save_to = (asked.pop(name) for name in _PARALLEL_OPTIONS)

@@ -33,7 +33,7 @@ class Codes:
 
 
 CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
-"""The lossy formats. What their groups cost in quality is measured in docs/decisions/0009."""
+"""The lossy formats. What their groups cost in quality is measured in docs/decisions/0009-wire-formats.md."""
 
 
 def is_coded(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> list[bool]:
