@@ -10,13 +10,25 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from zeroinf.bench import results as bench_results
 from zeroinf.bench import runner
 from zeroinf.bench.matrix import PRESETS, PYTHIA, Cell, Matrix, Settings, with_preset
-from zeroinf.bench.results import Figure, Outcome, Results, outcome_of, ratio, read_results, start_or_resume
+from zeroinf.bench.results import (
+    Figure,
+    Outcome,
+    Results,
+    machine_record,
+    outcome_of,
+    ratio,
+    read_results,
+    start_or_resume,
+)
 from zeroinf.bench.runner import arguments, run_cells
 from zeroinf.bench.table import compared, latencies, pivot, render, table
 from zeroinf.cli.main import cli
-from zeroinf.errors import InputError, UsageError
+from zeroinf.errors import InputError, OutputError, UsageError
+from zeroinf.hardware.profile import read_profile
+from zeroinf.hardware.snapshot import read_machine
 
 CELL = Cell(engine="stream", model="m", offload="cpu", batch_size=2, input_len=8, output_len=4, num_gpus=1)
 REPORT: dict[str, Any] = {
@@ -30,6 +42,7 @@ REPORT: dict[str, Any] = {
     "streamed_bytes": 4 * 10**9,
     "link_gbps": 8.0,
     "parameters": 10**6,
+    "dtype": "float32",
     "repetitions": [
         {"generate_s": 1.0, "first_token_s": 0.4, "prefill_s": 0.4},
         {"generate_s": 2.0, "first_token_s": 0.8, "prefill_s": 0.8},
@@ -147,14 +160,29 @@ def test_the_bloom_table_has_engines_down_and_batch_sizes_across() -> None:
     assert layout is not None
     found = pivot(results(ok(), failed(replace(CELL, batch_size=64)), ok(other)), layout)
     assert found == [
-        ["", "2", "64"],
+        ["ms/token by batch", "2", "64"],
         ["stream (cpu)", "200.0 ± 88.4", "out of memory"],
         ["zero (cpu)", "200.0 ± 88.4", ""],
     ]
 
 
+def test_what_else_differs_between_cells_stands_with_the_rows_of_a_table() -> None:
+    layout = PRESETS["pythia-hf-vs-ds"].layout
+    assert layout is not None
+    found = pivot(results(ok(), ok(replace(CELL, engine="resident", offload="none", batch_size=8))), layout)
+    assert found == [
+        ["ms/token by engine", "stream (cpu)", "resident"],
+        ["m, 2 rows", "200.0 ± 88.4", ""],
+        ["m, 8 rows", "", "200.0 ± 88.4"],
+    ]
+
+
 def test_latencies_are_those_of_whole_repetitions() -> None:
-    assert latencies(results(ok()))[1] == ["m", "stream (cpu)", "1.500", "0.707", "1.000", "2.000", "6.0"]
+    assert latencies(results(ok(), failed(replace(CELL, engine="resident", offload="none")))) == [
+        ["model", "engine", "dtype", "tokens/s", "mean s", "std s", "min s", "max s"],
+        ["m", "stream (cpu)", "float32", "6.00 ± 2.83", "1.500", "0.707", "1.000", "2.000"],
+        ["m", "resident", "", "out of memory", "", "", "", ""],
+    ]
 
 
 def test_two_benchmarks_are_compared_where_they_have_the_same_cell() -> None:
@@ -162,7 +190,8 @@ def test_two_benchmarks_are_compared_where_they_have_the_same_cell() -> None:
     faster = {"repetitions": [{"generate_s": 0.5, "first_token_s": 0.1, "prefill_s": 0.1}]}
     theirs = results(ok(**faster), ok(replace(CELL, batch_size=64)))
     rows = compared(mine, theirs)
-    assert [row[-1] for row in rows] == ["B / A", "2.667 ± 1.257", ""]
+    assert [row[-1] for row in rows] == ["B / A", "2.667", ""]  # one sample has no spread
+    assert compared(mine, mine)[1][-1] == "1.000 ± 0.667"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +215,19 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     ]
 
 
+def test_results_that_cannot_be_replaced_stay_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results(ok()).save(tmp_path / "r.json")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in ("write_new", "rename"):
+        with monkeypatch.context() as patched, pytest.raises(OutputError, match="No space left"):
+            patched.setattr(bench_results, step, full)
+            results(ok(), failed(replace(CELL, batch_size=64))).save(tmp_path / "r.json")
+        assert read_results(tmp_path / "r.json") == results(ok())
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"schema": 99}'])
 def test_any_other_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
@@ -200,14 +242,14 @@ def test_a_file_of_other_settings_or_another_machine_is_not_gone_on_with(tmp_pat
     assert not start_or_resume(path, Settings(), MACHINE, overwrite=True).outcomes
     with pytest.raises(UsageError, match="other settings: repetitions"):
         start_or_resume(path, Settings(repetitions=9), MACHINE, overwrite=False)
-    with pytest.raises(UsageError, match="other machine: hostname"):
+    with pytest.raises(UsageError, match="other machines: hostname"):
         start_or_resume(path, Settings(), {**MACHINE, "hostname": "there"}, overwrite=False)
 
 
 def test_cells_that_have_run_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Cell] = []
     monkeypatch.setattr(runner, "run_cell", lambda cell, settings, prompt: ran.append(cell) or ok(cell))
-    cells = Matrix(models=("m",), batch_sizes=(2, 4, 8), input_lens=(8,), output_lens=(4,)).cells()
+    cells = Matrix(models=("m",), batch_sizes=(2, 4, 8), input_lens=(None,)).cells()
     earlier = results(failed(cells[1]))
     kept: list[int] = []
     found = run_cells(
@@ -225,7 +267,7 @@ def test_cells_that_have_run_are_not_run_again(monkeypatch: pytest.MonkeyPatch) 
 def test_no_cell_begins_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "run_cell", lambda cell, settings, prompt: ok(cell))
     limited = run_cells(
-        [CELL],
+        [replace(CELL, input_len=None)],
         Settings(prompt="x"),
         results(),
         done=lambda outcome, so_far: None,
@@ -233,29 +275,6 @@ def test_no_cell_begins_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) ->
         time_limit_s=-1.0,
     )
     assert limited.outcomes == ()
-
-
-@pytest.mark.parametrize(
-    ("script", "status", "words"),
-    [
-        ("echo 'error: out of GPU memory with 4 rows: CUDA' >&2; exit 3", "out of memory", "with 4 rows"),
-        ("echo 'error: nothing fits: ...' >&2; exit 3", "does not fit", "nothing fits"),
-        ("echo 'error: no such model' >&2; exit 2", "refused", "no such model"),
-        ("echo one >&2; echo two >&2; exit 1", "failed", "one / two"),
-        ("kill -9 $$", "failed", "exit code -9"),
-        ("sleep 60", "timeout", "more than 0.5 s"),
-    ],
-)
-def test_a_failure_is_a_cells_value(
-    script: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\n{script}\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(runner.sys, "executable", str(fake))
-    found = runner.run_cell(CELL, Settings(cell_limit_s=0.5 if status == "timeout" else 60), "x")
-    assert found.status == status
-    assert words in found.message
 
 
 # The command line
@@ -277,6 +296,10 @@ def bench(*words: str) -> Result:
         (["-m", "m", "--engines", "fast"], "no engine 'fast'"),
         (["-m", "m", "--time-limit-s", "9"], "--time-limit-s without --output-file"),
         (["-m", "m", "-o", "/nowhere/x.json"], "its folder does not exist"),
+        (["-m", "m", "--plot", "/nowhere/x.png"], "its folder does not exist"),
+        (["-m", "m", "--device", "cuda"], "shows no GPU"),
+        (["-m", "m", "--dry-run", "--format", "json"], "--dry-run has none"),
+        (["-b", "2", "compare", __file__, __file__], "--batch-size has no effect"),
     ],
 )
 def test_what_cannot_be_benchmarked_is_refused_before_anything_runs(words: list[str], message: str) -> None:
@@ -294,5 +317,64 @@ def test_a_dry_run_prints_every_cell_with_its_expected_time_and_runs_none(monkey
     assert len(lines) == 3
     assert "?" not in lines[1]
     assert "the planner has no model of the engine" in lines[2]
-    assert "2 cells" in found.stderr
+    assert "2 cells to run" in found.stderr
     assert "1 cells that nobody can time" in found.stderr
+
+
+def test_the_mii_benchmarks_flags_are_taken_and_its_prompt_has_no_length_asked_for(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    words = [
+        "--preset",
+        "mii",
+        "--engines",
+        "tensor-parallel",
+        "--models-dir",
+        str(tmp_path),
+        "--prompt",
+        "DeepSpeed is",
+    ]
+    words += ["--max-tokens", "7", "--repetitions", "2", "--log-file", str(tmp_path / "r.json"), "--device", "cpu"]
+    heads, *rows = bench(*words, "--dry-run", "--format", "csv").stdout.splitlines()
+    assert heads.startswith("model,engine,offload,GPUs,batch,prompt,new,")
+    assert [row.partition(",?")[0] for row in rows] == [
+        f"{tmp_path / name},tensor-parallel,none,1,1,given,7" for name in ("a", "b")
+    ]
+
+
+def test_a_dry_run_says_which_cells_have_run(tmp_path: Path) -> None:
+    words = ["--engines", "tensor-parallel", "-m", "m", "-b", "1,2", "-o", str(tmp_path / "r.json")]
+    done = Cell(
+        engine="tensor-parallel", model="m", offload="none", batch_size=1, input_len=128, output_len=32, num_gpus=1
+    )
+    machine = machine_record(read_machine(()), read_profile(read_machine(())).known)
+    replace(results(failed(done)), machine=machine).save(tmp_path / "r.json")
+    found = bench(*words, "--dry-run")
+    assert [line.rpartition("  ")[2].strip() for line in found.stdout.splitlines()[1:]] == [
+        "has run: out of memory",
+        "the planner has no model of the engine",
+    ]
+    assert "1 cells to run" in found.stderr
+
+
+def test_a_comparison_says_what_it_leaves_out_and_what_else_differs(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    results(ok(), ok(replace(CELL, batch_size=64))).save(first)
+    other = Results(machine={**MACHINE, "driver": "7"}, settings=Settings(repetitions=9).to_json(), outcomes=(ok(),))
+    other.save(second)
+    found = bench("compare", str(first), str(second), "--format", "csv")
+    assert found.stdout.splitlines()[1] == "m,stream,cpu,1,2,8,4,6.00 ± 2.83,6.00 ± 2.83,1.000 ± 0.667"
+    assert found.stderr.splitlines() == [
+        f"1 cells are in {first} only",
+        "the settings differ: repetitions",
+        "the machines differ: driver",
+    ]
+
+
+def test_the_record_names_the_machine_and_its_versions() -> None:
+    machine = read_machine(())
+    record = machine_record(machine, read_profile(machine).known)
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "deepspeed", "accelerate"}
+    assert record["memory"]["total_bytes"] == machine.memory.total_bytes
+    assert record.keys() >= {"hostname", "driver", "gpus", "gpu_names", "rates"}

@@ -232,11 +232,24 @@ def test_the_zero_config_is_the_one_that_config_prints(offload: list[str]) -> No
     assert emitted == json.loads(CliRunner().invoke(cli, ["config", *asked]).stdout)
 
 
-def test_plot_writes_a_png(tmp_path: Path) -> None:
+def test_plot_writes_a_png_with_every_term_and_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    file = tmp_path / "plan.png"
+    from zeroinf.cli import plan_plot
+
+    drawn: list[Any] = []
+    draw = plan_plot.plan_drawing
+    monkeypatch.setattr(plan_plot, "plan_drawing", lambda *asked: drawn.append(draw(*asked)) or drawn[0])
+    file = tmp_path / "plan"
     printed(*MODEL, *BOX, "--plot", str(file))
     assert file.read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    terms = [text.get_text() for text in left.get_legend().get_texts()]
+    assert {name.partition(":")[0] for name in terms} == {tick.get_text().split()[0] for tick in left.get_xticklabels()}
+    assert any(name.startswith("gpu: KV cache, ") and name.endswith("GiB") for name in terms)
+    assert left.get_ylabel() == "% of what is available"
+    assert right.get_xlabel() == "rows a GPU (dashed: the plan)"
+    assert right.get_ylabel() == "tokens/s (projected)"
+    assert len(right.lines[0].get_xdata()) > 1
 
 
 def needed(rows: int, prompt: int) -> tuple[int, int, int]:

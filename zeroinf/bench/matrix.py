@@ -25,7 +25,8 @@ class Cell:
     offload: str
     batch_size: int
     """Rows of each stream."""
-    input_len: int
+    input_len: int | None
+    """None: the prompt that was given."""
     output_len: int
     num_gpus: int
 
@@ -44,6 +45,25 @@ class Cell:
         return self.engine if self.offload == "none" else f"{self.engine} ({self.offload})"
 
 
+_WORDS = {
+    "model": "{}",
+    "num_gpus": "{} GPUs",
+    "batch_size": "{} rows",
+    "input_len": "{} in",
+    "output_len": "{} out",
+}
+
+
+def label(cell: Cell, cells: Sequence[Cell], first: str, besides: Sequence[str]) -> str:
+    """`cell`'s field `first`, and all else that tells `cells` apart except for the fields `besides`."""
+    apart = [
+        word.format(getattr(cell, name))
+        for name, word in _WORDS.items()
+        if name not in (first, *besides) and len({getattr(other, name) for other in cells}) > 1
+    ]
+    return ", ".join([str(getattr(cell, first)), *apart])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
     """The lists whose product is run."""
@@ -52,7 +72,7 @@ class Matrix:
     models: tuple[str, ...] = ()
     offloads: tuple[str, ...] = ("cpu",)
     batch_sizes: tuple[int, ...] = (1,)
-    input_lens: tuple[int, ...] = (128,)
+    input_lens: tuple[int | None, ...] = (128,)
     output_lens: tuple[int, ...] = (32,)
     num_gpus: tuple[int, ...] = (1,)
 
@@ -118,7 +138,6 @@ class Layout:
     rows: str
     columns: str
     figure: str
-    title: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +154,11 @@ PRESETS: dict[str, _Preset] = {
             "batch_sizes": (1, 8, 16, 32, 64, 128),
             "output_lens": (100,),
         },
-        Layout("name", "batch_size", "ms_per_token", "milliseconds a token, by batch size"),
+        Layout("name", "batch_size", "ms_per_token"),
     ),
     "pythia-hf-vs-ds": _Preset(
         {"engines": ("resident", "tensor-parallel", "stream"), "models": PYTHIA, "offloads": ("none",)},
-        Layout("model", "name", "ms_per_token", "milliseconds a token, by model"),
+        Layout("model", "name", "ms_per_token"),
     ),
     "mii": _Preset({"engines": ("resident", "tensor-parallel", "stream"), "offloads": ("none",)}, None),
 }

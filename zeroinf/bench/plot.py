@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from zeroinf.bench.matrix import label
 from zeroinf.bench.results import Outcome, Results
 from zeroinf.errors import EnvironmentProblem, OutputError
 
@@ -20,38 +21,41 @@ def check_plot() -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a PNG. Raises OutputError where nothing can be drawn."""
-    import matplotlib
+    """Write a PNG. Raises OutputError where nothing can be drawn or written."""
+    if not any(outcome.figures for outcome in results.outcomes):
+        raise OutputError(f"--plot {path}: no cell has a figure", hint="see why the cells failed")
+    figure = drawing(results)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise OutputError(f"--plot {path}: {error.strerror}", hint="choose another name") from error
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+
+def drawing(results: Results) -> Any:
+    """matplotlib's figure: two panels, a line for each engine, a point for each cell that has figures."""
+    from matplotlib.figure import Figure
 
     drawn = [outcome for outcome in results.outcomes if outcome.figures]
-    if not drawn:
-        raise OutputError(f"--plot {path}: no cell has a figure", hint="see why the cells failed")
-    varying, label = _varying(drawn)
+    cells = [outcome.cell for outcome in drawn]
+    varying, words = _varying(drawn)
     lines: dict[str, list[Outcome]] = {}
     for outcome in drawn:
-        lines.setdefault(_legend(outcome, drawn, varying), []).append(outcome)
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for axis, (name, title) in zip(axes, _PANELS, strict=True):
+        lines.setdefault(label(outcome.cell, cells, "name", (varying,)), []).append(outcome)
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         for legend, outcomes in lines.items():
-            points = sorted(
-                ((_place(one, varying), one.figures[name]) for one in outcomes if name in one.figures),
-                key=lambda point: point[0],
-            )
-            spread = [value.std for _, value in points]
-            axis.errorbar([at for at, _ in points], [v.mean for _, v in points], spread, marker="o", label=legend)
+            points = sorted((_place(one, varying), one.figures[name].mean, one.figures[name].std) for one in outcomes)
+            at, means, spread = zip(*points, strict=True)
+            axis.errorbar(at, means, spread, marker="o", capsize=3, label=legend)
         axis.set_xscale("log", base=2 if varying != "model" else 10)
         axis.set_yscale("log")
-        axis.set_xlabel(label)
+        axis.set_xlabel(words)
         axis.set_ylabel(title)
         axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     names = ", ".join(dict.fromkeys(results.machine.get("gpu_names") or ["CPU"]))
-    figure.suptitle(f"{', '.join(dict.fromkeys(o.cell.model for o in drawn))}: {names}", wrap=True, fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.suptitle(f"{', '.join(dict.fromkeys(c.model for c in cells))}: {names}", wrap=True, fontsize="small")
+    return figure
 
 
 def _varying(outcomes: list[Outcome]) -> tuple[str, str]:
@@ -65,12 +69,3 @@ def _place(outcome: Outcome, varying: str) -> float:
         assert outcome.report is not None
         return float(outcome.report["parameters"]) / 1e6
     return float(getattr(outcome.cell, varying))
-
-
-def _legend(outcome: Outcome, outcomes: list[Outcome], varying: str) -> str:
-    """The engine, and whatever else tells lines apart."""
-    words: list[Any] = [outcome.cell.name]
-    for name, word in (("model", ""), ("num_gpus", " GPUs"), ("input_len", " in"), ("output_len", " out")):
-        if name != varying and len({getattr(other.cell, name) for other in outcomes}) > 1:
-            words.append(f"{getattr(outcome.cell, name)}{word}")
-    return ", ".join(map(str, words))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from zeroinf.bench.matrix import Cell, Settings
-from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.bench.prompt import prompt_tokens
+from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.planner.traits import TRAITS
@@ -30,28 +31,30 @@ def predict(cell: Cell, settings: Settings) -> Prediction:
     if not TRAITS[cell.engine_name].is_timed:
         return Prediction(seconds=None, tokens_per_second=None, words="the planner has no model of the engine")
     _, _, fetch = cell.engine.partition("/")
-    has_gpu = settings.device != "cpu" and bool(read_machine().gpus)
+    has_gpu = bool(read_machine().gpus)
     places = TRAITS[cell.engine_name].places_blocks and cell.offload != "none" and settings.resident_blocks != "auto"
-    options = PlanOptions(
-        model=cell.model,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        engine=cell.engine_name,
-        offload=cell.offload,  # type: ignore[arg-type]
-        batch_size=cell.batch_size,
-        resident_blocks=int(settings.resident_blocks) if places else None,
-        requests=cell.batch_size * cell.num_gpus,
-        input_len=cell.input_len,
-        output_len=cell.output_len,
-        nvme_paths=settings.nvme_paths if cell.offload == "nvme" else (),
-    )
-    if fetch:
-        options = replace(options, fetch=fetch)  # type: ignore[arg-type]
-    if has_gpu:
-        options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory_bytes)
     try:
+        options = PlanOptions(
+            model=cell.model,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            engine=cell.engine_name,
+            offload=cell.offload,  # type: ignore[arg-type]
+            batch_size=cell.batch_size,
+            resident_blocks=int(settings.resident_blocks) if places else None,
+            requests=cell.batch_size * cell.num_gpus,
+            input_len=prompt_tokens(cell, settings),
+            output_len=cell.output_len,
+            nvme_paths=settings.nvme_paths if cell.offload == "nvme" else (),
+        )
+        if fetch:
+            options = replace(options, fetch=fetch)  # type: ignore[arg-type]
+        if has_gpu and settings.device == "cpu":
+            options = replace(options, num_gpus=0)
+        elif has_gpu:
+            options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory_bytes)
         timing = answer(ask(options)).plan.timing
-    except (DoesNotFitError, UsageError) as error:
+    except ZeroinfError as error:
         return Prediction(seconds=_START_S, tokens_per_second=None, words=error.message)
     assert timing is not None
     once = timing.prefill_s + (cell.output_len - 1) * timing.decode_s

@@ -11,8 +11,10 @@ from typing import Any
 
 from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.errors import InputError, OutputError, UsageError
+from zeroinf.jobs.files import rename, write_lines, write_new
 
 SCHEMA = 1
+_IDENTITY = ("hostname", "versions", "gpu_names", "driver")
 
 FIGURES = {
     "ms_per_token": "ms/token",
@@ -116,11 +118,11 @@ class Results:
         }
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all. Raises OutputError."""
+        """Write the file, whole or not at all, whatever happens meanwhile. Raises OutputError."""
         partial = path.with_name(f"{path.name}.partial")
         try:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-            partial.replace(path)
+            write_new(partial, write_lines([json.dumps(self.to_json(), indent=1)]))
+            rename(partial, path)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another name") from error
 
@@ -151,21 +153,22 @@ def start_or_resume(path: Path | None, settings: Settings, machine: Mapping[str,
     if path is None or overwrite or not path.exists():
         return fresh
     found = read_results(path)
-    for name, earlier, now in (
-        ("settings", found.settings, fresh.settings),
-        ("machine", _identity(found.machine), _identity(machine)),
-    ):
-        if earlier != json.loads(json.dumps(now)):
-            differ = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
-            raise UsageError(
-                f"{path} was made with other {name}: {', '.join(differ)}",
-                hint="choose another -o, or pass --overwrite to begin again",
-            )
+    for name, differ in differing(found, fresh).items():
+        raise UsageError(
+            f"{path} was made with other {name}: {', '.join(differ)}",
+            hint="choose another -o, or pass --overwrite to begin again",
+        )
     return found
 
 
-def _identity(machine: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: machine.get(name) for name in ("hostname", "versions", "gpu_names", "driver")}
+def differing(mine: Results, theirs: Results) -> dict[str, list[str]]:
+    """What two benchmarks do not have in common: names of `settings`, and of what tells `machines` apart."""
+    pairs = {
+        "settings": (mine.settings, theirs.settings),
+        "machines": tuple({n: one.machine.get(n) for n in _IDENTITY} for one in (mine, theirs)),
+    }
+    found = {what: sorted(n for n in {*a, *b} if a.get(n) != b.get(n)) for what, (a, b) in pairs.items()}
+    return {what: names for what, names in found.items() if names}
 
 
 def machine_record(machine: Any, rates: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -11,19 +12,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from zeroinf.bench.matrix import Cell, Settings
-from zeroinf.bench.results import Outcome, Results, outcome_of
-from zeroinf.errors import DoesNotFitError, UsageError
-from zeroinf.generation.row import Sampling
-from zeroinf.jobs.requests import Request
-from zeroinf.jobs.text import TextCodec
-from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import load_tokenizer, resolve_model
+import psutil
 
-_OUT_OF_MEMORY = "out of GPU memory"
+from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.prompt import prompt_of
+from zeroinf.bench.results import Outcome, Results, outcome_of
+from zeroinf.errors import DoesNotFitError, InterruptedRunError, UsageError, ZeroinfError
+from zeroinf.jobs.interrupts import interrupted
+
+_OUT_OF_MEMORY = ("out of GPU memory", "OutOfMemoryError", "MemoryError", "can't allocate memory")
+_STATUS = {DoesNotFitError.exit_code: "does not fit", UsageError.exit_code: "refused"}
+_STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _MESSAGE_LINES = 3
+_GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def run_cells(
@@ -40,7 +46,6 @@ def run_cells(
     A cell that fails has its failure as its value, and the next one runs. None begins after `time_limit_s`.
     """
     deadline = time.monotonic() + time_limit_s
-    prompts: dict[tuple[str, int], str] = {}
     for number, cell in enumerate(cells):
         if results.of(cell) is not None:
             continue
@@ -48,43 +53,43 @@ def run_cells(
             break
         begins(cell, number)
         try:
-            if settings.prompt is None and (cell.model, cell.input_len) not in prompts:
-                prompts[cell.model, cell.input_len] = _prompt_of(cell, settings)
-            outcome = run_cell(cell, settings, settings.prompt or prompts[cell.model, cell.input_len])
-        except UsageError as error:
-            outcome = Outcome(cell=cell, status="refused", message=error.message)
+            outcome = run_cell(cell, settings, prompt_of(cell, settings))
+        except InterruptedRunError:
+            raise
+        except ZeroinfError as error:
+            outcome = Outcome(cell=cell, status=_STATUS.get(error.exit_code, "failed"), message=error.message)
         results = results.with_outcome(outcome)
         done(outcome, results)
     return results
 
 
 def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
-    """Run one cell and read its report."""
+    """Run one cell and read its report. Raises InterruptedRunError where somebody else told the run to stop."""
     with tempfile.TemporaryDirectory(prefix="zeroinf-bench-") as name:
         folder = Path(name)
         rows = cell.batch_size * (1 if cell.engine_name == "tensor-parallel" else cell.num_gpus)
         (folder / "in.jsonl").write_text((json.dumps({"prompt": prompt}) + "\n") * rows)
-        environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {})}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zeroinf", "run", *arguments(cell, settings, folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+        with (folder / "stderr").open("wb") as stderr:  # a pipe would be open as long as any rank lives
+            process = subprocess.Popen(
+                [sys.executable, "-m", "zeroinf", "run", *arguments(cell, settings, folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env={**os.environ, **({"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {})},
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
+            )
         try:
-            _, said = process.communicate(timeout=settings.cell_limit_s)
+            code = process.wait(timeout=settings.cell_limit_s)
         except subprocess.TimeoutExpired:
-            _end(process)
             return Outcome(cell=cell, status="timeout", message=f"more than {settings.cell_limit_s:g} s")
-        except BaseException:
-            _end(process)
-            raise
-        if process.returncode == 0:
+        finally:
+            _end(process, folder)
+        if code == 0:
             return outcome_of(cell, json.loads((folder / "report.json").read_text()))
-        return _failure(cell, process.returncode, said)
+        if code in _STOPPED:
+            raise interrupted(_STOPPED[code])
+        return _failure(cell, code, (folder / "stderr").read_text(errors="replace"))
 
 
 def arguments(cell: Cell, settings: Settings, folder: Path) -> list[str]:
@@ -107,47 +112,34 @@ def arguments(cell: Cell, settings: Settings, folder: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """The run and its ranks: all are in its session."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            continue
+def _stop_with_parent() -> None:
+    """In the child: SIGTERM once the benchmark is gone, however it went, so that its next call has the GPUs."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """The run and its ranks. A launcher begins sessions of its own; every command line names `folder`."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for other in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in word for word in other.info["cmdline"] or ()):
+            with suppress(psutil.Error):
+                other.kill()
+    process.wait()
 
 
 def _failure(cell: Cell, code: int, said: str) -> Outcome:
     lines = [line for line in said.strip().splitlines() if line.strip()]
     told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
     message = told or " / ".join(lines[-_MESSAGE_LINES:])
-    if _OUT_OF_MEMORY in said or "OutOfMemoryError" in said:
+    if any(words in said for words in _OUT_OF_MEMORY):
         return Outcome(cell=cell, status="out of memory", message=message)
-    status = {DoesNotFitError.exit_code: "does not fit", UsageError.exit_code: "refused"}.get(code, "failed")
-    return Outcome(cell=cell, status=status, message=message or f"exit code {code}")
-
-
-def _prompt_of(cell: Cell, settings: Settings) -> str:
-    """A text of `cell.input_len` tokens, or of nearly as many where no text has just that."""
-    source = resolve_model(
-        cell.model, trust_remote_code=settings.trust_remote_code, random_weights=settings.random_weights
-    )
-    codec = TextCodec(load_tokenizer(source), read_anatomy(source.config).vocabulary)
-
-    def tokens(words: int) -> int:
-        sampling = Sampling(max_new_tokens=1)
-        text = _text(words)
-        return len(codec.encode(Request(index=0, line=None, id="", prompt=text, messages=None, sampling=sampling)))
-
-    low, high = 1, max(2, cell.input_len)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if tokens(middle) <= cell.input_len else (low, middle - 1)
-    return _text(low)
-
-
-def _text(words: int) -> str:
-    return "a" + " a" * (words - 1)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ": the system kills what takes the last of the host memory" if -code == signal.SIGKILL else ""
+        return Outcome(cell=cell, status="failed", message=f"killed by {name}{hint}")
+    return Outcome(cell=cell, status=_STATUS.get(code, "failed"), message=message or f"exit code {code}")

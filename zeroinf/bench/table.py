@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-from zeroinf.bench.matrix import Layout
+from zeroinf.bench.matrix import Cell, Layout, label
 from zeroinf.bench.results import FIGURES, Figure, Outcome, Results, ratio
 
 Format = Literal["human", "md", "csv"]
 Rows = Sequence[Sequence[str]]
 
 _CELL_FIELDS = ("model", "engine", "offload", "num_gpus", "batch_size", "input_len", "output_len")
-_HEADS = {"num_gpus": "GPUs", "batch_size": "batch", "input_len": "prompt", "output_len": "new"}
+_HEADS = {"num_gpus": "GPUs", "batch_size": "batch", "input_len": "prompt", "output_len": "new", "name": "engine"}
 
 
 def render(rows: Rows, form: Format) -> str:
@@ -34,52 +34,55 @@ def render(rows: Rows, form: Format) -> str:
 def table(results: Results) -> Rows:
     """A row for each cell, a column for each figure that any cell has."""
     shown = [name for name in FIGURES if any(name in outcome.figures for outcome in results.outcomes)]
-    heads = [_HEADS.get(name, name) for name in _CELL_FIELDS] + [FIGURES[name] for name in shown] + ["status"]
+    heads = [*head_of(), *(FIGURES[name] for name in shown), "status"]
     return [heads, *(_row(outcome, shown) for outcome in results.outcomes)]
 
 
 def _row(outcome: Outcome, shown: Sequence[str]) -> list[str]:
-    own = [str(getattr(outcome.cell, name)) for name in _CELL_FIELDS]
     figures = [figure_text(outcome.figures[name]) if name in outcome.figures else "" for name in shown]
-    return [*own, *figures, outcome.status if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"]
+    status = outcome.status if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
+    return [*fields_of(outcome.cell), *figures, status]
 
 
 def pivot(results: Results, layout: Layout) -> Rows:
-    """One figure, by two fields of the cells; a cell that failed shows how."""
-    rows = _unique(str(getattr(outcome.cell, layout.rows)) for outcome in results.outcomes)
-    columns = _unique(str(getattr(outcome.cell, layout.columns)) for outcome in results.outcomes)
-    values = {(_at(o, layout.rows), _at(o, layout.columns)): _value(o, layout.figure) for o in results.outcomes}
-    return [["", *columns], *([row, *(values.get((row, column), "") for column in columns)] for row in rows)]
+    """One figure, by two fields of the cells; a cell that failed shows how. What else differs stands with the rows."""
+    cells = [outcome.cell for outcome in results.outcomes]
+    values = {
+        (label(o.cell, cells, layout.rows, (layout.columns,)), _at(o, layout.columns)): _value(o, layout.figure)
+        for o in results.outcomes
+    }
+    rows, columns = ([*dict.fromkeys(key[at] for key in values)] for at in (0, 1))
+    corner = f"{FIGURES[layout.figure]} by {_HEADS.get(layout.columns, layout.columns)}"
+    return [[corner, *columns], *([row, *(values.get((row, column), "") for column in columns)] for row in rows)]
 
 
 def latencies(results: Results) -> Rows:
-    """The layout of the MII benchmark: a row for each cell, its latencies and their spread in seconds."""
-    heads = ["model", "engine", "mean s", "std s", "min s", "max s", "tokens/s"]
-    rows = []
+    """The layout of the MII benchmark: a row for each cell, tokens/s and the seconds of a repetition."""
+    cells = [outcome.cell for outcome in results.outcomes]
+    rows = [["model", "engine", "dtype", "tokens/s", "mean s", "std s", "min s", "max s"]]
     for outcome in results.outcomes:
-        own = [outcome.cell.model, outcome.cell.name]
+        own = [outcome.cell.model, label(outcome.cell, cells, "name", ("model",))]
         if outcome.report is None:
-            rows.append([*own, outcome.status, "", "", "", ""])
+            rows.append([*own, "", outcome.status, "", "", "", ""])
             continue
         times = Figure(tuple(entry["generate_s"] for entry in outcome.report["repetitions"]))
         spread = (times.mean, times.std, min(times.samples), max(times.samples))
-        rate = outcome.figures["tokens_per_second"].mean
-        rows.append([*own, *(f"{value:.3f}" for value in spread), f"{rate:.1f}"])
-    return [heads, *rows]
+        rate = figure_text(outcome.figures["tokens_per_second"])
+        rows.append([*own, str(outcome.report["dtype"]), rate, *(f"{value:.3f}" for value in spread)])
+    return rows
 
 
 def compared(mine: Results, theirs: Results) -> Rows:
     """Tokens/s of the cells that both have: the second over the first, with the spread of the ratio."""
-    heads = [_HEADS.get(name, name) for name in _CELL_FIELDS]
-    rows: list[list[str]] = [[*heads, "A tokens/s", "B tokens/s", "B / A"]]
+    rows: list[list[str]] = [[*head_of(), "A tokens/s", "B tokens/s", "B / A"]]
     for outcome in mine.outcomes:
         other = theirs.of(outcome.cell)
         if other is None:
             continue
         a, b = (one.figures.get("tokens_per_second") for one in (outcome, other))
-        value = "{:.3f} ± {:.3f}".format(*ratio(b, a)) if a is not None and b is not None else ""
+        value = ratio_text(b, a) if a is not None and b is not None else ""
         texts = [figure_text(f) if f else one.status for f, one in ((a, outcome), (b, other))]
-        rows.append([*(str(getattr(outcome.cell, name)) for name in _CELL_FIELDS), *texts, value])
+        rows.append([*fields_of(outcome.cell), *texts, value])
     return rows
 
 
@@ -90,13 +93,25 @@ def figure_text(figure: Figure) -> str:
     return f"{figure.mean:,.{digits}f}{spread}"
 
 
+def ratio_text(mine: Figure, theirs: Figure) -> str:
+    """`mine` over `theirs`, and the spread where both have one."""
+    value, spread = ratio(mine, theirs)
+    return f"{value:.3f} ± {spread:.3f}" if min(len(mine.samples), len(theirs.samples)) > 1 else f"{value:.3f}"
+
+
+def head_of() -> list[str]:
+    """The heads of `fields_of`."""
+    return [_HEADS.get(name, name) for name in _CELL_FIELDS]
+
+
+def fields_of(cell: Cell) -> list[str]:
+    """What makes it another cell than its neighbours; a prompt that was given has no length asked for."""
+    return ["given" if getattr(cell, name) is None else str(getattr(cell, name)) for name in _CELL_FIELDS]
+
+
 def _value(outcome: Outcome, figure: str) -> str:
     return figure_text(outcome.figures[figure]) if figure in outcome.figures else outcome.status
 
 
 def _at(outcome: Outcome, field: str) -> str:
     return str(getattr(outcome.cell, field))
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from zeroinf.cli.params import SizeType
-from zeroinf.errors import OutputError, UsageError
+from zeroinf.cli.params import SizeType, flags, given
+from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from zeroinf.bench.matrix import Cell, Matrix, Settings
@@ -113,25 +117,21 @@ def bench(
       zeroinf bench compare before.json after.json
     """
     if ctx.invoked_subcommand is not None:
-        if asked["models"] or preset:
-            raise UsageError("compare takes two files and no matrix", hint="drop the options before it")
+        if named := given(ctx, *ctx.params):
+            raise UsageError(f"{flags(ctx, named)} has no effect: compare takes two files", hint="drop it")
         return None
-    for path in (output_file, plot):
-        if path is not None and not path.parent.is_dir():
-            raise OutputError(f"{path}: its folder does not exist", hint=f"mkdir -p {path.parent}")
-    if overwrite and output_file is None:
-        raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    _refuse_contradictions(output_file, plot, form, overwrite=overwrite, dry_run=dry_run, time_limit_s=time_limit_s)
     matrix, settings = _matrix(preset, models_dir, asked), _settings(asked)
-    if time_limit_s is not None and output_file is None:
-        raise UsageError("--time-limit-s without --output-file", hint="add -o FILE: what is left runs the next time")
-    if dry_run:
-        _dry_run(matrix.cells(), settings)
-        return 0
-    from zeroinf.bench.plot import check_plot, draw
-
+    results = _so_far(settings, output_file, overwrite=overwrite)
     if plot is not None:
+        from zeroinf.bench.plot import check_plot, draw
+
         check_plot()
-    results = _run(matrix.cells(), settings, output_file, overwrite=overwrite, time_limit_s=time_limit_s)
+    if dry_run:
+        _dry_run(matrix.cells(), settings, results, form)
+        return 0
+    with _stops_in_order(output_file):
+        results = _run(matrix.cells(), settings, results, output_file, time_limit_s)
     click.echo(_shown(results, preset, form), nl=False)
     if plot is not None:
         draw(results, plot)
@@ -146,13 +146,39 @@ def bench(
 )
 def compare(first: Path, second: Path, form: Any) -> None:
     """Tokens/s of SECOND over FIRST, for each cell that both have, with the spread of the ratio."""
-    from zeroinf.bench.results import read_results
+    from zeroinf.bench.results import differing, read_results
     from zeroinf.bench.table import compared, render
 
-    rows = compared(read_results(first), read_results(second))
+    mine, theirs = read_results(first), read_results(second)
+    rows = compared(mine, theirs)
     if len(rows) == 1:
         raise UsageError(f"{first} and {second} have no cell in common", hint="run the same matrix twice")
     click.echo(render(rows, form), nl=False)
+    for one, name in ((mine, first), (theirs, second)):
+        if alone := len(one.outcomes) - (len(rows) - 1):
+            click.echo(f"{alone} cells are in {name} only", err=True)
+    for what, names in differing(mine, theirs).items():
+        click.echo(f"the {what} differ: {', '.join(names)}", err=True)
+
+
+def _refuse_contradictions(
+    output_file: Path | None,
+    plot: Path | None,
+    form: str,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    time_limit_s: float | None,
+) -> None:
+    for path in (output_file, plot):
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"{path}: its folder does not exist", hint=f"mkdir -p {path.parent}")
+    if overwrite and output_file is None:
+        raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    if time_limit_s is not None and output_file is None:
+        raise UsageError("--time-limit-s without --output-file", hint="add -o FILE: what is left runs the next time")
+    if dry_run and form == "json":
+        raise UsageError("--format json is for results, and --dry-run has none", hint="human, md or csv")
 
 
 def _matrix(preset: str | None, models_dir: Path | None, asked: dict[str, Any]) -> Matrix:
@@ -167,6 +193,8 @@ def _matrix(preset: str | None, models_dir: Path | None, asked: dict[str, Any]) 
         lists["models"] = (*(lists["models"] or ()), *found)
     if asked["prompt"] is not None and lists["input_lens"]:
         raise UsageError("--prompt and --input-len contradict each other", hint="drop one of them")
+    if asked["prompt"] is not None:
+        lists["input_lens"] = (None,)
     if unknown := sorted(set(lists["offloads"] or ()) - {"none", "cpu", "nvme"}):
         raise UsageError(f"--offload: no target {unknown[0]!r}", hint="none, cpu, nvme")
     if "nvme" in (lists["offloads"] or ()) and not asked["nvme_paths"]:
@@ -182,20 +210,46 @@ def _settings(asked: dict[str, Any]) -> Settings:
     return Settings(**asked)
 
 
-def _run(
-    cells: list[Cell], settings: Settings, output_file: Path | None, *, overwrite: bool, time_limit_s: float | None
-) -> Results:
-    from dataclasses import replace
-
+def _so_far(settings: Settings, output_file: Path | None, *, overwrite: bool) -> Results:
+    """What an earlier call has left in `output_file`, with the record of this machine."""
     from zeroinf.bench.results import machine_record, start_or_resume
-    from zeroinf.bench.runner import run_cells
-    from zeroinf.bench.table import figure_text
     from zeroinf.hardware.profile import read_profile
     from zeroinf.hardware.snapshot import read_machine
 
     machine = read_machine(settings.nvme_paths)
+    if settings.device == "cuda" and not machine.gpus:
+        raise EnvironmentProblem("--device cuda, but this machine shows no GPU", hint="`zeroinf doctor` says why")
     record = machine_record(machine, read_profile(machine).known)
-    results = start_or_resume(output_file, settings, record, overwrite=overwrite)
+    return start_or_resume(output_file, settings, record, overwrite=overwrite)
+
+
+@contextmanager
+def _stops_in_order(output_file: Path | None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the cell that runs, and the process with how to go on."""
+    from zeroinf.jobs.interrupts import interrupted
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise interrupted(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except InterruptedRunError as error:
+        again = shlex.join(["zeroinf", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        error.hint = f"go on with: {again}" if output_file else "with -o FILE the same command would go on"
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(
+    cells: list[Cell], settings: Settings, results: Results, output_file: Path | None, time_limit_s: float | None
+) -> Results:
+    from dataclasses import replace
+
+    from zeroinf.bench.runner import run_cells
+    from zeroinf.bench.table import figure_text
 
     def begins(cell: Cell, number: int) -> None:
         words = f"{cell.model}, {cell.name}, {cell.batch_size} rows, {cell.num_gpus} ranks"
@@ -209,16 +263,15 @@ def _run(
         if output_file is not None:
             so_far.save(output_file)
 
-    finished = run_cells(
-        cells,
-        settings,
-        results,
-        done=done,
-        begins=begins,
-        time_limit_s=math.inf if time_limit_s is None else time_limit_s,
-    )
+    if output_file is not None:  # before the long work: it may fail, and with --overwrite an older file is there
+        results.save(output_file)
+    limit_s = math.inf if time_limit_s is None else time_limit_s
+    finished = run_cells(cells, settings, results, done=done, begins=begins, time_limit_s=limit_s)
     asked = [finished.of(cell) for cell in cells]
-    return replace(finished, outcomes=tuple(outcome for outcome in asked if outcome is not None))
+    outcomes = tuple(outcome for outcome in asked if outcome is not None)
+    if left := len(cells) - len(outcomes):
+        click.echo(f"{left} of {len(cells)} cells are left: the same command goes on", err=True)
+    return replace(finished, outcomes=outcomes)
 
 
 def _shown(results: Results, preset: str | None, form: str) -> str:
@@ -229,24 +282,25 @@ def _shown(results: Results, preset: str | None, form: str) -> str:
         return json.dumps(results.to_json(), indent=1) + "\n"
     shape: Any = form
     layout = PRESETS[preset].layout if preset else None
-    if layout is not None and len({outcome.cell.num_gpus for outcome in results.outcomes}) == 1:
-        heading = f"{layout.title}\n" if form == "human" else ""
-        return heading + render(pivot(results, layout), shape)
+    if layout is not None:
+        return render(pivot(results, layout), shape)
     return render(latencies(results) if preset == "mii" else table(results), shape)
 
 
-def _dry_run(cells: list[Cell], settings: Settings) -> None:
+def _dry_run(cells: list[Cell], settings: Settings, results: Results, form: Any) -> None:
     from zeroinf.bench.predict import predict
-    from zeroinf.bench.table import render
+    from zeroinf.bench.table import fields_of, head_of, render
 
-    rows = [["model", "engine", "GPUs", "batch", "prompt", "new", "seconds", "tokens/s", "projected"]]
-    total, unknown = 0.0, 0
+    rows = [[*head_of(), "seconds", "tokens/s", "projected"]]
+    total_s, unknown, left = 0.0, 0, 0
     for cell in cells:
+        if (outcome := results.of(cell)) is not None:
+            rows.append([*fields_of(cell), "", "", f"has run: {outcome.status}"])
+            continue
         found = predict(cell, settings)
-        total, unknown = total + (found.seconds or 0.0), unknown + (found.seconds is None)
-        own = (cell.model, cell.name, cell.num_gpus, cell.batch_size, cell.input_len, cell.output_len)
+        total_s, unknown, left = total_s + (found.seconds or 0.0), unknown + (found.seconds is None), left + 1
         figures = [f"{v:.1f}" if v is not None else "?" for v in (found.seconds, found.tokens_per_second)]
-        rows.append([*map(str, own), *figures, found.words])
-    sys.stdout.write(render(rows, "human"))
+        rows.append([*fields_of(cell), *figures, found.words])
+    click.echo(render(rows, form), nl=False)
     more = f", and {unknown} cells that nobody can time" if unknown else ""
-    click.echo(f"{len(cells)} cells, {total / 60:.0f} min projected{more}", err=True)
+    click.echo(f"{left} cells to run, {total_s / 60:.0f} min projected{more}", err=True)

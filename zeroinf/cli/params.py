@@ -121,8 +121,8 @@ def tensor_parallel_of(asked: dict[str, Any]) -> TensorParallel:
     """Take what `tensor_parallel_options` asked for out of `asked`. Raises UsageError for kernel injection."""
     if asked.pop("kernel_inject"):
         raise UsageError(
-            "--kernel-inject: DeepSpeed's fused layers do not run under transformers 5: BLOOM's and GPT-NeoX's cannot be "
-            "made, others answer with tuples or leave the KV cache empty (docs/decisions/0012-baselines.md)",
+            "--kernel-inject: DeepSpeed's fused layers do not run under transformers 5: BLOOM's and GPT-NeoX's cannot "
+            "be made, others answer with tuples or leave the KV cache empty (docs/decisions/0012-baselines.md)",
             hint="drop it: --engine tensor-parallel splits the model without them",
         )
     size, policy, checkpoint, save_to = (asked.pop(name) for name in _PARALLEL_OPTIONS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from zeroinf.errors import EnvironmentProblem
+from zeroinf.errors import EnvironmentProblem, OutputError
 from zeroinf.hardware.checks import gib
 from zeroinf.planner.memory import Place, total
 from zeroinf.simulation.planning import Answer, Question
@@ -13,16 +15,23 @@ _PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
 
 
 def draw_plan(question: Question, found: Answer, path: Path) -> None:
-    """Write a PNG to `path`. Raises EnvironmentProblem where matplotlib is missing."""
+    """Write a PNG to `path`. Raises EnvironmentProblem without matplotlib, OutputError where it cannot be written."""
+    if find_spec("matplotlib") is None:
+        raise EnvironmentProblem("--plot needs matplotlib", hint="pip install 'zeroinf[plot]'")
     try:
-        import matplotlib
-    except ImportError as error:
-        raise EnvironmentProblem("--plot needs matplotlib", hint="pip install 'zeroinf[plot]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+        plan_drawing(question, found).savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise OutputError(f"--plot {path}: {error.strerror}", hint="choose another name") from error
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    left.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
+
+def plan_drawing(question: Question, found: Answer) -> Any:
+    """matplotlib's figure: memory by place and term on the left, tokens/s against the rows on the right."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(20)])
     labels: list[str] = []
     for place in (place for place in _PLACES if total(found.plan.terms, place)):
         available, bottom = found.decision.budgets[place], 0.0
@@ -45,5 +54,4 @@ def draw_plan(question: Question, found: Answer, path: Path) -> None:
     right.set_xlabel("rows a GPU (dashed: the plan)")
     right.set_ylabel("tokens/s" + (" (projected)" if found.speeds.projected else ""))
     figure.suptitle(f"{question.anatomy.architecture}, offload {found.plan.offload}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

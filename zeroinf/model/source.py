@@ -111,8 +111,8 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
 
     if requested == "int8":
         raise UsageError(
-            "no engine computes in int8: DeepSpeed's init_inference refuses the dtype, and quantises in its fused layers "
-            "only, which need transformers 4",
+            "no engine computes in int8: DeepSpeed's init_inference refuses the dtype, and its fused layers, which "
+            "alone quantise, need transformers 4",
             hint="use --dtype bfloat16, float16 or float32; --wire int8 moves weights as codes of 8 bits",
         )
     if requested != "auto":
