@@ -95,6 +95,7 @@ def test_a_preset_is_what_is_left_unsaid() -> None:
     matrix = with_preset("bloom-table", {"models": ("m",), "batch_sizes": (4,), "engines": None})
     assert (matrix.batch_sizes, matrix.engines) == ((4,), PRESETS["bloom-table"].matrix["engines"])
     assert with_preset("pythia-hf-vs-ds", {}).models == PYTHIA
+    assert (matrix.input_lens, matrix.output_lens) == ((10,), (100,))
 
 
 def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
@@ -298,6 +299,10 @@ def bench(*words: str) -> Result:
         (["-m", "m", "-o", "/nowhere/x.json"], "its folder does not exist"),
         (["-m", "m", "--plot", "/nowhere/x.png"], "its folder does not exist"),
         (["-m", "m", "--device", "cuda"], "shows no GPU"),
+        (["-m", "m", "--engines", "stream/replicated,zero"], "stream/replicated has no cell"),
+        (["-m", "m", "--engines", "resident", "--offload", "cpu"], "--offload cpu has no effect"),
+        (["-m", "m", "--nvme-path", "."], "--nvme-path has no effect"),
+        (["-m", "m", "--engines", "zero", "--resident-blocks", "1"], "--resident-blocks has no effect"),
         (["-m", "m", "--dry-run", "--format", "json"], "--dry-run has none"),
         (["-b", "2", "compare", __file__, __file__], "--batch-size has no effect"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class Matrix:
 
     def cells(self) -> list[Cell]:
         """Model by model. Engines that keep all weights on the GPU have one cell whatever the offload targets; a fetch
-        needs several GPUs."""
+        needs several GPUs. Raises UsageError for an engine that has no cell."""
         lists = (self.models, self.num_gpus, self.input_lens, self.output_lens, self.engines)
         found = []
         for model, gpus, input_len, output_len, engine in product(*lists):
@@ -107,6 +107,8 @@ class Matrix:
                         num_gpus=gpus,
                     )
                 )
+        if idle := [engine for engine in self.engines if engine not in {cell.engine for cell in found}]:
+            raise UsageError(f"--engines {idle[0]} has no cell: one GPU has no fetch", hint="add --num-gpus 2")
         return found
 
 
@@ -144,20 +146,27 @@ class Layout:
 class _Preset:
     matrix: dict[str, Any]
     layout: Layout | None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
+# Prompts and completions have the lengths of the originals: a sentence and 100 tokens, two words and 50.
 PRESETS: dict[str, _Preset] = {
     "bloom-table": _Preset(
         {
             "engines": ("accelerate", "tensor-parallel", "zero", "stream"),
             "batch_sizes": (1, 8, 16, 32, 64, 128),
+            "input_lens": (10,),
             "output_lens": (100,),
         },
         Layout("name", "batch_size", "ms_per_token"),
     ),
     "pythia-hf-vs-ds": _Preset(
-        {"engines": ("resident", "tensor-parallel", "stream"), "models": PYTHIA, "offloads": ("none",)},
+        {
+            "engines": ("resident", "tensor-parallel", "stream"),
+            "models": PYTHIA,
+            "offloads": ("none",),
+            "input_lens": (4,),
+            "output_lens": (50,),
+        },
         Layout("model", "name", "ms_per_token"),
     ),
     "mii": _Preset({"engines": ("resident", "tensor-parallel", "stream"), "offloads": ("none",)}, None),

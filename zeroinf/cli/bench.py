@@ -36,7 +36,7 @@ class _ListType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         """The values; a usage error for one that cannot be made, or none."""
         try:
-            found = tuple(self.item(part.strip()) for part in str(value).split(",") if part.strip())
+            found = tuple(dict.fromkeys(self.item(part.strip()) for part in str(value).split(",") if part.strip()))
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if not found:
@@ -55,7 +55,11 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 
 
 @click.group(invoke_without_command=True, short_help="Measure engines side by side.")
-@click.option("--preset", type=click.Choice(["bloom-table", "pythia-hf-vs-ds", "mii"]), help="A well-known table.")
+@click.option(
+    "--preset",
+    type=click.Choice(["bloom-table", "pythia-hf-vs-ds", "mii"]),
+    help="A well-known table: fills in what is left unsaid.",
+)
 @click.option("--engines", "--engine", type=_WORDS, help="stream, stream/partitioned, zero, ... [default: stream]")
 @click.option("-m", "--models", "--model", type=_WORDS, help="As for `zeroinf run`.")
 @click.option(
@@ -121,17 +125,18 @@ def bench(
             raise UsageError(f"{flags(ctx, named)} has no effect: compare takes two files", hint="drop it")
         return None
     _refuse_contradictions(output_file, plot, form, overwrite=overwrite, dry_run=dry_run, time_limit_s=time_limit_s)
-    matrix, settings = _matrix(preset, models_dir, asked), _settings(asked)
+    cells, settings = _matrix(preset, models_dir, asked).cells(), _settings(asked)
+    _refuse_unused(ctx, cells)
     results = _so_far(settings, output_file, overwrite=overwrite)
     if plot is not None:
         from zeroinf.bench.plot import check_plot, draw
 
         check_plot()
     if dry_run:
-        _dry_run(matrix.cells(), settings, results, form)
+        _dry_run(cells, settings, results, form)
         return 0
     with _stops_in_order(output_file):
-        results = _run(matrix.cells(), settings, results, output_file, time_limit_s)
+        results = _run(cells, settings, results, output_file, time_limit_s)
     click.echo(_shown(results, preset, form), nl=False)
     if plot is not None:
         draw(results, plot)
@@ -179,6 +184,20 @@ def _refuse_contradictions(
         raise UsageError("--time-limit-s without --output-file", hint="add -o FILE: what is left runs the next time")
     if dry_run and form == "json":
         raise UsageError("--format json is for results, and --dry-run has none", hint="human, md or csv")
+
+
+def _refuse_unused(ctx: click.Context, cells: list[Cell]) -> None:
+    """Refuse what the user said and no cell has a use for."""
+    from zeroinf.planner.traits import TRAITS
+
+    targets = {cell.offload for cell in cells}
+    if given(ctx, "offloads") and (idle := sorted(set(ctx.params["offloads"]) - targets)):
+        raise UsageError(f"--offload {idle[0]} has no effect: the engines keep all weights on the GPU", hint="drop it")
+    if ctx.params["nvme_paths"] and "nvme" not in targets:
+        raise UsageError("--nvme-path has no effect without --offload nvme", hint="add it, or drop the flag")
+    places = any(TRAITS[cell.engine_name].places_blocks and cell.offload != "none" for cell in cells)
+    if given(ctx, "resident_blocks") and not places:
+        raise UsageError("--resident-blocks has no effect: no cell leaves blocks elsewhere", hint="drop it")
 
 
 def _matrix(preset: str | None, models_dir: Path | None, asked: dict[str, Any]) -> Matrix:
