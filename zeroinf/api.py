@@ -17,9 +17,11 @@ from zeroinf.jobs.requests import Request, Result
 from zeroinf.jobs.runner import pick_device
 from zeroinf.jobs.session import Session
 from zeroinf.jobs.text import TextCodec
+from zeroinf.model.anatomy import KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
@@ -48,7 +50,10 @@ def plan(
     offload: Offload | Literal["auto"] = "auto",
     fetch: Fetch | Literal["auto"] = "auto",
     batch_size: int | None = None,
+    micro_batch_rows: int | None = None,
     wire: Wire = "model",
+    kv: Kv = "auto",
+    kv_dtype: KvDtype = "model",
     resident_blocks: int | None = None,
     tensor_parallel_size: int | None = None,
     input_len: int = 512,
@@ -58,6 +63,9 @@ def plan(
     num_gpus: int | None = None,
     gpu_memory: Size | None = None,
     host_memory: Size | None = None,
+    nvme_space: Size | None = None,
+    link_gbps: float | None = None,
+    nvme_gbps: float | None = None,
     nvme_paths: Iterable[str | Path] = (),
     dtype: str = "auto",
     revision: str | None = None,
@@ -66,7 +74,8 @@ def plan(
     """What `zeroinf plan` would do: where every byte goes (`terms`) and how long it takes (`timing`, seconds).
 
     `input_len` and `output_len` are tokens a row. `machine` is a name of configs/machines or a file of `zeroinf doctor
-    --json`; without one it is this machine. No weights are loaded. Raises DoesNotFitError when nothing fits.
+    --json`; without one it is this machine. No weights are loaded. Raises DoesNotFitError when nothing fits, UsageError
+    for what would have no effect.
     """
     options = PlanOptions(
         model=model,
@@ -74,7 +83,10 @@ def plan(
         offload=offload,
         fetch=fetch,
         batch_size=batch_size,
+        micro_batch_rows=micro_batch_rows,
         wire=wire,
+        kv=kv,
+        kv_dtype=kv_dtype,
         resident_blocks=resident_blocks,
         tensor_parallel_size=tensor_parallel_size,
         input_len=input_len,
@@ -84,6 +96,9 @@ def plan(
         num_gpus=num_gpus,
         gpu_memory=_bytes(gpu_memory),
         host_memory=_bytes(host_memory),
+        nvme_space=_bytes(nvme_space),
+        link_gbps=link_gbps,
+        nvme_gbps=nvme_gbps,
         nvme_paths=tuple(map(Path, nvme_paths)),
         dtype=dtype,
         revision=revision,
@@ -126,8 +141,9 @@ def pipeline(
 
     `max_prompt_tokens` and `max_new_tokens` are what memory is planned for. `batch_size` None lets the planner choose.
     `options` say how to run, with the names and meanings of the flags of `zeroinf run`: `engine`, `offload`,
-    `nvme_paths`, `fetch`, `wire`, `resident_blocks`, `micro_batch_rows`, `dtype`, `revision`, `trust_remote_code`,
-    `random_weights`, `pin_memory`, `gpu_memory`, `host_memory`, `zero_config`, `tensor_parallel` (a TensorParallel).
+    `nvme_paths`, `fetch`, `wire`, `kv`, `kv_dtype`, `resident_blocks`, `micro_batch_rows`, `dtype`, `revision`,
+    `trust_remote_code`, `random_weights`, `pin_memory`, `gpu_memory`, `host_memory`, `zero_config`, `tensor_parallel`
+    (a TensorParallel).
 
         pipe = zeroinf.pipeline("HuggingFaceTB/SmolLM2-135M-Instruct", offload="cpu")
         pipe("The capital of France is", max_new_tokens=8)     # [{"generated_text": "The capital of France is ..."}]

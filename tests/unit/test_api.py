@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import transformers
 
 import zeroinf
 from zeroinf.errors import InputError, ModelError, UsageError
+from zeroinf.jobs.ask import PlanOptions
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]
@@ -111,6 +114,33 @@ def test_a_plan_is_made_for_a_machine_that_is_not_here() -> None:
     assert plan.batch_size == 2
     assert sum(term.nbytes for term in plan.terms if term.place == "gpu") <= 8 << 30
     assert plan.timing is not None
+
+
+def test_a_plan_can_be_told_all_that_the_command_line_can_but_deepspeeds_own_settings() -> None:
+    options = {field.name for field in fields(PlanOptions)} - {"aio", "pin_memory", "machine_name"}
+    assert inspect.signature(zeroinf.plan).parameters.keys() == options | {"machine"}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"engine": "zero", "wire": "int8"}, "--wire has no effect with the zero engine"),
+        ({"engine": "resident", "fetch": "replicated"}, "--fetch has no effect with the resident engine"),
+        ({"engine": "zero", "kv": "host"}, "--kv has no effect with the zero engine"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size has no effect with the stream engine"),
+        ({"offload": "none", "resident_blocks": 1}, "--resident-blocks has no effect with --offload none"),
+        ({"offload": "cpu", "nvme_paths": ["."]}, "--nvme-path has no effect with --offload cpu"),
+        ({"engine": "resident", "nvme_paths": ["."]}, "--nvme-path has no effect with --offload none"),
+    ],
+)
+def test_a_plan_refuses_what_would_have_no_effect_by_name(how: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        zeroinf.plan("pythia-70m", **how)
+
+
+def test_a_pipeline_refuses_folders_where_nothing_would_rest(model: str) -> None:
+    with pytest.raises(UsageError, match="--nvme-path has no effect with --offload cpu"):
+        zeroinf.pipeline(model, offload="cpu", nvme_paths=["."])
 
 
 @pytest.mark.parametrize(

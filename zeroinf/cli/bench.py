@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -132,12 +131,14 @@ def bench(
         from zeroinf.bench.plot import check_plot, draw
 
         check_plot()
+    from zeroinf.cli.bench_view import print_cells, shown
+
     if dry_run:
-        _dry_run(cells, settings, results, form)
+        print_cells(cells, settings, results, form)
         return 0
     with _stops_in_order(output_file):
         results = _run(cells, settings, results, output_file, time_limit_s)
-    click.echo(_shown(results, preset, form), nl=False)
+    click.echo(shown(results, preset, form), nl=False)
     if plot is not None:
         draw(results, plot)
     return 0 if any(outcome.status == "ok" for outcome in results.outcomes) else 1
@@ -291,35 +292,3 @@ def _run(
     if left := len(cells) - len(outcomes):
         click.echo(f"{left} of {len(cells)} cells are left: the same command goes on", err=True)
     return replace(finished, outcomes=outcomes)
-
-
-def _shown(results: Results, preset: str | None, form: str) -> str:
-    from zeroinf.bench.matrix import PRESETS
-    from zeroinf.bench.table import latencies, pivot, render, table
-
-    if form == "json":
-        return json.dumps(results.to_json(), indent=1) + "\n"
-    shape: Any = form
-    layout = PRESETS[preset].layout if preset else None
-    if layout is not None:
-        return render(pivot(results, layout), shape)
-    return render(latencies(results) if preset == "mii" else table(results), shape)
-
-
-def _dry_run(cells: list[Cell], settings: Settings, results: Results, form: Any) -> None:
-    from zeroinf.bench.predict import predict
-    from zeroinf.bench.table import fields_of, head_of, render
-
-    rows = [[*head_of(), "seconds", "tokens/s", "projected"]]
-    total_s, unknown, left = 0.0, 0, 0
-    for cell in cells:
-        if (outcome := results.of(cell)) is not None:
-            rows.append([*fields_of(cell), "", "", f"has run: {outcome.status}"])
-            continue
-        found = predict(cell, settings)
-        total_s, unknown, left = total_s + (found.seconds or 0.0), unknown + (found.seconds is None), left + 1
-        figures = [f"{v:.1f}" if v is not None else "?" for v in (found.seconds, found.tokens_per_second)]
-        rows.append([*fields_of(cell), *figures, found.words])
-    click.echo(render(rows, form), nl=False)
-    more = f", and {unknown} cells that nobody can time" if unknown else ""
-    click.echo(f"{left} cells to run, {total_s / 60:.0f} min projected{more}", err=True)

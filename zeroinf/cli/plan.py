@@ -14,13 +14,11 @@ from zeroinf.cli.params import (
     engine_options,
     flags,
     given,
-    given_flags,
     model_options,
     offload_options,
     refuse_unused_offload_options,
 )
 from zeroinf.errors import OutputError, UsageError
-from zeroinf.planner.traits import refuse_settings
 
 
 @click.command(short_help="Say what fits, how fast it would be, and why.")
@@ -107,10 +105,6 @@ def _refuse_contradictions(
         raise UsageError("--emit-zero-config prints nothing but that JSON", hint="drop --json and --explain")
     if as_json and explain:
         raise UsageError("--explain has no effect with --json, which holds every term", hint="drop one of them")
-    if asked["engine"] != "auto":
-        refuse_settings(asked["engine"], given_flags(ctx, "fetch", "resident_blocks", "wire", "tensor_parallel_size"))
-    elif named := given(ctx, "tensor_parallel_size"):
-        raise UsageError(f"{flags(ctx, named)} has no effect", hint="add --engine tensor-parallel, or drop it")
     if plot is not None and asked["engine"] == "tensor-parallel":
         raise UsageError("--plot draws tokens/s, which the planner does not know of this engine", hint="drop it")
     if asked["engine"] != "zero" and not asked["pin_memory"]:
@@ -118,8 +112,6 @@ def _refuse_contradictions(
             "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"
         )
     offload = asked["offload"]
-    if offload == "none" and asked["resident_blocks"] is not None:
-        raise UsageError("--resident-blocks has no effect with --offload none: all are", hint="drop one of them")
     without_disk = ("nvme_space", "nvme_gbps") if offload in ("none", "cpu") else ()
     without_link = ("fetch", "link_gbps") if offload == "none" else ()
     if named := given(ctx, *without_disk, *without_link):

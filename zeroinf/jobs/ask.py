@@ -13,7 +13,7 @@ from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.planning import choose_engine, share_model
+from zeroinf.jobs.planning import choose_engine, refuse_idle_paths, share_model
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import pick_dtype, resolve_model
@@ -21,7 +21,7 @@ from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.search import Wish, check_micro_batch_rows
-from zeroinf.planner.traits import possible_offload
+from zeroinf.planner.traits import possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question
@@ -109,7 +109,17 @@ def ask(options: PlanOptions) -> Question:
 
 
 def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anatomy: Anatomy) -> None:
-    """What only the machine and the model show to be without effect, or to be impossible."""
+    """What would have no effect with the engine, the machine or the model, or is impossible."""
+    given = {
+        "--fetch": options.fetch != "auto",
+        "--resident-blocks": options.resident_blocks is not None,
+        "--wire": options.wire != "model",
+        "--tensor-parallel-size": options.tensor_parallel_size is not None,
+    }
+    refuse_settings(engine, [flag for flag, is_given in given.items() if is_given])
+    refuse_idle_paths(possible_offload(engine, options.offload), options.nvme_paths)
+    if options.offload == "none" and options.resident_blocks is not None:
+        raise UsageError("--resident-blocks has no effect with --offload none: all are", hint="drop one of them")
     if options.offload == "nvme" and not machine.disks:
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     if options.fetch != "auto" and len(machine.gpus) < 2:

@@ -184,6 +184,7 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
     refuse_settings(engine, given)
     if given and options.offload == "none":
         raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
+    refuse_idle_paths(possible_offload(engine, options.offload), options.nvme_paths)
     check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups)
     if options.fetch != "auto" and world.size == 1:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
@@ -199,6 +200,12 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
             f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
+
+
+def refuse_idle_paths(offload: str, nvme_paths: Sequence[Path]) -> None:
+    """Raise UsageError for folders where nothing would rest."""
+    if nvme_paths and offload not in ("auto", "nvme"):
+        raise UsageError(f"--nvme-path has no effect with --offload {offload}", hint="add --offload nvme, or drop it")
 
 
 def _given(flags: Mapping[str, bool]) -> list[str]:
