@@ -242,6 +242,15 @@ def test_a_file_of_other_settings_or_another_machine_is_not_gone_on_with(tmp_pat
         start_or_resume(path, Settings(), {**MACHINE, "hostname": "there"}, overwrite=False)
 
 
+def test_cells_that_took_too_long_run_again_once_they_may_take_longer(tmp_path: Path) -> None:
+    slow = Outcome(cell=replace(CELL, batch_size=64), status="timeout", message="more than 600 s")
+    results(ok(), slow).save(tmp_path / "r.json")
+    for limit_s, kept in ((300.0, (ok(), slow)), (600.0, (ok(), slow)), (900.0, (ok(),))):
+        found = start_or_resume(tmp_path / "r.json", Settings(cell_limit_s=limit_s), MACHINE, overwrite=False)
+        assert found.outcomes == kept
+        assert found.settings["cell_limit_s"] == limit_s
+
+
 def test_cells_that_have_run_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Cell] = []
     monkeypatch.setattr(runner, "run_cell", lambda cell, settings, prompt: ran.append(cell) or ok(cell))

@@ -24,6 +24,10 @@ def lines(figure: Any) -> dict[str, list[float]]:
     return {name: list(map(float, one.lines[0].get_xdata())) for one, name in zip(handles, names, strict=True)}
 
 
+def ticks(figure: Any) -> tuple[Any, Any]:
+    return figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels()
+
+
 def test_a_file_with_one_repetition_and_failed_cells_is_drawn(tmp_path: Path) -> None:
     some = [ok(replace(CELL, batch_size=rows), **ONCE) for rows in (8, 2)]
     others = [ok(replace(CELL, engine="zero"), **ONCE), failed(replace(CELL, engine="zero", batch_size=8))]
@@ -43,9 +47,14 @@ def test_models_lie_at_their_size_and_lines_say_what_tells_them_apart() -> None:
     def of(model: str, millions: int, rows: int) -> Outcome:
         return ok(replace(CELL, model=model, batch_size=rows), parameters=millions * 10**6)
 
-    figure = drawing(results(of("c", 300, 2), of("a", 70, 2), of("b", 160, 2), of("a", 70, 8)))
+    figure = drawing(results(of("x/c", 300, 2), of("x/a", 70, 2), of("b", 160, 2), of("x/a", 70, 8)))
     assert lines(figure) == {"stream (cpu), 2 rows": [70.0, 160.0, 300.0], "stream (cpu), 8 rows": [70.0]}
-    assert figure.axes[0].get_xlabel() == "parameters, millions"
+    assert figure.axes[0].get_xlabel() == "model, by its parameters"
+    assert [(round(at), text.get_text()) for at, text in zip(*ticks(figure), strict=True)] == [
+        (300, "c"),
+        (70, "a"),
+        (160, "b"),
+    ]
 
 
 def test_a_benchmark_without_figures_is_no_picture(tmp_path: Path) -> None:

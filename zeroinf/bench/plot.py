@@ -11,7 +11,7 @@ from zeroinf.bench.results import Outcome, Results
 from zeroinf.errors import EnvironmentProblem, OutputError
 
 _PANELS = (("ms_per_token", "milliseconds a token"), ("tokens_per_second", "tokens/s"))
-_VARYING = (("batch_size", "rows of a stream"), ("input_len", "prompt tokens"), ("model", "parameters, millions"))
+_VARYING = (("batch_size", "rows of a stream"), ("input_len", "prompt tokens"), ("model", "model, by its parameters"))
 
 
 def check_plot() -> None:
@@ -41,17 +41,20 @@ def drawing(results: Results) -> Any:
     lines: dict[str, list[Outcome]] = {}
     for outcome in drawn:
         lines.setdefault(label(outcome.cell, cells, "name", (varying,)), []).append(outcome)
+    ticks = {_place(outcome, varying): Path(str(getattr(outcome.cell, varying))).name for outcome in drawn}
     figure = Figure(figsize=(13, 5), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         for legend, outcomes in lines.items():
             points = sorted((_place(one, varying), one.figures[name].mean, one.figures[name].std) for one in outcomes)
             at, means, spread = zip(*points, strict=True)
             axis.errorbar(at, means, spread, marker="o", capsize=3, label=legend)
-        axis.set_xscale("log", base=2 if varying != "model" else 10)
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(list(ticks), list(ticks.values()), rotation=30 if varying == "model" else 0)
         axis.set_yscale("log")
         axis.set_xlabel(words)
         axis.set_ylabel(title)
-        axis.grid(True, which="both", alpha=0.3)
+        axis.grid(True, alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     names = ", ".join(dict.fromkeys(results.machine.get("gpu_names") or ["CPU"]))
     figure.suptitle(f"{', '.join(dict.fromkeys(c.model for c in cells))}: {names}", wrap=True, fontsize="small")

@@ -15,6 +15,7 @@ from zeroinf.jobs.files import rename, write_lines, write_new
 
 SCHEMA = 1
 _IDENTITY = ("hostname", "versions", "gpu_names", "driver")
+_LIMIT = "cell_limit_s"
 
 FIGURES = {
     "ms_per_token": "ms/token",
@@ -147,7 +148,8 @@ def _outcome(data: Mapping[str, Any]) -> Outcome:
 def start_or_resume(path: Path | None, settings: Settings, machine: Mapping[str, Any], *, overwrite: bool) -> Results:
     """Results so far: those in `path`, if it is there and was made with the same settings on the same machine.
 
-    Raises UsageError where it was not.
+    Where cells may take longer than before, those that took too long are to run again. Raises UsageError for a file of
+    other settings or another machine.
     """
     fresh = Results(machine=machine, settings=settings.to_json())
     if path is None or overwrite or not path.exists():
@@ -158,7 +160,9 @@ def start_or_resume(path: Path | None, settings: Settings, machine: Mapping[str,
             f"{path} was made with other {name}: {', '.join(differ)}",
             hint="choose another -o, or pass --overwrite to begin again",
         )
-    return found
+    longer = settings.cell_limit_s > found.settings[_LIMIT]
+    kept = tuple(outcome for outcome in found.outcomes if outcome.status != "timeout" or not longer)
+    return replace(found, settings=fresh.settings, outcomes=kept)
 
 
 def differing(mine: Results, theirs: Results) -> dict[str, list[str]]:
@@ -167,7 +171,7 @@ def differing(mine: Results, theirs: Results) -> dict[str, list[str]]:
         "settings": (mine.settings, theirs.settings),
         "machines": tuple({n: one.machine.get(n) for n in _IDENTITY} for one in (mine, theirs)),
     }
-    found = {what: sorted(n for n in {*a, *b} if a.get(n) != b.get(n)) for what, (a, b) in pairs.items()}
+    found = {what: sorted(n for n in {*a, *b} - {_LIMIT} if a.get(n) != b.get(n)) for what, (a, b) in pairs.items()}
     return {what: names for what, names in found.items() if names}
 
 
