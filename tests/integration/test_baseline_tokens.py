@@ -20,7 +20,7 @@ NAMES = (*SMALL, "demo")
 ALONE = [
     (name, *how) for name in SMALL for how in (("resident", "none"), ("accelerate", "none"), ("accelerate", "nvme"))
 ]
-ALONE += [("demo", "accelerate", "nvme")]
+ALONE += [("demo", "resident", "none"), ("demo", "accelerate", "nvme")]
 POLICY = ["OPTDecoderLayer", ["self_attn.out_proj", "fc2"]]
 # Parts are summed in another order than the whole: in float32 that shows in no token.
 DTYPE = "float32"
