@@ -15,7 +15,7 @@ from zeroinf.model.demo import demo_model_folder
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 OFFLOADS = ("none", "cpu", "nvme")
-# Beyond those that the issue names: one of each kind of attention, cache and block that transformers has.
+# Beside the wide ones, one of each kind of attention, cache and block that transformers has.
 MORE = ("deepseek_v3", "falcon", "gemma2", "gpt2", "gptj", "lfm2", "mamba", "mpt", "phi3", "qwen3_moe")
 
 

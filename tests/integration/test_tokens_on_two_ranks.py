@@ -14,6 +14,7 @@ from zeroinf.model.demo import demo_model_folder
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 OFFLOADS = ("none", "cpu", "nvme")
+CELLS = [*((name, offload) for name in WIDE_ARCHITECTURES for offload in OFFLOADS), ("demo", "cpu")]
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +25,11 @@ def models(shared_folder: SharedFolder) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def driven(models: dict[str, Path], shared_folder: SharedFolder) -> Path:
-    cells = [Cell(str(models[name]), offload) for name in (*WIDE_ARCHITECTURES, "demo") for offload in OFFLOADS]
+    cells = [Cell(str(models[name]), offload) for name, offload in CELLS]
     return shared_folder("driven-two-ranks", lambda folder: drive(folder, cells, ranks=2))
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+@pytest.mark.parametrize(("name", "offload"), CELLS)
 def test_tokens_equal_plain_transformers(name: str, offload: str, models: dict[str, Path], driven: Path) -> None:
     found = answer(driven, Cell(str(models[name]), offload))
     assert found.partitioned
