@@ -26,9 +26,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.errors import DoesNotFitError
+from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
-from zeroinf.planner.search import MOST_ROWS, Candidate, Decision, Planner, Wish
+from zeroinf.planner.search import MOST_ROWS, Planner
 from zeroinf.planner.timing import Speeds
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape, Workload
 
 BLOCKS = len(CHAIN.blocks)

@@ -10,8 +10,10 @@ from generating import rows_of
 
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.search import Candidate, Planner, Wish
+from zeroinf.planner.decision import Candidate
+from zeroinf.planner.search import Planner
 from zeroinf.planner.timing import Timing, time_plan
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape
 
 PROMPT, NEW = 256, 24

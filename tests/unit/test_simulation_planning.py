@@ -16,7 +16,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import total
-from zeroinf.planner.search import Wish
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Answer, Question, answer
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from zeroinf.hardware.checks import gib
+from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import Place, Term, total
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.search import Candidate, Decision, Rejection
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import Answer, Question

@@ -20,9 +20,9 @@ from zeroinf.model.source import pick_dtype, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
-from zeroinf.planner.search import Wish, check_micro_batch_rows
 from zeroinf.planner.traits import possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
+from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question
 

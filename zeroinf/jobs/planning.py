@@ -26,9 +26,9 @@ from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
-from zeroinf.planner.search import Wish, check_micro_batch_rows
 from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
+from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question, answer
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import replace
 from typing import Literal
 
-from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.machine import Machine
-from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.kv import HostShare, fetched_bytes
+from zeroinf.planner.decision import Candidate, Decision, Lack, Rejection, nothing_fits, smallest_changes
+from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     LOADING_STAGES,
     Overhead,
@@ -23,9 +23,9 @@ from zeroinf.planner.memory import (
     stream_host_terms,
     total,
 )
-from zeroinf.planner.timing import Speeds, Timing, time_plan
+from zeroinf.planner.timing import Speeds, time_plan
 from zeroinf.planner.traits import TRAITS
-from zeroinf.planner.wire import Wire
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
 MOST_ROWS = 4096
@@ -46,103 +46,10 @@ _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
 
-_HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
-
 _OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 
 EngineTerms = Callable[[Choice, Workload], tuple[Term, ...]]
 """Memory terms of a choice under another engine than the stream engine."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
-    """What the user fixed; None and "auto" leave it to the planner."""
-
-    world_size: int = 1
-    offload: Offload | Literal["auto"] = "auto"
-    fetch: Fetch | Literal["auto"] = "auto"
-    batch_size: int | None = None
-    micro_batch_rows: int | None = None
-    resident_blocks: int | None = None
-    requests: int | None = None
-    """How many rows there are in all; None is plenty."""
-    nvme_space_bytes: int | None = None
-    """What the folders for NVMe can still take; None without a folder."""
-    one_node: bool = True
-    gpus_are_linked: bool = True
-    """GPUs reach each other's memory: what makes partitioned fetch worth while."""
-    engine: str = "stream"
-    wire: Wire = "model"
-    host_share: HostShare = 0.0
-    """The part of the rows whose keys and values rest in host memory."""
-    kv_dtype: KvDtype = "model"
-    static_batches: bool = False
-    ranks_per_stream: int = 1
-    """Ranks that hold one model together and run the same rows."""
-
-    @property
-    def streams(self) -> int:
-        return self.world_size // self.ranks_per_stream
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A choice that fits, with all it takes and how fast it is."""
-
-    choice: Choice
-    pool: PoolSize
-    host: HostSize | None
-    terms: tuple[Term, ...]
-    timing: Timing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lack:
-    """A place that is too small."""
-
-    place: Place
-    needed_bytes: int
-    available_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rejection:
-    """A way to run that does not fit, and all that it lacks."""
-
-    offload: Offload
-    fetch: Fetch
-    batch_size: int
-    lacks: tuple[Lack, ...]
-
-    @property
-    def missing_bytes(self) -> int:
-        """Of all places together."""
-        return sum(lack.needed_bytes - lack.available_bytes for lack in self.lacks)
-
-    @property
-    def reason(self) -> str:
-        rows = "1 row needs" if self.batch_size == 1 else f"{self.batch_size} rows need"
-        where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}
-        return f"{rows} " + " and ".join(
-            f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"
-            for lack in self.lacks
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """The best candidate, the best of each other way to run, and what was turned down."""
-
-    chosen: Candidate
-    alternatives: tuple[Candidate, ...]
-    tried: tuple[Candidate, ...]
-    """All that was tried the chosen way, by rows: how memory and speed grow."""
-    rejected: tuple[Rejection, ...]
-    budgets: dict[Place, int]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.chosen.timing.tokens_per_second
 
 
 class Planner:
@@ -217,7 +124,7 @@ class Planner:
                 found += [self._with_steady_prompts(wish, max(fitting, key=self._merit), budgets)] if fitting else []
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
         if not found:
-            raise DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
+            raise DoesNotFitError(nothing_fits(rejected), hint=smallest_changes(rejected))
         found.sort(key=self._merit, reverse=True)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
@@ -498,31 +405,3 @@ def _doubling(cap: int) -> Iterator[int]:
         yield rows
         rows *= 2
     yield cap
-
-
-def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:
-    """Raise UsageError where so many rows in a micro-batch (None: as planned) are asked for in vain."""
-    if rows is None:
-        return
-    if batch_size is not None and rows > batch_size:
-        raise UsageError(
-            f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more rows are live",
-            hint="lower the one, or raise the other",
-        )
-    if engine != "stream" or not regroups:
-        what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
-        raise UsageError(f"--micro-batch-rows has no effect with {what}: all rows run together", hint="drop it")
-
-
-def _nothing_fits(rejected: list[Rejection]) -> str:
-    return "nothing fits: " + "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
-
-
-def _smallest_changes(rejected: list[Rejection]) -> str:
-    nearest = min(rejected, key=lambda one: one.missing_bytes)
-    where = {"gpu": "GPU", "host": "host", "disk": "disk"}
-    more = (
-        f"{ceil((lack.needed_bytes - lack.available_bytes) / _HUNDREDTH) / 100:.2f} GiB more {where[lack.place]} memory"
-        for lack in nearest.lacks
-    )
-    return f"{' and '.join(more)} would do for --offload {nearest.offload}"

@@ -13,12 +13,14 @@ from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.decision import Decision
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
-from zeroinf.planner.search import Decision, Planner, Wish
+from zeroinf.planner.search import Planner
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.workload import Simulator
 

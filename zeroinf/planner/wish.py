@@ -1,0 +1,57 @@
+"""What the user fixed of a plan, and what is left to the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zeroinf.errors import UsageError
+from zeroinf.model.anatomy import KvDtype
+from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.kv import HostShare
+from zeroinf.planner.wire import Wire
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What the user fixed; None and "auto" leave it to the planner."""
+
+    world_size: int = 1
+    offload: Offload | Literal["auto"] = "auto"
+    fetch: Fetch | Literal["auto"] = "auto"
+    batch_size: int | None = None
+    micro_batch_rows: int | None = None
+    resident_blocks: int | None = None
+    requests: int | None = None
+    """How many rows there are in all; None is plenty."""
+    nvme_space_bytes: int | None = None
+    """What the folders for NVMe can still take; None without a folder."""
+    one_node: bool = True
+    gpus_are_linked: bool = True
+    """GPUs reach each other's memory: what makes partitioned fetch worth while."""
+    engine: str = "stream"
+    wire: Wire = "model"
+    host_share: HostShare = 0.0
+    """The part of the rows whose keys and values rest in host memory."""
+    kv_dtype: KvDtype = "model"
+    static_batches: bool = False
+    ranks_per_stream: int = 1
+    """Ranks that hold one model together and run the same rows."""
+
+    @property
+    def streams(self) -> int:
+        return self.world_size // self.ranks_per_stream
+
+
+def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:
+    """Raise UsageError where so many rows in a micro-batch (None: as planned) are asked for in vain."""
+    if rows is None:
+        return
+    if batch_size is not None and rows > batch_size:
+        raise UsageError(
+            f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more rows are live",
+            hint="lower the one, or raise the other",
+        )
+    if engine != "stream" or not regroups:
+        what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
+        raise UsageError(f"--micro-batch-rows has no effect with {what}: all rows run together", hint="drop it")
