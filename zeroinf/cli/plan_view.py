@@ -49,8 +49,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     rows = f"{plan.batch_size} rows each{_kv(plan)}"
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
-    takes = [f"{gib(total(plan.terms, place))} of {place} memory" for place in _PLACES[:2] if total(plan.terms, place)]
-    yield "takes " + ", ".join([*takes, *([f"{gib(total(plan.terms, 'disk'))} on disk"] if plan.nvme_blocks else [])])
+    places: tuple[tuple[Place, str], ...] = (("gpu", "of GPU memory"), ("host", "of host memory"), ("disk", "on disk"))
+    yield "takes " + ", ".join(f"{gib(size)} {where}" for place, where in places if (size := total(plan.terms, place)))
 
 
 def _kv(plan: Plan) -> str:
