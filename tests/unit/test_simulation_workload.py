@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from generating import PlainEngine
+from quantised import MARKS
 from small_models import SMALL_MODELS, small_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.inspect import build_meta, read_anatomy
 from zeroinf.planner.allocator import Allocator, Event, Usage
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
 from zeroinf.simulation.workload import Simulator
@@ -120,12 +121,11 @@ def groups_of(shape: Shape, start: int, count: int, prompts: bool) -> list[Group
 
 
 class Run:
-    """Passes of the small model `name`, really made on the CPU by the loop's own hands."""
+    """Passes of a small model, really made on the CPU by the loop's own hands."""
 
-    def __init__(self, name: str, workload: Workload) -> None:
-        model = AutoModelForCausalLM.from_config(eager(name), dtype=torch.float32).eval()
+    def __init__(self, model: Any, anatomy: Anatomy, workload: Workload) -> None:
         self.engine, self.shape = PlainEngine(model), workload.shape
-        self.workload, self.anatomy = workload, anatomy_of(name)
+        self.workload, self.anatomy = workload, anatomy
 
     def open(self) -> None:
         pool = PagePool(self.engine.model, self.anatomy, self.workload.pool, CPU)
@@ -171,12 +171,30 @@ def test_so_are_those_of_rows_that_ask_for_logprobs(logprobs: int) -> None:
     _compare("llama", Shape(*CASES["several"]), logprobs)
 
 
+@pytest.mark.parametrize(("name", "method"), [*(("llama", method) for method in MARKS), ("gpt_oss", "mxfp4")])
+def test_so_are_those_of_weights_that_modules_expand(name: str, method: str) -> None:
+    if method not in ("fp8", "mxfp4"):
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    config = eager(name)
+    config.quantization_config = (MARKS | {"mxfp4": {"quant_method": "mxfp4"}})[method]
+    model = build_meta(config, "float32").to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.copy_(torch.randn(tensor.shape) * 0.1 if tensor.is_floating_point() else torch.tensor(120))
+    _compare_model(config, model, Shape(*CASES["several"]))
+
+
 def _compare(name: str, shape: Shape, logprobs: int | None = None) -> None:
-    workload = simulator(eager(name), anatomy_of(name), replace(lengths_of(), logprobs=logprobs))(shape)
+    config = eager(name)
+    _compare_model(config, AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), shape, logprobs)
+
+
+def _compare_model(config: Any, model: Any, shape: Shape, logprobs: int | None = None) -> None:
+    anatomy = read_anatomy(config)
+    workload = simulator(config, anatomy, replace(lengths_of(), logprobs=logprobs))(shape)
     part = min(PROMPT, shape.prefill_tokens)
     prompts = groups_of(shape, PROMPT - part, part, True)
     decode = groups_of(shape, PROMPT, 1, False)
-    run = Run(name, workload)
+    run = Run(model, anatomy, workload)
     _, making = measured(run.open)
     run.open_host()
     on_host = 0 if workload.host is None else workload.host.tokens // shape.host_rows

@@ -157,7 +157,7 @@ def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
     """How the weights of this very checkpoint are loaded."""
     if source.random_weights:
         return "in place"
-    if source.is_local and not can_be_converted(source.config, local_weight_files(Path(source.location))):
+    if source.is_local and not can_be_converted(local_weight_files(Path(source.location))):
         return "as a whole"
     return anatomy.loads
 

@@ -16,6 +16,7 @@ DTYPE_BYTES = {
     "int32": 4,
     "int8": 1,
     "uint8": 1,
+    "float8_e4m3fn": 1,
     "bool": 1,
 }
 # What torch aligns its own allocations to on a GPU: kernels find their operands as they would on their own.
@@ -208,6 +209,16 @@ class Encoder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Quantised:
+    """A checkpoint whose weights are quantised already, which rest, move and are held by modules as they are."""
+
+    method: str
+    """As its config names it."""
+    parameters: int
+    """Of the model in full: what its tensors hold is packed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
     """A language model, counted: every tensor once, tied weights once."""
 
@@ -225,6 +236,8 @@ class Anatomy:
     loads: Loading = "in place"
     encoder: Encoder | None = None
     """None for a causal model, whose prompts are read by the blocks that answer them."""
+    quantised: Quantised | None = None
+    """None where tensors are weights themselves, in `dtype` for the most part."""
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""
@@ -234,11 +247,13 @@ class Anatomy:
 
     @property
     def parameters(self) -> int:
+        if self.quantised is not None:
+            return self.quantised.parameters
         return sum(t.numel for t in self.tensors() if not t.is_buffer)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters in `dtype` (buffers are not stored in checkpoints and are left out)."""
+        """Bytes of all parameters as they rest (buffers are not stored in checkpoints and are left out)."""
         return sum(t.nbytes for t in self.tensors() if not t.is_buffer)
 
     @property

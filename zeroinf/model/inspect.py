@@ -12,8 +12,9 @@ from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, TensorSpec
+from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, Quantised, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
+from zeroinf.model.quantised import hold_quantised
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).
@@ -24,10 +25,11 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
     """Count the model that `config` (a transformers config) describes, in `dtype` (default: the config's own).
 
     Takes seconds and no memory, whatever the size. Raises ModelError when transformers cannot build the model, when no
-    stack of decoder layers is found, or when the cache cannot be read.
+    stack of decoder layers is found, when the cache cannot be read, or when the checkpoint is quantised in a way that
+    is not known to run; EnvironmentProblem where the package that would run it is missing.
     """
     dtype = dtype or config_dtype(config)
-    model = build_meta(config, dtype, trust_remote_code)
+    model, quantised = _build(config, dtype, trust_remote_code)
     stacks = find_stacks(model)
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
@@ -45,6 +47,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
         context_limit=limit,
         loads="piece by piece" if is_converted(model) else "in place",
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
+        quantised=quantised,
     )
 
 
@@ -57,8 +60,13 @@ def config_dtype(config: Any) -> str:
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
     """The language model of `config` on the meta device, in evaluation mode; `config` itself is not changed.
 
-    Parameters get the dtypes that `from_pretrained` would give them; buffers keep the ones they are made with.
+    Parameters are those of its checkpoint, quantised or with the dtypes that `from_pretrained` would give them; buffers
+    keep the ones they are made with. Raises the errors of `read_anatomy`.
     """
+    return _build(config, dtype, trust_remote_code)[0]
+
+
+def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quantised | None]:
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(
@@ -66,9 +74,24 @@ def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
             )
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"transformers cannot build a language model of {type(config).__name__}: {error}") from error
+    return model.eval(), as_in_checkpoint(model, dtype)
+
+
+def as_in_checkpoint(model: Any, dtype: str) -> Quantised | None:
+    """Give the skeleton `model` the parameters that its checkpoint has, loaded as `dtype`; says how that is quantised.
+
+    Raises the errors of `read_anatomy`.
+    """
     untie_head(model)
     keep_in_float32(model, dtype)
-    return model.eval()
+    quantised = hold_quantised(model)
+    if quantised is not None and is_converted(model):
+        raise ModelError(
+            f"the checkpoint of {type(model).__name__} is quantised already, with {quantised.method}, which does not "
+            "stream: transformers renames or fuses this model's weights as it loads them",
+            hint="take the model's unquantised checkpoint, and --wire int8 or int4 to move fewer bytes",
+        )
+    return quantised
 
 
 def auto_class(config: Any) -> Any:

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from zeroinf.model.inspect import auto_class, keep_in_float32, untie_head
+from zeroinf.model.inspect import as_in_checkpoint, auto_class
 from zeroinf.model.source import ModelSource
 
 
 def build_skeleton(source: ModelSource, dtype: str) -> Any:
     """The language model of `source` in evaluation mode, weights tied, nothing loaded; takes almost no memory.
 
-    Parameters have the shapes and dtypes that `from_pretrained` would give them; buffers have the values that the model
+    Parameters have the shapes and dtypes that `from_pretrained` would give them, or, of a checkpoint that is quantised
+    already, those of the checkpoint; buffers have the values that the model
     makes by itself; the generation config is the checkpoint's.
     """
     from accelerate import init_empty_weights
@@ -25,8 +26,7 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
             copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
         )
     model.tie_weights()
-    untie_head(model)
-    keep_in_float32(model, dtype)
+    as_in_checkpoint(model, dtype)
     if (generation := read_generation_config(source)) is not None:
         model.generation_config = generation
     return model.eval()

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+QUANTISED_METHODS = ("compressed-tensors", "fp8", "mxfp4")
+"""Ways to quantise a checkpoint that stream as they are, by the names that configs give them."""
+
+_OF_A_CLASS = "its weights are no plain tensors"
+_OF_GPTQMODEL = "it runs in kernels of gptqmodel, which change how its weights lie"
+_WHY_NOT = {
+    "awq": _OF_GPTQMODEL,
+    "bitsandbytes": "what its codes mean lies in tensors that are not their module's",
+    "gptq": _OF_GPTQMODEL,
+    "quanto": _OF_A_CLASS,
+    "torchao": _OF_A_CLASS,
+}
+
 # Any one of these makes a folder's tokenizer; without this check transformers makes an empty one up.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -59,8 +72,7 @@ def resolve_model(
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
-    if not random_weights:
-        _refuse_quantised(name, config)
+    _refuse_quantised(name, config)
     if Path(location).is_dir() and not random_weights:
         local_weight_files(Path(location))
     return ModelSource(
@@ -219,14 +231,25 @@ def _require_generating(location: str, config: Any) -> None:
     )
 
 
-def _refuse_quantised(name: str, config: Any) -> None:
-    """Weights in a format of their own need kernels and loaders of their own: read as they lie, they mean nothing."""
+def quantisation(config: Any) -> dict[str, Any] | None:
+    """What `config` (a transformers config) says of how its checkpoint is quantised, its method's name under
+    `quant_method`; None where it is not."""
     found = getattr(config, "quantization_config", None)
     if not found:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    method = found.get("quant_method")
+    return {**found, "quant_method": str(getattr(method, "value", method))}
+
+
+def _refuse_quantised(name: str, config: Any) -> None:
+    """Refuse what is quantised in a way that is not known to stream: read as it lies, it would mean something else."""
+    found = quantisation(config)
+    if found is None or (method := found["quant_method"]) in QUANTISED_METHODS:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    why = _WHY_NOT.get(method, f"only {', '.join(QUANTISED_METHODS)} do")
     raise ModelError(
-        f"the weights of {name} are quantised already, with {getattr(method, 'value', method)}, which does not stream",
+        f"the weights of {name} are quantised already, with {method}, which does not stream: {why}",
         hint="take the model's unquantised checkpoint, and --wire int8 or int4 to move fewer bytes",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zeroinf.errors import ModelError
 from zeroinf.model.hub import hub_error
@@ -37,9 +37,9 @@ def weight_files(source: ModelSource) -> list[Path]:
     return local_weight_files(folder)
 
 
-def can_be_converted(config: Any, files: Sequence[Path]) -> bool:
-    """Whether weights can be loaded a piece at a time: not if they are pickled, or quantised in some way."""
-    return getattr(config, "quantization_config", None) is None and all(f.suffix == ".safetensors" for f in files)
+def can_be_converted(files: Sequence[Path]) -> bool:
+    """Whether weights can be loaded a piece at a time: not if they are pickled."""
+    return all(file.suffix == ".safetensors" for file in files)
 
 
 def local_weight_files(folder: Path) -> list[Path]:

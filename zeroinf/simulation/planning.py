@@ -57,8 +57,9 @@ class Answer:
 
 def answer(question: Question) -> Answer:
     """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models
-    with an encoder do without."""
+    with an encoder, or quantised already, do without."""
     _refuse_beside_an_encoder(question)
+    _refuse_beside_codes(question)
     speeds = _speeds(question)
     try:
         decision = _planner(question, speeds).choose(question.wish)
@@ -85,6 +86,22 @@ def _refuse_beside_an_encoder(question: Question) -> None:
     if wish.static_batches:
         raise UsageError(
             f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
+        )
+
+
+def _refuse_beside_codes(question: Question) -> None:
+    wish, quantised = question.wish, question.anatomy.quantised
+    if quantised is None:
+        return
+    if wish.engine != "stream":
+        raise UsageError(
+            f"the {wish.engine} engine does not run checkpoints that are quantised already, with {quantised.method}",
+            hint="--engine stream, or the model's unquantised checkpoint",
+        )
+    if wish.wire != "model":
+        raise UsageError(
+            f"--wire {wish.wire} has no effect: the checkpoint is quantised already, with {quantised.method}",
+            hint="drop it: weights cross the link as the checkpoint has them",
         )
 
 

@@ -18,13 +18,15 @@ from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.pretrained import load_pretrained
-from zeroinf.model.source import ModelSource
+from zeroinf.model.source import ModelSource, quantisation
 from zeroinf.model.weights import can_be_converted, weight_files
 
 _THREADS = 8
 _RANDOM_SCALE = 0.02
 _RANDOM_SEED = 0
 _TILE = 1 << 22
+# Weights in these are numbers, and may be rounded to another of them; in all others they are codes.
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _Read = Callable[[Tensor], tuple[torch.Tensor, Path | str]]
 
@@ -60,9 +62,15 @@ class Checkpoint:
         origins = _direct_origins(stored, model, files)
         self._read = _read_directly(origins) if origins is not None else None
         self._converter: Converter | None = None
+        if origins is None and (found := quantisation(source.config)) is not None:
+            raise ModelError(
+                f"cannot load {source.name}, which is quantised with {found['quant_method']}: its config lets expect "
+                "tensors that its files do not hold as safetensors",
+                hint="fetch the checkpoint again, or take the model's unquantised one",
+            )
         if origins is None:
             self._parts = 1 if self._part == 0 else 0
-            if can_be_converted(source.config, files) and self._parts:
+            if can_be_converted(files) and self._parts:
                 self._converter = Converter(model, files)
         self._source, self._model = source, model
         self._loading = threading.Lock()
@@ -110,12 +118,16 @@ class Checkpoint:
         self._tally.add(target.nbytes * self._parts)
 
     def _fill_randomly(self, tensor: Tensor, target: Target) -> None:
-        """Normal values that repeat after a while: they must not be zeros, and need not be good."""
+        """Normal values that repeat after a while: they must not be zeros, and need not be good.
+
+        Codes lie around 120, which is no power of two too large for MXFP4.
+        """
         if not tensor.is_parameter:
             return
         elements = target.shape.numel()
+        tile = self._tile if target.place.dtype.is_floating_point else 120 + 100 * self._tile
         for start in range(0, elements, _TILE):
-            target.write_part(start, self._tile[: elements - start])
+            target.write_part(start, tile[: elements - start])
 
 
 def _direct_origins(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> dict[str, tuple[Path, str]] | None:
@@ -169,6 +181,11 @@ def _copy(tensor: Tensor, target: Target, value: torch.Tensor, origin: Path | st
     if value.shape != target.shape:
         raise ModelError(
             f"{origin} holds {tensor.names[0]} as {tuple(value.shape)}, the model has {tuple(target.shape)}",
+            hint="the weights belong to another config",
+        )
+    if tensor.is_parameter and value.dtype != target.place.dtype and {value.dtype, target.place.dtype} - set(_NUMBERS):
+        raise ModelError(
+            f"{origin} holds {tensor.names[0]} as {value.dtype}, the model has {target.place.dtype}",
             hint="the weights belong to another config",
         )
     target.write(value)
