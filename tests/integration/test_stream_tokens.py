@@ -32,10 +32,11 @@ def stream(
     dtype: str = "float32",
     told: Listener | None = None,
     control: Control | None = None,
+    random_weights: bool = False,
     **where: Any,
 ) -> StreamEngine:
     """An engine with its weights in host memory, or as `where` says in the plan's terms."""
-    source = resolve_model(str(folder))
+    source = resolve_model(str(folder), random_weights=random_weights)
     fields = {"offload": "cpu", "world_size": 1, **where}
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype=dtype),

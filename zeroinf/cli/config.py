@@ -56,6 +56,7 @@ def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bo
     from zeroinf.model.inspect import read_anatomy
     from zeroinf.model.source import pick_dtype, resolve_model
     from zeroinf.planner.plan import AioSettings, Plan
+    from zeroinf.planner.traits import refuse_beside_codes
 
     # Only shapes are wanted, so the catalog's will do; it knows no revisions.
     catalog_will_do = revision is None
@@ -63,6 +64,7 @@ def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bo
         model, revision=revision, trust_remote_code=trust_remote_code, random_weights=catalog_will_do
     )
     anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, "cuda"), trust_remote_code=trust_remote_code)
+    refuse_beside_codes(anatomy, "zero")
     return Plan(
         anatomy=anatomy,
         engine="zero",

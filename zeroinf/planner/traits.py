@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from zeroinf.errors import UsageError
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Offload
+from zeroinf.planner.wire import Wire
 
 EngineName = Literal["stream", "zero", "resident", "accelerate", "tensor-parallel"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
@@ -76,3 +78,19 @@ def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload |
             hint="--offload none, or --engine stream",
         )
     return asked
+
+
+def refuse_beside_codes(anatomy: Anatomy, engine: str, wire: Wire = "model") -> None:
+    """Raise UsageError for what a checkpoint that is quantised already does without."""
+    if (quantised := anatomy.quantised) is None:
+        return
+    if engine != "stream":
+        raise UsageError(
+            f"the {engine} engine does not run checkpoints that are quantised already, with {quantised.method}",
+            hint="--engine stream, or the model's unquantised checkpoint",
+        )
+    if wire != "model":
+        raise UsageError(
+            f"--wire {wire} has no effect: the checkpoint is quantised already, with {quantised.method}",
+            hint="drop it: weights cross the link as the checkpoint has them",
+        )

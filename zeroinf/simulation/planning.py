@@ -19,7 +19,7 @@ from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.search import Planner
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
-from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.traits import TRAITS, refuse_beside_codes
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.workload import Simulator
@@ -59,7 +59,7 @@ def answer(question: Question) -> Answer:
     """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models
     with an encoder, or quantised already, do without."""
     _refuse_beside_an_encoder(question)
-    _refuse_beside_codes(question)
+    refuse_beside_codes(question.anatomy, question.wish.engine, question.wish.wire)
     speeds = _speeds(question)
     try:
         decision = _planner(question, speeds).choose(question.wish)
@@ -86,22 +86,6 @@ def _refuse_beside_an_encoder(question: Question) -> None:
     if wish.static_batches:
         raise UsageError(
             f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
-        )
-
-
-def _refuse_beside_codes(question: Question) -> None:
-    wish, quantised = question.wish, question.anatomy.quantised
-    if quantised is None:
-        return
-    if wish.engine != "stream":
-        raise UsageError(
-            f"the {wish.engine} engine does not run checkpoints that are quantised already, with {quantised.method}",
-            hint="--engine stream, or the model's unquantised checkpoint",
-        )
-    if wish.wire != "model":
-        raise UsageError(
-            f"--wire {wish.wire} has no effect: the checkpoint is quantised already, with {quantised.method}",
-            hint="drop it: weights cross the link as the checkpoint has them",
         )
 
 
