@@ -31,12 +31,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-_FORMATS = {
-    "w4a16": "pack-quantized",
-    "w8a16": "pack-quantized",
-    "w8a8": "int-quantized",
-    "fp8_block": "float-quantized",
-}
+_FORMATS = {"w4a16": "pack-quantized", "w8a8": "int-quantized"}
 MARKS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
     **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,7 +23,8 @@ from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.model.inspect import build_meta, read_anatomy
+from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
+from zeroinf.model.quantised import expansions
 from zeroinf.planner.allocator import Allocator, Event, Usage
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
 from zeroinf.simulation.workload import Simulator
@@ -180,7 +182,14 @@ def test_so_are_those_of_weights_that_modules_expand(name: str, method: str) -> 
     model = build_meta(config, "float32").to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.copy_(torch.randn(tensor.shape) * 0.1 if tensor.is_floating_point() else torch.tensor(120))
-    _compare_model(config, model, Shape(*CASES["several"]))
+    stack = find_blocks(model)[1]
+    gc.collect()  # not while it is measured
+    workload = simulator(config, read_anatomy(config))(whole(2))
+    assert workload.expansion is not None
+    assert any(group.kernels for group in workload.expansion.kernels)
+    of_blocks = [peaks([measured(lambda block=block: [one.open() for one in expansions(block)])[1]]) for block in stack]
+    assert workload.expansion.nbytes == pytest.approx(max(peak for ((peak, _),) in of_blocks), rel=0.02)
+    _compare_model(config, model, Shape(*CASES["several"]))  # every block is expanded for all micro-batches of a pass
 
 
 def _compare(name: str, shape: Shape, logprobs: int | None = None) -> None:

@@ -97,7 +97,8 @@ def _model(question: Question) -> str:
     computed = f"quantised with {anatomy.quantised.method}, computed " if anatomy.quantised is not None else ""
     return (
         f"{anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {gib(anatomy.weight_bytes)} "
-        f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} blocks of {gib(max(block.nbytes for block in anatomy.blocks))}, "
+        f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} blocks "
+        f"of {gib(max(block.nbytes for block in anatomy.blocks))}, "
         f"KV {anatomy.kv_bytes_per_token / 2**10:,.0f} KiB a token{limit}"
     )
 

@@ -32,8 +32,8 @@ _ELEMENTS_AT_ONCE = 1 << 28
 def hold_quantised(model: Any) -> Quantised | None:
     """Let modules of `model` hold their weights as its checkpoint does, if that is quantised; None where it is not.
 
-    `model` is a skeleton whose parameters are on the meta device. Its modules give themselves full weights, in the
-    dtype of `model`, for the time of their own forwards. Raises ModelError for a format that is not known to run, and
+    `model` is a skeleton whose parameters are on the meta device. Its modules have an `Expansion` each, to weights in
+    the dtype of `model`. Raises ModelError for a format that is not known to run, and
     EnvironmentProblem where the package that runs it is missing.
     """
     found = quantisation(model.config)
@@ -44,24 +44,45 @@ def hold_quantised(model: Any) -> Quantised | None:
     return Quantised(method=found["quant_method"], parameters=parameters)
 
 
-def _expand_within_forward(module: Module, expand: _Expand) -> None:
-    """Let `module` run with what `expand` makes of its own parameters; between forwards it has nothing more than them.
+class Expansion:
+    """Gives `module` its weights in full: for the time of its own forward, or from `open` until `close`.
 
-    The module's forward must not give way to other code that looks at its parameters.
+    In between it has what its checkpoint holds and nothing more.
     """
-    inner = module.forward
-    own: dict[str, Any] = module._parameters
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        held = dict(own)
-        own.update(expand({name: tensor for name, tensor in held.items() if tensor is not None}))
+    def __init__(self, module: Module, expand: _Expand) -> None:
+        """Let `module` run with what `expand` makes of its own parameters."""
+        self._own: dict[str, Any] = module._parameters
+        self._expand, self._run = expand, module.forward
+        self._held: dict[str, Any] | None = None
+        module.forward = self._forward
+
+    def open(self) -> None:
+        """Expand what the module holds now."""
+        held = self._held = dict(self._own)
+        self._own.update(self._expand({name: tensor for name, tensor in held.items() if tensor is not None}))
+
+    def close(self) -> None:
+        """Let go of the weights, if there are any."""
+        if self._held is not None:
+            self._own.clear()
+            self._own.update(self._held)
+            self._held = None
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._held is not None:
+            return self._run(*args, **kwargs)
+        self.open()
         try:
-            return inner(*args, **kwargs)
+            return self._run(*args, **kwargs)
         finally:
-            own.clear()
-            own.update(held)
+            self.close()
 
-    module.forward = forward
+
+def expansions(module: Module) -> list[Expansion]:
+    """Those of `module` and all modules inside, none where its weights are in full."""
+    found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
+    return [owner for owner in found if isinstance(owner, Expansion)]
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
@@ -95,7 +116,7 @@ def _hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
         if scheme is not None and scheme.weights is not None:
             _check_scheme(model, module, scheme)
             module._parameters.pop("weight_shape", None)  # as the module's own; read on a GPU, it would make this wait
-            _expand_within_forward(module, partial(_expand_compressed_tensors, scheme.weights, module.in_features))
+            Expansion(module, partial(_expand_compressed_tensors, scheme.weights, module.in_features))
 
 
 def _check_scheme(model: Any, module: Module, scheme: Any) -> None:
@@ -148,7 +169,7 @@ def _hold_fp8(model: Any, found: dict[str, Any]) -> None:
         module.weight = _meta((rows, columns), torch.float8_e4m3fn)
         scales = (ceil(rows / height), columns // width) if width else ()
         module.weight_scale_inv = _meta(scales, torch.float32)
-        _expand_within_forward(module, partial(_expand_fp8, tuple(block), dtype))
+        Expansion(module, partial(_expand_fp8, tuple(block), dtype))
 
 
 def _expand_fp8(block: tuple[int, int], dtype: torch.dtype, held: _Held) -> dict[str, torch.Tensor]:
@@ -175,7 +196,7 @@ def _hold_mxfp4(model: Any, found: dict[str, Any]) -> None:
             groups = experts, outputs, inputs // _FP4_GROUP
             module.register_parameter(f"{name}_blocks", _meta((*groups, _FP4_GROUP // 2), torch.uint8))
             module.register_parameter(f"{name}_scales", _meta(groups, torch.uint8))
-        _expand_within_forward(module, partial(_expand_mxfp4, names, dtype))
+        Expansion(module, partial(_expand_mxfp4, names, dtype))
 
 
 def _expand_mxfp4(names: tuple[str, ...], dtype: torch.dtype, held: _Held) -> dict[str, torch.Tensor]:

@@ -177,6 +177,7 @@ def stream_gpu_terms(
         "slots": slots,
         "stages": stages,
         "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
+        "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]

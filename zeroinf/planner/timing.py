@@ -87,7 +87,7 @@ def time_plan(
     decoder, *encoder = walks(anatomy, choice)
     waits, streamed = _waits([decoder], choice, speeds, world_size)
     prompt_waits, _ = _waits([decoder, *encoder], choice, speeds, world_size)
-    expansion = _times((_expansion(anatomy, choice),), speeds)
+    expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     started, fetched = _fetched_bytes(anatomy, choice, workload)
     prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
@@ -129,12 +129,14 @@ def _waits(
     return waits, streamed
 
 
-def _expansion(anatomy: Anatomy, choice: Choice) -> Kernels:
-    """What turns codes into weights again in a pass: a kernel and a copy for each block."""
+def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Kernels, ...]:
+    """What turns codes into weights again in a pass: ours, a kernel and a copy for each block, or a checkpoint's."""
+    if workload.expansion is not None:
+        return workload.expansion.kernels
     if choice.wire == "model":
-        return Kernels(1.0, ())
+        return ()
     both = zip(pieces(anatomy), pieces(anatomy, choice.wire), strict=True)
-    return Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0))))
+    return (Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0)))),)
 
 
 def _link_share(engine: str, world_size: int) -> float:

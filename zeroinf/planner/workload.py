@@ -74,6 +74,16 @@ class Kernels:
     kernels: tuple[Kernel, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expansion:
+    """How a checkpoint that is quantised already becomes weights in full, a block at a time."""
+
+    nbytes: int
+    """The most that is alive beside what the block holds, while one is expanded and computes."""
+    kernels: tuple[Kernels, ...]
+    """Of a pass over all blocks, which serves all its micro-batches."""
+
+
 Events = tuple[Event, ...]
 
 
@@ -133,6 +143,8 @@ class Workload:
     last_decode: Pass
     host: HostSize | None = None
     """Room for the rows that rest in host memory."""
+    expansion: Expansion | None = None
+    """None where weights are in full."""
     paged_prompts: Pass = ()
     """Prompts of rows on the GPU, where `prompts` are of rows in host memory and there are both."""
     shares_passes: bool

@@ -19,8 +19,9 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
-from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload
+from zeroinf.model.quantised import expansions
+from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.workload import Expansion, Kernels, Lengths, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
@@ -64,6 +65,7 @@ class Simulator:
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._times = [1.0] * len(self._blocks)
+        self._expansion = _expand(self._model, self._blocks) if anatomy.quantised is not None else None
         self._seen: dict[Shape, Workload] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
         if anatomy.is_paged:
@@ -136,6 +138,7 @@ class Simulator:
             host=self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest),
             prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
+            expansion=self._expansion,
             cache=tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in cache),
             shares_passes=self._shares_passes,
             **steps,
@@ -216,6 +219,24 @@ class Simulator:
         (choice,) = recorder.cut()
         kernels = recorder.cut_kernels(self._times)
         return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
+
+
+def _expand(model: Any, blocks: ModuleList) -> Expansion:
+    """Expand `blocks` one after the other, and then, for good, all of them: passes find them so, and no other does."""
+    most, found = 0, list[Kernels]()
+    for block in blocks:
+        with torch.no_grad(), Recorder(model, ()) as recorder:
+            for expansion in expansions(block):
+                expansion.open()
+            allocator = Allocator()
+            allocator.replay(event for section in recorder.cut() for event in section)
+            most = max(most, allocator.usage.allocated)
+            found += recorder.cut_kernels(())
+            for expansion in expansions(block):
+                expansion.close()
+    for expansion in expansions(blocks):
+        expansion.open()
+    return Expansion(nbytes=most, kernels=tuple(found))
 
 
 def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:

@@ -19,6 +19,7 @@ from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_stacks
+from zeroinf.model.quantised import expansions
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
@@ -29,7 +30,8 @@ from zeroinf.planner.tiers import tiers
 class StreamEngine:
     """Blocks stream from host memory or from a store through a ring of device slots; the others stay on the device.
 
-    Where weights cross as codes, every block rests as codes, on the device too, and is expanded as its turn comes.
+    Where weights cross as codes, every block rests as codes, on the device too, and is expanded as its turn comes. So
+    are those of a checkpoint that is quantised already, by their own modules.
     Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
     pulls its part. Either way they read the node's one copy.
 
@@ -73,7 +75,9 @@ class StreamEngine:
                 if own:
                     self._rings[number] = self._stream(plan, control, own, groups, in_memory)
                 first += len(stack)
-            self._lock_step = LockStep([block for stack in stacks for block in stack], self._enter, self._leave)
+            blocks = [block for stack in stacks for block in stack]
+            self._expansions = [expansions(block) for block in blocks]
+            self._lock_step = LockStep(blocks, self._enter, self._leave)
         except BaseException:
             self.close()
             raise
@@ -134,8 +138,12 @@ class StreamEngine:
     def _enter(self, block: int) -> None:
         if block in self._before:
             self._before[block]()
+        for expansion in self._expansions[block]:
+            expansion.open()
 
     def _leave(self, block: int) -> None:
+        for expansion in self._expansions[block]:
+            expansion.close()
         for ring in self._rings.values():
             if ring.is_held:
                 ring.release()
@@ -153,6 +161,8 @@ class StreamEngine:
             return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
 
     def recover(self) -> bool:
+        for expansion in (expansion for block in self._expansions for expansion in block):
+            expansion.close()
         for number, ring in self._rings.items():
             ring.finish(self._walks[number])
         return True

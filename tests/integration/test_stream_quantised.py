@@ -1,0 +1,202 @@
+"""Checkpoints that are quantised already stream as they are, and give plain transformers' greedy tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SharedFolder
+from quantised import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from test_stream_tokens import plain_tokens, stream, tokens_of
+
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.stream.keep import list_stores
+from zeroinf.errors import ModelError, UsageError
+from zeroinf.generation.row import Sampling
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.prepare import prepare, read_job
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import resolve_model
+from zeroinf.planner.memory import pieces, store_bytes
+
+Quantised = Callable[[str, str], Path]
+# In bfloat16 where plain transformers (5.17) expands to nothing else.
+CASES = [
+    *(("llama", method, "float32") for method in ("w4a16", "w4a16_channel", "w8a16", "fp8_block", "fp8")),
+    *(("opt", method, "float32") for method in ("w4a16", "fp8")),
+    ("llama", "w8a8", "bfloat16"),
+    ("gpt_oss", "mxfp4", "bfloat16"),
+]
+
+
+@pytest.fixture(scope="session")
+def quantised(shared_folder: SharedFolder) -> Quantised:
+    """`quantised(architecture, method)`: the folder of a small checkpoint that is quantised so."""
+
+    def get(name: str, method: str) -> Path:
+        if method not in ("fp8", "mxfp4"):
+            pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+        def build(folder: Path) -> None:
+            if method == "fp8":
+                fp8_checkpoint(name, folder)
+            elif method == "mxfp4":
+                mxfp4_checkpoint(folder)
+            else:
+                compressed_tensors_checkpoint(name, method, folder)
+
+        return shared_folder(f"{method}-{name}", build)
+
+    return get
+
+
+def run(folder: Path, dtype: str = "float32", **where: Any) -> list[list[int]]:
+    engine = stream(folder, dtype, **where)
+    try:
+        return tokens_of(engine, batches=2)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("name", "method", "dtype"), CASES)
+def test_tokens_are_those_of_plain_transformers(name: str, method: str, dtype: str, quantised: Quantised) -> None:
+    folder = quantised(name, method)
+    assert run(folder, dtype) == plain_tokens(folder, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(("name", "method", "dtype"), [("llama", "w4a16", "float32"), ("gpt_oss", "mxfp4", "bfloat16")])
+def test_nor_do_they_depend_on_where_weights_rest(
+    name: str, method: str, dtype: str, quantised: Quantised, tmp_path: Path
+) -> None:
+    folder = quantised(name, method)
+    expected = plain_tokens(folder, getattr(torch, dtype))
+    assert run(folder, dtype, resident_blocks=2) == expected
+    nvme = {"offload": "nvme", "nvme_blocks": 2, "resident_blocks": 1, "nvme_paths": (tmp_path,)}
+    for _ in range(2):  # the store is written, and found again
+        assert run(folder, dtype, **nvme) == expected
+    (store,) = list_stores([tmp_path])
+    assert store.state == "whole"
+
+
+def test_two_ranks_that_gather_codes_give_the_same_tokens(quantised: Quantised) -> None:
+    folder = quantised("llama", "fp8")
+
+    def rank(control: Control) -> list[list[int]]:
+        torch.set_num_threads(1)
+        return tokens_of(stream(folder, fetch="partitioned", world_size=2, control=control))
+
+    found, codes = on_ranks(2, rank)
+    assert codes == [0, 0]
+    assert found == [plain_tokens(folder)] * 2
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "w4a16"), ("llama", "fp8"), ("gpt_oss", "mxfp4")])
+def test_the_planned_bytes_are_those_of_the_checkpoint_and_of_what_is_loaded(
+    name: str, method: str, quantised: Quantised, tmp_path: Path
+) -> None:
+    folder = quantised(name, method)
+    anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
+    held = load_file(folder / "model.safetensors")
+    shapes = [key for key in held if key.endswith("weight_shape")]
+    assert anatomy.weight_bytes == sum(t.numel() * t.element_size() for k, t in held.items() if k not in shapes)
+    assert {t.name: t.dtype for t in anatomy.tensors() if not t.is_buffer} == {
+        key: str(tensor.dtype).removeprefix("torch.") for key, tensor in held.items() if key not in shapes
+    }
+    assert anatomy.parameters > anatomy.weight_bytes / 4
+    stats = stream(folder).stats()
+    assert stats.streamed_bytes_per_pass == stats.shared_host_bytes == sum(pieces(anatomy))
+    stream(folder, offload="nvme", nvme_blocks=3, nvme_paths=(tmp_path,)).close()
+    assert list_stores([tmp_path])[0].disk_bytes >= store_bytes(anatomy)
+
+
+def test_random_weights_have_the_shapes_of_the_checkpoint(quantised: Quantised) -> None:
+    engine = stream(quantised("gpt_oss", "mxfp4"), "bfloat16", random_weights=True)
+    experts = engine.model.model.layers[0].mlp.experts
+    assert experts.down_proj_blocks.dtype == torch.uint8
+    assert len(set(experts.down_proj_blocks.flatten().tolist())) > 1
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "use_cache": False}
+    assert engine.forward([inputs])[0].logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"wire": "int8"}, "--wire int8 has no effect: the checkpoint is quantised already, with fp8"),
+        ({"engine": "zero"}, "the zero engine does not run checkpoints that are quantised already, with fp8"),
+        ({"engine": "resident"}, "the resident engine does not run"),
+    ],
+)
+def test_what_has_no_use_for_codes_is_refused_by_name(
+    asked: dict[str, Any], message: str, quantised: Quantised
+) -> None:
+    options = RunOptions(
+        model=str(quantised("llama", "fp8")), prompts=("a",), sampling=Sampling(max_new_tokens=2), **asked
+    )
+    source = resolve_model(options.model)
+    reading = read_job(options, source, "cpu")
+    with pytest.raises(UsageError, match=message):
+        prepare(options, source, reading, reading.job.work, World(), "cpu")
+
+
+def changed(folder: Path, to: Path, **fields: Any) -> Path:
+    """The config in `folder`, alone in `to`, with other `fields` of its quantisation."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    to.mkdir()
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def _of_bits(bits: int, **fields: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **fields}
+    return {"targets": ["Linear"], "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "fields", "message"),
+    [
+        ("llama", "w4a16", {"kv_cache_scheme": {"num_bits": 8}}, "with a kv_cache_scheme"),
+        ("llama", "w4a16", {"quantization_status": "frozen"}, "that are not compressed"),
+        ("llama", "w4a16", {"config_groups": {"of_3": _of_bits(3)}}, "compressed-tensors of 3 bits"),
+        ("llama", "w4a16", {"config_groups": {"of_4": _of_bits(4, type="float")}}, "in the format .*fp4"),
+        ("llama", "w4a16_asym", {}, "with zero points"),
+        ("llama", "fp8", {"scale_fmt": "ue8m0"}, "fp8 with scale_fmt ue8m0"),
+        ("llama", "fp8", {"weight_block_size": [128, 128]}, "q_proj has 64, which they do not fill"),
+    ],
+)
+def test_what_is_not_known_to_run_is_refused_by_name(
+    name: str, method: str, fields: dict[str, Any], message: str, quantised: Quantised, tmp_path: Path
+) -> None:
+    folder = changed(quantised(name, method), tmp_path / "changed", **fields)
+    with pytest.raises(ModelError, match=message):
+        read_anatomy(resolve_model(str(folder), random_weights=True).config)
+
+
+def test_models_whose_weights_are_fused_as_they_load_are_refused(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = json.loads((small_checkpoint("mixtral") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": MARKS["fp8"]}))
+    with pytest.raises(ModelError, match="renames or fuses this model's weights"):
+        read_anatomy(resolve_model(str(tmp_path), random_weights=True).config)
+
+
+def test_codes_are_never_taken_for_numbers(quantised: Quantised, tmp_path: Path) -> None:
+    folder = quantised("llama", "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    spared = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, spared: tensors[spared].float()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ModelError, match=rf"holds {spared} as torch.float32, the model has torch.float8_e4m3fn"):
+        stream(tmp_path)
+    del tensors[spared]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="quantised with fp8: its config lets expect tensors that its files do not"):
+        stream(tmp_path)
