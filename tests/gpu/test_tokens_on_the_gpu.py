@@ -9,8 +9,9 @@ import pytest
 import torch
 from generating import rows_of, run_rows
 from launching import run_zeroinf
+from quantised import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
 from small_models import PAD, auto_class, make_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
@@ -52,8 +53,8 @@ def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[i
     return [row.generated for row in rows]
 
 
-def plain_tokens(folder: Path) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
+def plain_tokens(folder: Path, **how: Any) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval().float().cuda()
     model.generation_config.eos_token_id = None
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS], device="cuda")
@@ -77,6 +78,24 @@ def test_the_stream_engine_with_blocks_on_any_tier(
     where: dict[str, Any] = {"offload": "nvme", "nvme_paths": (tmp_path,)} if nvme else {}
     where |= {"resident_blocks": round(resident * blocks), "nvme_blocks": round(nvme * blocks)}
     assert tokens_of(folder, limits, **where) == plain_tokens(folder)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("resident", [0, 2])
+def test_checkpoints_that_are_quantised_already(method: str, resident: int, tmp_path: Path) -> None:
+    if method == "fp8":
+        folder, how = fp8_checkpoint("llama", tmp_path / "model"), FineGrainedFP8Config(**MARKS["fp8"], dequantize=True)
+    else:
+        folder, how = mxfp4_checkpoint(tmp_path / "model"), Mxfp4Config(dequantize=True)
+    limits = {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 5}
+    assert tokens_of(folder, limits, resident_blocks=resident) == plain_tokens(folder, quantization_config=how)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
+def test_checkpoints_of_compressed_tensors(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    folder = compressed_tensors_checkpoint("llama", scheme, tmp_path / "model")
+    assert tokens_of(folder, {}) == plain_tokens(folder)
 
 
 def test_the_zero_engine_agrees_with_the_stream_engine(tmp_path: Path) -> None:

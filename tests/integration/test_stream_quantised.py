@@ -18,7 +18,7 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.keep import list_stores
-from zeroinf.errors import ModelError, UsageError
+from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.prepare import prepare, read_job
@@ -30,7 +30,8 @@ Quantised = Callable[[str, str], Path]
 # In bfloat16 where plain transformers (5.17) expands to nothing else.
 CASES = [
     *(("llama", method, "float32") for method in ("w4a16", "w4a16_channel", "w8a16", "fp8_block", "fp8")),
-    *(("opt", method, "float32") for method in ("w4a16", "fp8")),
+    ("opt", "w4a16", "float32"),
+    ("opt", "fp8", "bfloat16"),
     ("llama", "w8a8", "bfloat16"),
     ("gpt_oss", "mxfp4", "bfloat16"),
 ]
@@ -46,7 +47,7 @@ def quantised(shared_folder: SharedFolder) -> Quantised:
 
         def build(folder: Path) -> None:
             if method == "fp8":
-                fp8_checkpoint(name, folder)
+                fp8_checkpoint(name, folder, "bfloat16" if name == "opt" else "float32")
             elif method == "mxfp4":
                 mxfp4_checkpoint(folder)
             else:
@@ -177,6 +178,34 @@ def test_what_is_not_known_to_run_is_refused_by_name(
     folder = changed(quantised(name, method), tmp_path / "changed", **fields)
     with pytest.raises(ModelError, match=message):
         read_anatomy(resolve_model(str(folder), random_weights=True).config)
+
+
+def test_a_missing_package_is_named(quantised: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve_model(str(quantised("llama", "w4a16"))).config
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    with pytest.raises(
+        EnvironmentProblem, match=r"quantised with compressed-tensors: compressed-tensors>=0\.15"
+    ) as caught:
+        read_anatomy(config)
+    assert caught.value.hint == "pip install 'zeroinf[compressed-tensors]'"
+
+
+def test_an_interrupted_pass_leaves_modules_as_they_were(quantised: Quantised) -> None:
+    folder = quantised("llama", "fp8")
+    engine = stream(folder, offload="none", resident_blocks=3)  # a block that streams is bound anew anyhow
+    expected = plain_tokens(folder)
+    calls = []
+
+    def fail(*ignored: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("for once")
+
+    engine.model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    assert tokens_of(engine) == expected  # the same rows again, in halves
+    assert len(calls) > 3
+    held = engine.model.model.layers[1].self_attn.q_proj
+    assert held.weight.dtype == torch.float8_e4m3fn
 
 
 def test_models_whose_weights_are_fused_as_they_load_are_refused(

@@ -158,7 +158,7 @@ def _hold_fp8(model: Any, found: dict[str, Any]) -> None:
             raise _refused(model, f"fp8 with {part} {found[part]}", f"only {part} {usual} expands")
     config = FineGrainedFP8Config(**found)
     kept = HfQuantizer.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
-    height, width = block = config.weight_block_size or (0, 0)
+    height, width = config.weight_block_size or (0, 0)
     for name, module in model.named_modules():
         if type(module) is not Linear or not should_convert_module(name, kept):
             continue
@@ -169,16 +169,15 @@ def _hold_fp8(model: Any, found: dict[str, Any]) -> None:
         module.weight = _meta((rows, columns), torch.float8_e4m3fn)
         scales = (ceil(rows / height), columns // width) if width else ()
         module.weight_scale_inv = _meta(scales, torch.float32)
-        Expansion(module, partial(_expand_fp8, tuple(block), dtype))
+        Expansion(module, partial(_expand_fp8, height, dtype))
 
 
-def _expand_fp8(block: tuple[int, int], dtype: torch.dtype, held: _Held) -> dict[str, torch.Tensor]:
-    weight, scales = held["weight"].to(torch.float32), held["weight_scale_inv"]
-    if not scales.dim():
-        return {"weight": weight.mul_(scales).to(dtype)}
-    height, width = block
-    of_rows = scales.repeat_interleave(height, dim=0)[: weight.shape[0]]
-    return {"weight": weight.view(-1, *of_rows.shape[1:], width).mul_(of_rows[..., None]).to(dtype).flatten(1)}
+def _expand_fp8(block_rows: int, dtype: torch.dtype, held: _Held) -> dict[str, torch.Tensor]:
+    """Values that `dtype` holds exactly, times float32, rounded once: in place, nothing is written out in float32."""
+    weight, scales = held["weight"].to(dtype), held["weight_scale_inv"]
+    of_rows = scales.repeat_interleave(block_rows, dim=0)[: weight.shape[0]] if scales.dim() else scales.view(1, 1)
+    weight.view(weight.shape[0], of_rows.shape[1], -1).mul_(of_rows[..., None])
+    return {"weight": weight}
 
 
 def _hold_mxfp4(model: Any, found: dict[str, Any]) -> None:
