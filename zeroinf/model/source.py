@@ -23,7 +23,7 @@ QUANTISED_METHODS = ("compressed-tensors", "fp8", "mxfp4")
 """Ways to quantise a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"
-_OF_GPTQMODEL = "it runs in kernels of gptqmodel, which change how its weights lie"
+_OF_GPTQMODEL = "it runs in kernels of gptqmodel, which have not been tried"
 _WHY_NOT = {
     "awq": _OF_GPTQMODEL,
     "bitsandbytes": "what its codes mean lies in tensors that are not their module's",
