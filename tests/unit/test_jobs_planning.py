@@ -195,7 +195,7 @@ def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
     prepared = prepare(options, source, reading, reading.job.work, ALONE, "cpu")
     assert (prepared.plan.prompt_tokens, prepared.plan.new_tokens) == (30, 9)
     assert prepared.plan.batch_size == (batch_size or 3)
-    assert [len(work.prompt) for work in prepared.work] == [30, 1, 12]
+    assert sorted(len(work.prompt) for work in prepared.work) == [1, 12, 30]
 
 
 # Memory

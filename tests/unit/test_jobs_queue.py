@@ -71,12 +71,15 @@ def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_
     assert passes_of(work, rows) > 1.02 * least
 
 
-def test_work_of_equal_lengths_or_of_less_than_fills_the_rows_is_run_in_its_order() -> None:
-    work = tuple(
-        Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=7)) for i in range(9)
-    )
-    assert shortest_last(work, 4) == work
-    assert shortest_last(work, 20) == work
+def test_work_of_equal_lengths_or_of_no_more_than_fills_the_rows_is_run_in_its_order() -> None:
+    def work(*lengths: int) -> tuple[Work, ...]:
+        return tuple(
+            Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=new))
+            for i, new in enumerate(lengths)
+        )
+
+    assert shortest_last(work(*[7] * 9), 4) == work(*[7] * 9)
+    assert shortest_last(work(1, 7, 3), 3) == work(1, 7, 3)
 
 
 @pytest.mark.parametrize(("total", "rows", "ranks"), [(0, 4, 2), (1, 4, 3), (7, 8, 2), (8, 8, 2), (101, 3, 8)])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def shortest_last(work: Sequence[Work], rows: int) -> tuple[Work, ...]:
     """`work` in its order, but for the end of it, where the longest completions begin first, so that the last of `rows`
     rows that are live together end together and none runs on alone."""
+    if len(work) <= rows:
+        return tuple(work)
     most = max(item.sampling.max_new_tokens for item in work)
     mean = sum(item.sampling.max_new_tokens for item in work) / len(work)
     start = max(0, len(work) - ceil(rows * most / mean))
