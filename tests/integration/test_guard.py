@@ -212,8 +212,9 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_what_was_finished_save
     assert "--max-new-tokens" in (caught.value.hint or "")
     assert set(job.forwards) == {4}
     journal = job.out.with_name("out.jsonl.journal")
-    assert {line["id"] for line in journalled(journal)} == {expected[i]["id"] for i in (0, 2)}
-    assert job.ear.notes[-1] == f"2 finished results are saved in {journal}; to go on: zeroinf run --resume"
+    # Of the rows that begin, three have the most tokens.
+    assert [line["id"] for line in journalled(journal)] == [expected[0]["id"]]
+    assert job.ear.notes[-1] == f"1 finished result is saved in {journal}; to go on: zeroinf run --resume"
 
 
 @pytest.mark.parametrize("forward", [1, 7, 12])

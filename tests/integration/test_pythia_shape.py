@@ -1,4 +1,4 @@
-"""The card's example: a model of pythia-160m's true shape, its weights on disk, or in host memory on two ranks."""
+"""The card's example: a model of pythia-160m's true shape, its weights on disk."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("ranks", "offload"), [(1, "nvme"), (2, "cpu")])
-def test_tokens_equal_plain_transformers_at_pythias_true_shape(
-    ranks: int, offload: str, model: Path, tmp_path: Path
-) -> None:
-    cell = Cell(str(model), offload)
-    drive(tmp_path, [cell], ranks)
+def test_tokens_equal_plain_transformers_at_pythias_true_shape(model: Path, tmp_path: Path) -> None:
+    cell = Cell(str(model), "nvme")
+    drive(tmp_path, [cell], ranks=1)
     found = answer(tmp_path, cell)
     check_tokens(found, str(model))
-    assert (found.bytes_on_disk > 600_000_000) == (offload == "nvme")
+    assert found.bytes_on_disk > 600_000_000

@@ -15,6 +15,7 @@ from zeroinf.model.demo import demo_model_folder
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
 OFFLOADS = ("none", "cpu", "nvme")
+CELLS = [*((name, offload) for name in WIDE_ARCHITECTURES for offload in OFFLOADS), ("demo", "nvme")]
 # Beside the wide ones, one of each kind of attention, cache and block that transformers has.
 MORE = ("deepseek_v3", "falcon", "gemma2", "gpt2", "gptj", "lfm2", "mamba", "mpt", "phi3", "qwen3_moe")
 
@@ -28,13 +29,12 @@ def models(shared_folder: SharedFolder, small_checkpoint: Callable[[str], Path])
 
 @pytest.fixture(scope="session")
 def driven(models: dict[str, Path], shared_folder: SharedFolder) -> Path:
-    cells = [Cell(str(models[name]), offload) for name in (*WIDE_ARCHITECTURES, "demo") for offload in OFFLOADS]
+    cells = [Cell(str(models[name]), offload) for name, offload in CELLS]
     cells += [Cell(str(models[name]), "cpu") for name in MORE]
     return shared_folder("driven-one-rank", lambda folder: drive(folder, cells, ranks=1))
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+@pytest.mark.parametrize(("name", "offload"), CELLS)
 def test_tokens_equal_plain_transformers(name: str, offload: str, models: dict[str, Path], driven: Path) -> None:
     found = answer(driven, Cell(str(models[name]), offload))
     assert found.partitioned
@@ -60,7 +60,7 @@ def test_end_of_sequence_ends_some_rows_of_a_batch_before_others(
     assert len({len(tokens) for tokens in found.tokens.values()}) > 1
 
 
-@pytest.mark.parametrize("name", [*WIDE_ARCHITECTURES, "demo"])
+@pytest.mark.parametrize("name", WIDE_ARCHITECTURES)
 def test_weights_lie_on_disk_with_nvme_only_and_are_removed_afterwards(
     name: str, models: dict[str, Path], driven: Path
 ) -> None:

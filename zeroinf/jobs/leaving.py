@@ -77,7 +77,8 @@ class Leaving:
             self._observer.failed(error.message)
             return
         if saved.path is not None:
-            self._tell(f"{saved.results} finished results are saved in {saved.path}")
+            count = "1 finished result is" if saved.results == 1 else f"{saved.results} finished results are"
+            self._tell(f"{count} saved in {saved.path}")
 
     def _tell(self, what: str) -> None:
         self._observer.note(f"{what}; to go on: {self._resume_command}")
