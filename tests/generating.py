@@ -99,7 +99,7 @@ def desk_of(
     )
     for states in pool._states:
         for memory in states:
-            memory[16:] = float("nan")
+            memory[1:] = float("nan")
     host = host_of(model, tokens, limits, kv_dtype, stream) if limits.host_tokens else None
     return Desk(model, TokenRules(model, pad, ()), pool, model.device, host)
 

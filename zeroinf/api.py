@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 from zeroinf.distributed.world import world_from_environment
-from zeroinf.errors import InputError, UsageError
+from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.jobs.options import RunOptions
@@ -113,7 +113,8 @@ def generate(
     """Load `model`, complete each of `prompts`, in order, and free it again.
 
     `options` are those of `pipeline` (how to run) and of calling it (`temperature`, `top_p`, `top_k`, `seed`, `stop`,
-    `ignore_eos`). What is planned for is the longest prompt. Raises a ZeroinfError with a message and a hint.
+    `ignore_eos`). What is planned for is the longest prompt. Where the model's scores for a prompt are not numbers, the
+    `finish_reason` of its result is "error". Raises a ZeroinfError with a message and a hint.
     """
     sampling = _sampling(max_new_tokens, {name: options.pop(name) for name in _CALL_ARGUMENTS[1:] if name in options})
     run_options, source = _resolve(model, batch_size, sampling, options)
@@ -192,13 +193,20 @@ class Pipeline:
         One input gives a list with one `{"generated_text": ...}`, several give a list of such lists. The text begins
         with the prompt unless `return_full_text` is False; a chat comes back with the answer as its last message.
         `how`: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, `seed`, `stop` (a text or several) and
-        `ignore_eos`. Raises UsageError for other arguments, InputError for a prompt longer than was planned for.
+        `ignore_eos`. Raises UsageError for other arguments, InputError for a prompt longer than was planned for,
+        RequestsFailedError where the model's scores for a prompt are not numbers.
         """
         sampling = _sampling(how.pop("max_new_tokens", self._max_new_tokens), how)
         single = isinstance(text_inputs, str) or _is_chat(text_inputs)
         inputs = [text_inputs] if single else list(text_inputs)
         full = True if return_full_text is None else return_full_text
         results = self._session.run([_request(number, one, sampling) for number, one in enumerate(inputs)])
+        failed = [result for result in results if result.failed]
+        if failed:
+            raise RequestsFailedError(
+                f"{len(failed)} of {len(results)} prompts failed; prompt {failed[0].index}: {failed[0].reason}",
+                hint="zeroinf.generate returns what the others came to",
+            )
         found = [[_generated(one, result, full)] for one, result in zip(inputs, results, strict=True)]
         return found[0] if single else found
 

@@ -7,7 +7,7 @@
     │   └── OutputError           2  the output exists already or cannot be written
     ├── DoesNotFitError           3  memory or disk is too small for what was asked
     ├── EnvironmentProblem        4  this machine lacks something: a GPU, a compiler, a right
-    ├── RequestsFailedError       5  the job finished, but some requests were refused
+    ├── RequestsFailedError       5  the job finished, but some requests were refused or came to nothing
     ├── StoreError                1  a store of weights is damaged, in use, or cannot be read or written
     ├── RankError                 1  another rank died, or the ranks cannot reach each other
     └── InterruptedRunError     130  Ctrl-C; 143 after SIGTERM
@@ -61,7 +61,7 @@ class EnvironmentProblem(ZeroinfError):  # noqa: N818 - "EnvironmentError" is a 
 
 
 class RequestsFailedError(ZeroinfError):
-    """The job finished, but some requests were refused."""
+    """The job finished, but some requests were refused or came to nothing."""
 
     exit_code = 5
 

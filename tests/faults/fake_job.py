@@ -69,7 +69,14 @@ def read_job(lines: Sequence[str]) -> Job:
     source = io.BytesIO("".join(line + "\n" for line in lines).encode())
     requests, refusals = read_requests((), source, Sampling(max_new_tokens=4), name="in.jsonl")
     work = tuple(
-        Work(index=r.index, id=r.id, text=r.prompt, prompt=tuple((r.prompt or "").encode()), sampling=r.sampling)
+        Work(
+            index=r.index,
+            line=r.line,
+            id=r.id,
+            text=r.prompt,
+            prompt=tuple((r.prompt or "").encode()),
+            sampling=r.sampling,
+        )
         for r in requests
     )
     return Job(work=work, refusals=tuple(refusals), fingerprint={"model": "fake", "prompts": str(len(lines))})

@@ -28,7 +28,7 @@ def pool_of(window: int | None, size: PoolSize = SIZE) -> PagePool:
     pool = PagePool(model, read_anatomy(config), size, CPU)
     for states in pool._states:
         for memory in states:
-            memory[PAGE_TOKENS:] = float("nan")
+            memory[1:] = float("nan")
     return pool
 
 

@@ -68,15 +68,15 @@ def test_status_says_what_is_done_and_left_while_a_job_runs_when_it_stopped_and_
     out = tmp_path / "out.jsonl"
     output = begun(out, job(4, refused=[2]))
     output.add(result(3))
-    assert status(out).startswith("running: 1 done, 1 refused, 2 left")
+    assert status(out).startswith("running: 1 done, 1 failed, 2 left")
     output.abandon("the disk is on fire")
-    assert status(out).startswith("stopped: 1 done, 1 refused, 2 left")
+    assert status(out).startswith("stopped: 1 done, 1 failed, 2 left")
     assert status(out).endswith("last error: the disk is on fire\n")
     output = begun(out, job(4, refused=[2]), resume=True)
     for index in (0, 1):
         output.add(result(index))
     output.finish()
-    assert status(out).startswith("finished: 3 done, 1 refused, 0 left")
+    assert status(out).startswith("finished: 3 done, 1 failed, 0 left")
     found = json.loads(status(out.with_name("out.jsonl.journal"), "--json"))
     assert {name: found[name] for name in ("schema", "state", "done", "failed", "left", "tokens", "runs")} == {
         "schema": 1, "state": "finished", "done": 3, "failed": 1, "left": 0, "tokens": 4, "runs": 2,

@@ -48,7 +48,9 @@ def refusal(index: int) -> Refusal:
 
 
 def work(index: int) -> Work:
-    return Work(index=index, id=f"id-{index}", text="in", prompt=(1, 2, 3), sampling=Sampling(max_new_tokens=2))
+    return Work(
+        index=index, line=index + 1, id=f"id-{index}", text="in", prompt=(1, 2, 3), sampling=Sampling(max_new_tokens=2)
+    )
 
 
 def job(count: int, *, refused: Sequence[int] = (), **marks: str) -> Job:

@@ -60,7 +60,14 @@ def passes_of(work: Sequence[Work], rows: int) -> int:
 def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_order(seed: int) -> None:
     drawn, rows = random.Random(seed), 16
     work = [
-        Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=drawn.randint(4, 128)))
+        Work(
+            index=i,
+            line=None,
+            id=f"{i}",
+            text=None,
+            prompt=(1,),
+            sampling=Sampling(max_new_tokens=drawn.randint(4, 128)),
+        )
         for i in range(400)
     ]
     ordered = shortest_last(work, rows)
@@ -74,7 +81,7 @@ def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_
 def test_work_of_equal_lengths_or_of_no_more_than_fills_the_rows_is_run_in_its_order() -> None:
     def work(*lengths: int) -> tuple[Work, ...]:
         return tuple(
-            Work(index=i, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=new))
+            Work(index=i, line=None, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=new))
             for i, new in enumerate(lengths)
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -48,12 +49,12 @@ class ConsoleObserver:
     def failed(self, text: str) -> None:
         self._say(f"error: {text}")
 
-    def refused(self, refusals: Sequence[Refusal]) -> None:
+    def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None:
         for refusal in refusals[:_REFUSALS_SHOWN]:
             where = f"line {refusal.line}" if refusal.line is not None else f"request {refusal.id or refusal.index}"
-            self._say(f"refused: {where}: {refusal.reason}")
+            self._say(f"{how}: {where}: {refusal.reason}")
         if len(refusals) > _REFUSALS_SHOWN:
-            self._say(f"refused: {len(refusals) - _REFUSALS_SHOWN} more")
+            self._say(f"{how}: {len(refusals) - _REFUSALS_SHOWN} more")
 
     def loading(self, plan: Plan) -> None:
         if self._quiet:
@@ -127,7 +128,8 @@ def print_report(console: Console, report: RunReport) -> None:
 
 
 def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
-    yield "requests", f"{report.requests} done" + (f", {report.refused} refused" if report.refused else "")
+    counts = {"done": report.requests, "refused": report.refused, "failed": report.failed}
+    yield "requests", ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
     yield "load", f"{report.load_s:.1f} s"
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
@@ -148,8 +150,8 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "peak host memory", gib(report.peak_host_bytes) + ranks
     if report.output is not None:
         yield "output", str(report.output)
-    if report.errors is not None and report.refused:
-        yield "refused requests", str(report.errors)
+    if report.errors is not None and report.refused + report.failed:
+        yield "errors", str(report.errors)
 
 
 def _print_compared(console: Console, compared: Sequence[Compared]) -> None:

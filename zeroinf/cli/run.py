@@ -30,7 +30,7 @@ from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageEr
 
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
-    from zeroinf.jobs.report import RunReport
+    from zeroinf.jobs.report import Outcome, RunReport
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
@@ -273,7 +273,6 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
     from zeroinf.generation.row import Sampling
     from zeroinf.jobs.options import RunOptions
-    from zeroinf.jobs.output import errors_path
     from zeroinf.jobs.runner import pick_device, run_job
 
     keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "logprobs")
@@ -295,9 +294,21 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
             print_benchmark(console, report)
         if not quiet:
             print_report(console, report)
-    if outcome.refused:
-        where = f"see {errors_path(options.output_file)}" if options.output_file else "their reasons stand above"
-        raise RequestsFailedError(
-            f"{outcome.refused} of {outcome.requests + outcome.refused} requests were refused", hint=where
-        )
+    if outcome.refused or outcome.failed:
+        raise _incomplete(outcome, options.output_file)
     return 0
+
+
+def _incomplete(outcome: Outcome, output_file: Path | None) -> RequestsFailedError:
+    from zeroinf.jobs.output import errors_path
+    from zeroinf.jobs.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
+
+    refused, failed, count = outcome.refused, outcome.failed, outcome.requests + outcome.refused + outcome.failed
+    if not outcome.requests:
+        all_of_them = f"all {failed} requests that ran" if failed > 1 else "the request"
+        return RequestsFailedError(f"{all_of_them} failed: {NOT_NUMBERS}", hint=NOT_NUMBERS_HINT)
+    where = f"see {errors_path(output_file)}" if output_file is not None else "their reasons stand above"
+    if not refused:
+        return RequestsFailedError(f"{failed} of {count} requests failed", hint=where)
+    also = f", {failed} failed" if failed else ""
+    return RequestsFailedError(f"{refused} of {count} requests were refused{also}", hint=where)

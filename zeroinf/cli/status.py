@@ -41,7 +41,7 @@ def status(file: Path, watch: bool, as_json: bool) -> None:
 
 
 def _in_words(now: Status) -> str:
-    counts = f"{now.state}: {now.done} done, {now.failed} refused, {now.left} left"
+    counts = f"{now.state}: {now.done} done, {now.failed} failed, {now.left} left"
     rate = f", {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
     error = f"\nlast error: {now.last_error}" if now.last_error and now.state == "stopped" else ""
     mixed = f"\nresults of jobs that differ in {', '.join(now.changed)}" if now.changed else ""

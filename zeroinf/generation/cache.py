@@ -46,7 +46,9 @@ class PagePool:
     A cache that grows by concatenation asks for another size at every token, and the allocator cannot use again what
     the sizes before leave behind. Layers that keep anything but keys and values a token stay transformers' own.
 
-    Page 0 belongs to nobody: columns without a token are read from it and written to it.
+    Page 0 belongs to nobody. Columns without a token are read from its first place, which stays zero, and written to
+    the others, which no live row reads: what is masked is multiplied by 0, and one row's NaN would survive that in
+    another.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, size: PoolSize, device: torch.device) -> None:
@@ -61,7 +63,7 @@ class PagePool:
             for state in layer.pooled:
                 memory = self._memory[start : start + pages * PAGE_TOKENS * state.nbytes]
                 states.append(memory.view(getattr(torch, state.dtype)).view(-1, state.heads, state.width))
-                states[-1][:PAGE_TOKENS].zero_()  # what is masked is multiplied by 0, which NaN would survive
+                states[-1][0].zero_()
                 start += state.pooled_bytes(pages)
             self._states.append(tuple(states))
         self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
@@ -174,7 +176,7 @@ class _PagedView(View):
             places = places.masked_fill(~self.fresh, 0)
         if columns.new > table.ring_tokens:  # a page is written once, by the token that stays there
             places = places.masked_fill(positions < (columns.lengths - table.ring_tokens)[:, None], 0)
-        self.write = places.flatten()
+        self.write = places.clamp(min=1).flatten()
 
 
 class SharedLayer(DynamicLayer):  # type: ignore[misc]

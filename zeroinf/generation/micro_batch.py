@@ -15,7 +15,7 @@ from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.prompts import EncodedPrompts
-from zeroinf.generation.row import Row
+from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of, to_device
 from zeroinf.generation.scheduler import Group, Seat
 
@@ -168,7 +168,10 @@ class MicroBatch:
         return desk.encoded
 
     def choose(self, output: Any) -> Chosen | None:
-        """Choose the next token of each row whose prompt is through; None where there is none."""
+        """Choose the next token of each row whose prompt is through; None where there is none.
+
+        A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN.
+        """
         desk, group = self._desk, self.group
         if desk.encoded is not None:
             desk.encoded.keep(output)
@@ -182,9 +185,11 @@ class MicroBatch:
             scores, seats, lengths = (each.index_select(0, index) for each in (scores, seats, lengths))
         chosen = [group.seats[index] for index in choosing]
         rows = [seat.row for seat in chosen]
-        tokens = choose_tokens(self._processed(scores, chosen), rows, _numbers(chosen))
+        is_broken = scores.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
+        tokens = choose_tokens(self._processed(scores, chosen), rows, _numbers(chosen)).masked_fill_(is_broken, 0)
         desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
-        return Chosen(chosen, tokens, likelihoods_of(scores, tokens, rows))
+        likelihoods = likelihoods_of(scores, tokens, rows)
+        return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
 
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
@@ -209,6 +214,7 @@ class Chosen:
 
     def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor, likelihoods: Likelihoods | None) -> None:
         self.seats = seats
+        """tokens: (rows,), int64, with NO_TOKEN for a row that ends in error."""
         self._tokens = tokens.to("cpu", non_blocking=True)
         self._likelihoods = None if likelihoods is None else likelihoods.to_host()
         self._copied = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -227,7 +233,7 @@ class Chosen:
         live = [(seat, token) for seat, token in live if not seat.row.finished]
         for seat, token in live:
             seat.row.accept(token, rules.eos_tokens)
-        return len(live), [seat for seat, _ in live if seat.row.finished]
+        return sum(token != NO_TOKEN for _, token in live), [seat for seat, _ in live if seat.row.finished]
 
 
 def _numbers(seats: Sequence[Seat]) -> list[int]:

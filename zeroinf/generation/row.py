@@ -8,7 +8,10 @@ from hashlib import blake2b
 from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
+
+NO_TOKEN = -1
+"""Chosen where the model's scores are not numbers, and there is nothing to choose by."""
 
 MOST_LOGPROBS = 20
 """As many likely tokens as OpenAI's API tells."""
@@ -92,7 +95,13 @@ class Row:
         return (int.from_bytes(digest) >> 11) / 2**53
 
     def accept(self, token: int, eos_tokens: frozenset[int]) -> None:
-        """Take the next token; sets `finish_reason` and `text` when the row ends with it."""
+        """Take the next token; sets `finish_reason` and `text` when the row ends with it.
+
+        With NO_TOKEN it ends in error, and its tokens never become text.
+        """
+        if token == NO_TOKEN:
+            self.finish_reason = "error"
+            return
         self.generated.append(token)
         ends = token in eos_tokens and not self.sampling.ignore_eos
         if ends or self._hits_stop():

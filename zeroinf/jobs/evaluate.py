@@ -17,12 +17,13 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine
 from zeroinf.engines.registry import load_engine
-from zeroinf.errors import InputError, UsageError
+from zeroinf.errors import InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
+from zeroinf.jobs.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
@@ -76,7 +77,8 @@ def evaluate(
     """Let the model of `options` predict the file `text` (UTF-8) in windows of `window` tokens (None: the usual).
 
     Windows overlap by what the first token of each needs to be predicted. Raises InputError for a text that cannot be
-    read, UsageError for a window that the model cannot take, and whatever planning and loading raise.
+    read, UsageError for a window that the model cannot take, ZeroinfError where the model's scores are not numbers, and
+    whatever planning and loading raise.
     """
     content = _read(text)
     source = resolve_model(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
@@ -167,7 +169,10 @@ def _nats_of_all(
     for done, window in enumerate(windows, start=1):
         ids = torch.tensor([window], device=device)
         (output,) = engine.forward([{"input_ids": ids, "use_cache": False}])
-        yield _nats(output.logits[0, lead - 1 : -1], ids[0, lead:])
+        nats = _nats(output.logits[0, lead - 1 : -1], ids[0, lead:])
+        if not math.isfinite(nats):
+            raise ZeroinfError(f"{NOT_NUMBERS}, in window {done} of {len(windows)}", hint=NOT_NUMBERS_HINT)
+        yield nats
         tokens += len(window) - lead
         progress = Progress(
             rows_done=done,

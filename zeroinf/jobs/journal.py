@@ -39,6 +39,8 @@ class Journal:
         """What the last run that wrote here was like."""
         self.results: dict[int, int] = {}
         """Where each result lies: offset by index."""
+        self.failed: set[int] = set()
+        """Indices of the results that came to nothing."""
         self.published = False
         """Whether the output was made of it."""
         self.damaged = 0
@@ -78,15 +80,21 @@ class Journal:
         if offset == 0 and "zeroinf_journal" in record:
             self.manifest, self.fingerprint = record, record["fingerprint"]
         if "result" in record:
-            self.results[record["result"]["index"]] = offset
+            result = record["result"]
+            self._place(result["index"], offset, failed=result["finish_reason"] == "error")
         if "session" in record:
             self.fingerprint = record["session"].get("fingerprint", self.fingerprint)
         self.published |= "published" in record
 
+    def _place(self, index: int, offset: int, *, failed: bool) -> None:
+        self.results[index] = offset
+        if failed:
+            self.failed.add(index)
+
     def start(self, manifest: dict[str, Any]) -> None:
         """Begin anew with `manifest`; whatever is in the file goes."""
         self._file.cut(0)
-        self.manifest, self.results = {"zeroinf_journal": FORMAT, **manifest}, {}
+        self.manifest, self.results, self.failed = {"zeroinf_journal": FORMAT, **manifest}, {}, set()
         self.published, self.durable = False, 0
         self._file.append(_line(self.manifest))
         self.sync()
@@ -103,12 +111,13 @@ class Journal:
             raise ValueError(f"index {result.index} was added twice")
         offset = self._file.size_bytes
         self.note(result=result.to_record())
-        self.results[result.index] = offset
+        self._place(result.index, offset, failed=result.failed)
 
     def keep(self, ids: Mapping[int, str]) -> None:
         """Forget all results but those of `ids`, by index, that bear the same id."""
         found = {result.index: result.id for result in self.read(self.results)}
         self.results = {index: at for index, at in self.results.items() if ids.get(index) == found[index]}
+        self.failed &= self.results.keys()
         self.durable = len(self.results)
 
     def sync_if_due(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from zeroinf.jobs.requests import Refusal
 
@@ -29,7 +29,7 @@ class Progress:
 class Observer(Protocol):
     """Whoever shows a run to the user. Only rank 0 has one that speaks."""
 
-    def refused(self, refusals: Sequence[Refusal]) -> None: ...
+    def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None: ...
 
     def note(self, text: str) -> None: ...
 

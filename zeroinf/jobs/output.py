@@ -60,7 +60,9 @@ class Writer(Protocol):
         """Make results durable, not too often; how many are, those of earlier runs included."""
         ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> Sequence[Refusal]:
+        """All results are there; returns the requests that came to nothing, in input order."""
+        ...
 
     def abandon(self, why: str) -> Saved:
         """Keep what there is."""
@@ -133,7 +135,7 @@ def _check_nothing_is_lost(path: Path, resume: bool) -> None:
 
 
 class JournalOutput:
-    """One line a result in `path`, one a refusal in `<path>.errors.jsonl`.
+    """One line a result in `path`, one a refusal or a request that came to nothing in `<path>.errors.jsonl`.
 
     Until `finish`, results are in `<path>.journal`: `path` is complete or not there at all. The journal stays.
     """
@@ -187,7 +189,7 @@ class JournalOutput:
             journal.keep({work.index: work.id for work in self._job.work})
 
     def begin(self, ranks: int) -> None:
-        """Write who is at work, and the refusals. Raises OutputError."""
+        """Write who is at work, and what is refused or has failed so far. Raises OutputError."""
         self._begun = True
         job, journal = self._job, self._journal
         session = {
@@ -205,17 +207,22 @@ class JournalOutput:
                 journal.start({"replaces": replaces, "began": job.began, "fingerprint": job.fingerprint})
             journal.note(session=session)
             journal.sync()
-            self._write_refusals()
+            self._write_errors()
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _write_refusals(self) -> None:
-        errors = errors_path(self._path)
-        if self._job.refusals:
-            write_new(partial_path(self._path), write_lines(refusal.to_line() for refusal in self._job.refusals))
-            rename(partial_path(self._path), errors)
+    def _write_errors(self) -> tuple[Refusal, ...]:
+        """Refusals, and the requests that have come to nothing so far; returns the latter."""
+        journal, errors, partial = self._journal, errors_path(self._path), partial_path(self._path)
+        failed = [work for work in self._job.work if work.index in journal.failed]
+        results = journal.read(work.index for work in failed)
+        failures = tuple(Refusal.of(work, result.reason) for work, result in zip(failed, results, strict=True))
+        if lines := sorted((*self._job.refusals, *failures), key=lambda refusal: refusal.index):
+            write_new(partial, write_lines(refusal.to_line() for refusal in lines))
+            rename(partial, errors)
         elif errors.exists():
             errors.unlink()
+        return failures
 
     def add(self, result: Result) -> None:
         """Journal it. Raises OutputError, or ValueError where its index has a result already."""
@@ -232,19 +239,21 @@ class JournalOutput:
             raise self._unwritable(error) from error
         return self._journal.durable
 
-    def finish(self) -> None:
+    def finish(self) -> Sequence[Refusal]:
         """Publish the output. Raises OutputError, or ValueError if a result is missing."""
         order = [work.index for work in self._job.work]
         if missing := [index for index in order if index not in self._journal.results]:
             raise ValueError(f"index {missing[0]} has no result")
+        failures: Sequence[Refusal] = ()
         try:
-            if not self._begun:  # earlier runs have done it all; what they had written may be gone since
-                self._write_refusals()
             self._journal.sync()
-            self._publish(order)
+            if self._journal.failed or not self._begun:  # what earlier runs had written may be gone since
+                failures = self._write_errors()
+            self._publish(index for index in order if index not in self._journal.failed)
         except OSError as error:
             raise self._unwritable(error) from error
         self._journal.close()
+        return failures
 
     def _publish(self, order: Iterable[int]) -> None:
         partial, path = partial_path(self._path), self._path
@@ -298,16 +307,19 @@ class JournalOutput:
 class PairsOutput:
     """Prompt and completion for people, `in=` and `out=` and a line of dashes, in input order.
 
-    A request of messages whose result carries no prompt shows its id instead. Nothing of it can be resumed.
+    A request of messages whose result carries no prompt shows its id instead, one that came to nothing is left out.
+    Nothing of it can be resumed.
     """
 
     def __init__(self, stream: TextIO, work: Sequence[Work]) -> None:
         self.left = work
         self._stream = stream
         self._encoding = stream.encoding or "utf-8"
-        self._order = iter([work.index for work in work])
+        self._work = {work.index: work for work in work}
+        self._order = iter(self._work)
         self._next = next(self._order, None)
         self._waiting: dict[int, Result] = {}
+        self._failures: list[Refusal] = []
         self._printed = 0
 
     def begin(self, ranks: int) -> None: ...
@@ -320,13 +332,14 @@ class PairsOutput:
             self._next = next(self._order, None)
 
     def settle(self) -> int:
-        return self._printed + len(self._waiting)
+        return self._printed + len(self._failures) + len(self._waiting)
 
-    def finish(self) -> None:
+    def finish(self) -> Sequence[Refusal]:
         """Raises ValueError if a result is missing."""
         if self._next is not None:
             raise ValueError(f"index {self._next} has no result")
         self._flush()
+        return self._failures
 
     def abandon(self, why: str) -> Saved:
         """Print what still waits, in input order."""
@@ -337,6 +350,9 @@ class PairsOutput:
 
     def _print(self, index: int) -> None:
         result = self._waiting.pop(index)
+        if result.failed:
+            self._failures.append(Refusal.of(self._work[index], result.reason))
+            return
         text = f"in={result.id if result.prompt is None else result.prompt}\nout={result.completion}\n{_DASHES}\n"
         try:
             # A terminal that is not UTF-8 shall show an escape, not end the run.

@@ -157,11 +157,12 @@ def _tokenize(
             prompt = codec.encode(request)
             _check_length(len(prompt), request.sampling.max_new_tokens, anatomy)
         except ValueError as error:
-            refusals.append(Refusal(index=request.index, line=request.line, id=request.id, reason=str(error)))
+            refusals.append(Refusal.of(request, str(error)))
             continue
         work.append(
             Work(
                 index=request.index,
+                line=request.line,
                 id=request.id,
                 text=request.prompt,
                 prompt=tuple(prompt),

@@ -66,7 +66,10 @@ class RunReport:
 
     plan: Plan
     requests: int
+    """Results of this run."""
     refused: int
+    failed: int
+    """Requests of this run that came to nothing, as the model's scores were not numbers; their tokens count below."""
     prompt_tokens: int
     completion_tokens: int
     """Tokens really generated: no padding, end-of-sequence tokens included."""
@@ -102,7 +105,8 @@ class RunReport:
             "resident_blocks",
             "host_rows",
         )
-        counted = ("requests", "refused", "prompt_tokens", "completion_tokens", "streamed_bytes", "shared_host_bytes")
+        counted = ("requests", "refused", "failed", "prompt_tokens", "completion_tokens")
+        moved = ("streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")
         memory = ("peak_gpu_bytes", "peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
@@ -110,7 +114,7 @@ class RunReport:
             "schema": 1,
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
-            **{name: getattr(self, name) for name in (*counted, *timed, *rates, *memory)},
+            **{name: getattr(self, name) for name in (*counted, *moved, *timed, *rates, *memory)},
             "kv_dtype": plan.host.dtype if plan.host is not None else "model",
             "padding": self.padding,
             "kv_pool": self.pool_share,
@@ -230,5 +234,7 @@ class Outcome:
     requests: int
     """Results in the output, those of earlier runs included."""
     refused: int
+    failed: int
+    """Requests that came to nothing, those of earlier runs included."""
     report: RunReport | None
     """None where earlier runs had done everything."""

@@ -9,6 +9,9 @@ from typing import Any
 
 from zeroinf.generation.row import FinishReason, Sampling
 
+NOT_NUMBERS = "the model's scores were not numbers"
+NOT_NUMBERS_HINT = "float16 overflows in many models, --dtype bfloat16 does not; else the weights may be damaged"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -27,6 +30,7 @@ class Work:
     """One request, ready for a row."""
 
     index: int
+    line: int | None
     id: str
     text: str | None
     prompt: tuple[int, ...]
@@ -35,7 +39,10 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a request came to. Token counts leave out padding; `completion` leaves out the prompt."""
+    """What a request came to. Token counts leave out padding; `completion` leaves out the prompt.
+
+    Where `finish_reason` is "error" it came to nothing, `completion` is empty, and `reason` says why.
+    """
 
     index: int
     id: str
@@ -46,6 +53,16 @@ class Result:
     completion_tokens: int
     logprobs: list[dict[str, Any]] | None = None
     """Of each generated token, as the output tells them, where the request asks for them."""
+
+    @property
+    def failed(self) -> bool:
+        return self.finish_reason == "error"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, if it did."""
+        tokens = "1 token" if self.completion_tokens == 1 else f"{self.completion_tokens} tokens"
+        return f"after {tokens} {NOT_NUMBERS}; {NOT_NUMBERS_HINT}" if self.failed else ""
 
     def to_fields(self) -> dict[str, Any]:
         """What the output says of it."""
@@ -75,12 +92,16 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """An entry of the input that is not run, and why."""
+    """An entry of the input that is not run, or came to nothing, and why."""
 
     index: int
     line: int | None
     id: str | None
     reason: str
+
+    @classmethod
+    def of(cls, entry: Request | Work, reason: str) -> Refusal:
+        return cls(index=entry.index, line=entry.line, id=entry.id, reason=reason)
 
     def to_line(self) -> str:
         """One line of JSON, without its line end."""

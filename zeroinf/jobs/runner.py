@@ -40,6 +40,7 @@ from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
 from zeroinf.jobs.prepare import Prepared, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
+from zeroinf.jobs.requests import Refusal
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
@@ -87,21 +88,25 @@ def run_job(
         start = _start_together(options, control, device, results, observer)
         output = Output(start.writer) if start.writer is not None else None
         leaving = Leaving(options.output_file, options.resume_command, output, observer, interrupts)
-        report = None
+        report: RunReport | None = None
+        failures: Sequence[Refusal] = ()
         try:
             if start.prepared is not None:
                 leaving.watch = PeerWatch(control, leaving.with_the_dead) if world.size > 1 else None
                 job = _Job(options, control, device, start.source, start.prepared, output, observer, interrupts, peak)
                 report = job.run(leaving.watch)
             if output is not None:
-                output.finish()
+                failures = output.finish()
         except BaseException as error:
             leaving.because_of(error)
             raise
     control.close()
     if start.job is None:
         return None
-    return Outcome(requests=len(start.job.work), refused=len(start.job.refusals), report=report)
+    done = len(start.job.work) - len(failures)
+    if done:  # else they have failed as one, and the command line says so once
+        observer.left_out("failed", failures)
+    return Outcome(requests=done, refused=len(start.job.refusals), failed=len(failures), report=report)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +142,7 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
     source = _resolve(options)
     reading = read_job(options, source, device)
     job = reading.job
-    observer.refused(job.refusals)
+    observer.left_out("refused", job.refusals)
     writer = _open_output(options, job, results, observer)
     try:
         if not writer.left:
@@ -273,8 +278,9 @@ class _Job:
             return None
         return RunReport(
             plan=plan,
-            requests=self._output.results,
+            requests=self._output.results - self._output.failed,
             refused=self._prepared.refused,
+            failed=self._output.failed,
             prompt_tokens=self._output.prompt_tokens,
             completion_tokens=self._output.completion_tokens,
             start_to_ready_s=ready_s,

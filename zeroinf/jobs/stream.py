@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
 from zeroinf.jobs.report import Phases
-from zeroinf.jobs.requests import Result, Work
+from zeroinf.jobs.requests import Refusal, Result, Work
 from zeroinf.jobs.text import TextCodec
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Output:
         self._abandoned: Saved | None = None
         self._durable = 0
         self.results = 0
-        """Those of this run."""
+        """Those of this run, failed ones included."""
+        self.failed = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -46,6 +48,7 @@ class Output:
             if self._abandoned is None:
                 self._writer.add(result)
         self.results += 1
+        self.failed += result.failed
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
 
@@ -56,9 +59,10 @@ class Output:
                 self._durable = self._writer.settle()
             return self._durable
 
-    def finish(self) -> None:
+    def finish(self) -> Sequence[Refusal]:
+        """Publish all results; returns the requests that came to nothing, those of earlier runs included."""
         with self._lock:
-            self._writer.finish()
+            return self._writer.finish()
 
     def abandon(self, why: str) -> Saved:
         """Save what there is; a second call says the same again."""
@@ -121,7 +125,8 @@ class Stream:
             return
         work = self._work[row.index]
         assert row.finish_reason is not None
-        told = None if work.sampling.logprobs is None else list(map(self._codec.told, row.generated, row.likelihoods))
+        tells = work.sampling.logprobs is not None and row.finish_reason != "error"
+        told = list(map(self._codec.told, row.generated, row.likelihoods)) if tells else None
         self._box.put(
             Result(
                 index=work.index,
