@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 from launching import journalled, read_jsonl, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from zeroinf import generate, pipeline
 from zeroinf.cli import run as command
 from zeroinf.cli.main import cli, main
+from zeroinf.errors import RequestsFailedError
 from zeroinf.jobs import runner
 from zeroinf.jobs.interrupts import interrupted
 from zeroinf.jobs.output import errors_path, journal_path
@@ -177,6 +181,101 @@ def test_as_many_bad_lines_as_are_allowed_do_not_stop_a_job(bad: Asked, zeroinf:
     assert f"error: 3 of 4 requests were refused\n\nhint: see {errors_path(bad.out)}" in said
     assert [line["id"] for line in read_jsonl(bad.out)] == ["good"]
     assert [number for number, _ in refused_lines(bad)] == [1, 2, 3]
+
+
+# Requests for which the model's scores are not numbers
+
+SOME_FAIL = [
+    {"id": "good", "prompt": "fine"},
+    {"id": "broken", "prompt": "not ~ fine"},
+    {"id": "hot", "prompt": "x", "temperature": -1},
+    {"id": "too", "prompt": "~"},
+    {"id": "last", "prompt": "fine as well", "logprobs": 1},
+]
+
+
+@pytest.fixture
+def failing(job: Asked) -> Asked:
+    """A model for which ~ is no number, and requests some of which hold it."""
+    model = job.out.parent / "model"
+    weights = load_file(model / "model.safetensors")
+    (token,) = AutoTokenizer.from_pretrained(model)("~", add_special_tokens=False)["input_ids"]
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    requests = write_jsonl(job.out.parent / "failing.jsonl", SOME_FAIL)
+    where = job.run.index("-i") + 1
+    return Asked((*job.run[:where], str(requests), *job.run[where + 3 :]), job.out)
+
+
+def test_a_request_that_fails_goes_to_the_errors_and_no_resume_does_it_again(
+    failing: Asked, zeroinf: Zeroinf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, seen, report = Stream.done, list[str](), failing.out.parent / "report.json"
+
+    def stopping(self: Stream, row: Any) -> None:
+        if len(seen) == 3:
+            raise interrupted(15)
+        seen.append(row.finish_reason)
+        done(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "done", stopping)
+        assert zeroinf(*failing.run)[0] == 143
+    assert seen.count("error") == 2, "one of four is left, and it is a good one"
+    told = CliRunner().invoke(cli, ["status", str(failing.out)], catch_exceptions=False).stdout
+    assert told.startswith("stopped: 1 done, 3 failed, 1 left")
+    code, said = zeroinf(*failing.run, "--resume", "--report", str(report))
+    assert code == 5
+    assert "error: 1 of 5 requests were refused, 2 failed\n\nhint: see " in said
+    assert "failed: line 2: after 0 tokens the model's scores were not numbers; float16 overflows" in said
+    assert {key: json.loads(report.read_text())[key] for key in ("requests", "failed", "refused")} == {
+        "requests": 1, "failed": 0, "refused": 1,
+    }  # fmt: skip
+    results, errors = failing.out.read_bytes(), errors_path(failing.out).read_bytes()
+    assert [(line["id"], line["finish_reason"]) for line in read_jsonl(failing.out)] == [
+        ("good", "length"), ("last", "length"),
+    ]  # fmt: skip
+    assert [(line["line"], line["id"]) for line in read_jsonl(errors_path(failing.out))] == [
+        (2, "broken"), (3, "hot"), (4, "too"),
+    ]  # fmt: skip
+    errors_path(failing.out).unlink()
+    monkeypatch.setattr(runner, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
+    assert zeroinf(*failing.run, "--resume")[0] == 5
+    assert (failing.out.read_bytes(), errors_path(failing.out).read_bytes()) == (results, errors)
+
+
+@pytest.mark.parametrize("engine", ["stream", "resident"])
+def test_a_prompt_that_fails_is_told_beside_the_pairs_and_one_cause_for_all_is_told_once(
+    engine: str, failing: Asked
+) -> None:
+    run = ("run", "-m", failing.run[2], "--max-new-tokens", "2", "--engine", engine)
+    some = CliRunner().invoke(cli, [*run, "--prompt", "one", "--prompt", "~", "--prompt", "three", "-b", "2"])
+    assert [line for line in some.stdout.splitlines() if line.startswith("in=")] == ["in=one", "in=three"]
+    assert "failed: request request-2: after 0 tokens" in some.stderr
+    assert "1 of 3 requests failed" in str(some.exception)
+    none = CliRunner().invoke(cli, [*run, *(("--prompt", "~") * 3)])
+    assert none.stdout == ""
+    assert none.stderr.count("not numbers") == 0
+    assert isinstance(none.exception, RequestsFailedError)
+    assert none.exception.message == "all 3 requests that ran failed: the model's scores were not numbers"
+
+
+def test_from_python_a_failed_prompt_is_an_error_of_its_result_or_of_the_pipeline(failing: Asked) -> None:
+    found = generate(failing.run[2], ["one", "~"], max_new_tokens=2)
+    assert [(one.finish_reason, one.completion == "") for one in found] == [("length", False), ("error", True)]
+    with (
+        pipeline(failing.run[2], max_prompt_tokens=8, max_new_tokens=2, batch_size=2) as pipe,
+        pytest.raises(RequestsFailedError, match="1 of 2 prompts failed; prompt 1: after 0 tokens"),
+    ):
+        pipe(["one", "~"])
+
+
+def test_a_text_for_which_scores_are_not_numbers_has_no_perplexity(failing: Asked, zeroinf: Zeroinf) -> None:
+    text = failing.out.parent / "text.txt"
+    text.write_text("All is well until ~ comes.")
+    code, said = zeroinf("eval", "-m", failing.run[2], "--text", str(text), "--window", "8")
+    assert code == 1
+    assert "error: the model's scores were not numbers, in window 3 of 4" in said
 
 
 # Files

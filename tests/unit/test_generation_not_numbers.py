@@ -17,7 +17,7 @@ LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 5), (3, 12), (9, 8), (18, 14), (5, 9), 
 BAD_AT = {0: 0, 3: 5, 5: 8, 6: 0}
 MIXED = {"draw": 2, "rows": 5, "pages": 3, "host_tokens": 80, "micro_batch_rows": 2, "prefill_tokens": 8}
 WAYS = {
-    "pages": {"draw": 2, "rows": 4, "pages": 7, "micro_batch_rows": 3, "prefill_tokens": 8},
+    "pages": {"draw": 2, "rows": 4, "pages": 7, "micro_batch_rows": 3, "prefill_tokens": 40},
     "host and pages": MIXED,
     "host": {**MIXED, "pages": 0},
     "static": {"draw": 3, "rows": 3, "static": True},
@@ -90,4 +90,4 @@ def test_infinite_scores_are_no_numbers_but_what_is_ruled_out_may_be(how: dict[s
     assert [len(row.generated) for row in rows] == [3, 0, 0, 0, 3]
     assert rows[4].generated[0] == BAD != rows[0].generated[0]
     fed = torch.cat([inputs["input_ids"].flatten() for inputs in engine.asked])
-    assert ((0 <= fed) & (fed < VOCABULARY)).all()
+    assert ((fed >= 0) & (fed < VOCABULARY)).all()
