@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.row import NO_TOKEN, Row, Sampling
 
 EOS = 0
 ENDS = frozenset({EOS})
@@ -81,3 +81,8 @@ def test_a_stop_string_of_many_bytes_is_found_after_a_long_text(stop: str) -> No
 def test_a_stop_string_is_found_even_where_its_tokens_show_nothing_by_themselves() -> None:
     ended = feed(row(stop=("ab",), ignore_eos=True), "x", then=[*b"a", *[EOS] * 5, *b"b"])
     assert (ended.finish_reason, ended.text) == ("stop", "x")
+
+
+def test_where_there_is_nothing_to_choose_by_a_row_ends_in_error_without_text() -> None:
+    ended = feed(row(), "abc", then=[NO_TOKEN])
+    assert (ended.finish_reason, ended.text, len(ended.generated)) == ("error", "", 3)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.errors import EnvironmentProblem, OutputError
-from zeroinf.generation.row import Sampling
+from zeroinf.generation.row import FinishReason, Sampling
 from zeroinf.jobs import export
 from zeroinf.jobs.output import (
     Job,
@@ -31,13 +31,15 @@ from zeroinf.jobs.output import (
 from zeroinf.jobs.requests import Refusal, Result, Work
 
 
-def result(index: int, *, completion: str = "out", prompt: str | None = "in") -> Result:
+def result(
+    index: int, *, completion: str = "out", prompt: str | None = "in", finish_reason: FinishReason = "stop"
+) -> Result:
     return Result(
         index=index,
         id=f"id-{index}",
         prompt=prompt,
         completion=completion,
-        finish_reason="stop",
+        finish_reason=finish_reason,
         prompt_tokens=3,
         completion_tokens=2,
     )
@@ -113,10 +115,12 @@ def test_any_arrival_order_with_any_stop_between_yields_input_order(
     of = job(count, refused=sorted(refused))
     arrival = data.draw(st.permutations([item.index for item in of.work]))
     before = data.draw(st.integers(0, len(arrival)))
+    failing = data.draw(st.sets(st.sampled_from(arrival)))
+    results = {index: result(index, finish_reason="error" if index in failing else "stop") for index in arrival}
     path = tmp_path_factory.mktemp("any") / "out.jsonl"
     output = begun(path, of)
     for index in arrival[:before]:
-        output.add(result(index))
+        output.add(results[index])
     saved = output.abandon("stopped")
     assert saved == ((journal_path(path), before) if before or refused else (None, 0))
     output = opened(path, of, resume=True)
@@ -124,11 +128,11 @@ def test_any_arrival_order_with_any_stop_between_yields_input_order(
     if output.left:
         output.begin(1)
     for index in arrival[before:]:
-        output.add(result(index))
-    output.finish()
-    assert ids(path) == [f"id-{item.index}" for item in of.work]
+        output.add(results[index])
+    assert [failure.index for failure in output.finish()] == sorted(failing)
+    assert ids(path) == [f"id-{item.index}" for item in of.work if item.index not in failing]
     errors = errors_path(path).read_text().splitlines() if errors_path(path).exists() else []
-    assert [json.loads(line)["line"] for line in errors] == [index + 1 for index in sorted(refused)]
+    assert [json.loads(line)["line"] for line in errors] == [index + 1 for index in sorted(refused | failing)]
 
 
 def test_refusals_are_on_disk_as_soon_as_the_work_begins(out: Path) -> None:

@@ -90,6 +90,8 @@ class Journal:
         self.results[index] = offset
         if failed:
             self.failed.add(index)
+        else:  # a forced resume may have done it again
+            self.failed.discard(index)
 
     def start(self, manifest: dict[str, Any]) -> None:
         """Begin anew with `manifest`; whatever is in the file goes."""

@@ -46,8 +46,8 @@ class StatusReader:
 
     journal: Path
     _at: int = 0
-    _indices: set[int] = field(default_factory=set)
-    _failed: set[int] = field(default_factory=set)
+    _came: dict[int, bool] = field(default_factory=dict)
+    """Whether it failed, of each result by its index."""
     _session: dict[str, Any] = field(default_factory=dict)
     _status: Status | None = None
 
@@ -56,18 +56,18 @@ class StatusReader:
         try:
             held = is_held(self.journal)
             if self.journal.stat().st_size < self._at:  # a new job took its place
-                self._at, self._indices, self._failed, self._status = 0, set(), set(), None
+                self._at, self._came, self._status = 0, {}, None
             self._read_on()
         except OSError as error:
             raise InputError(
                 f"cannot read {self.journal}: {error.strerror}", hint="name the output file that was given to -o"
             ) from error
         status = self._status or Status(journal=self.journal)
-        left = max(self._session.get("requests", 0) - len(self._indices), 0)
+        left = max(self._session.get("requests", 0) - len(self._came), 0)
         state: State = "running" if held else status.state
         self._status = status
-        failed = status.failed + len(self._failed)
-        return replace(status, state=state, done=len(self._indices - self._failed), failed=failed, left=left)
+        failed = sum(self._came.values())
+        return replace(status, state=state, done=len(self._came) - failed, failed=status.failed + failed, left=left)
 
     def _read_on(self) -> None:
         for at, record, end in read_records(self.journal, self._at):
@@ -87,9 +87,7 @@ class StatusReader:
             status = replace(status, tokens=0, seconds=0.0, state="stopped")
         elif "result" in record:
             result = record["result"]
-            self._indices.add(result["index"])
-            if result["finish_reason"] == "error":
-                self._failed.add(result["index"])
+            self._came[result["index"]] = result["finish_reason"] == "error"
             tokens = status.tokens + result["completion_tokens"]
             status = replace(status, tokens=tokens, seconds=record["at"] - self._session.get("at", record["at"]))
         elif "ended" in record:
