@@ -213,8 +213,8 @@ class Chosen:
     """The tokens chosen for some rows, on their way to the host."""
 
     def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor, likelihoods: Likelihoods | None) -> None:
-        self.seats = seats
         """tokens: (rows,), int64, with NO_TOKEN for a row that ends in error."""
+        self.seats = seats
         self._tokens = tokens.to("cpu", non_blocking=True)
         self._likelihoods = None if likelihoods is None else likelihoods.to_host()
         self._copied = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
