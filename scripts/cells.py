@@ -22,16 +22,16 @@ def write_prompts(path: Path, count: int, tokens: int) -> None:
 
 
 def run_report(options: Sequence[str], work: Path, *, limit_s: float) -> dict[str, Any]:
-    """The report of `zeroinf run` with `options` and `whole_s`; or `failed`, and the exit `code` where there is one."""
+    """The report of `zeroinf run` with `options` and `whole_s`; or `error`, and the exit `code` where there is one."""
     report = work / "report.json"
     command = [sys.executable, "-W", "ignore", "-m", "zeroinf", "run", "-q", *options, "--report", str(report)]
     started = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return {"failed": f"more than {limit_s:.0f} s"}
+        return {"error": f"more than {limit_s:.0f} s"}
     if done.returncode:
-        return {"failed": done.stderr.strip()[-300:], "code": done.returncode}
+        return {"error": done.stderr.strip()[-300:], "code": done.returncode}
     return {**json.loads(report.read_text()), "whole_s": time.monotonic() - started}
 
 
