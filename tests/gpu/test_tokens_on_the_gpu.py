@@ -54,7 +54,9 @@ def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[i
 
 
 def plain_tokens(folder: Path, **how: Any) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval().float().cuda()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval().cuda()
+    if how:  # codes are expanded to the checkpoint's dtype
+        model = model.float()
     model.generation_config.eos_token_id = None
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS], device="cuda")
@@ -91,7 +93,7 @@ def test_checkpoints_that_are_quantised_already(method: str, resident: int, tmp_
     assert tokens_of(folder, limits, resident_blocks=resident) == plain_tokens(folder, quantization_config=how)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
 def test_checkpoints_of_compressed_tensors(scheme: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     folder = compressed_tensors_checkpoint("llama", scheme, tmp_path / "model")

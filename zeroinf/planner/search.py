@@ -229,7 +229,7 @@ class Planner:
         if not workload.shares_passes:
             return candidate
         least = self._lengths.prompt_tokens if self._lengths.whole else _SHORTEST_PART
-        fewer = {max(least, int(share * choice.prefill_tokens)) for share in _PREFILL_SHARES}
+        fewer = {self._whole(max(least, int(share * choice.prefill_tokens))) for share in _PREFILL_SHARES}
         shapes = [_shape(replace(choice, prefill_tokens=tokens)) for tokens in fewer if tokens < choice.prefill_tokens]
         outcomes = [candidate, *(self._try_shape(wish, choice, shape, budgets) for shape in shapes)]
         return max(
@@ -273,8 +273,14 @@ class Planner:
             together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
             part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
             part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
-            found[Shape(rows, min(rows, together), part, _host_rows(wish, rows), wish.kv_dtype)] = None
+            found[Shape(rows, min(rows, together), self._whole(part), _host_rows(wish, rows), wish.kv_dtype)] = None
         yield from found
+
+    def _whole(self, tokens: int) -> int:
+        """As many prompt tokens as the longest prompts among `tokens` have, of which passes are simulated: shorter ones
+        would use up what is left."""
+        longest = self._lengths.prompt_tokens
+        return tokens - tokens % longest if tokens > longest else tokens
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
         """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""

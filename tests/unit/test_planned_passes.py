@@ -1,0 +1,123 @@
+"""No pass that the scheduler makes takes more GPU memory than its plan said, whatever the prompts' lengths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from fake_machines import GIB, machine_of
+from generating import rows_of
+from torch.nn import ModuleList
+
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
+from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules
+from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.hardware.rates import Rates
+from zeroinf.model.catalog import catalog_config
+from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
+from zeroinf.planner.memory import COMPUTED, peak_bytes
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.wish import Wish
+from zeroinf.planner.workload import Lengths, Step
+from zeroinf.simulation.attention import GpuAttention
+from zeroinf.simulation.planning import Question, answer
+from zeroinf.simulation.recorder import Recorder
+
+META = torch.device("meta")
+MIB = 1 << 20
+
+
+def plan_of(model: str, prompts: list[int], new: list[int], gpu_bytes: int, host_share: float) -> Plan:
+    anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
+    lengths = Lengths(
+        prompt_tokens=max(prompts),
+        new_tokens=max(new),
+        padded=len(set(prompts)) > 1,
+        mean_prompt_tokens=sum(prompts) / len(prompts),
+        mean_new_tokens=sum(new) / len(new),
+    )
+    question = Question(
+        config=catalog_config(model),
+        anatomy=anatomy,
+        machine=machine_of(gpu_bytes=gpu_bytes, host_bytes=64 * GIB),
+        rates=Rates.of("given", link_gbps=25.0),
+        wish=Wish(offload="cpu", requests=len(prompts), host_share=host_share),
+        lengths=lengths,
+        device="cuda",
+    )
+    return answer(question).plan
+
+
+def passes_of(plan: Plan, prompts: list[int], new: list[int]) -> Iterator[list[Group]]:
+    scheduler = Scheduler(Limits.of(plan, shares_passes=True, breaks_at=None), plan.anatomy.row_pages)
+    scheduler.add(rows_of([[1] * tokens for tokens in prompts], new))
+    while True:
+        scheduler.admit()
+        if not (groups := scheduler.next_pass()):
+            return
+        yield groups
+        for group in groups:
+            scheduler.advance(group)
+
+
+class Paper:
+    """Runs micro-batches of a plan on the meta device, each once for all that are alike."""
+
+    def __init__(self, model: str, plan: Plan) -> None:
+        self._model, self._plan = build_meta(catalog_config(model), "bfloat16"), plan
+        _, blocks = find_blocks(self._model)
+        self._blocks = ModuleList(blocks)
+        self._seen: dict[object, Step] = {}
+
+    def step(self, group: Group) -> Step:
+        widths = group.width, min(group.counts), group.length, min(group.lengths), any(group.starts)
+        alike = len(group.seats), group.on_host, sum(group.chooses), widths
+        if alike not in self._seen:
+            self._seen[alike] = self._run(group)
+        return self._seen[alike]
+
+    def _run(self, group: Group) -> Step:
+        plan, recorder = self._plan, Recorder(self._model, self._blocks)
+        lengths = Lengths(prompt_tokens=plan.prompt_tokens, new_tokens=plan.new_tokens)
+        with torch.no_grad(), recorder:
+            pool = PagePool(self._model, plan.anatomy, lengths.pool(plan.anatomy, plan.batch_size), META)
+            host = plan.host and HostCache(self._model, plan.anatomy, plan.host, META, None, pin=False)
+            desk = Desk(self._model, TokenRules(self._model, None, ()), pool, META, host)
+            recorder.cut()
+            batch = MicroBatch(desk, group)
+            inputs = batch.inputs()
+            desk.begin([batch])
+            (making,) = recorder.cut()
+            with ExitStack() as stack:
+                stack.enter_context(META)
+                stack.enter_context(GpuAttention(recorder))
+                output = self._model(**inputs)
+            sections = recorder.cut()
+            del inputs
+            (end,) = recorder.cut()
+            batch.choose(output)
+            del output, batch
+            (choice,) = recorder.cut()
+        return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=())
+
+
+@pytest.mark.parametrize("host_share", [0.0, 1.0], ids=["keys on the GPU", "keys in host memory"])
+@pytest.mark.parametrize(
+    ("model", "least", "most", "requests", "gpu_mib"),
+    [("opt-125m", 16, 512, 150, 2048), ("pythia-70m", 1, 900, 60, 1500)],
+)
+def test_no_pass_takes_more_than_the_plan_said(
+    model: str, least: int, most: int, requests: int, gpu_mib: int, host_share: float
+) -> None:
+    draw = random.Random(requests)
+    prompts = [draw.randint(least, most) for _ in range(requests)]
+    new = [draw.randint(2, 24) for _ in range(requests)]
+    plan = plan_of(model, prompts, new, gpu_mib * MIB, host_share)
+    planned = next(term.nbytes for term in plan.terms if term.name == COMPUTED)
+    paper = Paper(model, plan)
+    most_taken = max(peak_bytes([paper.step(group) for group in groups]) for groups in passes_of(plan, prompts, new))
+    assert 0.5 * planned < most_taken <= planned
