@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from generating import greedy_by_transformers, rows_of, run_rows
 from small_models import SMALL_MODELS, VOCABULARY, make_checkpoint
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
@@ -99,6 +101,24 @@ def test_the_ring_goes_on_over_passes_and_batches(tmp_path: Path) -> None:
 def test_bfloat16_tokens_equal_too(small_checkpoint: Callable[[str], Path]) -> None:
     folder = small_checkpoint("llama")
     assert tokens_of(stream(folder, "bfloat16")) == plain_tokens(folder, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_neox"])
+def test_matrix_products_are_those_of_plain_transformers(name: str, small_checkpoint: Callable[[str], Path]) -> None:
+    folder = small_checkpoint(name)
+    engine, plain = stream(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "use_cache": False, "logits_to_keep": 1}
+    ours = products_of(lambda: engine.forward([prompts]))
+    assert ours == products_of(torch.no_grad()(lambda: plain(**prompts)))
+    assert any("[2, 64]" in shapes for _, shapes in ours), "the last position of both prompts, at once"
+
+
+def products_of(work: Callable[[], object]) -> Counter[tuple[str, str]]:
+    """How often matrices of which shapes are multiplied."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        work()
+    kinds = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+    return Counter((event.name, str(event.input_shapes[:3])) for event in seen.events() if event.name in kinds)
 
 
 def test_pickled_weights_load_through_transformers(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def untie_head(model: Any) -> None:
     """Give `model` a head of its own, on the meta device, where its config is marked so."""
     if getattr(model.config, OWN_HEAD, False):
         head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"))
 
 
 def find_stacks(model: Any) -> tuple[tuple[str, ModuleList], ...]:

@@ -55,7 +55,7 @@ def random_model(plan: Plan, source: ModelSource, devices: Mapping[str, torch.de
                 device = _device_of(f"{prefix}.{name}", devices)
                 generator = torch.Generator(device).manual_seed(_RANDOM_SEED + len(made))
                 value = torch.empty(own.shape, dtype=own.dtype, device=device)
-                made[id(own)] = torch.nn.Parameter(value.normal_(std=_RANDOM_SCALE, generator=generator), False)
+                made[id(own)] = torch.nn.Parameter(value.normal_(std=_RANDOM_SCALE, generator=generator))
             module._parameters[name] = made[id(own)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:

@@ -39,8 +39,12 @@ class Tensor:
             own[name] = value
 
     def like(self, view: torch.Tensor) -> torch.Tensor:
-        """`view` as what this tensor is: a Parameter or a plain tensor."""
-        return Parameter(view, requires_grad=False) if self.is_parameter else view
+        """`view` as what this tensor is: a plain tensor, or a Parameter.
+
+        That one takes gradients as the model's own does, though none is ever computed: torch multiplies the last
+        positions of prompts by a weight that takes none row by row (`should_fold` in aten's LinearAlgebra.cpp).
+        """
+        return Parameter(view, requires_grad=self.value.requires_grad) if self.is_parameter else view
 
 
 @dataclass(frozen=True, slots=True)
