@@ -156,6 +156,18 @@ def test_only_malformed_lines(fails: Any, model: str, tmp_path: Path) -> None:
     assert "none of the 2 requests can be run: not JSON" in message
 
 
+def test_with_an_output_file_a_job_of_bad_lines_ends_like_any_other(fails: Any, model: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": \n{"id": "b"}\n')
+    out = tmp_path / "out.jsonl"
+    arguments = ("-m", model, "-i", str(tmp_path / "in.jsonl"), "-o", str(out))
+    for more in ((), ("--resume",)):
+        assert fails(*arguments, *more)[:2] == (5, "2 of 2 requests were refused")
+        assert out.read_text() == ""
+        errors = [json.loads(line) for line in Path(f"{out}.errors.jsonl").read_text().splitlines()]
+        assert [(error["line"], error["id"]) for error in errors] == [(1, None), (2, "b")]
+    assert fails(*arguments)[:2] == (2, f"{out} exists already")
+
+
 def test_only_prompts_longer_than_the_context(fails: Any, model: str) -> None:
     code, message, _ = fails("-m", model, "--prompt", "x" * 250, "--max-new-tokens", "10")
     assert code == 2

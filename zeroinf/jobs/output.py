@@ -156,7 +156,7 @@ class JournalOutput:
         except OSError as error:
             raise OutputError(f"cannot write {journal_path(path)}: {error.strerror}") from error
         try:
-            self._new = overwrite or not self._journal.results
+            self._new = overwrite or not (self._journal.results or self._journal.published)
             if not self._new:
                 self._compare(resume, resume_anyway)
             elif path.exists() and not overwrite:

@@ -72,7 +72,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     codec = TextCodec(tokenizer, anatomy.vocabulary, began)
     work, too_long = _tokenize(requests, codec, anatomy)
     tokenize_s = time.perf_counter() - started
-    if not work:
+    if not work and options.output_file is None:
         raise InputError(
             f"none of the {len(refusals) + len(too_long)} requests can be run: {(refusals + too_long)[0].reason}"
         )
@@ -182,6 +182,6 @@ def _check_length(prompt_tokens: int, new_tokens: int, anatomy: Anatomy) -> None
 
 
 def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:
-    if options.sampling_only and all(item.sampling.is_greedy for item in work):
+    if options.sampling_only and work and all(item.sampling.is_greedy for item in work):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.sampling_only)
         raise UsageError(f"{flags} would change nothing: every request is greedy", hint="add --temperature, or drop it")

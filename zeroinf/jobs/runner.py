@@ -115,7 +115,7 @@ class _Start:
 
     source: ModelSource
     prepared: Prepared | None
-    """None where earlier runs have done all work."""
+    """None where there is nothing to run: all is done, or refused."""
     writer: Writer | None = None
     job: Job | None = None
 
@@ -145,10 +145,10 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
     observer.left_out("refused", job.refusals)
     writer = _open_output(options, job, results, observer)
     try:
-        if not writer.left:
+        if job.work and not writer.left:
             observer.note(f"all {len(job.work)} requests were done by earlier runs")
             return _Start(source=source, prepared=None, writer=writer, job=job)
-        prepared = prepare(options, source, reading, tuple(writer.left), world, device)
+        prepared = prepare(options, source, reading, tuple(writer.left), world, device) if job.work else None
         writer.begin(world.size)
         _check_error_rate(options, job)
     except BaseException as error:
@@ -170,7 +170,7 @@ def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Obser
     done = len(job.work) - len(output.left)
     if output.damaged:
         observer.note(f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: they are done again")
-    if options.resume:
+    if options.resume and job.work:
         observer.note(f"going on with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
     if output.changed:
         observer.note(f"results of two jobs in one output, which differ in {', '.join(output.changed)}")
