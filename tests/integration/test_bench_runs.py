@@ -21,14 +21,14 @@ def test_a_matrix_goes_on_past_a_cell_that_fails_and_a_second_call_runs_nothing(
     words += ["--input-len", "300,8", "-o", str(out)]
     first = CliRunner().invoke(cli, words, standalone_mode=False)
     failed, found = json.loads(out.read_text())["cells"]
-    assert failed["status"] == "refused"
+    assert failed["status"] == "failed"
     assert "context" in failed["message"]
     assert found["status"] == "ok", found["message"]
     assert found["report"]["completion_tokens"] == 2 * 4
     assert 7 <= found["report"]["prompt_tokens"] / 2 <= 8
     assert len(found["figures"]["tokens_per_second"]["samples"]) == 2
     assert found["figures"]["first_token_s"]["mean"] > 0
-    assert "refused" in first.stdout
+    assert "failed" in first.stdout
 
     monkeypatch.setattr(runner, "run_cell", lambda *args: pytest.fail("it ran again"))
     assert CliRunner().invoke(cli, words, standalone_mode=False).stdout == first.stdout

@@ -161,7 +161,10 @@ def test_with_an_output_file_a_job_of_bad_lines_ends_like_any_other(fails: Any, 
     out = tmp_path / "out.jsonl"
     arguments = ("-m", model, "-i", str(tmp_path / "in.jsonl"), "-o", str(out))
     for more in ((), ("--resume",)):
-        assert fails(*arguments, *more)[:2] == (5, "2 of 2 requests were refused")
+        assert fails(*arguments, *more)[:2] == (
+            5,
+            "none of the 2 requests can be run: not JSON: Expecting value at column 12",
+        )
         assert out.read_text() == ""
         errors = [json.loads(line) for line in Path(f"{out}.errors.jsonl").read_text().splitlines()]
         assert [(error["line"], error["id"]) for error in errors] == [(1, None), (2, "b")]

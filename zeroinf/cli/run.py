@@ -304,7 +304,7 @@ def _incomplete(outcome: Outcome, output_file: Path | None) -> RequestsFailedErr
     from zeroinf.jobs.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 
     refused, failed, count = outcome.refused, outcome.failed, outcome.requests + outcome.refused + outcome.failed
-    if failed and not outcome.requests:
+    if not outcome.requests:
         all_of_them = f"all {failed} requests that ran" if failed > 1 else "the request"
         return RequestsFailedError(f"{all_of_them} failed: {NOT_NUMBERS}", hint=NOT_NUMBERS_HINT)
     where = f"see {errors_path(output_file)}" if output_file is not None else "their reasons stand above"

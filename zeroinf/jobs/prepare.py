@@ -73,9 +73,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     work, too_long = _tokenize(requests, codec, anatomy)
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
-        raise InputError(
-            f"none of the {len(refusals) + len(too_long)} requests can be run: {(refusals + too_long)[0].reason}"
-        )
+        raise InputError(none_can_run(refusals + too_long))
     _refuse_idle_sampling_flags(options, work)
     if options.output_file is None and any(item.sampling.logprobs is not None for item in work):
         raise UsageError("logprobs without --output-file: in=/out= pairs hold none", hint="add -o FILE, or drop them")
@@ -96,6 +94,11 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     )
     job = Job(work=work, refusals=refused, fingerprint=marks, began=began)
     return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s)
+
+
+def none_can_run(refusals: Sequence[Refusal]) -> str:
+    """What there is to say of a job of which every request is refused."""
+    return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
 
 
 def prepare(

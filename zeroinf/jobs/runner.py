@@ -38,7 +38,7 @@ from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
-from zeroinf.jobs.prepare import Prepared, prepare, read_job
+from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
 from zeroinf.jobs.requests import Refusal
 from zeroinf.jobs.stream import Output, Stream, WarmUp
@@ -103,6 +103,9 @@ def run_job(
     control.close()
     if start.job is None:
         return None
+    if not start.job.work:
+        where = f"see {errors_path(options.output_file)}" if options.output_file is not None else None
+        raise RequestsFailedError(none_can_run(start.job.refusals), hint=where)
     done = len(start.job.work) - len(failures)
     if done:  # else they have failed as one, and the command line says so once
         observer.left_out("failed", failures)
