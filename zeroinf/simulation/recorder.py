@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from zeroinf.planner.allocator import Event
@@ -142,8 +141,14 @@ def _leaves_for_the_host(tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     return tensor.device.type == "meta" and device is not None and torch.device(device).type == "cpu"
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    return (item for item in tree_iter(value) if isinstance(item, torch.Tensor))
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return ()
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def _touched(tensor: torch.Tensor) -> int:

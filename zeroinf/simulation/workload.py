@@ -21,7 +21,7 @@ from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantised import expansions
 from zeroinf.planner.allocator import Allocator, Event
-from zeroinf.planner.workload import Expansion, Kernels, Lengths, Pass, Shape, Step, Workload
+from zeroinf.planner.workload import Events, Expansion, Kernels, Lengths, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
@@ -67,6 +67,7 @@ class Simulator:
         self._times = [1.0] * len(self._blocks)
         self._expansion = _expand(self._model, self._blocks) if anatomy.quantised is not None else None
         self._seen: dict[Shape, Workload] = {}
+        self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
         if anatomy.is_paged:
             self._keep_kinds()
@@ -128,10 +129,6 @@ class Simulator:
         size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows)
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         whole = 0 if self._breaks_at is None else longest + new
-        with torch.no_grad(), Recorder(self._model, ()) as recorder:
-            desk = self._desk(size)
-            (cache,) = recorder.cut()
-            del desk
         return Workload(
             shape=shape,
             pool=size,
@@ -139,10 +136,20 @@ class Simulator:
             prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
             expansion=self._expansion,
-            cache=tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in cache),
+            cache=self._cache(size),
             shares_passes=self._shares_passes,
             **steps,
         )
+
+    def _cache(self, size: PoolSize) -> Events:
+        """What lasts for a job: the pool and the rows' tokens."""
+        if size not in self._caches:
+            with torch.no_grad(), Recorder(self._model, ()) as recorder:
+                desk = self._desk(size)
+                (made,) = recorder.cut()
+                del desk
+            self._caches[size] = tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in made)
+        return self._caches[size]
 
     def _desk(self, size: PoolSize, kv: KvDtype | None = None, parts: Sequence[Part] = ()) -> Desk:
         """For rows on the GPU, or for `parts` of some that rest in host memory as `kv`."""
