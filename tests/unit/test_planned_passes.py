@@ -108,7 +108,7 @@ class Paper:
 @pytest.mark.parametrize("host_share", [0.0, 1.0], ids=["keys on the GPU", "keys in host memory"])
 @pytest.mark.parametrize(
     ("model", "least", "most", "requests", "gpu_mib"),
-    [("opt-125m", 16, 512, 150, 2048), ("pythia-70m", 1, 900, 60, 1500)],
+    [("opt-125m", 16, 512, 60, 1800), ("pythia-70m", 1, 900, 40, 1500)],
 )
 def test_no_pass_takes_more_than_the_plan_said(
     model: str, least: int, most: int, requests: int, gpu_mib: int, host_share: float
