@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from schedules import Bench, Tally, journalled, scratch
 
 from zeroinf.errors import OutputError
+from zeroinf.jobs.files import LineFile
 from zeroinf.jobs.interrupts import Interrupts
 from zeroinf.jobs.journal import Journal
 from zeroinf.jobs.output import JournalOutput, journal_path
@@ -108,6 +109,24 @@ def test_a_first_line_that_is_damaged_is_refused_and_the_file_left_alone(whole: 
     with pytest.raises(OutputError, match="its first line is damaged"):
         Journal(tmp_path / "j")
     assert (tmp_path / "j").read_bytes() == content
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_before_the_first_line_is_written_leaves_a_journal_to_go_on_from(bench: Bench, times: int) -> None:
+    def struck(file: LineFile, size_bytes: int, cut: Callable[[LineFile, int], None] = LineFile.cut) -> None:
+        cut(file, size_bytes)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def body() -> int:
+        LineFile.cut = struck  # type: ignore[method-assign]
+        return run_job(bench.lines, folder / "out.jsonl", Ear())
+
+    tally = Tally(schedules=1)
+    with scratch() as folder:
+        for _ in range(times):
+            assert exit_code(in_child(body)) == 128 + signal.SIGTERM
+        bench.finish(folder, tally)
+    assert tally.is_clean
 
 
 # Disks that are full

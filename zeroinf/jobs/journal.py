@@ -66,11 +66,13 @@ class Journal:
                 continue
             self._take(offset, record)
             self.damaged, sound = bad, end
-        if self.manifest is None and size and not _is_torn_opening(self.path, sound):
-            raise OutputError(
-                f"{self.path} is not a journal of zeroinf, or its first line is damaged",
-                hint="move it away, or choose another output name",
-            )
+        if self.manifest is None and size:
+            if self.results or not (sound or _is_torn_opening(self.path)):
+                raise OutputError(
+                    f"{self.path} is not a journal of zeroinf, or its first line is damaged",
+                    hint="move it away, or choose another output name",
+                )
+            sound = self.damaged = 0  # of a run that was stopped as it began: nothing depends on it
         if sound < size:
             self._file.cut(sound)
         self._file.size_bytes = sound
@@ -183,12 +185,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _is_torn_opening(path: Path, sound: int) -> bool:
+def _is_torn_opening(path: Path) -> bool:
     """Whether the file is all that came of a first line: a part of it, or room for it."""
     with path.open("rb") as file:
         start = file.read(len(_OPENING))
         whole_lines = file.read().count(b"\n")
-    return not sound and not whole_lines and (_OPENING.startswith(start.rstrip(b"\0")) or start == _OPENING)
+    return not whole_lines and (_OPENING.startswith(start.rstrip(b"\0")) or start == _OPENING)
 
 
 def _in_use(path: Path) -> OutputError:
