@@ -43,7 +43,9 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     return read_jsonl(folder / "out.jsonl")
 
 
-@pytest.mark.parametrize(("launcher", "engine"), [("num-gpus", "zero"), ("deepspeed", "zero"), ("torchrun", "stream")])
+@pytest.mark.parametrize(
+    ("launcher", "engine"), [("num-gpus", "stream"), ("deepspeed", "zero"), ("torchrun", "stream")]
+)
 def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
     launcher: Launcher, engine: str, model: Path, alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -13,8 +13,8 @@ from zeroinf.model.demo import demo_model_folder
 # The first test of a worker waits for the driver.
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
 
-OFFLOADS = ("none", "cpu", "nvme")
-CELLS = [*((name, offload) for name in WIDE_ARCHITECTURES for offload in OFFLOADS), ("demo", "cpu")]
+WIDE = [*((name, offload) for name in WIDE_ARCHITECTURES for offload in ("cpu", "nvme")), ("gpt_neox", "none")]
+CELLS = [*WIDE, ("demo", "cpu")]
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +36,7 @@ def test_tokens_equal_plain_transformers(name: str, offload: str, models: dict[s
     check_tokens(found, str(models[name]))
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("name", WIDE_ARCHITECTURES)
+@pytest.mark.parametrize(("name", "offload"), WIDE)
 def test_both_ranks_answer_and_make_as_many_forwards(
     name: str, offload: str, models: dict[str, Path], driven: Path
 ) -> None:

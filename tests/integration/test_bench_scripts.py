@@ -1,0 +1,41 @@
+"""Benchmark scripts, tried with a small model: each cell is a line of figures, and so is one that fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def lines(script: str, *arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run([sys.executable, SCRIPTS / script, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("bench-throughput", ("--cells", "2x2", "--prompt-tokens", "4", "--lengths", "2", "--requests", "2")),
+        ("bench-scaling", ("--gpus", "1,9", "--engines", "stream", "--rows", "2", "--new-tokens", "2")),
+    ],
+)
+def test_figures_of_a_cell(script: str, arguments: tuple[str, ...], small_checkpoint: Callable[[str], Path]) -> None:
+    first, *others = lines(script, "--models", str(small_checkpoint("llama")), *arguments)
+    assert first["tok_s"] > 0
+    assert ["needs 9 GPUs" in other["skipped"] for other in others] == [True] * (script == "bench-scaling")
+
+
+def test_a_cell_that_fails(small_checkpoint: Callable[[str], Path]) -> None:
+    (found,) = lines(
+        "bench-throughput", "--models", str(small_checkpoint("llama")), "--cells", "2x3", "--prompt-tokens", "4"
+    )
+    assert found["code"] == 2
+    assert "--micro-batch-rows" in found["error"]
