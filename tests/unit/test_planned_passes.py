@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.nn import ModuleList
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
-from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules
+from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.scheduler import Group, Limits, Scheduler
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.catalog import catalog_config
@@ -23,9 +22,9 @@ from zeroinf.planner.memory import COMPUTED, peak_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Step
-from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.planning import Question, answer
 from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.workload import record_step
 
 META = torch.device("meta")
 MIB = 1 << 20
@@ -88,21 +87,7 @@ class Paper:
             host = plan.host and HostCache(self._model, plan.anatomy, plan.host, META, None, pin=False)
             desk = Desk(self._model, TokenRules(self._model, None, ()), pool, META, host)
             recorder.cut()
-            batch = MicroBatch(desk, group)
-            inputs = batch.inputs()
-            desk.begin([batch])
-            (making,) = recorder.cut()
-            with ExitStack() as stack:
-                stack.enter_context(META)
-                stack.enter_context(GpuAttention(recorder))
-                output = self._model(**inputs)
-            sections = recorder.cut()
-            del inputs
-            (end,) = recorder.cut()
-            batch.choose(output)
-            del output, batch
-            (choice,) = recorder.cut()
-        return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=())
+            return record_step(self._model, desk, group, recorder, [1.0] * len(self._blocks))
 
 
 @pytest.mark.parametrize("host_share", [0.0, 1.0], ids=["keys on the GPU", "keys in host memory"])

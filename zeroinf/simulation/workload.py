@@ -209,23 +209,29 @@ class Simulator:
 
     def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder, sources: Sequence[int] = ()) -> Step:
         """The loop's own steps for a micro-batch, whose encoder reads so many tokens: `recorder` is told of each."""
-        recorder.cut_kernels(self._times)
-        batch = MicroBatch(desk, _group(parts, self._lengths, sources, on_host=desk.host is not None))
-        inputs = batch.inputs()
-        desk.begin([batch])
-        (making,) = recorder.cut()
-        with ExitStack() as stack:
-            stack.enter_context(_META)
-            stack.enter_context(GpuAttention(recorder))
-            output = self._model(**inputs)
-        sections = recorder.cut()
-        del inputs
-        (end,) = recorder.cut()
-        batch.choose(output)
-        del output, batch
-        (choice,) = recorder.cut()
-        kernels = recorder.cut_kernels(self._times)
-        return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
+        group = _group(parts, self._lengths, sources, on_host=desk.host is not None)
+        return record_step(self._model, desk, group, recorder, self._times)
+
+
+def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
+    """What `group` does in one pass of the loop; block i of those that `recorder` watches stands for `times[i]`."""
+    recorder.cut_kernels(times)
+    batch = MicroBatch(desk, group)
+    inputs = batch.inputs()
+    desk.begin([batch])
+    (making,) = recorder.cut()
+    with ExitStack() as stack:
+        stack.enter_context(_META)
+        stack.enter_context(GpuAttention(recorder))
+        output = model(**inputs)
+    sections = recorder.cut()
+    del inputs
+    (end,) = recorder.cut()
+    batch.choose(output)
+    del output, batch
+    (choice,) = recorder.cut()
+    kernels = recorder.cut_kernels(times)
+    return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
 
 
 def _expand(model: Any, blocks: ModuleList) -> Expansion:
