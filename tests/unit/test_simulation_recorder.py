@@ -95,7 +95,7 @@ def test_a_product_counts_its_operations_and_the_bytes_it_touches() -> None:
     model = model_of(nn.Linear(8, 16, bias=False))
     step, _ = record(lambda model: model(empty(4, 8)), model)
     assert sizes(step) == [4 * 8 * 4, 4 * 16 * 4]
-    assert kernels(step) == [Kernel(2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16))]
+    assert kernels(step) == [Kernel(2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16), "mm", "crossed")]
 
 
 def test_what_is_expanded_is_read_once() -> None:

@@ -56,10 +56,10 @@ class Rates:
     """Host time of one operator whose kernel has next to nothing to do."""
 
     page_lock_gbps: float | None = None
-    """cudaHostRegister on shared memory that nobody has touched yet."""
+    """cudaHostRegister on shared memory that has just been written."""
 
     host_copy_gbps: float | None = None
-    """Bytes copied from host memory to host memory a second by 8 threads; each is read once and written once."""
+    """Bytes copied a second by 8 threads into host memory that nobody has touched yet."""
 
     origins: Mapping[str, Origin] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.kernels import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, walks
 from zeroinf.planner.traits import TRAITS
@@ -23,13 +24,9 @@ _ZERO_SHARE_OF_MORE = 0.36
 # accelerate copies from memory that is not page-locked, and waits for each copy.
 _ACCELERATE_SHARE = 0.17
 
-# What the kernels of real models reach of the measured rates, and what launching one through a model's Python costs
-# beside a bare launch: fitted to 53 runs of five architectures on an H200 (docs/benchmarks.md).
-_SHARES = (0.95, 0.62)  # of arithmetic, of memory
-_MASKED_ATTENTION_SHARES = (0.17, 0.23)
+# What launching a kernel through a model's Python costs beside a bare launch, and a micro-batch beside its kernels.
 _HOST_SHARE = 2.3
 _STEP_S = 0.5e-3
-_SHORTEST_KERNEL_S = 2e-6
 
 # How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
 _WAVES = 4
@@ -266,8 +263,6 @@ def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     for group in groups:
         times["kernel launches"] += group.times * len(group.kernels) * speeds.launch_s * _HOST_SHARE
         for kernel in group.kernels:
-            shares = _MASKED_ATTENTION_SHARES if kernel.is_masked_attention else _SHARES
-            arithmetic = kernel.flops / speeds.tflops / 1e12 / shares[0]
-            memory = max(kernel.nbytes / speeds.hbm_gbps / 1e9 / shares[1], _SHORTEST_KERNEL_S)
+            arithmetic, memory = kernel_s(kernel, speeds.tflops, speeds.hbm_gbps)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)
     return times

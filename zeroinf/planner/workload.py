@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Protocol
+from typing import Literal, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event
@@ -56,14 +56,20 @@ class Lengths:
         )
 
 
+Pattern = Literal["straight", "converted", "crossed", "repeated"]
+"""How a kernel goes over its tensors: over all of them from front to back, the same but for a change of the data type,
+over some in another order, or over some elements several times."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One kernel: floating point operations of matrix products (0 for all else), bytes read and written."""
 
     flops: int
     nbytes: int
-    is_masked_attention: bool = False
-    """Attention under a mask, whose kernel is slower than the others."""
+    operator: str = ""
+    """As torch calls what launches it; "masked attention" is scaled dot product attention with a mask."""
+    pattern: Pattern = "straight"
 
 
 @dataclass(frozen=True, slots=True)

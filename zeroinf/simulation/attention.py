@@ -17,6 +17,9 @@ from zeroinf.simulation.recorder import Recorder
 
 _FLASH_HEAD = 256
 _EFFICIENT_BIAS_ALIGNMENT = 16
+# On an H200 it takes heads in tiles, those of one tile as long as wider ones, and so many keys' time more for each row
+# and head (`scripts/bench-kernels`).
+_EFFICIENT_TILE, _EFFICIENT_NARROW, _EFFICIENT_KEYS = 64, 80, 110
 # Beyond this head size the memory-efficient kernel accumulates in a float32 buffer of the output's shape.
 _EFFICIENT_REGISTER_HEAD = 128
 
@@ -54,9 +57,19 @@ class GpuAttention(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         out = _flash(query, value) if flash else _efficient(query, key, value, attn_mask)
-        flops = 2 * rows * heads * length * key.shape[2] * (size + value.shape[3])
-        self._recorder.kernel(flops, (query, key, value, out), is_masked_attention=attn_mask is not None)
+        pairs, read = rows * heads * length * key.shape[2], (query, key, value, out)
+        if flash:
+            self._recorder.kernel("attention", 2 * pairs * (size + value.shape[3]), read)
+        else:
+            width = _width(size) + _width(value.shape[3])
+            keys = rows * heads * (key.shape[2] + _EFFICIENT_KEYS) * width * key.element_size()
+            more = keys - key.numel() * key.element_size() - value.numel() * value.element_size()
+            self._recorder.kernel("masked attention", 2 * pairs * width, read, more)
         return out
+
+
+def _width(head: int) -> int:
+    return _EFFICIENT_NARROW if head <= _EFFICIENT_TILE else -(-head // _EFFICIENT_TILE) * _EFFICIENT_TILE
 
 
 def _flash(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

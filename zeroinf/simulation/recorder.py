@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Events, Kernel, Kernels
+from zeroinf.planner.workload import Events, Kernel, Kernels, Pattern
 
 aten = torch.ops.aten
 
 # Operators that neither read nor compute: they only reserve memory, or hand on what is there.
-_NO_KERNEL = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.lift_fresh.default}
+_NO_KERNEL = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.lift_fresh}
 # Bytes an element that a kernel holds for itself while its output is there already: a mask of rows without any value.
 _OWN_BYTES = {aten._safe_softmax.default: 1}
 # What the rows of a grouped product are padded to (`create_grouped_gemm_output_tensor` in torch's GroupedMMUtils.h).
@@ -27,8 +27,9 @@ _GROUPED_ROW_BYTES = 16
 
 _OUTSIDE = -1
 _OUT = -1
-# Where operators that touch some rows of a tensor have those rows: among their arguments, or in what they return.
-_ROWS_OF = {aten.index_select.default: _OUT, aten.index_copy_.default: 3}
+# Operators that touch some rows of a tensor: which argument says which, and where the rows are, among the arguments or
+# in what they return.
+_ROWS_OF = {aten.index_select: (2, _OUT), aten.index_copy_: (2, 3), aten.embedding: (1, _OUT)}
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,19 +63,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
             self._pass_through(out.numel() * _OWN_BYTES[func])
-        if func not in _NO_KERNEL and (any(is_new) or (func._schema.is_mutable and args[0].device.type == "meta")):
+        changes = func._schema.is_mutable and args[0].device.type == "meta"
+        if func._overloadpacket not in _NO_KERNEL and (any(is_new) or changes):
             formula = _FLOPS.get(func._overloadpacket)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            rows = _ROWS_OF.get(func)  # of all that the first tensor holds, only so much is read or written
-            moved = None if rows is None else out if rows == _OUT else args[rows]
-            self.kernel(flops, _tensors((args, kwargs, out)) if moved is None else (args[2], moved, moved))
+            touched = _tensors((args, kwargs, out))
+            if func._overloadpacket in _ROWS_OF:
+                which, rows = _ROWS_OF[func._overloadpacket]
+                moved = out if rows == _OUT else args[rows]
+                touched = (args[which], moved, moved)
+            self.kernel(func._overloadpacket.__name__, flops, touched)
             if func is aten.baddbmm.default:
-                self.kernel(0, (out, out))  # what is added is first written out in full, and read again
+                self.kernel("copy_", 0, (out, out))  # what is added is first written out in full
         return out
 
-    def kernel(self, flops: int, tensors: Iterable[torch.Tensor], *, is_masked_attention: bool = False) -> None:
-        """Note a kernel that reads or writes `tensors`."""
-        self._kernels[self._section].append(Kernel(flops, sum(map(_touched, tensors)), is_masked_attention))
+    def kernel(self, operator: str, flops: int, tensors: Sequence[torch.Tensor], more_bytes: int = 0) -> None:
+        """Note a kernel of `operator` that reads or writes `tensors`, and takes as long as if it were `more_bytes`."""
+        nbytes = sum(map(_touched, tensors)) + more_bytes
+        self._kernels[self._section].append(Kernel(flops, nbytes, operator, _pattern(tensors)))
 
     def cut(self) -> tuple[Events, ...]:
         """Allocations and frees since the last cut: those before the first block, and those from each block on."""
@@ -149,6 +155,16 @@ def _tensors(value: Any) -> Sequence[torch.Tensor]:
     elif not isinstance(value, list | tuple):
         return ()
     return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _pattern(tensors: Sequence[torch.Tensor]) -> Pattern:
+    """Single numbers aside, which every kernel has at hand."""
+    arrays = [tensor for tensor in tensors if tensor.numel() > 1]
+    if any(_touched(tensor) < tensor.numel() * tensor.element_size() for tensor in arrays):
+        return "repeated"
+    if len({tensor.numel() for tensor in arrays}) > 1 or not all(tensor.is_contiguous() for tensor in arrays):
+        return "crossed"
+    return "converted" if len({tensor.dtype for tensor in arrays}) > 1 else "straight"
 
 
 def _touched(tensor: torch.Tensor) -> int:

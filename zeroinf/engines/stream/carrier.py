@@ -63,8 +63,8 @@ class Replicated:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(released)
             slot[:nbytes].copy_(mine, non_blocking=True)
-            pulled.record()
-            arrived.record()
+            pulled.record(self.stream)
+            arrived.record(self.stream)
 
 
 class Partitioned:
@@ -110,19 +110,24 @@ class Partitioned:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._free[at])
             stage[: mine.numel()].copy_(mine, non_blocking=True)
-            pulled.record()
-            self._staged[at].record()
+            pulled.record(self.stream)
+            self._staged[at].record(self.stream)
         with torch.cuda.stream(self._gather):
             self._gather.wait_event(self._staged[at])
             self._gather.wait_event(released)
             _all_gather(whole, stage)
-            arrived.record()
-            self._free[at].record()
+            arrived.record(self._gather)
+            self._free[at].record(self._gather)
 
 
 def new_stream(device: torch.device) -> Any:
     """A stream of its own on the GPU, None on the CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def compute_stream(device: torch.device) -> Any:
+    """The stream that is current on the GPU, None on the CPU. To ask for it at each use takes longer than the use."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def new_event(device: torch.device, *, timed: bool = False, blocking: bool = False) -> Any:

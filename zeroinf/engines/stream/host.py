@@ -21,8 +21,8 @@ class HostMemory:
     """`nbytes` of memory, page-locked at exactly that size if `pin`.
 
     torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. With a `control`
-    all ranks of a node map the same memory. It has no name in any file system: it is gone with the last process that
-    maps it, however that one ends.
+    all ranks of a node map the same memory: they fill it first, and call `pin` then. It has no name in any file system:
+    it is gone with the last process that maps it, however that one ends.
     """
 
     def __init__(self, nbytes: int, control: Control | None = None, *, pin: bool) -> None:
@@ -38,6 +38,7 @@ class HostMemory:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if pin:
+            self.bytes.zero_()  # by all threads of torch: the driver would have one of them make the pages
             self.pin()
 
     @staticmethod

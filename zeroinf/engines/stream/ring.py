@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.carrier import Carrier, new_event
+from zeroinf.engines.stream.carrier import Carrier, compute_stream, new_event
 from zeroinf.engines.stream.stalls import StallMeter
 
 
@@ -38,9 +38,9 @@ class Ring:
         ahead: ReadAhead | None,
         stalls: StallMeter | None = None,
     ) -> None:
-        """`stalls` is a meter that several rings share, where a compute stream takes turns with them."""
+        """The current stream is the compute stream. `stalls` is a meter that rings share, which take turns on it."""
         self._pieces, self._carrier, self._ahead = pieces, carrier, ahead
-        self._on_gpu = device.type == "cuda"
+        self._stream = compute_stream(device)
         largest = max(carrier.slot_bytes(piece.nbytes) for piece in pieces)
         count = min(slots, len(pieces))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
@@ -60,16 +60,16 @@ class Ring:
         self.stalls.wanted()
         waited_s = self._ahead.waited_s if self._ahead is not None else 0.0
         self._carry(needed=True)
-        if self._on_gpu:
-            torch.cuda.current_stream().wait_event(self._arrived[slot])
+        if self._stream is not None:
+            self._stream.wait_event(self._arrived[slot])
         self.is_held = True
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
     def release(self) -> None:
         """The current piece has been used: its slot may be overwritten once the work enqueued so far is done."""
-        if self._on_gpu:
-            self._released[self._turn % len(self.slots)].record()
+        if self._stream is not None:
+            self._released[self._turn % len(self.slots)].record(self._stream)
         self.stalls.used()
         self.is_held = False
         self._turn += 1

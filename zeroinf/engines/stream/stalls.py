@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.engines.base import Stalls
-from zeroinf.engines.stream.carrier import new_event
+from zeroinf.engines.stream.carrier import compute_stream, new_event
 
 # How many blocks may be unread before those that are over are read: a pass or so.
 _UNREAD = 64
@@ -24,7 +24,7 @@ class StallMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._on_gpu = device.type == "cuda"
+        self._stream = compute_stream(device)
         self._marks: deque[tuple[Any, float]] = deque()
         self._spare: list[Any] = []
         self._link_s = self._disk_s = self._compute_s = self._host_s = 0.0
@@ -34,7 +34,7 @@ class StallMeter:
 
     def there(self, disk_s: float) -> None:
         """`disk_s`: how long the host was held up because the block had not been read."""
-        if self._on_gpu:
+        if self._stream is not None:
             self._mark(disk_s)
         else:
             self._disk_s += disk_s
@@ -52,9 +52,9 @@ class StallMeter:
         )  # fmt: skip
 
     def _mark(self, disk_s: float = 0.0) -> None:
-        if self._on_gpu:
+        if self._stream is not None:
             event = self._spare.pop() if self._spare else new_event(self._device, timed=True)
-            event.record()
+            event.record(self._stream)
             self._marks.append((event, disk_s))
 
     def _read(self) -> None:

@@ -58,7 +58,7 @@ def measure_own_link(device: int) -> float:
 
 
 def measure_page_lock() -> float:
-    """cudaHostRegister on fresh shared memory, as the weights' own is made, in GB/s.
+    """cudaHostRegister on shared memory that has just been written, as the weights' own is made, in GB/s.
 
     Raises EnvironmentProblem where CUDA refuses, as it does under a small memlock limit.
     """
@@ -70,7 +70,7 @@ def measure_page_lock() -> float:
     memory = mmap.mmap(-1, _LOCKED_BYTES)
     with suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    address = torch.frombuffer(memory, dtype=torch.uint8).fill_(1).data_ptr()
     started = time.perf_counter()
     error = cudart.cudaHostRegister(address, _LOCKED_BYTES, _PORTABLE)
     elapsed_s = time.perf_counter() - started
