@@ -84,6 +84,7 @@ def workload_of(shape: Shape, *, prompt: int = PROMPT, new: int = NEW) -> Worklo
         host=lengths_of(prompt, new).host(shape),
         prompt_tokens=prompt,
         new_tokens=new,
+        most_new_tokens=new,
         cache=(Event(-1, CHAIN.pool_bytes(pool)),),
         prompts=(step(1, tokens),),
         prompts_rows=tokens / prompt,

@@ -45,6 +45,7 @@ shapes = st.builds(
     prefill_tokens=st.integers(1, 300),
     breaks_at=st.none() | st.integers(2, 100),
     static=st.booleans(),
+    entering_rows=st.integers(1, 5),
 )
 
 
@@ -133,6 +134,20 @@ def test_what_cannot_be_regrouped_stays_together_until_the_last_has_ended() -> N
     assert [len(groups) for groups in passes] == [1] * len(passes)
     assert [len(groups[0].seats) for groups in passes] == [3] * 3 + [1] * 6
     assert all(len({seat.number for seat in groups[0].seats}) == len(groups[0].seats) for groups in passes)
+
+
+def test_rows_wait_until_there_are_places_for_as_many_as_should_enter_together() -> None:
+    scheduler = Scheduler(limits(entering_rows=2), pages_of)
+    scheduler.add(rows_of([[1] * 8] * 8, [2, 3, 9, 9, 1, 1, 1, 1]))
+    entered = []
+    while True:
+        entered.append(len(scheduler.admit()))
+        if not (groups := scheduler.next_pass()):
+            break
+        for group in groups:
+            scheduler.advance(group)
+    assert [count for count in entered if count] == [4, 2, 2]
+    assert entered[2:4] == [0, 2], "a place that is free waits for the next one"
 
 
 def test_static_batches_admit_nobody_before_all_have_ended() -> None:

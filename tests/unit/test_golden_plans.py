@@ -28,7 +28,7 @@ TOLERANCE, TOLERANCE_BYTES = 0.02, 32 << 20
 EXACT = {
     "schema", "parameters", "weight_bytes", "blocks", "block_bytes", "kv_bytes_per_token", "context_limit",
     "free_bytes", "host_bytes", "disk_bytes", "prompt_tokens", "new_tokens", "world_size", "batch_size",
-    "resident_blocks", "nvme_blocks", "host_rows", "available_bytes",
+    "resident_blocks", "nvme_blocks", "host_rows", "available_bytes", "entering_rows",
 }  # fmt: skip
 
 

@@ -344,7 +344,7 @@ def test_a_slow_disk_binds() -> None:
 def test_codes_stream_in_the_time_of_their_bytes_and_their_expansion_is_counted() -> None:
     def plan(wire: str, rate: float, resident: int = 0) -> Candidate:
         given: dict[str, Any] = {"offload": "cpu", "batch_size": 2, "wire": wire, "resident_blocks": resident}
-        return choose(ROOMY, rates=speeds(link_gbps=rate), **given).chosen
+        return choose(ROOMY, rates=speeds(link_gbps=rate, launch_s=1e-9), **given).chosen
 
     plain, coded = plan("model", 1), plan("int4", 1)
     assert coded.choice.wire == "int4"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -62,6 +65,66 @@ def test_predicted_seconds_are_those_of_the_schedulers_passes(requests: int, pro
     assert timing.decode_s == pytest.approx(link_s), "else a pass is more than weights and prompts"
     seconds = walked(shape, requests, link_s, timing.prefill_s)
     assert requests * NEW / timing.tokens_per_second == pytest.approx(seconds, rel=0.04, abs=1.01 * timing.prefill_s)
+
+
+def mixed(lengths: list[int], **rates: float) -> Timing:
+    """The prediction for rows of these lengths, 32 of which are live."""
+    shape = Shape(32, 32, 16 * PROMPT)
+    choice = Choice(
+        engine="stream",
+        offload="cpu",
+        fetch="replicated",
+        batch_size=32,
+        micro_batch_rows=32,
+        prefill_tokens=16 * PROMPT,
+        resident_blocks=0,
+        nvme_blocks=0,
+    )
+    workload = workload_of(shape, prompt=PROMPT, new=NEW)
+    workload = replace(workload, new_tokens=fmean(lengths), most_new_tokens=max(lengths))
+    return time_plan(CHAIN, choice, workload, speeds(**rates), 1, len(lengths))
+
+
+def forwards_of(lengths: list[int], entering_rows: int) -> tuple[int, int]:
+    """Passes and forwards that the scheduler makes of such rows."""
+    limits = Limits(
+        rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=16 * PROMPT, entering_rows=entering_rows
+    )
+    scheduler = Scheduler(limits, lambda tokens: 1)
+    scheduler.add(rows_of([[1] * PROMPT] * len(lengths), lengths))
+    passes = forwards = 0
+    while True:
+        scheduler.admit()
+        groups = scheduler.next_pass()
+        if not groups:
+            return passes, forwards
+        passes, forwards = passes + 1, forwards + len(groups)
+        for group in groups:
+            scheduler.advance(group)
+
+
+@pytest.fixture(scope="module")
+def lengths() -> list[int]:
+    drawn = random.Random(7)
+    return [drawn.randint(1, 256) for _ in range(800)]
+
+
+def test_rows_of_different_lengths_take_a_forward_for_each_group_that_enters(lengths: list[int]) -> None:
+    timing = mixed(lengths, link_gbps=1e6, launch_s=1e-3)
+    assert timing.binds == "kernel launches"
+    assert timing.entering_rows > 1
+    _, forwards = forwards_of(lengths, timing.entering_rows)
+    seconds = sum(lengths) / timing.tokens_per_second
+    assert seconds == pytest.approx(forwards * timing.decode_s, rel=0.05)
+    assert forwards < 0.93 * forwards_of(lengths, 1)[1]
+
+
+def test_rows_enter_at_once_where_their_prompts_hide_behind_the_link(lengths: list[int]) -> None:
+    timing = mixed(lengths, link_gbps=0.1)
+    assert timing.binds == "link"
+    assert timing.entering_rows == 1
+    passes, _ = forwards_of(lengths, 1)
+    assert sum(lengths) / timing.tokens_per_second == pytest.approx(passes * timing.decode_s, rel=0.04)
 
 
 def test_a_job_without_end_runs_at_the_speed_of_a_very_long_one() -> None:

@@ -118,17 +118,27 @@ def test_grouped_queries_that_flash_does_not_take_are_matrix_products_over_repea
     assert peak(step) > scores + repeated
 
 
-@pytest.mark.parametrize("mask", [None, torch.bfloat16])
 @pytest.mark.parametrize(("length", "past"), [(10, 0), (1, 40)])
-def test_both_kernels_count_two_products_of_every_query_with_every_key(
-    mask: torch.dtype | None, length: int, past: int
-) -> None:
-    step, _ = attend(mask=mask, length=length, past=past)
+def test_flash_counts_two_products_of_every_query_with_every_key(length: int, past: int) -> None:
+    step, _ = attend(mask=None, length=length, past=past)
     keys = length + past
     flops = ROWS * HEADS * length * keys * (2 * 64 + 2 * 64)
     operands = 2 * ROWS * HEADS * 64 * (2 * length + 2 * keys)
     kernel = step.kernels[0].kernels[-1]
-    assert (kernel.flops, kernel.nbytes) == (flops, operands)
+    assert (kernel.operator, kernel.flops, kernel.nbytes) == ("attention", flops, operands)
+
+
+@pytest.mark.parametrize(("size", "width"), [(64, 80), (80, 128), (128, 128), (136, 192)])
+@pytest.mark.parametrize(("length", "past"), [(10, 0), (1, 40)])
+def test_the_efficient_kernel_counts_heads_by_the_tile_and_110_keys_more(
+    size: int, width: int, length: int, past: int
+) -> None:
+    step, _ = attend(mask=torch.bfloat16, size=size, length=length, past=past)
+    keys = length + past
+    flops = ROWS * HEADS * length * keys * (2 * width + 2 * width)
+    operands = 2 * ROWS * HEADS * (2 * size * length + 2 * width * (keys + 110))
+    kernel = step.kernels[0].kernels[-1]
+    assert (kernel.operator, kernel.flops, kernel.nbytes) == ("efficient attention", flops, operands)
 
 
 def test_attention_on_the_host_is_left_alone() -> None:

@@ -39,6 +39,8 @@ class Limits:
     """Tokens that host memory has room for: rows for which there are no pages rest there."""
     evenly: bool = False
     """Rows that run together begin with equally many tokens: a decoder behind an encoder may not take padding."""
+    entering_rows: int = 1
+    """Rows wait until there are places for so many, where a forward for the prompt of each would take longer."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -59,6 +61,7 @@ class Limits:
             keeps_ended=not regroups,
             host_tokens=plan.host.tokens if plan.host is not None else 0,
             evenly=plan.anatomy.encoder is not None,
+            entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
         )
 
 
@@ -204,7 +207,7 @@ class Scheduler:
 
     def admit(self) -> list[Seat]:
         """Rows that enter now."""
-        if self.seats and self._is_static:
+        if self.seats and (self._is_static or len(self._free) < min(self.limits.entering_rows, len(self._waiting))):
             return []
         most = self.limits.micro_batch_rows if self.limits.together else self.limits.rows
         admitted, passed_over = [], deque[Row]()

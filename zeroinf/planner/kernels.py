@@ -6,7 +6,7 @@ from zeroinf.planner.workload import Kernel, Pattern
 
 # The shares below: `scripts/bench-kernels` on an H200 (docs/benchmarks.md).
 _PRODUCT_SHARES = (1.05, 0.8)  # of arithmetic, of memory
-_ATTENTION_SHARES = {"masked attention": (0.17, 0.48)}
+_ATTENTION_SHARES = {"efficient attention": (0.17, 0.48)}
 _PATTERN_SHARES: dict[Pattern, float] = {"straight": 0.95, "converted": 0.62, "crossed": 0.4, "repeated": 0.4}
 _SHARES: dict[tuple[str, Pattern], float] = {
     ("gelu", "straight"): 0.7,

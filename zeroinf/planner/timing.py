@@ -32,6 +32,9 @@ _STEP_S = 0.5e-3
 _WAVES = 4
 _STRIDES = 64
 _FEW = 1e-6
+# Rows enter in so many groups at least in the time of a row, and in smaller ones where that takes as good as no longer.
+_FEWEST_GROUPS = 4
+_NEXT_TO_NOTHING = 1.005
 
 # Making codes of weights in a checkpoint, GB/s of the weights: eight threads, of which each made 1.1 to 1.5 on a core
 # of its own; with fewer cores it takes longer.
@@ -75,6 +78,8 @@ class Timing:
     """Of keys and values, that cross it in a decode step."""
     binds: Resource
     """What a decode step waits for."""
+    entering_rows: int = 1
+    """Rows had better wait for each other until so many enter together."""
 
 
 def time_plan(
@@ -93,8 +98,9 @@ def time_plan(
     decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s * _HOST_SHARE
     prefill_s, _ = _pass(prompts, expansion, prompt_waits)
     decode_s, binds = _pass(decode, expansion, waits)
-    count = _Continuous if workload.shares_passes else _Static
-    tokens, seconds = count(workload, prompts, decode, expansion, prompt_waits, waits).tokens_and_seconds(rows)
+    count = _Static if not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
+    work = count(workload, prompts, decode, expansion, prompt_waits, waits)
+    tokens, seconds = work.tokens_and_seconds(rows)
     if requests is not None:
         tokens *= requests / (rows or 1) / world_size
     return Timing(
@@ -105,6 +111,7 @@ def time_plan(
         streamed_bytes=streamed,
         fetched_bytes=int(fetched),
         binds=binds,
+        entering_rows=work.entering_rows if workload.shares_passes else 1,
     )
 
 
@@ -178,15 +185,38 @@ class _Work:
     """Of a pass that begins with an encoder's blocks; without one, those of every pass."""
     waits: dict[Resource, float]
 
-    def seconds(self, prompts: float, decode: float) -> float:
-        """Of a pass with such parts of a full load of prompts and of a step of all rows."""
+    def seconds(self, prompts: float, decode: float, forwards: float = 0.0) -> float:
+        """Of a pass with such parts of a full load of prompts and of a step of all rows; prompts take so many forwards,
+        or as many as their part of a full load's."""
         both = {name: prompts * self.prompts[name] + decode * self.decode[name] for name in self.prompts}
+        more = max(0.0, forwards / len(self.workload.prompts) - prompts)
+        both["kernel launches"] += more * self.prompts["kernel launches"]
         return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)[0]
+
+    def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
+        """Tokens of so many rows, or of as many as show the speed of a job without end, and how long they take."""
+        raise NotImplementedError
+
+    @property
+    def entering_rows(self) -> int:
+        """How many rows had best enter together where one ends now and then: each forward for prompts takes its
+        launches, places that wait for others' stay empty. Few, where more would gain next to nothing."""
+        most = int(max(1, min(self.workload.prompts_rows, self.workload.shape.rows / _FEWEST_GROUPS)))
+        costs = [self.steady_s(together) for together in range(1, most + 1)]
+        return 1 + next(index for index, cost in enumerate(costs) if cost <= min(costs) * _NEXT_TO_NOTHING)
+
+    def steady_s(self, together: int) -> float:
+        """Seconds for each row while rows end at any time and so many enter together, or all that end in a pass."""
+        live = self.workload.shape.rows - (together - 1) / 2
+        leaving = live / self.workload.new_tokens
+        entering = max(together, leaving)
+        share = leaving / entering
+        prompts = self.seconds(entering / self.workload.prompts_rows, 1, 1)
+        return (share * prompts + (1 - share) * self.seconds(0, 1)) / leaving
 
 
 class _Static(_Work):
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
-        """Tokens of so many rows (None: as many as fill every batch), and how long they take."""
         live, new = self.workload.shape.rows, self.workload.new_tokens
         count = live if rows is None else rows
         batch_s = self.seconds(1, 0) + (new - 1) * self.seconds(0, 1)
@@ -195,10 +225,8 @@ class _Static(_Work):
 
 class _Continuous(_Work):
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
-        """Tokens of so many rows (None: without end, of as many as a lifetime lets in), and how long they take.
-
-        Rows that entered together end together, so prompts come in waves: all of the first few are walked through, and
-        the others take as long as the last of these.
+        """Rows that entered together end together, so prompts come in waves: all of the first few are walked through,
+        and the others take as long as the last of these.
         """
         new = self.workload.new_tokens
         wave = min(self.workload.shape.rows, self.workload.prompts_rows * new)
@@ -226,6 +254,25 @@ class _Continuous(_Work):
             leaving = entered[0] if len(entered) == strides else 0.0
             starting, running = starting - entering, running + entering - leaving
         return seconds
+
+
+class _Mixed(_Work):
+    """Rows of different lengths, as if lengths were spread evenly: at first all enter, then one after the other as
+    others end, and in the end they grow fewer."""
+
+    def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
+        live, new, most = self.workload.shape.rows, self.workload.new_tokens, self.workload.most_new_tokens
+        if rows is None:
+            return live * new, live * self.steady_s(self.entering_rows)
+        first = min(live, rows)
+        filling = first / self.workload.prompts_rows
+        seconds = filling * (self.seconds(1, first / live / 2) - self.seconds(0, first / live / 2))
+        seconds += (rows - first) * self.steady_s(self.entering_rows) if rows > live else 0.0
+        # What is left of a row that has run for a while is shorter than what is left of one that begins.
+        power = most / new if rows > live else most / new - 1
+        strides = min(most, _STRIDES)
+        parts = ((1 - (stride + 0.5) / strides) ** power for stride in range(strides))
+        return rows * new, seconds + most / strides * sum(self.seconds(0, first / live * part) for part in parts)
 
 
 def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:

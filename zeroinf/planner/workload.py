@@ -68,7 +68,7 @@ class Kernel:
     flops: int
     nbytes: int
     operator: str = ""
-    """As torch calls what launches it; "masked attention" is scaled dot product attention with a mask."""
+    """As torch calls what launches it; "attention" is the flash kernel, "efficient attention" the other one."""
     pattern: Pattern = "straight"
 
 
@@ -138,6 +138,9 @@ class Workload:
     prompt_tokens: float
     """Of a row, on average."""
     new_tokens: float
+    """Of a row, on average."""
+    most_new_tokens: int
+    """Of any row."""
     cache: Events
     """Allocations of the KV cache's pool and the rows' tokens, once for a job."""
     prompts: Pass
@@ -156,6 +159,11 @@ class Workload:
     shares_passes: bool
     """Prompts and decode steps share passes; otherwise all rows start together, and what is alive after the last step
     goes with them."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some rows live longer than others."""
+        return self.new_tokens < self.most_new_tokens
 
     @property
     def passes(self) -> tuple[Pass, ...]:

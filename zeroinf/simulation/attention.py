@@ -64,7 +64,7 @@ class GpuAttention(TorchFunctionMode):
             width = _width(size) + _width(value.shape[3])
             keys = rows * heads * (key.shape[2] + _EFFICIENT_KEYS) * width * key.element_size()
             more = keys - key.numel() * key.element_size() - value.numel() * value.element_size()
-            self._recorder.kernel("masked attention", 2 * pairs * width, read, more)
+            self._recorder.kernel("efficient attention", 2 * pairs * width, read, more)
         return out
 
 

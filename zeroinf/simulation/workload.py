@@ -135,6 +135,7 @@ class Simulator:
             host=self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest),
             prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
+            most_new_tokens=self._lengths.new_tokens,
             expansion=self._expansion,
             cache=self._cache(size),
             shares_passes=self._shares_passes,
