@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -150,6 +151,20 @@ def test_prompts_and_single_tokens_share_a_pass(model: Any) -> None:
     engine = PlainEngine(model)
     run_rows(engine, rows_of((8, 8)[:2], PROMPTS[:1] * 2), draw=1, prefill_tokens=5)
     assert engine.passes[:4] == [[(1, 5)], [(1, 2)], [(1, 5), (1, 1)], [(1, 2), (1, 1)]]
+
+
+class SleepyEngine(PlainEngine):
+    def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        time.sleep(0.02)
+        return super().forward(micro_batches)
+
+
+def test_passes_that_are_a_token_for_every_row_are_timed(model: Any) -> None:
+    _, scheduler = run_rows(SleepyEngine(model), rows_of((4, 4, 7, 7)))
+    # Prompts, three tokens for all, three for half of the rows; the first of the three has no full step before it.
+    assert scheduler.counts.passes == 7
+    assert scheduler.counts.full_steps == 2
+    assert scheduler.counts.full_steps_s >= 2 * 0.02
 
 
 class WatchfulEngine(PlainEngine):

@@ -150,10 +150,9 @@ def test_memory_that_nobody_locked_is_not_compared() -> None:
 
 
 def test_load_and_speed_stand_beside_what_was_expected() -> None:
-    assert list(compare_time(plan_of(), 10.0, 200.0)) == [
-        Compared("load", "s", 8.0, 10.0),
-        Compared("speed", "tokens/s", 300.0, 200.0),
-    ]
+    load, speed = Compared("load", "s", 8.0, 10.0), Compared("speed", "tokens/s", 300.0, 200.0)
+    assert list(compare_time(plan_of(), 10.0, None, 200.0)) == [load, speed]
+    assert list(compare_time(plan_of(), 10.0, 0.2, 200.0)) == [load, Compared("step", "s", 0.25, 0.2), speed]
 
 
 @pytest.mark.parametrize(("predicted", "measured", "ratio"), [(3.0, 2.0, 1.5), (0.0, 2.0, 0.0), (3.0, 0.0, 0.0)])

@@ -171,7 +171,9 @@ def _print_rows(console: Console, rows: Sequence[Sequence[str]]) -> None:
 
 
 def _figure(value: float, unit: str) -> str:
-    return gib(round(value)) if unit == "bytes" else f"{value:,.1f} {unit}"
+    if unit == "bytes":
+        return gib(round(value))
+    return f"{value:.3f} s" if unit == "s" and value < 1 else f"{value:,.1f} {unit}"
 
 
 def _stalls(report: RunReport) -> str:

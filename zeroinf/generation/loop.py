@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,9 @@ class _Passes:
         self._engine, self._desk, self._scheduler, self._feed = engine, desk, scheduler, feed
         self._chosen: list[Chosen] = []
         self._is_dry = False
+        self._full_since: float | None = None
+        """When the pass before the last one ended, if the last one was a full step."""
+        self._was_full = False
 
     def next(self) -> list[Group]:
         """The micro-batches of the next pass; none when there is no row left."""
@@ -91,6 +95,7 @@ class _Passes:
         outputs = self._engine.forward(inputs)
         del inputs
         self.accept()
+        self._was_full = self._scheduler.is_full_step(groups)
         while batches:
             batch = batches.pop(0)
             chosen = batch.choose(outputs.pop(0))
@@ -111,7 +116,16 @@ class _Passes:
                     self._desk.close([seat])
                 self._feed.done(seat.row)
         if chosen:
+            self._time_step()
             self._feed.grew(grown)
+
+    def _time_step(self) -> None:
+        """The last pass has ended: count the time since the one before, if both were full steps."""
+        now, counts = time.perf_counter(), self._scheduler.counts
+        if self._was_full and self._full_since is not None:
+            counts.full_steps += 1
+            counts.full_steps_s += now - self._full_since
+        self._full_since = now if self._was_full else None
 
     def halve(self, groups: Sequence[Group]) -> None:
         """Go on with smaller micro-batches after a pass of `groups` that broke."""

@@ -150,6 +150,10 @@ class Counts:
     reserved_pages: int = 0
     """Pages of live rows, summed over passes."""
     most_reserved_pages: int = 0
+    full_steps: int = 0
+    """Passes that had a token for every row that may be live, and no prompt, right after another such pass."""
+    full_steps_s: float = 0.0
+    """From the end of the pass before to the end of each of them."""
 
     def add(self, groups: Sequence[Group], pages: int) -> None:
         self.passes += 1
@@ -269,6 +273,10 @@ class Scheduler:
         if groups:
             self.counts.add(groups, limits.pages - self._pages)
         return groups
+
+    def is_full_step(self, groups: Sequence[Group]) -> bool:
+        """Whether a pass of `groups` is a token for each of as many rows as may be live."""
+        return all(group.width == 1 for group in groups) and sum(len(g.seats) for g in groups) == self.limits.rows
 
     def advance(self, group: Group) -> list[Seat]:
         """`group` has been computed and its tokens chosen; returns the seats that ended, as they have all theirs."""

@@ -67,10 +67,12 @@ def compare_host(plan: Plan, locked_bytes: int, peak_bytes: int) -> Iterator[Com
     )
 
 
-def compare_time(plan: Plan, load_s: float, tokens_per_second: float) -> Iterator[Compared]:
-    """Time and speed."""
+def compare_time(plan: Plan, load_s: float, step_s: float | None, tokens_per_second: float) -> Iterator[Compared]:
+    """Time and speed; `step_s` is None where no pass was a token for every row."""
     if plan.timing is not None:
         yield Compared("load", "s", plan.timing.load_s, load_s)
+        if step_s is not None:
+            yield Compared("step", "s", plan.timing.decode_s, step_s)
         yield Compared("speed", "tokens/s", plan.timing.tokens_per_second, tokens_per_second)
 
 

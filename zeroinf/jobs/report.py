@@ -130,7 +130,7 @@ class RunReport:
         return (
             *compare_gpu(self.plan, uses),
             *compare_host(self.plan, self.pinned_host_bytes, self.peak_host_bytes),
-            *compare_time(self.plan, self.load_s, self.tokens_per_second),
+            *compare_time(self.plan, self.load_s, self.step_s, self.tokens_per_second),
         )
 
     @property
@@ -171,6 +171,13 @@ class RunReport:
         """Host memory that the ranks have page-locked; what they share counts once."""
         shared = [min(rank.pinned_host_bytes, self.shared_host_bytes) for rank in self.ranks]
         return sum(rank.pinned_host_bytes for rank in self.ranks) - sum(shared[:-1])
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a pass that is a token for every row that may be live; None where there were no two in a row."""
+        counts = [rank.counts for rank in self.ranks]
+        steps = sum(one.full_steps for one in counts)
+        return sum(one.full_steps_s for one in counts) / steps if steps else None
 
     @property
     def padding(self) -> dict[str, float]:
