@@ -33,6 +33,15 @@ def test_figures_of_a_cell(script: str, arguments: tuple[str, ...], small_checkp
     assert ["needs 9 GPUs" in other["skipped"] for other in others] == [True] * (script == "bench-scaling")
 
 
+def test_a_planned_cell_stands_beside_its_run(tmp_path: Path, small_checkpoint: Callable[[str], Path]) -> None:
+    cell = f"{small_checkpoint('llama')}/cpu/8/1"
+    command = [sys.executable, SCRIPTS / "bench-plan", cell, "--new-tokens", "4", "--most-rows", "2"]
+    subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, timeout=200, check=True)
+    row = json.loads((tmp_path / "out").read_text())
+    assert row["rows"] == 2
+    assert all(planned > 0 and measured > 0 for planned, measured in (row["step"], row["speed"]))
+
+
 def test_a_cell_that_fails(small_checkpoint: Callable[[str], Path]) -> None:
     (found,) = lines(
         "bench-throughput", "--models", str(small_checkpoint("llama")), "--cells", "2x3", "--prompt-tokens", "4"
