@@ -37,4 +37,4 @@ def run_report(options: Sequence[str], work: Path, *, limit_s: float) -> dict[st
 
 def passes(report: dict[str, Any]) -> int:
     """Walks over the blocks in the measured part of a run."""
-    return max(rank["passes"] for rank in report["ranks"])
+    return max(int(rank["passes"]) for rank in report["ranks"])

@@ -22,18 +22,21 @@ from zeroinf.planner.workload import Shape
 PROMPT, NEW = 256, 24
 
 
-def timed(shape: Shape, requests: int | None, **rates: float) -> Timing:
-    choice = Choice(
-        engine="stream",
+def choice_of(shape: Shape, engine: str = "stream") -> Choice:
+    return Choice(
+        engine=engine,
         offload="cpu",
-        fetch="replicated",
+        fetch="replicated" if engine == "stream" else "partitioned",
         batch_size=shape.rows,
         micro_batch_rows=shape.micro_batch_rows,
         prefill_tokens=shape.prefill_tokens,
         resident_blocks=0,
         nvme_blocks=0,
     )
-    return time_plan(CHAIN, choice, workload_of(shape, prompt=PROMPT, new=NEW), speeds(**rates), 1, requests)
+
+
+def timed(shape: Shape, requests: int | None, **rates: float) -> Timing:
+    return time_plan(CHAIN, choice_of(shape), workload_of(shape, prompt=PROMPT, new=NEW), speeds(**rates), 1, requests)
 
 
 def walked(shape: Shape, requests: int, link_s: float, prefill_s: float) -> float:
@@ -70,19 +73,9 @@ def test_predicted_seconds_are_those_of_the_schedulers_passes(requests: int, pro
 def mixed(lengths: list[int], **rates: float) -> Timing:
     """The prediction for rows of these lengths, 32 of which are live."""
     shape = Shape(32, 32, 16 * PROMPT)
-    choice = Choice(
-        engine="stream",
-        offload="cpu",
-        fetch="replicated",
-        batch_size=32,
-        micro_batch_rows=32,
-        prefill_tokens=16 * PROMPT,
-        resident_blocks=0,
-        nvme_blocks=0,
-    )
     workload = workload_of(shape, prompt=PROMPT, new=NEW)
     workload = replace(workload, new_tokens=fmean(lengths), most_new_tokens=max(lengths))
-    return time_plan(CHAIN, choice, workload, speeds(**rates), 1, len(lengths))
+    return time_plan(CHAIN, choice_of(shape), workload, speeds(**rates), 1, len(lengths))
 
 
 def forwards_of(lengths: list[int], entering_rows: int) -> tuple[int, int]:
@@ -161,3 +154,13 @@ def choose(*, requests: int, batch_size: int | None = None, **rates: Any) -> Can
     )
     wish = Wish(offload="cpu", batch_size=batch_size, requests=requests)
     return planner.choose(wish).chosen
+
+
+def test_a_batch_that_none_may_join_lasts_as_long_as_its_longest_row() -> None:
+    shape = Shape(16, 16, 16 * PROMPT)
+
+    def speed(mean: float) -> float:
+        workload = replace(workload_of(shape, prompt=PROMPT, new=NEW), shares_passes=False, new_tokens=mean)
+        return time_plan(CHAIN, choice_of(shape, "zero"), workload, speeds(link_gbps=0.1), 1, 64).tokens_per_second
+
+    assert speed(NEW / 3) == pytest.approx(speed(NEW) / 3, rel=0.01), "a third of the tokens in the same passes"

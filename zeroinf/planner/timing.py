@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: S
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(ABC):
     """What passes are made of on one rank, in seconds of each resource."""
 
     workload: Workload
@@ -193,9 +194,9 @@ class _Work:
         both["kernel launches"] += more * self.prompts["kernel launches"]
         return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)[0]
 
+    @abstractmethod
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
         """Tokens of so many rows, or of as many as show the speed of a job without end, and how long they take."""
-        raise NotImplementedError
 
     @property
     def entering_rows(self) -> int:
@@ -217,9 +218,10 @@ class _Work:
 
 class _Static(_Work):
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
-        live, new = self.workload.shape.rows, self.workload.new_tokens
+        """A batch lasts as long as its longest row, and the others leave it before."""
+        live, new, most = self.workload.shape.rows, self.workload.new_tokens, self.workload.most_new_tokens
         count = live if rows is None else rows
-        batch_s = self.seconds(1, 0) + (new - 1) * self.seconds(0, 1)
+        batch_s = self.seconds(1, 0) + (most - 1) * self.seconds(0, new / most)
         return count * new, -(-count // live) * batch_s
 
 
