@@ -159,3 +159,25 @@ def test_nothing_of_it_stays_with_the_model() -> None:
     model = model_of(nn.Linear(8, 8), nn.Linear(8, 8))
     record(lambda model: model(empty(1, 8)), model, times=(1.0, 1.0))
     assert all(not block._forward_hooks and not block._forward_pre_hooks for block in model)
+
+
+@pytest.mark.parametrize(
+    ("act", "pattern"),
+    [
+        (lambda: empty(4, 8) + empty(4, 8), "straight"),
+        (lambda: empty(4, 8) * 2.0, "straight"),
+        (lambda: empty(4, 8).to(torch.bfloat16), "converted"),
+        (lambda: empty(4, 8) + empty(8), "crossed"),
+        (lambda: empty(4, 8).transpose(0, 1).contiguous(), "crossed"),
+        (lambda: empty(1, 8).expand(4, 8).clone(), "repeated"),
+    ],
+)
+def test_how_a_kernel_goes_over_its_tensors(act: Callable[[], torch.Tensor], pattern: str) -> None:
+    step, _ = record(lambda model: act())
+    assert kernels(step)[-1].pattern == pattern
+
+
+def test_rows_of_a_table_count_as_they_are_read_and_what_only_reserves_memory_is_no_kernel() -> None:
+    table, numbers = empty(1000, 8), torch.empty(3, dtype=torch.int64, device=META)
+    step, _ = record(lambda model: torch.nn.functional.embedding(numbers, table).new_empty(5))
+    assert [(kernel.operator, kernel.nbytes) for kernel in kernels(step)] == [("embedding", 3 * 8 + 2 * 3 * 8 * 4)]

@@ -6,7 +6,7 @@ from zeroinf.planner.workload import Kernel, Pattern
 
 # The shares below: `scripts/bench-kernels` on an H200 (docs/benchmarks.md).
 _PRODUCT_SHARES = (1.05, 0.8)  # of arithmetic, of memory
-_ATTENTION_SHARES = {"efficient attention": (0.17, 0.48)}
+_OWN_PRODUCT_SHARES = {"efficient attention": (0.17, 0.48), "bmm": (1.05, 0.65), "baddbmm": (1.05, 0.45)}
 _PATTERN_SHARES: dict[Pattern, float] = {"straight": 0.95, "converted": 0.62, "crossed": 0.4, "repeated": 0.4}
 _SHARES: dict[tuple[str, Pattern], float] = {
     ("gelu", "straight"): 0.7,
@@ -33,5 +33,5 @@ def kernel_s(kernel: Kernel, tflops: float, hbm_gbps: float) -> tuple[float, flo
 
 def _shares(kernel: Kernel) -> tuple[float, float]:
     if kernel.flops:
-        return _ATTENTION_SHARES.get(kernel.operator, _PRODUCT_SHARES)
+        return _OWN_PRODUCT_SHARES.get(kernel.operator, _PRODUCT_SHARES)
     return 1.0, _SHARES.get((kernel.operator, kernel.pattern), _PATTERN_SHARES[kernel.pattern])
