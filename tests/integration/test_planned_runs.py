@@ -86,7 +86,7 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["offload"], report["resident_blocks"]) == ("nvme", 0)
     assert report["ranks"][0]["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s"}
-    assert {one["name"] for one in report["compared"]} == {"host memory in all", "load", "speed"}
+    assert {one["name"] for one in report["compared"]} == {"host memory in all", "load", "step", "speed"}
 
 
 def test_the_plan_is_told_in_three_lines_and_stands_beside_what_was_measured(model: Path, requests: Path) -> None:
