@@ -15,7 +15,7 @@ from zeroinf.hardware.disk import read_disk
 from zeroinf.paths import GUARDED_FILE
 
 THREADS = 8
-"""Requests in flight: enough to keep an NVMe drive at its full rate; with twice as many some disks read slower."""
+"""Requests in flight: enough to keep an NVMe drive at its full rate; with twice as many most tries read slower."""
 
 
 def direct_is_possible(folders: Iterable[Path]) -> bool:
