@@ -32,13 +32,7 @@ MIB = 1 << 20
 
 def plan_of(model: str, prompts: list[int], new: list[int], gpu_bytes: int, host_share: float) -> Plan:
     anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
-    lengths = Lengths(
-        prompt_tokens=max(prompts),
-        new_tokens=max(new),
-        padded=len(set(prompts)) > 1,
-        mean_prompt_tokens=sum(prompts) / len(prompts),
-        mean_new_tokens=sum(new) / len(new),
-    )
+    lengths = Lengths.of(anatomy, list(zip(prompts, new, strict=True)))
     question = Question(
         config=catalog_config(model),
         anatomy=anatomy,

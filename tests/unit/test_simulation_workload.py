@@ -303,6 +303,17 @@ def test_the_pool_is_the_one_that_a_run_allocates(name: str, mean_pages: float |
     assert pool.nbytes == max(event.nbytes or 0 for event in workload.cache) or name == "mamba"
 
 
+def test_shorter_prompts_than_the_longest_take_fewer_passes_and_lighter_steps() -> None:
+    config, shape, alike = small_config("llama"), whole(8, 4, 2 * PROMPT), lengths_of()
+    even = simulator(config, anatomy_of("llama"), alike)(shape)
+    mixed = simulator(config, anatomy_of("llama"), replace(alike, mean_prompt_tokens=PROMPT / 2))(shape)
+    assert (even.prompts_rows, mixed.prompts_rows) == (2, 4)
+    assert totals(mixed.first_decode[0])[1] < totals(even.first_decode[0])[1]
+    single = simulator(config, anatomy_of("llama"), replace(alike, mean_prompt_tokens=PROMPT / 2))(whole(8, 1))
+    assert single.decode_at < even.decode_at == 0.5
+    assert usage(mixed) == usage(even)
+
+
 @pytest.mark.parametrize("new", [1, 2, 3])
 def test_a_short_generation_has_fewer_steps_and_can_be_planned(new: int) -> None:
     workload = simulator(small_config("llama"), anatomy_of("llama"), lengths_of(new=new))(whole(2))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, BinaryIO
 
 from zeroinf.distributed.world import World
@@ -106,22 +105,8 @@ def prepare(
 ) -> Prepared:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
-    lives = [item.sampling.max_new_tokens for item in work]  # passes: of the rows that are live, more are long ones
-    tokens = [len(item.prompt) + new for item, new in zip(work, lives, strict=True)]
-    pages = [
-        reading.anatomy.row_pages(reading.anatomy.row_tokens(len(item.prompt), new))
-        for item, new in zip(work, lives, strict=True)
-    ]
-    lengths = Lengths(
-        prompt_tokens=max(len(item.prompt) for item in work),
-        new_tokens=max(lives),
-        logprobs=max(asked, default=None),
-        padded=len({len(item.prompt) for item in work}) > 1,
-        mean_prompt_tokens=fmean(len(item.prompt) for item in work),
-        mean_new_tokens=fmean(lives),
-        mean_tokens=fmean(tokens, lives),
-        mean_pages=fmean(pages, lives),
-    )
+    rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
+    lengths = Lengths.of(reading.anatomy, rows, max(asked, default=None))
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
         plan=plan,

@@ -278,9 +278,9 @@ class _Mixed(_Work):
 
 
 def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:
-    """Of a step of all rows, in the middle of their way."""
+    """Of a step of all rows, on average over their way."""
     first, last = _work(workload.first_decode, speeds), _work(workload.last_decode, speeds)
-    return {name: (first[name] + last[name]) / 2 for name in first}
+    return {name: first[name] + workload.decode_at * (last[name] - first[name]) for name in first}
 
 
 def _work(steps: Pass, speeds: Speeds) -> dict[Resource, float]:

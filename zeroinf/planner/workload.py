@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean
 from typing import Literal, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
@@ -33,6 +34,31 @@ class Lengths:
     mean_pages: float | None = None
     """Pages of the KV cache that a live row takes."""
 
+    @classmethod
+    def of(cls, anatomy: Anatomy, rows: Sequence[tuple[int, int]], logprobs: int | None = None) -> Lengths:
+        """Those of a job: of each row the tokens of its prompt, and those that are added to it at the most."""
+        prompts, lives = [prompt for prompt, _ in rows], [new for _, new in rows]
+        pages = [anatomy.row_pages(anatomy.row_tokens(prompt, new)) for prompt, new in rows]
+        return cls(
+            prompt_tokens=max(prompts),
+            new_tokens=max(lives),
+            padded=len(set(prompts)) > 1,
+            logprobs=logprobs,
+            mean_prompt_tokens=fmean(prompts),
+            mean_new_tokens=fmean(lives),
+            mean_tokens=fmean(map(sum, rows), lives),  # in a pass, of the rows that are live, more are long ones
+            mean_pages=fmean(pages, lives),
+        )
+
+    def attended_tokens(self, micro_batches: int) -> float:
+        """Columns that a decode step of so many micro-batches attends to, on average: the like-long rows run together,
+        padded to the longest of them, so the more there are the nearer they come to what rows have on average."""
+        prompt, new = self.mean_prompt_tokens or self.prompt_tokens, self.mean_new_tokens or self.new_tokens
+        mean = (prompt + (self.mean_tokens or prompt + new)) / 2
+        # Rows that live equally long are about equally far; of others, some have nearly all their tokens at any time.
+        longest = self.prompt_tokens + (self.new_tokens / 2 if new == self.new_tokens else self.new_tokens)
+        return mean + (longest - mean) / micro_batches
+
     def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
         """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
         tokens, paged = anatomy.row_tokens(self.prompt_tokens, self.new_tokens), rows - host_rows
@@ -48,8 +74,9 @@ class Lengths:
         tokens = self.prompt_tokens + self.new_tokens
         mean = tokens if self.mean_tokens is None else self.mean_tokens
         together = min(shape.micro_batch_rows, shape.host_rows)
+        left_over = tokens if mean < tokens else 0  # the next row may be a little longer than what is left elsewhere
         return HostSize(
-            tokens=max(tokens, ceil(shape.host_rows * mean)),
+            tokens=ceil(shape.host_rows * mean) + left_over,
             seen_columns=together * tokens,
             new_columns=max(shape.prefill_tokens, together, whole),
             dtype=shape.kv_dtype,
@@ -146,10 +173,14 @@ class Workload:
     prompts: Pass
     """As many prompts as a pass computes, or the last part of a long one."""
     prompts_rows: float
-    """So many rows are through with their prompts afterwards; the part of one of which a part is computed."""
+    """So many rows of average length are through with their prompts in the same time; less than one where it takes
+    several passes."""
     first_decode: Pass
-    """The rows' first token after the prompt; empty where there is only one new token."""
+    """The first token after prompts of average length; empty where there is only one new token."""
     last_decode: Pass
+    """The last token of the longest row."""
+    decode_at: float = 0.5
+    """Where between these two a step is on average: 0 is the first one, 1 the last."""
     host: HostSize | None = None
     """Room for the rows that rest in host memory."""
     expansion: Expansion | None = None

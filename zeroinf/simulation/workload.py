@@ -98,6 +98,7 @@ class Simulator:
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        mean = self._lengths.mean_prompt_tokens or longest
         whole = longest <= shape.prefill_tokens or self._breaks_at is not None
         rows = max(1, min(shape.rows, shape.prefill_tokens // longest)) if whole else 1
         start = 0 if whole else longest - shape.prefill_tokens
@@ -108,21 +109,25 @@ class Simulator:
         def prompts(kv: KvDtype | None) -> Pass:
             return tuple(self._step(size, start, longest - start, kv) for size in sizes)
 
-        def decode(done: int, live: int, kv: KvDtype | None) -> Pass:
+        def decode(known: int, live: int, kv: KvDtype | None) -> Pass:
             count = -(-live // shape.micro_batch_rows)
             edges = [live * part // count for part in range(count + 1)] if live else []
-            return tuple(self._step(end - at, longest + done - 1, 1, kv, padded=mixes) for at, end in pairwise(edges))
+            return tuple(self._step(end - at, known - 1, 1, kv, padded=mixes) for at, end in pairwise(edges))
 
-        def decodes(done: int) -> Pass:
-            return (*decode(done, shape.rows - shape.host_rows, None), *decode(done, shape.host_rows, kv))
+        def decodes(known: int) -> Pass:
+            return (*decode(known, shape.rows - shape.host_rows, None), *decode(known, shape.host_rows, kv))
 
+        first, last = round(mean) + 1, longest + new - 1
+        first_decode = decodes(first) if new > 1 else ()
+        attended = self._lengths.attended_tokens(max(1, len(first_decode)))
         return self._workload(
             shape,
             prompts=prompts(kv),
             paged_prompts=prompts(None) if 0 < shape.host_rows < shape.rows else (),
-            prompts_rows=rows if whole else shape.prefill_tokens / longest,
-            first_decode=decodes(1) if new > 1 else (),
-            last_decode=decodes(new - 1) if new > 1 else (),
+            prompts_rows=(rows if whole else shape.prefill_tokens / longest) * longest / mean,
+            first_decode=first_decode,
+            last_decode=decodes(last) if new > 1 else (),
+            decode_at=min(1.0, max(0.0, (attended - first) / (last - first))) if last > first else 0.0,
         )
 
     def _workload(self, shape: Shape, **steps: Any) -> Workload:
