@@ -88,6 +88,7 @@ def workload_of(shape: Shape, *, prompt: int = PROMPT, new: int = NEW) -> Worklo
         cache=(Event(-1, CHAIN.pool_bytes(pool)),),
         prompts=(step(1, tokens),),
         prompts_rows=tokens / prompt,
+        prompts_a_pass=tokens / prompt,
         first_decode=decode,
         last_decode=decode,
         shares_passes=True,

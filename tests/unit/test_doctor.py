@@ -36,7 +36,7 @@ def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measure_module, "measure_disk", lambda folder: measure_disk(folder, file_bytes=16 << 20, read_s=0.01)
     )
-    monkeypatch.setattr(measure_module, "measure_host_copy", lambda: 12.5)
+    monkeypatch.setattr(measure_module, "measure_host_copy", lambda: (12.5, 25.0))
 
 
 def test_table_gives_each_check_a_line_and_each_trouble_a_hint(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_measured_rates_are_printed_and_found_again_by_the_next_doctor(tmp_path:
     measured = CliRunner().invoke(doctor, ["--measure"])
     assert measured.exit_code == 0, measured.output
     assert "measuring host memory ..." in measured.stderr
-    assert "rate host memory copy  12.5 GB/s" in measured.stdout.splitlines()
+    assert "rate host memory copy        12.5 GB/s" in measured.stdout.splitlines()
     after = json.loads(CliRunner().invoke(doctor, ["--json"]).stdout)
     assert after["rates"]["host_copy_gbps"] == 12.5
-    assert after["rates"]["origins"] == {"host_copy_gbps": "measured"}
+    assert after["rates"]["origins"] == {"host_copy_gbps": "measured", "host_recopy_gbps": "measured"}
     assert Path(after["profile"]["path"]).is_file()
 
 

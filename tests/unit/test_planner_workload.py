@@ -58,6 +58,19 @@ def test_a_step_attends_to_as_many_columns_as_planned(micro_batch_rows: int, sho
     assert planned == pytest.approx(sum(seen) / len(seen), rel=0.05)
 
 
+@pytest.mark.parametrize("tokens", [64, 100, 150, 400, 1600])
+def test_prompts_take_as_many_passes_as_planned(tokens: int) -> None:
+    rows = [(prompt, 1) for prompt in range(50, 101) for _ in range(8)]
+    lengths = Lengths.of(CHAIN, rows)
+    scheduler, passes = scheduler_of(lengths, rows, Shape(len(rows), len(rows), tokens)), 0
+    scheduler.admit()
+    while groups := scheduler.next_pass():
+        passes += any(group.width > 1 for group in groups)
+        for group in groups:
+            scheduler.advance(group)
+    assert len(rows) / lengths.prompts_a_pass(tokens) == pytest.approx(passes, rel=0.05)
+
+
 def test_some_of_rows_that_live_differently_long_have_nearly_all_their_tokens() -> None:
     rows = [(10, new) for new in range(10, 101)]
     lengths = Lengths.of(CHAIN, rows)

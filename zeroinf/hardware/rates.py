@@ -61,6 +61,9 @@ class Rates:
     host_copy_gbps: float | None = None
     """Bytes copied a second by 8 threads into host memory that nobody has touched yet."""
 
+    host_recopy_gbps: float | None = None
+    """The same into memory that has been written before, as a load's stages have."""
+
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

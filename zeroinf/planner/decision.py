@@ -41,6 +41,8 @@ class Rejection:
     offload: Offload
     fetch: Fetch
     batch_size: int
+    host_rows: int
+    """Rows of which keys and values would rest in host memory."""
     lacks: tuple[Lack, ...]
 
     @property
@@ -50,9 +52,10 @@ class Rejection:
 
     @property
     def reason(self) -> str:
-        rows = "1 row needs" if self.batch_size == 1 else f"{self.batch_size} rows need"
+        rows, need = ("1 row", "needs") if self.batch_size == 1 else (f"{self.batch_size} rows", "need")
+        kept = f", keys and values of {self.host_rows} in host memory," if self.host_rows else ""
         where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}
-        return f"{rows} " + " and ".join(
+        return f"{rows}{kept} {need} " + " and ".join(
             f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"
             for lack in self.lacks
         )

@@ -46,7 +46,8 @@ COMPUTED = "activations, logits, states"
 GROWING = ("KV cache", KV_STAGING, COMPUTED, ENCODED)
 """Terms of GPU memory that grow with the rows."""
 
-OUTSIDE_TORCH = ("CUDA context", "collectives' buffers")
+PAGE_TABLES = "page tables of page-locked memory"
+OUTSIDE_TORCH = ("CUDA context", "collectives' buffers", PAGE_TABLES)
 """Terms of GPU memory that torch's allocator does not hold."""
 
 UNFORESEEN = "unforeseen"
@@ -55,6 +56,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
 _UNFORESEEN_GPU = 96 * _MIB
+# The driver notes in 8 bytes where on the host each page of 4 KiB lies that a GPU can reach.
+_LOCKED_BYTES_PER_NOTED = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
 
@@ -181,6 +184,8 @@ def stream_gpu_terms(
         KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
+    locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
+    counted += [Term("gpu", PAGE_TABLES, locked // _LOCKED_BYTES_PER_NOTED, "assumed")] if locked else []
     held = [nbytes for given in fixed.values() for nbytes in given]
     encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
@@ -283,6 +288,17 @@ def _changes(step: Step) -> list[tuple[int, int]]:
     return found
 
 
+def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSize | None) -> dict[str, int]:
+    """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
+    all_walks = walks(anatomy, choice)
+    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
+    return {
+        "weights": sum(walk.host_bytes for walk in all_walks),
+        "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
+        "NVMe read ring": READ_BUFFERS * read,
+    }
+
+
 def stream_host_terms(
     anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead, kv: HostSize | None = None
 ) -> tuple[Term, ...]:
@@ -292,16 +308,13 @@ def stream_host_terms(
     What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
     comes last.
     """
-    all_walks = walks(anatomy, choice)
-    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
-    rings = READ_BUFFERS * read * world_size
-    largest = max((walk.sizes[0] for walk in all_walks if walk.resident), default=0)
+    of_one = _locked_bytes(anatomy, choice, world_size, kv)
+    locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
+    largest = max((walk.sizes[0] for walk in walks(anatomy, choice) if walk.resident), default=0)
     stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
-    locked = sum(walk.host_bytes for walk in all_walks)
-    on_each = 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
-        Term("host", "keys and values, page-locked", on_each * world_size, "counted"),
+        Term("host", "keys and values, page-locked", of_one["keys and values"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),

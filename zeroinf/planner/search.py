@@ -80,21 +80,23 @@ class Planner:
     def choose(self, wish: Wish) -> Decision:
         """The best plan for `wish`. Raises DoesNotFitError when there is none, with the nearest misses."""
         if wish.host_share != "auto":
-            return self._choose(wish)
+            outcome = self._choose(wish)
+            if not isinstance(outcome, Decision):
+                raise _does_not_fit(outcome)
+            return outcome
         best: Decision | None = None
-        errors: list[DoesNotFitError] = []
+        rejected: list[Rejection] = []
         for share in _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]:
             if best is not None and self._most_with_host(wish) <= _WORTHWHILE * best.tokens_per_second:
                 break
-            try:
-                found = self._choose(replace(wish, host_share=share))
-            except DoesNotFitError as error:
-                errors.append(error)
-                continue
-            if best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
+            found = self._choose(replace(wish, host_share=share))
+            if not isinstance(found, Decision):
+                rejected += found
+            elif best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
                 best = found
         if best is None:
-            raise errors[0]
+            nearest = {(one.offload, one.fetch): one for one in sorted(rejected, key=lambda one: -one.missing_bytes)}
+            raise _does_not_fit(list(nearest.values()))
         return best
 
     def _most_with_host(self, wish: Wish) -> float:
@@ -107,7 +109,8 @@ class Planner:
         row = fetched_bytes(self._anatomy, wish.kv_dtype, tokens)
         return wish.world_size * self._speeds.link_gbps * 1e9 / row
 
-    def _choose(self, wish: Wish) -> Decision:
+    def _choose(self, wish: Wish) -> Decision | list[Rejection]:
+        """The best plan for one share of rows in host memory, or why there is none."""
         budgets: dict[Place, int] = {"host": self._host_bytes}
         if self._device == "cuda":
             budgets["gpu"] = self._gpu_bytes
@@ -124,7 +127,7 @@ class Planner:
                 found += [self._with_steady_prompts(wish, max(fitting, key=self._merit), budgets)] if fitting else []
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
         if not found:
-            raise DoesNotFitError(nothing_fits(rejected), hint=smallest_changes(rejected))
+            return rejected
         found.sort(key=self._merit, reverse=True)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
@@ -331,7 +334,7 @@ class Planner:
         if wish.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
             return None
         lack = Lack(place=place, needed_bytes=pool, available_bytes=budgets[place])
-        return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=(lack,))
+        return _rejection(choice, lack)
 
     def _try_shape(self, wish: Wish, choice: Choice, shape: Shape, budgets: dict[Place, int]) -> Candidate | Rejection:
         choice = replace(choice, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens)
@@ -344,7 +347,7 @@ class Planner:
             if needed[place] > available
         )
         if lacks:
-            return Rejection(offload=choice.offload, fetch=choice.fetch, batch_size=choice.batch_size, lacks=lacks)
+            return _rejection(choice, *lacks)
         timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests)
         return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
@@ -371,6 +374,20 @@ class Planner:
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms)
         return terms
+
+
+def _rejection(choice: Choice, *lacks: Lack) -> Rejection:
+    return Rejection(
+        offload=choice.offload,
+        fetch=choice.fetch,
+        batch_size=choice.batch_size,
+        host_rows=choice.host_rows,
+        lacks=lacks,
+    )
+
+
+def _does_not_fit(rejected: Sequence[Rejection]) -> DoesNotFitError:
+    return DoesNotFitError(nothing_fits(rejected), hint=smallest_changes(rejected))
 
 
 def _on_host(term: Term, world_size: int) -> Term:

@@ -58,7 +58,8 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     gpu = machine.gpus[0] if machine.gpus else None
     card = _HOST if gpu is None else _CARDS.get(gpu.capability or (0, 0), _UNKNOWN_CARD)
     gather = (rates.all_gather_gbps or {}).get(world_size, card.gather_gbps)
-    wanted = ["matmul_tflops", "hbm_gbps", "launch_s", "page_lock_gbps", "host_copy_gbps", "link_gbps"]
+    wanted = ["matmul_tflops", "hbm_gbps", "launch_s", "link_gbps"]
+    wanted += ["page_lock_gbps", "host_copy_gbps", "host_recopy_gbps"]
     wanted += ["disk_gbps"] if disks else []
     wanted += ["all_gather_gbps"] if world_size > 1 else []
     fill = 1 / (1 / (rates.page_lock_gbps or 2 * _FILL_GBPS) + 1 / (rates.host_copy_gbps or 2 * _FILL_GBPS))
@@ -71,7 +72,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         hbm_gbps=rates.hbm_gbps * _reached(rates, "hbm_gbps") if rates.hbm_gbps else card.hbm_gbps,
         launch_s=rates.launch_s or _LAUNCH_S,
         fill_gbps=fill,
-        place_gbps=min(rates.host_copy_gbps or 2 * _FILL_GBPS, link),
+        place_gbps=min(rates.host_recopy_gbps or rates.host_copy_gbps or 2 * _FILL_GBPS, link),
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )
 

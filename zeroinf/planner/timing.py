@@ -96,7 +96,8 @@ def time_plan(
     prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
     prompts["link"] += started / speeds.link_gbps / 1e9
     decode["link"] += fetched / speeds.link_gbps / 1e9
-    decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s * _HOST_SHARE
+    # A row's keys, and its values, are a copy for each block: without a model's Python around it.
+    decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s
     prefill_s, _ = _pass(prompts, expansion, prompt_waits)
     decode_s, binds = _pass(decode, expansion, waits)
     count = _Static if not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
@@ -202,7 +203,7 @@ class _Work(ABC):
     def entering_rows(self) -> int:
         """How many rows had best enter together where one ends now and then: each forward for prompts takes its
         launches, places that wait for others' stay empty. Few, where more would gain next to nothing."""
-        most = int(max(1, min(self.workload.prompts_rows, self.workload.shape.rows / _FEWEST_GROUPS)))
+        most = int(max(1, min(self.workload.prompts_a_pass, self.workload.shape.rows / _FEWEST_GROUPS)))
         costs = [self.steady_s(together) for together in range(1, most + 1)]
         return 1 + next(index for index, cost in enumerate(costs) if cost <= min(costs) * _NEXT_TO_NOTHING)
 
@@ -231,7 +232,7 @@ class _Continuous(_Work):
         and the others take as long as the last of these.
         """
         new = self.workload.new_tokens
-        wave = min(self.workload.shape.rows, self.workload.prompts_rows * new)
+        wave = min(self.workload.shape.rows, self.workload.prompts_a_pass * new)
         more = 0 if rows is None else max(0, ceil(rows / wave - _WAVES))
         count = _WAVES * wave if rows is None else rows - more * wave
         seconds = self._walk(count)
@@ -245,13 +246,14 @@ class _Continuous(_Work):
         live, new = self.workload.shape.rows, self.workload.new_tokens
         strides = min(round(new), _STRIDES)
         passes, waiting, starting, running, seconds = new / strides, rows, 0.0, 0.0, 0.0
-        most = self.workload.prompts_rows * passes
+        most, full = self.workload.prompts_a_pass * passes, self.workload.prompts_rows * passes
         entered: deque[float] = deque(maxlen=strides)
         while waiting + starting + running > _FEW:
             admitted = min(waiting, live - starting - running)
             waiting, starting = waiting - admitted, starting + admitted
             entering = min(most, starting)
-            seconds += passes * self.seconds(entering / most, running / live)
+            forwards = len(self.workload.prompts) * entering / most
+            seconds += passes * self.seconds(entering / full, running / live, forwards)
             entered.append(entering)
             leaving = entered[0] if len(entered) == strides else 0.0
             starting, running = starting - entering, running + entering - leaving
@@ -267,8 +269,8 @@ class _Mixed(_Work):
         if rows is None:
             return live * new, live * self.steady_s(self.entering_rows)
         first = min(live, rows)
-        filling = first / self.workload.prompts_rows
-        seconds = filling * (self.seconds(1, first / live / 2) - self.seconds(0, first / live / 2))
+        filling, part = first / self.workload.prompts_a_pass, self.workload.prompts_a_pass / self.workload.prompts_rows
+        seconds = filling * (self.seconds(part, first / live / 2, 1) - self.seconds(0, first / live / 2))
         seconds += (rows - first) * self.steady_s(self.entering_rows) if rows > live else 0.0
         # What is left of a row that has run for a while is shorter than what is left of one that begins.
         power = most / new if rows > live else most / new - 1

@@ -11,6 +11,9 @@ from typing import Literal, Protocol
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event
 
+# So many prompts' lengths stand for all of a job's.
+_MOST_PROMPTS = 64
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
@@ -28,6 +31,8 @@ class Lengths:
     """Log-probabilities that rows ask for, the most of any; None: none does."""
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
+    prompts: tuple[int, ...] = ()
+    """Prompts' tokens by length, few of many at equal distances; empty: all are as long as the longest."""
     mean_new_tokens: float | None = None
     mean_tokens: float | None = None
     """Tokens that a live row can come to."""
@@ -45,6 +50,7 @@ class Lengths:
             padded=len(set(prompts)) > 1,
             logprobs=logprobs,
             mean_prompt_tokens=fmean(prompts),
+            prompts=tuple(sorted(prompts)[:: -(-len(prompts) // _MOST_PROMPTS)]),
             mean_new_tokens=fmean(lives),
             mean_tokens=fmean(map(sum, rows), lives),  # in a pass, of the rows that are live, more are long ones
             mean_pages=fmean(pages, lives),
@@ -58,6 +64,13 @@ class Lengths:
         # Rows that live equally long are about equally far; of others, some have nearly all their tokens at any time.
         longest = self.prompt_tokens + (self.new_tokens / 2 if new == self.new_tokens else self.new_tokens)
         return mean + (longest - mean) / micro_batches
+
+    def prompts_a_pass(self, tokens: int) -> float:
+        """How many prompts a pass takes that computes so many tokens: like-long ones run together, and what is left
+        over is too short for one more. A longer one takes several passes."""
+        prompts = self.prompts or (self.prompt_tokens,)
+        passes = (1 / (tokens // prompt) if prompt <= tokens else ceil(prompt / tokens) for prompt in prompts)
+        return len(prompts) / sum(passes)
 
     def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
         """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
@@ -173,8 +186,9 @@ class Workload:
     prompts: Pass
     """As many prompts as a pass computes, or the last part of a long one."""
     prompts_rows: float
-    """So many rows of average length are through with their prompts in the same time; less than one where it takes
-    several passes."""
+    """So many of average length take as long; less than one where a pass computes a part of one."""
+    prompts_a_pass: float
+    """So many come in a pass at the most, on average."""
     first_decode: Pass
     """The first token after prompts of average length; empty where there is only one new token."""
     last_decode: Pass

@@ -194,5 +194,6 @@ def _shares(lengths: Lengths) -> Sequence[Lengths]:
     while found[-1].prompt_tokens > 1:
         prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
         means: dict[str, Any] = dict.fromkeys(("mean_prompt_tokens", "mean_new_tokens", "mean_tokens", "mean_pages"))
+        means["prompts"] = ()
         found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new, **means))
     return found

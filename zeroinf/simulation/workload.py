@@ -98,7 +98,7 @@ class Simulator:
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
-        mean = self._lengths.mean_prompt_tokens or longest
+        mean, tokens = self._lengths.mean_prompt_tokens or longest, shape.prefill_tokens
         whole = longest <= shape.prefill_tokens or self._breaks_at is not None
         rows = max(1, min(shape.rows, shape.prefill_tokens // longest)) if whole else 1
         start = 0 if whole else longest - shape.prefill_tokens
@@ -124,7 +124,8 @@ class Simulator:
             shape,
             prompts=prompts(kv),
             paged_prompts=prompts(None) if 0 < shape.host_rows < shape.rows else (),
-            prompts_rows=(rows if whole else shape.prefill_tokens / longest) * longest / mean,
+            prompts_rows=(rows if whole else tokens / longest) * longest / mean,
+            prompts_a_pass=self._lengths.prompts_a_pass(max(longest, tokens) if whole else tokens),
             first_decode=first_decode,
             last_decode=decodes(last) if new > 1 else (),
             decode_at=min(1.0, max(0.0, (attended - first) / (last - first))) if last > first else 0.0,
@@ -209,6 +210,7 @@ class Simulator:
             shape,
             prompts=(found[0],),
             prompts_rows=shape.rows,
+            prompts_a_pass=shape.rows,
             first_decode=tuple(found[1:2]),
             last_decode=tuple(found[2:]),
         )

@@ -41,7 +41,7 @@ def measure_machine(machine: Machine, say: Callable[[str], None]) -> Rates:
 
 
 def _measurements(machine: Machine) -> Iterator[tuple[str, _Measurement]]:
-    yield "host memory", lambda: {"host_copy_gbps": measure_host_copy()}
+    yield "host memory", lambda: dict(zip(("host_copy_gbps", "host_recopy_gbps"), measure_host_copy(), strict=True))
     if machine.gpus:
         yield from _gpu_measurements(machine.gpus)
     for disk in machine.disks:
