@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 ON_ONE_GPU = {
     "link_gbps", "links_gbps", "matmul_tflops", "hbm_gbps", "context_bytes", "process_bytes", "workspace_bytes",
-    "launch_s", "page_lock_gbps", "host_copy_gbps",
+    "launch_s", "page_lock_gbps", "host_copy_gbps", "host_recopy_gbps",
 }  # fmt: skip
 ON_SEVERAL = {"all_gather_gbps", "nccl_bytes"}
 
