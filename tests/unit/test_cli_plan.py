@@ -190,7 +190,7 @@ def test_what_does_not_fit_ends_with_3_and_a_hint_that_is_true() -> None:
 def test_a_batch_that_is_too_large_is_told_what_would_fit() -> None:
     tight = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--input-len", "1900", "--output-len", "100")
     error = refused(*MODEL, *tight, "-b", "4000", error=DoesNotFitError)
-    assert "4000 rows need" in error.message
+    assert "offload cpu: 4000 rows, keys and values of 3000 in host memory, need" in error.message
     assert "--batch-size 1" in (error.hint or "")
     printed(*MODEL, *tight, "-b", "1")
 
