@@ -114,3 +114,17 @@ def test_weights_that_are_cut_off_are_refused(engine: str, offload: str, folder:
     os.truncate(weights, weights.stat().st_size - 1)
     words = refusal(folder, engine, offload)
     assert re.fullmatch(f"the weights of {folder} are damaged: .*file not fully covered", words)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize(("engine", "offload"), [("stream", "cpu"), ("zero", "cpu"), ("resident", "none")])
+def test_pickles_that_are_cut_off_are_refused(
+    engine: str, offload: str, folder: Path, is_archive: bool, kept: float
+) -> None:
+    weights = folder / "pytorch_model.bin"
+    made = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    torch.save(made, weights, _use_new_zipfile_serialization=is_archive)
+    os.truncate(weights, int(kept * weights.stat().st_size))
+    (folder / "model.safetensors").unlink()
+    assert f"the weights of {folder} are damaged" in refusal(folder, engine, offload)

@@ -35,7 +35,7 @@ def load_pretrained(source: ModelSource, dtype: torch.dtype, **where: Any) -> An
         except (OSError, ValueError, RuntimeError) as error:
             # Under ZeRO perhaps a collective that another rank broke.
             broken = isinstance(error, RuntimeError) and is_deepspeed_zero3_enabled()
-            if broken or isinstance(error, torch.OutOfMemoryError):
+            if broken or isinstance(error, torch.OutOfMemoryError) or _is_cut_off(error):
                 raise
             raise ModelError(f"cannot load {source.name}: {error}") from error
     return model.eval()
@@ -48,10 +48,18 @@ def reading_weights(source: ModelSource) -> Iterator[None]:
 
     try:
         yield
-    except UnpicklingError as error:
+    except (UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) or _is_cut_off(error):
+            raise ModelError(f"the weights of {source.name} are damaged: {error}", hint="fetch them again") from error
+        if not isinstance(error, UnpicklingError):
+            raise
         raise ModelError(
             f"cannot load {source.name}: its pickled files hold more than weights, and could run code here",
             hint="convert it to safetensors where you trust it",
         ) from error
-    except SafetensorError as error:
-        raise ModelError(f"the weights of {source.name} are damaged: {error}", hint="fetch them again") from error
+
+
+def _is_cut_off(error: Exception) -> bool:
+    """Whether `error` is what torch says of a file of which the end, or all, is missing: it has words for it only."""
+    words = ("PytorchStreamReader failed", "pickle data was truncated", "unexpected EOF")
+    return isinstance(error, EOFError) or any(some in str(error) for some in words)
