@@ -240,7 +240,11 @@ def test_a_request_that_fails_goes_to_the_errors_and_no_resume_does_it_again(
     ]  # fmt: skip
     errors_path(failing.out).unlink()
     monkeypatch.setattr(runner, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
-    assert zeroinf(*failing.run, "--resume")[0] == 5
+    report.unlink()
+    code, said = zeroinf(*failing.run, "--resume", "--report", str(report))
+    assert code == 5
+    assert f"no report in {report}: nothing was run" in said
+    assert not report.exists()
     assert (failing.out.read_bytes(), errors_path(failing.out).read_bytes()) == (results, errors)
 
 

@@ -294,6 +294,8 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
             print_benchmark(console, report)
         if not quiet:
             print_report(console, report)
+    elif report_file is not None:
+        observer.note(f"no report in {report_file}: nothing was run")
     if outcome.refused or outcome.failed:
         raise _incomplete(outcome, options.output_file)
     return 0
