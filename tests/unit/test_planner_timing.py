@@ -78,11 +78,12 @@ def mixed(lengths: list[int], **rates: float) -> Timing:
     return time_plan(CHAIN, choice_of(shape), workload, speeds(**rates), 1, len(lengths))
 
 
-def forwards_of(lengths: list[int], entering_rows: int) -> tuple[int, int]:
+def limits_of(entering_rows: int) -> Limits:
+    return Limits(rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=16 * PROMPT, entering_rows=entering_rows)
+
+
+def forwards_of(lengths: list[int], limits: Limits) -> tuple[int, int]:
     """Passes and forwards that the scheduler makes of such rows."""
-    limits = Limits(
-        rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=16 * PROMPT, entering_rows=entering_rows
-    )
     scheduler = Scheduler(limits, lambda tokens: 1)
     scheduler.add(rows_of([[1] * PROMPT] * len(lengths), lengths))
     passes = forwards = 0
@@ -106,17 +107,17 @@ def test_rows_of_different_lengths_take_a_forward_for_each_group_that_enters(len
     timing = mixed(lengths, link_gbps=1e6, launch_s=1e-3)
     assert timing.binds == "kernel launches"
     assert timing.entering_rows > 1
-    _, forwards = forwards_of(lengths, timing.entering_rows)
+    _, forwards = forwards_of(lengths, limits_of(timing.entering_rows))
     seconds = sum(lengths) / timing.tokens_per_second
     assert seconds == pytest.approx(forwards * timing.decode_s, rel=0.05)
-    assert forwards < 0.93 * forwards_of(lengths, 1)[1]
+    assert forwards < 0.93 * forwards_of(lengths, limits_of(1))[1]
 
 
 def test_rows_enter_at_once_where_their_prompts_hide_behind_the_link(lengths: list[int]) -> None:
     timing = mixed(lengths, link_gbps=0.1)
     assert timing.binds == "link"
     assert timing.entering_rows == 1
-    passes, _ = forwards_of(lengths, 1)
+    passes, _ = forwards_of(lengths, limits_of(1))
     assert sum(lengths) / timing.tokens_per_second == pytest.approx(passes * timing.decode_s, rel=0.04)
 
 
@@ -164,3 +165,15 @@ def test_a_batch_that_none_may_join_lasts_as_long_as_its_longest_row() -> None:
         return time_plan(CHAIN, choice_of(shape, "zero"), workload, speeds(link_gbps=0.1), 1, 64).tokens_per_second
 
     assert speed(NEW / 3) == pytest.approx(speed(NEW) / 3, rel=0.01), "a third of the tokens in the same passes"
+
+
+def test_so_does_one_whose_prompts_take_several_passes(lengths: list[int]) -> None:
+    shape = Shape(32, 32, 4 * PROMPT)
+    workload = workload_of(shape, prompt=PROMPT, new=NEW)
+    workload = replace(workload, new_tokens=fmean(lengths), most_new_tokens=max(lengths))
+    timing = time_plan(CHAIN, choice_of(shape), workload, speeds(link_gbps=0.1), 1, len(lengths), static=True)
+    limits = Limits(rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=4 * PROMPT, static=True)
+    passes, _ = forwards_of(lengths, limits)
+    assert timing.binds == "link"
+    assert sum(lengths) / timing.tokens_per_second == pytest.approx(passes * timing.decode_s, rel=0.06)
+    assert timing.entering_rows == 1

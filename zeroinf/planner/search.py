@@ -348,7 +348,9 @@ class Planner:
         )
         if lacks:
             return _rejection(choice, *lacks)
-        timing = time_plan(self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests)
+        timing = time_plan(
+            self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests, static=wish.static_batches
+        )
         return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
     def _merit(self, candidate: Candidate) -> tuple[float, int, int, int]:

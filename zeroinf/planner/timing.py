@@ -84,9 +84,17 @@ class Timing:
 
 
 def time_plan(
-    anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, world_size: int, requests: int | None
+    anatomy: Anatomy,
+    choice: Choice,
+    workload: Workload,
+    speeds: Speeds,
+    world_size: int,
+    requests: int | None,
+    *,
+    static: bool = False,
 ) -> Timing:
-    """The time of `requests` requests (None: without end) on `world_size` ranks."""
+    """The time of `requests` requests (None: without end) on `world_size` ranks; `static`: none enters while others
+    live."""
     decoder, *encoder = walks(anatomy, choice)
     waits, streamed = _waits([decoder], choice, speeds, world_size)
     prompt_waits, _ = _waits([decoder, *encoder], choice, speeds, world_size)
@@ -100,7 +108,7 @@ def time_plan(
     decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s
     prefill_s, _ = _pass(prompts, expansion, prompt_waits)
     decode_s, binds = _pass(decode, expansion, waits)
-    count = _Static if not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
+    count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
     work = count(workload, prompts, decode, expansion, prompt_waits, waits)
     tokens, seconds = work.tokens_and_seconds(rows)
     if requests is not None:
@@ -113,7 +121,7 @@ def time_plan(
         streamed_bytes=streamed,
         fetched_bytes=int(fetched),
         binds=binds,
-        entering_rows=work.entering_rows if workload.shares_passes else 1,
+        entering_rows=1 if count is _Static else work.entering_rows,
     )
 
 
@@ -195,6 +203,12 @@ class _Work(ABC):
         both["kernel launches"] += more * self.prompts["kernel launches"]
         return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)[0]
 
+    def filling_s(self, rows: float) -> float:
+        """Seconds until so many rows have entered, which from then on have a step in every pass."""
+        workload = self.workload
+        part, running = workload.prompts_a_pass / workload.prompts_rows, rows / workload.shape.rows / 2
+        return rows / workload.prompts_a_pass * self.seconds(part, running, 1)
+
     @abstractmethod
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
         """Tokens of so many rows, or of as many as show the speed of a job without end, and how long they take."""
@@ -222,8 +236,8 @@ class _Static(_Work):
         """A batch lasts as long as its longest row, and the others leave it before."""
         live, new, most = self.workload.shape.rows, self.workload.new_tokens, self.workload.most_new_tokens
         count = live if rows is None else rows
-        batch_s = self.seconds(1, 0) + (most - 1) * self.seconds(0, new / most)
-        return count * new, -(-count // live) * batch_s
+        filling_s = self.filling_s(live) if live > self.workload.prompts_a_pass else self.seconds(1, 0)
+        return count * new, -(-count // live) * (filling_s + (most - 1) * self.seconds(0, new / most))
 
 
 class _Continuous(_Work):
@@ -269,8 +283,7 @@ class _Mixed(_Work):
         if rows is None:
             return live * new, live * self.steady_s(self.entering_rows)
         first = min(live, rows)
-        filling, part = first / self.workload.prompts_a_pass, self.workload.prompts_a_pass / self.workload.prompts_rows
-        seconds = filling * (self.seconds(part, first / live / 2, 1) - self.seconds(0, first / live / 2))
+        seconds = self.filling_s(first) - first / self.workload.prompts_a_pass * self.seconds(0, first / live / 2)
         seconds += (rows - first) * self.steady_s(self.entering_rows) if rows > live else 0.0
         # What is left of a row that has run for a while is shorter than what is left of one that begins.
         power = most / new if rows > live else most / new - 1
