@@ -16,6 +16,7 @@ from zeroinf.bench.results import (
     Figure,
     Outcome,
     Results,
+    alone,
     outcome_of,
     ratio,
     read_results,
@@ -240,6 +241,15 @@ def test_a_file_of_other_settings_or_another_machine_is_not_gone_on_with(tmp_pat
         start_or_resume(path, Settings(repetitions=9), MACHINE, overwrite=False)
     with pytest.raises(UsageError, match="other machines: hostname"):
         start_or_resume(path, Settings(), {**MACHINE, "hostname": "there"}, overwrite=False)
+
+
+def test_two_benchmarks_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with alone(path), pytest.raises(OutputError, match=r"another benchmark writes .*r\.json"), alone(path):
+        pytest.fail("both of them write")
+    with alone(path):
+        results(ok()).save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_cells_that_took_too_long_run_again_once_they_may_take_longer(tmp_path: Path) -> None:

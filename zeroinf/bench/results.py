@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.errors import InputError, OutputError, UsageError
-from zeroinf.jobs.files import rename, write_lines, write_new
+from zeroinf.jobs.files import LineFile, rename, write_lines, write_new
 
 SCHEMA = 1
 _IDENTITY = ("hostname", "versions", "gpu_names", "driver")
@@ -163,6 +164,25 @@ def start_or_resume(path: Path | None, settings: Settings, machine: Mapping[str,
     longer = settings.cell_limit_s > found.settings[_LIMIT]
     kept = tuple(outcome for outcome in found.outcomes if outcome.status != "timeout" or not longer)
     return replace(found, settings=fresh.settings, outcomes=kept)
+
+
+@contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Keeps others from making results in the file `path` meanwhile. Raises OutputError where somebody does already."""
+    if path is None:
+        yield
+        return
+    try:
+        lock = LineFile(path.with_name(f"{path.name}.lock"))
+    except BlockingIOError as error:
+        raise OutputError(f"another benchmark writes {path}", hint="wait for its end, or choose another -o") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another name") from error
+    try:
+        yield
+    finally:
+        lock.remove()
+        lock.close()
 
 
 def differing(mine: Results, theirs: Results) -> dict[str, list[str]]:

@@ -126,17 +126,18 @@ def bench(
     _refuse_contradictions(output_file, plot, form, overwrite=overwrite, dry_run=dry_run, time_limit_s=time_limit_s)
     cells, settings = _matrix(preset, models_dir, asked).cells(), _settings(asked)
     _refuse_unused(ctx, cells)
-    results = _so_far(settings, output_file, overwrite=overwrite)
     if plot is not None:
         from zeroinf.bench.plot import check_plot, draw
 
         check_plot()
+    from zeroinf.bench.results import alone
     from zeroinf.cli.bench_view import print_cells, shown
 
     if dry_run:
-        print_cells(cells, settings, results, form)
+        print_cells(cells, settings, _so_far(settings, output_file, overwrite=overwrite), form)
         return 0
-    with _stops_in_order(output_file):
+    with alone(output_file), _stops_in_order(output_file):
+        results = _so_far(settings, output_file, overwrite=overwrite)
         results = _run(cells, settings, results, output_file, time_limit_s)
     click.echo(shown(results, preset, form), nl=False)
     if plot is not None:
