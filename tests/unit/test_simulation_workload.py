@@ -42,8 +42,8 @@ def anatomy_of(name: str) -> Anatomy:
 
 POOLED = sorted(name for name in SMALL_MODELS if all(layer.pooled for layer in anatomy_of(name).cache))
 
-# Their blocks change kind every fourth or sixth time.
-LAYERS = {"cohere2": 28, "smollm3": 28, "gemma3_text": 40}
+# Their blocks change kind every second, fourth or sixth time.
+LAYERS = {"exaone4": 16, "gemma2": 16, "gpt_oss": 16, "cohere2": 28, "smollm3": 28, "gemma3_text": 40}
 
 
 def eager(name: str) -> Any:
@@ -225,7 +225,7 @@ def _compare_model(config: Any, model: Any, shape: Shape, logprobs: int | None =
 def deeper(name: str) -> Any:
     """The small model's config with more layers of each kind than are run."""
     config = small_config(name)
-    layers = LAYERS.get(name, 16)
+    layers = LAYERS.get(name, 8)
     fields = config.to_dict()
     for computed in ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers"):
         fields.pop(computed, None)

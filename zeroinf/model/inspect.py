@@ -24,9 +24,10 @@ _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_se
 def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bool = False) -> Anatomy:
     """Count the model that `config` (a transformers config) describes, in `dtype` (default: the config's own).
 
-    Takes seconds and no memory, whatever the size; a config that was read before is not read again. Raises ModelError when transformers cannot build the model, when no
-    stack of decoder layers is found, when the cache cannot be read, or when the checkpoint is quantised in a way that
-    is not known to run; EnvironmentProblem where the package that would run it is missing.
+    Takes seconds and no memory, whatever the size; a config that was read before is not read again. Raises ModelError
+    when transformers cannot build the model, when no stack of decoder layers is found, when the cache cannot be read,
+    or when the checkpoint is quantised in a way that is not known to run; EnvironmentProblem where the package that
+    would run it is missing.
     """
     dtype = dtype or config_dtype(config)
     key = type(config), config.to_json_string(use_diff=False), dtype, trust_remote_code
