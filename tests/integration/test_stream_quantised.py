@@ -182,6 +182,7 @@ def test_what_is_not_known_to_run_is_refused_by_name(
 
 def test_a_missing_package_is_named(quantised: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve_model(str(quantised("llama", "w4a16"))).config
+    config.bos_token_id = 5  # a config that was read with the package is not read again
     monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
     with pytest.raises(
         EnvironmentProblem, match=r"quantised with compressed-tensors: compressed-tensors>=0\.15"
