@@ -56,7 +56,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
 _UNFORESEEN_GPU = 96 * _MIB
-# The driver notes in 8 bytes where on the host each page of 4 KiB lies that a GPU can reach.
+# The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks.md).
 _LOCKED_BYTES_PER_NOTED = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB

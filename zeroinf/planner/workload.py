@@ -87,9 +87,10 @@ class Lengths:
         tokens = self.prompt_tokens + self.new_tokens
         mean = tokens if self.mean_tokens is None else self.mean_tokens
         together = min(shape.micro_batch_rows, shape.host_rows)
-        left_over = tokens if mean < tokens else 0  # the next row may be a little longer than what is left elsewhere
+        # The last row may be a little longer than what is left on the GPU, and has a place here then.
+        left_over = tokens if mean < tokens and shape.host_rows < shape.rows else 0
         return HostSize(
-            tokens=ceil(shape.host_rows * mean) + left_over,
+            tokens=max(tokens, ceil(shape.host_rows * mean) + left_over),
             seen_columns=together * tokens,
             new_columns=max(shape.prefill_tokens, together, whole),
             dtype=shape.kv_dtype,
