@@ -22,7 +22,7 @@ ON_ONE_GPU = {
     "link_gbps", "links_gbps", "matmul_tflops", "hbm_gbps", "context_bytes", "process_bytes", "workspace_bytes",
     "launch_s", "page_lock_gbps", "host_copy_gbps", "host_recopy_gbps",
 }  # fmt: skip
-ON_SEVERAL = {"all_gather_gbps", "nccl_bytes"}
+ON_SEVERAL = {"all_gather_gbps", "nccl_bytes", "shared_copy_gbps", "shared_page_lock_gbps"}
 
 
 @pytest.fixture(scope="module")

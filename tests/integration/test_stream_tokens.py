@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,27 @@ def test_blocks_of_the_host_copy_take_no_more_than_the_weights(small_checkpoint:
     weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     tensors = sum(1 for _ in engine.model.parameters()) + sum(1 for _ in engine.model.buffers())
     assert engine.stats().shared_host_bytes <= weights + 512 * tensors
+
+
+def test_threads_that_load_compute_alone_and_leave_others_their_teams(
+    small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, teams, before = load_module._copy, set(), torch.get_num_threads()
+
+    def counted(*arguments: Any) -> None:
+        teams.add(torch.get_num_threads())
+        copy(*arguments)
+
+    monkeypatch.setattr(load_module, "_copy", counted)
+    torch.set_num_threads(3)
+    try:
+        stream(small_checkpoint("llama"))
+        with ThreadPoolExecutor(1) as later:
+            found = torch.get_num_threads(), later.submit(torch.get_num_threads).result()
+    finally:
+        torch.set_num_threads(before)
+    assert teams == {1}
+    assert found == (3, 3)
 
 
 def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def test_slow_or_nearly_full_disk_gets_a_smaller_file(
     assert len(written) == 1
 
 
-def test_host_memory_copies_at_some_rate() -> None:
-    assert all(rate > 0 for rate in measure_host_copy(nbytes=8 << 20))
+@pytest.mark.parametrize("shared", [False, True])
+def test_host_memory_copies_at_some_rate(shared: bool) -> None:
+    assert all(rate > 0 for rate in measure_host_copy(shared=shared, nbytes=8 << 20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import total
+from zeroinf.planner.speeds import speeds_of
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Answer, Question, answer
@@ -100,3 +101,14 @@ def test_a_rate_that_nobody_measured_is_named() -> None:
     assert set(answer(ask(gpu=2 * GIB)).speeds.projected) >= {"link_gbps", "hbm_gbps", "matmul_tflops", "launch_s"}
     measured = replace(ask(gpu=2 * GIB), rates=Rates.of("measured", link_gbps=25.0, hbm_gbps=900.0))
     assert not {"link_gbps", "hbm_gbps"} & set(answer(measured).speeds.projected)
+
+
+def test_several_ranks_fill_memory_at_the_rates_of_shared_memory() -> None:
+    rates = Rates.of(
+        "measured", page_lock_gbps=20.0, host_copy_gbps=30.0, shared_page_lock_gbps=3.0, shared_copy_gbps=6.0
+    )
+    machine = machine_of(host_bytes=32 * GIB)
+    alone, together = (speeds_of(machine, rates, dtype="bfloat16", world_size=ranks) for ranks in (1, 2))
+    assert (alone.fill_gbps, together.fill_gbps) == pytest.approx((12.0, 2.0))
+    assert "shared_copy_gbps" in speeds_of(machine, Rates(), dtype="bfloat16", world_size=2).projected
+    assert "shared_copy_gbps" not in {*alone.projected, *together.projected}

@@ -27,6 +27,10 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         yield "host_recopy_gbps", "copy to written memory", f"{rates.host_recopy_gbps:.1f} GB/s"
     if rates.page_lock_gbps is not None:
         yield "page_lock_gbps", "page-locking", f"{rates.page_lock_gbps:.2f} GB/s"
+    if rates.shared_copy_gbps is not None:
+        yield "shared_copy_gbps", "copy to shared memory", f"{rates.shared_copy_gbps:.1f} GB/s"
+    if rates.shared_page_lock_gbps is not None:
+        yield "shared_page_lock_gbps", "page-locking shared", f"{rates.shared_page_lock_gbps:.2f} GB/s"
     if rates.link_gbps is not None:
         yield "link_gbps", "link of one GPU", f"{rates.link_gbps:.1f} GB/s"
     if rates.links_gbps is not None:

@@ -56,13 +56,19 @@ class Rates:
     """Host time of one operator whose kernel has next to nothing to do."""
 
     page_lock_gbps: float | None = None
-    """cudaHostRegister on shared memory that has just been written."""
+    """cudaHostRegister on memory of one process that has just been written."""
 
     host_copy_gbps: float | None = None
-    """Bytes copied a second by 8 threads into host memory that nobody has touched yet."""
+    """Bytes copied a second by 8 threads into memory of one process that nobody has touched yet."""
 
     host_recopy_gbps: float | None = None
     """The same into memory that has been written before, as a load's stages have."""
+
+    shared_page_lock_gbps: float | None = None
+    """`page_lock_gbps` of memory that several ranks share: its pages are small, as a rule."""
+
+    shared_copy_gbps: float | None = None
+    """`host_copy_gbps` of such memory."""
 
     origins: Mapping[str, Origin] = field(default_factory=dict)
 

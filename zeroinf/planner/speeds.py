@@ -59,10 +59,13 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     card = _HOST if gpu is None else _CARDS.get(gpu.capability or (0, 0), _UNKNOWN_CARD)
     gather = (rates.all_gather_gbps or {}).get(world_size, card.gather_gbps)
     wanted = ["matmul_tflops", "hbm_gbps", "launch_s", "link_gbps"]
-    wanted += ["page_lock_gbps", "host_copy_gbps", "host_recopy_gbps"]
+    lock, copy = ("page_lock_gbps", "host_copy_gbps")
+    if world_size > 1:
+        lock, copy = ("shared_page_lock_gbps", "shared_copy_gbps")
+    wanted += [lock, copy, "host_recopy_gbps"]
     wanted += ["disk_gbps"] if disks else []
     wanted += ["all_gather_gbps"] if world_size > 1 else []
-    fill = 1 / (1 / (rates.page_lock_gbps or 2 * _FILL_GBPS) + 1 / (rates.host_copy_gbps or 2 * _FILL_GBPS))
+    fill = 1 / sum(1 / rates.known.get(name, 2 * _FILL_GBPS) for name in (lock, copy))
     link = _link_gbps(rates, gpu, world_size)
     return Speeds(
         link_gbps=link,

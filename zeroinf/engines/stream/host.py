@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.checks import gib
+from zeroinf.hardware.memory import map_memory
 from zeroinf.hardware.snapshot import read_memlock
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
@@ -21,21 +20,19 @@ class HostMemory:
     """`nbytes` of memory, page-locked at exactly that size if `pin`.
 
     torch's `pin_memory` rounds each allocation up to a power of two; mapping and registering does not. With a `control`
-    all ranks of a node map the same memory: they fill it first, and call `pin` then. It has no name in any file system:
-    it is gone with the last process that maps it, however that one ends.
+    all ranks of a node map the same memory, if there are several: they fill it first, and call `pin` then. It has no
+    name in any file system: it is gone with the last process that maps it, however that one ends.
     """
 
     def __init__(self, nbytes: int, control: Control | None = None, *, pin: bool) -> None:
         self.nbytes = nbytes
         self.pinned_bytes = 0
-        if control is None:
-            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if control is None or control.world.local_size == 1:
+            self._map = map_memory(nbytes)
         else:
             descriptor = self._open(nbytes, control)
-            self._map = mmap.mmap(descriptor, nbytes)
+            self._map = map_memory(nbytes, descriptor=descriptor)
             os.close(descriptor)
-        with suppress(OSError):  # a kernel without transparent huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if pin:
             self.bytes.zero_()  # by all threads of torch: the driver would have one of them make the pages

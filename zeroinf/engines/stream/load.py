@@ -48,6 +48,7 @@ class Checkpoint:
         self._groups = groups
         self._random = source.random_weights
         self._tally = tally
+        self._team = torch.get_num_threads()
         self._tile = torch.empty(0)
         self._read: _Read | None = None
         if self._random:
@@ -103,9 +104,14 @@ class Checkpoint:
     def _fill_all(self, pieces: Pieces, read: _Read | None) -> None:
         targets = [pair for index, piece in pieces for pair in self._groups[index].targets(piece)]
         targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for done in [pool.submit(self._fill_one, *target, read) for target in targets[self._part :: self._parts]]:
-                done.result()
+        try:
+            # Each computes by itself: with a team of its own for every thread they would be in each other's way.
+            with ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                mine = targets[self._part :: self._parts]
+                for done in [pool.submit(self._fill_one, *target, read) for target in mine]:
+                    done.result()
+        finally:
+            torch.set_num_threads(self._team)  # that of threads to come; those that are there keep theirs
 
     def _fill_one(self, tensor: Tensor, target: Target, read: _Read | None) -> None:
         if not tensor.is_parameter:

@@ -84,9 +84,8 @@ class Weights:
         While one is copied the next ones are filled, each in a stage of its own, so that a disk always has work.
         """
         sizes = [self._groups[index].nbytes for index in groups]
-        shared = self._control if self._control.world.local_size > 1 else None  # private memory has larger pages
         stages = [
-            HostMemory(max(sizes[turn::LOADING_STAGES]), shared, pin=False)
+            HostMemory(max(sizes[turn::LOADING_STAGES]), self._control, pin=False)
             for turn in range(min(LOADING_STAGES, len(sizes)))
         ]
         filling: deque[Future[None]] = deque()

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
+
+from zeroinf.hardware.memory import map_memory
 
 _THREADS = 8
 _ROUNDS = 5
 
 
-def measure_host_copy(*, nbytes: int = 512 << 20) -> tuple[float, float]:
-    """`nbytes` copied by 8 threads into shared memory that nobody has touched, and once more into the same, each the
-    best of five rounds, in GB/s."""
+def measure_host_copy(*, shared: bool = False, nbytes: int = 512 << 20) -> tuple[float, float]:
+    """`nbytes` copied by 8 threads into memory that nobody has touched, and once more into the same, each the best of
+    five rounds, in GB/s. The memory is private, or such that several ranks could share it."""
     source = np.ones((_THREADS, nbytes // _THREADS), dtype=np.uint8)
 
     def one_round(pool: ThreadPoolExecutor) -> tuple[float, float]:
-        memory = mmap.mmap(-1, source.nbytes)
-        with suppress(OSError):  # a kernel without transparent huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        target = np.frombuffer(memory, dtype=np.uint8).reshape(source.shape)
+        target = np.frombuffer(map_memory(source.nbytes, shared=shared), dtype=np.uint8).reshape(source.shape)
         times = [time.perf_counter()]
         for _ in range(2):
             list(pool.map(np.copyto, target, source))

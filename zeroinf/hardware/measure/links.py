@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from zeroinf.errors import EnvironmentProblem
+from zeroinf.hardware.memory import map_memory
 
 # More than any processor caches.
 _COPY_BYTES = 1 << 30
@@ -57,8 +56,9 @@ def measure_own_link(device: int) -> float:
     return rate
 
 
-def measure_page_lock() -> float:
-    """cudaHostRegister on shared memory that has just been written, as the weights' own is made, in GB/s.
+def measure_page_lock(*, shared: bool = False) -> float:
+    """cudaHostRegister on memory that has just been written, as the weights' own is made, in GB/s. The memory is
+    private, or such that several ranks could share it.
 
     Raises EnvironmentProblem where CUDA refuses, as it does under a small memlock limit.
     """
@@ -67,10 +67,8 @@ def measure_page_lock() -> float:
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    memory = mmap.mmap(-1, _LOCKED_BYTES)
-    with suppress(OSError):  # a kernel without transparent huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    address = torch.frombuffer(memory, dtype=torch.uint8).fill_(1).data_ptr()
+    memory = torch.frombuffer(map_memory(_LOCKED_BYTES, shared=shared), dtype=torch.uint8).fill_(1)
+    address = memory.data_ptr()
     started = time.perf_counter()
     error = cudart.cudaHostRegister(address, _LOCKED_BYTES, _PORTABLE)
     elapsed_s = time.perf_counter() - started

@@ -56,7 +56,13 @@ def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
     yield "kernel launches", lambda: {"launch_s": measure_launch()}
     if len(gpus) > 1:
+        yield "memory that ranks share", _shared_memory
         yield "all-gather", lambda: _all_gather(gpus)
+
+
+def _shared_memory() -> dict[str, Any]:
+    copied, _ = measure_host_copy(shared=True)
+    return {"shared_copy_gbps": copied, "shared_page_lock_gbps": measure_page_lock(shared=True)}
 
 
 def _links(gpus: tuple[Gpu, ...]) -> dict[str, Any]:
