@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 from zeroinf.errors import DoesNotFitError
@@ -41,6 +42,10 @@ _SHORTEST_PART = 256
 _PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 # The most rows are found to a part of so many.
 _CLOSE_ENOUGH = 32
+
+# Of so many numbers of rows others are tried, too. Prompts that come one by one take longer than their plan says.
+_PROMISING = 3
+_ROWS_PARTS, _TOKENS_PARTS = (1, 4, 16, 64), (1, 4)
 
 _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
@@ -159,7 +164,10 @@ class Planner:
             grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
             found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
             found += self._beside(wish, found, budgets)
+            found += self._in_other_parts(wish, found, budgets)
             found += self._with_even_waves(wish, max(found, key=self._merit), budgets)
+        elif found:
+            found += self._in_other_parts(wish, found, budgets)
         yield from found
 
     def _beside(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
@@ -176,6 +184,23 @@ class Planner:
                 slower = rows
         return tried
 
+    def _in_other_parts(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
+        """The most promising of `found` with passes in smaller parts, and what that leaves room for in resident blocks.
+
+        Parts that are as large as fit come first elsewhere; where weights and rows in host memory share a link, blocks
+        that stay on the GPU may be worth more.
+        """
+        best = {one.choice.batch_size: one for one in sorted(found, key=self._merit)}
+        tried: list[Candidate] = []
+        for candidate in sorted(best.values(), key=self._merit)[-_PROMISING:]:
+            rows, fewest = candidate.choice.batch_size, self._fewest_residents(wish, candidate.choice.offload)
+            start = self._choice(wish, candidate.choice.offload, candidate.choice.fetch, rows, fewest)
+            for shape in self._parts(wish, rows) if self._makes_parts(wish) else ():
+                outcome = self._try_shape(wish, start, shape, budgets)
+                if isinstance(outcome, Candidate):
+                    tried += [outcome, *self._with_more_residents(wish, outcome, budgets, shape)]
+        return tried
+
     def _with_even_waves(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
         """The same with so few rows that no more waves are needed, and the last one is as large as the others."""
         rows = candidate.choice.batch_size
@@ -183,7 +208,13 @@ class Planner:
             return []
         requests = -(-wish.requests // wish.streams)
         fewer = self._try(wish, self._with_rows(wish, candidate.choice, -(-requests // -(-requests // rows))), budgets)
-        return [fewer, *self._with_more_residents(wish, fewer, budgets)] if isinstance(fewer, Candidate) else []
+        if not isinstance(fewer, Candidate):
+            return []
+        return [
+            fewer,
+            *self._with_more_residents(wish, fewer, budgets),
+            *self._in_other_parts(wish, [fewer], budgets),
+        ]
 
     def _growing(
         self, wish: Wish, start: Choice, fits: int, sizes: Sequence[int], budgets: dict[Place, int]
@@ -209,8 +240,10 @@ class Planner:
     def _with_rows(self, wish: Wish, choice: Choice, rows: int) -> Choice:
         return self._choice(wish, choice.offload, choice.fetch, rows, choice.resident_blocks)
 
-    def _with_more_residents(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
-        """The same with as many resident blocks as fit beside its rows, if more do."""
+    def _with_more_residents(
+        self, wish: Wish, candidate: Candidate, budgets: dict[Place, int], shape: Shape | None = None
+    ) -> list[Candidate]:
+        """The same with as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
         choice, blocks = candidate.choice, len(self._anatomy.blocks)
         if wish.resident_blocks is not None or choice.offload == "none" or not TRAITS[wish.engine].places_blocks:
             return []
@@ -220,7 +253,11 @@ class Planner:
         for residents in range(choice.resident_blocks + more, choice.resident_blocks, -1):
             changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
-            outcome = None if is_another_way else self._try(wish, changed, budgets)
+            if is_another_way:
+                continue
+            outcome = (
+                self._try(wish, changed, budgets) if shape is None else self._try_shape(wish, changed, shape, budgets)
+            )
             if isinstance(outcome, Candidate):
                 return [outcome]
         return []
@@ -263,21 +300,31 @@ class Planner:
 
     def _shapes(self, wish: Wish, rows: int) -> Iterator[Shape]:
         """Ways to make passes of `rows` rows, those that take most memory and least time first."""
-        prompts = rows * self._lengths.prompt_tokens
-        if wish.engine != "stream" or not self._anatomy.is_paged:
+        if self._makes_parts(wish):
+            yield from dict.fromkeys(self._shape(wish, rows, *shares) for shares in _PARTS)
+        else:
+            prompts = rows * self._lengths.prompt_tokens
             yield Shape(rows, rows, prompts, _host_rows(wish, rows), wish.kv_dtype)
-            return
+
+    def _parts(self, wish: Wish, rows: int) -> Iterable[Shape]:
+        """Ways that differ in either, whatever they take."""
+        return dict.fromkeys(self._shape(wish, rows, *shares) for shares in product(_ROWS_PARTS, _TOKENS_PARTS))
+
+    def _makes_parts(self, wish: Wish) -> bool:
+        """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
+        return wish.engine == "stream" and self._anatomy.is_paged
+
+    def _shape(self, wish: Wish, rows: int, rows_share: int, tokens_share: int) -> Shape:
+        """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""
         # With as many prompt tokens as are computed in the time that the weights take, the link waits for nothing.
         link_s = self._anatomy.block_bytes / self._speeds.link_gbps / 1e9
         worthwhile = link_s * self._speeds.tflops * 1e12 / (2 * self._anatomy.parameters)
-        tokens = min(prompts, int(sorted((_PREFILL_TOKENS[0], worthwhile, _PREFILL_TOKENS[1]))[1]))
-        found = dict[Shape, None]()
-        for rows_share, tokens_share in _PARTS:
-            together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
-            part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
-            part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
-            found[Shape(rows, min(rows, together), self._whole(part), _host_rows(wish, rows), wish.kv_dtype)] = None
-        yield from found
+        most = int(sorted((_PREFILL_TOKENS[0], worthwhile, _PREFILL_TOKENS[1]))[1])
+        tokens = min(rows * self._lengths.prompt_tokens, most)
+        part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
+        part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
+        together = min(rows, wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share)
+        return Shape(rows, together, self._whole(part), _host_rows(wish, rows), wish.kv_dtype)
 
     def _whole(self, tokens: int) -> int:
         """As many prompt tokens as the longest prompts among `tokens` have, of which passes are simulated: shorter ones

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, hypot
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
@@ -28,6 +28,8 @@ _ACCELERATE_SHARE = 0.17
 # What launching a kernel through a model's Python costs beside a bare launch, and a micro-batch beside its kernels.
 _HOST_SHARE = 2.3
 _STEP_S = 0.5e-3
+# Of a micro-batch in host memory, what each layer costs beside its kernels: events and streams, there and back.
+_HOST_LAYER_S = 0.4e-3
 
 # How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
 _WAVES = 4
@@ -104,8 +106,9 @@ def time_plan(
     prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
     prompts["link"] += started / speeds.link_gbps / 1e9
     decode["link"] += fetched / speeds.link_gbps / 1e9
-    # A row's keys, and its values, are a copy for each block: without a model's Python around it.
-    decode["kernel launches"] += 2 * choice.host_rows * len(anatomy.cache) * speeds.launch_s
+    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
+    batches = -(-choice.host_rows // choice.micro_batch_rows)
+    decode["kernel launches"] += len(anatomy.cache) * (2 * choice.host_rows * speeds.launch_s + batches * _HOST_LAYER_S)
     prefill_s, _ = _pass(prompts, expansion, prompt_waits)
     decode_s, binds = _pass(decode, expansion, waits)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
@@ -308,7 +311,11 @@ def _work(steps: Pass, speeds: Speeds) -> dict[Resource, float]:
 def _pass(
     work: dict[Resource, float], more: dict[Resource, float], waits: dict[Resource, float]
 ) -> tuple[float, Resource]:
-    """Seconds of a pass and what they are spent on: streams, host and GPU work beside each other."""
+    """Seconds of a pass and what they are spent on: streams, host and GPU work beside each other.
+
+    Where keys and values cross the link, it waits for the host now and then, and the host for it: 21 runs on H200s took
+    about the root of the sum of both squares (docs/benchmarks.md, "A sweep").
+    """
     both = {name: work[name] + more[name] for name in work}
     on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")
     times: dict[Resource, float] = {
@@ -318,7 +325,8 @@ def _pass(
         max(on_gpu, key=lambda resource: both[resource]): sum(both[resource] for resource in on_gpu),
     }
     slowest = max(times, key=lambda resource: times[resource])
-    return times[slowest], slowest
+    together = hypot(times["link"], times["kernel launches"]) if both["link"] else 0.0
+    return max(times[slowest], together), slowest
 
 
 def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
