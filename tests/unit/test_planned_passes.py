@@ -30,15 +30,17 @@ META = torch.device("meta")
 MIB = 1 << 20
 
 
-def plan_of(model: str, prompts: list[int], new: list[int], gpu_bytes: int, host_share: float) -> Plan:
+def plan_of(
+    model: str, prompts: list[int], new: list[int], gpu_bytes: int, host_share: float, rows: int | None
+) -> Plan:
     anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
     lengths = Lengths.of(anatomy, list(zip(prompts, new, strict=True)))
     question = Question(
         config=catalog_config(model),
         anatomy=anatomy,
         machine=machine_of(gpu_bytes=gpu_bytes, host_bytes=64 * GIB),
-        rates=Rates.of("given", link_gbps=25.0),
-        wish=Wish(offload="cpu", requests=len(prompts), host_share=host_share),
+        rates=Rates.of("given", link_gbps=10.0, matmul_tflops={"bfloat16": {8192: 600}}),
+        wish=Wish(offload="cpu", requests=len(prompts), batch_size=rows, host_share=host_share),
         lengths=lengths,
         device="cuda",
     )
@@ -86,16 +88,21 @@ class Paper:
 
 @pytest.mark.parametrize("host_share", [0.0, 1.0], ids=["keys on the GPU", "keys in host memory"])
 @pytest.mark.parametrize(
-    ("model", "least", "most", "requests", "gpu_mib"),
-    [("opt-125m", 16, 512, 60, 1800), ("pythia-70m", 1, 900, 40, 1500)],
+    ("model", "least", "most", "requests", "gpu_mib", "rows"),
+    [
+        ("opt-125m", 16, 512, 60, 1800, None),
+        ("pythia-70m", 1, 900, 40, 1500, None),
+        # All rows are two micro-batches, those that are live before could be one larger one.
+        ("pythia-70m", 190, 200, 540, 16000, 540),
+    ],
 )
 def test_no_pass_takes_more_than_the_plan_said(
-    model: str, least: int, most: int, requests: int, gpu_mib: int, host_share: float
+    model: str, least: int, most: int, requests: int, gpu_mib: int, rows: int | None, host_share: float
 ) -> None:
     draw = random.Random(requests)
     prompts = [draw.randint(least, most) for _ in range(requests)]
-    new = [draw.randint(2, 24) for _ in range(requests)]
-    plan = plan_of(model, prompts, new, gpu_mib * MIB, host_share)
+    new = [draw.randint(2 if rows is None else 24, 24) for _ in range(requests)]
+    plan = plan_of(model, prompts, new, gpu_mib * MIB, host_share, rows)
     planned = next(term.nbytes for term in plan.terms if term.name == COMPUTED)
     paper = Paper(model, plan)
     most_taken = max(peak_bytes([paper.step(group) for group in groups]) for groups in passes_of(plan, prompts, new))

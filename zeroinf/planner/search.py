@@ -323,8 +323,11 @@ class Planner:
         tokens = min(rows * self._lengths.prompt_tokens, most)
         part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
         part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
-        together = min(rows, wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share)
-        return Shape(rows, together, self._whole(part), _host_rows(wish, rows), wish.kv_dtype)
+        on_host = _host_rows(wish, rows)
+        together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
+        # No more than there are where all rows are live: fewer live rows would else run in larger micro-batches.
+        together = max(-(-side // -(-side // together)) for side in (rows - on_host, on_host) if side)
+        return Shape(rows, together, self._whole(part), on_host, wish.kv_dtype)
 
     def _whole(self, tokens: int) -> int:
         """As many prompt tokens as the longest prompts among `tokens` have, of which passes are simulated: shorter ones
