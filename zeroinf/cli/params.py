@@ -218,8 +218,8 @@ def engine_options(command: _Command) -> _Command:
             type=AutoIntType(minimum=1),
             default="auto",
             show_default=True,
-            help="Rows that run one forward together; several such micro-batches share a pass over the weights. With "
-            "the stream engine.",
+            help="Most rows that run one forward together; several such micro-batches, as large as each other, share a "
+            "pass over the weights. With the stream engine.",
         ),
     )
 
