@@ -24,7 +24,7 @@ def on_ranks(size: int, body: Callable[[Control], Any], *, seconds: float = 60) 
     def rank_main(rank: int) -> None:
         words = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in words.items()})
-        control = Control(World(rank=rank, size=size, local_rank=rank, launched=True), "cpu")
+        control = Control(World(rank=rank, size=size, local_rank=rank, local_size=size, launched=True), "cpu")
         try:
             answers.put((rank, body(control)))
         except Exception as error:

@@ -30,5 +30,11 @@ def test_half_of_a_launchers_words_is_an_error_that_names_the_missing_one(missin
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("wrong", [{"LOCAL_WORLD_SIZE": "1"}, {"LOCAL_SIZE": "5"}, {"LOCAL_RANK": "-1"}])
+def test_a_rank_that_its_node_does_not_have_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(EnvironmentProblem, match="on its node"):
+        world_from_environment(COMPLETE | wrong)
+
+
 def test_an_address_alone_does_not_make_a_launcher() -> None:
     assert not world_from_environment({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).launched

@@ -29,7 +29,7 @@ class World:
 def world_from_environment(environ: Mapping[str, str] | None = None) -> World:
     """Read RANK, WORLD_SIZE and LOCAL_RANK; without them the process is alone.
 
-    Raises EnvironmentProblem when a launcher set only some of them.
+    Raises EnvironmentProblem when a launcher set only some of them, or a rank that its node does not have.
     """
     env = os.environ if environ is None else environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -46,4 +46,9 @@ def world_from_environment(environ: Mapping[str, str] | None = None) -> World:
     rank, size, local_rank = (int(env[name]) for name in names)
     # torchrun's name, DeepSpeed's name; a launcher that says neither is taken to use one node.
     local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
+    if not 0 <= local_rank < local_size <= size:
+        raise EnvironmentProblem(
+            f"rank {rank} of {size} is told to be number {local_rank} of {local_size} on its node",
+            hint="set LOCAL_RANK (counted from 0) and LOCAL_WORLD_SIZE as torchrun does",
+        )
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launched=True)
