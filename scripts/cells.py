@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,18 @@ class Fresh:
 
 def _serve(connection: Connection, model: str) -> None:
     """Imports what planning needs, for `model` all of it, says so, and answers one piece of work."""
+    with suppress(Exception):  # the work itself says what is wrong with the model
+        _import_all(model)
+    connection.send("ready")
+    work, arguments = connection.recv()
+    try:
+        answer = work(*arguments)
+    except BaseException:
+        answer = {"error": traceback.format_exc()[-400:]}
+    connection.send(answer)
+
+
+def _import_all(model: str) -> None:
     import torch
     import transformers
 
@@ -84,13 +97,6 @@ def _serve(connection: Connection, model: str) -> None:
     config = resolve_model(model, random_weights=True).config
     simulate = Simulator(config, read_anatomy(config, dtype="bfloat16"), Lengths(prompt_tokens=8, new_tokens=2))
     simulate(Shape(2, 2, 16))
-    connection.send("ready")
-    work, arguments = connection.recv()
-    try:
-        answer = work(*arguments)
-    except BaseException:
-        answer = {"error": traceback.format_exc()[-400:]}
-    connection.send(answer)
 
 
 def run_report(options: Sequence[str], work: Path, *, limit_s: float, fresh: Fresh | None = None) -> dict[str, Any]:

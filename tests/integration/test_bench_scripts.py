@@ -48,3 +48,9 @@ def test_a_cell_that_fails(small_checkpoint: Callable[[str], Path]) -> None:
     )
     assert found["code"] == 2
     assert "--micro-batch-rows" in found["error"]
+
+
+def test_a_model_that_is_not_there_fails_its_cells_only(tmp_path: Path) -> None:
+    (found,) = lines("bench-throughput", "--models", str(tmp_path), "--cells", "2x2", "--requests", "2")
+    assert found["code"] > 0
+    assert str(tmp_path) in found["error"]
