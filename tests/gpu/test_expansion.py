@@ -39,6 +39,23 @@ def test_the_kernel_computes_what_the_cpu_does(groups: int, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("elements", [5, 1 << 10, (1 << 21) + 333])
+def test_a_gpu_makes_the_codes_that_the_cpu_makes(elements: int, dtype: torch.dtype, wire: Wire) -> None:
+    kind, generator = CODES[wire], torch.Generator().manual_seed(elements)
+    weights = torch.randn(elements, generator=generator) * torch.rand(elements, generator=generator)
+    weights[: elements // 3] = 0
+    groups = -(-elements // kind.group)
+    made = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        codes = torch.empty(kind.nbytes(groups * kind.group), dtype=torch.uint8)
+        scales = torch.empty(groups, dtype=SCALE_DTYPE)
+        encode(weights, dtype, kind, codes, scales, device)
+        made.append((codes, scales))
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
+
+
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize(("resident", "nvme"), [(0.0, 0.0), (0.4, 0.0), (1.0, 0.0), (0.4, 0.4)])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_tokens_are_those_of_weights_after_the_round_trip(

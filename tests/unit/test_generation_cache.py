@@ -42,12 +42,12 @@ class Twin:
         torch.manual_seed(seed)
 
     def enter(self, seat: int, tokens: int) -> None:
-        self.pool.open(seat, tokens)
+        self.pool.open({seat: tokens})
         self.own[seat] = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
         self.lengths[seat] = 0
 
     def leave(self, seat: int) -> None:
-        self.pool.close(seat)
+        self.pool.close([seat])
         del self.own[seat], self.lengths[seat]
 
     def forward(self, counts: dict[int, int]) -> None:
@@ -108,8 +108,7 @@ def test_a_window_takes_no_more_pages_than_its_width() -> None:
 @pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"heads": 1}, {"rows": 1}])
 def test_states_of_another_kind_are_refused_rather_than_converted(change: dict[str, Any]) -> None:
     pool = pool_of(None)
-    for seat in range(2):
-        pool.open(seat, 10)
+    pool.open({0: 10, 1: 10})
     layer = pool.page(pool.new_cache(), columns_of([0, 1], [0, 0], [4, 4], CPU)).layers[0]
     states = torch.zeros(change.get("rows", 2), change.get("heads", HEADS), 4, WIDTH, dtype=change.get("dtype"))
     with pytest.raises((RuntimeError, IndexError)):
@@ -120,11 +119,10 @@ def test_thousands_of_rows_leave_nothing_behind() -> None:
     pool = pool_of(40)
     free = {window: sorted(table._free) for window, table in pool._tables.items()}
     for number in range(3000):
-        pool.open(number % SIZE.rows, 1 + number % SIZE.tokens)
+        pool.open({number % SIZE.rows: 1 + number % SIZE.tokens})
         if number >= 2:
-            pool.close((number - 2) % SIZE.rows)
-    for seat in (2998, 2999):
-        pool.close(seat % SIZE.rows)
+            pool.close([(number - 2) % SIZE.rows])
+    pool.close([2998 % SIZE.rows, 2999 % SIZE.rows])
     assert {window: sorted(table._free) for window, table in pool._tables.items()} == free
 
 

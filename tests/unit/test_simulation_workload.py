@@ -213,8 +213,7 @@ def _compare_model(config: Any, model: Any, shape: Shape, logprobs: int | None =
         in_decode = any(seat in group.seats for group in decode)
         if seat.number >= (shape.rows - shape.host_rows if in_decode else 0) and on_host:
             seat.host_start = max(0, seat.number - (shape.rows - shape.host_rows)) * on_host
-    for seat in range(shape.rows - shape.host_rows):
-        run.desk.pool.open(seat, PROMPT + NEW)
+    run.desk.pool.open(dict.fromkeys(range(shape.rows - shape.host_rows), PROMPT + NEW))
     real = [making, *(measured(lambda groups=groups: run.make(groups))[1] for groups in (prompts, decode))]
     real.append(measured(lambda: run.make([*prompts, *decode]))[1])
     paper = simulated(workload, (workload.prompts, workload.first_decode, (*workload.prompts, *workload.first_decode)))

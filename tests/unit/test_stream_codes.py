@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from small_models import build_model
 from wire_reference import through_codes
 
+from zeroinf.engines.stream import codes as codes_module
 from zeroinf.engines.stream.codes import decode, encode
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.tensors import group_tensors
@@ -56,6 +59,23 @@ def test_no_weight_moves_by_more_than_a_step_and_its_scales_rounding(values: lis
     assert bool((moved <= (1.01 + scales) * step + 1e-35).all())
 
 
+def test_where_the_device_has_no_room_the_cpu_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = codes_module._encode
+
+    def full(*arguments: Any) -> None:
+        if arguments[-1].type != "cpu":
+            raise torch.OutOfMemoryError
+        made(*arguments)
+
+    monkeypatch.setattr(codes_module, "_encode", full)
+    weights, kind = torch.randn(1 << 10), CODES["int4"]
+    codes = torch.empty(kind.nbytes(weights.numel()), dtype=torch.uint8)
+    scales = torch.empty(weights.numel() // kind.group, dtype=torch.bfloat16)
+    encode(weights, weights.dtype, kind, codes, scales, torch.device("cuda", 0))
+    right_codes, right_scales = coded(weights, "int4")
+    assert torch.equal(codes, right_codes) and torch.equal(scales, right_scales)
+
+
 def test_four_bit_codes_take_half_a_byte_each_and_eight_bit_codes_one() -> None:
     weights = torch.ones(1 << 12)
     assert [sum(t.nbytes for t in coded(weights, wire)) for wire in WIRES] == [4096 + 128, 2048 + 256]
@@ -68,7 +88,7 @@ def test_what_is_written_in_a_piece_comes_out_of_the_expanded_slot(name: str, wi
     expander = Expander(groups, torch.device("cpu"))
     for group in groups:
         crossing = torch.full((group.nbytes,), 7, dtype=torch.uint8)
-        for tensor, target in group.targets(crossing):
+        for tensor, target in group.targets(crossing, torch.device("cpu")):
             target.write(tensor.value.detach())
         expander.expand(group, crossing)
         coded = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zeroinf.generation.sampling import to_device
+from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
 
 
@@ -78,15 +78,15 @@ class PagePool:
         """Whether no layer keeps anything elsewhere."""
         return all(self._states)
 
-    def open(self, seat: int, tokens: int) -> None:
-        """Give the row `seat` pages for `tokens` tokens."""
-        for table in self._tables.values():
-            table.open(seat, tokens)
+    def open(self, tokens: Mapping[int, int]) -> None:
+        """Give rows, by their seats, pages for so many tokens each."""
+        for table in self._tables.values() if tokens else ():
+            table.open(tokens)
 
-    def close(self, seat: int) -> None:
-        """Take back the pages of the row `seat`; what it still writes goes nowhere."""
-        for table in self._tables.values():
-            table.close(seat)
+    def close(self, seats: Sequence[int]) -> None:
+        """Take back the pages of the rows of `seats`; what they still write goes nowhere."""
+        for table in self._tables.values() if seats else ():
+            table.close(seats)
 
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""
@@ -131,14 +131,18 @@ class _Table:
     def ring_tokens(self) -> int:
         return self._ring * PAGE_TOKENS
 
-    def open(self, seat: int, tokens: int) -> None:
-        taken = [self._free.pop() for _ in range(self._layer.row_pages(tokens))]
-        self._held[seat] = taken
-        self._pages[seat].copy_(to_device([*taken, *[0] * (self._ring - len(taken))], self._pages.device))
+    def open(self, tokens: Mapping[int, int]) -> None:
+        rings: list[int] = []
+        for seat, count in tokens.items():
+            taken = self._held[seat] = [self._free.pop() for _ in range(self._layer.row_pages(count))]
+            rings += [*taken, *[0] * (self._ring - len(taken))]
+        device = self._pages.device
+        self._pages.index_copy_(0, to_device(list(tokens), device), to_device(rings, device).view(-1, self._ring))
 
-    def close(self, seat: int) -> None:
-        self._free += reversed(self._held.pop(seat))
-        self._pages[seat].zero_()
+    def close(self, seats: Sequence[int]) -> None:
+        for seat in seats:
+            self._free += reversed(self._held.pop(seat))
+        self._pages.index_fill_(0, to_device(seats, self._pages.device), 0)
 
     def places(self, seats: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where tokens lie in a layer's memory. positions: (rows, columns), int64; so is the result."""

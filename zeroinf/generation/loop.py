@@ -110,10 +110,11 @@ class _Passes:
         for each in chosen:
             rows, ended = each.accept(self._desk.rules)
             grown += rows
+            early = [seat for seat in ended if not seat.has_left]
+            for seat in early:
+                self._scheduler.release(seat)
+            self._desk.close(early)
             for seat in ended:
-                if not seat.has_left:
-                    self._scheduler.release(seat)
-                    self._desk.close([seat])
                 self._feed.done(seat.row)
         if chosen:
             self._time_step()

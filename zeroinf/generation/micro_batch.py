@@ -16,8 +16,9 @@ from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
-from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of, to_device
+from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.upload import to_device
 
 
 def breaks_at(config: Any) -> int | None:
@@ -99,15 +100,11 @@ class Desk:
         flat = [token for row in tokens for token in (*row, *[self.rules.pad_token] * (width - len(row)))]
         numbers = to_device([seat.number for seat in seats], self.device)
         self.ids[:, :width].index_copy_(0, numbers, to_device(flat, self.device).view(-1, width))
-        for seat in seats:
-            if not seat.on_host:
-                self.pool.open(seat.number, seat.total)
+        self.pool.open({seat.number: seat.total for seat in seats if not seat.on_host})
 
     def close(self, seats: Sequence[Seat]) -> None:
         """Take back the pages of rows that have ended."""
-        for seat in seats:
-            if not seat.on_host:
-                self.pool.close(seat.number)
+        self.pool.close([seat.number for seat in seats if not seat.on_host])
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """The next pass runs `batches`, whose inputs are made, in this order."""

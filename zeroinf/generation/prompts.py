@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from zeroinf.errors import ModelError
 from zeroinf.generation.row import Row
-from zeroinf.generation.sampling import to_device
+from zeroinf.generation.upload import to_device
 
 
 def decoder_start(model: Any) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from zeroinf.generation.row import Likelihood, Row, Sampling
+from zeroinf.generation.upload import to_device
 
 
 def choose_tokens(scores: torch.Tensor, rows: Sequence[Row], numbers: Sequence[int]) -> torch.Tensor:
@@ -73,11 +73,6 @@ def likelihoods_of(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Ro
     top = logs.topk(min(max(counts.values()), logs.shape[1]))
     own = logs.gather(1, chosen[:, None])
     return Likelihoods(places, list(counts.values()), torch.cat((own, top.values), dim=1), top.indices)
-
-
-def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`values` as a tensor of one dimension, without waiting for the work that the device has before it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float], list[int]]:

@@ -75,7 +75,7 @@ class _WholeModel:
         tally = Tally(starts[-1], told.filled)
         listed = plan.tensor_parallel.checkpoint
         origin: Origin = (
-            Checkpoint(groups, self.model, source, control, tally)
+            Checkpoint(groups, self.model, source, control, torch.device("cpu"), tally)
             if listed is None
             else ListedWeights(groups, self.model, listed, control, tally)
         )

@@ -1,9 +1,9 @@
-"""Weights as codes of a few bits: making them, once, on the CPU, and turning them back into weights where they compute.
+"""Weights as codes of a few bits: making them, once, and turning them back into weights where they compute.
 
 A group of weights shares a scale: the weight that lies farthest from zero, on its side, over the lowest code. A weight
 is its code times the scale, computed in float32 and rounded once to the model's dtype. Four-bit codes lie two in a
 byte, the first half of a group in the low bits, the second half in the high ones. Nothing here depends on how many
-threads or ranks share the work.
+threads or ranks share the work, nor on the device that does it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,49 @@ from zeroinf.planner.wire import Codes
 
 SCALE_DTYPE = torch.bfloat16
 
-# Elements that are computed at a time: what lies between the steps stays in a core's cache.
+# Elements that are computed at a time. On the CPU what lies between the steps stays in a core's cache; a GPU is
+# launched less often, and what is alive there takes some 24 bytes an element.
 _CHUNK = 1 << 17
+_GPU_CHUNK = 1 << 21
+
+_CPU = torch.device("cpu")
 
 
-def encode(weights: torch.Tensor, dtype: torch.dtype, kind: Codes, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Write `weights` (one dimension) rounded to `dtype`, as `codes` (uint8) and `scales`. Zeros end the last group."""
-    for start in range(0, weights.numel(), _CHUNK):
-        part = weights[start : start + _CHUNK].to(dtype).float()
+def encode(
+    weights: torch.Tensor,
+    dtype: torch.dtype,
+    kind: Codes,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    device: torch.device = _CPU,
+) -> None:
+    """Write `weights` (one dimension) rounded to `dtype`, as `codes` (uint8) and `scales`. Zeros end the last group.
+
+    It is computed on `device`, to the same bits on any, or on the CPU where the device has no room for it.
+    """
+    try:
+        _encode(weights, dtype, kind, codes, scales, device)
+    except torch.OutOfMemoryError:
+        _encode(weights, dtype, kind, codes, scales, _CPU)
+
+
+def _encode(
+    weights: torch.Tensor,
+    dtype: torch.dtype,
+    kind: Codes,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    device: torch.device,
+) -> None:
+    chunk = _CHUNK if device.type == "cpu" else _GPU_CHUNK
+    for start in range(0, weights.numel(), chunk):
+        part = weights[start : start + chunk].to(device).to(dtype).float()
         groups = pad(part, (0, -part.numel() % kind.group)).view(-1, kind.group)
         lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         farthest = torch.where(highest > -lowest, highest, lowest)
         scale = (farthest / -_offset(kind)).to(SCALE_DTYPE)
         divisor = scale.float()
-        divisor[divisor == 0] = 1  # a group of zeros
+        divisor.masked_fill_(divisor == 0, 1)  # a group of zeros
         groups.div_(divisor).round_().add_(_offset(kind)).clamp_(0, 2 * _offset(kind) - 1)
         _part(scales, start, groups.numel(), kind.group).copy_(scale.view(-1))
         _part(codes, start, groups.numel(), 8 // kind.bits).copy_(_packed(groups.to(torch.uint8), kind).view(-1))

@@ -40,12 +40,19 @@ class Checkpoint:
     """
 
     def __init__(
-        self, groups: Sequence[Group], model: Any, source: ModelSource, control: Control | None, tally: Tally
+        self,
+        groups: Sequence[Group],
+        model: Any,
+        source: ModelSource,
+        control: Control | None,
+        device: torch.device,
+        tally: Tally,
     ) -> None:
-        """`model` is the skeleton that the groups come from. Without a `control` this process does all the work."""
+        """`model` is the skeleton that the groups come from. Without a `control` this process does all the work. Codes
+        are made on `device`: a GPU does that while the host reads."""
         world = control.world if control is not None else None
         self._part, self._parts = (world.local_rank, world.local_size) if world is not None else (0, 1)
-        self._groups = groups
+        self._groups, self._device = groups, device
         self._random = source.random_weights
         self._tally = tally
         self._team = torch.get_num_threads()
@@ -102,7 +109,7 @@ class Checkpoint:
             return self._read
 
     def _fill_all(self, pieces: Pieces, read: _Read | None) -> None:
-        targets = [pair for index, piece in pieces for pair in self._groups[index].targets(piece)]
+        targets = [pair for index, piece in pieces for pair in self._groups[index].targets(piece, self._device)]
         targets.sort(key=lambda pair: pair[1].nbytes, reverse=True)
         try:
             # Each computes by itself: with a team of its own for every thread they would be in each other's way.

@@ -13,11 +13,12 @@ from zeroinf.planner.memory import round_up
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor's part of the piece `crossing` (uint8), which is laid out by `layout`."""
+    """A tensor's part of the piece `crossing` (uint8), which is laid out by `layout`. Codes are made on `device`."""
 
     layout: Layout
     place: Place
     crossing: torch.Tensor
+    device: torch.device
 
     @property
     def shape(self) -> torch.Size:
@@ -50,7 +51,7 @@ class Target:
         last = first + round_up(values.numel(), coded.kind.group)
         codes = self.layout.codes(self.crossing)[coded.kind.nbytes(first) : coded.kind.nbytes(last)]
         scales = self.layout.scales(self.crossing)[first // coded.kind.group : last // coded.kind.group]
-        encode(values, coded.dtype, coded.kind, codes, scales)
+        encode(values, coded.dtype, coded.kind, codes, scales, self.device)
 
     @property
     def _coded(self) -> Coded | None:

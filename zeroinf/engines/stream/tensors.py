@@ -63,10 +63,15 @@ class Group:
         """Each tensor with its memory in `piece` (uint8, in full)."""
         return [(t, place.view(piece)) for t, place in zip(self.tensors, self.layout.places, strict=True)]
 
-    def targets(self, crossing: torch.Tensor) -> list[tuple[Tensor, Target]]:
-        """Each tensor with where it is written in a piece as it crosses the link (uint8, `nbytes`)."""
+    def targets(self, crossing: torch.Tensor, device: torch.device) -> list[tuple[Tensor, Target]]:
+        """Each tensor with where it is written in a piece as it crosses the link (uint8, `nbytes`).
+
+        Codes are made on `device`.
+        """
         places = self.layout.places
-        return [(t, Target(self.layout, place, crossing)) for t, place in zip(self.tensors, places, strict=True)]
+        return [
+            (t, Target(self.layout, place, crossing, device)) for t, place in zip(self.tensors, places, strict=True)
+        ]
 
 
 def group_tensors(model: Any, wire: Wire = "model") -> tuple[tuple[Group, ...], Group]:

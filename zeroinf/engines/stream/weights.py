@@ -55,12 +55,12 @@ class Weights:
                 contents,
                 in_order(plan.nvme_paths),
                 control,
-                lambda: Checkpoint(groups, model, source, None, written),
+                lambda: Checkpoint(groups, model, source, None, device, written),
                 told,
             )
             self._origin: Origin = StoredWeights(self.used, control, Tally(loaded, told.filled))
         else:
-            self._origin = Checkpoint(groups, model, source, control, Tally(loaded, told.filled))
+            self._origin = Checkpoint(groups, model, source, control, device, Tally(loaded, told.filled))
 
     def keep(self, groups: Sequence[int]) -> Mapping[int, torch.Tensor]:
         """Load pieces into host memory (uint8), where they stay until `close`."""
@@ -84,6 +84,8 @@ class Weights:
         While one is copied the next ones are filled, each in a stage of its own, so that a disk always has work.
         """
         sizes = [self._groups[index].nbytes for index in groups]
+        # All at once: what codes are made with would leave gaps between them.
+        pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
         stages = [
             HostMemory(max(sizes[turn::LOADING_STAGES]), self._control, pin=False)
             for turn in range(min(LOADING_STAGES, len(sizes)))
@@ -106,9 +108,8 @@ class Weights:
                     stage = stages[turn % LOADING_STAGES]
                     if self._pin and not stage.pinned_bytes:
                         stage.pin()
-                    piece = torch.empty(sizes[turn], dtype=torch.uint8, device=self._device)
-                    piece.copy_(stage.bytes[: sizes[turn]])
-                    yield index, piece
+                    pieces[turn].copy_(stage.bytes[: sizes[turn]])
+                    yield index, pieces[turn]
             finally:
                 pool.shutdown(cancel_futures=True)
                 for stage in stages:

@@ -1,0 +1,46 @@
+"""Small things that a pass needs on the device, past the weights that are on their way to it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_TYPES = {torch.int64: "<i8", torch.float32: "<f4"}
+
+_unread: deque[tuple[Any, torch.Tensor]] = deque()
+"""Page-locked memory that a GPU has yet to read, in order, each with the event after which it has."""
+
+
+def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`values` as a tensor of one dimension, without waiting for the work that the device has before it.
+
+    A GPU reads them by a kernel. A copy would stand in the queue of its one engine for copies to the device, behind all
+    blocks that there are slots for: three blocks of 0.6 GB kept each pass waiting for 34 ms on an H200.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype).to(device)
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
+    if not pinned.numel():
+        return pinned.to(device)
+    moved = torch.as_tensor(_Mapped(pinned), device=device) + 0
+    while _unread and _unread[0][0].query():
+        _unread.popleft()
+    read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    read.record(torch.cuda.current_stream(device))
+    _unread.append((read, pinned))
+    return moved
+
+
+class _Mapped:
+    """Page-locked host memory as the GPU's own: it has the same address there (CUDA array interface, version 3)."""
+
+    def __init__(self, pinned: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(pinned.shape),
+            "typestr": _TYPES[pinned.dtype],
+            "data": (pinned.data_ptr(), False),
+            "version": 3,
+        }
