@@ -75,7 +75,10 @@ def _serve(connection: Connection, model: str) -> None:
     with suppress(Exception):  # the work itself says what is wrong with the model
         _import_all(model)
     connection.send("ready")
-    work, arguments = connection.recv()
+    try:
+        work, arguments = connection.recv()
+    except EOFError:  # there was no work left
+        return
     try:
         answer = work(*arguments)
     except BaseException:

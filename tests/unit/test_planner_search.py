@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.errors import DoesNotFitError
+from zeroinf.planner import timing
 from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
 from zeroinf.planner.search import MOST_ROWS, Planner
@@ -341,7 +342,11 @@ def test_a_slow_disk_binds() -> None:
     assert decision.chosen.timing.decode_s == pytest.approx(BLOCKS * 33_562_624 / 0.5e9, rel=0.01)
 
 
-def test_codes_stream_in_the_time_of_their_bytes_and_their_expansion_is_counted() -> None:
+def test_codes_stream_in_the_time_of_their_bytes_and_their_expansion_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "_MODEL_S", 0)
+
     def plan(wire: str, rate: float, resident: int = 0) -> Candidate:
         given: dict[str, Any] = {"offload": "cpu", "batch_size": 2, "wire": wire, "resident_blocks": resident}
         return choose(ROOMY, rates=speeds(link_gbps=rate, launch_s=1e-9), **given).chosen

@@ -70,6 +70,19 @@ def test_predicted_seconds_are_those_of_the_schedulers_passes(requests: int, pro
     assert requests * NEW / timing.tokens_per_second == pytest.approx(seconds, rel=0.04, abs=1.01 * timing.prefill_s)
 
 
+@pytest.mark.parametrize("shape", [Shape(16, 16, 16 * PROMPT), Shape(16, 4, PROMPT)], ids=["one forward", "four"])
+@pytest.mark.parametrize("requests", [16, 17, 40])
+def test_a_forward_of_few_rows_is_launched_like_one_of_many(requests: int, shape: Shape) -> None:
+    timing = timed(shape, requests, launch_s=1e-3, link_gbps=1e6)
+    assert timing.binds == "kernel launches"
+    limits = Limits(
+        rows=shape.rows, pages=1 << 30, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens
+    )
+    forwards = forwards_of([NEW] * requests, limits)[1]
+    seconds = forwards * timing.decode_s / (shape.rows // shape.micro_batch_rows)
+    assert requests * NEW / timing.tokens_per_second == pytest.approx(seconds, rel=0.1)
+
+
 def mixed(lengths: list[int], **rates: float) -> Timing:
     """The prediction for rows of these lengths, 32 of which are live."""
     shape = Shape(32, 32, 16 * PROMPT)

@@ -25,8 +25,9 @@ _ZERO_SHARE_OF_MORE = 0.36
 # accelerate copies from memory that is not page-locked, and waits for each copy.
 _ACCELERATE_SHARE = 0.17
 
-# What launching a kernel through a model's Python costs beside a bare launch, and a micro-batch beside its kernels.
-_HOST_SHARE = 2.3
+# What bringing a kernel through a model's Python costs beside a bare launch, whose own time says little about it: in
+# all 14 to 32 us on hosts of H200s. And what a micro-batch costs beside its kernels.
+_MODEL_S = 13e-6
 _STEP_S = 0.5e-3
 # Of a micro-batch in host memory, what each layer costs beside its kernels: events and streams, there and back.
 _HOST_LAYER_S = 0.4e-3
@@ -39,9 +40,9 @@ _FEW = 1e-6
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
 
-# Making codes of weights in a checkpoint, GB/s of the weights: eight threads, of which each made 1.1 to 1.5 on a core
-# of its own; with fewer cores it takes longer.
-_ENCODE_GBPS = 8.0
+# Making codes of weights in a checkpoint, GB/s of the weights: an H200 beside 16 cores. Eight threads of those by
+# themselves made 0.4 (docs/benchmarks.md, "Pages, micro-batches and codes").
+_ENCODE_GBPS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,13 +107,14 @@ def time_plan(
     prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
     prompts["link"] += started / speeds.link_gbps / 1e9
     decode["link"] += fetched / speeds.link_gbps / 1e9
-    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
     batches = -(-choice.host_rows // choice.micro_batch_rows)
-    decode["kernel launches"] += len(anatomy.cache) * (2 * choice.host_rows * speeds.launch_s + batches * _HOST_LAYER_S)
-    prefill_s, _ = _pass(prompts, expansion, prompt_waits)
-    decode_s, binds = _pass(decode, expansion, waits)
+    decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
+    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
+    copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
-    work = count(workload, prompts, decode, expansion, prompt_waits, waits)
+    work = count(workload, prompts, decode, copies_s, expansion, prompt_waits, waits)
+    prefill_s, _ = work.passing(1, 0)
+    decode_s, binds = work.passing(0, 1)
     tokens, seconds = work.tokens_and_seconds(rows)
     if requests is not None:
         tokens *= requests / (rows or 1) / world_size
@@ -192,6 +194,8 @@ class _Work(ABC):
     workload: Workload
     prompts: dict[Resource, float]
     decode: dict[Resource, float]
+    copies_s: float
+    """Launching the copies of rows in host memory, in a step of all."""
     expansion: dict[Resource, float]
     """Of codes into weights, once a pass."""
     prompt_waits: dict[Resource, float]
@@ -199,12 +203,22 @@ class _Work(ABC):
     waits: dict[Resource, float]
 
     def seconds(self, prompts: float, decode: float, forwards: float = 0.0) -> float:
-        """Of a pass with such parts of a full load of prompts and of a step of all rows; prompts take so many forwards,
-        or as many as their part of a full load's."""
+        """Of a pass, as `passing` says."""
+        return self.passing(prompts, decode, forwards)[0]
+
+    def passing(self, prompts: float, decode: float, forwards: float = 0.0) -> tuple[float, Resource]:
+        """Seconds of a pass with such parts of a full load of prompts and of a step of all rows, and what they are
+        spent on; prompts take so many forwards, or as many as their part of a full load's.
+
+        A micro-batch of few rows launches as much as one of many.
+        """
         both = {name: prompts * self.prompts[name] + decode * self.decode[name] for name in self.prompts}
         more = max(0.0, forwards / len(self.workload.prompts) - prompts)
-        both["kernel launches"] += more * self.prompts["kernel launches"]
-        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)[0]
+        steps = len(self.workload.last_decode)
+        missing = ceil(decode * steps - _FEW) / steps - decode if steps else 0.0
+        launches = more * self.prompts["kernel launches"] + missing * self.decode["kernel launches"]
+        both["kernel launches"] += launches + decode * self.copies_s
+        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)
 
     def filling_s(self, rows: float) -> float:
         """Seconds until so many rows have entered, which from then on have a step in every pass."""
@@ -333,7 +347,7 @@ def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     """Seconds of kernels by what each of them is bound by, and of launching them."""
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
     for group in groups:
-        times["kernel launches"] += group.times * len(group.kernels) * speeds.launch_s * _HOST_SHARE
+        times["kernel launches"] += group.times * len(group.kernels) * (speeds.launch_s + _MODEL_S)
         for kernel in group.kernels:
             arithmetic, memory = kernel_s(kernel, speeds.tflops, speeds.hbm_gbps)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)

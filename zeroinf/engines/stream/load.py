@@ -56,10 +56,12 @@ class Checkpoint:
         self._random = source.random_weights
         self._tally = tally
         self._team = torch.get_num_threads()
-        self._tile = torch.empty(0)
+        self._tiles: dict[torch.dtype, torch.Tensor] = {}
         self._read: _Read | None = None
         if self._random:
-            self._tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
+            tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
+            kinds = {place.dtype for group in groups for place in group.layout.places}
+            self._tiles = {kind: (tile if kind.is_floating_point else 120 + 100 * tile).to(kind) for kind in kinds}
             return
         if control is not None:
             if self._part == 0:
@@ -137,8 +139,7 @@ class Checkpoint:
         """
         if not tensor.is_parameter:
             return
-        elements = target.shape.numel()
-        tile = self._tile if target.place.dtype.is_floating_point else 120 + 100 * self._tile
+        elements, tile = target.shape.numel(), self._tiles[target.place.dtype]
         for start in range(0, elements, _TILE):
             target.write_part(start, tile[: elements - start])
 
