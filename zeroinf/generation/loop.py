@@ -11,6 +11,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
+from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Scheduler
@@ -92,7 +93,8 @@ class _Passes:
             batches.append(MicroBatch(self._desk, group))
             inputs.append(batches[-1].inputs())
         self._desk.begin(batches)
-        outputs = self._engine.forward(inputs)
+        with padding_is_known():
+            outputs = self._engine.forward(inputs)
         del inputs
         self.accept()
         self._was_full = self._scheduler.is_full_step(groups)

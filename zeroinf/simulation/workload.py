@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
+from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
@@ -231,6 +232,7 @@ def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times:
     with ExitStack() as stack:
         stack.enter_context(_META)
         stack.enter_context(GpuAttention(recorder))
+        stack.enter_context(padding_is_known())
         output = model(**inputs)
     sections = recorder.cut()
     del inputs

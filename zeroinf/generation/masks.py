@@ -1,0 +1,34 @@
+"""Masks of padded rows, made without asking the device whether anything is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+
+@contextmanager
+def padding_is_known() -> Iterator[None]:
+    """While it lasts, models take it that a mask which they are given hides something: those of micro-batches do.
+
+    transformers reads a mask back to see whether attention can do without it. In each forward the host would wait there
+    until the device has done all that was enqueued before.
+    """
+    before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+def _mask(
+    *, attention_mask: torch.Tensor | None, allow_is_causal_skip: bool = True, **shape: Any
+) -> torch.Tensor | None:
+    """As transformers' own; see AttentionMaskInterface there."""
+    skips = allow_is_causal_skip and attention_mask is None
+    mask: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skips, **shape)
+    return mask
