@@ -26,9 +26,18 @@ def padding_is_known() -> Iterator[None]:
 
 
 def _mask(
-    *, attention_mask: torch.Tensor | None, allow_is_causal_skip: bool = True, **shape: Any
+    *,
+    attention_mask: torch.Tensor | None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **shape: Any,
 ) -> torch.Tensor | None:
     """As transformers' own; see AttentionMaskInterface there."""
-    skips = allow_is_causal_skip and attention_mask is None
-    mask: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skips, **shape)
+    is_open = attention_mask is None
+    mask: torch.Tensor | None = sdpa_mask(
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and is_open,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and is_open,
+        **shape,
+    )
     return mask
