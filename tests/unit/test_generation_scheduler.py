@@ -136,8 +136,9 @@ def test_what_cannot_be_regrouped_stays_together_until_the_last_has_ended() -> N
     assert all(len({seat.number for seat in groups[0].seats}) == len(groups[0].seats) for groups in passes)
 
 
-def test_rows_wait_until_there_are_places_for_as_many_as_should_enter_together() -> None:
-    scheduler = Scheduler(limits(entering_rows=2), pages_of)
+@pytest.mark.parametrize("short", [{"rows": 4}, {"rows": 8, "pages": 4}], ids=["seats", "pages"])
+def test_rows_wait_until_there_is_room_for_as_many_as_should_enter_together(short: dict[str, int]) -> None:
+    scheduler = Scheduler(limits(entering_rows=2, **short), lambda tokens: 1)
     scheduler.add(rows_of([[1] * 8] * 8, [2, 3, 9, 9, 1, 1, 1, 1]))
     entered = []
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 
 from zeroinf.generation.arena import Arena
 from zeroinf.generation.row import Row
@@ -40,7 +40,7 @@ class Limits:
     evenly: bool = False
     """Rows that run together begin with equally many tokens: a decoder behind an encoder may not take padding."""
     entering_rows: int = 1
-    """Rows wait until there are places for so many, where a forward for the prompt of each would take longer."""
+    """Rows wait until there is room for so many, where a forward for the prompt of each would take longer."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -86,7 +86,7 @@ class Seat:
     @property
     def total(self) -> int:
         """Tokens at the most."""
-        return len(self.row.prompt) + self.row.sampling.max_new_tokens
+        return _most_tokens(self.row)
 
     @property
     def due(self) -> int:
@@ -202,7 +202,7 @@ class Scheduler:
         """Let rows wait. Raises ValueError for one that the pool could never hold."""
         rows = sorted(rows, key=lambda row: -len(row.source or row.prompt))
         for row in rows:
-            tokens = len(row.prompt) + row.sampling.max_new_tokens
+            tokens = _most_tokens(row)
             needed = self._row_pages(tokens)
             if needed > self.limits.pages and tokens > self.limits.host_tokens:
                 host = f", or room for {tokens} tokens of {self.limits.host_tokens}" if self.limits.host_tokens else ""
@@ -211,7 +211,7 @@ class Scheduler:
 
     def admit(self) -> list[Seat]:
         """Rows that enter now."""
-        if self.seats and (self._is_static or len(self._free) < min(self.limits.entering_rows, len(self._waiting))):
+        if self.seats and (self._is_static or not self._has_room_for_several()):
             return []
         most = self.limits.micro_batch_rows if self.limits.together else self.limits.rows
         admitted, passed_over = [], deque[Row]()
@@ -227,6 +227,14 @@ class Scheduler:
             admitted.append(seat)
         self._waiting.extendleft(reversed(passed_over))
         return admitted
+
+    def _has_room_for_several(self) -> bool:
+        """Whether as many rows find room as had better enter together, or all that wait."""
+        several = min(self.limits.entering_rows, len(self._waiting))
+        if several < 2 or self.limits.host_tokens:
+            return len(self._free) >= several
+        needed = sum(self._row_pages(_most_tokens(row)) for row in islice(self._waiting, several))
+        return len(self._free) >= several and needed <= self._pages
 
     def _find_place(self, seat: Seat) -> bool:
         """Whether there is room for the tokens of `seat`, which is then taken."""
@@ -362,6 +370,10 @@ class Scheduler:
     def _side(self, seat: Seat) -> tuple[bool, bool]:
         """Rows of one micro-batch agree in it: where they rest, and whether they are beyond a break."""
         return seat.on_host, self.limits.breaks_at is not None and seat.known > self.limits.breaks_at
+
+
+def _most_tokens(row: Row) -> int:
+    return len(row.prompt) + row.sampling.max_new_tokens
 
 
 def _due(seat: Seat, most: int | None) -> int:
