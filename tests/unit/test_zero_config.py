@@ -23,6 +23,7 @@ from zeroinf.engines.zero.config import (
     NVME_POOL_TARGET_BYTES,
     build_zero_config,
     check_user_config,
+    codes_of,
     nvme_pool_bytes,
 )
 from zeroinf.errors import OutputError, UsageError
@@ -281,8 +282,23 @@ def user_config(**zero: Any) -> dict[str, Any]:
     }
 
 
+def coded(**codes: Any) -> dict[str, Any]:
+    """The same with weights as DeepSpeed's own codes, with `codes` changed."""
+    init = {"num_bits": 4, "group_size": 64, "group_dim": 1, "symmetric": False, **codes}
+    config = user_config() | {"weight_quantization": {"quantized_initialization": init}}
+    config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    return config
+
+
 def test_user_config_is_accepted() -> None:
     check_user_config(user_config(), make_plan(LLAMA_13B))
+    assert codes_of(user_config()) == "model"
+
+
+@pytest.mark.parametrize(("bits", "wire"), [(4, "int4"), (8, "int8")])
+def test_deepspeeds_own_codes_are_accepted_and_named(bits: int, wire: str) -> None:
+    check_user_config(coded(num_bits=bits), make_plan(LLAMA_13B, "cpu"))
+    assert codes_of(coded(num_bits=bits)) == wire
 
 
 @pytest.mark.parametrize(
@@ -298,6 +314,7 @@ def test_user_config_is_accepted() -> None:
         (user_config() | {"aio": {"thread_count": 8}}, "aio.thread_count is ignored"),
         (user_config() | {"aio": {"queue_dept": 8}}, "aio.queue_dept is ignored"),
         (user_config() | {"aio": 8}, "aio is 8: an object is needed"),
+        (user_config() | {"weight_quantization": {"post_init_quant": {}}}, "post_init_quant has no effect here"),
         (user_config() | {"optimizer": {"type": "Adam"}}, "optimizer has no effect"),
         (user_config() | {"scheduler": {"type": "WarmupLR"}}, "scheduler has no effect"),
         (user_config() | {"zero_optimisation": {}}, "zero_optimisation has no effect"),
@@ -307,6 +324,27 @@ def test_user_config_is_accepted() -> None:
 )
 def test_user_config_is_refused_by_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
+        check_user_config(config, make_plan(LLAMA_13B))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (coded(num_bits=3), "quantized_initialization.num_bits is 3"),
+        (coded(symmetric=True), "quantized_initialization.symmetric is true"),
+        (coded(group_dim=None), "quantized_initialization.group_dim is null"),
+        (coded(group_size=0), "quantized_initialization.group_size is 0"),
+        (coded(group_size=96), "group_size is 96, which does not divide .* with its shape"),
+    ],
+)
+def test_codes_that_deepspeed_cannot_make_are_refused_by_key(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_user_config(config, make_plan(LLAMA_13B, "cpu"))
+
+
+def test_codes_on_nvme_are_refused() -> None:
+    config = user_config() | {"weight_quantization": coded()["weight_quantization"]}
+    with pytest.raises(UsageError, match="has not been tried with offload_param"):
         check_user_config(config, make_plan(LLAMA_13B))
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.stored import check_room, room_taken
-from zeroinf.engines.zero.config import check_user_config, nvme_pool_bytes
+from zeroinf.engines.zero.config import check_user_config, codes_of, nvme_pool_bytes
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
@@ -21,6 +21,7 @@ from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.jobs.options import RunOptions
 from zeroinf.model.anatomy import Anatomy, Loading
+from zeroinf.model.inspect import config_dtype
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
@@ -105,6 +106,15 @@ def plan_run(
         check_user_config(own_config, plan)
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
+    if own_config is not None and (codes := codes_of(own_config)) != "model":
+        own = config_dtype(source.config)
+        if own != plan.dtype and not source.random_weights:
+            raise UsageError(
+                f"weight_quantization: DeepSpeed makes codes of weights as they are stored, here {own}, and the model "
+                f"runs in {plan.dtype}",
+                hint=f"--dtype {own}, and a --zero-config for it",
+            )
+        plan = replace(plan, wire=codes)  # it was planned as if in full, which is more than codes take
     return plan, own_config, why
 
 

@@ -22,6 +22,7 @@ number (0.19.8; paths are below `deepspeed/runtime`) decides the rule here:
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from typing import Any
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import DTYPE_BYTES, TensorSpec
 from zeroinf.planner.plan import AioSettings, Plan
+from zeroinf.planner.wire import Wire
 
 PREFETCH_BLOCKS = 2
 """Blocks gathered ahead of use. Llama-2-13B shapes: 84 % of the link, 81 % with less than one matrix (2 x hidden^2)."""
@@ -119,8 +121,15 @@ def check_user_config(config: Mapping[str, Any], plan: Plan) -> None:
     if stage != 3:
         raise UsageError(f"zero_optimization.stage is {stage}: only stage 3 partitions weights", hint="set it to 3")
     _check_dtype(config, plan)
+    _check_codes(config, plan)
     if plan.offload == "nvme":
         _check_pool(config, plan)
+
+
+def codes_of(config: Mapping[str, Any]) -> Wire:
+    """How weights rest and cross the link with a DeepSpeed JSON that `check_user_config` accepts."""
+    bits = _section(_section(config, "weight_quantization"), "quantized_initialization").get("num_bits")
+    return "model" if bits is None else "int4" if bits == 4 else "int8"
 
 
 def _zero_section(plan: Plan) -> dict[str, Any]:
@@ -215,12 +224,16 @@ _TOP_LEVEL_KEYS = frozenset(
         "steps_per_print",
         "wall_clock_breakdown",
         "comms_logger",
+        "weight_quantization",
         "dump_state",
         "log_level",
         "memory_breakdown",
     }
 )
 """Keys with an effect on inference, or that DeepSpeed cannot start without. It ignores unknown ones in silence."""
+
+_CODES = {"num_bits": (4, 8), "group_dim": (0, 1), "symmetric": (False,)}
+"""What DeepSpeed's quantizer can do (its inference/quantization/utils.py)."""
 
 _AIO_KEYS = frozenset(
     {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"}
@@ -291,6 +304,33 @@ def _check_dtype(config: Mapping[str, Any], plan: Plan) -> None:
             raise UsageError(
                 f"{key}.enabled is {str(enabled).lower()}, but the model runs in {plan.dtype}",
                 hint="make the file and --dtype agree",
+            )
+
+
+def _check_codes(config: Mapping[str, Any], plan: Plan) -> None:
+    """DeepSpeed's own codes of 4 or 8 bits: it asserts what it cannot do once it has begun to load."""
+    where = "weight_quantization.quantized_initialization"
+    section = _section(config, "weight_quantization")
+    for key in section:
+        if key != "quantized_initialization":
+            raise UsageError(f"weight_quantization.{key} has no effect here", hint=f"weights are coded by {where}")
+    codes = _section(section, "quantized_initialization")
+    if not codes:
+        return
+    if plan.offload == "nvme":
+        raise UsageError(f"{where} has not been tried with offload_param.device nvme", hint="cpu will do")
+    for key, allowed in _CODES.items():
+        if codes.get(key) not in allowed:
+            words = " or ".join(json.dumps(value) for value in allowed)
+            raise UsageError(f"{where}.{key} is {json.dumps(codes.get(key))}", hint=f"DeepSpeed can do {words}")
+    group, dimension = codes.get("group_size"), codes["group_dim"]
+    if not isinstance(group, int) or group < 1:
+        raise UsageError(f"{where}.group_size is {json.dumps(group)}", hint="a number of weights, such as 64")
+    for tensor in _parameters(plan.anatomy.tensors()):
+        if len(tensor.shape) == 2 and tensor.shape[dimension] % group:
+            raise UsageError(
+                f"{where}.group_size is {group}, which does not divide {tensor.name} with its shape {tensor.shape}",
+                hint="choose one that divides each",
             )
 
 

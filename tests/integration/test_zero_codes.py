@@ -1,0 +1,45 @@
+"""DeepSpeed's own codes of weights, asked for in a JSON of the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+from launching import run_zeroinf
+
+from zeroinf.cli.main import cli
+
+CODES = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
+
+
+def configured(folder: Path, dtype: str, codes: dict[str, Any], to: Path) -> list[str]:
+    """A run with DeepSpeed's JSON for the model, and `codes` in it."""
+    how = ["-m", str(folder), "--dtype", dtype]
+    config = json.loads(CliRunner().invoke(cli, ["config", *how, "--offload", "cpu"], catch_exceptions=False).stdout)
+    to.write_text(json.dumps({**config, "weight_quantization": {"quantized_initialization": codes}}))
+    return [*how, "--zero-config", str(to), "-b", "1", "--prompt", "Hello", "--max-new-tokens", "4"]
+
+
+def test_weights_cross_as_codes_and_the_report_says_that_they_lose(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    reports: list[dict[str, Any]] = []
+    report = tmp_path / "report.json"
+    for codes in ({}, CODES):
+        how = configured(small_checkpoint("llama"), "float32", codes, tmp_path / "zero.json")
+        done = run_zeroinf([*how, "--report", str(report)])
+        assert done.code == 0, done.err
+        reports.append(json.loads(report.read_text()))
+    plain, coded = reports
+    assert (plain["wire"], coded["wire"]) == ("model", "int4")
+    assert 0 < coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
+    assert "int4 codes: lossy" in done.out + done.err
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    done = run_zeroinf(configured(small_checkpoint("llama"), "bfloat16", CODES, tmp_path / "zero.json"))
+    assert done.code == 2
+    assert "as they are stored, here float32, and the model runs in bfloat16" in done.err
