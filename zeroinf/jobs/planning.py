@@ -106,16 +106,22 @@ def plan_run(
         check_user_config(own_config, plan)
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
-    if own_config is not None and (codes := codes_of(own_config)) != "model":
-        own = config_dtype(source.config)
-        if own != plan.dtype and not source.random_weights:
-            raise UsageError(
-                f"weight_quantization: DeepSpeed makes codes of weights as they are stored, here {own}, and the model "
-                f"runs in {plan.dtype}",
-                hint=f"--dtype {own}, and a --zero-config for it",
-            )
-        plan = replace(plan, wire=codes)  # it was planned as if in full, which is more than codes take
-    return plan, own_config, why
+    return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why
+
+
+def _with_codes(plan: Plan, own_config: Mapping[str, Any], source: ModelSource) -> Plan:
+    """The plan with weights as the JSON has them; it was planned as if in full, which is more than codes take."""
+    codes = codes_of(own_config)
+    if codes == "model":
+        return plan
+    own = config_dtype(source.config)
+    if own != plan.dtype and not source.random_weights:
+        raise UsageError(
+            f"weight_quantization: DeepSpeed makes codes of weights as they are stored, here {own}, and the model "
+            f"runs in {plan.dtype}",
+            hint=f"--dtype {own}, and a --zero-config for it",
+        )
+    return replace(plan, wire=codes)
 
 
 def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[EngineName, str | None]:
