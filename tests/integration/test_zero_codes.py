@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from zeroinf.cli.main import cli
 CODES = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
 
 
-def configured(folder: Path, dtype: str, codes: dict[str, Any], to: Path) -> list[str]:
+def configured(model: Path | str, dtype: str, codes: dict[str, Any], to: Path) -> list[str]:
     """A run with DeepSpeed's JSON for the model, and `codes` in it."""
-    how = ["-m", str(folder), "--dtype", dtype]
+    how = ["-m", str(model), "--dtype", dtype]
     config = json.loads(CliRunner().invoke(cli, ["config", *how, "--offload", "cpu"], catch_exceptions=False).stdout)
     to.write_text(json.dumps({**config, "weight_quantization": {"quantized_initialization": codes}}))
     return [*how, "--zero-config", str(to), "-b", "1", "--prompt", "Hello", "--max-new-tokens", "4"]
@@ -37,6 +38,16 @@ def test_weights_cross_as_codes_and_the_report_says_that_they_lose(
     assert (plain["wire"], coded["wire"]) == ("model", "int4")
     assert 0 < coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
     assert "int4 codes: lossy" in done.out + done.err
+
+
+def test_random_weights_are_drawn_before_they_become_codes(tmp_path: Path) -> None:
+    """The likeliest token of such small weights is hardly likelier than others; of numbers in the codes' place, it is."""
+    out = tmp_path / "out.jsonl"
+    how = configured("pythia-70m", "float32", CODES, tmp_path / "zero.json")
+    done = run_zeroinf([*how, "--random-weights", "--ignore-eos", "--logprobs", "0", "-o", str(out)])
+    assert done.code == 0, done.err
+    tokens = json.loads(out.read_text())["logprobs"]
+    assert len(tokens) == 4 and all(log(1 / 50304) < token["logprob"] < log(1 / 50304) + 4 for token in tokens)
 
 
 def test_a_checkpoint_of_another_dtype_is_refused(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
 _RANDOM_SEED = 0
+_SPREAD = 0.02
 _SWAP_PREFIX = "zeroinf-swap-"
 
 
@@ -101,7 +102,29 @@ def _build(source: ModelSource, plan: Plan) -> Any:
     if not source.random_weights:
         return load_pretrained(source, dtype)
     torch.manual_seed(_RANDOM_SEED)
-    return auto_class(source.config).from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    made = auto_class(source.config).from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    _draw_coded_weights(made)
+    return made
+
+
+def _draw_coded_weights(model: Any) -> None:
+    """Random weights where DeepSpeed keeps codes of them: transformers has drawn numbers in the codes' place."""
+    import deepspeed
+    from deepspeed.inference.quantization.utils import concat_to_compat_param
+
+    spread = getattr(model.config.get_text_config(), "initializer_range", None) or _SPREAD
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if not getattr(weight, "weight_quantized", False):
+            continue
+        is_linear = isinstance(module, torch.nn.Linear)
+        names = ("out_features", "in_features") if is_linear else ("num_embeddings", "embedding_dim")
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            if deepspeed.comm.get_rank() == 0:
+                shape = [getattr(module, name) for name in names]
+                drawn = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_(std=spread)
+                codes = [part.view(weight.dtype) for part in weight.quantizer.quantize(drawn)]
+                weight.data.copy_(concat_to_compat_param(*codes, return_param=False))
 
 
 def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,10 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -24,9 +27,22 @@ def measure_disk(
 ) -> dict[int, float]:
     """O_DIRECT reads of 4 MiB in GB/s, by the number of threads that keep one request each in flight.
 
+    They read as `disk_readings` says, each number of threads for `read_s`.
+
+    Raises OSError where the file system is full or has no O_DIRECT.
+    """
+    with disk_readings(folder, file_bytes=file_bytes, write_limit_s=write_limit_s) as read_gbps:
+        return {threads: read_gbps(threads, read_s) for threads in REQUESTS_IN_FLIGHT}
+
+
+@contextmanager
+def disk_readings(
+    folder: Path, *, file_bytes: int = _FILE_BYTES, write_limit_s: float = 10.0
+) -> Iterator[Callable[[int, float], float]]:
+    """A function of threads and seconds that reads so and answers GB/s, each thread with one request in flight.
+
     They read a file without a name, written for it: it is gone with this process, however that ends. It has
-    `file_bytes`, or what could be written in `write_limit_s`, or a quarter of the free space, if that is less. Each
-    number of threads reads for `read_s`.
+    `file_bytes`, or what could be written in `write_limit_s`, or a quarter of the free space, if that is less.
 
     Raises OSError where the file system is full or has no O_DIRECT.
     """
@@ -35,7 +51,7 @@ def measure_disk(
         try:
             size_bytes = min(file_bytes, shutil.disk_usage(folder).free // 4)
             requests = _write(descriptor, size_bytes, write_limit_s)
-            return {threads: _read_gbps(descriptor, requests, threads, read_s) for threads in REQUESTS_IN_FLIGHT}
+            yield partial(_read_gbps, descriptor, requests)
         finally:
             os.close(descriptor)
 
