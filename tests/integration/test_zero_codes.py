@@ -41,7 +41,7 @@ def test_weights_cross_as_codes_and_the_report_says_that_they_lose(
 
 
 def test_random_weights_are_drawn_before_they_become_codes(tmp_path: Path) -> None:
-    """The likeliest token of such small weights is hardly likelier than others; of numbers in the codes' place, it is."""
+    """The likeliest token of such small weights is hardly likelier than others; of codes overwritten, it is."""
     out = tmp_path / "out.jsonl"
     how = configured("pythia-70m", "float32", CODES, tmp_path / "zero.json")
     done = run_zeroinf([*how, "--random-weights", "--ignore-eos", "--logprobs", "0", "-o", str(out)])

@@ -8,6 +8,9 @@ threads or ranks share the work, nor on the device that does it.
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+
 import torch
 from torch.nn.functional import pad
 
@@ -18,7 +21,9 @@ SCALE_DTYPE = torch.bfloat16
 # Elements that are computed at a time. On the CPU what lies between the steps stays in a core's cache; a GPU is
 # launched less often, and what is alive there takes some 24 bytes an element.
 _CHUNK = 1 << 17
-_GPU_CHUNK = 1 << 21
+_GPU_CHUNK = 1 << 20
+# Threads take turns on a GPU: it holds what lies between the steps of one of them.
+_ON_GPU = threading.Lock()
 
 _CPU = torch.device("cpu")
 
@@ -49,18 +54,27 @@ def _encode(
     scales: torch.Tensor,
     device: torch.device,
 ) -> None:
-    chunk = _CHUNK if device.type == "cpu" else _GPU_CHUNK
+    on_cpu = device.type == "cpu"
+    chunk = _CHUNK if on_cpu else _GPU_CHUNK
     for start in range(0, weights.numel(), chunk):
-        part = weights[start : start + chunk].to(device).to(dtype).float()
-        groups = pad(part, (0, -part.numel() % kind.group)).view(-1, kind.group)
-        lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        farthest = torch.where(highest > -lowest, highest, lowest)
-        scale = (farthest / -_offset(kind)).to(SCALE_DTYPE)
-        divisor = scale.float()
-        divisor.masked_fill_(divisor == 0, 1)  # a group of zeros
-        groups.div_(divisor).round_().add_(_offset(kind)).clamp_(0, 2 * _offset(kind) - 1)
-        _part(scales, start, groups.numel(), kind.group).copy_(scale.view(-1))
-        _part(codes, start, groups.numel(), 8 // kind.bits).copy_(_packed(groups.to(torch.uint8), kind).view(-1))
+        part = weights[start : start + chunk].to(device)
+        with nullcontext() if on_cpu else _ON_GPU:
+            packed, scale = _codes_of(part.to(dtype), kind)
+        elements = scale.numel() * kind.group
+        _part(scales, start, elements, kind.group).copy_(scale)
+        _part(codes, start, elements, 8 // kind.bits).copy_(packed)
+
+
+def _codes_of(weights: torch.Tensor, kind: Codes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, as they lie in memory, and scales of `weights`."""
+    groups = pad(weights.float(), (0, -weights.numel() % kind.group)).view(-1, kind.group)
+    lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    farthest = torch.where(highest > -lowest, highest, lowest)
+    scale = (farthest / -_offset(kind)).to(SCALE_DTYPE)
+    divisor = scale.float()
+    divisor.masked_fill_(divisor == 0, 1)  # a group of zeros
+    groups.div_(divisor).round_().add_(_offset(kind)).clamp_(0, 2 * _offset(kind) - 1)
+    return _packed(groups.to(torch.uint8), kind).view(-1), scale.view(-1)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, kind: Codes, weights: torch.Tensor) -> None:

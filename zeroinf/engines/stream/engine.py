@@ -65,6 +65,8 @@ class StreamEngine:
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
             in_memory = self._weights.keep([index for index in streamed if where[index] == "host"])
             self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
+            if plan.wire != "model" and device.type == "cuda":
+                torch.cuda.empty_cache()  # where codes were made: in pages that nothing later has the size for
             stacks = [list(layers) for _, layers in find_stacks(self._model)]
             self._walks = [0] * len(stacks)
             self._streamed_bytes = [0] * len(stacks)
