@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -56,18 +57,23 @@ class PagePool:
         self._config = None if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
         self._layers = anatomy.cache
         self._memory = torch.empty(anatomy.pool_bytes(size), dtype=torch.uint8, device=device)
-        self._states: list[tuple[torch.Tensor, ...]] = []
-        start = 0
-        for layer in self._layers:
-            pages, states = layer.pool_pages(size), []
-            for state in layer.pooled:
-                memory = self._memory[start : start + pages * PAGE_TOKENS * state.nbytes]
-                states.append(memory.view(getattr(torch, state.dtype)).view(-1, state.heads, state.width))
-                states[-1][0].zero_()
-                start += state.pooled_bytes(pages)
-            self._states.append(tuple(states))
+        states = self._places()
+        self._states = [tuple(next(states) for _ in layer.pooled) for layer in self._layers]
         self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
         self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
+
+    def _places(self) -> Iterator[torch.Tensor]:
+        """Keys and values of each layer, one after the other: (places, heads, width)."""
+        pooled = [(state, layer.pool_pages(self.size)) for layer in self._layers for state in layer.pooled]
+        start = 0
+        for (state, pages), alike in groupby(pooled):
+            count, nbytes = len(list(alike)), state.pooled_bytes(pages)
+            memory = self._memory[start : start + count * nbytes].view(getattr(torch, state.dtype)).view(count, -1)
+            used = memory[:, : pages * PAGE_TOKENS * state.heads * state.width]
+            places = torch.unflatten(used, 1, (-1, state.heads, state.width))
+            places[:, 0].zero_()
+            yield from places.unbind()
+            start += count * nbytes
 
     @property
     def nbytes(self) -> int:

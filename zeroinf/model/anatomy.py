@@ -239,6 +239,10 @@ class Anatomy:
     quantised: Quantised | None = None
     """None where tensors are weights themselves, in `dtype` for the most part."""
 
+    def __hash__(self) -> int:
+        """Of a few facts: equal ones are the same object, as a rule, and all tensors take a while."""
+        return hash((self.architecture, self.dtype, len(self.blocks), self.hidden_size, self.vocabulary))
+
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""
         yield from self.outside

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.errors import ModelError
+from zeroinf.model import on_paper
 from zeroinf.model.anatomy import LayerCache, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
@@ -32,7 +33,7 @@ class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        return func(*args, **(kwargs or {}))
+        return on_paper.call(func, args, kwargs or {})
 
 
 def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:

@@ -104,6 +104,7 @@ def crossing_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int
     return round_up(CODES[wire].nbytes(elements) + sizes[False] + CODES[wire].scale_bytes(elements), PIECE_ALIGNMENT)
 
 
+@lru_cache(maxsize=16)
 def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     """The bytes of each block's piece as it rests and crosses the link."""
     return tuple(crossing_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)

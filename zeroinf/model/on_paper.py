@@ -1,0 +1,111 @@
+"""Operators on the meta device, each computed once for arguments of the same shapes.
+
+Torch works out the shapes of most results in Python, in a quarter of a millisecond, and the blocks of a model ask for
+the same ones over and over. What comes out there follows from shapes, strides and types alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Parameter
+
+_REMEMBERED = 1 << 16
+_PLAIN = {torch.Tensor, Parameter}
+_LISTS = {list, tuple, torch.Size}
+_CONSTANTS = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
+class _Like(NamedTuple):
+    """A tensor on the meta device, as far as results depend on it."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+class _Constant(NamedTuple):
+    """1, 1.0 and True are equal, and make results of different types."""
+
+    kind: type
+    value: Any
+
+    def make(self) -> Any:
+        return self.value
+
+
+class _UnlikeError(Exception):
+    """An argument is something else."""
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What torch's operator `func` returns; where its results are new tensors on the meta device, each has a storage
+    of its own."""
+    if _makes_new(func):
+        try:
+            given = _frozen(args), tuple((name, _frozen(value)) for name, value in kwargs.items())
+        except _UnlikeError:
+            return func(*args, **kwargs)
+        made = _made(func, *given, torch.get_default_dtype())
+        if made is not None:
+            return _thawed(made)
+    return func(*args, **kwargs)
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether `func` does nothing but return tensors that share nothing with its arguments."""
+    schema = func._schema
+    returned = [(str(one.type), one.alias_info) for one in schema.returns]
+    return not schema.is_mutable and bool(returned) and all(one == ("Tensor", None) for one in returned)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _made(func: Any, args: Any, kwargs: Any, default_dtype: torch.dtype) -> Any:
+    """What `func` returns for such arguments; None where it is anything but new tensors on the meta device."""
+    given = _thawed(args), {name: _thawed(value) for name, value in kwargs}
+    out = func(*given[0], **given[1])
+    taken = {tensor.untyped_storage()._cdata for tensor in _tensors((*given[0], *given[1].values()))}
+    found = [_like(one, taken) for one in ((out,) if isinstance(out, torch.Tensor) else out)]
+    if None in found:
+        return None
+    return found[0] if isinstance(out, torch.Tensor) else tuple(found)
+
+
+def _like(tensor: torch.Tensor, taken: set[int]) -> _Like | None:
+    """None for a tensor that is not all of its storage, lies elsewhere or in one that is `taken`: no schema tells that
+    `_unsafe_view` returns what it is given."""
+    storage, like = tensor.untyped_storage(), _Like(tensor.shape, tensor.stride(), tensor.dtype)
+    is_whole = tensor.device.type == "meta" and storage.nbytes() == like.make().untyped_storage().nbytes()
+    return like if is_whole and storage._cdata not in taken else None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+def _frozen(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        if value.device.type != "meta" or value.layout != torch.strided:
+            raise _UnlikeError
+        return _Like(value.shape, value.stride(), value.dtype)
+    if kind in _LISTS:
+        return tuple([_frozen(one) for one in value])
+    if kind in _CONSTANTS:
+        return _Constant(kind, value)
+    raise _UnlikeError
+
+
+def _thawed(value: Any) -> Any:
+    return tuple([_thawed(one) for one in value]) if type(value) is tuple else value.make()
