@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, hypot
 from typing import Literal
 
@@ -15,7 +16,7 @@ from zeroinf.planner.kernels import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, walks
 from zeroinf.planner.traits import TRAITS
-from zeroinf.planner.workload import Kernel, Kernels, Pass, Workload
+from zeroinf.planner.workload import Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
@@ -317,8 +318,17 @@ def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:
 
 def _work(steps: Pass, speeds: Speeds) -> dict[Resource, float]:
     """Seconds that the kernels of `steps` take of each resource, one after the other."""
-    times = _times([group for step in steps for group in step.kernels], speeds)
-    times["kernel launches"] += _STEP_S * len(steps)
+    times = _times((), speeds)
+    for step, count in Counter(steps).items():
+        for name, seconds in _step_times(step, speeds).items():
+            times[name] += count * seconds
+    return times
+
+
+@lru_cache(maxsize=4096)
+def _step_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
+    times = _times(step.kernels, speeds)
+    times["kernel launches"] += _STEP_S
     return times
 
 
