@@ -36,10 +36,9 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_is_a_whole_checkpoint(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZEROINF_CACHE", str(demo_folder.parents[1]))
-    started = time.perf_counter()
+    monkeypatch.setattr(gguf, "_convert", pytest.fail)  # the second call finds what the first one made
     source = resolve_model("demo")
-    assert Path(source.location) == demo_folder, "the second call finds what the first one made"
-    assert time.perf_counter() - started < 10
+    assert Path(source.location) == demo_folder
     assert (source.config.model_type, str(source.config.dtype)) == ("llama", "torch.bfloat16")
     assert not hasattr(source.config, "quantization_config")
     assert [file.name for file in weight_files(source)] == ["model.safetensors"]
