@@ -66,7 +66,7 @@ class StreamEngine:
             in_memory = self._weights.keep([index for index in streamed if where[index] == "host"])
             self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
             if plan.wire != "model" and device.type == "cuda":
-                torch.cuda.empty_cache()  # where codes were made: in pages that nothing later has the size for
+                torch.cuda.empty_cache()  # plans know nothing of where codes were made
             stacks = [list(layers) for _, layers in find_stacks(self._model)]
             self._walks = [0] * len(stacks)
             self._streamed_bytes = [0] * len(stacks)
