@@ -40,6 +40,7 @@ _FEW = 1e-6
 # Rows enter in so many groups at least in the time of a row, and in smaller ones where that takes as good as no longer.
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
+_NEXT_TRIED = 1.2
 
 # Making codes of weights in a checkpoint, GB/s of the weights: an H200 beside 16 cores. Eight threads of those by
 # themselves made 0.4 (docs/benchmarks.md, "Pages, micro-batches and codes").
@@ -236,8 +237,11 @@ class _Work(ABC):
         """How many rows had best enter together where one ends now and then: each forward for prompts takes its
         launches, places that wait for others' stay empty. Few, where more would gain next to nothing."""
         most = int(max(1, min(self.workload.prompts_a_pass, self.workload.shape.rows / _FEWEST_GROUPS)))
-        costs = [self.steady_s(together) for together in range(1, most + 1)]
-        return 1 + next(index for index, cost in enumerate(costs) if cost <= min(costs) * _NEXT_TO_NOTHING)
+        tried, costs = [1], [self.steady_s(1)]
+        while tried[-1] < most:
+            tried.append(min(most, ceil(tried[-1] * _NEXT_TRIED)))
+            costs.append(self.steady_s(tried[-1]))
+        return next(rows for rows, cost in zip(tried, costs, strict=True) if cost <= min(costs) * _NEXT_TO_NOTHING)
 
     def steady_s(self, together: int) -> float:
         """Seconds for each row while rows end at any time and so many enter together, or all that end in a pass."""

@@ -47,7 +47,7 @@ class AccelerateEngine(PlainEngine):
         from accelerate import dispatch_model
 
         made = {name: torch.device("cpu" if place == "disk" else place) for name, place in places.items()}
-        model = random_model(plan, source, made)
+        model = random_model(plan, source, device, made)
         if len(set(places.values())) == 1:
             return model
         return dispatch_model(model, places, main_device=_own_name(device), offload_dir=self._folder)

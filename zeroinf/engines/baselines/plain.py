@@ -42,9 +42,12 @@ class PlainEngine:
         self.model = None
 
 
-def random_model(plan: Plan, source: ModelSource, devices: Mapping[str, torch.device]) -> Any:
-    """The model of `source` with random values, each tensor made where the longest prefix of its name in `devices`
-    says."""
+def random_model(
+    plan: Plan, source: ModelSource, device: torch.device, places: Mapping[str, torch.device] | None = None
+) -> Any:
+    """The model of `source` with random values drawn on `device`; each tensor lies where the longest prefix of its name
+    in `places` says, or on `device`."""
+    places = {"": device} if places is None else places
     model = build_skeleton(source, plan.dtype)
     made: dict[int, torch.nn.Parameter] = {}
     for prefix, module in model.named_modules():
@@ -52,17 +55,17 @@ def random_model(plan: Plan, source: ModelSource, devices: Mapping[str, torch.de
             if own is None:
                 continue
             if id(own) not in made:
-                device = _device_of(f"{prefix}.{name}", devices)
                 generator = torch.Generator(device).manual_seed(_RANDOM_SEED + len(made))
                 value = torch.empty(own.shape, dtype=own.dtype, device=device)
-                made[id(own)] = torch.nn.Parameter(value.normal_(std=_RANDOM_SCALE, generator=generator))
+                value.normal_(std=_RANDOM_SCALE, generator=generator)
+                made[id(own)] = torch.nn.Parameter(value.to(_place_of(f"{prefix}.{name}", places)))
             module._parameters[name] = made[id(own)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = buffer.to(_device_of(f"{prefix}.{name}", devices))
+                module._buffers[name] = buffer.to(_place_of(f"{prefix}.{name}", places))
     return model
 
 
-def _device_of(name: str, devices: Mapping[str, torch.device]) -> torch.device:
-    known = (prefix for prefix in devices if not prefix or name.startswith(f"{prefix}."))
-    return devices[max(known, key=len)]
+def _place_of(name: str, places: Mapping[str, torch.device]) -> torch.device:
+    known = (prefix for prefix in places if not prefix or name.startswith(f"{prefix}."))
+    return places[max(known, key=len)]

@@ -17,6 +17,6 @@ class ResidentEngine(PlainEngine):
 
     def __init__(self, plan: Plan, source: ModelSource, device: torch.device) -> None:
         if source.random_weights:
-            self.model = random_model(plan, source, {"": device})
+            self.model = random_model(plan, source, device)
         else:
             self.model = load_pretrained(source, getattr(torch, plan.dtype), device_map={"": device})
