@@ -69,17 +69,26 @@ class FakeGpu:
             "memory_reserved": lambda device: self.reserved,
             "max_memory_allocated": lambda device: self.most_allocated,
             "max_memory_reserved": lambda device: self.most_reserved,
-            "reset_peak_memory_stats": lambda device: None,
+            "reset_peak_memory_stats": lambda device: setattr(self, "most_allocated", self.allocated),
             "mem_get_info": lambda device: (self.total - self.used, self.total),
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         gpu = gpu_of(self.total)
+        monkeypatch.setattr(gpu_memory, "_mapped", lambda device: self.reserved)
+        monkeypatch.setattr(gpu_memory, "_taken", self._take)
         monkeypatch.setattr(gpu_memory, "read_gpus", lambda: (gpu,) if self.nvml else ())
         monkeypatch.setattr(gpu_memory, "read_used_bytes", lambda uuid: self.used)
         monkeypatch.setattr(gpu_memory, "_start_libraries", lambda plan, device: None)  # matrix products on the GPU
         monkeypatch.setattr(planning, "read_machine", lambda paths: self.machine())
         monkeypatch.setattr(planning, "read_profile", lambda machine: Rates())
+
+    def _take(self, nbytes: int, device: torch.device) -> None:
+        """What torch keeps when it is free again."""
+        if nbytes > self.total - self.used:
+            raise torch.OutOfMemoryError("out of memory")
+        self.reserved += nbytes
+        self.most_allocated = max(self.most_allocated, self.allocated + nbytes)
 
     def machine(self) -> Machine:
         """What a snapshot taken now would say."""

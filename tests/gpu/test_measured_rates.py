@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 ON_ONE_GPU = {
     "link_gbps", "links_gbps", "matmul_tflops", "hbm_gbps", "context_bytes", "process_bytes", "workspace_bytes",
-    "launch_s", "page_lock_gbps", "host_copy_gbps", "host_recopy_gbps",
+    "launch_s", "model_launch_s", "page_lock_gbps", "host_copy_gbps", "host_recopy_gbps",
 }  # fmt: skip
 ON_SEVERAL = {"all_gather_gbps", "nccl_bytes", "shared_copy_gbps", "shared_page_lock_gbps"}
 
@@ -60,6 +60,13 @@ def test_one_row_reads_its_weight_no_faster_than_the_memory_is(measured: tuple[M
     assert rates.matmul_tflops is not None
     assert rates.hbm_gbps is not None
     assert rates.matmul_tflops["float16"][1] * 1e3 < 1.3 * rates.hbm_gbps, "one operation a byte of a 16-bit weight"
+
+
+def test_a_models_python_takes_longer_than_a_launch(measured: tuple[Machine, Rates, list[str]]) -> None:
+    _, rates, _ = measured
+    assert rates.launch_s is not None
+    assert rates.model_launch_s is not None
+    assert rates.launch_s < rates.model_launch_s < 100 * rates.launch_s
 
 
 def test_what_a_process_holds_is_what_nvml_sees(measured: tuple[Machine, Rates, list[str]]) -> None:

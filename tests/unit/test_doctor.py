@@ -131,11 +131,13 @@ def test_rates_print_with_units_and_an_origin_where_they_were_not_measured() -> 
         link_gbps=31.5,
         links_gbps={1: 25.04, 2: 50.1},
         launch_s=3.2e-6,
+        model_launch_s=14.5e-6,
         context_bytes=512 << 20,
         matmul_tflops={"bfloat16": {1: 4.6, 8192: 788.4}},
         origins={
             "links_gbps": "measured",
             "launch_s": "measured",
+            "model_launch_s": "measured",
             "context_bytes": "measured",
             "matmul_tflops": "data sheet",
         },
@@ -145,6 +147,7 @@ def test_rates_print_with_units_and_an_origin_where_they_were_not_measured() -> 
         "links at once": "GB/s by GPUs: 1: 25, 2: 50.1",
         "matmul bfloat16": "TFLOP/s by rows: 1: 4.6, 8192: 788 (data sheet)",
         "kernel launch": "3.2 us",
+        "a model's kernel launch": "14.5 us",
         "CUDA context": "0.5 GiB",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from small_models import small_config
 from zeroinf.errors import DoesNotFitError
 from zeroinf.jobs.gpu_memory import GpuMemory, GpuUse
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.planner.memory import Term
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES
+from zeroinf.planner.memory import SMALL_PAGES, Term
 from zeroinf.planner.plan import Plan
 
 DEVICE = torch.device("cuda", 0)
@@ -56,8 +58,8 @@ def gpu() -> Iterator[FakeGpu]:
         yield found
 
 
-def guard(limit_bytes: int | None = None) -> GpuMemory:
-    return GpuMemory(PLAN, DEVICE, limit_bytes)
+def guard(limit_bytes: int | None = None, plan: Plan = PLAN) -> GpuMemory:
+    return GpuMemory(plan, DEVICE, limit_bytes)
 
 
 def load(gpu: FakeGpu) -> None:
@@ -102,6 +104,41 @@ def test_rows_that_still_fit_beside_a_neighbour_really_fit(taken: int) -> None:
             return
         assert 1 <= rows < ROWS
         assert rows * a_row <= left < (rows + 1) * a_row
+
+
+def test_what_the_plan_needs_is_taken_to_the_page_once_weights_are_loaded(gpu: FakeGpu) -> None:
+    guarded = guard()
+    load(gpu)
+    guarded.plan_that_fits()
+    assert NEEDED - LARGE_PAGE_BYTES < gpu.reserved <= NEEDED
+    guarded.plan_that_fits()
+    assert gpu.reserved <= NEEDED
+
+
+def test_room_is_left_for_the_pages_of_small_tensors(gpu: FakeGpu) -> None:
+    plan = replace(PLAN, terms=(*PLAN.terms, Term("gpu", SMALL_PAGES, GIB, "simulated")))
+    gpu.neighbours -= GIB
+    guarded = guard(plan=plan)
+    load(gpu)
+    guarded.plan_that_fits()
+    assert gpu.reserved <= NEEDED
+
+
+def test_an_engine_whose_allocations_are_not_replayed_takes_memory_as_it_comes(gpu: FakeGpu) -> None:
+    guarded = guard(plan=replace(PLAN, engine="zero"))
+    load(gpu)
+    guarded.plan_that_fits()
+    assert gpu.reserved == WEIGHTS
+
+
+def test_what_was_taken_ahead_is_not_said_to_have_been_allocated(gpu: FakeGpu) -> None:
+    guarded = guard()
+    load(gpu)
+    gpu.most_allocated = 12 * GIB
+    guarded.plan_that_fits()
+    assert guarded.use(0, 0).allocated == 12 * GIB
+    gpu.most_allocated = 14 * GIB
+    assert guarded.use(0, 0).allocated == 14 * GIB
 
 
 def test_no_row_beside_a_neighbour_is_refused_with_how_much_is_missing(gpu: FakeGpu) -> None:

@@ -31,6 +31,7 @@ GPU_TERMS = {
     "KV cache": "KV cache",
     "activations, logits, states": "activations, workspaces",
     "matrix product workspaces": "activations, workspaces",
+    "pages of small tensors": "reserved",
     "allocator's pages and gaps": "reserved",
     "CUDA context": "CUDA context, collectives",
     "collectives' buffers": "CUDA context, collectives",

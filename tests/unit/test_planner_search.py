@@ -26,7 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.errors import DoesNotFitError
-from zeroinf.planner import timing
 from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
 from zeroinf.planner.search import MOST_ROWS, Planner
@@ -319,7 +318,10 @@ def test_without_a_gpu_everything_is_host_memory() -> None:
         ({"link_gbps": 1000.0, "gather_gbps": 0.1}, "all-gather"),
         ({"link_gbps": 1e6, "gather_gbps": 1e6, "hbm_gbps": 1e6, "tflops": 1e-3}, "arithmetic"),
         ({"link_gbps": 1e6, "gather_gbps": 1e6, "tflops": 1e6, "hbm_gbps": 0.1}, "GPU memory"),
-        ({"link_gbps": 1e6, "gather_gbps": 1e6, "tflops": 1e6, "hbm_gbps": 1e6, "launch_s": 1.0}, "kernel launches"),
+        (
+            {"link_gbps": 1e6, "gather_gbps": 1e6, "tflops": 1e6, "hbm_gbps": 1e6, "model_launch_s": 1.0},
+            "kernel launches",
+        ),
     ],
 )
 def test_what_binds_is_what_is_slowest(rates: dict[str, float], binds: str) -> None:
@@ -342,14 +344,10 @@ def test_a_slow_disk_binds() -> None:
     assert decision.chosen.timing.decode_s == pytest.approx(BLOCKS * 33_562_624 / 0.5e9, rel=0.01)
 
 
-def test_codes_stream_in_the_time_of_their_bytes_and_their_expansion_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(timing, "_MODEL_S", 0)
-
+def test_codes_stream_in_the_time_of_their_bytes_and_their_expansion_is_counted() -> None:
     def plan(wire: str, rate: float, resident: int = 0) -> Candidate:
         given: dict[str, Any] = {"offload": "cpu", "batch_size": 2, "wire": wire, "resident_blocks": resident}
-        return choose(ROOMY, rates=speeds(link_gbps=rate, launch_s=1e-9), **given).chosen
+        return choose(ROOMY, rates=speeds(link_gbps=rate, model_launch_s=1e-9), **given).chosen
 
     plain, coded = plan("model", 1), plan("int4", 1)
     assert coded.choice.wire == "int4"

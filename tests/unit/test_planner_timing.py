@@ -73,7 +73,7 @@ def test_predicted_seconds_are_those_of_the_schedulers_passes(requests: int, pro
 @pytest.mark.parametrize("shape", [Shape(16, 16, 16 * PROMPT), Shape(16, 4, PROMPT)], ids=["one forward", "four"])
 @pytest.mark.parametrize("requests", [16, 17, 40])
 def test_a_forward_of_few_rows_is_launched_like_one_of_many(requests: int, shape: Shape) -> None:
-    timing = timed(shape, requests, launch_s=1e-3, link_gbps=1e6)
+    timing = timed(shape, requests, model_launch_s=1e-3, link_gbps=1e6)
     assert timing.binds == "kernel launches"
     limits = Limits(
         rows=shape.rows, pages=1 << 30, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens
@@ -117,7 +117,7 @@ def lengths() -> list[int]:
 
 
 def test_rows_of_different_lengths_take_a_forward_for_each_group_that_enters(lengths: list[int]) -> None:
-    timing = mixed(lengths, link_gbps=1e6, launch_s=1e-3)
+    timing = mixed(lengths, link_gbps=1e6, model_launch_s=1e-3)
     assert timing.binds == "kernel launches"
     assert timing.entering_rows > 1
     _, forwards = forwards_of(lengths, limits_of(timing.entering_rows))

@@ -152,7 +152,7 @@ def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
         console.print(
             f"\nrates: link {speeds.link_gbps:.1f} GB/s a rank, disk {speeds.disk_gbps:.1f} GB/s, "
             f"all-gather {speeds.gather_gbps:.0f} GB/s, {speeds.tflops:.0f} TFLOPS, "
-            f"GPU memory {speeds.hbm_gbps:.0f} GB/s, {speeds.launch_s * 1e6:.1f} us a launch"
+            f"GPU memory {speeds.hbm_gbps:.0f} GB/s, {speeds.model_launch_s * 1e6:.1f} us a launch"
         )
     if speeds.projected:
         console.print(f"\nprojected: not measured here: {', '.join(speeds.projected)}\nhint: zeroinf doctor --measure")

@@ -55,6 +55,9 @@ class Rates:
     launch_s: float | None = None
     """Host time of one operator whose kernel has next to nothing to do."""
 
+    model_launch_s: float | None = None
+    """Host time of a kernel that a transformers model launches, its Python included."""
+
     page_lock_gbps: float | None = None
     """cudaHostRegister on memory of one process that has just been written."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zeroinf.jobs.gpu_memory import GpuUse
-from zeroinf.planner.memory import COMPUTED, ENCODED, KV_STAGING, OUTSIDE_TORCH
+from zeroinf.planner.memory import COMPUTED, ENCODED, GAPS, KV_STAGING, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
 
 Unit = Literal["bytes", "s", "tokens/s"]
@@ -38,7 +38,7 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
 
     outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots", "expanded slot"), planned("KV cache", KV_STAGING)
     computing = planned(COMPUTED, ENCODED, "matrix product workspaces", "live weights")
-    gaps, unforeseen = planned("allocator's pages and gaps", "gaps between live weights"), planned("unforeseen")
+    gaps, unforeseen = planned(GAPS, SMALL_PAGES, "gaps between live weights"), planned(UNFORESEEN)
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
     allocated = whole - outside - gaps - unforeseen
     yield _bytes("weights that stay", allocated - slots - cache - computing, max(u.loaded - u.slots for u in uses))

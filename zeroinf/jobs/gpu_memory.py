@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
-from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES
+from zeroinf.planner.memory import OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.traits import TRAITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,16 @@ def _start_libraries(plan: Plan, device: torch.device) -> None:
     torch.nn.functional.linear(weight, weight, weight[0])
 
 
+def _mapped(device: torch.device) -> int:
+    """Bytes of torch's pool of large tensors."""
+    mapped: int = torch.cuda.memory_stats(device)["reserved_bytes.large_pool.current"]
+    return mapped
+
+
+def _taken(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 class GpuMemory:
     """Guards one GPU for one plan. To be made before anything touches the GPU."""
 
@@ -56,7 +69,7 @@ class GpuMemory:
             self._limit = limit_bytes - self._outside_torch
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self._limit / total), device)
-        self._loaded = 0
+        self._loaded = self._loading_peak = 0
 
     def check(self) -> None:
         """Raise DoesNotFitError if the GPU no longer has what the plan still needs."""
@@ -69,13 +82,15 @@ class GpuMemory:
             )
 
     def plan_that_fits(self) -> Plan:
-        """The plan, with as many rows as still fit beside what is loaded if another process has taken memory.
+        """The plan, with as many rows as still fit beside what is loaded if another process has taken memory; if none
+        has, all that the plan needs is taken now.
 
         Raises DoesNotFitError when not even one row fits.
         """
         self._loaded = torch.cuda.memory_allocated(self._device) - self._workspaces
         missing = self._missing()
         if missing <= 0:
+            self._take_all()
             return self._plan
         growing = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.grows)
         rows = self._plan.batch_size * (growing - missing) // max(growing, 1)
@@ -90,10 +105,29 @@ class GpuMemory:
             loaded=self._loaded,
             slots=slot_bytes,
             cache=cache_bytes,
-            allocated=torch.cuda.max_memory_allocated(self._device),
+            allocated=max(self._loading_peak, torch.cuda.max_memory_allocated(self._device)),
             reserved=torch.cuda.max_memory_reserved(self._device),
             process=None if used is None or self._used_before is None else used - self._used_before,
         )
+
+    def _take_all(self) -> None:
+        """Let torch get what the plan still needs from the driver, as one piece that it keeps.
+
+        Nobody else can take it then; and under a limit torch, which does not grow by the little that an allocation
+        lacks where the limit leaves no room for all of it, has no need to (docs/decisions/0007-planner.md).
+        """
+        if not TRAITS[self._plan.engine].is_replayed:
+            return
+        small = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name == SMALL_PAGES)
+        wanted = self._planned - self._outside_torch - small
+        self._loading_peak = torch.cuda.max_memory_allocated(self._device)
+        held = []
+        with suppress(torch.OutOfMemoryError):
+            # What is free at the end already is part of the first piece, so a second one may be needed.
+            while (pages := (wanted - _mapped(self._device)) // LARGE_PAGE_BYTES) > 0:
+                held.append(_taken(pages * LARGE_PAGE_BYTES, self._device))
+        del held
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def _missing(self) -> int:
         """Bytes that torch still has to get for the plan, less what can be had."""

@@ -28,10 +28,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Highest values seen, in bytes: of live tensors, each rounded up, and of what was taken from the driver."""
+    """Highest values seen, in bytes: of live tensors, each rounded up, and of what was taken from the driver, small
+    tensors' pool and that of large ones."""
 
     allocated: int
-    reserved: int
+    small: int
+    large: int
+
+    @property
+    def reserved(self) -> int:
+        return self.small + self.large
 
 
 def rounded(nbytes: int) -> int:
@@ -67,7 +73,7 @@ class Allocator:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._peak, self._small.mapped + self._large.mapped)
+        return Usage(self._peak, self._small.mapped, self._large.mapped)
 
 
 class _Pool:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, HostSize, TensorSpec
-from zeroinf.planner.allocator import Allocator, Event, Usage, rounded
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event, rounded
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
@@ -50,6 +50,8 @@ PAGE_TABLES = "page tables of page-locked memory"
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers", PAGE_TABLES)
 """Terms of GPU memory that torch's allocator does not hold."""
 
+SMALL_PAGES = "pages of small tensors"
+GAPS = "allocator's pages and gaps"
 UNFORESEEN = "unforeseen"
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -209,19 +211,17 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
     workspace, origin = overhead.workspace
     allocator.replay(Event(index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
     weights, passing = allocator.usage, _usage(workload)
+    allocated = weights.allocated + passing.allocated
+    large = round_up(weights.large + passing.allocated + passing.gaps, LARGE_PAGE_BYTES)
     return tuple(
         term
         for term in (
             Term("gpu", "KV cache", passing.cache, "simulated"),
             Term("gpu", ENCODED, encoded, "counted"),
-            Term("gpu", COMPUTED, passing.usage.allocated - passing.cache - encoded, "simulated"),
+            Term("gpu", COMPUTED, passing.allocated - passing.cache - encoded, "simulated"),
             Term("gpu", "matrix product workspaces", workspace, origin),
-            Term(
-                "gpu",
-                "allocator's pages and gaps",
-                weights.reserved - weights.allocated + passing.usage.reserved - passing.usage.allocated,
-                "simulated",
-            ),
+            Term("gpu", SMALL_PAGES, weights.small + passing.small, "simulated"),
+            Term("gpu", GAPS, max(0, large - allocated), "simulated"),
             Term("gpu", "CUDA context", *overhead.context),
             Term("gpu", "collectives' buffers", *overhead.collectives),
             Term("gpu", UNFORESEEN, _UNFORESEEN_GPU, "assumed"),
@@ -232,10 +232,14 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
 
 @dataclass(frozen=True, slots=True)
 class _Passing:
-    """What passes take of torch's allocator beside weights; `cache` lasts."""
+    """What passes take of torch's allocator beside weights, in bytes; `cache` lasts."""
 
     cache: int
-    usage: Usage
+    allocated: int
+    small: int
+    """Pages of the pool of small tensors, which are part of `allocated` all the same: neither pool has the other's."""
+    gaps: int
+    """What pages of the other pool hold beside `allocated`."""
 
 
 @lru_cache(maxsize=256)
@@ -251,7 +255,8 @@ def _usage(workload: Workload) -> _Passing:
     most = few.allocated
     if workload.shares_passes:
         most = cache + max(peak_bytes(steps) for steps in workload.passes)
-    return _Passing(cache, Usage(most, most + few.reserved - few.allocated))
+    share = max(len(steps) / len(_few(steps)) for steps in workload.passes)
+    return _Passing(cache, allocated=most, small=round(few.small * share), gaps=few.large - few.allocated)
 
 
 def _few(steps: Pass) -> Pass:

@@ -26,9 +26,7 @@ _ZERO_SHARE_OF_MORE = 0.36
 # accelerate copies from memory that is not page-locked, and waits for each copy.
 _ACCELERATE_SHARE = 0.17
 
-# What bringing a kernel through a model's Python costs beside a bare launch, whose own time says little about it: in
-# all 14 to 32 us on hosts of H200s. And what a micro-batch costs beside its kernels.
-_MODEL_S = 13e-6
+# What a micro-batch costs beside its kernels.
 _STEP_S = 0.5e-3
 # Of a micro-batch in host memory, what each layer costs beside its kernels: events and streams, there and back.
 _HOST_LAYER_S = 0.4e-3
@@ -61,6 +59,9 @@ class Speeds:
     tflops: float
     hbm_gbps: float
     launch_s: float
+    """Of a kernel by itself."""
+    model_launch_s: float
+    """Of one that a model's Python launches."""
     fill_gbps: float
     """Filling host memory from the page cache, and page-locking it."""
     place_gbps: float
@@ -361,7 +362,7 @@ def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     """Seconds of kernels by what each of them is bound by, and of launching them."""
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
     for group in groups:
-        times["kernel launches"] += group.times * len(group.kernels) * (speeds.launch_s + _MODEL_S)
+        times["kernel launches"] += group.times * len(group.kernels) * speeds.model_launch_s
         for kernel in group.kernels:
             arithmetic, memory = kernel_s(kernel, speeds.tflops, speeds.hbm_gbps)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)

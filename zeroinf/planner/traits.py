@@ -27,6 +27,8 @@ class Traits:
     """It is told how many blocks stay on the GPU."""
     is_timed: bool = True
     """The planner knows how fast it is."""
+    is_replayed: bool = False
+    """The planner replays all that it allocates on a GPU, which is for one stream of kernels."""
 
 
 _PARALLEL = {
@@ -47,9 +49,10 @@ TRAITS: dict[str, Traits] = {
             }
         ),
         places_blocks=True,
+        is_replayed=True,
     ),
     "zero": Traits(offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"})),
-    "resident": Traits(offloads=("none",)),
+    "resident": Traits(offloads=("none",), is_replayed=True),
     "accelerate": Traits(
         offloads=("none", "cpu", "nvme"), settings=frozenset({"--resident-blocks"}), places_blocks=True
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 # One row is decoding's worst case, 8192 rows make the matrices square.
 ROWS = (1, 8, 64, 512, 4096, 8192)
@@ -14,6 +15,16 @@ _COPY_BYTES = 1 << 30
 _MEASURED_S = 0.1
 _LAUNCHES = 200  # fewer than the driver queues, so that the host never waits for the GPU
 _LAUNCH_ROUNDS = 20
+_SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+}
+_STEPS = 3  # of about 250 kernels each
 
 
 def measure_matmul(dtype: str) -> dict[int, float]:
@@ -54,6 +65,33 @@ def measure_launch() -> float:
 
     one_round()
     return statistics.median(one_round() for _ in range(_LAUNCH_ROUNDS))
+
+
+def measure_model_launch() -> float:
+    """Seconds of host time a kernel takes that a transformers model launches: a decode step of a Llama that is too
+    small for its GPU to be what takes time."""
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_SMALL_LLAMA)
+    model = LlamaForCausalLM(config).to("cuda", torch.float16).eval()
+    cache, token = DynamicCache(config=config), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+
+    @torch.inference_mode()
+    def steps(number: int) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(number):
+            model(input_ids=token, past_key_values=cache)
+        return (time.perf_counter() - started) / number
+
+    steps(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps(1)
+        torch.cuda.synchronize()
+    kernels = sum(event.device_type.name == "CUDA" for event in profile.events())
+    step_s: float = statistics.median(steps(_STEPS) for _ in range(_LAUNCH_ROUNDS))
+    return step_s / kernels
 
 
 def _device_seconds(work: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from zeroinf.hardware.measure.disk import measure_disk
 from zeroinf.hardware.measure.footprint import measure_footprint
 from zeroinf.hardware.measure.gathering import measure_all_gather
 from zeroinf.hardware.measure.host import measure_host_copy
-from zeroinf.hardware.measure.kernels import measure_hbm, measure_launch, measure_matmul
+from zeroinf.hardware.measure.kernels import measure_hbm, measure_launch, measure_matmul, measure_model_launch
 from zeroinf.hardware.measure.links import measure_links, measure_page_lock
 from zeroinf.hardware.rates import Rates
 
@@ -54,7 +54,7 @@ def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement
     yield "page-locking", lambda: {"page_lock_gbps": measure_page_lock()}
     yield "GPU memory", lambda: {"hbm_gbps": measure_hbm()}
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
-    yield "kernel launches", lambda: {"launch_s": measure_launch()}
+    yield "kernel launches", lambda: {"launch_s": measure_launch(), "model_launch_s": measure_model_launch()}
     if len(gpus) > 1:
         yield "memory that ranks share", _shared_memory
         yield "all-gather", lambda: _all_gather(gpus)
