@@ -120,6 +120,14 @@ def test_nothing_that_is_offered_needs_more_than_there_is(box: Box) -> None:
         assert all(lack.needed_bytes > lack.available_bytes for lack in rejected.lacks)
 
 
+def test_where_memory_binds_what_is_left_is_less_than_a_hundredth_of_the_rows() -> None:
+    gpu = 3 * GIB
+    chosen = choose(Box(gpu=gpu, host=16 * GIB), offload="none").chosen
+    rows, growing = chosen.choice.batch_size, sum(term.nbytes for term in chosen.terms if term.grows)
+    assert rows > 400
+    assert gpu - total(chosen.terms, "gpu") < growing / 100
+
+
 @given(boxes, gpu_sizes)
 def test_more_gpu_memory_never_gives_fewer_tokens(box: Box, other: int) -> None:
     small, large = sorted((box.gpu, other))

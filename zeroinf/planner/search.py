@@ -40,8 +40,9 @@ _PARTS = ((1, 1), (4, 1), (16, 4), (64, 16))
 _PREFILL_TOKENS = (2048, 16384)
 _SHORTEST_PART = 256
 _PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
-# The most rows are found to a part of so many.
+# The most rows are found to a part of so many, and those of what is chosen to a smaller one.
 _CLOSE_ENOUGH = 32
+_TO_THE_ROW = 256
 
 # Of so many numbers of rows others are tried, too. Prompts that come one by one take longer than their plan says.
 _PROMISING = 3
@@ -134,6 +135,7 @@ class Planner:
         if not found:
             return rejected
         found.sort(key=self._merit, reverse=True)
+        found[0] = found[0] if wish.batch_size else self._to_the_row(wish, found[0], budgets)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],
@@ -215,6 +217,30 @@ class Planner:
             *self._with_more_residents(wish, fewer, budgets),
             *self._in_other_parts(wish, [fewer], budgets),
         ]
+
+    def _to_the_row(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Candidate:
+        """The same in as many micro-batches, with all rows that fit of those that the search did not tell apart."""
+        fits = candidate.choice.batch_size
+        most = MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams)
+        miss = min(fits + 1 + fits // _CLOSE_ENOUGH, most + 1)
+        while miss - fits > 1 + fits // _TO_THE_ROW:
+            choice = self._with_rows(wish, candidate.choice, (fits + miss) // 2)
+            outcome = self._try_shape(wish, choice, self._more_rows(wish, candidate.choice, choice), budgets)
+            if isinstance(outcome, Candidate) and self._merit(outcome) >= self._merit(candidate):
+                candidate, fits = outcome, choice.batch_size
+            else:
+                miss = choice.batch_size
+        return candidate
+
+    def _more_rows(self, wish: Wish, now: Choice, then: Choice) -> Shape:
+        """Passes of the rows of `then` in as many micro-batches as those of `now`."""
+        if not self._makes_parts(wish):
+            return next(self._shapes(wish, then.batch_size))
+        before = (now.batch_size - now.host_rows, now.host_rows)
+        after = (then.batch_size - then.host_rows, then.host_rows)
+        parts = [-(-side // now.micro_batch_rows) for side in before]
+        together = max(-(-side // count) for side, count in zip(after, parts, strict=True) if count)
+        return Shape(then.batch_size, together, now.prefill_tokens, then.host_rows, now.kv_dtype)
 
     def _growing(
         self, wish: Wish, start: Choice, fits: int, sizes: Sequence[int], budgets: dict[Place, int]

@@ -89,7 +89,7 @@ def measure_model_launch() -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         steps(1)
         torch.cuda.synchronize()
-    kernels = sum(event.device_type.name == "CUDA" for event in profile.events())
+    kernels: int = sum(event.device_type.name == "CUDA" for event in profile.events())
     step_s: float = statistics.median(steps(_STEPS) for _ in range(_LAUNCH_ROUNDS))
     return step_s / kernels
 
