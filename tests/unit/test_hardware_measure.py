@@ -26,6 +26,7 @@ from zeroinf.hardware.measure.children import run_children
 from zeroinf.hardware.measure.disk import REQUESTS_IN_FLIGHT, measure_disk
 from zeroinf.hardware.measure.footprint import _multiply, _use
 from zeroinf.hardware.measure.host import measure_host_copy
+from zeroinf.hardware.measure.kernels import kernels_of, measure_model_launch
 from zeroinf.hardware.measure.machine import gpu_counts, measure_machine
 from zeroinf.hardware.snapshot import read_machine
 
@@ -150,3 +151,18 @@ def test_children_that_hang_are_ended(modules: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(EnvironmentProblem, match=r"did not end within 0\.1 s"):
         run_children("hanging", [["first"], ["second"]])
     assert [child.returncode for child in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_kernel_is_counted_for_each_operator_that_computes() -> None:
+    weight, hidden = torch.ones(4, 4), torch.ones(2, 3, 4)
+
+    def work() -> torch.Tensor:
+        with torch.no_grad():
+            product = torch.nn.functional.linear(hidden, weight)  # transposed, flattened, multiplied, a view again
+            return product.transpose(0, 1)[:, 1:].to(torch.float16) + 1
+
+    assert kernels_of(work) == 3
+
+
+def test_a_models_kernels_take_their_launches_and_its_python() -> None:
+    assert 1e-6 < measure_model_launch("cpu") < 1e-2

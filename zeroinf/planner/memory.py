@@ -58,6 +58,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
 _UNFORESEEN_GPU = 96 * _MIB
+# What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks.md).
+_SMALL_BESIDE = 8 * _MIB
 # The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks.md).
 _LOCKED_BYTES_PER_NOTED = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
@@ -220,7 +222,7 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
             Term("gpu", ENCODED, encoded, "counted"),
             Term("gpu", COMPUTED, passing.allocated - passing.cache - encoded, "simulated"),
             Term("gpu", "matrix product workspaces", workspace, origin),
-            Term("gpu", SMALL_PAGES, weights.small + passing.small, "simulated"),
+            Term("gpu", SMALL_PAGES, weights.small + passing.small + _SMALL_BESIDE, "simulated"),
             Term("gpu", GAPS, max(0, large - allocated), "simulated"),
             Term("gpu", "CUDA context", *overhead.context),
             Term("gpu", "collectives' buffers", *overhead.collectives),

@@ -24,7 +24,7 @@ _SMALL_LLAMA: dict[str, Any] = {
     "vocab_size": 256,
     "max_position_embeddings": 256,
 }
-_STEPS = 3  # of about 250 kernels each
+_STEPS = 3  # of a few hundred kernels each
 
 
 def measure_matmul(dtype: str) -> dict[int, float]:
@@ -67,31 +67,49 @@ def measure_launch() -> float:
     return statistics.median(one_round() for _ in range(_LAUNCH_ROUNDS))
 
 
-def measure_model_launch() -> float:
+def measure_model_launch(device: str = "cuda") -> float:
     """Seconds of host time a kernel takes that a transformers model launches: a decode step of a Llama that is too
     small for its GPU to be what takes time."""
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_SMALL_LLAMA)
-    model = LlamaForCausalLM(config).to("cuda", torch.float16).eval()
-    cache, token = DynamicCache(config=config), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    # Written out: cuDNN's attention would build a plan for each new length of the cache (docs/decisions/0008).
+    config = LlamaConfig(**_SMALL_LLAMA, attn_implementation="eager")
+    model = LlamaForCausalLM(config).to(device, torch.float16).eval()
+    cache, token = DynamicCache(config=config), torch.zeros(1, 1, dtype=torch.int64, device=device)
 
-    @torch.inference_mode()
-    def steps(number: int) -> float:
-        torch.cuda.synchronize()
+    def steps() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
-        for _ in range(number):
+        for _ in range(_STEPS):
             model(input_ids=token, past_key_values=cache)
-        return (time.perf_counter() - started) / number
+        return (time.perf_counter() - started) / _STEPS
 
-    steps(2)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        steps(1)
-        torch.cuda.synchronize()
-    kernels: int = sum(event.device_type.name == "CUDA" for event in profile.events())
-    step_s: float = statistics.median(steps(_STEPS) for _ in range(_LAUNCH_ROUNDS))
-    return step_s / kernels
+    with torch.no_grad():
+        steps()
+        step_s = statistics.median(steps() for _ in range(_LAUNCH_ROUNDS))
+        return step_s / kernels_of(lambda: model(input_ids=token, past_key_values=cache))
+
+
+def kernels_of(work: Callable[[], object]) -> int:
+    """How many kernels the operators of `work` launch: one each, but for views of what is there already."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    number = 0
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal number
+            number += not (func.is_view or func in allocating)
+            return func(*args, **(kwargs or {}))
+
+    aten = torch.ops.aten
+    allocating = {aten._unsafe_view.default, aten.empty.memory_format, aten.empty_like.default}
+    with Counting():  # type: ignore[no-untyped-call]
+        work()
+    return number
 
 
 def _device_seconds(work: Callable[[], object]) -> float:
