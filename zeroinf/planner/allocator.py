@@ -17,6 +17,9 @@ SMALL_BYTES = 1 << 20
 SMALL_PAGE_BYTES = 2 << 20
 LARGE_PAGE_BYTES = 20 << 20
 
+_START_BITS = 48
+_START = (1 << _START_BITS) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -42,7 +45,7 @@ class Usage:
 
 def rounded(nbytes: int) -> int:
     """What an allocation of `nbytes` takes."""
-    return max(ROUND_BYTES, -(-nbytes // ROUND_BYTES) * ROUND_BYTES)
+    return -(-nbytes // ROUND_BYTES) * ROUND_BYTES or ROUND_BYTES
 
 
 class Allocator:
@@ -55,17 +58,21 @@ class Allocator:
 
     def replay(self, events: Iterable[Event]) -> None:
         """Carry out `events` in order. Raises KeyError for the end of something that was never allocated."""
+        places, small, large, live, peak = self._places, self._small, self._large, self._live, self._peak
         for event in events:
-            if event.nbytes is None:
-                pool, start, size = self._places.pop(event.key)
+            nbytes = event.nbytes
+            if nbytes is None:
+                pool, start, size = places.pop(event.key)
                 pool.free(start, size)
-                self._live -= size
+                live -= size
                 continue
-            size = rounded(event.nbytes)
-            pool = self._small if size <= SMALL_BYTES else self._large
-            self._places[event.key] = (pool, pool.allocate(size), size)
-            self._live += size
-            self._peak = max(self._peak, self._live)
+            size = rounded(nbytes)
+            pool = small if size <= SMALL_BYTES else large
+            places[event.key] = (pool, pool.allocate(size), size)
+            live += size
+            if live > peak:
+                peak = live
+        self._live, self._peak = live, peak
 
     @property
     def live_bytes(self) -> int:
@@ -77,55 +84,57 @@ class Allocator:
 
 
 class _Pool:
-    """One growing range of addresses; free blocks are kept by start and by (size, start)."""
+    """One growing range of addresses. Free blocks are known by where they start, by where they end, and in the order of
+    their sizes as one number each, the size above the start."""
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
         self.mapped = 0
-        self._starts: list[int] = []
         self._sizes: dict[int, int] = {}
-        self._by_size: list[tuple[int, int]] = []
+        self._starts: dict[int, int] = {}
+        self._by_size: list[int] = []
 
     def allocate(self, size: int) -> int:
         """The start of `size` bytes: out of the smallest free block that holds them, or of new pages."""
-        at = bisect_left(self._by_size, (size, -1))
-        if at == len(self._by_size):
+        by_size = self._by_size
+        at = bisect_left(by_size, size << _START_BITS)
+        if at == len(by_size):
             self._grow(size)
-            at = bisect_left(self._by_size, (size, -1))
-        if at + 1 < len(self._by_size) and sum(self._by_size[at]) == self.mapped:
+            at = bisect_left(by_size, size << _START_BITS)
+        start = by_size[at] & _START
+        if at + 1 < len(by_size) and start + self._sizes[start] == self.mapped:
             at += 1  # the block at the end may still grow, so it counts as the largest
-        found, start = self._by_size[at]
-        self._remove(start)
+            start = by_size[at] & _START
+        del by_size[at]
+        found = self._sizes.pop(start)
         if found > size:
             self._insert(start + size, found - size)
+        else:
+            del self._starts[start + size]
         return start
 
     def free(self, start: int, size: int) -> None:
         """Give `size` bytes at `start` back, joined with free neighbours."""
-        following = start + size
-        if following in self._sizes:
-            size += self._remove(following)
-        before = bisect_left(self._starts, start) - 1
-        if before >= 0 and self._starts[before] + self._sizes[self._starts[before]] == start:
-            start = self._starts[before]
-            size += self._remove(start)
+        if (following := self._sizes.pop(start + size, None)) is not None:
+            self._forget(start + size, following)
+            size += following
+        if (before := self._starts.pop(start, None)) is not None:
+            self._forget(before, start - before)
+            size += start - before
+            start = before
         self._insert(start, size)
 
     def _grow(self, size: int) -> None:
         """Map as many pages at the end as it takes, with what is free there already, to hold `size`."""
-        last = self._starts[-1] if self._starts else None
-        free_at_end = self._sizes[last] if last is not None and last + self._sizes[last] == self.mapped else 0
+        free_at_end = self.mapped - self._starts.get(self.mapped, self.mapped)
         missing = -(-(size - free_at_end) // self._page_bytes) * self._page_bytes
         self.mapped += missing
         self.free(self.mapped - missing, missing)
 
     def _insert(self, start: int, size: int) -> None:
-        insort(self._starts, start)
         self._sizes[start] = size
-        insort(self._by_size, (size, start))
+        self._starts[start + size] = start
+        insort(self._by_size, size << _START_BITS | start)
 
-    def _remove(self, start: int) -> int:
-        size = self._sizes.pop(start)
-        del self._starts[bisect_left(self._starts, start)]
-        del self._by_size[bisect_left(self._by_size, (size, start))]
-        return size
+    def _forget(self, start: int, size: int) -> None:
+        del self._by_size[bisect_left(self._by_size, size << _START_BITS | start)]

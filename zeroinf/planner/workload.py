@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from statistics import fmean
 from typing import Literal, Protocol
@@ -228,23 +229,27 @@ class Simulate(Protocol):
 
 def lock_step(steps: Pass) -> list[Event]:
     """The events of a pass: each block serves every micro-batch before the next block serves any."""
-
-    def told(number: int, events: Events) -> Sequence[Event]:
-        if len(steps) == 1:
-            return events
-        return [Event(event.key * len(steps) + number, event.nbytes) for event in events]
-
+    told = [_told(step, len(steps), number) for number, step in enumerate(steps)]
     order: list[Event] = []
-    for number, step in enumerate(steps):
-        order += told(number, step.inputs)
-    for sections in zip(*(step.sections for step in steps), strict=True):
-        for number, events in enumerate(sections):
-            order += told(number, events)
-    for number, step in enumerate(steps):
-        order += told(number, step.end)
-    for number, step in enumerate(steps):
-        order += told(number, step.choice)
+    for inputs, *_ in told:
+        order += inputs
+    for phase in zip(*(sections for _, *sections, _, _ in told), strict=True):
+        for events in phase:
+            order += events
+    for *_, end, _ in told:
+        order += end
+    for *_, choice in told:
+        order += choice
     return order
+
+
+@lru_cache(maxsize=1024)
+def _told(step: Step, count: int, number: int) -> tuple[Events, ...]:
+    """The events of a step from its inputs to the choice, told apart from those of the pass's `count` - 1 others."""
+    parts = (step.inputs, *step.sections, step.end, step.choice)
+    if count == 1:
+        return parts
+    return tuple(tuple(Event(event.key * count + number, event.nbytes) for event in part) for part in parts)
 
 
 def repeated(passes: Sequence[Pass]) -> list[Event]:
