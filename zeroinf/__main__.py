@@ -1,4 +1,4 @@
-"""`python -m zeroinf`, and what DeepSpeed's launcher starts with `--module zeroinf`."""
+"""`python -m zeroinf`, which is also what launchers start for each rank."""
 
 from zeroinf.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`--num-gpus N` and `--hostfile FILE`: start ranks of the same command through DeepSpeed's launcher."""
+"""Ranks of the same command: `--num-gpus N` starts them here, `--hostfile FILE` through DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-
-import psutil
 
 from zeroinf.cli.ranks import packed
 from zeroinf.distributed.ports import free_port
 from zeroinf.errors import EnvironmentProblem
 
 _KNOWN_CODES = frozenset((0, 1, 2, 3, 4, 5, 130, 143))
+_POLL_S = 0.05
+_GRACE_S = 10.0
+"""How long ranks have to end by themselves once one has failed, and again once they are asked to: longer than they take
+to notice it (PeerWatch) and to stop in order (Interrupts)."""
 
 
 def check_gpu_count(wanted: int) -> None:
@@ -44,40 +46,76 @@ def check_pdsh() -> None:
         )
 
 
-def launch(arguments: Sequence[str], *, num_gpus: int | None, hostfile: Path | None) -> int:
-    """Run `zeroinf ARGUMENTS` on `num_gpus` ranks of this node, or of each node in `hostfile`; returns the exit code.
+def launch_here(arguments: Sequence[str], num_gpus: int) -> int:
+    """Run `zeroinf ARGUMENTS` on `num_gpus` ranks of this node, none of which outlives the call.
 
-    Signals reach the ranks of this node, which end in order; the launcher itself would kill them. Those of other nodes
-    only the launcher reaches.
+    Returns the exit code: that of the first rank that failed, 0 if none did. SIGINT and SIGTERM reach each rank once.
+    Raises OSError where a process cannot be started or no port is free.
+    """
+    command = [sys.executable, "-u", "-m", "zeroinf", *arguments]
+    # How many ranks a node has is LOCAL_WORLD_SIZE to torch and LOCAL_SIZE to DeepSpeed.
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(num_gpus))
+    common = {**os.environ, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    signals = _noted_signals()
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in map(str, range(num_gpus)):
+            environ = {**common, "RANK": number, "LOCAL_RANK": number}
+            ranks.append(subprocess.Popen(command, env=environ, start_new_session=True))
+        return _exit_code(_wait(ranks, signals))
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def launch_on_nodes(arguments: Sequence[str], hostfile: Path, num_gpus: int | None) -> int:
+    """Run `zeroinf ARGUMENTS` on `num_gpus` ranks of each node in `hostfile`, or on all that it names.
+
+    Returns the exit code. A signal reaches DeepSpeed's launcher only, which ends the ranks of all nodes.
+    Raises OSError where no port is free.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
     command += ["--master_port", str(free_port()), *(("--num_gpus", str(num_gpus)) if num_gpus else ())]
-    if hostfile is None:
-        command += ["--module", "zeroinf", *arguments]
-    else:
-        # On other nodes a shell reads the command.
-        word = packed(arguments, os.environ)
-        command += ["--hostfile", str(hostfile), "--force_multi", "--module", "zeroinf.cli.ranks", word]
-    launcher = subprocess.Popen(command, start_new_session=True)
-    stopped_by = 0
+    command += ["--hostfile", str(hostfile), "--force_multi", "--module", "zeroinf.cli.ranks"]
+    # On other nodes a shell reads the command.
+    command.append(packed(arguments, os.environ))
+    signals = _noted_signals()
+    code = _wait([subprocess.Popen(command, start_new_session=True)], signals)
+    return 128 + signals[-1] if signals else _exit_code(code)
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped_by
-        stopped_by = number
-        processes = [p for p in psutil.Process(launcher.pid).children(recursive=True) if _is_rank(p)]
-        for process in processes if hostfile is None else [launcher]:
-            process.send_signal(number)
 
+def _noted_signals() -> list[int]:
+    """The numbers of the SIGINTs and SIGTERMs that come from now on. They do nothing else to this process.
+
+    Its children are in sessions of their own: a terminal's Ctrl-C is theirs only if it is passed on.
+    """
+    noted: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    code = launcher.wait()
-    if hostfile is not None and stopped_by:
-        return 128 + stopped_by
+        signal.signal(number, lambda number, frame: noted.append(number))
+    return noted
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int:
+    """Pass `signals` on as they come, end those that go on long after one has failed; the code of the first to fail."""
+    passed_on = failed = 0
+    stops: list[tuple[float, int]] = []
+    while None in (codes := [process.poll() for process in processes]):
+        now = time.monotonic()
+        if not failed and any(codes):
+            failed = next(filter(None, codes))
+            stops = [(now + _GRACE_S, signal.SIGTERM), (now + 2 * _GRACE_S, signal.SIGKILL)]
+        due = list(signals[passed_on:])
+        passed_on += len(due)
+        if stops and now > stops[0][0]:
+            due.append(stops.pop(0)[1])
+        for number in due:
+            for process in processes:
+                process.send_signal(number)
+        time.sleep(_POLL_S)
+    return failed or next(filter(None, codes), 0)
+
+
+def _exit_code(code: int) -> int:
+    """The exit code that tells of a process which ended with `code`; what a signal ended has 128 and its number."""
+    code = 128 - code if code < 0 else code
     return code if code in _KNOWN_CODES else 1
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    try:
-        return process.cmdline()[1:4] == ["-u", "-m", "zeroinf"]
-    except psutil.Error:
-        return False

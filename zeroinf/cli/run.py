@@ -106,7 +106,7 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option(
     "--num-gpus",
     type=click.IntRange(min=1),
-    help="Start this many ranks, an independent stream on each GPU, through DeepSpeed's launcher. [default: one]",
+    help="Start this many ranks, an independent stream on each GPU. [default: one]",
 )
 @click.option(
     "--static-batches", is_flag=True, hidden=True, help="Admit rows only when no other is live, to measure the gain."
@@ -165,16 +165,19 @@ def run(
         arguments, asked["resume"] = [*arguments, "--resume"], True
     if world.launched:
         _refuse_another_world(num_gpus, hostfile, world)
-    elif num_gpus is not None or hostfile is not None:
-        _check_output(asked)
-        from zeroinf.cli.launch import check_gpu_count, check_pdsh, launch
+    elif hostfile is not None:
+        from zeroinf.cli.launch import check_pdsh, launch_on_nodes
 
-        if hostfile is not None:
-            check_pdsh()
-        elif num_gpus is not None:
-            check_gpu_count(num_gpus)
-        if hostfile is not None or num_gpus != 1:
-            return launch(arguments, num_gpus=num_gpus, hostfile=hostfile)
+        _check_output(asked)
+        check_pdsh()
+        return launch_on_nodes(arguments, hostfile, num_gpus)
+    elif num_gpus is not None:
+        from zeroinf.cli.launch import check_gpu_count, launch_here
+
+        _check_output(asked)
+        check_gpu_count(num_gpus)
+        if num_gpus > 1:
+            return launch_here(arguments, num_gpus)
     asked["resume_command"] = _resume_command(arguments)
     return _run_here(ctx, world, report_file=report_file, quiet=quiet, **asked)
 
