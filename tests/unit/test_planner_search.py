@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from zeroinf.errors import DoesNotFitError
 from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
-from zeroinf.planner.search import MOST_ROWS, Planner
+from zeroinf.planner.search import MOST_MICRO_BATCH_ROWS, MOST_ROWS, Planner
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape, Workload
@@ -126,6 +126,13 @@ def test_where_memory_binds_what_is_left_is_less_than_a_hundredth_of_the_rows() 
     rows, growing = chosen.choice.batch_size, sum(term.nbytes for term in chosen.terms if term.grows)
     assert rows > 400
     assert gpu - total(chosen.terms, "gpu") < growing / 100
+
+
+@pytest.mark.parametrize("together", [None, 100])
+def test_no_micro_batch_grows_beyond_the_most_rows_that_run_together(together: int | None) -> None:
+    for gpu in range(3 * GIB, 5 * GIB, GIB // 8):
+        chosen = choose(Box(gpu=gpu, host=16 * GIB), offload="none", micro_batch_rows=together).chosen.choice
+        assert chosen.micro_batch_rows <= (together or MOST_MICRO_BATCH_ROWS)
 
 
 @given(boxes, gpu_sizes)

@@ -135,7 +135,8 @@ class Planner:
         if not found:
             return rejected
         found.sort(key=self._merit, reverse=True)
-        found[0] = found[0] if wish.batch_size else self._to_the_row(wish, found[0], budgets)
+        if not wish.batch_size and self._device == "cuda":
+            found[0] = self._to_the_row(wish, found[0], budgets)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],
@@ -222,10 +223,12 @@ class Planner:
         """The same in as many micro-batches, with all rows that fit of those that the search did not tell apart."""
         fits = candidate.choice.batch_size
         most = MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams)
+        together = max(candidate.choice.micro_batch_rows, wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS)
         miss = min(fits + 1 + fits // _CLOSE_ENOUGH, most + 1)
         while miss - fits > 1 + fits // _TO_THE_ROW:
             choice = self._with_rows(wish, candidate.choice, (fits + miss) // 2)
-            outcome = self._try_shape(wish, choice, self._more_rows(wish, candidate.choice, choice), budgets)
+            shape = self._more_rows(wish, candidate.choice, choice)
+            outcome = self._try_shape(wish, choice, shape, budgets) if shape.micro_batch_rows <= together else None
             if isinstance(outcome, Candidate) and self._merit(outcome) >= self._merit(candidate):
                 candidate, fits = outcome, choice.batch_size
             else:
