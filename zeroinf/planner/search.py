@@ -222,7 +222,10 @@ class Planner:
     def _to_the_row(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Candidate:
         """The same in as many micro-batches, with all rows that fit of those that the search did not tell apart."""
         fits = candidate.choice.batch_size
-        most = MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams)
+        most = MOST_ROWS
+        if wish.requests is not None:  # no more than make its waves even
+            requests = -(-wish.requests // wish.streams)
+            most = -(-requests // -(-requests // fits))
         together = max(candidate.choice.micro_batch_rows, wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS)
         miss = min(fits + 1 + fits // _CLOSE_ENOUGH, most + 1)
         while miss - fits > 1 + fits // _TO_THE_ROW:
