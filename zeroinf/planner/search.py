@@ -26,6 +26,7 @@ from zeroinf.planner.memory import (
 )
 from zeroinf.planner.timing import Speeds, time_plan
 from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.ways import OFFLOADS, fetches_of, offloads_of
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
@@ -51,8 +52,6 @@ _ROWS_PARTS, _TOKENS_PARTS = (1, 4, 16, 64), (1, 4)
 _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
-
-_OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 
 EngineTerms = Callable[[Choice, Workload], tuple[Term, ...]]
 """Memory terms of a choice under another engine than the stream engine."""
@@ -125,8 +124,8 @@ class Planner:
         found: list[Candidate] = []
         tried: dict[tuple[Offload, Fetch], list[Candidate]] = {}
         rejected: list[Rejection] = []
-        for offload in _offloads(wish):
-            for fetch in _fetches(wish, offload, has_encoder=self._anatomy.encoder is not None):
+        for offload in offloads_of(wish):
+            for fetch in fetches_of(wish, offload, has_encoder=self._anatomy.encoder is not None):
                 outcome = list(self._candidates(wish, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
@@ -443,7 +442,7 @@ class Planner:
         choice, on_cpu = candidate.choice, self._device == "cpu"
         speed = float(f"{candidate.timing.tokens_per_second:.{2 if on_cpu else 3}g}")
         rows = -choice.batch_size if on_cpu else choice.batch_size
-        return (speed, -_OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
+        return (speed, -OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
 
     def _terms(self, wish: Wish, choice: Choice, workload: Workload) -> tuple[Term, ...]:
         if self._engine_terms is not None:
@@ -487,23 +486,6 @@ def _host_rows(wish: Wish, rows: int) -> int:
     """Rows of which keys and values rest in host memory."""
     assert wish.host_share != "auto"
     return round(wish.host_share * rows)
-
-
-def _offloads(wish: Wish) -> tuple[Offload, ...]:
-    if wish.offload != "auto":
-        return (wish.offload,)
-    streams = wish.fetch != "auto" or wish.resident_blocks is not None  # settings that mean nothing where all stays
-    return _OFFLOADS[1 if streams else 0 : 3 if wish.nvme_space_bytes is not None else 2]
-
-
-def _fetches(wish: Wish, offload: Offload, *, has_encoder: bool) -> tuple[Fetch, ...]:
-    if has_encoder or wish.world_size == 1 or offload == "none" or wish.engine != "stream":
-        return ("replicated",)
-    if wish.fetch != "auto":
-        return (wish.fetch,)
-    # A disk that each rank reads for itself is read as often as there are ranks.
-    worthwhile = wish.one_node and (wish.gpus_are_linked or offload == "nvme")
-    return ("partitioned", "replicated") if worthwhile else ("replicated",)
 
 
 def _doubling(cap: int) -> Iterator[int]:
