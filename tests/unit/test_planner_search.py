@@ -128,6 +128,14 @@ def test_where_memory_binds_what_is_left_is_less_than_a_hundredth_of_the_rows() 
     assert gpu - total(chosen.terms, "gpu") < growing / 100
 
 
+def test_as_host_memory_shrinks_a_disk_takes_over_before_nothing_fits() -> None:
+    sizes = range(6 * GIB, 2 * GIB, -16 * MIB)
+    found = [fits(Box(gpu=0, host=size, disk=GIB), batch_size=64) for size in sizes]
+    least = max(index for index, decision in enumerate(found) if decision)
+    assert None not in found[: least + 1]
+    assert {decision.chosen.choice.offload for decision in found if decision} == {"none", "nvme"}
+
+
 @pytest.mark.parametrize("together", [None, 100])
 def test_no_micro_batch_grows_beyond_the_most_rows_that_run_together(together: int | None) -> None:
     for gpu in range(3 * GIB, 5 * GIB, GIB // 8):

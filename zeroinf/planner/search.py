@@ -14,7 +14,9 @@ from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.decision import Candidate, Decision, Lack, Rejection, nothing_fits, smallest_changes
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
+    GAPS,
     LOADING_STAGES,
+    SMALL_PAGES,
     Overhead,
     Place,
     Term,
@@ -150,7 +152,7 @@ class Planner:
     ) -> Iterator[Candidate | Rejection]:
         """All that is worth comparing of one way to run, or why it does not fit."""
         fewest = self._fewest_residents(wish, offload)
-        if offload == "nvme" and not self._choice(wish, offload, fetch, 1, fewest).nvme_blocks:
+        if offload == "nvme" and not self._choice(wish, offload, fetch, wish.batch_size or 1, fewest).nvme_blocks:
             return  # the host can hold all that streams
         cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
         sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
@@ -455,7 +457,7 @@ class Planner:
         if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
         if self._device == "cpu":
-            terms = tuple(_on_host(term, wish.world_size) for term in terms)
+            terms = tuple(_on_host(term, wish.world_size) for term in terms if term.name not in (SMALL_PAGES, GAPS))
         return terms
 
 
