@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without an NVIDIA GPU."""
+    """Skip tests marked `gpu` on a machine without an NVIDIA GPU; of unit tests, files with many come first.
+
+    Workers take whole files: one that takes minutes must not be the last.
+    """
+    tests, others = Counter(item.path for item in items), len(items)
+    items.sort(key=lambda item: tests[item.path] if item.path.parent.name == "unit" else others, reverse=True)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         from zeroinf.hardware.gpus import read_gpus
