@@ -38,7 +38,7 @@ _FEW = 1e-6
 # Rows enter in so many groups at least in the time of a row, and in smaller ones where that takes as good as no longer.
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
-_NEXT_TRIED = 1.2
+_NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
 
 # Making codes of weights in a checkpoint, GB/s of the weights: an H200 beside 16 cores. Eight threads of those by
 # themselves made 0.4 (docs/benchmarks.md, "Pages, micro-batches and codes").

@@ -22,7 +22,7 @@ _SMALL_LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "vocab_size": 256,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
 }
 _STEPS = 3  # of a few hundred kernels each
 _WARM_UP_S = 1.0  # a host was seen to launch its first ones in 25 us each, and in 16 a second later

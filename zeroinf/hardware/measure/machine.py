@@ -54,7 +54,8 @@ def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement
     yield "page-locking", lambda: {"page_lock_gbps": measure_page_lock()}
     yield "GPU memory", lambda: {"hbm_gbps": measure_hbm()}
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
-    yield "kernel launches", lambda: {"launch_s": measure_launch(), "model_launch_s": measure_model_launch()}
+    yield "kernel launches", lambda: {"launch_s": measure_launch()}
+    yield "a model's kernel launches", lambda: {"model_launch_s": measure_model_launch()}
     if len(gpus) > 1:
         yield "memory that ranks share", _shared_memory
         yield "all-gather", lambda: _all_gather(gpus)
