@@ -19,6 +19,7 @@ from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Limits
 from zeroinf.model.anatomy import FETCHED_UNITS, KvDtype, Record, TokenState
+from zeroinf.model.kv import cache_name
 
 LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8), (18, 14))
 # They come and go, in small micro-batches, prompts in pieces; some find pages, the others rest on the host.
@@ -72,7 +73,7 @@ def test_codes_of_a_byte_change_tokens_as_rounding_does_and_by_nothing_else(name
     for row in ran:
         cache = Rounded(config=model.config)
         with torch.no_grad():
-            logits = model(torch.tensor([[*row.prompt, *row.generated[:-1]]]), past_key_values=cache).logits
+            logits = model(torch.tensor([[*row.prompt, *row.generated[:-1]]]), **{cache_name(model): cache}).logits
         assert row.generated == logits[0, len(row.prompt) - 1 :].argmax(-1).tolist()
 
 

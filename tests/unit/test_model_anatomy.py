@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 from zeroinf.errors import ModelError
 from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters, mark_own_head
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
-from zeroinf.model.kv import held_bytes
+from zeroinf.model.kv import cache_name, held_bytes, read_cache
 
 ROWS, PROMPT, NEW = 2, 30, 12
 NO_LIMIT = {"bloom", "mamba", "mamba2", "falcon_mamba"}
@@ -34,7 +35,7 @@ def measured_cache_bytes(model: Any) -> tuple[int, int]:
         return_dict_in_generate=True,
         use_cache=True,  # MPT's config turns it off
     )
-    cache = output.get("past_key_values") or output.get("cache_params")
+    cache = output[cache_name(model)]
     return sum(held_bytes(vars(layer)) for layer in cache.layers), PROMPT + NEW - 1
 
 
@@ -72,6 +73,23 @@ def test_small_models_do_not_repeat_one_token(name: str) -> None:
     ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
     tokens = build_model(name).generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, PROMPT:]
     assert len(set(tokens.flatten().tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("cache", "does not go on with the cache"), ("kv_store", "takes none of cache, past_key_values")]
+)
+def test_a_cache_that_the_forward_leaves_alone_is_refused(name: str, said: str) -> None:
+    model = build_meta(small_config("llama"), "float32")
+    own = model.forward
+
+    def forward(input_ids: Any, **inputs: Any) -> Any:
+        return own(input_ids, use_cache=inputs["use_cache"])
+
+    parameters = [Parameter("input_ids", Parameter.POSITIONAL_OR_KEYWORD), Parameter(name, Parameter.KEYWORD_ONLY)]
+    forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
+    with pytest.raises(ModelError, match=said):
+        read_cache(model, CONTEXT)
 
 
 def test_tied_weights_are_counted_once() -> None:
@@ -145,9 +163,10 @@ def test_an_encoder_is_counted_with_what_it_leaves_for_the_decoder(name: str) ->
     ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
     with torch.no_grad():
         output = model(input_ids=ids, decoder_input_ids=ids[:, :NEW], use_cache=True)
+    found = output[cache_name(model)]
     own, cross = (
         sum(held_bytes(vars(layer)) for layer in cache.layers if layer.is_initialized)
-        for cache in (output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache)
+        for cache in (found.self_attention_cache, found.cross_attention_cache)
     )
     assert own == ROWS * NEW * anatomy.kv_bytes_per_token
     assert anatomy.encoder is not None

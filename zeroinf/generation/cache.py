@@ -84,6 +84,11 @@ class PagePool:
         """Whether no layer keeps anything elsewhere."""
         return all(self._states)
 
+    @property
+    def grows(self) -> bool:
+        """Whether any layer keeps something of each token; states alone take no mask once the prompt is through."""
+        return any(layer.bytes_per_token for layer in self._layers)
+
     def open(self, tokens: Mapping[int, int]) -> None:
         """Give rows, by their seats, pages for so many tokens each."""
         for table in self._tables.values() if tokens else ():

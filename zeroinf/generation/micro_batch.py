@@ -19,6 +19,7 @@ from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.upload import to_device
+from zeroinf.model.kv import cache_name
 
 
 def breaks_at(config: Any) -> int | None:
@@ -81,7 +82,7 @@ class Desk:
         """The last column; rows that have ended, but keep their places, may be beyond."""
         accepted = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in accepted
-        self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self.cache_name = cache_name(model)
         self.always: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in accepted:
             self.always["logits_to_keep"] = 1
@@ -139,12 +140,13 @@ class MicroBatch:
         positions = columns.positions[:, columns.total - columns.new :].clamp(min=0)
         ids = desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last))
         if desk.has_encoder:
-            return {**desk.always, "decoder_input_ids": ids, **self._encoded().inputs(self._cache())}
+            encoded = self._encoded()
+            own = {"decoder_input_ids": ids, desk.cache_name: encoded.cache(self._cache())}
+            return {**desk.always, **own, **encoded.inputs()}
         inputs = {**desk.always, "input_ids": ids, desk.cache_name: self._cache()}
         if desk.takes_positions:
             inputs["position_ids"] = positions
-        # A state-space model's own preparation drops the mask after the prompt.
-        if columns.is_padded and not (desk.cache_name == "cache_params" and not columns.is_first):
+        if columns.is_padded and (columns.is_first or desk.pool.grows):
             inputs["attention_mask"] = (columns.positions >= 0).long()
         return inputs
 

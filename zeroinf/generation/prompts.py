@@ -45,10 +45,14 @@ class EncodedPrompts:
             self._mask = (torch.arange(width, device=device) < lengths[:, None]).long()
         self._cross = DynamicCache()
 
-    def inputs(self, own: DynamicCache) -> dict[str, Any]:
-        """Arguments of the model's forward; `own` is the cache of the decoder's own tokens."""
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is given of the prompts."""
         mask = {} if self._mask is None else {"attention_mask": self._mask}
-        return {**self._given, **mask, "past_key_values": EncoderDecoderCache(own, self._cross)}
+        return {**self._given, **mask}
+
+    def cache(self, own: DynamicCache) -> EncoderDecoderCache:
+        """`own`, the cache of the decoder's own tokens, and what cross-attention keeps of the prompts."""
+        return EncoderDecoderCache(own, self._cross)
 
     def keep(self, output: Any) -> None:
         """Keep the encoder's last state: with it, a forward leaves the encoder out."""

@@ -22,6 +22,8 @@ from zeroinf.model.anatomy import LayerCache, TokenState
 _SHORT, _LONGER, _FAR = 9, 14, 331
 _PROMPT = 5
 """Tokens that an encoder reads where the decoder's cache is looked at."""
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forwards call it: the first since transformers 5.24, the last that of state-space models before."""
 
 
 class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -34,6 +36,18 @@ class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         return on_paper.call(func, args, kwargs or {})
+
+
+def cache_name(model: Any) -> str:
+    """The argument by which the forward of `model` takes its cache; what it returns has it by that name, too.
+
+    Raises ModelError where there is none.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    name = next((name for name in _CACHE_NAMES if name in accepted), None)
+    if name is None:
+        raise _unreadable(model, f"its forward takes none of {', '.join(_CACHE_NAMES)}")
+    return name
 
 
 def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
@@ -77,8 +91,8 @@ def read_encoded_bytes(model: Any) -> int:
 
 
 def _encoded(model: Any, tokens: int) -> int:
-    output = _forward(model, 1, 1, prompt=tokens, past_key_values=None)
-    layers = output.past_key_values.cross_attention_cache.layers
+    output = _forward(model, 1, 1, prompt=tokens)
+    layers = output[cache_name(model)].cross_attention_cache.layers
     return int(output.encoder_last_hidden_state.nbytes) + sum(held_bytes(vars(layer)) for layer in layers)
 
 
@@ -118,14 +132,15 @@ def _token_states(layer: Any) -> tuple[TokenState, TokenState] | tuple[None, Non
 
 def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
     """The cache's layers after a prefill of `tokens - 1` and one decode step."""
-    parameters = inspect.signature(model.forward).parameters
-    name = "past_key_values" if "past_key_values" in parameters else "cache_params"
+    name = cache_name(model)
     prompt = _PROMPT if model.config.is_encoder_decoder else 0
     cache = None
     if model._supports_default_dynamic_cache() and not prompt:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for length in (tokens - 1, 1):
-        cache = _forward(model, rows, length, prompt=prompt, **{name: cache}).get(name)
+        before, cache = cache, _forward(model, rows, length, prompt=prompt, **{name: cache}).get(name)
+        if before is not None and cache is not before:
+            raise _unreadable(model, f"its forward does not go on with the {name} that it is given")
     if prompt:
         cache = getattr(cache, "self_attention_cache", None)
     apart = dict(vars(cache)) if cache is not None else {}

@@ -22,6 +22,7 @@ from zeroinf.engines.stream.load import Checkpoint
 from zeroinf.engines.stream.origin import Origin, Tally
 from zeroinf.engines.stream.tensors import group_tensors
 from zeroinf.errors import UsageError
+from zeroinf.model.kv import cache_name
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
@@ -117,7 +118,7 @@ def _split(model: Any, plan: Plan, source: ModelSource, control: Control, device
 def _give_mask(decoder: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """BLOOM without a mask takes the slopes of all heads; with one it asks where DeepSpeed gives a rank its own."""
     if inputs.get("attention_mask") is None:
-        ids, cache = args[0] if args else inputs["input_ids"], inputs.get("past_key_values")
+        ids, cache = args[0] if args else inputs["input_ids"], inputs.get(cache_name(decoder))
         seen = cache.get_seq_length() if cache is not None else 0
         inputs["attention_mask"] = ids.new_ones(ids.shape[0], seen + ids.shape[1])
     return args, inputs
