@@ -70,7 +70,7 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
         on: Machine | None = None,
         world: World = ALONE,
         linked: bool = True,
-        requests: int = 64,
+        requests: int = 4,
         device: str = "cuda",
         **options: Any,
     ) -> Plan:
