@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from forked import Forked
 
 from zeroinf.distributed.ports import free_port
 from zeroinf.jobs.journal import read_records
 from zeroinf.jobs.output import journal_path
 
 Launcher = Literal["none", "num-gpus", "deepspeed", "torchrun"]
+Process = subprocess.Popen[str] | Forked
 
 _BIN = Path(sys.executable).parent
 _FAMILY = "TEST_FAMILY"
@@ -35,16 +37,15 @@ class Finished:
     err: str
 
 
-def command_line(arguments: Sequence[str], *, ranks: int = 1, launcher: Launcher = "none") -> list[str]:
+def command_line(arguments: Sequence[str], *, ranks: int, launcher: Launcher) -> list[str]:
     """`zeroinf run ARGUMENTS` on `ranks` ranks, as each launcher spells it."""
-    python = [sys.executable, "-m"]
     run = ["zeroinf", "run", *arguments]
     port = str(free_port())
     match launcher:
         case "none":
-            return [*python, *run]
+            return run
         case "num-gpus":
-            return [*python, "zeroinf", "run", "--num-gpus", str(ranks), *arguments]
+            return ["zeroinf", "run", "--num-gpus", str(ranks), *arguments]
         case "deepspeed":
             return [str(_BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", *run]
         case "torchrun":
@@ -75,27 +76,30 @@ def started(
     env: Mapping[str, str] | None = None,
     stdin: bool = False,
     own_group: bool = False,
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[Process]:
     """The process while it runs; none of its descendants outlives the block."""
     family = uuid.uuid4().hex
-    process = subprocess.Popen(
-        command_line(arguments, ranks=ranks, launcher=launcher),
-        # deepspeed's and torchrun's scripts look for their tools on PATH.
-        env={
-            **os.environ,
-            "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
-            **(env or {}),
-            _FAMILY: family,
-        },
-        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0 if own_group else None,
-    )
+    # deepspeed's and torchrun's scripts look for their tools on PATH.
+    path = {"PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}"}
+    whole = {**os.environ, **path, **(env or {}), _FAMILY: family}
+    command = command_line(arguments, ranks=ranks, launcher=launcher)
+    process: Process
+    if command[0] == "zeroinf" and "DS_ACCELERATOR" in os.environ:  # a fork knows of no other accelerator
+        process = Forked(command, whole, stdin=stdin, own_group=own_group)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command] if command[0] == "zeroinf" else command,
+            env=whole,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0 if own_group else None,
+        )
     try:
         yield process
     finally:
+        process.kill()
         # By a mark in the environment: ranks whose launcher was killed are nobody's children.
         for member in psutil.process_iter():
             with suppress(psutil.Error):
@@ -104,7 +108,7 @@ def started(
         process.wait()
 
 
-def rank_processes(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def rank_processes(process: Process) -> dict[int, psutil.Process]:
     """The ranks below a launcher, by number."""
     ranks = {}
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -114,7 +118,7 @@ def rank_processes(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return ranks
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], process: Process, *, seconds: float = 60) -> None:
     """Return once `condition()` holds; fail the test when it does not within `seconds` of `process` at work."""
     deadline = time.monotonic() + seconds
     while not condition():

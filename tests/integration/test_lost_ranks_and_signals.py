@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import Launcher, has_results, journalled, rank_processes, run_zeroinf, started, wait_until
+from launching import Launcher, Process, has_results, journalled, rank_processes, run_zeroinf, started, wait_until
 
 from zeroinf.jobs.output import journal_path
 
@@ -51,7 +50,7 @@ def arguments(model: Path, prompts: Path, out: Path, *more: str, engine: str = "
     ]
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[str, float]:
+def ended(process: Process) -> tuple[str, float]:
     """Standard error of a process that is about to end, and how long it took."""
     since = time.monotonic()
     _, err = process.communicate(timeout=60)
