@@ -35,7 +35,7 @@ def measured_cache_bytes(model: Any) -> tuple[int, int]:
         return_dict_in_generate=True,
         use_cache=True,  # MPT's config turns it off
     )
-    cache = output[cache_name(model)]
+    cache = next(output[name] for name in ("cache", "past_key_values") if name in output)  # the latter before 5.24
     return sum(held_bytes(vars(layer)) for layer in cache.layers), PROMPT + NEW - 1
 
 
