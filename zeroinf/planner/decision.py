@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from zeroinf.errors import DoesNotFitError
 from zeroinf.model.anatomy import HostSize, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.memory import Place, Term
@@ -45,6 +46,17 @@ class Rejection:
     """Rows of which keys and values would rest in host memory."""
     lacks: tuple[Lack, ...]
 
+    @classmethod
+    def of(cls, choice: Choice, *lacks: Lack) -> Rejection:
+        """That of `choice`."""
+        return cls(
+            offload=choice.offload,
+            fetch=choice.fetch,
+            batch_size=choice.batch_size,
+            host_rows=choice.host_rows,
+            lacks=lacks,
+        )
+
     @property
     def missing_bytes(self) -> int:
         """Of all places together."""
@@ -77,13 +89,16 @@ class Decision:
         return self.chosen.timing.tokens_per_second
 
 
-def nothing_fits(rejected: Sequence[Rejection]) -> str:
-    """Why each way does not fit, in one line."""
+def does_not_fit(rejected: Sequence[Rejection]) -> DoesNotFitError:
+    """Why each way does not fit, and what would do of the one that lacks least."""
+    return DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
+
+
+def _nothing_fits(rejected: Sequence[Rejection]) -> str:
     return "nothing fits: " + "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
 
 
-def smallest_changes(rejected: Sequence[Rejection]) -> str:
-    """What would do, of the way that lacks least."""
+def _smallest_changes(rejected: Sequence[Rejection]) -> str:
     nearest = min(rejected, key=lambda one: one.missing_bytes)
     where = {"gpu": "GPU", "host": "host", "disk": "disk"}
     more = (

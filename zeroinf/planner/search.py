@@ -7,11 +7,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.decision import Candidate, Decision, Lack, Rejection, nothing_fits, smallest_changes
+from zeroinf.planner.decision import Candidate, Decision, Lack, Rejection, does_not_fit
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     GAPS,
@@ -39,7 +38,7 @@ MOST_MICRO_BATCH_ROWS = 512
 """More rows in one forward hardly save time: resident weights are read seldom, and what attention gathers grows."""
 
 # What is tried, one after the other, until a pass fits: parts of the most rows and of the most prompt tokens.
-_PARTS = ((1, 1), (4, 1), (16, 4), (64, 16))
+_PARTS = ((1, 1), (1, 4), (4, 1), (16, 4), (64, 16))
 _PREFILL_TOKENS = (2048, 16384)
 _SHORTEST_PART = 256
 _PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
@@ -89,7 +88,7 @@ class Planner:
         if wish.host_share != "auto":
             outcome = self._choose(wish)
             if not isinstance(outcome, Decision):
-                raise _does_not_fit(outcome)
+                raise does_not_fit(outcome)
             return outcome
         best: Decision | None = None
         rejected: list[Rejection] = []
@@ -103,7 +102,7 @@ class Planner:
                 best = found
         if best is None:
             nearest = {(one.offload, one.fetch): one for one in sorted(rejected, key=lambda one: -one.missing_bytes)}
-            raise _does_not_fit(list(nearest.values()))
+            raise does_not_fit(list(nearest.values()))
         return best
 
     def _most_with_host(self, wish: Wish) -> float:
@@ -163,11 +162,11 @@ class Planner:
             elif not found:
                 yield outcome
         if found and not wish.batch_size:
+            found += self._beside(wish, found, budgets)
             best = max(found, key=self._merit).choice
             larger = [rows for rows in sizes if rows > best.batch_size]
             grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
             found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
-            found += self._beside(wish, found, budgets)
             found += self._in_other_parts(wish, found, budgets)
             found += self._with_even_waves(wish, max(found, key=self._merit), budgets)
         elif found:
@@ -175,15 +174,21 @@ class Planner:
         yield from found
 
     def _beside(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
-        """More rows than the best has, and fewer than the next that was tried: that may fit in small parts only."""
+        """More rows than the best has, and fewer than the next that was tried: that may fit in small parts only, and
+        more of them beside fewer resident blocks."""
         best, tried = max(found, key=self._merit), list[Candidate]()
+        fewest = self._fewest_residents(wish, best.choice.offload)
         slower = min((c.choice.batch_size for c in found if c.choice.batch_size > best.choice.batch_size), default=0)
         while slower - best.choice.batch_size > 1 + best.choice.batch_size // _CLOSE_ENOUGH:
-            rows = (best.choice.batch_size + slower) // 2
-            outcome = self._try(wish, self._with_rows(wish, best.choice, rows), budgets)
-            if isinstance(outcome, Candidate) and self._merit(outcome) > self._merit(best):
-                best = outcome
-                tried.append(best)
+            rows, choice = (best.choice.batch_size + slower) // 2, best.choice
+            outcome = self._try(wish, self._with_rows(wish, choice, rows), budgets)
+            if isinstance(outcome, Rejection) and choice.resident_blocks > fewest:
+                outcome = self._try(wish, self._choice(wish, choice.offload, choice.fetch, rows, fewest), budgets)
+            here = [outcome] if isinstance(outcome, Candidate) else []
+            here += [more for one in here for more in self._with_more_residents(wish, one, budgets)]
+            tried += here
+            if here and self._merit(max(here, key=self._merit)) > self._merit(best):
+                best = max(here, key=self._merit)
             else:
                 slower = rows
         return tried
@@ -417,7 +422,7 @@ class Planner:
         if wish.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
             return None
         lack = Lack(place=place, needed_bytes=pool, available_bytes=budgets[place])
-        return _rejection(choice, lack)
+        return Rejection.of(choice, lack)
 
     def _try_shape(self, wish: Wish, choice: Choice, shape: Shape, budgets: dict[Place, int]) -> Candidate | Rejection:
         choice = replace(choice, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens)
@@ -430,7 +435,7 @@ class Planner:
             if needed[place] > available
         )
         if lacks:
-            return _rejection(choice, *lacks)
+            return Rejection.of(choice, *lacks)
         timing = time_plan(
             self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests, static=wish.static_batches
         )
@@ -459,20 +464,6 @@ class Planner:
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms if term.name not in (SMALL_PAGES, GAPS))
         return terms
-
-
-def _rejection(choice: Choice, *lacks: Lack) -> Rejection:
-    return Rejection(
-        offload=choice.offload,
-        fetch=choice.fetch,
-        batch_size=choice.batch_size,
-        host_rows=choice.host_rows,
-        lacks=lacks,
-    )
-
-
-def _does_not_fit(rejected: Sequence[Rejection]) -> DoesNotFitError:
-    return DoesNotFitError(nothing_fits(rejected), hint=smallest_changes(rejected))
 
 
 def _on_host(term: Term, world_size: int) -> Term:
