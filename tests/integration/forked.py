@@ -27,7 +27,7 @@ _IMPORTED = (
 )
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([*_IMPORTED, __name__])
+_server.set_forkserver_preload(list(_IMPORTED))
 
 
 class Forked:
