@@ -15,6 +15,7 @@ from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     GAPS,
     LOADING_STAGES,
+    SLOTS,
     SMALL_PAGES,
     Overhead,
     Place,
@@ -48,7 +49,7 @@ _TO_THE_ROW = 256
 
 # Of so many numbers of rows others are tried, too. Prompts that come one by one take longer than their plan says.
 _PROMISING = 3
-_ROWS_PARTS, _TOKENS_PARTS = (1, 4, 16, 64), (1, 4)
+_OTHER_PARTS = (*product((1, 4, 16, 64), (1, 4)), (64, 16))
 
 _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
@@ -287,8 +288,12 @@ class Planner:
             return []
         place: Place = "gpu" if "gpu" in budgets else "host"
         free = budgets[place] - total(candidate.terms, place)
-        more = min(blocks - 1 - choice.resident_blocks, free // max(pieces(self._anatomy, choice.wire)))
-        for residents in range(choice.resident_blocks + more, choice.resident_blocks, -1):
+        room, slots = free // max(pieces(self._anatomy, choice.wire)), SLOTS[choice.fetch]
+        for residents in range(blocks - 1, choice.resident_blocks, -1):
+            # The last that stream pass through fewer slots: one more that stays takes nothing then.
+            spared = min(slots, blocks - choice.resident_blocks) - min(slots, blocks - residents)
+            if residents - choice.resident_blocks > room + spared:
+                continue
             changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
             if is_another_way:
@@ -346,7 +351,7 @@ class Planner:
 
     def _parts(self, wish: Wish, rows: int) -> Iterable[Shape]:
         """Ways that differ in either, whatever they take."""
-        return dict.fromkeys(self._shape(wish, rows, *shares) for shares in product(_ROWS_PARTS, _TOKENS_PARTS))
+        return dict.fromkeys(self._shape(wish, rows, *shares) for shares in _OTHER_PARTS)
 
     def _makes_parts(self, wish: Wish) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
