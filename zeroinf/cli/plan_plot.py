@@ -45,7 +45,8 @@ def plan_drawing(question: Question, found: Answer) -> Any:
     left.axhline(100, color="black", linestyle="dashed")
     left.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     best: dict[int, float] = {}
-    for one in found.decision.tried:  # the same rows with more or fewer resident blocks
+    weighed = sorted((*found.decision.tried, found.decision.chosen), key=lambda one: one.choice.batch_size)
+    for one in weighed:  # the same rows with more or fewer resident blocks
         rows = one.choice.batch_size
         best[rows] = max(best.get(rows, 0.0), one.timing.tokens_per_second)
     right.plot(list(best), list(best.values()), marker="o")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.climb import climb
 from zeroinf.planner.decision import Candidate, Decision, Lack, Rejection, does_not_fit
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
@@ -38,22 +39,35 @@ MOST_ROWS = 4096
 MOST_MICRO_BATCH_ROWS = 512
 """More rows in one forward hardly save time: resident weights are read seldom, and what attention gathers grows."""
 
-# What is tried, one after the other, until a pass fits: parts of the most rows and of the most prompt tokens.
+# What is tried, one after the other, until a pass fits, and all of it with the most promising numbers of rows: parts of
+# the most rows and of the most prompt tokens.
 _PARTS = ((1, 1), (1, 4), (4, 1), (16, 4), (64, 16))
 _PREFILL_TOKENS = (2048, 16384)
 _SHORTEST_PART = 256
-_PREFILL_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
-# The most rows are found to a part of so many, and those of what is chosen to a smaller one.
-_CLOSE_ENOUGH = 32
-_TO_THE_ROW = 256
-
-# Of so many numbers of rows others are tried, too. Prompts that come one by one take longer than their plan says.
 _PROMISING = 3
-_OTHER_PARTS = (*product((1, 4, 16, 64), (1, 4)), (64, 16))
+# The most rows that fit are found to a part of so many.
+_CLOSE_ENOUGH = 32
+# Ways to run that are slower than so large a part of the best, at first sight, are left at that.
+_NEAR = 0.8
 
 _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """What a climb varies."""
+
+    rows: int
+    micro_batches: int
+    prefill_tokens: int
+
+    @classmethod
+    def of(cls, choice: Choice) -> _Spot:
+        longest = max(choice.batch_size - choice.host_rows, choice.host_rows)
+        return cls(choice.batch_size, -(-longest // choice.micro_batch_rows), choice.prefill_tokens)
+
 
 EngineTerms = Callable[[Choice, Workload], tuple[Term, ...]]
 """Memory terms of a choice under another engine than the stream engine."""
@@ -96,7 +110,7 @@ class Planner:
         for share in _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]:
             if best is not None and self._most_with_host(wish) <= _WORTHWHILE * best.tokens_per_second:
                 break
-            found = self._choose(replace(wish, host_share=share))
+            found = self._choose(replace(wish, host_share=share), best.tokens_per_second if best else 0.0)
             if not isinstance(found, Decision):
                 rejected += found
             elif best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
@@ -116,14 +130,13 @@ class Planner:
         row = fetched_bytes(self._anatomy, wish.kv_dtype, tokens)
         return wish.world_size * self._speeds.link_gbps * 1e9 / row
 
-    def _choose(self, wish: Wish) -> Decision | list[Rejection]:
-        """The best plan for one share of rows in host memory, or why there is none."""
+    def _choose(self, wish: Wish, speed: float = 0.0) -> Decision | list[Rejection]:
+        """The best plan for one share of rows in host memory, or why there is none. `speed` can be had elsewhere."""
         budgets: dict[Place, int] = {"host": self._host_bytes}
         if self._device == "cuda":
             budgets["gpu"] = self._gpu_bytes
         if wish.nvme_space_bytes is not None:
             budgets["disk"] = wish.nvme_space_bytes
-        found: list[Candidate] = []
         tried: dict[tuple[Offload, Fetch], list[Candidate]] = {}
         rejected: list[Rejection] = []
         for offload in offloads_of(wish):
@@ -131,13 +144,16 @@ class Planner:
                 outcome = list(self._candidates(wish, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
-                found += [self._with_steady_prompts(wish, max(fitting, key=self._merit), budgets)] if fitting else []
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
-        if not found:
+        if not any(tried.values()):
             return rejected
+        best = {way: max(fitting, key=self._merit) for way, fitting in tried.items() if fitting}
+        near = _NEAR * max(speed, *(one.timing.tokens_per_second for one in best.values()))
+        found = [
+            self._climbed(wish, tried[way], budgets) if one.timing.tokens_per_second >= near else one
+            for way, one in best.items()
+        ]
         found.sort(key=self._merit, reverse=True)
-        if not wish.batch_size and self._device == "cuda":
-            found[0] = self._to_the_row(wish, found[0], budgets)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],
@@ -157,42 +173,13 @@ class Planner:
         cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
         sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
         found: list[Candidate] = []
-        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), 0, sizes, budgets):
+        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), sizes, budgets):
             if isinstance(outcome, Candidate):
                 found += [outcome, *self._with_more_residents(wish, outcome, budgets)]
             elif not found:
                 yield outcome
-        if found and not wish.batch_size:
-            found += self._beside(wish, found, budgets)
-            best = max(found, key=self._merit).choice
-            larger = [rows for rows in sizes if rows > best.batch_size]
-            grown = self._growing(wish, best, best.batch_size, larger, budgets) if best.resident_blocks > fewest else ()
-            found += [outcome for outcome in grown if isinstance(outcome, Candidate)]
-            found += self._in_other_parts(wish, found, budgets)
-            found += self._with_even_waves(wish, max(found, key=self._merit), budgets)
-        elif found:
-            found += self._in_other_parts(wish, found, budgets)
+        found += self._in_other_parts(wish, found, budgets)
         yield from found
-
-    def _beside(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
-        """More rows than the best has, and fewer than the next that was tried: that may fit in small parts only, and
-        more of them beside fewer resident blocks."""
-        best, tried = max(found, key=self._merit), list[Candidate]()
-        fewest = self._fewest_residents(wish, best.choice.offload)
-        slower = min((c.choice.batch_size for c in found if c.choice.batch_size > best.choice.batch_size), default=0)
-        while slower - best.choice.batch_size > 1 + best.choice.batch_size // _CLOSE_ENOUGH:
-            rows, choice = (best.choice.batch_size + slower) // 2, best.choice
-            outcome = self._try(wish, self._with_rows(wish, choice, rows), budgets)
-            if isinstance(outcome, Rejection) and choice.resident_blocks > fewest:
-                outcome = self._try(wish, self._choice(wish, choice.offload, choice.fetch, rows, fewest), budgets)
-            here = [outcome] if isinstance(outcome, Candidate) else []
-            here += [more for one in here for more in self._with_more_residents(wish, one, budgets)]
-            tried += here
-            if here and self._merit(max(here, key=self._merit)) > self._merit(best):
-                best = max(here, key=self._merit)
-            else:
-                slower = rows
-        return tried
 
     def _in_other_parts(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
         """The most promising of `found` with passes in smaller parts, and what that leaves room for in resident blocks.
@@ -205,64 +192,77 @@ class Planner:
         for candidate in sorted(best.values(), key=self._merit)[-_PROMISING:]:
             rows, fewest = candidate.choice.batch_size, self._fewest_residents(wish, candidate.choice.offload)
             start = self._choice(wish, candidate.choice.offload, candidate.choice.fetch, rows, fewest)
-            for shape in self._parts(wish, rows) if self._makes_parts(wish) else ():
+            for shape in self._shapes(wish, rows) if self._makes_parts(wish) else ():
                 outcome = self._try_shape(wish, start, shape, budgets)
                 if isinstance(outcome, Candidate):
                     tried += [outcome, *self._with_more_residents(wish, outcome, budgets, shape)]
         return tried
 
-    def _with_even_waves(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> list[Candidate]:
-        """The same with so few rows that no more waves are needed, and the last one is as large as the others."""
-        rows = candidate.choice.batch_size
-        if wish.requests is None or rows * wish.streams >= wish.requests:
-            return []
-        requests = -(-wish.requests // wish.streams)
-        fewer = self._try(wish, self._with_rows(wish, candidate.choice, -(-requests // -(-requests // rows))), budgets)
-        if not isinstance(fewer, Candidate):
-            return []
-        return [
-            fewer,
-            *self._with_more_residents(wish, fewer, budgets),
-            *self._in_other_parts(wish, [fewer], budgets),
-        ]
+    def _climbed(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> Candidate:
+        """The best that can be reached from the most promising of `found`, step by step."""
+        way = found[0].choice
 
-    def _to_the_row(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Candidate:
-        """The same in as many micro-batches, with all rows that fit of those that the search did not tell apart."""
-        fits = candidate.choice.batch_size
-        most = MOST_ROWS
-        if wish.requests is not None:  # no more than make its waves even
+        @cache
+        def best_at(spot: _Spot) -> Candidate | None:
+            shape = self._shape_at(wish, spot)
+            fewest = self._fewest_residents(wish, way.offload)
+            choice = self._choice(wish, way.offload, way.fetch, spot.rows, fewest)
+            if shape is None or self._too_many_rows(wish, choice, budgets):
+                return None
+            outcome = self._try_shape(wish, choice, shape, budgets)
+            if not isinstance(outcome, Candidate):
+                return None
+            return max([outcome, *self._with_more_residents(wish, outcome, budgets, shape)], key=self._merit)
+
+        def merit(spot: _Spot) -> tuple[float, ...]:
+            there = best_at(spot)
+            return self._merit(there) if there else ()
+
+        ranked = sorted(found, key=self._merit, reverse=True)
+        starts = list(dict.fromkeys(_Spot.of(one.choice) for one in ranked))[:_PROMISING]
+        tops = [best_at(climb(spot, partial(self._beside, wish), merit)) for spot in starts]
+        return max((ranked[0], *filter(None, tops)), key=self._merit)
+
+    def _beside(self, wish: Wish, spot: _Spot, factor: float) -> Iterator[_Spot]:
+        """Other rows, micro-batches and prompt tokens, one of them so many times as many, or one more or fewer."""
+        for times in (factor, 1 / factor):
+            rows = spot.rows if wish.batch_size else _other(spot.rows, times)
+            yield replace(spot, rows=rows)
+            if not self._makes_parts(wish):
+                continue
+            yield replace(spot, prefill_tokens=self._other_tokens(spot.prefill_tokens, times))
+            # What the one takes of memory, the other leaves.
+            yield replace(spot, rows=rows, prefill_tokens=self._other_tokens(spot.prefill_tokens, 1 / times))
+            if not wish.micro_batch_rows:
+                yield replace(spot, micro_batches=_other(spot.micro_batches, times))
+        if wish.requests is not None and not wish.batch_size:  # waves of one size
             requests = -(-wish.requests // wish.streams)
-            most = -(-requests // -(-requests // fits))
-        together = max(candidate.choice.micro_batch_rows, wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS)
-        miss = min(fits + 1 + fits // _CLOSE_ENOUGH, most + 1)
-        while miss - fits > 1 + fits // _TO_THE_ROW:
-            choice = self._with_rows(wish, candidate.choice, (fits + miss) // 2)
-            shape = self._more_rows(wish, candidate.choice, choice)
-            outcome = self._try_shape(wish, choice, shape, budgets) if shape.micro_batch_rows <= together else None
-            if isinstance(outcome, Candidate) and self._merit(outcome) >= self._merit(candidate):
-                candidate, fits = outcome, choice.batch_size
-            else:
-                miss = choice.batch_size
-        return candidate
+            yield replace(spot, rows=-(-requests // -(-requests // spot.rows)))
 
-    def _more_rows(self, wish: Wish, now: Choice, then: Choice) -> Shape:
-        """Passes of the rows of `then` in as many micro-batches as those of `now`."""
+    def _shape_at(self, wish: Wish, spot: _Spot) -> Shape | None:
+        """Passes like these, if there are any."""
+        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
+        if not (1 <= spot.rows <= cap and 1 <= spot.micro_batches <= spot.rows):
+            return None
+        on_host = _host_rows(wish, spot.rows)
+        sides = (spot.rows - on_host, on_host)
         if not self._makes_parts(wish):
-            return next(self._shapes(wish, then.batch_size))
-        before = (now.batch_size - now.host_rows, now.host_rows)
-        after = (then.batch_size - then.host_rows, then.host_rows)
-        parts = [-(-side // now.micro_batch_rows) for side in before]
-        together = max(-(-side // count) for side, count in zip(after, parts, strict=True) if count)
-        return Shape(then.batch_size, together, now.prefill_tokens, then.host_rows, now.kv_dtype)
+            shape = next(self._shapes(wish, spot.rows))
+        else:
+            together = max(-(-side // spot.micro_batches) for side in sides)
+            if wish.micro_batch_rows:
+                together = max(-(-side // -(-side // wish.micro_batch_rows)) for side in sides if side)
+            most = self._whole(min(spot.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
+            least = self._lengths.prompt_tokens if self._lengths.whole else min(_SHORTEST_PART, most)
+            tokens = max(least, min(spot.prefill_tokens, most))
+            shape = Shape(spot.rows, together, tokens, on_host, wish.kv_dtype)
+        return shape if shape.micro_batch_rows <= (wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS) else None
 
     def _growing(
-        self, wish: Wish, start: Choice, fits: int, sizes: Sequence[int], budgets: dict[Place, int]
+        self, wish: Wish, start: Choice, sizes: Sequence[int], budgets: dict[Place, int]
     ) -> Iterator[Candidate | Rejection]:
-        """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection.
-
-        `fits` rows are known to fit.
-        """
-        miss = None
+        """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection."""
+        fits, miss = 0, None
         for rows in sizes:
             outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
             yield outcome
@@ -305,21 +305,6 @@ class Planner:
                 return [outcome]
         return []
 
-    def _with_steady_prompts(self, wish: Wish, candidate: Candidate, budgets: dict[Place, int]) -> Candidate:
-        """The same with fewer prompt tokens a pass, if that is faster: prompts that come in a wave make the link wait,
-        those that come a few at a time are computed while weights cross it."""
-        choice, workload = candidate.choice, self._simulate(_shape(candidate.choice))
-        if not workload.shares_passes:
-            return candidate
-        least = self._lengths.prompt_tokens if self._lengths.whole else _SHORTEST_PART
-        fewer = {self._whole(max(least, int(share * choice.prefill_tokens))) for share in _PREFILL_SHARES}
-        shapes = [_shape(replace(choice, prefill_tokens=tokens)) for tokens in fewer if tokens < choice.prefill_tokens]
-        outcomes = [candidate, *(self._try_shape(wish, choice, shape, budgets) for shape in shapes)]
-        return max(
-            (one for one in outcomes if isinstance(one, Candidate)),
-            key=lambda one: (*self._merit(one), one.choice.prefill_tokens),
-        )
-
     def _choice(self, wish: Wish, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         blocks = len(self._anatomy.blocks)
         on_disk = 0
@@ -349,10 +334,6 @@ class Planner:
             prompts = rows * self._lengths.prompt_tokens
             yield Shape(rows, rows, prompts, _host_rows(wish, rows), wish.kv_dtype)
 
-    def _parts(self, wish: Wish, rows: int) -> Iterable[Shape]:
-        """Ways that differ in either, whatever they take."""
-        return dict.fromkeys(self._shape(wish, rows, *shares) for shares in _OTHER_PARTS)
-
     def _makes_parts(self, wish: Wish) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
         return wish.engine == "stream" and self._anatomy.is_paged
@@ -377,6 +358,11 @@ class Planner:
         would use up what is left."""
         longest = self._lengths.prompt_tokens
         return tokens - tokens % longest if tokens > longest else tokens
+
+    def _other_tokens(self, tokens: int, times: float) -> int:
+        """So many times as many prompt tokens, in whole prompts, and another number in any case."""
+        other, prompt = self._whole(int(tokens * times)), self._lengths.prompt_tokens
+        return other if other != tokens else tokens + (prompt if times > 1 else -prompt)
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
         """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""
@@ -478,6 +464,12 @@ def _on_host(term: Term, world_size: int) -> Term:
 
 def _shape(choice: Choice) -> Shape:
     return Shape(choice.batch_size, choice.micro_batch_rows, choice.prefill_tokens, choice.host_rows, choice.kv_dtype)
+
+
+def _other(number: int, times: float) -> int:
+    """So many times as many, and another number in any case."""
+    other = round(number * times)
+    return other if other != number else number + (1 if times > 1 else -1)
 
 
 def _host_rows(wish: Wish, rows: int) -> int:

@@ -1,0 +1,28 @@
+"""A search by steps that become smaller, for what has no slope to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Spot = TypeVar("Spot")
+
+_STEPS = (2.0, 1.25, 1.06, 1.015)
+
+
+def climb(start: Spot, beside: Callable[[Spot, float], Iterable[Spot]], merit: Callable[[Spot], Any]) -> Spot:
+    """The best spot that is reached from `start` by going on to a better one as long as there is one.
+
+    `beside(spot, factor)` are the spots a step of that size away, which shrinks from twice to a hundredth. `merit` is
+    asked for the same spots again and again.
+    """
+    best, most = start, merit(start)
+    for step in _STEPS:
+        moves = True
+        while moves:
+            moves = False
+            for spot in beside(best, step):
+                if (value := merit(spot)) > most:
+                    best, most, moves = spot, value, True
+                    break
+    return best
