@@ -149,6 +149,13 @@ def test_input_file_that_is_missing(fails: Any, model: str, tmp_path: Path) -> N
     assert (code, message) == (2, f"no such input file: {tmp_path / 'absent.txt'}")
 
 
+@pytest.mark.parametrize("flag", ["-i", "--zero-config"])
+def test_a_pipe_in_the_place_of_a_file(flag: str, fails: Any, model: str, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    code, message, _ = fails("-m", model, *(PROMPT if flag != "-i" else ()), flag, str(pipe))
+    assert (code, message) == (2, f"{flag} {pipe} is no regular file")
+
+
 def test_only_malformed_lines(fails: Any, model: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": \n{"no": 1}\n')
     code, message, _ = fails("-m", model, "-i", str(tmp_path / "in.jsonl"))

@@ -12,6 +12,9 @@ from click.testing import CliRunner
 from launching import run_zeroinf
 
 from zeroinf.cli.main import cli
+from zeroinf.engines.zero.codes import with_codes
+from zeroinf.model.inspect import build_meta, read_anatomy
+from zeroinf.model.source import resolve_model
 
 CODES = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
 
@@ -28,16 +31,29 @@ def test_weights_cross_as_codes_and_the_report_says_that_they_lose(
     small_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     reports: list[dict[str, Any]] = []
+    model = small_checkpoint("llama")
+    config = resolve_model(str(model)).config
+    whole = read_anatomy(config, dtype="float32")
     report = tmp_path / "report.json"
     for codes in ({}, CODES):
-        how = configured(small_checkpoint("llama"), "float32", codes, tmp_path / "zero.json")
+        how = configured(model, "float32", codes, tmp_path / "zero.json")
         done = run_zeroinf([*how, "--report", str(report)])
         assert done.code == 0, done.err
         reports.append(json.loads(report.read_text()))
     plain, coded = reports
     assert (plain["wire"], coded["wire"]) == ("model", "int4")
-    assert 0 < coded["streamed_bytes"] < 0.5 * plain["streamed_bytes"]
+    for one, anatomy in ((plain, whole), (coded, with_codes(whole, build_meta(config, "float32"), CODES))):
+        matrices = {tensor.name for tensor in whole.tensors() if len(tensor.shape) == 2 and not tensor.is_buffer}
+        passing = sum(tensor.nbytes for tensor in anatomy.tensors() if tensor.name in matrices)
+        assert one["streamed_bytes"] == passing * one["ranks"][0]["passes"]
     assert "int4 codes: lossy" in done.out + done.err
+
+
+def test_weights_that_fit_as_codes_only_are_planned_as_codes(tmp_path: Path) -> None:
+    for codes, code in (({}, 3), (CODES, 0)):
+        how = configured("pythia-160m", "float32", codes, tmp_path / "zero.json")
+        done = run_zeroinf([*how, "--random-weights", "--host-memory", "2.8GiB"])
+        assert done.code == code, done.err
 
 
 def test_random_weights_are_drawn_before_they_become_codes(tmp_path: Path) -> None:

@@ -153,6 +153,11 @@ def run(
       deepspeed --num_gpus 8 --module zeroinf run --model ...
     """
     _refuse_contradictions(ctx, asked)
+    if asked["zero_config"] is not None and not asked["zero_config"].is_file():
+        raise UsageError(
+            f"--zero-config {asked['zero_config']} is no regular file",
+            hint="write it to a file: it is read twice",
+        )
     asked["tensor_parallel"] = tensor_parallel_of(asked)
     from zeroinf.distributed.world import world_from_environment
 
@@ -211,6 +216,8 @@ def _check_files(input_file: str | None, output_file: Path | None, report_file: 
     from zeroinf.jobs.output import errors_path, journal_path, partial_path
 
     if input_file not in (None, "-") and not Path(input_file).is_file():
+        if Path(input_file).exists():
+            raise InputError(f"-i {input_file} is no regular file", hint="a pipe goes in by `-i -`")
         raise InputError(f"no such input file: {input_file}")
     written = [of(output_file) for of in (Path, journal_path, partial_path, errors_path) if output_file is not None]
     if input_file is not None and Path(input_file).resolve() in map(Path.resolve, written):

@@ -31,7 +31,7 @@ from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import Question, answer
+from zeroinf.simulation.planning import Question, answer, asked
 
 
 def plan_run(
@@ -101,16 +101,16 @@ def plan_run(
         trust_remote_code=options.trust_remote_code,
         own_zero_config=own_config,
     )
-    plan = answer(question).plan
     if own_config is not None:
-        check_user_config(own_config, plan)
+        check_user_config(own_config, asked(question))
+    plan = answer(question).plan
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why
 
 
 def _with_codes(plan: Plan, own_config: Mapping[str, Any], source: ModelSource) -> Plan:
-    """The plan with weights as the JSON has them; it was planned as if in full, which is more than codes take."""
+    """The plan with weights named as the JSON has them."""
     codes = codes_of(own_config)
     if codes == "model":
         return plan

@@ -196,14 +196,18 @@ def stream_gpu_terms(
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
 
 
-def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
-    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave."""
+def zero_gpu_terms(
+    live_bytes: int, kept_bytes: int, expanded_bytes: int, workload: Workload, overhead: Overhead
+) -> tuple[Term, ...]:
+    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave,
+    `expanded_bytes` for a weight that is made of its codes."""
     counted = (
         Term("gpu", "weights that stay", kept_bytes, "counted"),
         Term("gpu", "live weights", live_bytes, "counted"),
         Term("gpu", "gaps between live weights", live_bytes // 4, "assumed"),
+        *((Term("gpu", "a weight made of its codes", expanded_bytes, "counted"),) if expanded_bytes else ()),
     )
-    return (*counted, *dynamic_terms([kept_bytes, live_bytes], workload, overhead))
+    return (*counted, *dynamic_terms([kept_bytes, live_bytes, expanded_bytes], workload, overhead))
 
 
 def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:

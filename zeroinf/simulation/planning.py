@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zeroinf.engines.baselines.memory import baseline_terms
+from zeroinf.engines.zero.codes import expanded_bytes, with_codes
+from zeroinf.engines.zero.config import own_codes
 from zeroinf.engines.zero.memory import zero_terms
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.inspect import build_meta
 from zeroinf.planner.decision import Decision
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
@@ -101,7 +104,7 @@ def _speeds(question: Question) -> Speeds:
 
 
 def _planner(question: Question, speeds: Speeds) -> Planner:
-    lengths, wish = question.lengths, question.wish
+    anatomy, lengths, wish = question.anatomy, question.lengths, question.wish
     simulate = Simulator(
         question.config,
         question.anatomy,
@@ -117,11 +120,17 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
 
     terms = None
     if wish.engine == "zero":
-        terms = zero_terms(_asked(question), overhead(wish.world_size > 1), question.own_zero_config)
+        codes, expanded = own_codes(question.own_zero_config or {}), 0
+        if codes:
+            expanded = expanded_bytes(anatomy, codes)
+            model = build_meta(question.config, anatomy.dtype, question.trust_remote_code)
+            anatomy = with_codes(anatomy, model, codes)
+        plan = replace(asked(question), anatomy=anatomy)
+        terms = zero_terms(plan, overhead(wish.world_size > 1), question.own_zero_config, expanded)
     elif wish.engine != "stream":
-        terms = baseline_terms(_asked(question), overhead(wish.ranks_per_stream > 1))
+        terms = baseline_terms(asked(question), overhead(wish.ranks_per_stream > 1))
     return Planner(
-        question.anatomy,
+        anatomy,
         question.machine,
         speeds,
         overhead,
@@ -132,7 +141,7 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
     )
 
 
-def _asked(question: Question) -> Plan:
+def asked(question: Question) -> Plan:
     """The plan before anything was chosen."""
     wish = question.wish
     return Plan(
@@ -158,7 +167,7 @@ def _plan(question: Question, decision: Decision) -> Plan:
     chosen = decision.chosen
     choice = chosen.choice
     return replace(
-        _asked(question),
+        asked(question),
         offload=choice.offload,
         fetch=choice.fetch,
         batch_size=choice.batch_size,

@@ -128,8 +128,13 @@ def check_user_config(config: Mapping[str, Any], plan: Plan) -> None:
 
 def codes_of(config: Mapping[str, Any]) -> Wire:
     """How weights rest and cross the link with a DeepSpeed JSON that `check_user_config` accepts."""
-    bits = _section(_section(config, "weight_quantization"), "quantized_initialization").get("num_bits")
+    bits = own_codes(config).get("num_bits")
     return "model" if bits is None else "int4" if bits == 4 else "int8"
+
+
+def own_codes(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section of a DeepSpeed JSON that asks for its own codes; empty where none does."""
+    return _section(_section(config, "weight_quantization"), "quantized_initialization")
 
 
 def _zero_section(plan: Plan) -> dict[str, Any]:
@@ -314,7 +319,7 @@ def _check_codes(config: Mapping[str, Any], plan: Plan) -> None:
     for key in section:
         if key != "quantized_initialization":
             raise UsageError(f"weight_quantization.{key} has no effect here", hint=f"weights are coded by {where}")
-    codes = _section(section, "quantized_initialization")
+    codes = own_codes(config)
     if not codes:
         return
     if plan.offload == "nvme":
