@@ -18,11 +18,6 @@ def climb(start: Spot, beside: Callable[[Spot, float], Iterable[Spot]], merit: C
     """
     best, most = start, merit(start)
     for step in _STEPS:
-        moves = True
-        while moves:
-            moves = False
-            for spot in beside(best, step):
-                if (value := merit(spot)) > most:
-                    best, most, moves = spot, value, True
-                    break
+        while (better := next((spot for spot in beside(best, step) if merit(spot) > most), None)) is not None:
+            best, most = better, merit(better)
     return best

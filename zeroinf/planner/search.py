@@ -170,8 +170,7 @@ class Planner:
         fewest = self._fewest_residents(wish, offload)
         if offload == "nvme" and not self._choice(wish, offload, fetch, wish.batch_size or 1, fewest).nvme_blocks:
             return  # the host can hold all that streams
-        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
-        sizes = [wish.batch_size] if wish.batch_size else list(_doubling(cap))
+        sizes = [wish.batch_size] if wish.batch_size else list(_doubling(_most_rows(wish)))
         found: list[Candidate] = []
         for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), sizes, budgets):
             if isinstance(outcome, Candidate):
@@ -237,12 +236,12 @@ class Planner:
                 yield replace(spot, micro_batches=_other(spot.micro_batches, times))
         if wish.requests is not None and not wish.batch_size:  # waves of one size
             requests = -(-wish.requests // wish.streams)
-            yield replace(spot, rows=-(-requests // -(-requests // spot.rows)))
+            waves = -(-requests // spot.rows)
+            yield replace(spot, rows=-(-requests // waves))
 
     def _shape_at(self, wish: Wish, spot: _Spot) -> Shape | None:
         """Passes like these, if there are any."""
-        cap = min(MOST_ROWS, MOST_ROWS if wish.requests is None else -(-wish.requests // wish.streams))
-        if not (1 <= spot.rows <= cap and 1 <= spot.micro_batches <= spot.rows):
+        if not (1 <= spot.rows <= _most_rows(wish) and 1 <= spot.micro_batches <= spot.rows):
             return None
         on_host = _host_rows(wish, spot.rows)
         sides = (spot.rows - on_host, on_host)
@@ -476,6 +475,11 @@ def _host_rows(wish: Wish, rows: int) -> int:
     """Rows of which keys and values rest in host memory."""
     assert wish.host_share != "auto"
     return round(wish.host_share * rows)
+
+
+def _most_rows(wish: Wish) -> int:
+    """As many as a stream has requests, within reason."""
+    return MOST_ROWS if wish.requests is None else min(MOST_ROWS, -(-wish.requests // wish.streams))
 
 
 def _doubling(cap: int) -> Iterator[int]:
