@@ -461,10 +461,6 @@ def _on_host(term: Term, world_size: int) -> Term:
     return replace(term, place="host", nbytes=term.nbytes * world_size) if term.place == "gpu" else term
 
 
-def _shape(choice: Choice) -> Shape:
-    return Shape(choice.batch_size, choice.micro_batch_rows, choice.prefill_tokens, choice.host_rows, choice.kv_dtype)
-
-
 def _other(number: int, times: float) -> int:
     """So many times as many, and another number in any case."""
     other = round(number * times)
