@@ -34,7 +34,7 @@ from zeroinf.planner.memory import (
     zero_host_terms,
 )
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.workload import Workload, lock_step, repeated
+from zeroinf.planner.workload import Expansion, Workload, lock_step, repeated
 
 MIB, GIB = 1 << 20, 1 << 30
 WIRES: tuple[Wire, ...] = ("model", "int8", "int4")
@@ -228,11 +228,12 @@ def test_zero_counts_its_pool_on_each_rank_and_no_weights_where_none_rest() -> N
 
 def test_zero_counts_live_weights_with_their_gaps_and_those_that_stay() -> None:
     workload = workload_of(shape_of(4))
-    terms = zero_gpu_terms(8 * GIB, 2 * GIB, 0, workload, overhead(False))
+    terms = zero_gpu_terms(8 * GIB, 2 * GIB, workload, overhead(False))
     assert named(terms)["live weights"] == 8 * GIB
     assert named(terms)["weights that stay"] == 2 * GIB
     assert total(terms, "gpu") > 10 * GIB + sum(event.nbytes or 0 for event in workload.cache)
     assert total(terms, "host") == 0
-    coded = zero_gpu_terms(8 * GIB, 2 * GIB, GIB, workload, overhead(False))
+    expanding = replace(workload, expansion=Expansion(nbytes=GIB, kernels=()))
+    coded = zero_gpu_terms(8 * GIB, 2 * GIB, expanding, overhead(False))
     assert named(coded)["a weight made of its codes"] == GIB
     assert total(coded, "gpu") == pytest.approx(total(terms, "gpu") + GIB, abs=20 * MIB)

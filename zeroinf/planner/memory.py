@@ -196,11 +196,9 @@ def stream_gpu_terms(
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
 
 
-def zero_gpu_terms(
-    live_bytes: int, kept_bytes: int, expanded_bytes: int, workload: Workload, overhead: Overhead
-) -> tuple[Term, ...]:
-    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave,
-    `expanded_bytes` for a weight that is made of its codes."""
+def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
+    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave."""
+    expanded_bytes = 0 if workload.expansion is None else workload.expansion.nbytes
     counted = (
         Term("gpu", "weights that stay", kept_bytes, "counted"),
         Term("gpu", "live weights", live_bytes, "counted"),

@@ -14,15 +14,16 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.kernels import kernel_s
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import Walk, pieces, walks
+from zeroinf.planner.memory import Walk, piece_bytes, pieces, walks
 from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.workload import Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
-# The part of its links that DeepSpeed's engine reaches, by the number of GPUs (docs/benchmarks.md).
-_ZERO_SHARE = {1: 0.85, 2: 0.49}
-_ZERO_SHARE_OF_MORE = 0.36
+# DeepSpeed's engine takes this for each parameter to fetch it and let it go again, in times of a model's launch: on one
+# GPU, and where a parameter is gathered from several (docs/benchmarks.md, "What DeepSpeed's engine takes a pass").
+_ZERO_LAUNCHES = 10
+_ZERO_LAUNCHES_GATHERED = 20
 # accelerate copies from memory that is not page-locked, and waits for each copy.
 _ACCELERATE_SHARE = 0.17
 
@@ -102,8 +103,8 @@ def time_plan(
     """The time of `requests` requests (None: without end) on `world_size` ranks; `static`: none enters while others
     live."""
     decoder, *encoder = walks(anatomy, choice)
-    waits, streamed = _waits([decoder], choice, speeds, world_size)
-    prompt_waits, _ = _waits([decoder, *encoder], choice, speeds, world_size)
+    waits, streamed = _waits(anatomy, [decoder], choice, speeds, world_size)
+    prompt_waits, _ = _waits(anatomy, [decoder, *encoder], choice, speeds, world_size)
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -115,7 +116,8 @@ def time_plan(
     # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
     copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
-    work = count(workload, prompts, decode, copies_s, expansion, prompt_waits, waits)
+    overlaps = TRAITS[choice.engine].overlaps
+    work = count(workload, prompts, decode, copies_s, expansion, prompt_waits, waits, overlaps)
     prefill_s, _ = work.passing(1, 0)
     decode_s, binds = work.passing(0, 1)
     tokens, seconds = work.tokens_and_seconds(rows)
@@ -134,21 +136,42 @@ def time_plan(
 
 
 def _waits(
-    visited: Sequence[Walk], choice: Choice, speeds: Speeds, world_size: int
+    anatomy: Anatomy, visited: Sequence[Walk], choice: Choice, speeds: Speeds, world_size: int
 ) -> tuple[dict[Resource, float], int]:
-    """Seconds that the blocks `visited` in a pass keep links and disk busy, and bytes that cross one rank's link."""
-    parts = world_size if choice.fetch == "partitioned" or choice.engine == "zero" else 1
-    streams = choice.engine == "zero" or any(walk.streamed for walk in visited)
+    """Seconds that the blocks `visited` in a pass keep links, disk and the engine itself busy, and bytes of weights
+    that cross one rank's link."""
+    is_zero = choice.engine == "zero"
+    parts = world_size if choice.fetch == "partitioned" or is_zero else 1
+    streams = is_zero or any(walk.streamed for walk in visited)
     passing = sum(walk.streamed_bytes if TRAITS[choice.engine].places_blocks else sum(walk.sizes) for walk in visited)
+    from_disk = sum(walk.nvme_bytes for walk in visited)
+    hooks = 0
+    if is_zero:
+        outside = piece_bytes(anatomy.outside) + _tied_bytes(anatomy)
+        passing += outside
+        from_disk += outside if choice.offload == "nvme" else 0
+        hooks = _parameters(anatomy) * (_ZERO_LAUNCHES if parts == 1 else _ZERO_LAUNCHES_GATHERED)
     streamed = 0 if choice.offload == "none" else passing // parts
-    share = _link_share(choice.engine, world_size)
-    from_disk = sum(walk.nvme_bytes for walk in visited) * world_size // parts
+    share = _ACCELERATE_SHARE if choice.engine == "accelerate" else 1.0
     waits: dict[Resource, float] = {
         "link": streamed / speeds.link_gbps / 1e9 / share,
-        "disk": from_disk / speeds.disk_gbps / 1e9,
+        "disk": from_disk * world_size / parts / speeds.disk_gbps / 1e9,
         "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
+        "kernel launches": hooks * speeds.model_launch_s,
     }
     return waits, streamed
+
+
+def _tied_bytes(anatomy: Anatomy) -> int:
+    """Of weights that are used a second time, when DeepSpeed's engine has let them go."""
+    sizes = {tensor.name: tensor.nbytes for tensor in anatomy.outside}
+    return sum(sizes.get(canonical, 0) for _, canonical in anatomy.tied)
+
+
+@lru_cache(maxsize=16)
+def _parameters(anatomy: Anatomy) -> int:
+    """How many tensors of weights there are."""
+    return sum(not tensor.is_buffer for tensor in anatomy.tensors())
 
 
 def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Kernels, ...]:
@@ -159,12 +182,6 @@ def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Ke
         return ()
     both = zip(pieces(anatomy), pieces(anatomy, choice.wire), strict=True)
     return (Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0)))),)
-
-
-def _link_share(engine: str, world_size: int) -> float:
-    if engine == "zero":
-        return _ZERO_SHARE.get(world_size, _ZERO_SHARE_OF_MORE)
-    return _ACCELERATE_SHARE if engine == "accelerate" else 1.0
 
 
 def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[float, float]:
@@ -204,6 +221,8 @@ class _Work(ABC):
     prompt_waits: dict[Resource, float]
     """Of a pass that begins with an encoder's blocks; without one, those of every pass."""
     waits: dict[Resource, float]
+    overlaps: bool
+    """The engine copies weights while it computes."""
 
     def seconds(self, prompts: float, decode: float, forwards: float = 0.0) -> float:
         """Of a pass, as `passing` says."""
@@ -221,7 +240,7 @@ class _Work(ABC):
         missing = ceil(decode * steps - _FEW) / steps - decode if steps else 0.0
         launches = more * self.prompts["kernel launches"] + missing * self.decode["kernel launches"]
         both["kernel launches"] += launches + decode * self.copies_s
-        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits)
+        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits, overlaps=self.overlaps)
 
     def filling_s(self, rows: float) -> float:
         """Seconds until so many rows have entered, which from then on have a step in every pass."""
@@ -338,22 +357,26 @@ def _step_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
 
 
 def _pass(
-    work: dict[Resource, float], more: dict[Resource, float], waits: dict[Resource, float]
+    work: dict[Resource, float], more: dict[Resource, float], waits: dict[Resource, float], *, overlaps: bool
 ) -> tuple[float, Resource]:
-    """Seconds of a pass and what they are spent on: streams, host and GPU work beside each other.
+    """Seconds of a pass and what they are spent on: streams, host and GPU work beside each other, or, where an engine
+    does not overlap them, kernels alone beside their launches.
 
     Where keys and values cross the link, it waits for the host now and then, and the host for it: 21 runs on H200s took
     about the root of the sum of both squares (docs/benchmarks.md, "A sweep").
     """
     both = {name: work[name] + more[name] for name in work}
     on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")
+    gpu_s = sum(both[resource] for resource in on_gpu)
     times: dict[Resource, float] = {
         **waits,
         "link": waits["link"] + both["link"],
-        "kernel launches": both["kernel launches"],
-        max(on_gpu, key=lambda resource: both[resource]): sum(both[resource] for resource in on_gpu),
+        "kernel launches": waits["kernel launches"] + both["kernel launches"],
+        max(on_gpu, key=lambda resource: both[resource]): gpu_s,
     }
     slowest = max(times, key=lambda resource: times[resource])
+    if not overlaps:
+        return sum(waits.values()) + max(both["kernel launches"], gpu_s), slowest
     together = hypot(times["link"], times["kernel launches"]) if both["link"] else 0.0
     return max(times[slowest], together), slowest
 

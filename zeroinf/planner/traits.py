@@ -25,6 +25,8 @@ class Traits:
     """Those of the flags that not every engine has a use for."""
     places_blocks: bool = False
     """It is told how many blocks stay on the GPU."""
+    overlaps: bool = True
+    """It copies weights while it computes."""
     is_timed: bool = True
     """The planner knows how fast it is."""
     is_replayed: bool = False
@@ -51,7 +53,9 @@ TRAITS: dict[str, Traits] = {
         places_blocks=True,
         is_replayed=True,
     ),
-    "zero": Traits(offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"})),
+    "zero": Traits(
+        offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"}), overlaps=False
+    ),
     "resident": Traits(offloads=("none",), is_replayed=True),
     "accelerate": Traits(
         offloads=("none", "cpu", "nvme"), settings=frozenset({"--resident-blocks"}), places_blocks=True

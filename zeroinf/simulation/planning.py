@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zeroinf.engines.baselines.memory import baseline_terms
-from zeroinf.engines.zero.codes import expanded_bytes, with_codes
+from zeroinf.engines.zero.codes import expansion, with_codes
 from zeroinf.engines.zero.config import own_codes
 from zeroinf.engines.zero.memory import zero_terms
 from zeroinf.errors import DoesNotFitError, UsageError
@@ -105,12 +105,18 @@ def _speeds(question: Question) -> Speeds:
 
 def _planner(question: Question, speeds: Speeds) -> Planner:
     anatomy, lengths, wish = question.anatomy, question.lengths, question.wish
+    expanded = None
+    if codes := own_codes(question.own_zero_config or {}):
+        model = build_meta(question.config, anatomy.dtype, question.trust_remote_code)
+        expanded = expansion(anatomy, model, codes)
+        anatomy = with_codes(anatomy, model, codes)
     simulate = Simulator(
         question.config,
         question.anatomy,
         lengths,
         shares_passes=wish.engine == "stream",
         trust_remote_code=question.trust_remote_code,
+        expansion=expanded,
     )
 
     def overhead(gathers: bool) -> Overhead:
@@ -120,13 +126,8 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
 
     terms = None
     if wish.engine == "zero":
-        codes, expanded = own_codes(question.own_zero_config or {}), 0
-        if codes:
-            expanded = expanded_bytes(anatomy, codes)
-            model = build_meta(question.config, anatomy.dtype, question.trust_remote_code)
-            anatomy = with_codes(anatomy, model, codes)
         plan = replace(asked(question), anatomy=anatomy)
-        terms = zero_terms(plan, overhead(wish.world_size > 1), question.own_zero_config, expanded)
+        terms = zero_terms(plan, overhead(wish.world_size > 1), question.own_zero_config)
     elif wish.engine != "stream":
         terms = baseline_terms(asked(question), overhead(wish.ranks_per_stream > 1))
     return Planner(

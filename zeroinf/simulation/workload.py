@@ -58,7 +58,9 @@ class Simulator:
         *,
         shares_passes: bool = True,
         trust_remote_code: bool = False,
+        expansion: Expansion | None = None,
     ) -> None:
+        """`expansion`: how weights become whole where the engine makes codes of them."""
         self._anatomy, self._lengths = anatomy, lengths
         self._breaks_at = breaks_at(config)
         self._shares_passes = shares_passes and anatomy.is_paged
@@ -66,7 +68,7 @@ class Simulator:
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._times = [1.0] * len(self._blocks)
-        self._expansion = _expand(self._model, self._blocks) if anatomy.quantised is not None else None
+        self._expansion = _expand(self._model, self._blocks) if anatomy.quantised is not None else expansion
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}

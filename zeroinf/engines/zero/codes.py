@@ -1,25 +1,49 @@
-"""How much smaller weights are under DeepSpeed's own codes (its `weight_quantization.quantized_initialization`)."""
+"""Weights as DeepSpeed's own codes (its `weight_quantization.quantized_initialization`): how much smaller they are, and
+what makes weights of them again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
+from zeroinf.planner.workload import Expansion, Kernel, Kernels
 
 _CODED_MODULES = (nn.Linear, nn.Embedding)
 """`WEIGHT_QUANTIZATION_LAYERS` of deepspeed/inference/quantization/utils.py: these very types, no kinds of them."""
 
 
-def expanded_bytes(anatomy: Anatomy, codes: Mapping[str, Any]) -> int:
-    """What the largest weight of `anatomy`, none of which is coded yet, takes while DeepSpeed makes it of its codes:
-    itself, and a byte an element where they are of 4 bits."""
+def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> Expansion:
+    """How DeepSpeed makes the weights of `anatomy`, none of which is coded yet, of their codes: of the largest one
+    itself is alive, and a byte an element where codes are of 4 bits. For `model` and `codes` see `with_codes`."""
     unpacked = 1 if codes["num_bits"] == 4 else 0
-    matrices = (tensor for tensor in anatomy.tensors() if len(tensor.shape) == 2 and not tensor.is_buffer)
-    return max((tensor.numel * (unpacked + DTYPE_BYTES[tensor.dtype]) for tensor in matrices), default=0)
+    names = _coded_names(model)
+    matrices = [tensor for tensor in anatomy.tensors() if len(tensor.shape) == 2 and not tensor.is_buffer]
+    most = max((tensor.numel * (unpacked + DTYPE_BYTES[tensor.dtype]) for tensor in matrices), default=0)
+    kernels = (kernel for tensor in matrices if tensor.name in names for kernel in _kernels(tensor, codes))
+    return Expansion(nbytes=most, kernels=(Kernels(1.0, tuple(kernels)),))
+
+
+def _kernels(tensor: TensorSpec, codes: Mapping[str, Any]) -> Iterator[Kernel]:
+    """What `DeQuantizer` launches for one weight."""
+    elements, packed = tensor.numel, tensor.numel * codes["num_bits"] // 8
+    full = elements * DTYPE_BYTES[tensor.dtype]
+    if tensor.dtype == "float16" and codes["group_dim"] == 1 and codes["group_size"] % 8 == 0:
+        yield Kernel(0, packed + full)
+        return
+    for _ in range(2 if codes["num_bits"] == 4 else 0):  # one half of each byte, then the other, to every other place
+        yield Kernel(0, 2 * packed)
+        yield Kernel(0, 2 * packed, pattern="crossed")
+    yield Kernel(0, full)
+    yield Kernel(0, elements + full, pattern="converted")
+    yield from (Kernel(0, 2 * full),) * 2
+
+
+def _coded_names(model: nn.Module) -> set[str]:
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module) in _CODED_MODULES}
 
 
 def with_codes(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> Anatomy:
@@ -27,7 +51,7 @@ def with_codes(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> 
 
     `model` has the modules of the anatomy, on any device; `codes` is the JSON's section, checked.
     """
-    names = {f"{name}.weight" for name, module in model.named_modules() if type(module) in _CODED_MODULES}
+    names = _coded_names(model)
 
     def coded(tensor: TensorSpec) -> TensorSpec:
         if tensor.name not in names:

@@ -85,7 +85,8 @@ class ZeroEngine:
     def _streamed_bytes(self) -> int:
         if not self._offloaded:
             return 0
-        streamed = (p for p in self.model.parameters() if not getattr(p, "ds_persist", False))
+        # A weight that a model uses twice is gathered twice: in between it is let go.
+        streamed = (p for _, p in self.model.named_parameters(remove_duplicate=False) if not p.ds_persist)
         return sum(int(p.ds_numel) * p.element_size() for p in streamed)
 
     def close(self) -> None:

@@ -18,13 +18,8 @@ from zeroinf.planner.workload import Workload
 _DEFAULT_LIVE, _DEFAULT_PERSISTENCE = 10**9, 10**5
 
 
-def zero_terms(
-    asked: Plan, overhead: Overhead, own_config: Mapping[str, Any] | None = None, expanded_bytes: int = 0
-) -> EngineTerms:
-    """Memory terms of `asked` with another choice in it, under the user's own JSON or the one that follows from it.
-
-    `expanded_bytes`: what a weight takes while it is made of DeepSpeed's own codes, the most of any.
-    """
+def zero_terms(asked: Plan, overhead: Overhead, own_config: Mapping[str, Any] | None = None) -> EngineTerms:
+    """Memory terms of `asked` with another choice in it, under the user's own JSON or the one that follows from it."""
 
     def terms(choice: Choice, workload: Workload) -> tuple[Term, ...]:
         plan = replace(asked, offload=choice.offload, batch_size=choice.batch_size)
@@ -37,7 +32,7 @@ def zero_terms(
             kept += -(-plan.anatomy.weight_bytes // plan.world_size)
         live = min(section.get("stage3_max_live_parameters", _DEFAULT_LIVE), plan.anatomy.parameters) * element_bytes
         return (
-            *zero_gpu_terms(live, kept, expanded_bytes, workload, overhead),
+            *zero_gpu_terms(live, kept, workload, overhead),
             *zero_host_terms(plan.anatomy, plan.offload, plan.world_size, overhead, nvme_pool_bytes(plan, own_config)),
         )
 
