@@ -58,7 +58,10 @@ TRAITS: dict[str, Traits] = {
     ),
     "resident": Traits(offloads=("none",), is_replayed=True),
     "accelerate": Traits(
-        offloads=("none", "cpu", "nvme"), settings=frozenset({"--resident-blocks"}), places_blocks=True
+        offloads=("none", "cpu", "nvme"),
+        settings=frozenset({"--resident-blocks"}),
+        places_blocks=True,
+        overlaps=False,
     ),
     "tensor-parallel": Traits(offloads=("none",), settings=frozenset(_PARALLEL), is_timed=False),
 }
