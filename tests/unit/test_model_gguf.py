@@ -10,6 +10,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,76 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
     with pytest.raises(ModelError, match="cannot be converted"):
         resolve_model(str(file))
     assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
+
+
+def write_small_gguf(path: Path) -> None:
+    """A Llama of one block, with a vocabulary of eight."""
+    from gguf import GGUFWriter, TokenType
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<s>", "</s>", *"abcde", "ab"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 6)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"attn_q": (16, 16), "attn_k": (8, 16), "attn_v": (8, 16), "attn_output": (16, 16)}
+    shapes |= {"ffn_gate": (32, 16), "ffn_up": (32, 16), "ffn_down": (16, 32), "attn_norm": (16,), "ffn_norm": (16,)}
+    tensors = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in {**tensors, "token_embd": (8, 16), "output_norm": (16,), "output": (8, 16)}.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+CONVERTED = """
+import sys
+from pathlib import Path
+import gguf
+from zeroinf.model.gguf import convert_gguf
+
+class Counted(gguf.GGUFReader):
+    made = 0
+    def __init__(self, *how):
+        Counted.made += 1
+        super().__init__(*how)
+
+gguf.GGUFReader = Counted
+folder = convert_gguf(Path(sys.argv[1]))
+assert gguf.GGUFReader is Counted
+Path(sys.argv[2]).write_text(f"{Counted.made} {folder}")
+"""
+
+
+def test_a_conversion_parses_the_file_once_and_prints_nothing_where_results_go(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    packed, said = tmp_path / "small.gguf", tmp_path / "said"
+    write_small_gguf(packed)
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERTED, str(packed), str(said)],
+        env={**os.environ, "ZEROINF_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, "it/s" in done.stderr) == ("", False)
+    made, folder = said.read_text().split(maxsplit=1)
+    assert made == "1"
+    source = resolve_model(folder)
+    tokenizer = load_tokenizer(source)
+    assert tokenizer is not None
+    assert (source.config.hidden_size, tokenizer("abc")["input_ids"]) == (16, [7, 4])
 
 
 KILLED_WHILE_BUILDING = """
