@@ -31,11 +31,11 @@ def convert_gguf(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     if find_spec("gguf") is None:
         raise EnvironmentProblem("the package gguf is needed to read a .gguf file", hint="pip install gguf")
-    with _apart_from_results(), _parsed_once():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _apart_from_results(), _parsed_once():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
