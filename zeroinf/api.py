@@ -13,10 +13,8 @@ from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.requests import Request, Result
 from zeroinf.jobs.runner import pick_device
 from zeroinf.jobs.session import Session
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
@@ -25,6 +23,8 @@ from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.requests import Request, Result
+from zeroinf.service.text import TextCodec
 from zeroinf.simulation.planning import answer
 from zeroinf.sizes import parse_size
 

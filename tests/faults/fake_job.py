@@ -22,8 +22,8 @@ from zeroinf.jobs.leaving import Leaving
 from zeroinf.jobs.observer import Progress
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
-from zeroinf.jobs.requests import Work
 from zeroinf.jobs.stream import Output, Stream
+from zeroinf.service.requests import Work
 
 ROWS = 3
 

@@ -11,9 +11,9 @@ import torch
 from launching import run_zeroinf, write_jsonl
 from small_models import small_config
 
-from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.plan import Plan
+from zeroinf.service.gpu_memory import GpuMemory
 
 pytestmark = pytest.mark.gpu
 

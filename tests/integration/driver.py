@@ -32,9 +32,9 @@ from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.stream import Stream
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import load_tokenizer, resolve_model
 from zeroinf.planner.plan import TensorParallel
+from zeroinf.service.text import TextCodec
 
 
 class _Silent:

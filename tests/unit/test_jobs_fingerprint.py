@@ -18,9 +18,9 @@ from zeroinf.jobs import fingerprint as marks
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.prepare import read_job
-from zeroinf.jobs.requests import Result
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import TensorParallel
+from zeroinf.service.requests import Result
 
 ENTRIES: list[dict[str, Any]] = [{"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"}, {"id": "bad"}]
 

@@ -28,7 +28,7 @@ from zeroinf.jobs.output import (
     journal_path,
     partial_path,
 )
-from zeroinf.jobs.requests import Refusal, Result, Work
+from zeroinf.service.requests import Refusal, Result, Work
 
 
 def result(

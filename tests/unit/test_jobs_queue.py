@@ -14,7 +14,7 @@ import torch.distributed as dist
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
-from zeroinf.jobs.requests import Result, Work
+from zeroinf.service.requests import Result, Work
 
 
 def on_threads(count: int, body: Callable[[int], None]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat, read_requests
-from zeroinf.jobs.requests import Refusal, Request
+from zeroinf.service.requests import Refusal, Request
 
 DEFAULTS = Sampling(max_new_tokens=16)
 CHAT = "/v1/chat/completions"

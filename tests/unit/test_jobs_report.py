@@ -13,12 +13,12 @@ from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
-from zeroinf.jobs.gpu_memory import GpuUse
 from zeroinf.jobs.report import Phases, RankReport, RunReport
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import Term, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.timing import Timing
+from zeroinf.service.gpu_memory import GpuUse
 
 GIB = 1 << 30
 GPU_TERMS = {

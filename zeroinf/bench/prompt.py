@@ -6,10 +6,10 @@ from functools import cache
 
 from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.requests import Request
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.service.requests import Request
+from zeroinf.service.text import TextCodec
 
 
 def prompt_of(cell: Cell, settings: Settings) -> str:

@@ -16,8 +16,8 @@ from zeroinf.hardware.process import resident
 from zeroinf.jobs.compare import Compared
 from zeroinf.jobs.observer import Progress
 from zeroinf.jobs.report import RunReport
-from zeroinf.jobs.requests import Refusal
 from zeroinf.planner.plan import Plan
+from zeroinf.service.requests import Refusal
 
 _GIB = 2**30
 _PLAIN_LINE_EVERY_S = 10.0

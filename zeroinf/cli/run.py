@@ -313,7 +313,7 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
 
 def _incomplete(outcome: Outcome, output_file: Path | None) -> RequestsFailedError:
     from zeroinf.jobs.output import errors_path
-    from zeroinf.jobs.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
+    from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 
     refused, failed, count = outcome.refused, outcome.failed, outcome.requests + outcome.refused + outcome.failed
     if not outcome.requests:

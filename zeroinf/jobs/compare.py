@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroinf.jobs.gpu_memory import GpuUse
 from zeroinf.planner.memory import COMPUTED, ENCODED, GAPS, KV_STAGING, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
+from zeroinf.service.gpu_memory import GpuUse
 
 Unit = Literal["bytes", "s", "tokens/s"]
 

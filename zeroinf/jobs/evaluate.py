@@ -19,16 +19,16 @@ from zeroinf.engines.base import Engine
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.gpu_memory import GpuMemory
+from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 
 _WINDOW = 512
 # Positions whose probabilities are computed at a time.

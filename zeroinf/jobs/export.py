@@ -12,7 +12,7 @@ from typing import Any
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.jobs.files import write_lines
-from zeroinf.jobs.requests import Result
+from zeroinf.service.requests import Result
 
 _PARQUET_ROWS = 10_000
 """Rows of one row group: what is in memory at once."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf import __version__
-from zeroinf.jobs.requests import Refusal, Request, Work
 from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import TensorParallel
+from zeroinf.service.requests import Refusal, Request, Work
 
 _DIGEST_BYTES = 8
 _LIBRARIES = {"zero": ("deepspeed",), "tensor-parallel": ("deepspeed",), "accelerate": ("accelerate",)}

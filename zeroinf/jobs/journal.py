@@ -15,7 +15,7 @@ from typing import Any
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.files import LineFile, encoded, sync_folder
-from zeroinf.jobs.requests import Result
+from zeroinf.service.requests import Result
 
 FORMAT = 1
 

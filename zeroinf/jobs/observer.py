@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from zeroinf.jobs.requests import Refusal
+from zeroinf.service.requests import Refusal
 
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan

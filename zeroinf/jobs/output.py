@@ -16,7 +16,7 @@ from zeroinf.errors import OutputError
 from zeroinf.jobs.export import check_format, writer_for
 from zeroinf.jobs.files import rename, sync_folder, write_lines, write_new
 from zeroinf.jobs.journal import Journal, read_records
-from zeroinf.jobs.requests import Refusal, Result, Work
+from zeroinf.service.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
 _RESUME_HINT = "pass --resume to go on with it, or --overwrite to discard it"

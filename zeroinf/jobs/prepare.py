@@ -19,13 +19,13 @@ from zeroinf.jobs.output import Job, began_before, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_requests
-from zeroinf.jobs.requests import Refusal, Request, Work
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.requests import Refusal, Request, Work
+from zeroinf.service.text import TextCodec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

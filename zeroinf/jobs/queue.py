@@ -8,7 +8,7 @@ from dataclasses import asdict
 from math import ceil
 from typing import TYPE_CHECKING
 
-from zeroinf.jobs.requests import Result, Work
+from zeroinf.service.requests import Result, Work
 
 if TYPE_CHECKING:
     import torch.distributed as dist

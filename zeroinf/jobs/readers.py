@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.requests import Refusal, Request
+from zeroinf.service.requests import Refusal, Request
 
 InputFormat = Literal["auto", "text", "jsonl"]
 

@@ -32,7 +32,6 @@ from zeroinf.generation.scheduler import Counts, Limits, Scheduler
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.measure.links import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
-from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.observer import Observer
@@ -40,11 +39,12 @@ from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
 from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
-from zeroinf.jobs.requests import Refusal
 from zeroinf.jobs.stream import Output, Stream, WarmUp
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
 from zeroinf.planner.plan import Plan
+from zeroinf.service.gpu_memory import GpuMemory
+from zeroinf.service.requests import Refusal
+from zeroinf.service.text import TextCodec
 
 _WARM_UP_TOKENS = 3
 

@@ -18,14 +18,14 @@ from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Limits, Scheduler
-from zeroinf.jobs.gpu_memory import GpuMemory
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.requests import Request, Result
-from zeroinf.jobs.text import TextCodec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.gpu_memory import GpuMemory
+from zeroinf.service.requests import Request, Result
+from zeroinf.service.text import TextCodec
 
 
 class Session:

@@ -16,8 +16,8 @@ from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
 from zeroinf.jobs.report import Phases
-from zeroinf.jobs.requests import Refusal, Result, Work
-from zeroinf.jobs.text import TextCodec
+from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.text import TextCodec
 
 if TYPE_CHECKING:
     from zeroinf.distributed.control import Control

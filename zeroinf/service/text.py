@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from zeroinf.generation.row import Likelihood
-from zeroinf.jobs.requests import Request
+from zeroinf.service.requests import Request
 
 _DECIMALS = 6
 _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity

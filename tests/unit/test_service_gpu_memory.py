@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small_models import small_config
 
 from zeroinf.errors import DoesNotFitError
-from zeroinf.jobs.gpu_memory import GpuMemory, GpuUse
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import SMALL_PAGES, Term
 from zeroinf.planner.plan import Plan
+from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 
 DEVICE = torch.device("cuda", 0)
 ROWS = 16
