@@ -1,4 +1,4 @@
-"""Which runs a benchmark is made of."""
+"""The benchmark matrix: presets, cells (one run each) and the layout of the resulting table."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What all cells have in common."""
+    """Settings that every cell of a benchmark shares."""
 
     repetitions: int = 3
     dtype: str = "auto"
@@ -135,7 +135,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a table is laid out: which field of a cell names its rows and columns, and which figure it shows."""
+    """A table's layout: the cell fields that name its rows and columns, and the figure it shows."""
 
     rows: str
     columns: str

@@ -1,4 +1,4 @@
-"""What a cell is expected to take, before any has run."""
+"""Predicted duration of benchmark cells, before any has run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prediction:
 
 
 def predict(cell: Cell, settings: Settings) -> Prediction:
-    """How long `cell` takes, all repetitions and the warm-up included."""
+    """Predict the duration of `cell` in seconds, all repetitions and the warm-up included."""
     if not TRAITS[cell.engine_name].is_timed:
         return Prediction(seconds=None, tokens_per_second=None, words="the planner has no model of the engine")
     _, _, fetch = cell.engine.partition("/")

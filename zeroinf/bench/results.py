@@ -1,4 +1,4 @@
-"""What cells came to: figures with their samples, the machine, and the file that holds them."""
+"""Benchmark results: figures with their samples, the machine, and the JSON file that holds them."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def alone(path: Path | None) -> Iterator[None]:
 
 
 def differing(mine: Results, theirs: Results) -> dict[str, list[str]]:
-    """What two benchmarks do not have in common: names of `settings`, and of what tells `machines` apart."""
+    """Names of the settings and machine facts in which two benchmarks differ."""
     pairs = {
         "settings": (mine.settings, theirs.settings),
         "machines": tuple({n: one.machine.get(n) for n in _IDENTITY} for one in (mine, theirs)),

@@ -93,7 +93,7 @@ def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
 
 
 def arguments(cell: Cell, settings: Settings, folder: Path) -> list[str]:
-    """What comes after `zeroinf run` for `cell`; input and report lie in `folder`."""
+    """Arguments of `zeroinf run` for `cell`; its input file and report are in `folder`."""
     engine, _, fetch = cell.engine.partition("/")
     words = ["-q", "--benchmark", "-r", settings.repetitions, "-m", cell.model, "--dtype", settings.dtype]
     words += ["--engine", engine, "--offload", cell.offload, "-b", cell.batch_size, "--ignore-eos"]

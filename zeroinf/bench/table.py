@@ -105,7 +105,7 @@ def head_of() -> list[str]:
 
 
 def fields_of(cell: Cell) -> list[str]:
-    """What makes it another cell than its neighbours; a prompt that was given has no length asked for."""
+    """The fields that distinguish a cell from its neighbours; a given prompt has no requested length."""
     return ["given" if getattr(cell, name) is None else str(getattr(cell, name)) for name in _CELL_FIELDS]
 
 

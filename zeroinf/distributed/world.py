@@ -1,4 +1,4 @@
-"""Which rank this process is, as every launcher tells it: through the environment."""
+"""This process's rank and world size, read from the environment variables that every launcher sets."""
 
 from __future__ import annotations
 

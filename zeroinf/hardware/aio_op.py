@@ -1,4 +1,4 @@
-"""What DeepSpeed's asynchronous disk I/O needs before it can move a byte.
+"""Requirements of DeepSpeed's asynchronous disk I/O op (`async_io`): compiler, libaio, a finished build.
 
 DeepSpeed compiles its `async_io` op, and `pin_memory` which that op links to, when they are first used, and on every
 later start still asks for compiler, libaio and ninja. A build that was killed leaves a `lock` file on which all later
@@ -108,7 +108,7 @@ class AioOp:
             yield Problem(name="build lock", message=f"left by a killed build: {self.lock}", hint=hint)
 
     def architecture_problem(self) -> Problem:
-        """What to say of a TORCH_CUDA_ARCH_LIST that DeepSpeed cannot read."""
+        """The message for a TORCH_CUDA_ARCH_LIST that DeepSpeed cannot read."""
         listed = ", ".join(self.unreadable_architectures)
         plain = dict.fromkeys(re.sub(r"(\d+\.\d+)[a-z]", r"\1", entry) for entry in self.unreadable_architectures)
         hint = f"export TORCH_CUDA_ARCH_LIST={';'.join(plain)!r}"
@@ -137,7 +137,7 @@ def read_aio_op(*, with_gpu: bool) -> AioOp:
 
 
 def extensions_root() -> Path:
-    """Where torch builds extensions: the rules of `torch.utils.cpp_extension._get_build_directory`, without torch."""
+    """The folder in which torch builds extensions, by the rules of `torch.utils.cpp_extension._get_build_directory`."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen is not None:
         return Path(chosen)
@@ -191,12 +191,12 @@ def find_nvcc() -> Path | None:
 
 
 def include_folders() -> list[Path]:
-    """Where a compiler looks for headers: what CFLAGS and CPATH name, then the system's folders."""
+    """The compiler's header search path: the folders of CFLAGS and CPATH, then the system's."""
     return [*_named_folders("-I", "CFLAGS", "CPATH"), Path("/usr/local/include"), Path("/usr/include")]
 
 
 def library_folders() -> list[Path]:
-    """Where a linker looks for libraries: what LDFLAGS and LIBRARY_PATH name, then the system's folders."""
+    """The linker's search path: the folders of LDFLAGS and LIBRARY_PATH, then the system's."""
     system = [Path(root) / name for root in ("/usr/local", "/usr", "/") for name in ("lib64", "lib")]
     multiarch = [folder for base in (Path("/usr/lib"), Path("/lib")) for folder in base.glob("*-linux-gnu*")]
     return [*_named_folders("-L", "LDFLAGS", "LIBRARY_PATH"), *system, *multiarch]
@@ -232,7 +232,7 @@ def _is_prebuilt(accelerator: str) -> bool:
 
 
 def _run_package_file(package: str, file: str) -> dict[str, Any]:
-    """What one file of constants in `package` defines, without importing the package; empty if it is missing."""
+    """Run one file of constants in `package` without importing the package; empty if it is missing."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     path = Path(folders[0], file) if folders else None

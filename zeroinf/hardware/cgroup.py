@@ -20,7 +20,7 @@ class CgroupMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """How one cgroup version names things. v1 needs the `total_` figures: its plain ones leave out child groups."""
+    """Names of one cgroup version. v1 needs the `total_` figures: its plain ones leave out child groups."""
 
     limit: str
     usage: str

@@ -1,4 +1,4 @@
-"""What `zeroinf doctor` says of a machine: a list of checks, made from a snapshot.
+"""The checks of `zeroinf doctor`, computed from a snapshot of the machine.
 
 What the user asked for and the machine cannot give fails; what may matter some other day warns.
 """
@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What the user wants to run with; every disk of the snapshot counts as asked for."""
+    """The user's requirements; every disk of the snapshot counts as required."""
 
     offload: Literal["none", "cpu", "nvme"] = "none"
     num_gpus: int | None = None
@@ -99,7 +99,7 @@ def check_versions(versions: dict[str, str]) -> list[Check]:
 
 
 def check_gpus(gpus: Sequence[Gpu], num_gpus: int | None) -> list[Check]:
-    """How many GPUs are visible against `num_gpus` (None: any number will do), then each of them."""
+    """Check the number of visible GPUs against `num_gpus` (None: any number will do), then each GPU."""
     return [_count_gpus(len(gpus), num_gpus), *(_check_gpu(gpu) for gpu in gpus)]
 
 
@@ -175,7 +175,7 @@ def check_profile(profile: Profile, now: datetime) -> Check:
 
 
 def check_aio_op(op: AioOp, *, asked: bool) -> list[Check]:
-    """What DeepSpeed's `async_io` op needs, each piece; problems fail if it was `asked` for and warn otherwise."""
+    """Check each requirement of DeepSpeed's `async_io` op; problems fail if it was `asked` for and warn otherwise."""
     problems = {problem.name: problem for problem in op.problems()}
     return [
         _from_problem(problems[name], fatal=asked) if name in problems else Check(name=name, status="ok", value=value)
@@ -198,7 +198,7 @@ def _aio_pieces(op: AioOp) -> Iterator[tuple[str, str]]:
 
 
 def _aio_warnings(op: AioOp, *, asked: bool) -> Iterator[Check]:
-    """What may cost time or matter elsewhere, but stops nothing here."""
+    """Warnings about the op that cost time or matter on other machines, but stop nothing here."""
     if op.lock is not None and not op.lock_is_stale:
         yield Check(
             name="build lock",

@@ -18,7 +18,7 @@ DIRECT_ALIGNMENT_BYTES = 4096
 
 
 def read_disk(path: Path) -> Disk:
-    """What the folder `path` offers. Writes one block to a temporary file, which is gone afterwards."""
+    """Read space, file system and O_DIRECT support of the folder `path`; writes one block to a temporary file."""
     if not path.is_dir():
         return Disk(path=path, exists=False, writable=False, free_bytes=0, total_bytes=0, filesystem="", o_direct=False)
     usage = shutil.disk_usage(path)
@@ -38,7 +38,7 @@ def read_disk(path: Path) -> Disk:
 
 
 def mount_of(path: Path) -> tuple[Path | None, str, str]:
-    """Where the file system of `path` begins, its device and the kernel's name of it; None and empty if not known."""
+    """The mount point of `path`'s file system, its device and its kernel name; None and empty if not known."""
     resolved = path.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if resolved.is_relative_to(mount.mountpoint)]
     # Of two mounts on one folder the later one is seen, and `max` keeps the first of equals: hence the reversal.

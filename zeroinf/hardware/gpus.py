@@ -36,7 +36,7 @@ def read_driver() -> str | None:
 
 
 def read_used_bytes(uuid: str) -> int:
-    """What all processes together hold of the GPU with that UUID now, the driver's own reserve left out.
+    """Bytes that all processes together hold of the GPU with that UUID now, without the driver's own reserve.
 
     Raises EnvironmentProblem where NVML does not tell.
     """
@@ -78,7 +78,7 @@ def _ask_nvml(question: Callable[[Any], _Answer]) -> _Answer | None:
 
 
 def visible_indices(setting: str, uuids: Sequence[str]) -> list[int]:
-    """Which of the GPUs `uuids` a CUDA_VISIBLE_DEVICES of `setting` leaves.
+    """Indices of the GPUs `uuids` that a CUDA_VISIBLE_DEVICES of `setting` leaves visible.
 
     CUDA's rules (CUDA C++ Programming Guide, "CUDA Environment Variables"): the list ends at the first entry that
     names no GPU, and one that names a GPU twice leaves none.

@@ -71,7 +71,7 @@ class Disk:
 
     @property
     def volume(self) -> str:
-        """What rates are kept by: all folders of one file system share its disk."""
+        """The key under which rates are kept: all folders of one file system share its disk."""
         return str(self.mount or self.path)
 
 

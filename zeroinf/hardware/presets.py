@@ -25,7 +25,7 @@ class MachineFile:
 
 
 class _File(BaseModel):
-    """What such a file may hold: a preset has `about`, a saved doctor's report `checks` and `profile`."""
+    """The schema of a machine file: a preset has `about`, a saved doctor's report `checks` and `profile`."""
 
     model_config = ConfigDict(extra="forbid")
 

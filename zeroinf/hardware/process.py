@@ -1,4 +1,4 @@
-"""What this process itself holds."""
+"""Host memory of this process: resident now, and at its peak."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Resident:
 
 
 def resident(status: Path = Path("/proc/self/status")) -> Resident:
-    """What this process holds now."""
+    """Host memory that this process holds now."""
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
     own, shared = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
     return Resident(own, shared)

@@ -19,7 +19,7 @@ from zeroinf.paths import cache_directory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What is known of a machine from earlier: nothing before it is measured, or if there is `trouble`."""
+    """Rates that were measured on a machine earlier: none before it is measured, or if there is `trouble`."""
 
     path: Path
     rates: Rates = field(default_factory=Rates)
@@ -48,7 +48,7 @@ def read_profile(machine: Machine) -> Rates:
 
 
 def find_profile(machine: Machine) -> Profile:
-    """What is kept for `machine`, with the rates of those disks only that it names and whose device is the same.
+    """The profile kept for `machine`, with the rates of only those disks that it names and whose device is the same.
 
     Rates of more GPUs hold for some of them. Never raises: a file that is broken or of other hardware is a `trouble`.
     """

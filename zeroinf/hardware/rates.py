@@ -1,4 +1,4 @@
-"""How fast a machine is and what its software takes of it, as numbers: measured, published, or given by the user."""
+"""A machine's rates and its software's overheads as numbers: measured, published, or given by the user."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Rates:
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def origin(self, name: str) -> Origin:
-        """Where the rate `name` comes from."""
+        """The origin of the rate `name`: measured, published, given or assumed."""
         return self.origins.get(name, "given")
 
     def updated(self, newer: Rates) -> Rates:

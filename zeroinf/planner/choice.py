@@ -1,4 +1,4 @@
-"""What a plan varies."""
+"""A candidate configuration: the settings that the search varies."""
 
 from __future__ import annotations
 

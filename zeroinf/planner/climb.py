@@ -1,4 +1,4 @@
-"""A search by steps that become smaller, for what has no slope to follow."""
+"""Hill climbing with shrinking steps, for objectives without a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was weighed, what was turned down and why, and what came out best."""
+"""The result of the search: the best plan, the alternatives, and why each of them was not chosen."""
 
 from __future__ import annotations
 

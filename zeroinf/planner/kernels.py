@@ -1,4 +1,4 @@
-"""How long kernels take: what they reach of a GPU's measured rates, by operator and by the way they go over memory."""
+"""Predicts kernel times from the share of a GPU's measured rates that each kind of operator reaches."""
 
 from __future__ import annotations
 

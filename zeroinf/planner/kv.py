@@ -16,7 +16,10 @@ HostShare = float | Literal["auto"]
 
 
 def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostShare:
-    """What `kv` and `dtype` ask for. Raises UsageError for what `engine` or the model cannot do."""
+    """The share of sequences whose KV cache is in host memory, as `kv` and `dtype` ask.
+
+    Raises UsageError for a setting that `engine` or the model does not support.
+    """
     given = {"--kv": kv != "auto", "--kv-dtype": dtype != "model"}
     refuse_settings(engine, [flag for flag, is_given in given.items() if is_given])
     if kv == "gpu" and dtype != "model":

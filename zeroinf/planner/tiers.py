@@ -1,4 +1,4 @@
-"""Which tier each block rests on."""
+"""Assigns each block to a tier: gpu, host or nvme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each engine can be asked for, and what the planner knows of it."""
+"""Engine traits: the settings that each engine supports, and the facts that the planner uses."""
 
 from __future__ import annotations
 

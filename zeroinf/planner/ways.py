@@ -1,4 +1,4 @@
-"""The ways to run that a wish leaves open."""
+"""The offload targets and fetch modes that the user's constraints leave open to the search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 
 
 def offloads_of(wish: Wish) -> tuple[Offload, ...]:
-    """Where weights may rest."""
+    """Offload targets that the user's constraints leave open."""
     if wish.offload != "auto":
         return (wish.offload,)
     streams = wish.fetch != "auto" or wish.resident_blocks is not None  # settings that mean nothing where all stays
@@ -18,7 +18,7 @@ def offloads_of(wish: Wish) -> tuple[Offload, ...]:
 
 
 def fetches_of(wish: Wish, offload: Offload, *, has_encoder: bool) -> tuple[Fetch, ...]:
-    """How ranks may pull weights that rest there."""
+    """Fetch modes that the user's constraints leave open for that offload target."""
     if has_encoder or wish.world_size == 1 or offload == "none" or wish.engine != "stream":
         return ("replicated",)
     if wish.fetch != "auto":

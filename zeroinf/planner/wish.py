@@ -1,4 +1,4 @@
-"""What the user fixed of a plan, and what is left to the planner."""
+"""User constraints: the settings that the user fixed, and those that are left to the planner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zeroinf.planner.wire import Wire
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What the user fixed; None and "auto" leave it to the planner."""
+    """Settings that the user fixed; None and "auto" leave a setting to the planner."""
 
     world_size: int = 1
     offload: Offload | Literal["auto"] = "auto"

@@ -1,4 +1,7 @@
-"""What a process takes of a GPU and of its host beside tensors. Run as a program, it uses the GPU as a model would."""
+"""Measures the memory that a process takes of a GPU and of its host beside tensors.
+
+Run as a program, it uses the GPU as a model would.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one GPU computes and moves on its own, and what a kernel costs its host."""
+"""Measures one GPU's arithmetic and memory rates, and the host time of a kernel launch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def measure_model_launch(device: str = "cuda") -> float:
 
 
 def kernels_of(work: Callable[[], object]) -> int:
-    """How many kernels the operators of `work` launch: one each, but for views of what is there already."""
+    """Count the kernels that the operators of `work` launch: one each, except for views."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
