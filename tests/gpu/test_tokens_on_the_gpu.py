@@ -9,7 +9,7 @@ import pytest
 import torch
 from generating import rows_of, run_rows
 from launching import run_zeroinf
-from quantised import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
+from quantized import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
 from small_models import PAD, auto_class, make_checkpoint
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
@@ -84,7 +84,7 @@ def test_the_stream_engine_with_blocks_on_any_tier(
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
 @pytest.mark.parametrize("resident", [0, 2])
-def test_checkpoints_that_are_quantised_already(method: str, resident: int, tmp_path: Path) -> None:
+def test_checkpoints_that_are_quantized_already(method: str, resident: int, tmp_path: Path) -> None:
     if method == "fp8":
         folder, how = fp8_checkpoint("llama", tmp_path / "model"), FineGrainedFP8Config(**MARKS["fp8"], dequantize=True)
     else:

@@ -127,7 +127,7 @@ def test_weights_in_a_format_of_their_own_are_refused_by_name(method: str, check
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
     for random_weights in (False, True):
-        with pytest.raises(ModelError, match=f"quantised already, with {method}, which does not stream: "):
+        with pytest.raises(ModelError, match=f"quantized already, with {method}, which does not stream: "):
             resolve_model(str(checkpoint), random_weights=random_weights)
 
 

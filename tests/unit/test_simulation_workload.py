@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from generating import PlainEngine
-from quantised import MARKS
+from quantized import MARKS
 from small_models import SMALL_MODELS, small_config
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,7 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
-from zeroinf.model.quantised import expansions
+from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event, Usage
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
 from zeroinf.simulation.workload import Simulator

@@ -65,8 +65,8 @@ def launched(codes: dict[str, object], dtype: str) -> int:
 
     if dtype == "float16":
         return 1  # a kernel of its own, on a GPU only
-    quantise, restore = Quantizer(codes), DeQuantizer(codes, getattr(torch, dtype))
-    parts = quantise.quantize(torch.randn(4, 2 * GROUP, dtype=getattr(torch, dtype)))
+    quantize, restore = Quantizer(codes), DeQuantizer(codes, getattr(torch, dtype))
+    parts = quantize.quantize(torch.randn(4, 2 * GROUP, dtype=getattr(torch, dtype)))
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         restore.dequantize(*parts)
     kinds = Counter(event.name.removeprefix("aten::") for event in profiled.events())

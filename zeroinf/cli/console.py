@@ -135,8 +135,8 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
     if report.plan.wire != "model":
         yield "weights", f"{report.plan.wire} codes: lossy"
-    if (quantised := report.plan.anatomy.quantised) is not None:
-        yield "weights", f"quantised with {quantised.method}, as the checkpoint has them"
+    if (quantized := report.plan.anatomy.quantized) is not None:
+        yield "weights", f"quantized with {quantized.method}, as the checkpoint has them"
     if report.plan.host is not None:
         lossy = f", as {report.plan.host.dtype} codes: lossy" if report.plan.host.dtype != "model" else ""
         yield "KV cache", f"{report.plan.host_rows} of {report.plan.batch_size} rows in host memory{lossy}"

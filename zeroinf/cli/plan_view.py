@@ -46,8 +46,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
         streams += f", weights {plan.fetch}"
     wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
-    if plan.anatomy.quantised is not None:
-        wire = f", weights quantised already ({plan.anatomy.quantised.method})"
+    if plan.anatomy.quantized is not None:
+        wire = f", weights quantized already ({plan.anatomy.quantized.method})"
     rows = f"{plan.batch_size} rows each{_kv(plan)}"
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
@@ -94,7 +94,7 @@ def _speed(plan: Plan) -> str:
 def _model(question: Question) -> str:
     anatomy = question.anatomy
     limit = f", context {anatomy.context_limit:,}" if anatomy.context_limit else ""
-    computed = f"quantised with {anatomy.quantised.method}, computed " if anatomy.quantised is not None else ""
+    computed = f"quantized with {anatomy.quantized.method}, computed " if anatomy.quantized is not None else ""
     return (
         f"{anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {gib(anatomy.weight_bytes)} "
         f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} blocks "

@@ -209,8 +209,8 @@ class Encoder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quantised:
-    """A checkpoint whose weights are quantised already, which rest, move and are held by modules as they are."""
+class Quantized:
+    """A checkpoint whose weights are quantized already, which rest, move and are held by modules as they are."""
 
     method: str
     """As its config names it."""
@@ -236,7 +236,7 @@ class Anatomy:
     loads: Loading = "in place"
     encoder: Encoder | None = None
     """None for a causal model, whose prompts are read by the blocks that answer them."""
-    quantised: Quantised | None = None
+    quantized: Quantized | None = None
     """None where tensors are weights themselves, in `dtype` for the most part."""
 
     def __hash__(self) -> int:
@@ -251,8 +251,8 @@ class Anatomy:
 
     @property
     def parameters(self) -> int:
-        if self.quantised is not None:
-            return self.quantised.parameters
+        if self.quantized is not None:
+            return self.quantized.parameters
         return sum(t.numel for t in self.tensors() if not t.is_buffer)
 
     @property

@@ -46,7 +46,7 @@ def _convert(path: Path, folder: Path) -> None:
                 f"{path} cannot be converted: {error}",
                 hint="is the file complete, and its architecture one transformers reads?",
             ) from error
-        # Some releases leave the mark of the quantised file on the unpacked model, and then refuse to save it.
+        # Some releases leave the mark of the quantized file on the unpacked model, and then refuse to save it.
         if quantizer := getattr(model, "hf_quantizer", None):
             quantizer.remove_quantization_config(model)
         model.save_pretrained(folder)

@@ -12,9 +12,9 @@ from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, Quantised, TensorSpec
+from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
-from zeroinf.model.quantised import hold_quantised
+from zeroinf.model.quantized.registry import hold_quantized
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).
@@ -26,7 +26,7 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
 
     Takes seconds and no memory, whatever the size; a config that was read before is not read again. Raises ModelError
     when transformers cannot build the model, when no stack of decoder layers is found, when the cache cannot be read,
-    or when the checkpoint is quantised in a way that is not known to run; EnvironmentProblem where the package that
+    or when the checkpoint is quantized in a way that is not known to run; EnvironmentProblem where the package that
     would run it is missing.
     """
     dtype = dtype or config_dtype(config)
@@ -40,7 +40,7 @@ _read: dict[tuple[object, ...], Anatomy] = {}
 
 
 def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
-    model, quantised = _build(config, dtype, trust_remote_code)
+    model, quantized = _build(config, dtype, trust_remote_code)
     stacks = find_stacks(model)
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
@@ -58,7 +58,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         context_limit=limit,
         loads="piece by piece" if is_converted(model) else "in place",
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
-        quantised=quantised,
+        quantized=quantized,
     )
 
 
@@ -71,13 +71,13 @@ def config_dtype(config: Any) -> str:
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
     """The language model of `config` on the meta device, in evaluation mode; `config` itself is not changed.
 
-    Parameters are those of its checkpoint, quantised or with the dtypes that `from_pretrained` would give them; buffers
+    Parameters are those of its checkpoint, quantized or with the dtypes that `from_pretrained` would give them; buffers
     keep the ones they are made with. Raises the errors of `read_anatomy`.
     """
     return _build(config, dtype, trust_remote_code)[0]
 
 
-def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quantised | None]:
+def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quantized | None]:
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(
@@ -88,21 +88,21 @@ def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quant
     return model.eval(), as_in_checkpoint(model, dtype)
 
 
-def as_in_checkpoint(model: Any, dtype: str) -> Quantised | None:
-    """Give the skeleton `model` the parameters that its checkpoint has, loaded as `dtype`; says how that is quantised.
+def as_in_checkpoint(model: Any, dtype: str) -> Quantized | None:
+    """Give the skeleton `model` the parameters that its checkpoint has, loaded as `dtype`; says how that is quantized.
 
     Raises the errors of `read_anatomy`.
     """
     untie_head(model)
     keep_in_float32(model, dtype)
-    quantised = hold_quantised(model)
-    if quantised is not None and is_converted(model):
+    quantized = hold_quantized(model)
+    if quantized is not None and is_converted(model):
         raise ModelError(
-            f"the checkpoint of {type(model).__name__} is quantised already, with {quantised.method}, which does not "
+            f"the checkpoint of {type(model).__name__} is quantized already, with {quantized.method}, which does not "
             "stream: transformers renames or fuses this model's weights as it loads them",
-            hint="take the model's unquantised checkpoint, and --wire int8 or int4 to move fewer bytes",
+            hint="take the model's unquantized checkpoint, and --wire int8 or int4 to move fewer bytes",
         )
-    return quantised
+    return quantized
 
 
 def auto_class(config: Any) -> Any:

@@ -14,7 +14,7 @@ from zeroinf.model.source import ModelSource
 def build_skeleton(source: ModelSource, dtype: str) -> Any:
     """The language model of `source` in evaluation mode, weights tied, nothing loaded; takes almost no memory.
 
-    Parameters have the shapes and dtypes that `from_pretrained` would give them, or, of a checkpoint that is quantised
+    Parameters have the shapes and dtypes that `from_pretrained` would give them, or, of a checkpoint that is quantized
     already, those of the checkpoint; buffers have the values that the model
     makes by itself; the generation config is the checkpoint's.
     """

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-QUANTISED_METHODS = ("compressed-tensors", "fp8", "mxfp4")
-"""Ways to quantise a checkpoint that stream as they are, by the names that configs give them."""
+QUANTIZED_METHODS = ("compressed-tensors", "fp8", "mxfp4")
+"""Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"
 _OF_GPTQMODEL = "it runs in kernels of gptqmodel, which have not been tried"
@@ -72,7 +72,7 @@ def resolve_model(
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
-    _refuse_quantised(name, config)
+    _refuse_quantized(name, config)
     if Path(location).is_dir() and not random_weights:
         local_weight_files(Path(location))
     return ModelSource(
@@ -124,7 +124,7 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
     if requested == "int8":
         raise UsageError(
             "no engine computes in int8: DeepSpeed's init_inference refuses the dtype, and its fused layers, which "
-            "alone quantise, need transformers 4",
+            "alone quantize, need transformers 4",
             hint="use --dtype bfloat16, float16 or float32; --wire int8 moves weights as codes of 8 bits",
         )
     if requested != "auto":
@@ -231,8 +231,8 @@ def _require_generating(location: str, config: Any) -> None:
     )
 
 
-def quantisation(config: Any) -> dict[str, Any] | None:
-    """What `config` (a transformers config) says of how its checkpoint is quantised, its method's name under
+def quantization(config: Any) -> dict[str, Any] | None:
+    """What `config` (a transformers config) says of how its checkpoint is quantized, its method's name under
     `quant_method`; None where it is not."""
     found = getattr(config, "quantization_config", None)
     if not found:
@@ -242,15 +242,15 @@ def quantisation(config: Any) -> dict[str, Any] | None:
     return {**found, "quant_method": str(getattr(method, "value", method))}
 
 
-def _refuse_quantised(name: str, config: Any) -> None:
-    """Refuse what is quantised in a way that is not known to stream: read as it lies, it would mean something else."""
-    found = quantisation(config)
-    if found is None or (method := found["quant_method"]) in QUANTISED_METHODS:
+def _refuse_quantized(name: str, config: Any) -> None:
+    """Refuse what is quantized in a way that is not known to stream: read as it lies, it would mean something else."""
+    found = quantization(config)
+    if found is None or (method := found["quant_method"]) in QUANTIZED_METHODS:
         return
-    why = _WHY_NOT.get(method, f"only {', '.join(QUANTISED_METHODS)} do")
+    why = _WHY_NOT.get(method, f"only {', '.join(QUANTIZED_METHODS)} do")
     raise ModelError(
-        f"the weights of {name} are quantised already, with {method}, which does not stream: {why}",
-        hint="take the model's unquantised checkpoint, and --wire int8 or int4 to move fewer bytes",
+        f"the weights of {name} are quantized already, with {method}, which does not stream: {why}",
+        hint="take the model's unquantized checkpoint, and --wire int8 or int4 to move fewer bytes",
     )
 
 

@@ -91,16 +91,16 @@ def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload |
 
 
 def refuse_beside_codes(anatomy: Anatomy, engine: str, wire: Wire = "model") -> None:
-    """Raise UsageError for what a checkpoint that is quantised already does without."""
-    if (quantised := anatomy.quantised) is None:
+    """Raise UsageError for what a checkpoint that is quantized already does without."""
+    if (quantized := anatomy.quantized) is None:
         return
     if engine != "stream":
         raise UsageError(
-            f"the {engine} engine does not run checkpoints that are quantised already, with {quantised.method}",
-            hint="--engine stream, or the model's unquantised checkpoint",
+            f"the {engine} engine does not run checkpoints that are quantized already, with {quantized.method}",
+            hint="--engine stream, or the model's unquantized checkpoint",
         )
     if wire != "model":
         raise UsageError(
-            f"--wire {wire} has no effect: the checkpoint is quantised already, with {quantised.method}",
+            f"--wire {wire} has no effect: the checkpoint is quantized already, with {quantized.method}",
             hint="drop it: weights cross the link as the checkpoint has them",
         )

@@ -124,7 +124,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expansion:
-    """How a checkpoint that is quantised already becomes weights in full, a block at a time."""
+    """How a checkpoint that is quantized already becomes weights in full, a block at a time."""
 
     nbytes: int
     """The most that is alive beside what the block holds, while one is expanded and computes."""

@@ -60,7 +60,7 @@ class Answer:
 
 def answer(question: Question) -> Answer:
     """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models
-    with an encoder, or quantised already, do without."""
+    with an encoder, or quantized already, do without."""
     _refuse_beside_an_encoder(question)
     refuse_beside_codes(question.anatomy, question.wish.engine, question.wish.wire)
     speeds = _speeds(question)

@@ -20,7 +20,7 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
-from zeroinf.model.quantised import expansions
+from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
 from zeroinf.planner.workload import Events, Expansion, Kernels, Lengths, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
@@ -68,7 +68,7 @@ class Simulator:
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._times = [1.0] * len(self._blocks)
-        self._expansion = _expand(self._model, self._blocks) if anatomy.quantised is not None else expansion
+        self._expansion = _expand(self._model, self._blocks) if anatomy.quantized is not None else expansion
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}

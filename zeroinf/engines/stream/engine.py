@@ -19,7 +19,7 @@ from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_stacks
-from zeroinf.model.quantised import expansions
+from zeroinf.model.quantized.expansion import expansions
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
@@ -31,7 +31,7 @@ class StreamEngine:
     """Blocks stream from host memory or from a store through a ring of device slots; the others stay on the device.
 
     Where weights cross as codes, every block rests as codes, on the device too, and is expanded as its turn comes. So
-    are those of a checkpoint that is quantised already, by their own modules.
+    are those of a checkpoint that is quantized already, by their own modules.
     Replicated, ranks are independent: each pulls all blocks over its own link. Partitioned, they step together and each
     pulls its part. Either way they read the node's one copy.
 

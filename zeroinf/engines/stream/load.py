@@ -18,7 +18,7 @@ from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.pretrained import load_pretrained
-from zeroinf.model.source import ModelSource, quantisation
+from zeroinf.model.source import ModelSource, quantization
 from zeroinf.model.weights import can_be_converted, weight_files
 
 _THREADS = 8
@@ -72,11 +72,11 @@ class Checkpoint:
         origins = _direct_origins(stored, model, files)
         self._read = _read_directly(origins) if origins is not None else None
         self._converter: Converter | None = None
-        if origins is None and (found := quantisation(source.config)) is not None:
+        if origins is None and (found := quantization(source.config)) is not None:
             raise ModelError(
-                f"cannot load {source.name}, which is quantised with {found['quant_method']}: its config lets expect "
+                f"cannot load {source.name}, which is quantized with {found['quant_method']}: its config lets expect "
                 "tensors that its files do not hold as safetensors",
-                hint="fetch the checkpoint again, or take the model's unquantised one",
+                hint="fetch the checkpoint again, or take the model's unquantized one",
             )
         if origins is None:
             self._parts = 1 if self._part == 0 else 0

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already stream as they are, and give plain transformers' greedy tokens."""
+"""Checkpoints that are quantized already stream as they are, and give plain transformers' greedy tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SharedFolder
-from quantised import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
+from quantized import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
@@ -26,7 +26,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.memory import pieces, store_bytes
 
-Quantised = Callable[[str, str], Path]
+Quantized = Callable[[str, str], Path]
 # In bfloat16 where plain transformers (5.17) expands to nothing else.
 CASES = [
     *(("llama", method, "float32") for method in ("w4a16", "w4a16_channel", "w8a16", "fp8_block", "fp8")),
@@ -38,8 +38,8 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def quantised(shared_folder: SharedFolder) -> Quantised:
-    """`quantised(architecture, method)`: the folder of a small checkpoint that is quantised so."""
+def quantized(shared_folder: SharedFolder) -> Quantized:
+    """`quantized(architecture, method)`: the folder of a small checkpoint that is quantized so."""
 
     def get(name: str, method: str) -> Path:
         if method not in ("fp8", "mxfp4"):
@@ -67,16 +67,16 @@ def run(folder: Path, dtype: str = "float32", **where: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("name", "method", "dtype"), CASES)
-def test_tokens_are_those_of_plain_transformers(name: str, method: str, dtype: str, quantised: Quantised) -> None:
-    folder = quantised(name, method)
+def test_tokens_are_those_of_plain_transformers(name: str, method: str, dtype: str, quantized: Quantized) -> None:
+    folder = quantized(name, method)
     assert run(folder, dtype) == plain_tokens(folder, getattr(torch, dtype))
 
 
 @pytest.mark.parametrize(("name", "method", "dtype"), [("llama", "w4a16", "float32"), ("gpt_oss", "mxfp4", "bfloat16")])
 def test_nor_do_they_depend_on_where_weights_rest(
-    name: str, method: str, dtype: str, quantised: Quantised, tmp_path: Path
+    name: str, method: str, dtype: str, quantized: Quantized, tmp_path: Path
 ) -> None:
-    folder = quantised(name, method)
+    folder = quantized(name, method)
     expected = plain_tokens(folder, getattr(torch, dtype))
     assert run(folder, dtype, resident_blocks=2) == expected
     nvme = {"offload": "nvme", "nvme_blocks": 2, "resident_blocks": 1, "nvme_paths": (tmp_path,)}
@@ -86,8 +86,8 @@ def test_nor_do_they_depend_on_where_weights_rest(
     assert store.state == "whole"
 
 
-def test_two_ranks_that_gather_codes_give_the_same_tokens(quantised: Quantised) -> None:
-    folder = quantised("llama", "fp8")
+def test_two_ranks_that_gather_codes_give_the_same_tokens(quantized: Quantized) -> None:
+    folder = quantized("llama", "fp8")
 
     def rank(control: Control) -> list[list[int]]:
         torch.set_num_threads(1)
@@ -100,9 +100,9 @@ def test_two_ranks_that_gather_codes_give_the_same_tokens(quantised: Quantised) 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "w4a16"), ("llama", "fp8"), ("gpt_oss", "mxfp4")])
 def test_the_planned_bytes_are_those_of_the_checkpoint_and_of_what_is_loaded(
-    name: str, method: str, quantised: Quantised, tmp_path: Path
+    name: str, method: str, quantized: Quantized, tmp_path: Path
 ) -> None:
-    folder = quantised(name, method)
+    folder = quantized(name, method)
     anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
     held = load_file(folder / "model.safetensors")
     shapes = [key for key in held if key.endswith("weight_shape")]
@@ -117,8 +117,8 @@ def test_the_planned_bytes_are_those_of_the_checkpoint_and_of_what_is_loaded(
     assert list_stores([tmp_path])[0].disk_bytes >= store_bytes(anatomy)
 
 
-def test_random_weights_have_the_shapes_of_the_checkpoint(quantised: Quantised) -> None:
-    engine = stream(quantised("gpt_oss", "mxfp4"), "bfloat16", random_weights=True)
+def test_random_weights_have_the_shapes_of_the_checkpoint(quantized: Quantized) -> None:
+    engine = stream(quantized("gpt_oss", "mxfp4"), "bfloat16", random_weights=True)
     experts = engine.model.model.layers[0].mlp.experts
     assert experts.down_proj_blocks.dtype == torch.uint8
     assert len(set(experts.down_proj_blocks.flatten().tolist())) > 1
@@ -129,16 +129,16 @@ def test_random_weights_have_the_shapes_of_the_checkpoint(quantised: Quantised) 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"wire": "int8"}, "--wire int8 has no effect: the checkpoint is quantised already, with fp8"),
-        ({"engine": "zero"}, "the zero engine does not run checkpoints that are quantised already, with fp8"),
+        ({"wire": "int8"}, "--wire int8 has no effect: the checkpoint is quantized already, with fp8"),
+        ({"engine": "zero"}, "the zero engine does not run checkpoints that are quantized already, with fp8"),
         ({"engine": "resident"}, "the resident engine does not run"),
     ],
 )
 def test_what_has_no_use_for_codes_is_refused_by_name(
-    asked: dict[str, Any], message: str, quantised: Quantised
+    asked: dict[str, Any], message: str, quantized: Quantized
 ) -> None:
     options = RunOptions(
-        model=str(quantised("llama", "fp8")), prompts=("a",), sampling=Sampling(max_new_tokens=2), **asked
+        model=str(quantized("llama", "fp8")), prompts=("a",), sampling=Sampling(max_new_tokens=2), **asked
     )
     source = resolve_model(options.model)
     reading = read_job(options, source, "cpu")
@@ -147,7 +147,7 @@ def test_what_has_no_use_for_codes_is_refused_by_name(
 
 
 def changed(folder: Path, to: Path, **fields: Any) -> Path:
-    """The config in `folder`, alone in `to`, with other `fields` of its quantisation."""
+    """The config in `folder`, alone in `to`, with other `fields` of its quantization."""
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= fields
     to.mkdir()
@@ -173,26 +173,26 @@ def _of_bits(bits: int, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_not_known_to_run_is_refused_by_name(
-    name: str, method: str, fields: dict[str, Any], message: str, quantised: Quantised, tmp_path: Path
+    name: str, method: str, fields: dict[str, Any], message: str, quantized: Quantized, tmp_path: Path
 ) -> None:
-    folder = changed(quantised(name, method), tmp_path / "changed", **fields)
+    folder = changed(quantized(name, method), tmp_path / "changed", **fields)
     with pytest.raises(ModelError, match=message):
         read_anatomy(resolve_model(str(folder), random_weights=True).config)
 
 
-def test_a_missing_package_is_named(quantised: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = resolve_model(str(quantised("llama", "w4a16"))).config
+def test_a_missing_package_is_named(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve_model(str(quantized("llama", "w4a16"))).config
     config.bos_token_id = 5  # a config that was read with the package is not read again
     monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
     with pytest.raises(
-        EnvironmentProblem, match=r"quantised with compressed-tensors: compressed-tensors>=0\.15"
+        EnvironmentProblem, match=r"quantized with compressed-tensors: compressed-tensors>=0\.15"
     ) as caught:
         read_anatomy(config)
     assert caught.value.hint == "pip install 'zeroinf[compressed-tensors]'"
 
 
-def test_an_interrupted_pass_leaves_modules_as_they_were(quantised: Quantised) -> None:
-    folder = quantised("llama", "fp8")
+def test_an_interrupted_pass_leaves_modules_as_they_were(quantized: Quantized) -> None:
+    folder = quantized("llama", "fp8")
     engine = stream(folder, offload="none", resident_blocks=3)  # a block that streams is bound anew anyhow
     expected = plain_tokens(folder)
     calls = []
@@ -218,8 +218,8 @@ def test_models_whose_weights_are_fused_as_they_load_are_refused(
         read_anatomy(resolve_model(str(tmp_path), random_weights=True).config)
 
 
-def test_codes_are_never_taken_for_numbers(quantised: Quantised, tmp_path: Path) -> None:
-    folder = quantised("llama", "fp8")
+def test_codes_are_never_taken_for_numbers(quantized: Quantized, tmp_path: Path) -> None:
+    folder = quantized("llama", "fp8")
     tensors = load_file(folder / "model.safetensors")
     spared = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, spared: tensors[spared].float()}, tmp_path / "model.safetensors")
@@ -228,5 +228,5 @@ def test_codes_are_never_taken_for_numbers(quantised: Quantised, tmp_path: Path)
         stream(tmp_path)
     del tensors[spared]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="quantised with fp8: its config lets expect tensors that its files do not"):
+    with pytest.raises(ModelError, match="quantized with fp8: its config lets expect tensors that its files do not"):
         stream(tmp_path)

@@ -1,4 +1,4 @@
-"""Small checkpoints whose weights are quantised already, as the libraries that make such checkpoints leave them."""
+"""Small checkpoints whose weights are quantized already, as the libraries that make such checkpoints leave them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def fp8_checkpoint(name: str, folder: Path, dtype: str = "float32") -> Path:
 
     block, _ = MARKS["fp8"]["weight_block_size"]
 
-    def quantise(module: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(module: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         rows, columns = weight.shape
         blocks = weight.float().view(rows // block, block, columns // block, block)
         scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
@@ -88,13 +88,13 @@ def fp8_checkpoint(name: str, folder: Path, dtype: str = "float32") -> Path:
 
     model = build_model(name, dtype=dtype)
     linear = {n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
-    return _rewritten(model, folder, MARKS["fp8"], {f"{n}.weight": (n, quantise) for n in linear})
+    return _rewritten(model, folder, MARKS["fp8"], {f"{n}.weight": (n, quantize) for n in linear})
 
 
 def mxfp4_checkpoint(folder: Path) -> Path:
     """A small gpt-oss as its makers save it: experts as codes of 4 bits, 32 of which share a power of two."""
 
-    def quantise(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weight.transpose(1, 2).reshape(weight.shape[0], weight.shape[2], -1, 32)
         powers = (groups.abs().amax(-1) / 6).log2().ceil()
         values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -107,15 +107,15 @@ def mxfp4_checkpoint(folder: Path) -> Path:
     names = [n for n, _ in model.named_parameters() if n.endswith("_proj") and ".experts." in n]
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     found = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    return _rewritten(model, folder, found, {n: (n, quantise) for n in names})
+    return _rewritten(model, folder, found, {n: (n, quantize) for n in names})
 
 
 def _rewritten(model: Any, folder: Path, mark: dict[str, Any], changed: dict[str, Any]) -> Path:
     """Save `model`, with the tensors that are `changed` by a function of a name and a tensor, and `mark` it so."""
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    for stored, (name, quantise) in changed.items():
-        tensors |= quantise(name, tensors.pop(stored))
+    for stored, (name, quantize) in changed.items():
+        tensors |= quantize(name, tensors.pop(stored))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": mark}))

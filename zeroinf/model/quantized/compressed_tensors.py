@@ -1,0 +1,75 @@
+"""Checkpoints of compressed-tensors: the library names the modules and what each holds."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import Linear, Module
+
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.model.quantized.expansion import Expansion, Held, refused
+
+# Formats in which a weight is codes in the order of its elements, and one scale for some of them.
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
+def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
+    """Let linear layers hold codes and scales; activations are rounded as the library rounds them."""
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    for part in ("kv_cache_scheme", "transform_config"):
+        if found.get(part):
+            raise refused(model, f"compressed-tensors with a {part}", "it changes more than weights")
+    if found.get("quantization_status") != "compressed":
+        raise refused(model, "compressed-tensors that are not compressed", "it has its weights in full")
+    try:
+        quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(found), pre_quantized=True)
+        quantizer.validate_environment()
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"the checkpoint of {type(model).__name__} is quantized with compressed-tensors: {error}",
+            hint="pip install 'zeroinf[compressed-tensors]'",
+        ) from error
+    except ValueError as error:
+        raise refused(model, "compressed-tensors", str(error)) from error
+    with redirect_stderr(io.StringIO()):  # its progress bars: nothing is computed here
+        quantizer.preprocess_model(model)
+    quantizer.compressor.remove_decompression_hook(model)  # it would expand the whole model, for good
+    for module in list(model.modules()):
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            _check_scheme(model, module, scheme)
+            module._parameters.pop("weight_shape", None)  # as the module's own; read on a GPU, it would make this wait
+            Expansion(module, partial(_expand_compressed_tensors, scheme.weights, module.in_features))
+
+
+def _check_scheme(model: Any, module: Module, scheme: Any) -> None:
+    kind, weights = getattr(scheme.format, "value", scheme.format), scheme.weights
+    if kind not in _FORMATS:
+        raise refused(model, f"compressed-tensors in the format {kind}", f"it runs {', '.join(_FORMATS)}")
+    if not isinstance(module, Linear):
+        raise refused(model, f"compressed-tensors of {type(module).__name__}", "only linear layers expand")
+    if not weights.symmetric:
+        raise refused(model, "compressed-tensors with zero points", "transformers 5.23 does not load them packed")
+    if kind == "pack-quantized" and weights.num_bits not in (4, 8):
+        raise refused(model, f"compressed-tensors of {weights.num_bits} bits", "only 4 and 8 bits expand")
+
+
+def _expand_compressed_tensors(args: Any, columns: int, held: Held) -> dict[str, torch.Tensor]:
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    packed = held.get("weight_packed")
+    codes = held["weight"] if packed is None else _unpack(packed, args.num_bits, columns)
+    return {"weight": dequantize(codes, held["weight_scale"], None, args)}
+
+
+def _unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Codes (rows, columns; int8) of `packed` (int32), which holds them from its lowest bits on, above zero."""
+    codes = packed.view(torch.uint8)
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return (codes[:, :columns] - (1 << bits - 1)).view(torch.int8)
