@@ -136,6 +136,19 @@ def test_a_forced_resume_is_on_record_in_the_journal_and_told_by_status(
     assert "results of jobs that differ in dtype" in told
 
 
+def test_a_finished_job_whose_input_has_grown_runs_the_new_lines_and_replaces_its_output(
+    job: Asked, stopped: str, zeroinf: Zeroinf
+) -> None:
+    assert zeroinf(*job.run, "--resume")[0] == 0
+    before = read_jsonl(job.out)
+    requests = Path(job.run[job.run.index("-i") + 1])
+    write_jsonl(requests, [*ENTRIES, {"id": "r5", "prompt": "word 5", "max_new_tokens": 1}])
+    code, said = zeroinf(*job.run, "--resume-anyway")
+    assert (code, "going on with 6 of 7 results" in said) == (0, True), said
+    after = read_jsonl(job.out)
+    assert (after[:-1], after[-1]["id"]) == (before, "r5")
+
+
 # Jobs that are mostly bad
 
 BAD = [{"id": "long", "prompt": "x" * 300}, {"id": "hot", "prompt": "x", "temperature": -1}, "no object"]

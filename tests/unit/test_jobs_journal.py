@@ -37,7 +37,7 @@ def test_making_results_durable_takes_at_most_a_hundredth_of_the_time(
     own.start({"fingerprint": {}})
     started, before = disk.now, disk.syncs
     for index in range(10_000):
-        own.add(result(index))
+        own.add(result(index), "")
         disk.now += 0.1
         own.sync_if_due()
     syncs = disk.syncs - before

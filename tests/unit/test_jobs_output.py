@@ -28,6 +28,7 @@ from zeroinf.jobs.output import (
     journal_path,
     partial_path,
 )
+from zeroinf.jobs.status import read_status
 from zeroinf.service.requests import Refusal, Result, Work
 
 
@@ -184,17 +185,97 @@ def test_a_job_that_has_changed_is_refused_by_the_name_of_the_field_and_goes_on_
     assert left(opened(out, changed, resume=True)) == [2], "what was forced once need not be forced again"
 
 
-def test_forced_to_go_on_only_results_of_the_same_place_and_id_are_kept(out: Path) -> None:
-    output = begun(out, job(4))
-    for index in range(3):
-        output.add(result(index))
-    output.abandon("stopped")
-    moved = Job(work=(work(0), Work(**{**as_fields(work(1)), "id": "another"})), refusals=(), fingerprint={})
-    output = begun(out, moved, resume_anyway=True)
-    assert left(output) == [1]
-    output.add(Result(**{**as_fields(result(1)), "id": "another"}))
+def asks(index: int, prompt: str, request_id: str | None = None) -> Work:
+    """Work for `prompt`, with an id of the user's or the one that counts its line."""
+    fields = {"index": index, "line": index + 1, "text": prompt, "id": request_id or f"request-{index + 1}"}
+    return Work(**{**as_fields(work(index)), **fields})
+
+
+def of_asked(*prompts: str | tuple[str, str]) -> Job:
+    """A job of prompts, or of ids and prompts, with a fingerprint of its own."""
+    items = (one if isinstance(one, tuple) else (None, one) for one in prompts)
+    asked = tuple(asks(index, prompt, own) for index, (own, prompt) in enumerate(items))
+    return Job(work=asked, refusals=(), fingerprint={"prompts": str(prompts)})
+
+
+def answer_to(item: Work) -> Result:
+    """A result that says which prompt it belongs to."""
+    return Result(**{**as_fields(result(item.index, completion=f"to {item.text}")), "id": item.id})
+
+
+def finish_all(output: JournalOutput) -> list[str]:
+    """Run what is left and publish; the prompts that ran."""
+    ran = list(output.left)
+    if ran:
+        output.begin(1)
+    for item in ran:
+        output.add(answer_to(item))
     output.finish()
-    assert ids(out) == ["id-0", "another"]
+    return [item.text or "" for item in ran]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "runs"),
+    [
+        (("a", "b"), ("a", "b", "c"), ["c"]),
+        (("a", "b", "c"), ("a", "c"), []),
+        (("a", "b", "c"), ("c", "b", "a"), []),
+        (("a", "b"), ("new", "a", "b"), ["new"]),
+        (("a", "b"), ("a", "edited"), ["edited"]),
+        (("a", "a", "b"), ("b", "a", "a", "a"), ["a"]),
+        ((("x", "a"), ("y", "b")), (("y", "b"), ("x", "a"), ("z", "c")), ["c"]),
+        ((("x", "a"), ("y", "b")), (("x", "a"), ("other", "b")), ["b"]),
+        ((("x", "a"),), (("x", "edited"),), ["edited"]),
+    ],
+    ids=["grown", "shrunk", "reordered", "inserted", "edited", "doubled", "by id", "another id", "edited under its id"],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_forced_to_go_on_with_a_changed_input_each_request_has_the_result_of_its_own_prompt(
+    out: Path, before: tuple[Any, ...], now: tuple[Any, ...], runs: list[str], finished: bool
+) -> None:
+    first, second = of_asked(*before), of_asked(*now)
+    output = begun(out, first)
+    for item in first.work:
+        output.add(answer_to(item))
+    if finished:
+        output.finish()
+    else:
+        output.abandon("stopped")
+    with pytest.raises(OutputError, match="of another job"):
+        opened(out, second, resume=True)
+    assert finish_all(opened(out, second, resume_anyway=True)) == runs
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["id"], line["completion"]) for line in lines] == [(w.id, f"to {w.text}") for w in second.work]
+    assert finish_all(opened(out, second, resume=True)) == [], "it is this job from here on"
+    now_told = read_status(out)
+    assert (now_told.state, now_told.done, now_told.left) == ("finished", len(now), 0)
+
+
+def test_what_a_forced_run_has_not_kept_does_not_come_back_when_it_is_stopped_as_well(out: Path) -> None:
+    output = begun(out, of_asked("a", "b"))
+    for item in output.left:
+        output.add(answer_to(item))
+    output.finish()
+    changed = of_asked("new", "edited", "a")
+    begun(out, changed, resume_anyway=True).abandon("stopped")
+    assert [read_status(out).done, read_status(out).left] == [1, 2]
+    assert finish_all(opened(out, changed, resume=True)) == ["new", "edited"]
+    assert [json.loads(line)["completion"] for line in out.read_text().splitlines()] == ["to new", "to edited", "to a"]
+
+
+@pytest.mark.parametrize("now", [("a",), ("a", "b")])
+def test_a_finished_output_that_its_user_has_changed_is_found_before_the_work_and_kept(
+    out: Path, now: tuple[str, ...]
+) -> None:
+    finish_all(begun(out, of_asked("a")))
+    out.write_text("my notes")
+    with pytest.raises(OutputError, match="was changed since the job was finished") as caught:
+        opened(out, of_asked(*now), resume_anyway=True)
+    assert "move it away" in (caught.value.hint or "")
+    assert out.read_text() == "my notes"
+    out.rename(out.with_name("notes"))
+    assert finish_all(opened(out, of_asked(*now), resume_anyway=True)) == list(now[1:])
+    assert len(out.read_text().splitlines()) == len(now)
 
 
 def as_fields(item: Any) -> dict[str, Any]:
@@ -244,16 +325,6 @@ def test_a_finished_job_is_finished_again_without_work_and_its_output_made_again
         output.finish()
         assert ids(out) == ["id-0"]
         assert not partial_path(out).exists()
-
-
-def test_an_output_that_was_changed_since_is_not_replaced(out: Path) -> None:
-    output = begun(out, job(1))
-    output.add(result(0))
-    output.finish()
-    out.write_text("notes in the margin")
-    with pytest.raises(OutputError, match="was made by another program during the run, or changed since"):
-        opened(out, job(1), resume=True).finish()
-    assert out.read_text() == "notes in the margin"
 
 
 def test_finish_syncs_the_file_before_and_its_folder_after_the_rename(

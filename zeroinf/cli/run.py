@@ -81,7 +81,8 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @click.option(
     "--resume-anyway",
     is_flag=True,
-    help="The same although the model, prompts or settings are not: results of both come into one output.",
+    help="Go on although model, settings or input have changed: requests whose id and prompt are as before keep their "
+    "results, the others run.",
 )
 @click.option(
     "--max-error-rate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -114,6 +115,12 @@ def rename(source: Path, target: Path) -> None:
     """Give `source` the name `target`, durably."""
     os.replace(source, target)  # noqa: PTH105 - as the other writes here
     sync_folder(target.parent)
+
+
+def content_digest(path: Path) -> str:
+    """Digest of what a file holds. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

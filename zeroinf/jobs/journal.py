@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.files import LineFile, encoded, sync_folder
 from zeroinf.service.requests import Result
 
 FORMAT = 1
+
+Runs = Sequence[Sequence[int]]
+"""Results that a changed job keeps: (first index before, first index now, count) of each run of neighbours."""
+
+_Value = TypeVar("_Value")
 
 _OPENING = f'{{"zeroinf_journal": {FORMAT}, '.encode()
 _SYNC_EVERY_S = 0.5
@@ -41,8 +46,8 @@ class Journal:
         """Where each result lies: offset by index."""
         self.failed: set[int] = set()
         """Indices of the results that came to nothing."""
-        self.published = False
-        """Whether the output was made of it."""
+        self.published: str | None = None
+        """Digest of the output that was made of it; None before there is one."""
         self.damaged = 0
         """Lines that count no longer, those of a torn end aside."""
         self.durable = 0
@@ -85,8 +90,11 @@ class Journal:
             result = record["result"]
             self._place(result["index"], offset, failed=result["finish_reason"] == "error")
         if "session" in record:
-            self.fingerprint = record["session"].get("fingerprint", self.fingerprint)
-        self.published |= "published" in record
+            session = record["session"]
+            self.fingerprint = session.get("fingerprint", self.fingerprint)
+            if "kept" in session:
+                self.keep(session["kept"])
+        self.published = record.get("published", self.published)
 
     def _place(self, index: int, offset: int, *, failed: bool) -> None:
         self.results[index] = offset
@@ -99,29 +107,34 @@ class Journal:
         """Begin anew with `manifest`; whatever is in the file goes."""
         self._file.cut(0)
         self.manifest, self.results, self.failed = {"zeroinf_journal": FORMAT, **manifest}, {}, set()
-        self.published, self.durable = False, 0
+        self.published, self.durable = None, 0
         self._file.append(_line(self.manifest))
         self.sync()
         sync_folder(self.path.parent)
 
     def note(self, **record: Any) -> None:
         """Append a record that is no result, with the time."""
-        self.published |= "published" in record
+        self.published = record.get("published", self.published)
         self._file.append(_line({**record, "at": round(time.time(), 3)}))
 
-    def add(self, result: Result) -> None:
-        """Append a result. Raises ValueError where its index has one already."""
+    def add(self, result: Result, digest: str) -> None:
+        """Append a result, with the digest of its request. Raises ValueError where its index has one already."""
         if result.index in self.results:
             raise ValueError(f"index {result.index} was added twice")
         offset = self._file.size_bytes
-        self.note(result=result.to_record())
+        self.note(result=result.to_record(), request=digest)
         self._place(result.index, offset, failed=result.failed)
 
-    def keep(self, ids: Mapping[int, str]) -> None:
-        """Forget all results but those of `ids`, by index, that bear the same id."""
-        found = {result.index: result.id for result in self.read(self.results)}
-        self.results = {index: at for index, at in self.results.items() if ids.get(index) == found[index]}
-        self.failed &= self.results.keys()
+    def requests(self) -> Iterator[tuple[int, str, str]]:
+        """Of each result, in the order of indices: its index, the id of its request, and the request's digest."""
+        order = sorted(self.results)
+        for index, record in zip(order, self._records(order), strict=True):
+            yield index, record["result"]["id"], record.get("request", "")
+
+    def keep(self, kept: Runs) -> None:
+        """Forget all results but those in `kept`, which get the indices that it says."""
+        failed = moved(dict.fromkeys(self.failed, True), kept)
+        self.results, self.failed = moved(self.results, kept), set(failed)
         self.durable = len(self.results)
 
     def sync_if_due(self) -> None:
@@ -138,14 +151,18 @@ class Journal:
         self._sync_due = now + max(_SYNC_EVERY_S, (now - started) / _SYNC_SHARE)
 
     def read(self, indices: Iterable[int]) -> Iterator[Result]:
-        """The results of `indices`, in that order."""
+        """The results of `indices`, in that order, as they were added: with the index and id that they had then."""
+        for record in self._records(indices):
+            yield Result.from_record(record["result"])
+
+    def _records(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
         with self.path.open("rb") as file:
             for index in indices:
                 file.seek(self.results[index])
                 record = _parse(file.readline())
                 if record is None:
                     raise OutputError(f"{self.path} was changed during the run", hint="start again with --resume")
-                yield Result.from_record(record["result"])
+                yield record
 
     def rescue(self) -> None:
         """Write the journal again where somebody removed it. Raises OSError."""
@@ -170,6 +187,11 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, An
             end = offset + len(line)
             yield offset, _parse(line), end
             offset = end
+
+
+def moved(values: Mapping[int, _Value], kept: Runs) -> dict[int, _Value]:
+    """The values, by index, that a changed job keeps, each with the index that it has now."""
+    return {now + i: values[then + i] for then, now, count in kept for i in range(count) if then + i in values}
 
 
 def _line(record: dict[str, Any]) -> bytes:

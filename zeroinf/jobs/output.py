@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.export import check_format, writer_for
-from zeroinf.jobs.files import rename, sync_folder, write_lines, write_new
-from zeroinf.jobs.journal import Journal, read_records
+from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
+from zeroinf.jobs.journal import Journal, Runs, read_records
+from zeroinf.jobs.matching import kept_results, request_digest
 from zeroinf.service.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
@@ -144,10 +144,13 @@ class JournalOutput:
         """Take hold of the journal and see what is left; nothing is written before `begin`.
 
         Raises OutputError as `check_output` does, where another run holds the journal, where it has results and neither
-        `overwrite` nor `resume` says what to do with them, and where it is another job's, unless `resume_anyway`.
+        `overwrite` nor `resume` says what to do with them, where it is another job's, unless `resume_anyway`, and where
+        the output of a finished job is no longer what was written.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         self._path, self._job, self._overwrite = path, job, overwrite
+        self._work = {work.index: work for work in job.work}
+        self._kept: Runs = ()
         self._begun = self._new = self._is_lost = False
         self.changed: tuple[str, ...] = ()
         """Fields in which this run differs from the one that it goes on from."""
@@ -186,7 +189,13 @@ class JournalOutput:
                 hint="run it as it was, pass --resume-anyway to mix both in one output, or --overwrite to start anew",
             )
         if self.changed:
-            journal.keep({work.index: work.id for work in self._job.work})
+            self._kept = kept_results(journal.requests(), self._job.work)
+            journal.keep(self._kept)
+        if journal.published and self._path.exists() and content_digest(self._path) != journal.published:
+            raise OutputError(
+                f"{self._path} was changed since the job was finished",
+                hint="move it away, then --resume, which writes it again; or pass --overwrite to start anew",
+            )
 
     def begin(self, ranks: int) -> None:
         """Write who is at work, and what is refused or has failed so far. Raises OutputError."""
@@ -200,7 +209,7 @@ class JournalOutput:
             "refused": len(job.refusals),
         }
         if self.changed:
-            session |= {"changed": self.changed, "fingerprint": job.fingerprint}
+            session |= {"changed": self.changed, "fingerprint": job.fingerprint, "kept": self._kept}
         try:
             if self._new:
                 replaces = self._overwrite and self._path.exists()
@@ -227,7 +236,7 @@ class JournalOutput:
     def add(self, result: Result) -> None:
         """Journal it. Raises OutputError, or ValueError where its index has a result already."""
         try:
-            self._journal.add(result)
+            self._journal.add(result, request_digest(self._work[result.index]))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -241,37 +250,42 @@ class JournalOutput:
 
     def finish(self) -> Sequence[Refusal]:
         """Publish the output. Raises OutputError, or ValueError if a result is missing."""
-        order = [work.index for work in self._job.work]
-        if missing := [index for index in order if index not in self._journal.results]:
+        if missing := [work.index for work in self._job.work if work.index not in self._journal.results]:
             raise ValueError(f"index {missing[0]} has no result")
         failures: Sequence[Refusal] = ()
+        if self.changed and not self._begun:  # with nothing to run: requests are gone, or stand elsewhere
+            self.begin(0)
         try:
             self._journal.sync()
             if self._journal.failed or not self._begun:  # what earlier runs had written may be gone since
                 failures = self._write_errors()
-            self._publish(index for index in order if index not in self._journal.failed)
+            self._publish()
         except OSError as error:
             raise self._unwritable(error) from error
         self._journal.close()
         return failures
 
-    def _publish(self, order: Iterable[int]) -> None:
-        partial, path = partial_path(self._path), self._path
-        write_new(partial, writer_for(path, self._journal.read(order)))
-        assert self._journal.manifest is not None
-        if path.exists() and (self._journal.published or not self._journal.manifest["replaces"]):
-            if not filecmp.cmp(partial, path, shallow=False):
-                raise OutputError(
-                    f"{path} was made by another program during the run, or changed since",
-                    hint=f"move it away, then --resume; until then all results are in {partial}",
-                )
-            partial.unlink()
-            sync_folder(path.parent)
-        else:
-            rename(partial, path)
-        if not self._journal.published:
-            self._journal.note(published=True)
-            self._journal.sync()
+    def _publish(self) -> None:
+        partial, path, journal = partial_path(self._path), self._path, self._journal
+        write_new(partial, writer_for(path, self._results()))
+        digest = content_digest(partial)
+        assert journal.manifest is not None
+        may_go = bool(journal.manifest["replaces"]) and not journal.published
+        if path.exists() and not may_go and content_digest(path) not in (journal.published, digest):
+            raise OutputError(
+                f"{path} was made by another program during the run, or changed since",
+                hint=f"move it away, then --resume; until then all results are in {partial}",
+            )
+        rename(partial, path)
+        if journal.published != digest or self._begun:
+            journal.note(published=digest)
+            journal.sync()
+
+    def _results(self) -> Iterator[Result]:
+        """Those of the output, in input order; a request may have had another id when its result came."""
+        order = [work for work in self._job.work if work.index not in self._journal.failed]
+        for work, result in zip(order, self._journal.read(work.index for work in order), strict=True):
+            yield replace(result, index=work.index, id=work.id)
 
     def abandon(self, why: str) -> Saved:
         """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""

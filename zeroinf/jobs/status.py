@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from zeroinf.errors import InputError
 from zeroinf.jobs.files import is_held
-from zeroinf.jobs.journal import read_records
+from zeroinf.jobs.journal import moved, read_records
 from zeroinf.jobs.output import journal_path
 
 State = Literal["running", "stopped", "finished"]
@@ -81,6 +81,8 @@ class StatusReader:
         status = self._status or Status(journal=self.journal)
         if "session" in record:
             self._session = {**record["session"], "at": record["at"]}
+            if "kept" in self._session:
+                self._came = moved(self._came, self._session["kept"])
             failed = self._session["refused"]
             changed = tuple(dict.fromkeys((*status.changed, *self._session.get("changed", ()))))
             status = replace(status, runs=status.runs + 1, failed=failed, changed=changed)

@@ -1,0 +1,47 @@
+"""Which results of an earlier run a changed job keeps: those of requests that it still has, wherever they now stand.
+
+A request is known again by its prompt and by its id. Ids that the input does not give count lines, so a line that was
+inserted changes all that follow: such requests are known by their prompts alone, equal ones in the order of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+from zeroinf.jobs.journal import Runs
+from zeroinf.service.requests import Work
+
+_DIGEST_BYTES = 8
+_COUNTED = re.compile(r"request-\d+(-\d+)?")
+
+
+def request_digest(work: Work) -> str:
+    """Digest of a prompt as it was written; of its tokens where it came as messages."""
+    prompt = json.dumps(work.prompt if work.text is None else work.text)
+    return hashlib.blake2b(prompt.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def kept_results(results: Iterable[tuple[int, str, str]], work: Iterable[Work]) -> Runs:
+    """Where the `results` (index, id and digest of their requests, in the order of indices) stand in `work`."""
+    places: defaultdict[tuple[str, str], deque[int]] = defaultdict(deque)
+    for index, request_id, digest in results:
+        places[_known_by(request_id), digest].append(index)
+    runs: list[list[int]] = []
+    for item in work:
+        found = places.get((_known_by(item.id), request_digest(item)))
+        if not found:
+            continue
+        then = found.popleft()
+        if runs and (then, item.index) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+            runs[-1][2] += 1
+        else:
+            runs.append([then, item.index, 1])
+    return runs
+
+
+def _known_by(request_id: str) -> str:
+    return "" if _COUNTED.fullmatch(request_id) else request_id
