@@ -1,4 +1,4 @@
-"""The stream engine after a forward that ran out of memory midway: the next pass finds every block in its slot."""
+"""The stream engine after a pass that ran out of memory midway: the next one finds every block in its slot."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from test_stream_tokens import NEW_TOKENS, PROMPTS, plain_tokens
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.generation.micro_batch import MicroBatch
 from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import Plan
 
 CPU = torch.device("cpu")
-# Before the first block, inside each of the three, and behind the last one.
-WHERE = ("embeddings", 0, 1, 2, "head")
+# While a micro-batch's inputs are made, before the first block, inside each of the three, and behind the last one.
+WHERE = ("inputs", "embeddings", 0, 1, 2, "head")
 
 
-def fail_once(model: Any, where: int | str, forward: int) -> None:
+def fail_once(model: Any, where: int | str, forward: int, patch: pytest.MonkeyPatch) -> None:
     """Let the `forward`-th forward of `model` run out of memory when it comes to that place."""
+    if where == "inputs":
+        fail_in_inputs(forward, patch)
+        return
     _, blocks = find_blocks(model)
     places = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     module = blocks[where].mlp if isinstance(where, int) else places[where]
@@ -40,8 +44,20 @@ def fail_once(model: Any, where: int | str, forward: int) -> None:
     module.register_forward_pre_hook(hook)
 
 
+def fail_in_inputs(forward: int, patch: pytest.MonkeyPatch) -> None:
+    make, calls = MicroBatch.inputs, []
+
+    def inputs(batch: MicroBatch) -> dict[str, Any]:
+        calls.append(None)
+        if len(calls) == forward:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(batch)
+
+    patch.setattr(MicroBatch, "inputs", inputs)
+
+
 def tokens_with_a_failure(
-    control: Control, folder: Path, where: int | str | None, forward: int, **choice: Any
+    control: Control, folder: Path, where: int | str | None, forward: int, *, rows: bool = True, **choice: Any
 ) -> tuple[list[list[int]], list[int]]:
     """This rank's tokens of PROMPTS, and what it was told of smaller micro-batches; fails nowhere where None."""
     control.world = replace(control.world, local_size=control.world.size)
@@ -56,14 +72,15 @@ def tokens_with_a_failure(
         **{"offload": "cpu", **choice},
     )
     engine = StreamEngine(plan, source, control, CPU)
-    if where is not None:
-        fail_once(engine.model, where, forward)
-    rows, told = rows_of(PROMPTS, NEW_TOKENS, ignore_eos=True), list[int]()
+    wanted, told = rows_of(PROMPTS if rows else [], NEW_TOKENS, ignore_eos=True), list[int]()
     try:
-        run_rows(engine, rows, control=control, shrank=told.append, prefill_tokens=20)
+        with pytest.MonkeyPatch.context() as patch:
+            if where is not None:
+                fail_once(engine.model, where, forward, patch)
+            run_rows(engine, wanted, control=control, shrank=told.append, prefill_tokens=20)
     finally:
         engine.close()
-    return [row.generated for row in rows], told
+    return [row.generated for row in wanted], told
 
 
 @pytest.mark.parametrize("forward", [1, 4])
@@ -102,3 +119,16 @@ def test_a_rank_that_runs_out_of_memory_stays_in_step_with_the_other(
     found, _ = on_ranks(2, body)
     assert [tokens for tokens, _ in found] == [plain_tokens(folder)] * 2
     assert [len(told) for _, told in found] == [0, 1]
+
+
+def test_a_rank_that_runs_out_of_memory_while_it_keeps_others_company_stays_in_step(
+    small_checkpoint: Callable[[str], Path],
+) -> None:
+    folder = small_checkpoint("llama")
+
+    def body(control: Control) -> Any:
+        alone = control.world.rank == 1
+        return tokens_with_a_failure(control, folder, 1 if alone else None, 3, rows=not alone, fetch="partitioned")
+
+    found, _ = on_ranks(2, body)
+    assert found == [(plain_tokens(folder), []), ([], [])]

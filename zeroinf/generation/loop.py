@@ -54,16 +54,16 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
             return stop
         if ranks is not None:
             ranks.foretell(passes.likely_goes_on(groups), feed.stop_requested())
-        if not groups:
-            engine.forward([_company(desk.device)])
-            continue
         ran_out = False
         try:
-            passes.run(groups)
+            if groups:
+                passes.run(groups)
+            else:
+                engine.forward([_company(desk.device)])
         except torch.OutOfMemoryError:
-            if not scheduler.can_halve(groups) or not engine.recover():
+            if (groups and not scheduler.can_halve(groups)) or not engine.recover():
                 raise
-            ran_out = True
+            ran_out = bool(groups)
         if ran_out:  # not while the error is handled: it keeps alive what the failed forwards had made
             passes.halve(groups)
 
@@ -74,25 +74,46 @@ class _Passes:
     def __init__(self, engine: Engine, desk: Desk, scheduler: Scheduler, feed: Feed) -> None:
         self._engine, self._desk, self._scheduler, self._feed = engine, desk, scheduler, feed
         self._chosen: list[Chosen] = []
+        self._batches: list[MicroBatch] = []
+        self._inputs: list[dict[str, Any]] = []
+        """Of the next pass."""
         self._is_dry = False
         self._full_since: float | None = None
         """When the pass before the last one ended, if the last one was a full step."""
         self._was_full = False
 
     def next(self) -> list[Group]:
-        """The micro-batches of the next pass; none when there is no row left."""
-        if not self._surely_goes_on():
-            self.accept()  # a pass started before the tokens are known would be wasted if they ended all rows
-        self._fill()
-        return self._scheduler.next_pass()
+        """The micro-batches of the next pass, their inputs made; none when there is no row left.
+
+        A rank in step that has agreed to a pass must make it, so all that can fail before the forward is done here.
+        """
+        while True:
+            if not self._surely_goes_on():
+                self.accept()  # a pass started before the tokens are known would be wasted if they ended all rows
+            self._fill()
+            groups = self._scheduler.next_pass()
+            if self._has_room(groups):
+                return groups
+            self.halve(groups)
+
+    def _has_room(self, groups: Sequence[Group]) -> bool:
+        """Make the inputs of `groups`, if they fit. Raises torch.OutOfMemoryError where no smaller pass would either."""
+        try:
+            for group in groups:
+                self._batches.append(MicroBatch(self._desk, group))
+                self._inputs.append(self._batches[-1].inputs())
+            self._desk.begin(self._batches)
+        except torch.OutOfMemoryError:
+            if not self._scheduler.can_halve(groups):
+                raise
+            self._batches, self._inputs = [], []
+            return False
+        return True
 
     def run(self, groups: Sequence[Group]) -> None:
         """One pass, and the choice of the tokens that follow."""
-        batches, inputs = list[MicroBatch](), list[dict[str, Any]]()
-        for group in groups:
-            batches.append(MicroBatch(self._desk, group))
-            inputs.append(batches[-1].inputs())
-        self._desk.begin(batches)
+        batches, inputs = self._batches, self._inputs
+        self._batches, self._inputs = [], []
         with padding_is_known():
             outputs = self._engine.forward(inputs)
         del inputs
