@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from small_models import small_config
 
 from zeroinf.errors import DoesNotFitError
+from zeroinf.generation.scheduler import Limits
+from zeroinf.model.anatomy import HostSize
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import SMALL_PAGES, Term
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.timing import Timing
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 
 DEVICE = torch.device("cuda", 0)
@@ -106,6 +109,28 @@ def test_rows_that_still_fit_beside_a_neighbour_really_fit(taken: int) -> None:
         assert rows * a_row <= left < (rows + 1) * a_row
 
 
+def test_with_fewer_rows_a_pass_is_smaller_by_as_much_and_as_many_groups_of_rows_enter() -> None:
+    """3 rows do not wait for each other where 4 of 16 should enter together: that would be a static batch."""
+    timing = Timing(
+        load_s=1, prefill_s=1, decode_s=1, tokens_per_second=1, streamed_bytes=1, fetched_bytes=1, binds="link",
+        entering_rows=4,
+    )  # fmt: skip
+    plan = replace(PLAN, timing=timing, micro_batch_rows=8, prefill_tokens=160)
+    limits = [Limits.of(plan.with_rows(rows), shares_passes=True, breaks_at=None) for rows in (16, 8, 3, 1)]
+    assert [(each.entering_rows, each.micro_batch_rows, each.prefill_tokens) for each in limits] == [
+        (4, 8, 160),
+        (2, 4, 80),
+        (1, 1, 30),
+        (1, 1, 10),
+    ]
+
+
+def test_fewer_rows_keep_the_room_that_staging_has_for_those_in_host_memory() -> None:
+    host = HostSize(tokens=400, seen_columns=4 * 64, new_columns=64)
+    plan = replace(PLAN, micro_batch_rows=8, host_rows=4, host=host)
+    assert plan.with_rows(8).host == host
+
+
 def test_what_the_plan_needs_is_taken_to_the_page_once_weights_are_loaded(gpu: FakeGpu) -> None:
     guarded = guard()
     load(gpu)
@@ -145,6 +170,24 @@ def test_no_row_beside_a_neighbour_is_refused_with_how_much_is_missing(gpu: Fake
     guarded = guard()
     load(gpu)
     gpu.neighbours += CACHE + ACTIVATIONS
+    with pytest.raises(DoesNotFitError, match=r"lacks 6\.00 GiB"):
+        guarded.plan_that_fits()
+
+
+def test_no_row_is_refused_though_memory_comes_back_at_the_next_look(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = guard()
+    load(gpu)
+    gpu.neighbours += CACHE + ACTIVATIONS
+    look = torch.cuda.mem_get_info
+
+    def leaving(device: torch.device) -> tuple[int, int]:
+        found = look(device)
+        gpu.neighbours = 0
+        return found
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", leaving)
     with pytest.raises(DoesNotFitError, match=r"lacks 6\.00 GiB"):
         guarded.plan_that_fits()
 

@@ -97,7 +97,7 @@ class _Passes:
             self.halve(groups)
 
     def _has_room(self, groups: Sequence[Group]) -> bool:
-        """Make the inputs of `groups`, if they fit. Raises torch.OutOfMemoryError where no smaller pass would either."""
+        """Make the inputs of `groups`, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
         try:
             for group in groups:
                 self._batches.append(MicroBatch(self._desk, group))

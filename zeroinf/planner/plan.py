@@ -102,16 +102,24 @@ class Plan:
         return PoolSize(rows=self.batch_size, tokens=self.row_tokens, pages=self.pool_pages)
 
     def with_rows(self, rows: int) -> Plan:
-        """The same with fewer rows live at once, and a pool that is smaller by as much."""
+        """The same with fewer rows live at once (1 or more), and passes and a pool that are smaller by as much.
+
+        Terms, predicted rates and room in host memory stay those of all rows.
+        """
         longest = self.anatomy.row_pages(self.row_tokens) if self.pool_pages else 0
-        together, host = min(self.micro_batch_rows, rows), self.host
-        if host is not None:
-            host = replace(host, seen_columns=host.seen_columns * together // self.micro_batch_rows)
+
+        def share(of_all: int) -> int:
+            return max(1, of_all * rows // self.batch_size)
+
+        timing = self.timing
+        if timing is not None:  # as many groups of rows enter in the time of a row as before, not one of all rows
+            timing = replace(timing, entering_rows=share(timing.entering_rows))
         return replace(
             self,
             batch_size=rows,
-            micro_batch_rows=together,
+            micro_batch_rows=share(self.micro_batch_rows),
+            prefill_tokens=share(self.prefill_tokens),
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
             host_rows=min(self.host_rows, rows),
-            host=host,
+            timing=timing,
         )

@@ -75,11 +75,7 @@ class GpuMemory:
         """Raise DoesNotFitError if the GPU no longer has what the plan still needs."""
         missing = self._missing()
         if missing > 0:
-            raise DoesNotFitError(
-                f"GPU {self._device.index} lacks {missing / 2**30:.2f} GiB of what the plan needs: another process has "
-                "taken memory since the plan was made",
-                hint="run it again, and it plans with what is free then",
-            )
+            raise self._lacks(missing)
 
     def plan_that_fits(self) -> Plan:
         """The plan, with as many rows as still fit beside what is loaded if another process has taken memory; if none
@@ -95,7 +91,7 @@ class GpuMemory:
         growing = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.grows)
         rows = self._plan.batch_size * (growing - missing) // max(growing, 1)
         if rows < 1:
-            self.check()
+            raise self._lacks(missing)
         return self._plan.with_rows(int(rows))
 
     def use(self, slot_bytes: int, cache_bytes: int) -> GpuUse:
@@ -128,6 +124,13 @@ class GpuMemory:
                 held.append(_taken(pages * LARGE_PAGE_BYTES, self._device))
         del held
         torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _lacks(self, missing: int) -> DoesNotFitError:
+        return DoesNotFitError(
+            f"GPU {self._device.index} lacks {missing / 2**30:.2f} GiB of what the plan needs: another process has "
+            "taken memory since the plan was made",
+            hint="run it again, and it plans with what is free then",
+        )
 
     def _missing(self) -> int:
         """Bytes that torch still has to get for the plan, less what can be had."""
