@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire_reference import save_through_codes
 
 from zeroinf.cli.main import cli
-from zeroinf.errors import InputError, UsageError
+from zeroinf.errors import DoesNotFitError, InputError, UsageError
 from zeroinf.jobs import evaluate, planning
 from zeroinf.jobs.evaluate import cut
 from zeroinf.planner import search
@@ -67,6 +67,16 @@ def test_figures_are_those_of_plain_transformers(
     assert (found["tokens"], found["wire"]) == (tokens, wire)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT * 3), rel=1e-4)
+
+
+def test_a_window_whose_scores_do_not_fit_is_refused_with_one_whose_scores_do(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = ["--model", str(small_checkpoint("llama")), "--text", str(tmp_path / "text.txt"), "--dtype", "float32"]
+    with pytest.raises(DoesNotFitError, match=r"scores of a window of 60 tokens.* 60\.0 KiB of host memory") as caught:
+        evaluated(*given, "--window", "60", "--host-memory", "60KiB")
+    assert "--window 4 takes 18.0 KiB" in (caught.value.hint or "")
 
 
 def test_a_plan_counts_a_window_in_one_part_where_prompts_of_a_run_would_be_parted(

@@ -17,7 +17,8 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine
 from zeroinf.engines.registry import load_engine
-from zeroinf.errors import InputError, UsageError, ZeroinfError
+from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
+from zeroinf.hardware.checks import gib
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.options import RunOptions
@@ -151,14 +152,31 @@ def _read(text: Path) -> str:
 
 
 def _without_logits(options: RunOptions, anatomy: Anatomy, window: int, device: torch.device) -> RunOptions:
-    """`options` with limits that leave room for the scores of every position, of which a run has only the last."""
-    logits = window * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
+    """`options` with limits that leave room for the scores of every position, of which a run has only the last.
+
+    Raises DoesNotFitError where the scores alone take more than there is.
+    """
     machine = read_machine()
     if device.type == "cuda":
         free = min(gpu.free_bytes for gpu in machine.gpus)
-        return replace(options, gpu_memory_bytes=min(options.gpu_memory_bytes or free, free) - logits)
+        limit = min(options.gpu_memory_bytes or free, free)
+        return replace(options, gpu_memory_bytes=limit - _logits_bytes(anatomy, window, limit, "GPU memory"))
     available = machine.memory.available_bytes
-    return replace(options, host_memory_bytes=min(options.host_memory_bytes or available, available) - logits)
+    limit = min(options.host_memory_bytes or available, available)
+    return replace(options, host_memory_bytes=limit - _logits_bytes(anatomy, window, limit, "host memory"))
+
+
+def _logits_bytes(anatomy: Anatomy, window: int, limit: int, where: str) -> int:
+    """What the scores of a window take, which must be less than `limit`."""
+    a_token = anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
+    if window * a_token >= limit:
+        smaller = max(2, 2 ** int(math.log2(max(1, limit // (2 * a_token)))))
+        raise DoesNotFitError(
+            f"scores of a window of {window} tokens, {anatomy.vocabulary} each, take {gib(window * a_token)}; there "
+            f"is {gib(limit)} of {where}",
+            hint=f"--window {smaller} takes {gib(smaller * a_token)} for them",
+        )
+    return window * a_token
 
 
 def _nats_of_all(
