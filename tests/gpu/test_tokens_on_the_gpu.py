@@ -29,8 +29,11 @@ NEW_TOKENS = 16
 NAMES = ("llama", "llama_tied", "gpt_neox", "opt", "bloom", "mixtral", "gptj", "gemma2", "mamba", "deepseek_v3")
 
 
-def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[int]]:
-    """What the stream engine generates with weights in host memory, or as `where` says in the plan's terms."""
+def tokens_of(
+    folder: Path, limits: dict[str, int], stream: torch.cuda.Stream | None = None, **where: Any
+) -> list[list[int]]:
+    """What the stream engine generates on `stream` with weights in host memory, or as `where` says in the plan's
+    terms. It is loaded on the default stream."""
     source, device, control = resolve_model(str(folder)), torch.device("cuda", 0), Control(World(), "cuda")
     plan = Plan(
         anatomy=read_anatomy(source.config, dtype="float32"),
@@ -47,10 +50,19 @@ def tokens_of(folder: Path, limits: dict[str, int], **where: Any) -> list[list[i
         for row in rows:
             row.source, row.prompt = row.prompt, [decoder_start(engine.model)]
     try:
-        run_rows(engine, rows, **limits)
+        with torch.cuda.stream(stream):
+            if stream is not None and engine.link_stream is not None:
+                hold_up(engine.link_stream)
+            run_rows(engine, rows, **limits)
     finally:
         engine.close()
     return [row.generated for row in rows]
+
+
+def hold_up(stream: torch.cuda.Stream) -> None:
+    """Let nothing cross the link for half a second or so: who does not wait for it computes with other weights."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**9)
 
 
 def plain_tokens(folder: Path, **how: Any) -> list[list[int]]:
@@ -80,6 +92,14 @@ def test_the_stream_engine_with_blocks_on_any_tier(
     where: dict[str, Any] = {"offload": "nvme", "nvme_paths": (tmp_path,)} if nvme else {}
     where |= {"resident_blocks": round(resident * blocks), "nvme_blocks": round(nvme * blocks)}
     assert tokens_of(folder, limits, **where) == plain_tokens(folder)
+
+
+@pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}])
+def test_a_call_under_another_stream_waits_for_weights(where: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    wanted = tokens_of(folder, {}, **where)
+    assert tokens_of(folder, {}, torch.cuda.Stream(), **where) == wanted
+    assert where or wanted == plain_tokens(folder)
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])

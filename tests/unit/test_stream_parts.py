@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream import host
-from zeroinf.engines.stream.carrier import Partitioned, Replicated
+from zeroinf.engines.stream import host, stalls
+from zeroinf.engines.stream import ring as ring_module
+from zeroinf.engines.stream.carrier import ComputeStream, Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 from zeroinf.engines.stream.layout import lay_out
 from zeroinf.engines.stream.origin import Pieces
@@ -54,6 +55,42 @@ def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) 
         slot = ring.acquire(index)
         assert torch.equal(ring.slots[slot][: len(values[index])], values[index])
         ring.release()
+
+
+class FakeStream:
+    """A CUDA stream that notes what it waits for; an event holds the stream on which it was recorded."""
+
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
+        self.wait_event = self.wait_stream = self.waited.append
+
+
+class FakeEvent:
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_pass_under_another_stream_waits_for_its_weights_and_for_the_pass_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = FakeStream(), FakeStream()
+    compute = ComputeStream(CPU)
+    compute.is_there, compute._stream = True, first
+    for module in (ring_module, stalls):
+        monkeypatch.setattr(module, "new_event", lambda device, **kind: FakeEvent())
+    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 2, 2, CPU, Replicated(CPU), None, compute)
+    for current in (first, second):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        compute.follow()
+        for piece in range(2):
+            ring.acquire(piece)
+            ring.release()
+        assert current.waited[-2:] == ring._arrived
+        assert {event.stream for event in ring._released} == {current}
+    assert second.waited == [first, *ring._arrived]
 
 
 def test_the_ring_holds_no_more_slots_than_asked_for() -> None:
@@ -128,8 +165,9 @@ _RANK = """
 import torch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import world_from_environment
-from zeroinf.engines.stream import host
-from zeroinf.engines.stream.carrier import Partitioned, Replicated
+from zeroinf.engines.stream import host, stalls
+from zeroinf.engines.stream import ring as ring_module
+from zeroinf.engines.stream.carrier import ComputeStream, Partitioned, Replicated
 from zeroinf.engines.stream.host import HostMemory
 
 world = world_from_environment()

@@ -86,6 +86,8 @@ class Partitioned:
         self._staged = [new_event(device) for _ in range(STAGES)]
         self._free = [new_event(device) for _ in range(STAGES)]
         self._turn = 0
+        for event in self._free:  # the stages' memory may still be in use by what loading has enqueued
+            ComputeStream(device).record(event)
 
     def _part(self, nbytes: int) -> int:
         return round_up(-(-nbytes // self._ranks), self._unit)
@@ -125,9 +127,35 @@ def new_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def compute_stream(device: torch.device) -> Any:
-    """The stream that is current on the GPU, None on the CPU. To ask for it at each use takes longer than the use."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+class ComputeStream:
+    """The stream on which passes compute: the one that is current when a pass begins. Does nothing on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.is_there = device.type == "cuda"
+        self._stream: Any = torch.cuda.current_stream(device) if self.is_there else None
+
+    def follow(self) -> None:
+        """A pass begins: from here on the current stream is meant. It waits for what the one before has to do.
+
+        Once a pass, not at each use: to ask for the current stream takes longer than the use.
+        """
+        if not self.is_there:
+            return
+        current = torch.cuda.current_stream(self._device)
+        if current != self._stream:
+            current.wait_stream(self._stream)
+            self._stream = current
+
+    def wait(self, event: Any) -> None:
+        """What is enqueued from here on waits for `event`."""
+        if self.is_there:
+            self._stream.wait_event(event)
+
+    def record(self, event: Any) -> None:
+        """Let `event` tell when what is enqueued so far is done."""
+        if self.is_there:
+            event.record(self._stream)
 
 
 def new_event(device: torch.device, *, timed: bool = False, blocking: bool = False) -> Any:

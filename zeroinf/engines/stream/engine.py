@@ -11,7 +11,7 @@ import torch
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
 from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.carrier import Carrier, Partitioned, Replicated
+from zeroinf.engines.stream.carrier import Carrier, ComputeStream, Partitioned, Replicated
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.ring import Piece, Ring
@@ -59,7 +59,8 @@ class StreamEngine:
         self._rings: dict[int, Ring] = {}
         """Of each stack of blocks that streams, by its number in the model."""
         self._ahead: list[ReadAhead] = []
-        self._stalls = StallMeter(device)
+        self._compute = ComputeStream(device)
+        self._stalls = StallMeter(device, self._compute)
         try:
             streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
@@ -117,7 +118,7 @@ class StreamEngine:
             pin = plan.pin_memory and device.type == "cuda"
             ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
             self._ahead.append(ahead)
-        ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, ahead, self._stalls)
+        ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, ahead, self._compute, self._stalls)
         for turn, index in enumerate(streamed):
             self._before[index] = self._taking(ring, turn, groups[index])
         return ring
@@ -155,7 +156,11 @@ class StreamEngine:
         return self._model
 
     def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """One pass over all blocks, which serves every micro-batch; over the decoder's where prompts are encoded."""
+        """One pass over all blocks, which serves every micro-batch; over the decoder's where prompts are encoded.
+
+        It computes on the stream that is current, whichever that was when weights were loaded.
+        """
+        self._compute.follow()
         self._walks[-1] += 1
         if len(self._walks) > 1 and any("encoder_outputs" not in inputs for inputs in micro_batches):
             self._walks[0] += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.carrier import Carrier, compute_stream, new_event
+from zeroinf.engines.stream.carrier import Carrier, ComputeStream, new_event
 from zeroinf.engines.stream.stalls import StallMeter
 
 
@@ -36,20 +36,23 @@ class Ring:
         device: torch.device,
         carrier: Carrier,
         ahead: ReadAhead | None,
+        compute: ComputeStream | None = None,
         stalls: StallMeter | None = None,
     ) -> None:
-        """The current stream is the compute stream. `stalls` is a meter that rings share, which take turns on it."""
+        """Rings that take turns share `compute` (None: the current stream) and `stalls`, a meter of it."""
         self._pieces, self._carrier, self._ahead = pieces, carrier, ahead
-        self._stream = compute_stream(device)
+        self._compute = compute or ComputeStream(device)
         largest = max(carrier.slot_bytes(piece.nbytes) for piece in pieces)
         count = min(slots, len(pieces))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self.stalls = stalls or StallMeter(device)
+        self.stalls = stalls or StallMeter(device, self._compute)
         self._arrived = [new_event(device) for _ in range(count)]
         self._released = [new_event(device) for _ in range(count)]
         self._pulled = new_event(device)
         self._turn = self._carried = 0
         self.is_held = False
+        for event in self._released:  # the slots' memory may still be in use by what loading has enqueued
+            self._compute.record(event)
         self._carry()
 
     def acquire(self, piece: int) -> int:
@@ -60,16 +63,14 @@ class Ring:
         self.stalls.wanted()
         waited_s = self._ahead.waited_s if self._ahead is not None else 0.0
         self._carry(needed=True)
-        if self._stream is not None:
-            self._stream.wait_event(self._arrived[slot])
+        self._compute.wait(self._arrived[slot])
         self.is_held = True
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
     def release(self) -> None:
         """The current piece has been used: its slot may be overwritten once the work enqueued so far is done."""
-        if self._stream is not None:
-            self._released[self._turn % len(self.slots)].record(self._stream)
+        self._compute.record(self._released[self._turn % len(self.slots)])
         self.stalls.used()
         self.is_held = False
         self._turn += 1

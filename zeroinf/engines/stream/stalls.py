@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.engines.base import Stalls
-from zeroinf.engines.stream.carrier import compute_stream, new_event
+from zeroinf.engines.stream.carrier import ComputeStream, new_event
 
 # How many blocks may be unread before those that are over are read: a pass or so.
 _UNREAD = 64
@@ -22,9 +22,8 @@ class StallMeter:
     are read when they are over.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = compute_stream(device)
+    def __init__(self, device: torch.device, compute: ComputeStream) -> None:
+        self._device, self._compute = device, compute
         self._marks: deque[tuple[Any, float]] = deque()
         self._spare: list[Any] = []
         self._link_s = self._disk_s = self._compute_s = self._host_s = 0.0
@@ -34,7 +33,7 @@ class StallMeter:
 
     def there(self, disk_s: float) -> None:
         """`disk_s`: how long the host was held up because the block had not been read."""
-        if self._stream is not None:
+        if self._compute.is_there:
             self._mark(disk_s)
         else:
             self._disk_s += disk_s
@@ -52,9 +51,9 @@ class StallMeter:
         )  # fmt: skip
 
     def _mark(self, disk_s: float = 0.0) -> None:
-        if self._stream is not None:
+        if self._compute.is_there:
             event = self._spare.pop() if self._spare else new_event(self._device, timed=True)
-            event.record(self._stream)
+            self._compute.record(event)
             self._marks.append((event, disk_s))
 
     def _read(self) -> None:
