@@ -44,6 +44,9 @@ def taken(words: list[str]) -> None:
     ctx = click.Context(cli, info_name="zeroinf")
     while isinstance(command, click.Group) and words and (found := command.get_command(ctx, words[0])) is not None:
         ctx, command, words = click.Context(found, ctx, info_name=words[0]), found, words[1:]
+    if command.name == "show":  # whose words are another command's
+        taken(words)
+        return
     values, arguments, _ = command.make_parser(ctx).parse_args(words)
     for option in command.params:
         if option.name in values and isinstance(option, click.Option) and not isinstance(option.type, click.Path):

@@ -63,6 +63,12 @@ def run_cells(
     return results
 
 
+def _environment(settings: Settings) -> dict[str, str]:
+    """That of a cell: the matrix says all of its options, and none comes from what is set for other runs."""
+    own = {"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {}
+    return {name: value for name, value in os.environ.items() if not name.startswith("ZEROINF_RUN_")} | own
+
+
 def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
     """Run one cell and read its report. Raises InterruptedRunError where somebody else told the run to stop."""
     with tempfile.TemporaryDirectory(prefix="zeroinf-bench-") as name:
@@ -75,7 +81,7 @@ def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, **({"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {})},
+                env=_environment(settings),
                 start_new_session=True,
                 preexec_fn=_stop_with_parent,
             )

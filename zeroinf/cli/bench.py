@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zeroinf.cli.params import SizeType, flags, given
+from zeroinf.cli.environment import option
+from zeroinf.cli.params import SizeType, given, refuse_group_options
 from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -54,35 +55,33 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 
 
 @click.group(invoke_without_command=True, short_help="Measure engines side by side.")
-@click.option(
+@option(
     "--preset",
     type=click.Choice(["bloom-table", "pythia-hf-vs-ds", "mii"]),
     help="A well-known table: fills in what is left unsaid.",
 )
-@click.option("--engines", "--engine", type=_WORDS, help="stream, stream/partitioned, zero, ... [default: stream]")
-@click.option("-m", "--models", "--model", type=_WORDS, help="As for `zeroinf run`.")
-@click.option(
+@option("--engines", "--engine", type=_WORDS, help="stream, stream/partitioned, zero, ... [default: stream]")
+@option("-m", "--models", "--model", type=_WORDS, help="As for `zeroinf run`.")
+@option(
     "--models-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Every model in this folder."
 )
-@click.option("--offload", "offloads", type=_WORDS, help="none, cpu, nvme. [default: cpu]")
-@click.option("-b", "--batch-size", "batch_sizes", type=_NUMBERS, help="Rows of each stream. [default: 1]")
-@click.option("--input-len", "input_lens", type=_NUMBERS, help="Prompt tokens. [default: 128]")
-@click.option("--output-len", "--max-tokens", "output_lens", type=_NUMBERS, help="New tokens. [default: 32]")
-@click.option("--num-gpus", type=_NUMBERS, help="Ranks. [default: 1]")
-@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=3, help="Measured, after a warm-up.")
-@click.option("--prompt", help="This text for every row, instead of one of --input-len tokens.")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
-@click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
-@click.option("--resident-blocks", default="0", help="Where weights are offloaded, blocks that stay; or `auto`.")
-@click.option("--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most a rank may take of its GPU.")
-@click.option("--nvme-path", "nvme_paths", type=click.Path(path_type=Path), multiple=True, help="For offload nvme.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="cpu leaves GPUs alone.")
-@click.option("--cell-limit-s", type=click.FloatRange(min=1), default=600.0, help="A cell that takes longer is ended.")
-@click.option(
-    "--time-limit-s", type=click.FloatRange(min=0), help="Begin no cell after this; with -o the next call goes on."
-)
-@click.option(
+@option("--offload", "offloads", type=_WORDS, help="none, cpu, nvme. [default: cpu]")
+@option("-b", "--batch-size", "batch_sizes", type=_NUMBERS, help="Rows of each stream. [default: 1]")
+@option("--input-len", "input_lens", type=_NUMBERS, help="Prompt tokens. [default: 128]")
+@option("--output-len", "--max-tokens", "output_lens", type=_NUMBERS, help="New tokens. [default: 32]")
+@option("--num-gpus", type=_NUMBERS, help="Ranks. [default: 1]")
+@option("-r", "--repetitions", type=click.IntRange(min=1), default=3, help="Measured, after a warm-up.")
+@option("--prompt", help="This text for every row, instead of one of --input-len tokens.")
+@option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint.")
+@option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
+@option("--resident-blocks", default="0", help="Where weights are offloaded, blocks that stay; or `auto`.")
+@option("--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most a rank may take of its GPU.")
+@option("--nvme-path", "nvme_paths", type=click.Path(path_type=Path), multiple=True, help="For offload nvme.")
+@option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="cpu leaves GPUs alone.")
+@option("--cell-limit-s", type=click.FloatRange(min=1), default=600.0, help="A cell that takes longer is ended.")
+@option("--time-limit-s", type=click.FloatRange(min=0), help="Begin no cell after this; with -o the next call goes on.")
+@option(
     "-o",
     "--output-file",
     "--log-file",
@@ -90,10 +89,10 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
     help="JSON with every sample, report, machine and version, written after each cell. If it is there, what it lacks "
     "is run.",
 )
-@click.option("--overwrite", is_flag=True, help="Begin an existing -o again.")
-@click.option("--format", "form", type=_FORMATS, default="human", help="Of what is printed.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw latency and throughput as a PNG.")
-@click.option("--dry-run", is_flag=True, help="Print the cells and how long they should take, and run none.")
+@option("--overwrite", is_flag=True, help="Begin an existing -o again.")
+@option("--format", "form", type=_FORMATS, default="human", help="Of what is printed.")
+@option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw latency and throughput as a PNG.")
+@option("--dry-run", is_flag=True, help="Print the cells and how long they should take, and run none.")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -120,8 +119,7 @@ def bench(
       zeroinf bench compare before.json after.json
     """
     if ctx.invoked_subcommand is not None:
-        if named := given(ctx, *ctx.params):
-            raise UsageError(f"{flags(ctx, named)} has no effect: compare takes two files", hint="drop it")
+        refuse_group_options(ctx)
         return None
     _refuse_contradictions(output_file, plot, form, overwrite=overwrite, dry_run=dry_run, time_limit_s=time_limit_s)
     cells, settings = _matrix(preset, models_dir, asked).cells(), _settings(asked)
@@ -148,9 +146,7 @@ def bench(
 @bench.command(short_help="Show the ratios of two benchmarks.")
 @click.argument("first", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("second", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option(
-    "--format", "form", type=click.Choice(["human", "md", "csv"]), default="human", help="Of what is printed."
-)
+@option("--format", "form", type=click.Choice(["human", "md", "csv"]), default="human", help="Of what is printed.")
 def compare(first: Path, second: Path, form: Any) -> None:
     """Tokens/s of SECOND over FIRST, for each cell that both have, with the spread of the ratio."""
     from zeroinf.bench.results import differing, read_results

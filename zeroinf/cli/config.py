@@ -1,4 +1,4 @@
-"""`zeroinf config`: the DeepSpeed JSON that follows from a model's shapes."""
+"""`zeroinf config`: the DeepSpeed JSON that follows from a model's shapes; below it, `zeroinf config show`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ from typing import Any
 
 import click
 
-from zeroinf.cli.params import model_options, offload_options, refuse_unused_offload_options
+from zeroinf.cli.config_show import show
+from zeroinf.cli.environment import option
+from zeroinf.cli.params import (
+    model_options,
+    offload_options,
+    refuse_group_options,
+    refuse_unused_offload_options,
+)
 from zeroinf.errors import OutputError
 
 
-@click.command(short_help="Print the DeepSpeed JSON that follows from a model's shapes.")
-@model_options
+@click.group(invoke_without_command=True, short_help="DeepSpeed JSON for a model; where options come from (`show`).")
+@lambda command: model_options(command, required=False)
 @offload_options
-@click.option(
+@option(
     "--num-gpus",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     help="Ranks that share the weights; the numbers hold for just that many.",
 )
-@click.option(
+@option(
     "-b",
     "--batch-size",
     type=click.IntRange(min=1),
@@ -29,7 +36,7 @@ from zeroinf.errors import OutputError
     show_default=True,
     help="Rows that run together on each GPU.",
 )
-@click.option("-o", "--output-file", type=click.Path(path_type=Path), help="Write a new file instead of stdout.")
+@option("-o", "--output-file", type=click.Path(path_type=Path), help="Write a new file instead of stdout.")
 @click.pass_context
 def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> None:
     """Print the DeepSpeed JSON for ZeRO-3 inference that follows from a model's shapes.
@@ -39,11 +46,17 @@ def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> Non
     \b
       zeroinf config --model EleutherAI/pythia-160m --offload cpu
       zeroinf config --model mixtral-8x7b --offload nvme --nvme-path /local --num-gpus 4 -o zero.json
+      zeroinf config show run --batch-size 8
     """
     import json
 
     from zeroinf.engines.zero.config import build_zero_config
 
+    if ctx.invoked_subcommand is not None:
+        refuse_group_options(ctx)
+        return
+    if asked["model"] is None:
+        raise click.MissingParameter(ctx=ctx, param=next(p for p in config.params if p.name == "model"))
     refuse_unused_offload_options(ctx)
     text = json.dumps(build_zero_config(_plan(**asked)), indent=2) + "\n"
     if output_file is None:
@@ -91,3 +104,6 @@ def _write_new(path: Path, text: str) -> None:
         raise OutputError(f"{path} exists already", hint="choose another name, or remove it") from error
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+config.add_command(show)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from zeroinf.cli.environment import option
+
 if TYPE_CHECKING:
     from zeroinf.hardware.checks import Check
     from zeroinf.hardware.machine import Machine
@@ -18,34 +20,34 @@ JSON_SCHEMA = 1
 
 
 @click.command()
-@click.option(
+@option(
     "--nvme-path",
     "nvme_paths",
     type=click.Path(path_type=Path),
     multiple=True,
     help="Folder that weights would rest in; may be given several times.",
 )
-@click.option(
+@option(
     "--offload",
     type=click.Choice(["none", "cpu", "nvme"]),
     default="none",
     show_default=True,
     help="Where weights would rest.",
 )
-@click.option(
+@option(
     "--engine",
     type=click.Choice(["stream", "zero"]),
     default="stream",
     show_default=True,
     help="What would run the model; with zero and --offload nvme, all that DeepSpeed's disk I/O needs must be here.",
 )
-@click.option("--num-gpus", type=click.IntRange(min=1), help="How many GPUs must be visible.")
-@click.option(
+@option("--num-gpus", type=click.IntRange(min=1), help="How many GPUs must be visible.")
+@option(
     "--measure",
     is_flag=True,
     help="Measure links, disks, matrix products and the rest, and keep the rates for plans. Takes a minute or two.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print checks, machine and rates as one JSON object.")
+@option("--json", "as_json", is_flag=True, help="Print checks, machine and rates as one JSON object.")
 def doctor(
     nvme_paths: tuple[Path, ...],
     offload: Literal["none", "cpu", "nvme"],

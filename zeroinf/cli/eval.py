@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
     SizeType,
     model_options,
@@ -22,22 +23,20 @@ from zeroinf.errors import UsageError
 @model_options
 @wire_option
 @rest_options
-@click.option(
+@option(
     "--text",
     required=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="The text (UTF-8) that the model shall predict.",
 )
-@click.option(
+@option(
     "--window",
     type=click.IntRange(min=2),
     help="Tokens that run together. [default: 512, or as many as the model can]",
 )
-@click.option(
-    "--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most that may be taken of the GPU; enforced."
-)
-@click.option("--host-memory", "host_memory_bytes", type=SizeType(), help="The most host memory that may be taken.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most that may be taken of the GPU; enforced.")
+@option("--host-memory", "host_memory_bytes", type=SizeType(), help="The most host memory that may be taken.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, **asked: Any) -> None:
     """Measure how well a model predicts a text: perplexity a token and bits a byte.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import zeroinf
+from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
 from zeroinf.errors import ZeroinfError
 
 _COMMANDS = ("run", "status", "plan", "eval", "bench", "config", "store", "doctor")
@@ -28,7 +29,18 @@ class _LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"zeroinf.cli.{cmd_name}")
         command: click.Command = getattr(module, "eval_" if cmd_name == "eval" else cmd_name)
+        example = next(variables_of(command, prefix_of(cmd_name)))
+        command.epilog = f"Each option can be set in the environment by the name of its flag, as {example}."
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command, once it is known that no variable meant for it would be ignored; its help is always there."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name and command and not ctx.resilient_parsing and {"-h", "--help"}.isdisjoint(rest):
+            refuse_unknown(command, prefix_of(name))
+        return name, command, rest
 
 
 @click.group(
@@ -45,7 +57,8 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Throughput inference for language models that do not fit the GPU.
 
-    Every option can also be set in the environment: ZEROINF_RUN_BATCH_SIZE=16 is `zeroinf run --batch-size 16`.
+    Every option can also be set in the environment, by its command and flag: ZEROINF_RUN_BATCH_SIZE=16 is `zeroinf run
+    --batch-size 16`. A flag comes before the environment. `zeroinf config show run` says what holds, and why.
 
     \b
     Exit codes: 0 done, 1 failure, 2 usage, 3 does not fit, 4 this machine lacks something,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from zeroinf.cli.environment import option
 from zeroinf.errors import UsageError
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.traits import ENGINE_NAMES
@@ -41,25 +42,25 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of 
             self.fail(str(error), param, ctx)
 
 
-def model_options(command: _Command) -> _Command:
+def model_options(command: _Command, *, required: bool = True) -> _Command:
     """Which model: `model`, `revision`, `dtype` and `trust_remote_code`."""
     return _add(
         command,
-        click.option(
+        option(
             "-m",
             "--model",
-            required=True,
+            required=required,
             help="Hub id, local folder, .gguf file or `demo`; where only shapes matter, also a name of configs/models.",
         ),
-        click.option("--revision", help="Branch, tag or commit on the hub."),
-        click.option(
+        option("--revision", help="Branch, tag or commit on the hub."),
+        option(
             "--dtype",
             type=click.Choice(["auto", "bfloat16", "float16", "float32", "int8"]),
             default="auto",
             show_default=True,
             help="Type of the weights and of the arithmetic; auto takes the model's own.",
         ),
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     )
 
 
@@ -86,29 +87,27 @@ def tensor_parallel_options(command: _Command) -> _Command:
     """How DeepSpeed-Inference splits a model: what `tensor_parallel_of` takes."""
     return _add(
         command,
-        click.option(
+        option(
             "-tp",
             "--tensor-parallel-size",
             type=click.IntRange(min=1),
             help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
         ),
-        click.option(
+        option(
             "--injection-policy",
             type=InjectionPolicyType(),
             multiple=True,
             help="Block=attention.output,mlp.output: the layers whose results are summed, for models that DeepSpeed "
             "does not know. With --engine tensor-parallel.",
         ),
-        click.option(
-            "--kernel-inject", is_flag=True, help="DeepSpeed's fused layers: refused, they need transformers 4."
-        ),
-        click.option(
+        option("--kernel-inject", is_flag=True, help="DeepSpeed's fused layers: refused, they need transformers 4."),
+        option(
             "--checkpoint-json",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             help="Weights listed in DeepSpeed's format (BLOOM, ds_model, Megatron), saved by any number of ranks. With "
             "--engine tensor-parallel.",
         ),
-        click.option(
+        option(
             "--save-mp-checkpoint-path",
             type=click.Path(path_type=Path, file_okay=False),
             help="Save each rank's part of the weights and ds_inference_config.json there. With --engine "
@@ -149,7 +148,7 @@ class AutoIntType(click.ParamType):  # type: ignore[type-arg]
 
 def wire_option(command: _Command) -> _Command:
     """How weights cross the link: `wire`."""
-    return click.option(
+    return option(
         "--wire",
         type=click.Choice(["model", "int8", "int4"]),
         default="model",
@@ -163,7 +162,7 @@ def engine_options(command: _Command) -> _Command:
     """What runs the model and how, from `engine` to `micro_batch_rows`."""
     return _add(
         command,
-        click.option(
+        option(
             "--engine",
             type=click.Choice(["auto", *ENGINE_NAMES]),
             default="auto",
@@ -172,7 +171,7 @@ def engine_options(command: _Command) -> _Command:
             "tensor-parallel (DeepSpeed-Inference) are for comparison. auto takes stream wherever it can run the "
             "request.",
         ),
-        click.option(
+        option(
             "--fetch",
             type=click.Choice(["auto", "replicated", "partitioned"]),
             default="auto",
@@ -181,7 +180,7 @@ def engine_options(command: _Command) -> _Command:
             "them, gathered between GPUs. auto takes what is faster; only GPUs that reach each other are partitioned.",
         ),
         wire_option,
-        click.option(
+        option(
             "--kv",
             type=click.Choice(["auto", "gpu", "host"]),
             default="auto",
@@ -189,7 +188,7 @@ def engine_options(command: _Command) -> _Command:
             help="Where keys and values of rows rest: in host memory, whence they cross the link for each block, or on "
             "the GPU; auto takes host memory for as many rows as make more tokens/s. With the stream engine.",
         ),
-        click.option(
+        option(
             "--kv-dtype",
             type=click.Choice(["model", "int8"]),
             default="model",
@@ -197,14 +196,14 @@ def engine_options(command: _Command) -> _Command:
             help="How keys and values rest in host memory: as the model has them, or as codes of 8 bits, which is "
             "lossy.",
         ),
-        click.option(
+        option(
             "--resident-blocks",
             type=AutoIntType(minimum=0),
             default="auto",
             show_default=True,
             help="Blocks that never leave the GPU; the others stream. With the stream engine and accelerate.",
         ),
-        click.option(
+        option(
             "-b",
             "--batch-size",
             type=AutoIntType(minimum=1),
@@ -213,7 +212,7 @@ def engine_options(command: _Command) -> _Command:
             help="Rows that are live at once on each GPU; auto takes what gives most tokens/s without running out of "
             "memory.",
         ),
-        click.option(
+        option(
             "--micro-batch-rows",
             type=AutoIntType(minimum=1),
             default="auto",
@@ -228,7 +227,7 @@ def rest_options(command: _Command, *, auto: bool = True) -> _Command:
     """Where weights rest: `offload` and `nvme_paths`."""
     return _add(
         command,
-        click.option(
+        option(
             "--offload",
             type=click.Choice(["auto", "none", "cpu", "nvme"] if auto else ["none", "cpu", "nvme"]),
             default="auto" if auto else "cpu",
@@ -236,7 +235,7 @@ def rest_options(command: _Command, *, auto: bool = True) -> _Command:
             help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path"
             + ("; auto takes the fastest that fits." if auto else "."),
         ),
-        click.option(
+        option(
             "--nvme-path",
             "nvme_paths",
             type=click.Path(path_type=Path),
@@ -251,27 +250,27 @@ def offload_options(command: _Command, *, auto: bool = False) -> _Command:
     return _add(
         command,
         lambda command: rest_options(command, auto=auto),
-        click.option(
+        option(
             "--pin-memory/--no-pin-memory",
             default=True,
             show_default=True,
             help="Keep host weights page-locked: full link speed, but they cannot be swapped out.",
         ),
-        click.option(
+        option(
             "--aio-block-size",
             type=SizeType(multiple_of=_DIRECT_IO_BYTES),
             default=f"{_AIO.block_size_bytes >> 20}MiB",
             show_default=True,
             help="Bytes of one disk request; smaller weights stay in host memory. With --engine zero --offload nvme.",
         ),
-        click.option(
+        option(
             "--aio-queue-depth",
             type=click.IntRange(min=1),
             default=_AIO.queue_depth,
             show_default=True,
             help="Disk requests in flight for each thread. With --engine zero --offload nvme.",
         ),
-        click.option(
+        option(
             "--aio-threads",
             type=click.IntRange(min=1),
             default=_AIO.threads,
@@ -290,6 +289,19 @@ def given(ctx: click.Context, *names: str) -> list[str]:
 def given_flags(ctx: click.Context, *names: str) -> list[str]:
     """The same as the long flags that users write."""
     return [f"--{name.replace('_', '-')}" for name in given(ctx, *names)]
+
+
+def refuse_group_options(ctx: click.Context) -> None:
+    """Refuse flags that stand between a group and the command below it, for which they would mean nothing.
+
+    Raises:
+        UsageError: naming the flags.
+    """
+    named = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if named:
+        raise UsageError(
+            f"{flags(ctx, named)} means nothing before `{ctx.invoked_subcommand}`", hint="write it behind, or drop it"
+        )
 
 
 def aio_of(asked: dict[str, Any]) -> AioSettings:
@@ -338,6 +350,6 @@ def flags(ctx: click.Context, names: list[str]) -> str:
 
 def _add(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
     """Decorate `command` so that its help shows `options` in the order written."""
-    for option in reversed(options):
-        command = option(command)
+    for decorate in reversed(options):
+        command = decorate(command)
     return command

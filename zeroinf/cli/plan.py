@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
     SizeType,
     aio_of,
@@ -25,30 +26,28 @@ from zeroinf.errors import OutputError, UsageError
 @model_options
 @engine_options
 @lambda command: offload_options(command, auto=True)
-@click.option("--input-len", type=click.IntRange(min=1), default=512, help="Tokens of the longest prompt.")
-@click.option(
+@option("--input-len", type=click.IntRange(min=1), default=512, help="Tokens of the longest prompt.")
+@option(
     "--output-len", "--max-new-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
 )
-@click.option("--requests", type=click.IntRange(min=1), help="Requests in all. [default: plenty]")
-@click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks, one on each GPU. [default: all GPUs]")
-@click.option(
+@option("--requests", type=click.IntRange(min=1), help="Requests in all. [default: plenty]")
+@option("--num-gpus", type=click.IntRange(min=1), help="Ranks, one on each GPU. [default: all GPUs]")
+@option(
     "-tp",
     "--tensor-parallel-size",
     type=click.IntRange(min=1),
     help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
 )
-@click.option(
-    "--machine", "machine_name", help="A machine that is not here: a name in configs/machines, or doctor's JSON."
-)
-@click.option("--gpu-memory", type=SizeType(), help="Plan with at most this much of each GPU, such as 24GiB.")
-@click.option("--host-memory", type=SizeType(), help="Plan with this much host memory.")
-@click.option("--nvme-space", type=SizeType(), help="Plan with this much room on the disk.")
-@click.option("--link-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of each GPU's link, GB/s.")
-@click.option("--nvme-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of the disk, GB/s.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
-@click.option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")
-@click.option("--emit-zero-config", is_flag=True, help="Print the plan as DeepSpeed's JSON. With --engine zero.")
+@option("--machine", "machine_name", help="A machine that is not here: a name in configs/machines, or doctor's JSON.")
+@option("--gpu-memory", type=SizeType(), help="Plan with at most this much of each GPU, such as 24GiB.")
+@option("--host-memory", type=SizeType(), help="Plan with this much host memory.")
+@option("--nvme-space", type=SizeType(), help="Plan with this much room on the disk.")
+@option("--link-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of each GPU's link, GB/s.")
+@option("--nvme-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of the disk, GB/s.")
+@option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+@option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
+@option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")
+@option("--emit-zero-config", is_flag=True, help="Print the plan as DeepSpeed's JSON. With --engine zero.")
 @click.pass_context
 def plan(
     ctx: click.Context,

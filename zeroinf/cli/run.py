@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
     AIO_OPTIONS,
     SizeType,
@@ -37,101 +38,101 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
 @click.command(short_help="Generate text from many prompts.")
 @model_options
-@click.option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
+@option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint: for benchmarks.")
 @engine_options
 @lambda command: offload_options(command, auto=True)
 @tensor_parallel_options
-@click.option(
+@option(
     "--gpu-memory",
     "gpu_memory_bytes",
     type=SizeType(),
     help="The most that each rank may take of its GPU, such as 24GiB; enforced. [default: what is free]",
 )
-@click.option(
+@option(
     "--host-memory",
     "host_memory_bytes",
     type=SizeType(),
     help="The most host memory that all ranks together may take. [default: what is free]",
 )
-@click.option(
+@option(
     "--zero-config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Your own DeepSpeed JSON (ZeRO stage 3) instead of the one that follows from the model.",
 )
-@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given many times.")
-@click.option(
+@option("--prompt", "prompts", multiple=True, help="A prompt; may be given many times.")
+@option(
     "-i",
     "--input-file",
     help="Prompts: text (one a line), JSONL (`prompt` or `messages`) or OpenAI batch lines; - is stdin.",
 )
-@click.option(
+@option(
     "-o",
     "--output-file",
     type=click.Path(path_type=Path),
     help="JSONL results, in input order. Without it, in=/out= pairs go to stdout.",
 )
-@click.option(
+@option(
     "--input-format",
     type=click.Choice(["auto", "text", "jsonl"]),
     default="auto",
     help="What -i holds; auto goes by the file's ending and its first line.",
 )
-@click.option("--overwrite", is_flag=True, help="Start anew: replace an existing output file and its journal.")
-@click.option("--resume", is_flag=True, help="Go on with a job that was stopped or killed; start it if there is none.")
-@click.option(
+@option("--overwrite", is_flag=True, help="Start anew: replace an existing output file and its journal.")
+@option("--resume", is_flag=True, help="Go on with a job that was stopped or killed; start it if there is none.")
+@option(
     "--resume-anyway",
     is_flag=True,
     help="Go on although model, settings or input have changed: requests whose id and prompt are as before keep their "
     "results, the others run.",
 )
-@click.option(
+@option(
     "--max-error-rate",
     type=click.FloatRange(min=0, max=1),
     default=1.0,
     help="Run nothing if a larger share of the requests than this is refused.",
 )
-@click.option(
+@option(
     "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 does not filter.")
-@click.option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
-@click.option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
-@click.option(
+@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
+@option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
+@option("--top-k", type=click.IntRange(min=0), default=0, help="0 does not filter.")
+@option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
+@option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
+@option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
+@option(
     "--logprobs",
     type=click.IntRange(min=0, max=20),
     help="Tell each token's log-probability, and those of so many of the likeliest tokens. With -o.",
 )
-@click.option(
+@option(
     "--num-gpus",
     type=click.IntRange(min=1),
     help="Start this many ranks, an independent stream on each GPU. [default: one]",
 )
-@click.option(
+@option(
     "--static-batches", is_flag=True, hidden=True, help="Admit rows only when no other is live, to measure the gain."
 )
-@click.option(
+@option(
     "--hostfile",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Start ranks on all nodes that it names, in DeepSpeed's form: `host slots=8` a line. Needs ssh and pdsh.",
 )
-@click.option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
-@click.option(
+@option("--benchmark", is_flag=True, help="Warm up once and print the four figures of the BLOOM scripts.")
+@option(
     "-r",
     "--repetitions",
     type=click.IntRange(min=1),
     default=1,
     help="Run the same requests so often once weights are loaded, each time measured. With --benchmark.",
 )
-@click.option(
+@option(
     "--report",
     "report_file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write every figure of the run to this JSON file, replacing it.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
+@option("-q", "--quiet", is_flag=True, help="No progress and no report; errors and notes stay.")
 @click.pass_context
 def run(
     ctx: click.Context,

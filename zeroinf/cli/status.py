@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zeroinf.cli.environment import option
+
 if TYPE_CHECKING:
     from zeroinf.jobs.status import Status
 
@@ -20,8 +22,8 @@ _WATCH_EVERY_S = 2.0
 
 @click.command(short_help="How far a job is.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--watch", is_flag=True, help="Say it again every 2 s, until the job is finished or stops.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch one a line.")
+@option("--watch", is_flag=True, help="Say it again every 2 s, until the job is finished or stops.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch one a line.")
 def status(file: Path, watch: bool, as_json: bool) -> None:
     """Show what is done and left of the job whose output is FILE. It may be running, stopped or finished.
 

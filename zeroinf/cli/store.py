@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from zeroinf.cli.environment import option
 from zeroinf.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def store() -> None:
 
 
 def _paths(command: _Command) -> _Command:
-    return click.option(
+    return option(
         "--nvme-path",
         "paths",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -42,7 +43,7 @@ def _paths(command: _Command) -> _Command:
 
 @store.command(name="list")
 @_paths
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_(paths: tuple[Path, ...], as_json: bool) -> None:
     """Show every store below the given folders."""
     from zeroinf.engines.stream.keep import list_stores
@@ -72,7 +73,7 @@ def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
 @store.command()
 @click.argument("names", nargs=-1, required=True)
 @_paths
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@option("--yes", is_flag=True, help="Do not ask.")
 def remove(names: tuple[str, ...], paths: tuple[Path, ...], yes: bool) -> None:
     """Remove stores. A later run that needs one writes it again."""
     from zeroinf.engines.stream.keep import list_stores, remove_store
