@@ -63,10 +63,16 @@ def words(tokens: Sequence[int]) -> str:
 
 
 def rows_of(prompts: Sequence[Sequence[int]], lengths: Sequence[int] | int, **sampling: Any) -> list[Row]:
-    """A row for each prompt, with its own most new tokens or the same for all."""
+    """A row for each prompt, with its own most new tokens or the same for all; the text of a token is its number."""
     most = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
     return [
-        Row(index=i, prompt=prompt, sampling=Sampling(max_new_tokens=new, **sampling), decode=words)
+        Row(
+            index=i,
+            prompt=prompt,
+            sampling=Sampling(max_new_tokens=new, **sampling),
+            decode=words,
+            piece=lambda token: f" {token}".encode(),
+        )
         for i, (prompt, new) in enumerate(zip(prompts, most, strict=True))
     ]
 

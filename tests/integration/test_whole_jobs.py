@@ -20,8 +20,10 @@ from zeroinf.generation.row import Sampling
 from zeroinf.generation.scheduler import Counts, Group
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
+from zeroinf.model.demo import demo_model_folder
 
 CPU = torch.device("cpu")
+EOS_TOKEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
 
 class Deaf:
@@ -37,6 +39,18 @@ def run(model: Path, requests: Path, output: Path | None, **options: Any) -> Any
     outcome = run_job(RunOptions(**asked), World(), CPU, sys.stdout, Deaf())
     assert outcome is not None and outcome.report is not None
     return outcome.report
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with another end token than the one that ends its turns."""
+    folder, ours = demo_model_folder(), tmp_path_factory.mktemp("smollm")
+    for file in folder.iterdir():
+        if file.name not in ("generation_config.json", "tokenizer_config.json"):
+            (ours / file.name).symlink_to(file)
+    for name, end in (("generation_config.json", {"eos_token_id": 0}), ("tokenizer_config.json", EOS_TOKEN)):
+        (ours / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **end}))
+    return ours
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +113,32 @@ def test_logprobs_are_refused_where_results_have_no_place_for_them(model: Path, 
     requests = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "one", "logprobs": 2}])
     with pytest.raises(UsageError, match="logprobs without --output-file"):
         run(model, requests, None)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_rows_where_transformers_does(smollm: Path, tmp_path: Path) -> None:
+    """Each line has its own; the answers are those of `generate` with `stop_strings`."""
+    question, stop = "What is 2+2? Reply with the number only.", "<|im_end|>"
+    chat = {"messages": [{"role": "user", "content": question}]}
+    cases = [
+        {**chat, "stop": [stop], "logprobs": 0},
+        {**chat, "stop": ["4<|im"]},
+        {**chat, "stop": ["\n", "<|im_end|>\n"]},
+    ]
+    out = tmp_path / "out.jsonl"
+    run(smollm, write_jsonl(tmp_path / "in.jsonl", cases), out, sampling=Sampling(max_new_tokens=12))
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(smollm), AutoTokenizer.from_pretrained(smollm)
+    ids = tokenizer.apply_chat_template(
+        chat["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    lengths = [
+        theirs.generate(ids, do_sample=False, max_new_tokens=12, stop_strings=case["stop"], tokenizer=tokenizer).shape[
+            1
+        ]
+        - ids.shape[1]
+        for case in cases
+    ]
+    found = read_jsonl(out)
+    assert [line["completion_tokens"] for line in found] == lengths
+    assert [line["finish_reason"] for line in found] == ["stop"] * 3
+    assert [line["completion"] for line in found] == ["2 + 2 = 4", "2 + 2 = ", "2 + 2 = 4"]
+    assert lengths[0] == 8 and len(found[0]["logprobs"]) == 8 and found[0]["logprobs"][-1]["token"] == stop

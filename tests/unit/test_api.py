@@ -73,6 +73,18 @@ def test_a_chat_comes_back_with_the_answer_at_its_end(ours: zeroinf.Pipeline) ->
     assert several == [found]
 
 
+def test_a_stop_string_ends_the_text_where_transformers_does(ours: zeroinf.Pipeline, theirs: Any) -> None:
+    ids = theirs.tokenizer(PROMPTS[1], return_tensors="pt")
+    full = theirs.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    stop = theirs.tokenizer.decode(full[3:5])
+    tokens = theirs.model.generate(
+        **ids, max_new_tokens=8, do_sample=False, stop_strings=stop, tokenizer=theirs.tokenizer
+    )[0, ids["input_ids"].shape[1] :]
+    (found,) = ours(PROMPTS[1], max_new_tokens=8, stop=stop, return_full_text=False)
+    text = theirs.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(tokens) < 8 and text == found["generated_text"] + stop
+
+
 def test_sampling_repeats_with_its_seed(ours: zeroinf.Pipeline) -> None:
     def drawn(seed: int) -> Any:
         return ours(PROMPTS, max_new_tokens=16, do_sample=True, temperature=5.0, seed=seed)

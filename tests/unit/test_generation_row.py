@@ -17,12 +17,17 @@ def decode(tokens: Sequence[int]) -> str:
     return bytes(token for token in tokens if token != EOS).decode(errors="replace")
 
 
-def row(**sampling: object) -> Row:
+def piece(token: int) -> bytes:
+    return bytes([token]) if token != EOS else b"<end>"
+
+
+def row(prompt: str = "!", **sampling: object) -> Row:
     return Row(
         index=0,
-        prompt=(1,),
+        prompt=tuple(prompt.encode()),
         sampling=Sampling(**{"max_new_tokens": 100, **sampling}),  # type: ignore[arg-type]
         decode=decode,
+        piece=piece,
     )
 
 
@@ -62,8 +67,15 @@ def test_a_stop_string_over_several_tokens_ends_the_row_and_is_left_out() -> Non
 
 def test_the_text_is_cut_at_the_first_of_several_stop_strings() -> None:
     """One token may bring two of them at once."""
-    two = Row(index=0, prompt=(1,), sampling=Sampling(max_new_tokens=9, stop=("late", "early")), decode=lambda t: t[0])
-    two.accept("some early and late text", ENDS)  # type: ignore[arg-type]
+    said = "some early and late text"
+    two = Row(
+        index=0,
+        prompt=(1,),
+        sampling=Sampling(max_new_tokens=9, stop=("late", "early")),
+        decode=lambda tokens: said * len(tokens),
+        piece=lambda token: said.encode(),
+    )
+    two.accept(7, ENDS)
     assert (two.finish_reason, two.text) == ("stop", "some ")
 
 
@@ -78,9 +90,75 @@ def test_a_stop_string_of_many_bytes_is_found_after_a_long_text(stop: str) -> No
     assert (ended.finish_reason, ended.text) == ("stop", "é" * 60)
 
 
-def test_a_stop_string_is_found_even_where_its_tokens_show_nothing_by_themselves() -> None:
-    ended = feed(row(stop=("ab",), ignore_eos=True), "x", then=[*b"a", *[EOS] * 5, *b"b"])
-    assert (ended.finish_reason, ended.text) == ("stop", "x")
+@pytest.mark.parametrize(
+    ("stop", "said", "text"),
+    [
+        ("<end>", "", ""),
+        ("<end>", "abc", "abc"),
+        ("c<end>", "abc", "ab"),
+        ("end", "abc", "abc"),
+        ("é<end>", "aéé", "aé"),
+    ],
+)
+def test_a_stop_string_may_hold_a_special_token_of_which_no_text_is_shown(stop: str, said: str, text: str) -> None:
+    ended = feed(row(stop=(stop,), ignore_eos=True), said, then=[EOS, *b"more"])
+    assert (ended.finish_reason, ended.text, ended.generated) == ("stop", text, [*said.encode(), EOS])
+
+
+def test_what_only_meets_because_a_special_token_is_not_shown_is_no_stop_string() -> None:
+    ended = feed(row(stop=("ab",), ignore_eos=True), "x", then=[*b"a", EOS, *b"b, ab"])
+    assert (ended.finish_reason, ended.text) == ("stop", "xab, ")
+
+
+def test_a_stop_string_that_begins_in_the_prompt_ends_the_row_as_in_transformers() -> None:
+    ended = feed(row("so the EN", stop=("END",)), "Dmore")
+    assert (ended.finish_reason, ended.text, len(ended.generated)) == ("stop", "", 1)
+
+
+def test_stop_strings_of_the_model_end_rows_that_do_not_ignore_its_end() -> None:
+    for ignores, end in ((False, ("stop", "a")), (True, ("length", "a.b"))):
+        one = row(max_new_tokens=3, ignore_eos=ignores)
+        for token in b"a.b":
+            if not one.finished:
+                one.accept(token, ENDS, (".",))
+        assert (one.finish_reason, one.text) == end
+
+
+def test_a_token_without_text_parts_what_is_before_from_what_is_behind() -> None:
+    parted = Row(
+        index=0,
+        prompt=(),
+        sampling=Sampling(max_new_tokens=4, stop=("ab",)),
+        decode=decode,
+        piece=lambda token: bytes([token]) if token < 200 else None,
+    )
+    for token in (*b"a", 200, *b"b", 201):
+        parted.accept(token, ENDS)
+    assert parted.finish_reason == "length"
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
+    asked = 0
+
+    def counted(token: int) -> bytes:
+        nonlocal asked
+        asked += 1
+        return bytes([token])
+
+    def no_text(tokens: Sequence[int]) -> str:
+        raise AssertionError("decoded before its end")
+
+    long = Row(
+        index=0, prompt=(1,), sampling=Sampling(max_new_tokens=2000, stop=("end",)), decode=no_text, piece=counted
+    )
+    for _ in range(1000):
+        long.accept(ord("a"), ENDS)
+    assert asked <= 3 * 1000
+
+
+def test_stop_strings_without_the_text_of_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="stop"):
+        Row(index=0, prompt=(1,), sampling=Sampling(max_new_tokens=1, stop=("x",)), decode=decode)
 
 
 def test_where_there_is_nothing_to_choose_by_a_row_ends_in_error_without_text() -> None:

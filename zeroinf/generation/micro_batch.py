@@ -36,6 +36,8 @@ class TokenRules:
         listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self.eos_tokens = frozenset(t for t in (*listed, *eos_tokens) if t is not None)
         self.pad_token = next((t for t in (pad_token, *sorted(self.eos_tokens)) if t is not None), 0)
+        self.stops = _texts(config.stop_strings)
+        """Strings that end every row, as the generation config has them."""
         self._model = model
         self._config = copy.deepcopy(config)
         self._config.do_sample = False
@@ -52,7 +54,7 @@ class TokenRules:
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
-        return bool(row.sampling.stop) or (bool(self.eos_tokens) and not row.sampling.ignore_eos)
+        return bool(row.sampling.stop) or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
 
     def kind(self, row: Row) -> tuple[int, int]:
         """What a row's processors depend on: its prompt's length and, where its last token is forced, its own."""
@@ -67,6 +69,10 @@ class TokenRules:
                 generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
             )
         return self._processors[kind]
+
+
+def _texts(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 class Desk:
@@ -231,7 +237,7 @@ class Chosen:
         live = [(seat, token) for seat, token in zip(self.seats, self._tokens.tolist(), strict=True)]
         live = [(seat, token) for seat, token in live if not seat.row.finished]
         for seat, token in live:
-            seat.row.accept(token, rules.eos_tokens)
+            seat.row.accept(token, rules.eos_tokens, rules.stops)
         return sum(token != NO_TOKEN for _, token in live), [seat for seat, _ in live if seat.row.finished]
 
 

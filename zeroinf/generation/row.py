@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]
+Piece = Callable[[int], bytes | None]
 FinishReason = Literal["stop", "length", "error"]
 
 NO_TOKEN = -1
@@ -15,10 +17,6 @@ NO_TOKEN = -1
 
 MOST_LOGPROBS = 20
 """As many likely tokens as OpenAI's API tells."""
-
-# Tokens may hold a part of a character, so the text that ends in a stop string can reach back a little further than
-# one token a character.
-_STOP_MARGIN_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +69,10 @@ class Likelihood:
 class Row:
     """A request's tokens: `prompt` as given, `generated` as it grows (an end-of-sequence token included).
 
-    Where an encoder reads what was given, that is `source`, and `prompt` is what the decoder begins with.
+    Where an encoder reads what was given, that is `source`, and `prompt` is what the decoder begins with. `decode`
+    gives the text of tokens, special ones left out; `piece` the bytes that one token adds to a text, special ones
+    included, and None for a token that has no text. Stop strings are searched for in pieces. Raises ValueError where
+    `sampling` has stop strings and there is no `piece`.
     """
 
     index: int
@@ -84,6 +85,11 @@ class Row:
     """Of each generated token, where `sampling.logprobs` asks for them."""
     finish_reason: FinishReason | None = None
     text: str = ""
+    piece: Piece | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling.stop and self.piece is None:
+            raise ValueError("stop strings need the text of single tokens")
 
     @property
     def finished(self) -> bool:
@@ -94,30 +100,66 @@ class Row:
         digest = blake2b(f"{self.sampling.seed}/{self.index}/{number}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest) >> 11) / 2**53
 
-    def accept(self, token: int, eos_tokens: frozenset[int]) -> None:
+    def accept(self, token: int, eos_tokens: frozenset[int], stops: tuple[str, ...] = ()) -> None:
         """Take the next token; sets `finish_reason` and `text` when the row ends with it.
 
-        With NO_TOKEN it ends in error, and its tokens never become text.
+        `eos_tokens` and `stops` (strings) end every row but those that ignore them (`ignore_eos`), the row's own stop
+        strings end it always. With NO_TOKEN it ends in error, and its tokens never become text.
         """
         if token == NO_TOKEN:
             self.finish_reason = "error"
             return
         self.generated.append(token)
-        ends = token in eos_tokens and not self.sampling.ignore_eos
-        if ends or self._hits_stop():
-            self._finish("stop")
+        stop = self._find_stop(self.sampling.stop if self.sampling.ignore_eos else self.sampling.stop + stops)
+        if stop is not None:
+            self.finish_reason, self.text = "stop", self._text_before(*stop)
+        elif token in eos_tokens and not self.sampling.ignore_eos:
+            self.finish_reason, self.text = "stop", self.decode(self.generated)
         elif len(self.generated) == self.sampling.max_new_tokens:
-            self._finish("length")
+            self.finish_reason, self.text = "length", self.decode(self.generated)
 
-    def _hits_stop(self) -> bool:
-        if not self.sampling.stop:
-            return False
-        reach = max(len(text.encode()) for text in self.sampling.stop) + _STOP_MARGIN_TOKENS
-        tail = self.decode(self.generated[-reach:])
-        return any(text in tail for text in self.sampling.stop)
+    def _find_stop(self, stops: tuple[str, ...]) -> tuple[int, int] | None:
+        """Where the first of `stops` begins that ends in the last token: a generated token's number, and a byte in its
+        piece; number -1 where that is in the prompt.
 
-    def _finish(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
-        text = self.decode(self.generated)
-        ends = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
-        self.text = text[: min(ends)] if ends else text
+        As in transformers' StopStringCriteria, as many tokens are looked at as the longest stop string has bytes.
+        """
+        if not stops:
+            return None
+        assert self.piece is not None
+        encoded = _encoded(stops)
+        reach = max(map(len, encoded))
+        tokens = self.generated[-reach:]
+        if len(tokens) < reach:
+            tokens = [*self.prompt[len(tokens) - reach :], *tokens]
+        pieces: list[bytes] = []
+        for token in reversed(tokens):
+            if (piece := self.piece(token)) is None:
+                break
+            pieces.append(piece)
+        if not pieces:
+            return None
+        text, last = b"".join(reversed(pieces)), len(pieces[0])
+        found = [at for stop in encoded if (at := text.find(stop, max(0, len(text) - last - len(stop) + 1))) >= 0]
+        if not found:
+            return None
+        number, at = len(self.generated) - len(pieces), min(found)
+        while at >= len(piece := pieces[len(self.generated) - number - 1]):
+            number, at = number + 1, at - len(piece)
+        return (number, at) if number >= 0 else (-1, 0)
+
+    def _text_before(self, number: int, at: int) -> str:
+        """The text of what precedes byte `at` in the piece of the generated token `number`."""
+        before = self.decode(self.generated[: max(0, number)])
+        if at == 0 or not self.decode(self.generated[number : number + 1]):  # nothing is shown of special tokens
+            return before
+        assert self.piece is not None
+        piece = self.piece(self.generated[number]) or b""
+        # The bytes before may continue a character of earlier tokens: only the decoder can tell their text.
+        text, rest = self.decode(self.generated[: number + 1]), piece[at:].decode(errors="replace")
+        return text.removesuffix(rest) if text.endswith(rest) else before + piece[:at].decode(errors="replace")
+
+
+@lru_cache
+def _encoded(stops: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(stop.encode(errors="surrogatepass") for stop in stops)

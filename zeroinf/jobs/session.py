@@ -109,7 +109,13 @@ class Session:
                     f"prompt {number}: a {name} of {tokens} tokens, but the plan was made for up to {planned}",
                     hint="make the pipeline with a larger max_prompt_tokens or max_new_tokens",
                 )
-        return Row(index=number, prompt=prompt, sampling=request.sampling, decode=self._codec.decode)
+        return Row(
+            index=number,
+            prompt=prompt,
+            sampling=request.sampling,
+            decode=self._codec.decode,
+            piece=self._codec.piece,
+        )
 
     def close(self) -> None:
         """Free the model. Every rank must call it."""

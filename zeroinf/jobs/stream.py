@@ -217,4 +217,6 @@ def _row(work: Work, codec: TextCodec, start: int | None, tokens: int | None = N
     """A row for `work`; where an encoder reads its prompt, the decoder begins with the token `start`."""
     sampling = work.sampling if tokens is None else replace(work.sampling, max_new_tokens=tokens, ignore_eos=True)
     prompt, source = (work.prompt, ()) if start is None else ((start,), work.prompt)
-    return Row(index=work.index, prompt=prompt, source=source, sampling=sampling, decode=codec.decode)
+    return Row(
+        index=work.index, prompt=prompt, source=source, sampling=sampling, decode=codec.decode, piece=codec.piece
+    )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from zeroinf.generation.row import Likelihood
+from zeroinf.service.pieces import Pieces
 from zeroinf.service.requests import Request
 
 _DECIMALS = 6
@@ -24,6 +25,7 @@ class TextCodec:
         self._now = now
         self._vocabulary = vocabulary
         self._texts: dict[int, str] = {}
+        self._pieces: Pieces | None = None
 
     @property
     def pad_token(self) -> int | None:
@@ -66,6 +68,14 @@ class TextCodec:
         if self._tokenizer is not None:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         return " ".join(str(token) for token in tokens)
+
+    def piece(self, token: int) -> bytes | None:
+        """The bytes that a token adds to a text, special ones included; None for one that has no text."""
+        if self._tokenizer is None:
+            return f" {token}".encode()
+        if self._pieces is None:
+            self._pieces = Pieces(self._tokenizer)
+        return self._pieces(token)
 
     def told(self, token: int, likelihood: Likelihood) -> dict[str, Any]:
         """A generated token and the likeliest ones in its place, for the output."""
