@@ -10,7 +10,7 @@
     ├── RequestsFailedError       5  the job finished, but some requests were refused or came to nothing
     ├── StoreError                1  a store of weights is damaged, in use, or cannot be read or written
     ├── RankError                 1  another rank died, or the ranks cannot reach each other
-    └── InterruptedRunError     130  Ctrl-C; 143 after SIGTERM
+    └── InterruptedRunError     130  Ctrl-C; 143 after SIGTERM, 129 SIGHUP, 138 SIGUSR1
 
 A message says what happened and with which value; the hint says what to do about it. Nothing below `zeroinf.cli`
 prints an error or ends the process: it raises one of these, and the command line turns it into two lines and a code.

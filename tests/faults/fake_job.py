@@ -139,6 +139,7 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
                         interrupts.deferred = False
                         flow.gather()
                 held.finish()
+                leaving.finished()
             except BaseException as error:
                 leaving.because_of(error)
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -270,14 +271,15 @@ def test_a_pass_that_takes_long_is_dropped_within_seconds_of_the_first_signal_an
         assert tally.is_clean, tally
 
 
+def deaf_sleep(seconds: float) -> None:
+    libc, left = ctypes.CDLL(None), round(seconds)
+    while left:  # a C call that goes on where a signal broke it
+        left = libc.sleep(left)
+
+
 def test_a_second_signal_ends_the_process_at_once_even_in_a_call_that_hears_no_signals_and_the_job_goes_on(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deaf_sleep(seconds: float) -> None:
-        libc, left = ctypes.CDLL(None), round(seconds)
-        while left:  # a C call that goes on where a signal broke it
-            left = libc.sleep(left)
-
     monkeypatch.setattr(fake_job, "pause", deaf_sleep)
     with scratch() as folder:
         out = folder / "out.jsonl"
@@ -294,6 +296,80 @@ def test_a_second_signal_ends_the_process_at_once_even_in_a_call_that_hears_no_s
         tally = Tally()
         bench.finish(folder, tally)
         assert tally.is_clean, tally
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "second_after_s"),
+    [(0.2, None), (30.0, 1.0), (1.0, 2.0)],
+    ids=["one signal", "a second one", "a second one while the last resort waits for the disk"],
+)
+def test_a_disk_that_hangs_keeps_nobody_who_stops_the_run_and_they_are_told_what_is_saved(
+    grace_s: float, second_after_s: float | None, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zeroinf.jobs.interrupts.GRACE_S", grace_s)
+    sync, syncs = LineFile.sync, []
+
+    def hanging(file: LineFile) -> None:
+        syncs.append(None)
+        if len(syncs) > 3:  # the journal's beginning, and some results
+            os.write(writes, b"hangs\n")
+            deaf_sleep(60)
+        sync(file)
+
+    monkeypatch.setattr(LineFile, "sync", hanging)
+    reads, writes = os.pipe()
+    ear = Ear()
+    ear.note = ear.failed = lambda text: os.write(writes, f"{text}\n".encode()) and None  # type: ignore[method-assign]
+    with scratch() as folder, os.fdopen(reads) as said:
+        out = folder / "out.jsonl"
+        pid = in_child(lambda: run_job(bench.lines, out, ear, pause_s=0.01))
+        os.close(writes)
+        while said.readline() != "hangs\n":
+            pass
+        os.kill(pid, signal.SIGINT)
+        if second_after_s is not None:
+            time.sleep(second_after_s)
+            os.kill(pid, signal.SIGTERM)
+        started = time.monotonic()
+        assert exit_code(pid) == (130 if second_after_s is None else 143)
+        assert time.monotonic() - started < PROMPTLY_S
+        told = said.read()
+        assert "stopped by SIG" in told
+        assert re.search(
+            rf"\d finished results, or more, are saved in {journal_path(out)}; to go on: zeroinf run", told
+        )
+        monkeypatch.undo()
+        tally = Tally()
+        bench.finish(folder, tally)
+        assert tally.is_clean, tally
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_terminal_that_closes_and_a_batch_queue_stop_a_run_in_order_and_it_goes_on(number: int, bench: Bench) -> None:
+    with scratch() as folder:
+        out = folder / "out.jsonl"
+        pid = in_child(lambda: run_job(bench.lines, out, Ear(), pause_s=0.1))
+        while not journalled(out):
+            time.sleep(0.01)
+        os.kill(pid, number)
+        assert exit_code(pid) == 128 + number
+        assert f'"ended": "stopped by {signal.Signals(number).name}"'.encode() in journal_path(out).read_bytes()
+        tally = Tally()
+        bench.finish(folder, tally)
+        assert tally.is_clean, tally
+
+
+def test_a_run_that_nohup_started_outlives_its_terminal(bench: Bench) -> None:
+    def body() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return run_job(bench.lines, folder / "out.jsonl", Ear(), pause_s=0.02)
+
+    with scratch() as folder:
+        pid = in_child(body)
+        while not journalled(folder / "out.jsonl"):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGHUP)
+        assert exit_code(pid) == 0
 
 
 def test_signals_that_come_together_are_one() -> None:

@@ -33,7 +33,7 @@ def record(number, frame):
     with open(f"{rank}.signals", "a") as file:
         print(number, file=file)
 
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, record)
 """
 
@@ -151,8 +151,16 @@ def test_ranks_have_longer_to_end_than_they_take_to_notice_and_to_stop_in_order(
     assert max(2 * notices, stops) < launch._GRACE_S
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("to_the_group", [True, False])
+@pytest.mark.parametrize(
+    ("number", "code", "to_the_group"),
+    [
+        (signal.SIGINT, 130, True),
+        (signal.SIGTERM, 143, True),
+        (signal.SIGTERM, 143, False),
+        (signal.SIGHUP, 129, True),
+        (signal.SIGUSR1, 138, False),
+    ],
+)
 def test_a_signal_reaches_each_rank_once(
     to_the_group: bool, number: int, code: int, start: Start, tmp_path: Path
 ) -> None:

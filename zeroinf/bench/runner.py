@@ -22,10 +22,11 @@ from zeroinf.bench.prompt import prompt_of
 from zeroinf.bench.results import Outcome, Results, outcome_of
 from zeroinf.errors import DoesNotFitError, InterruptedRunError, UsageError, ZeroinfError
 from zeroinf.jobs.interrupts import interrupted
+from zeroinf.signals import STOP_SIGNALS
 
 _OUT_OF_MEMORY = ("out of GPU memory", "OutOfMemoryError", "MemoryError", "can't allocate memory")
 _STATUS = {DoesNotFitError.exit_code: "does not fit", UsageError.exit_code: "refused"}
-_STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+_STOPPED = {128 + number: number for number in STOP_SIGNALS}
 _MESSAGE_LINES = 3
 _GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1

@@ -17,6 +17,7 @@ import click
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import SizeType, given, refuse_group_options
 from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
+from zeroinf.signals import heeded_signals
 
 if TYPE_CHECKING:
     from zeroinf.bench.matrix import Cell, Matrix, Settings
@@ -242,13 +243,13 @@ def _so_far(settings: Settings, output_file: Path | None, *, overwrite: bool) ->
 
 @contextmanager
 def _stops_in_order(output_file: Path | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the cell that runs, and the process with how to go on."""
+    """A signal that stops runs ends the cell that runs, and the process with how to go on."""
     from zeroinf.jobs.interrupts import interrupted
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise interrupted(number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in heeded_signals()}
     try:
         yield
     except InterruptedRunError as error:

@@ -14,8 +14,9 @@ from pathlib import Path
 from zeroinf.cli.ranks import packed
 from zeroinf.distributed.ports import free_port
 from zeroinf.errors import EnvironmentProblem
+from zeroinf.signals import STOPPED_CODES, heeded_signals
 
-_KNOWN_CODES = frozenset((0, 1, 2, 3, 4, 5, 130, 143))
+_KNOWN_CODES = frozenset((0, 1, 2, 3, 4, 5)) | STOPPED_CODES
 _POLL_S = 0.05
 _GRACE_S = 10.0
 """How long ranks have to end by themselves once one has failed, and again once they are asked to: longer than they take
@@ -49,8 +50,8 @@ def check_pdsh() -> None:
 def launch_here(arguments: Sequence[str], num_gpus: int) -> int:
     """Run `zeroinf ARGUMENTS` on `num_gpus` ranks of this node, none of which outlives the call.
 
-    Returns the exit code: that of the first rank that failed, 0 if none did. SIGINT and SIGTERM reach each rank once.
-    Raises OSError where a process cannot be started or no port is free.
+    Returns the exit code: that of the first rank that failed, 0 if none did. A signal that stops runs reaches each rank
+    once. Raises OSError where a process cannot be started or no port is free.
     """
     command = [sys.executable, "-u", "-m", "zeroinf", *arguments]
     # How many ranks a node has is LOCAL_WORLD_SIZE to torch and LOCAL_SIZE to DeepSpeed.
@@ -85,12 +86,12 @@ def launch_on_nodes(arguments: Sequence[str], hostfile: Path, num_gpus: int | No
 
 
 def _noted_signals() -> list[int]:
-    """The numbers of the SIGINTs and SIGTERMs that come from now on. They do nothing else to this process.
+    """The numbers of the signals that stop runs, as they come from now on. They do nothing else to this process.
 
     Its children are in sessions of their own: a terminal's Ctrl-C is theirs only if it is passed on.
     """
     noted: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded_signals():
         signal.signal(number, lambda number, frame: noted.append(number))
     return noted
 

@@ -62,7 +62,8 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 failure, 2 usage, 3 does not fit, 4 this machine lacks something,
-    5 finished, but requests were refused or failed, 130/143 interrupted.
+    5 finished, but requests were refused or failed, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP,
+    138 SIGUSR1.
     """
 
 

@@ -15,6 +15,7 @@ import psutil
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import RankError
+from zeroinf.signals import STOPPED_CODES
 
 _POLL_S = 0.2
 _GRACE_S = 1.5
@@ -24,7 +25,6 @@ _BEAT_EVERY_S = 1.0
 _SILENCE_S = 15.0
 """How long a rank on another node may say nothing before it is taken for dead: loading holds threads up."""
 
-_STOPPED_CODES = (130, 143)
 _HEARD = "reason/heard"
 
 
@@ -85,7 +85,7 @@ class PeerWatch:
     def has_lost_a_peer(self) -> bool:
         """Whether a rank is gone for a cause of its own: not because it, too, was asked to stop."""
         words = [self._word_of(peer.rank) for peer in self._near if not peer.is_alive()]
-        return any(word is None or word[1] not in _STOPPED_CODES for word in words)
+        return any(word is None or word[1] not in STOPPED_CODES for word in words)
 
     def confess(self, reason: str, exit_code: int) -> None:
         """Tell the other ranks why this one is about to end. Stops watching: they may end first."""

@@ -32,7 +32,13 @@ class Leaving:
         self._file, self._resume_command = file, resume_command
         self._output, self._observer, self._interrupts = output, observer, interrupts
         self._saving, self._is_saved = threading.Lock(), False
+        self._has_spoken = self._has_told = False
         interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
+        interrupts.at_once = self._at_once
+
+    def finished(self) -> None:
+        """The output is published: whatever stops the run from here on has nothing to save."""
+        self._interrupts.last_resort = self._interrupts.at_once = lambda number: None
 
     def because_of(self, error: BaseException, *, speak: bool = False) -> None:
         """End with `error`, which is said here if nobody else will."""
@@ -44,7 +50,7 @@ class Leaving:
         if self.watch is not None and (isinstance(error, (RankError, RuntimeError)) or self.watch.has_lost_a_peer()):
             self.watch.give_way()
         if speak:
-            self._observer.failed(reason_of(error))
+            self._say(reason_of(error))
         if self._output is not None:
             self._save(reason_of(error))
         if self.watch is not None:
@@ -61,6 +67,21 @@ class Leaving:
             self._save(death)
         elif speak and self._file is not None:
             self._tell(f"results finished until then are saved in {journal_path(self._file)}")
+
+    def _at_once(self, number: int) -> None:
+        """Say what is saved, and wait for nobody: what saves it may be stuck in a write to a disk that hangs."""
+        if self._output is None or self._has_told:
+            return
+        if not self._has_spoken:
+            self._say(reason_of(interrupted(number)))
+        if self._file is not None:
+            durable = self._output.durable
+            count = "results finished until then" if durable == 0 else f"{durable} finished results, or more,"
+            self._tell(f"{count} are saved in {journal_path(self._file)}")
+
+    def _say(self, why: str) -> None:
+        self._has_spoken = True
+        self._observer.failed(why)
 
     def _save(self, why: str) -> None:
         """Once, whichever thread comes first; the other waits until it is said."""
@@ -81,6 +102,7 @@ class Leaving:
             self._tell(f"{count} saved in {saved.path}")
 
     def _tell(self, what: str) -> None:
+        self._has_told = True
         self._observer.note(f"{what}; to go on: {self._resume_command}")
 
 

@@ -83,8 +83,8 @@ def run_job(
     finished by then is saved, and a note says where and how to go on.
     """
     peak = PeakMemory()
-    control = Control(world, device.type)
     with Interrupts() as interrupts:
+        control = Control(world, device.type)
         start = _start_together(options, control, device, results, observer)
         output = Output(start.writer) if start.writer is not None else None
         leaving = Leaving(options.output_file, options.resume_command, output, observer, interrupts)
@@ -100,7 +100,8 @@ def run_job(
         except BaseException as error:
             leaving.because_of(error)
             raise
-    control.close()
+        leaving.finished()
+        control.close()
     if start.job is None:
         return None
     if not start.job.work:

@@ -36,7 +36,8 @@ class Output:
         self._writer = writer
         self._lock = threading.Lock()
         self._abandoned: Saved | None = None
-        self._durable = 0
+        self.durable = 0
+        """Results that were so at the last `settle`; to be read without waiting for whoever writes."""
         self.results = 0
         """Those of this run, failed ones included."""
         self.failed = 0
@@ -56,8 +57,8 @@ class Output:
         """How many results are durable, those of earlier runs included."""
         with self._lock:
             if self._abandoned is None:
-                self._durable = self._writer.settle()
-            return self._durable
+                self.durable = self._writer.settle()
+            return self.durable
 
     def finish(self) -> Sequence[Refusal]:
         """Publish all results; returns the requests that came to nothing, those of earlier runs included."""

@@ -1,0 +1,16 @@
+"""Signals that ask a run to stop in order: Ctrl-C, and what a system, a terminal that closes or a batch queue sends."""
+
+from __future__ import annotations
+
+import signal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+STOPPED_CODES = frozenset(128 + number for number in STOP_SIGNALS)
+"""Exit codes of a run that one of them has stopped, as shells have it."""
+
+
+def heeded_signals() -> tuple[signal.Signals, ...]:
+    """Those that stop this process: not a SIGHUP or SIGUSR1 that it was started to ignore, as by `nohup`."""
+    ignorable = (signal.SIGHUP, signal.SIGUSR1)
+    return tuple(n for n in STOP_SIGNALS if n not in ignorable or signal.getsignal(n) is not signal.SIG_IGN)
