@@ -24,7 +24,7 @@ from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.requests import Request, Result
-from zeroinf.service.text import TextCodec
+from zeroinf.service.text import TextCodec, encode_prompt
 from zeroinf.simulation.planning import answer
 from zeroinf.sizes import parse_size
 
@@ -122,8 +122,8 @@ def generate(
     if not requests:
         return []
     anatomy = read_anatomy(source.config, trust_remote_code=source.trust_remote_code)
-    codec = TextCodec(load_tokenizer(source), anatomy.vocabulary)
-    longest = max(len(codec.encode(request)) for request in requests)
+    codec = TextCodec(load_tokenizer(source), anatomy)
+    longest = max(len(encode_prompt(codec, request)) for request in requests)
     with _open(
         run_options, source, Lengths(prompt_tokens=longest, new_tokens=max_new_tokens), len(requests)
     ) as session:

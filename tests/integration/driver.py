@@ -72,7 +72,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     prepared = prepare(options, source, reading, reading.job.work, world, "cpu")
     engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), Silent())
     try:
-        codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy.vocabulary)
+        codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
         part = control.part(prepared.plan.tensor_parallel.size)
         stream = Stream(prepared, codec, part, control.store, engine, None, _Silent())

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from launching import read_jsonl, write_jsonl
+from small_models import CONTEXT, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zeroinf
 from zeroinf.distributed.world import World
-from zeroinf.errors import UsageError
+from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.generation.scheduler import Counts, Group
+from zeroinf.jobs.evaluate import evaluate
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
 from zeroinf.model.demo import demo_model_folder
@@ -107,6 +110,58 @@ def test_logprobs_are_in_every_format_and_survive_the_journal(model: Path, tmp_p
     run(model, requests, tmp_path / "out.parquet")
     told = [row["logprobs"] for row in parquet.read_table(tmp_path / "out.parquet").to_pylist()]
     assert [each and json.loads(each) for each in told] == [first["logprobs"], None, third["logprobs"]]
+
+
+@pytest.fixture(scope="module")
+def beyond(shared_folder: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
+    """A small model whose tokenizer has tokens of which the model knows nothing: one, and what pads."""
+
+    def build(name: str) -> Path:
+        def fill(folder: Path) -> None:
+            make_checkpoint(name, folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.add_tokens(["<beyond>"])
+            tokenizer.add_special_tokens({"pad_token": "<padding>"})
+            tokenizer.save_pretrained(folder)
+
+        return shared_folder(f"beyond-{name}", fill)
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_token_that_the_model_does_not_have_refuses_its_line_and_no_other(
+    name: str, beyond: Callable[[str], Path], small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    good = [{"prompt": "Once"}, {"prompt": "a longer one, beside which the other is padded"}]
+    lines = write_jsonl(tmp_path / "in.jsonl", [good[0], {"prompt": "a <beyond> b"}, good[1]])
+    report = run(beyond(name), lines, tmp_path / "out.jsonl")
+    assert (report.requests, report.refused) == (2, 1)
+    (refused,) = read_jsonl(tmp_path / "out.jsonl.errors.jsonl")
+    assert refused["line"] == 2 and f"token {VOCABULARY} ('<beyond>')" in refused["error"]
+    run(small_checkpoint(name), write_jsonl(tmp_path / "good.jsonl", good), tmp_path / "good.out.jsonl")
+    told = [[line["completion"] for line in read_jsonl(tmp_path / file)] for file in ("out.jsonl", "good.out.jsonl")]
+    assert told[0] == told[1]
+
+
+def test_python_refuses_a_prompt_that_the_model_cannot_take_before_anything_runs(
+    beyond: Callable[[str], Path], small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for model, prompt, words in (
+        (beyond("llama"), "a <beyond> b", "prompt 1: token 384 .*<beyond>"),
+        (small_checkpoint("gpt2"), "x" * CONTEXT, "prompt 1: the prompt has 256 tokens and max_new_tokens is 4"),
+    ):
+        with pytest.raises(InputError, match=words):
+            zeroinf.generate(str(model), ["fine", prompt], max_new_tokens=4)
+    with (
+        zeroinf.pipeline(str(small_checkpoint("gpt2")), max_prompt_tokens=400, max_new_tokens=4, batch_size=2) as pipe,
+        pytest.raises(InputError, match="prompt 1: the prompt has 253 tokens"),
+    ):
+        pipe(["fine", "x" * (CONTEXT - 3)])
+    text = tmp_path / "text.txt"
+    text.write_text("a text with a <beyond> in it")
+    with pytest.raises(InputError, match=r"cannot predict .*: token 384"):
+        evaluate(RunOptions(model=str(beyond("llama")), sampling=Sampling(max_new_tokens=1)), text, None, CPU, Deaf())
 
 
 def test_logprobs_are_refused_where_results_have_no_place_for_them(model: Path, tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def prompt_tokens(cell: Cell, settings: Settings) -> int:
 def _tokens(cell: Cell, settings: Settings, text: str) -> int:
     codec = _codec(cell.model, settings.trust_remote_code, settings.random_weights)
     sampling = Sampling(max_new_tokens=1)
-    return len(codec.encode(Request(index=0, line=None, id="", prompt=text, messages=None, sampling=sampling)))
+    return len(codec.tokens(Request(index=0, line=None, id="", prompt=text, messages=None, sampling=sampling)))
 
 
 @cache
 def _codec(model: str, trust_remote_code: bool, random_weights: bool) -> TextCodec:
     source = resolve_model(model, trust_remote_code=trust_remote_code, random_weights=random_weights)
-    return TextCodec(load_tokenizer(source), read_anatomy(source.config).vocabulary)
+    return TextCodec(load_tokenizer(source), read_anatomy(source.config))
 
 
 def _text(words: int) -> str:

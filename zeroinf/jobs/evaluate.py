@@ -30,6 +30,7 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.gpu_memory import GpuMemory
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
+from zeroinf.service.text import TextCodec
 
 _WINDOW = 512
 # Positions whose probabilities are computed at a time.
@@ -103,6 +104,10 @@ def evaluate(
     windows = list(cut(tokenizer(content, add_special_tokens=False)["input_ids"], lead, window))
     if not windows:
         raise InputError(f"{text} holds too few tokens to predict one")
+    try:
+        TextCodec(tokenizer, anatomy).check([max(one) for one in windows])
+    except ValueError as error:
+        raise InputError(f"cannot predict {text}: {error}") from error
     lengths = Lengths(prompt_tokens=max(map(len, windows)), new_tokens=1, padded=False, whole=True)
     plan, _, _ = plan_run(
         _without_logits(options, anatomy, window, device), source, anatomy, lengths, 1, World(), device.type

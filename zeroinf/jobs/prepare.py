@@ -68,8 +68,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         trust_remote_code=options.trust_remote_code,
     )
     started = time.perf_counter()
-    codec = TextCodec(tokenizer, anatomy.vocabulary, began)
-    work, too_long = _tokenize(requests, codec, anatomy)
+    codec = TextCodec(tokenizer, anatomy, began)
+    work, too_long = _tokenize(requests, codec)
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
         raise InputError(none_can_run(refusals + too_long))
@@ -136,14 +136,11 @@ def _open(name: str) -> BinaryIO:
     return Path(name).open("rb")
 
 
-def _tokenize(
-    requests: Sequence[Request], codec: TextCodec, anatomy: Anatomy
-) -> tuple[tuple[Work, ...], list[Refusal]]:
+def _tokenize(requests: Sequence[Request], codec: TextCodec) -> tuple[tuple[Work, ...], list[Refusal]]:
     work, refusals = [], []
     for request in requests:
         try:
             prompt = codec.encode(request)
-            _check_length(len(prompt), request.sampling.max_new_tokens, anatomy)
         except ValueError as error:
             refusals.append(Refusal.of(request, str(error)))
             continue
@@ -158,15 +155,6 @@ def _tokenize(
             )
         )
     return tuple(work), refusals
-
-
-def _check_length(prompt_tokens: int, new_tokens: int, anatomy: Anatomy) -> None:
-    limit = anatomy.context_limit
-    if limit is not None and anatomy.positions(prompt_tokens, new_tokens) > limit:
-        raise ValueError(
-            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {new_tokens}, "
-            f"but the model's context holds {limit}"
-        )
 
 
 def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:

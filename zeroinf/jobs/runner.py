@@ -326,7 +326,7 @@ class _Job:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
     def _generate(self, engine: Engine, room: _Room) -> tuple[Stream, float]:
-        codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy.vocabulary)
+        codec = TextCodec(load_tokenizer(self._source), self._prepared.plan.anatomy)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
         desk, scheduler = Desk(engine.model, rules, room.pool, self._device, room.host), room.scheduler
         if self._options.benchmark:

@@ -25,7 +25,7 @@ from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.gpu_memory import GpuMemory
 from zeroinf.service.requests import Request, Result
-from zeroinf.service.text import TextCodec
+from zeroinf.service.text import TextCodec, encode_prompt
 
 
 class Session:
@@ -51,7 +51,7 @@ class Session:
             trust_remote_code=options.trust_remote_code,
         )
         self.tokenizer = load_tokenizer(source)
-        self._codec = TextCodec(self.tokenizer, anatomy.vocabulary)
+        self._codec = TextCodec(self.tokenizer, anatomy)
         self._control = Control(world, device.type)
         if world.is_main:
             planned = plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
@@ -70,7 +70,8 @@ class Session:
             raise _does_not_fit(error) from error
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """A result for each request, in order. Raises InputError for one that is longer than was planned for."""
+        """A result for each request, in order. Raises InputError for one that is longer than was planned for, or than
+        the model's context, before any of them runs."""
         waiting = [self._row(number, request) for number, request in enumerate(requests)]
         finished: dict[int, Result] = {}
         model, engine = self._engine.model, self._engine
@@ -96,10 +97,7 @@ class Session:
         return [finished[number] for number in range(len(requests))]
 
     def _row(self, number: int, request: Request) -> Row:
-        try:
-            prompt = self._codec.encode(request)
-        except ValueError as error:
-            raise InputError(f"prompt {number}: {error}") from error
+        prompt = encode_prompt(self._codec, request)
         for name, tokens, planned in (
             ("prompt", len(prompt), self._lengths.prompt_tokens),
             ("completion", request.sampling.max_new_tokens, self._lengths.new_tokens),

@@ -8,7 +8,9 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+from zeroinf.errors import InputError
 from zeroinf.generation.row import Likelihood
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.service.pieces import Pieces
 from zeroinf.service.requests import Request
 
@@ -19,17 +21,19 @@ _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
 class TextCodec:
     """A model's tokenizer, or plain UTF-8 bytes for random weights that come without one."""
 
-    def __init__(self, tokenizer: Any | None, vocabulary: int, now: float | None = None) -> None:
+    def __init__(self, tokenizer: Any | None, anatomy: Anatomy, now: float | None = None) -> None:
         """`now` (seconds since 1970) is what chat templates are told that ask for the date; None: the clock's."""
         self._tokenizer = tokenizer
         self._now = now
-        self._vocabulary = vocabulary
+        self._anatomy = anatomy
         self._texts: dict[int, str] = {}
         self._pieces: Pieces | None = None
 
     @property
     def pad_token(self) -> int | None:
-        return self._tokenizer.pad_token_id if self._tokenizer is not None else None
+        """The tokenizer's padding token, or 0 where the model has no embedding for it: no model sees what pads."""
+        token = self._tokenizer.pad_token_id if self._tokenizer is not None else None
+        return token if token is None or token < self._anatomy.vocabulary else 0
 
     @property
     def eos_tokens(self) -> tuple[int, ...]:
@@ -37,19 +41,43 @@ class TextCodec:
         return () if token is None else (token,)
 
     def encode(self, request: Request) -> list[int]:
+        """Token ids of a request's prompt, checked against the model.
+
+        Raises ValueError as `tokens` does, and where prompt and completion together are longer than the model's
+        context.
+        """
+        ids, new_tokens, limit = self.tokens(request), request.sampling.max_new_tokens, self._anatomy.context_limit
+        if limit is not None and self._anatomy.positions(len(ids), new_tokens) > limit:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {new_tokens}, "
+                f"but the model's context holds {limit}"
+            )
+        return ids
+
+    def tokens(self, request: Request) -> list[int]:
         """Token ids of a request's prompt; chat messages go through the chat template.
 
-        Raises ValueError when the messages cannot be rendered or nothing is left of the prompt.
+        Raises ValueError when the messages cannot be rendered, when nothing is left of the prompt, or where it holds a
+        token for which the model has no embedding.
         """
         if request.messages is not None:
             ids = self._encode_chat(request.messages)
         elif self._tokenizer is not None:
             ids = self._tokenizer(request.prompt)["input_ids"]
         else:
-            ids = [byte % self._vocabulary for byte in (request.prompt or "").encode()]
+            ids = [byte % self._anatomy.vocabulary for byte in (request.prompt or "").encode()]
         if not ids:
             raise ValueError("the prompt holds no tokens")
+        self.check(ids)
         return list(ids)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises ValueError where `ids` hold a token for which the model has no embedding."""
+        if (largest := max(ids)) >= self._anatomy.vocabulary:
+            raise ValueError(
+                f"token {largest} ({self._text(largest)!r}) is in the tokenizer, but the model has embeddings for "
+                f"tokens below {self._anatomy.vocabulary} only"
+            )
 
     def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if self._tokenizer is None or self._tokenizer.chat_template is None:
@@ -93,6 +121,14 @@ class TextCodec:
         if self._tokenizer is not None:
             return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return str(token)
+
+
+def encode_prompt(codec: TextCodec, request: Request) -> list[int]:
+    """As `encode`; raises InputError that names the prompt by its number."""
+    try:
+        return codec.encode(request)
+    except ValueError as error:
+        raise InputError(f"prompt {request.index}: {error}") from error
 
 
 @contextmanager
