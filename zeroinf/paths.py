@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -28,6 +29,53 @@ def make_guarded(folder: Path) -> None:
     """Make `folder`, and what is missing above it, such that nobody but their owner may write there."""
     for each in (*reversed(folder.parents), folder):
         each.mkdir(_GUARDED_FOLDER, exist_ok=True)
+
+
+def make_shared(folder: Path) -> None:
+    """Make `folder`, and what is missing above it, for those who may make files in the folder above it.
+
+    Nobody may remove or replace what another has made there.
+    """
+    for each in (*reversed(folder.parents), folder):
+        try:
+            each.mkdir(_GUARDED_FOLDER)
+        except FileExistsError:
+            continue
+        above, own = each.parent.stat(), each.stat()
+        everybody = above.st_mode & stat.S_IRWXO if above.st_mode & stat.S_IWOTH else 0
+        shared = everybody | everybody << 3
+        if above.st_mode & stat.S_IWGRP and above.st_gid == own.st_gid:
+            shared |= above.st_mode & stat.S_IRWXG
+        if shared:
+            each.chmod(stat.S_IMODE(own.st_mode) | shared | stat.S_ISVTX)
+
+
+def open_lock(file: Path) -> int:
+    """A descriptor of `file` to lock, which is made where it is missing; another user's will do.
+
+    Raises PermissionError where it may be neither read nor made.
+    """
+    while True:
+        try:
+            return os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError:
+            return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass
+        try:  # apart, since no other user's file may be opened so where anybody may make files
+            made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, GUARDED_FILE)
+        except FileExistsError:
+            continue
+        os.fchmod(made, GUARDED_FILE)  # there is nothing in it that a umask should keep from others
+        return made
+
+
+def owner_of(path: Path) -> str:
+    """Who owns `path`: a user's name, or a number without one."""
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
 
 
 def flush(path: Path) -> None:

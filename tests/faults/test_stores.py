@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from zeroinf.engines.stream.load import Checkpoint
 from zeroinf.engines.stream.lock import StoreLock
 from zeroinf.engines.stream.store import lock_file, open_store, store_folder
 from zeroinf.errors import DoesNotFitError, StoreError
+from zeroinf.model.cache import build_once
 
 BLOCKS = 3
 PROMPTLY_S = 10
@@ -142,6 +144,107 @@ def test_nobody_but_their_owner_may_write_to_stores_whatever_the_umask(model: Pa
     seen |= {path.name: path.stat().st_mode for path in tmp_path.rglob("*")}
     assert seen.keys() >= {"zeroinf-store", "data", "journal", "header.partial", "header.json"}
     assert [name for name, mode in seen.items() if mode & (stat.S_IWGRP | stat.S_IWOTH)] == []
+
+
+ALICE, BOB = 54321, 54322  # users without a name, and without a right beyond those of everybody
+
+
+def as_user(uid: int, body: Callable[[], Any]) -> str:
+    """What `body` returns, or the words of the error that it raises, in a process of this user's."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            answer = str(body())
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}; {getattr(error, 'hint', '')}"
+        os.write(writes, answer.encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return answer
+
+
+@pytest.fixture
+def for_all(model: Path) -> Iterator[Path]:
+    """A folder in which every user may make files, as on a disk that several share; `model` and `other` in it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be several users")
+    folder = Path(tempfile.mkdtemp(prefix="zeroinf-users-"))
+    shutil.copytree(model, folder / "model")
+    shutil.copytree(model, folder / "other")
+    flip(folder / "other" / "model.safetensors", (folder / "other" / "model.safetensors").stat().st_size - 1)
+    for file in folder.rglob("*"):
+        file.chmod(0o755)
+    folder.chmod(0o1777)
+    before = os.umask(0o022)
+    yield folder
+    os.umask(before)
+    shutil.rmtree(folder)
+
+
+def begin(model: str, folder: Path, umask: int = 0o022) -> list[str]:
+    """Start a run, and end it; what was told."""
+    os.umask(umask)
+    notes = Notes()
+    start(folder / model, folder, told=notes).close()
+    return [text.partition(" ")[0] for text in notes.texts]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_users_of_one_path_have_their_stores_beside_each_other(umask: int, for_all: Path) -> None:
+    assert as_user(ALICE, lambda: begin("model", for_all, umask)) == "['writing']"
+    assert as_user(BOB, lambda: begin("other", for_all, umask)) == "['writing']"
+    assert as_user(ALICE, lambda: begin("model", for_all, umask)) == "[]"
+    assert {file.stat().st_uid for file in (for_all / "zeroinf-store").iterdir()} == {ALICE, BOB}
+    assert stat.S_IMODE((for_all / "zeroinf-store").stat().st_mode) == 0o1777
+
+
+def test_a_store_that_another_user_wrote_is_read_where_the_umask_lets_it_and_is_theirs_to_remove(for_all: Path) -> None:
+    as_user(ALICE, lambda: begin("model", for_all))
+    (summary,) = list_stores([for_all])
+    assert as_user(BOB, lambda: begin("model", for_all)) == "[]"
+    removed = as_user(BOB, lambda: remove_store([for_all], summary.name))
+    assert f"belongs to user {ALICE}, and you may not remove it" in removed
+    assert as_user(ALICE, lambda: remove_store([for_all], summary.name)) == str(summary.disk_bytes)
+    assert as_user(BOB, lambda: begin("model", for_all)) == "['writing']"
+
+
+def test_a_store_that_another_user_keeps_to_themselves_or_has_not_finished_is_refused_by_name(for_all: Path) -> None:
+    as_user(ALICE, lambda: begin("model", for_all, 0o077))
+    (summary,) = list_stores([for_all])
+    refused = as_user(BOB, lambda: begin("model", for_all))
+    folder = store_folder(for_all, summary.name)
+    assert refused.startswith(f"ForbiddenStoreError: the store {folder} belongs to user {ALICE}, and you may not read")
+    assert "choose another --nvme-path" in refused
+    assert as_user(BOB, lambda: [found.state for found in list_stores([for_all])]) == "['forbidden']"
+    folder.chmod(0o755)
+    (folder / "header.json").unlink()
+    assert "you may not finish it" in as_user(BOB, lambda: begin("model", for_all))
+
+
+def test_a_folder_of_stores_that_is_its_owners_alone_is_named_with_what_would_share_it(for_all: Path) -> None:
+    as_user(ALICE, lambda: begin("model", for_all))
+    (for_all / "zeroinf-store").chmod(0o755)
+    refused = as_user(BOB, lambda: begin("other", for_all))
+    assert f"{for_all}/zeroinf-store belongs to user {ALICE}, and you may not write it" in refused
+    assert f"chmod a+rwxt {for_all}/zeroinf-store" in refused
+    assert as_user(BOB, lambda: begin("model", for_all)) == "[]"
+
+
+def test_users_of_one_cache_convert_beside_each_other(for_all: Path) -> None:
+    def convert(name: str) -> Path:
+        return build_once(for_all / "cache" / "gguf" / name, lambda partial: (partial / "weights").touch())
+
+    for uid, name in ((ALICE, "a"), (BOB, "b"), (BOB, "a")):
+        assert as_user(uid, lambda name=name: convert(name)) == str(for_all / "cache" / "gguf" / name)
+    (for_all / "cache" / "gguf").chmod(0o755)
+    assert "EnvironmentProblem: cannot write to the cache" in as_user(BOB, lambda: convert("c"))
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zeroinf.paths import GUARDED_FILE, cache_directory, flush, make_guarded
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.paths import GUARDED_FILE, cache_directory, flush, make_guarded, make_shared, open_lock
 
 _OTHERS_WRITE = 0o022
 
@@ -18,14 +20,14 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`; when it does not exist, let `build` fill it first, in one process at a time.
 
     `build` writes into a sibling that takes the name `folder` only when all of it is on the disk: a process that is
-    killed on the way leaves nothing that a later one would use. Several ranks may call this at once.
+    killed on the way leaves nothing that a later one would use. Several ranks may call this at once, and several users.
+    Raises EnvironmentProblem where the cache may not be written.
     """
     if folder.is_dir():
         return folder
-    make_guarded(folder.parent)
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
-            partial = folder.with_name(f"{folder.name}.partial")
+            partial = folder.with_name(f"{folder.name}.partial-{os.getuid()}")
             shutil.rmtree(partial, ignore_errors=True)
             make_guarded(partial)
             build(partial)
@@ -43,18 +45,29 @@ def file_digest(path: Path) -> str:
     status = path.stat()
     identity = hashlib.sha256(f"{path}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
     memory = cache_directory() / "digests" / identity
-    if memory.is_file() and len(known := memory.read_text(encoding="ascii")) == 2 * hashlib.sha256().digest_size:
-        return known
+    with suppress(FileNotFoundError, PermissionError):
+        if len(known := memory.read_text(encoding="ascii")) == 2 * hashlib.sha256().digest_size:
+            return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    make_guarded(memory.parent)
-    memory.touch(GUARDED_FILE)
-    memory.write_text(digest, encoding="ascii")
+    with suppress(PermissionError):  # of a cache that others keep nothing is changed
+        make_shared(memory.parent)
+        memory.touch(GUARDED_FILE)
+        memory.write_text(digest, encoding="ascii")
     return digest
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        make_shared(path.parent)
+        descriptor = open_lock(path)
+    except PermissionError as error:
+        raise EnvironmentProblem(
+            f"cannot write to the cache {path.parent}: {error.strerror}", hint="set ZEROINF_CACHE to another folder"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from zeroinf.engines.stream.disk import THREADS, DataFiles, direct_is_possible
 from zeroinf.engines.stream.lock import StoreLock
 from zeroinf.engines.stream.store import (
     REQUEST_BYTES,
+    ForbiddenStoreError,
     Request,
     Store,
     data_file,
+    forbidden,
     header_file,
     in_order,
     lock_file,
@@ -29,7 +32,7 @@ from zeroinf.engines.stream.store import (
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.planner.wire import Wire
 
-State = Literal["whole", "unfinished", "damaged"]
+State = Literal["whole", "unfinished", "damaged", "forbidden"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +104,9 @@ def remove_store(paths: Sequence[Path], name: str) -> int:
     holding = _holding(paths, name)
     if not holding:
         raise UsageError(f"no store {name} below {', '.join(map(str, paths))}", hint="zeroinf store list shows them")
+    for path in holding:
+        if not os.access(store_folder(path, name), os.W_OK | os.X_OK):
+            raise forbidden(store_folder(path, name), "remove")
     with suppress(StoreError):  # what is damaged may go
         open_store(holding, name)
     lock = StoreLock([lock_file(path, name) for path in holding])
@@ -112,7 +118,8 @@ def remove_store(paths: Sequence[Path], name: str) -> int:
             header_file(store_folder(path, name)).unlink(missing_ok=True)  # from here on nobody takes it for whole
         for path in holding:
             shutil.rmtree(store_folder(path, name))
-            lock_file(path, name).unlink()
+            with suppress(PermissionError):  # another user made it, and may go on using it
+                lock_file(path, name).unlink()
             with suppress(OSError):  # other stores lie there
                 lock_file(path, name).parent.rmdir()
     finally:
@@ -132,6 +139,8 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
     try:
         if (store := open_store(paths, name)) is not None:
             state, detail = "whole", ""
+    except ForbiddenStoreError as error:
+        state, detail = "forbidden", error.message
     except (StoreError, UsageError) as error:
         state, detail = "damaged", error.message
     contents = store.contents if store is not None else None
@@ -151,4 +160,7 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
 
 def _disk_bytes(path: Path, name: str) -> int:
     file = data_file(store_folder(path, name))
-    return file.stat().st_blocks * 512 if file.exists() else 0
+    try:
+        return file.stat().st_blocks * 512
+    except (FileNotFoundError, PermissionError):
+        return 0

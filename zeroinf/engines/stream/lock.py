@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from zeroinf.paths import GUARDED_FILE, make_guarded
+from zeroinf.errors import StoreError
+from zeroinf.paths import make_shared, open_lock, owner_of
 
 
 class StoreLock:
     """Shared by readers, exclusive for whoever writes or removes. One file for each part, always in the same order.
 
-    An exclusive holder may remove the files.
+    An exclusive holder may remove the files. Users who may write below the same path share them, and the folder in
+    which they lie.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -53,12 +55,24 @@ class StoreLock:
         return True
 
     def _lock(self, file: Path, kind: int) -> None:
-        make_guarded(file.parent)
         while True:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, GUARDED_FILE)
+            descriptor = _opened(file)
             self._descriptors.append(descriptor)
             fcntl.flock(descriptor, kind)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), file.stat()):
                     return
             os.close(self._descriptors.pop())  # its last holder removed the file
+
+
+def _opened(file: Path) -> int:
+    try:
+        make_shared(file.parent)
+        return open_lock(file)
+    except PermissionError as error:
+        held = file if file.exists() else file.parent if file.parent.exists() else file.parent.parent
+        lacks, share = ("read", "a+r") if held == file else ("write", "a+rwxt")
+        raise StoreError(
+            f"no store can be used below {file.parent}: {held} belongs to {owner_of(held)}, and you may not {lacks} it",
+            hint=f"they can share it: chmod {share} {held}; or choose another --nvme-path",
+        ) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import StoreError, UsageError
-from zeroinf.paths import GUARDED_FILE, flush
+from zeroinf.paths import GUARDED_FILE, flush, owner_of
 from zeroinf.planner.memory import CHUNK_BYTES, round_up
 from zeroinf.planner.wire import Wire
 
@@ -131,7 +131,15 @@ def store_names(path: Path, pattern: str = "*") -> list[str]:
 
 def is_whole(path: Path, name: str) -> bool:
     """Whether all of the store `name` has been written, as far as its first part, below `path`, says."""
-    return header_file(store_folder(path, name)).exists()
+    return is_there(header_file(store_folder(path, name)))
+
+
+def is_there(file: Path) -> bool:
+    """Whether a store's `file` exists. Raises ForbiddenStoreError where another user's store may not be read."""
+    try:
+        return file.exists()
+    except PermissionError as error:
+        raise forbidden(file.parent, "read") from error
 
 
 def lock_file(path: Path, name: str) -> Path:
@@ -199,6 +207,8 @@ def _read_header(folders: tuple[Path, ...], part: int) -> Store:
         digest = body.pop("digest")
     except FileNotFoundError:
         raise damaged(file, "it is not there, though the first part's is") from None
+    except PermissionError as error:
+        raise forbidden(file.parent, "read") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise damaged(file, f"it cannot be read: {error}") from error
     if digest != digest_of(_canonical(body)):
@@ -228,6 +238,18 @@ def _check_length(file: Path, expected: int) -> None:
         raise damaged(file, os.strerror(error.errno or errno.EIO)) from error
     if found != expected:
         raise damaged(file, f"it has {found} bytes instead of {expected}")
+
+
+class ForbiddenStoreError(StoreError):
+    """Another user's store, which this one may not read or write."""
+
+
+def forbidden(folder: Path, what: str) -> ForbiddenStoreError:
+    """The error for a store of which this user may not do `what`."""
+    return ForbiddenStoreError(
+        f"the store {folder} belongs to {owner_of(folder)}, and you may not {what} it",
+        hint="ask them, or choose another --nvme-path",
+    )
 
 
 def damaged(file: Path, what: str) -> StoreError:

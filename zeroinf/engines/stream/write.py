@@ -19,6 +19,8 @@ from zeroinf.engines.stream.store import (
     Store,
     chunk_digests,
     data_file,
+    forbidden,
+    is_there,
     journal_file,
     padded,
     store_folder,
@@ -42,6 +44,8 @@ def write_store(contents: Contents, paths: Sequence[Path], origin: Origin, *, di
     folders = [store_folder(path, contents.name) for path in paths]
     for folder in folders:
         make_guarded(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise forbidden(folder, "finish")
     journal = _Journal(folders, contents)
     require_room(paths, contents.data_bytes, contents.name)
     files = DataFiles(folders, direct=direct, write=True)
@@ -141,7 +145,7 @@ def require_room(paths: Sequence[Path], data_bytes: int, pattern: str) -> None:
 def taken_bytes(path: Path, pattern: str) -> int:
     """What stores below `path` whose name matches `pattern` have taken of the disk."""
     files = [data_file(store_folder(path, name)) for name in store_names(path, pattern)]
-    return sum(file.stat().st_blocks * 512 for file in files if file.exists())
+    return sum(file.stat().st_blocks * 512 for file in files if is_there(file))
 
 
 def _too_small(paths: Sequence[Path], data_bytes: int) -> DoesNotFitError:
