@@ -24,7 +24,7 @@ from zeroinf.engines.stream import disk, stored, write
 from zeroinf.engines.stream.keep import list_stores, remove_store, verify_store
 from zeroinf.engines.stream.load import Checkpoint
 from zeroinf.engines.stream.lock import StoreLock
-from zeroinf.engines.stream.store import lock_file, open_store, store_folder
+from zeroinf.engines.stream.store import digest_of, lock_file, of_other_formats, open_store, store_folder
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.model.cache import build_once
 
@@ -401,6 +401,27 @@ def test_a_second_writer_waits_says_so_and_uses_what_the_first_wrote(
     second.join(PROMPTLY_S)
     assert tokens_of(engines[0]) == plain_tokens(model)
     engines[0].close()
+
+
+def test_a_store_of_an_earlier_format_is_not_used_and_may_go(written: Path, model: Path, tmp_path: Path) -> None:
+    header = json.loads((written / "header.json").read_text())
+    body = {**header, "format": header["format"] - 1}
+    del body["digest"]
+    digest = digest_of(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    (written / "header.json").write_text(json.dumps({"digest": digest, **body}))
+    old = written.rename(written.with_name("0" * 12 + "-" + "0" * 12)).name  # each format has names of its own
+    assert of_other_formats(tmp_path) == [old]
+    notes = Notes()
+    engine = start(model, tmp_path, told=notes)
+    assert tokens_of(engine) == plain_tokens(model)
+    engine.close()
+    assert any(f"zeroinf store remove {old} --nvme-path {tmp_path}" in text for text in notes.texts)
+    assert {summary.name: summary.state for summary in list_stores([tmp_path])} == {
+        old: "unused",
+        written.name: "whole",
+    }
+    remove_store([tmp_path], old)
+    assert open_store([tmp_path], written.name) is not None
 
 
 def test_the_lock_of_a_process_that_died_stops_nobody(model: Path, tmp_path: Path) -> None:

@@ -151,9 +151,9 @@ def test_pickled_weights_are_let_go_one_by_one(tmp_path: Path, monkeypatch: pyte
     load, copy = AutoModelForCausalLM.from_pretrained, load_module._copy
 
     def watched(*args: Any, **named: Any) -> Any:
-        model = load(*args, **named)
+        model, info = load(*args, **named)
         alive.extend(weakref.ref(parameter.untyped_storage()) for parameter in model.parameters())
-        return model
+        return model, info
 
     def counted(*args: Any) -> None:
         at_each_copy.append(sum(one() is not None for one in alive))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model import demo, gguf
@@ -112,11 +115,12 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
     assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
 
 
-def write_small_gguf(path: Path) -> None:
-    """A Llama of one block, with a vocabulary of eight."""
+def write_small_gguf(path: Path, lacks: str = "", split_max_tensors: int = 0, seed: int = 0) -> None:
+    """A Llama of one block, with a vocabulary of eight; without the tensor `lacks`, over several files if split."""
     from gguf import GGUFWriter, TokenType
 
-    writer = GGUFWriter(path, "llama")
+    values = np.random.default_rng(seed)
+    writer = GGUFWriter(path, "llama", split_max_tensors=split_max_tensors)
     writer.add_block_count(1)
     writer.add_context_length(32)
     writer.add_embedding_length(16)
@@ -135,11 +139,65 @@ def write_small_gguf(path: Path) -> None:
     shapes |= {"ffn_gate": (32, 16), "ffn_up": (32, 16), "ffn_down": (16, 32), "attn_norm": (16,), "ffn_norm": (16,)}
     tensors = {f"blk.0.{name}": shape for name, shape in shapes.items()}
     for name, shape in {**tensors, "token_embd": (8, 16), "output_norm": (16,), "output": (8, 16)}.items():
-        writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+        if name != lacks:
+            writer.add_tensor(f"{name}.weight", values.standard_normal(shape, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_all_parts_of_a_split_file_are_loaded_whichever_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "whole.gguf")
+    write_small_gguf(tmp_path / "split.gguf", split_max_tensors=5)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert [part.name for part in parts] == [f"split-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    whole, split, last = (gguf.convert_gguf(path) for path in (tmp_path / "whole.gguf", parts[0], parts[2]))
+    assert split == last
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, split))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    parts[1].unlink()
+    with pytest.raises(ModelError, match=r"one of 3 parts: split-00002-of-00003\.gguf missing in"):
+        resolve_model(str(parts[0]))
+
+
+def test_a_part_under_another_name_and_parts_of_two_models_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "split.gguf", split_max_tensors=8)
+    first, second = sorted(tmp_path.glob("split-*.gguf"))
+    shutil.copy(first, tmp_path / "renamed.gguf")
+    with pytest.raises(ModelError, match="is one of 2 parts, and its name does not say so"):
+        resolve_model(str(tmp_path / "renamed.gguf"))
+    (tmp_path / "other").mkdir()
+    write_small_gguf(tmp_path / "other" / "split.gguf", lacks="blk.0.ffn_down", split_max_tensors=8)
+    shutil.copy(tmp_path / "other" / second.name, second)
+    with pytest.raises(ModelError, match="hold 11 tensors instead of 12"):
+        resolve_model(str(first))
+    assert not list((tmp_path / "cache" / "gguf").glob("*-v?"))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "named"),
+    [("blk.0.ffn_down", "model.layers.0.mlp.down_proj.weight"), ("token_embd", "model.embed_tokens.weight")],
+)
+def test_a_file_that_lacks_a_tensor_is_never_converted(
+    lacks: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "m.gguf", lacks)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=f"it lacks 1 tensor of LlamaForCausalLM: {re.escape(named)}"):
+            resolve_model(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
 
 
 CONVERTED = """

@@ -64,7 +64,8 @@ def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
     """Read stores (all, or those named) and compare every byte's digest. Exits with 1 if one is damaged."""
     from zeroinf.engines.stream.keep import list_stores
 
-    chosen = names or tuple(summary.name for summary in list_stores(paths) if summary.state != "unfinished")
+    idle = ("unfinished", "unused")
+    chosen = names or tuple(summary.name for summary in list_stores(paths) if summary.state not in idle)
     failed = [error for name in chosen if (error := _verify_one(name, paths)) is not None]
     if failed:
         raise StoreError(f"{len(failed)} of {len(chosen)} stores are damaged", hint=failed[0].hint)

@@ -8,9 +8,15 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine, Listener
-from zeroinf.model.pretrained import reading_weights
+from zeroinf.errors import ModelError
+from zeroinf.model.anatomy import UNTIED
+from zeroinf.model.checkpoint import read_facts
+from zeroinf.model.reading import reading_weights
 from zeroinf.model.source import ModelSource
+from zeroinf.model.weights import weight_files
 from zeroinf.planner.plan import Plan
+
+_NAMED = 3
 
 
 def load_engine(
@@ -23,10 +29,32 @@ def load_engine(
 ) -> Engine:
     """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported.
 
-    Raises ModelError for weights that are damaged, or that would run code, whichever engine reads them.
+    Raises ModelError for weights that are damaged, incomplete, or that would run code, whichever engine reads them.
     """
-    with reading_weights(source):
+    if not source.random_weights:
+        _account_for_weights(source, control, told)
+    with reading_weights(source.name):
         return _load(plan, source, zero_config, control, device, told)
+
+
+def _account_for_weights(source: ModelSource, control: Control, told: Listener) -> None:
+    """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
+    facts = source.facts
+    if facts is None:
+        if control.world.local_rank == 0:
+            weight_files(source)  # one rank of a node fetches what has to be fetched
+        control.gather(None)
+        files = weight_files(source)
+        facts = read_facts(source.name, source.config, files, trust_remote_code=source.trust_remote_code)
+        if set(facts.untied) != set(getattr(source.config, UNTIED, ())):
+            raise ModelError(
+                f"{source.name} stores {', '.join(facts.untied) or 'all tied weights'} otherwise than its config says: "
+                "the plan counted something else",
+                hint="run the same command again: its files are here now, and are looked at first",
+            )
+    if facts.unused and control.world.is_main:
+        named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
+        told.note(f"{len(facts.unused)} tensors of the checkpoint are not the model's, and are not used: {named}")
 
 
 def _load(

@@ -36,9 +36,9 @@ their way; new ones are written to one unit while those of the other leave."""
 KvDtype = Literal["model", "int8"]
 """How keys and values rest in host memory: as the model has them, or as a byte each with a scale a token and head."""
 
-OWN_HEAD = "has_own_head"
-"""Set on a config of T5's kind whose checkpoint has a head of its own: transformers' classes always say that it is tied
-to the embeddings, and leave it apart when they see the weights."""
+UNTIED = "untied_parameters"
+"""Set on a config: the names of parameters that have values of their own, although transformers' class or the config
+itself says that they are tied. transformers leaves them apart when it sees the weights."""
 
 
 Loading = Literal["in place", "piece by piece", "as a whole"]

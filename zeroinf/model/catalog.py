@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import OWN_HEAD
+from zeroinf.model.anatomy import UNTIED
 from zeroinf.paths import configs_directory
 
 
@@ -49,9 +49,10 @@ def catalog_config(name: str) -> Any:
 
 
 def mark_own_head(config: Any, fields: dict[str, Any]) -> None:
-    """Note on `config`, made of the JSON `fields`, that the head is not the embeddings' although its class says so."""
+    """Note on `config`, made of the JSON `fields`, that the head is not the embeddings' although its class (T5's and
+    its kind) says so. Files that are there say it better."""
     if fields.get("tie_word_embeddings") is False and config.tie_word_embeddings:
-        setattr(config, OWN_HEAD, True)
+        setattr(config, UNTIED, ("lm_head.weight",))
 
 
 def _find(name: str) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import OWN_HEAD, Anatomy, Block, Encoder, Quantized, TensorSpec
+from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.quantized.registry import hold_quantized
 
@@ -79,7 +80,7 @@ def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
 
 def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quantized | None]:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), keeping_untied(config):
             model = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
@@ -93,7 +94,6 @@ def as_in_checkpoint(model: Any, dtype: str) -> Quantized | None:
 
     Raises the errors of `read_anatomy`.
     """
-    untie_head(model)
     keep_in_float32(model, dtype)
     quantized = hold_quantized(model)
     if quantized is not None and is_converted(model):
@@ -110,11 +110,22 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def untie_head(model: Any) -> None:
-    """Give `model` a head of its own, on the meta device, where its config is marked so."""
-    if getattr(model.config, OWN_HEAD, False):
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"))
+@contextmanager
+def keeping_untied(config: Any) -> Iterator[None]:
+    """While it builds or loads a model of `config`, let transformers not tie the parameters that UNTIED names there."""
+    from transformers import PreTrainedModel
+
+    untied = getattr(config, UNTIED, ())
+    tied_keys = PreTrainedModel.get_expanded_tied_weights_keys
+
+    def without(model: Any, all_submodels: bool = False) -> dict[str, str]:
+        return {name: to for name, to in tied_keys(model, all_submodels).items() if name not in untied}
+
+    PreTrainedModel.get_expanded_tied_weights_keys = without
+    try:
+        yield
+    finally:
+        PreTrainedModel.get_expanded_tied_weights_keys = tied_keys
 
 
 def find_stacks(model: Any) -> tuple[tuple[str, ModuleList], ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.model.inspect import as_in_checkpoint, auto_class
+from zeroinf.model.inspect import as_in_checkpoint, auto_class, keeping_untied
 from zeroinf.model.source import ModelSource
 
 
@@ -21,11 +21,12 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = auto_class(source.config).from_config(
-            copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
-        )
-    model.tie_weights()
+    with keeping_untied(source.config):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = auto_class(source.config).from_config(
+                copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
+            )
+        model.tie_weights()
     as_in_checkpoint(model, dtype)
     if (generation := read_generation_config(source)) is not None:
         model.generation_config = generation

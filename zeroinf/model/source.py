@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError, UsageError
+from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.catalog import catalog_config, catalog_hub_id, mark_own_head
 from zeroinf.model.demo import DEMO_ALIAS, demo_model_folder
 from zeroinf.model.gguf import convert_gguf
 from zeroinf.model.hub import hub_error
-from zeroinf.model.weights import local_weight_files
+from zeroinf.model.weights import local_weight_files, weights_at_hand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from zeroinf.model.checkpoint import CheckpointFacts
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,6 +50,8 @@ class ModelSource:
     trust_remote_code: bool
     random_weights: bool
     config: Any = field(compare=False, repr=False)
+    facts: CheckpointFacts | None = field(default=None, compare=False, repr=False)
+    """None where its weights are not on this machine yet, or are none."""
 
     @property
     def is_local(self) -> bool:
@@ -58,7 +64,8 @@ def resolve_model(
     """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
 
     `name` is `demo`, a checkpoint folder, a `.gguf` file, a hub id or, with `random_weights`, a name of the catalog.
-    Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
+    The config takes over what only the weights' files say, where they are here: a dtype, and which parameters are not
+    tied. Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
     language model nor a sequence-to-sequence one, or when it would run code of its own without `trust_remote_code`.
     """
     config = None
@@ -73,8 +80,7 @@ def resolve_model(
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
     _refuse_quantized(name, config)
-    if Path(location).is_dir() and not random_weights:
-        local_weight_files(Path(location))
+    facts = _facts(name, config, location, revision, trust_remote_code, random_weights)
     return ModelSource(
         name=name,
         location=location,
@@ -82,7 +88,36 @@ def resolve_model(
         trust_remote_code=trust_remote_code,
         random_weights=random_weights,
         config=config,
+        facts=None if random_weights else facts,
     )
+
+
+def _facts(
+    name: str, config: Any, location: str, revision: str | None, trust_remote_code: bool, random_weights: bool
+) -> CheckpointFacts | None:
+    """Check the weights of `location` where they are on this machine, and note on `config` what it does not say.
+
+    With `random_weights` only shapes and the dtype are wanted, and damage is none.
+    """
+    with suppress(ModelError) if random_weights else nullcontext():
+        files = local_weight_files(Path(location)) if Path(location).is_dir() else weights_at_hand(location, revision)
+        if files is not None:
+            from zeroinf.model.checkpoint import read_facts
+
+            facts = read_facts(name, config, files, trust_remote_code=trust_remote_code)
+            setattr(config, UNTIED, facts.untied)
+            _set_dtype(config, facts.dtype)
+            return facts
+    return None
+
+
+def _set_dtype(config: Any, dtype: str | None) -> None:
+    """Let `config` name `dtype`, unless it names one itself."""
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    if own is None and dtype is not None:
+        import torch
+
+        config.dtype = getattr(torch, dtype)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
@@ -219,7 +254,8 @@ def _require_generating(location: str, config: Any) -> None:
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Some encoders (BERT) can be built as decoders: theirs is a checkpoint of another class.
         decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-        known = not named or decoder in named or getattr(config, "is_decoder", True)
+        is_other = not getattr(config, "is_decoder", True) or not _classifiers().isdisjoint(named)
+        known = not named or decoder in named or not is_other
     else:
         known = "AutoModelForCausalLM" in own_code
     if known:
@@ -229,6 +265,15 @@ def _require_generating(location: str, config: Any) -> None:
         f"{location} is no language model that generates: {architecture}",
         hint="zeroinf runs decoder-only models, and sequence-to-sequence models such as T5",
     )
+
+
+def _classifiers() -> set[str]:
+    """Names of transformers' classes whose head scores texts or finds answers in them, as a reward model's does."""
+    from transformers.models.auto import modeling_auto
+
+    kinds = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
+    named = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values() for kind in kinds)
+    return {one for names in named for entry in names for one in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def quantization(config: Any) -> dict[str, Any] | None:

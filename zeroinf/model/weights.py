@@ -1,16 +1,20 @@
-"""The files a checkpoint's weights lie in, checked to be complete."""
+"""The files a checkpoint's weights lie in, checked to be complete, and the names and shapes of what they hold."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError
 from zeroinf.model.hub import hub_error
+from zeroinf.model.reading import reading_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from zeroinf.model.source import ModelSource
 
 # In the order in which transformers looks for them: a single file, or the index of many.
@@ -20,6 +24,32 @@ _INDEX_SUFFIX = ".index.json"
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
 _SAFETENSORS = ("model*.safetensors",)
 _TORCH_FILES = ("pytorch_model*.bin",)
+
+
+# Of a tensor that is compared with another, so much is read at a time.
+_ELEMENTS_AT_ONCE = 1 << 24
+# torch's names of the types that safetensors has; of others only the shape is of interest.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """A tensor that lies in `file`: its shape and dtype, on the meta device."""
+
+    file: Path
+    meta: torch.Tensor
 
 
 def weight_files(source: ModelSource) -> list[Path]:
@@ -35,6 +65,19 @@ def weight_files(source: ModelSource) -> list[Path]:
     if not any((folder / f"{_SINGLE_FILES[0]}{suffix}").exists() for suffix in ("", _INDEX_SUFFIX)):
         folder = _fetch(source, (*_TEXT_FILES, *_TORCH_FILES, *code))
     return local_weight_files(folder)
+
+
+def weights_at_hand(location: str, revision: str | None) -> list[Path] | None:
+    """Paths of the weight files of the hub's model `location` that the local cache holds; None unless it holds all."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(location, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    try:
+        return local_weight_files(Path(config).parent)
+    except ModelError:
+        return None
 
 
 def can_be_converted(files: Sequence[Path]) -> bool:
@@ -53,6 +96,75 @@ def local_weight_files(folder: Path) -> list[Path]:
     raise ModelError(
         f"{folder} holds no weights", hint=f"it needs one of {', '.join(_SINGLE_FILES)}, or their {_INDEX_SUFFIX}"
     )
+
+
+def held_tensors(name: str, files: Sequence[Path]) -> dict[str, HeldTensor]:
+    """What `files`, the weights of the model `name`, hold, by the names there; no values are read.
+
+    Raises ModelError for files that are damaged, for pickles that would run code, and where an index names a tensor
+    that its shard lacks.
+    """
+    held: dict[str, HeldTensor] = {}
+    with reading_weights(name):
+        for file in files:
+            read = _safetensors_header if file.suffix == ".safetensors" else _pickled_header
+            held |= {tensor: HeldTensor(file, meta) for tensor, meta in read(file)}
+    for single in _SINGLE_FILES:
+        index = files[0].parent / f"{single}{_INDEX_SUFFIX}"
+        if files[0].suffix == Path(single).suffix and files[0].name != single and index.is_file():
+            _check_index(index, held)
+    return held
+
+
+def values_of(name: str, held: HeldTensor) -> Iterator[torch.Tensor]:
+    """The values of the tensor `name`, some of its rows at a time."""
+    rows = max(1, _ELEMENTS_AT_ONCE // max(1, held.meta[:1].numel()))
+    whole: Any
+    if held.file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        whole = safe_open(held.file, framework="pt").get_slice(name)  # type: ignore[no-untyped-call]
+    else:
+        whole = _unpickled(held.file, "cpu")[name]
+    for first in range(0, held.meta.shape[0], rows):
+        yield whole[first : first + rows]
+
+
+def _safetensors_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            held = opened.get_slice(name)
+            dtype = getattr(torch, _DTYPES.get(held.get_dtype(), "uint8"))
+            yield name, torch.empty(held.get_shape(), dtype=dtype, device="meta")
+
+
+def _pickled_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    return ((name, value) for name, value in _unpickled(file, "meta").items() if isinstance(value, torch.Tensor))
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Any]:
+    """The tensors of a file of torch's, mapped where it is an archive: values that are not used are not read."""
+    from zipfile import is_zipfile
+
+    import torch
+
+    return dict(torch.load(file, map_location=device, weights_only=True, mmap=is_zipfile(file)))
+
+
+def _check_index(index: Path, held: dict[str, HeldTensor]) -> None:
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    lost = [name for name, file in named.items() if name not in held or held[name].file.name != Path(file).name]
+    if lost:
+        raise ModelError(
+            f"{index} names {lost[0]} in {named[lost[0]]}, which does not hold it"
+            + (f"; so it does {len(lost) - 1} more" if lost[1:] else ""),
+            hint="fetch the index and its shards again: they are not of one checkpoint",
+        )
 
 
 def _shards(index: Path) -> list[Path]:

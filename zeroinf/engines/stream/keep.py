@@ -25,6 +25,7 @@ from zeroinf.engines.stream.store import (
     header_file,
     in_order,
     lock_file,
+    of_other_formats,
     open_store,
     store_folder,
     store_names,
@@ -32,7 +33,8 @@ from zeroinf.engines.stream.store import (
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.planner.wire import Wire
 
-State = Literal["whole", "unfinished", "damaged", "forbidden"]
+State = Literal["whole", "unfinished", "damaged", "forbidden", "unused"]
+"""Unused are those that another version of zeroinf wrote."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +145,8 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
         state, detail = "forbidden", error.message
     except (StoreError, UsageError) as error:
         state, detail = "damaged", error.message
+        if any(name in of_other_formats(path) for path in paths):
+            state = "unused"
     contents = store.contents if store is not None else None
     return Summary(
         name=name,

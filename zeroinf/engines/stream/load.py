@@ -74,9 +74,8 @@ class Checkpoint:
         self._converter: Converter | None = None
         if origins is None and (found := quantization(source.config)) is not None:
             raise ModelError(
-                f"cannot load {source.name}, which is quantized with {found['quant_method']}: its config lets expect "
-                "tensors that its files do not hold as safetensors",
-                hint="fetch the checkpoint again, or take the model's unquantized one",
+                f"cannot load {source.name}, which is quantized with {found['quant_method']}: its files are pickled",
+                hint="take its safetensors, or the model's unquantized checkpoint",
             )
         if origins is None:
             self._parts = 1 if self._part == 0 else 0

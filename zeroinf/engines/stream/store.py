@@ -22,7 +22,9 @@ from zeroinf.paths import GUARDED_FILE, flush, owner_of
 from zeroinf.planner.memory import CHUNK_BYTES, round_up
 from zeroinf.planner.wire import Wire
 
-FORMAT = 2
+FORMAT = 3
+"""Part of every name: raise it when a store of the same name would hold something else than before, or when what wrote
+it is no longer trusted. Stores of other formats are neither read nor gone on with."""
 STRIPE_BYTES = 8 << 20
 REQUEST_BYTES = 4 << 20
 """The most that one read or write moves: large enough for any disk's full rate, small enough to share among threads."""
@@ -70,7 +72,7 @@ class Contents:
     @property
     def name(self) -> str:
         """The same name means the same bytes."""
-        layout = [FORMAT, CHUNK_BYTES, STRIPE_BYTES, self.architecture, self.made, [asdict(p) for p in self.pieces]]
+        layout = [CHUNK_BYTES, STRIPE_BYTES, self.architecture, self.made, [asdict(p) for p in self.pieces]]
         return f"{source_key(self.source, self.dtype, self.wire, self.parts)}-{digest_of(_canonical(layout))[:12]}"
 
     @property
@@ -112,7 +114,7 @@ class Store:
 
 def source_key(identity: str, dtype: str, wire: Wire, parts: int) -> str:
     """The part of a name that is known without building the model: which weights, in which form, how many paths."""
-    return digest_of(_canonical([identity, dtype, wire, parts]))[:12]
+    return digest_of(_canonical([FORMAT, identity, dtype, wire, parts]))[:12]
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
@@ -140,6 +142,18 @@ def is_there(file: Path) -> bool:
         return file.exists()
     except PermissionError as error:
         raise forbidden(file.parent, "read") from error
+
+
+def of_other_formats(path: Path) -> list[str]:
+    """Names of the whole stores below `path` that another version of zeroinf wrote: no run of this one uses them."""
+    return [name for name in store_names(path) if _is_of_another_format(header_file(store_folder(path, name)))]
+
+
+def _is_of_another_format(header: Path) -> bool:
+    try:
+        return bool(json.loads(header.read_text(encoding="ascii"))["format"] != FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def lock_file(path: Path, name: str) -> Path:
@@ -214,7 +228,10 @@ def _read_header(folders: tuple[Path, ...], part: int) -> Store:
     if digest != digest_of(_canonical(body)):
         raise damaged(file, "it was changed after it was written")
     if body.pop("format") != FORMAT:
-        raise damaged(file, "another version of zeroinf wrote it")
+        raise StoreError(
+            f"the store {folders[part].name} was written by another version of zeroinf, and is not used",
+            hint=_removal(folders[part]),
+        )
     if body["parts"] != len(folders):
         raise UsageError(
             f"{folders[part].name} lies over {body['parts']} paths, not {len(folders)}",
@@ -257,8 +274,12 @@ def damaged(file: Path, what: str) -> StoreError:
     folder = file.parent
     return StoreError(
         f"the store's {file} is damaged: {what}",
-        hint=f"zeroinf store remove {folder.name} --nvme-path {folder.parent.parent}; the next run writes it again",
+        hint=f"{_removal(folder)}; the next run writes it again",
     )
+
+
+def _removal(folder: Path) -> str:
+    return f"zeroinf store remove {folder.name} --nvme-path {folder.parent.parent}"
 
 
 def _canonical(value: Any) -> bytes:

@@ -20,6 +20,7 @@ from zeroinf.engines.stream.store import (
     in_order,
     is_whole,
     lock_file,
+    of_other_formats,
     open_store,
     padded,
     source_key,
@@ -72,6 +73,12 @@ class StoreInUse:
         if open_store(paths, contents.name) is None:
             where = ", ".join(map(str, paths))
             told.note(f"writing {gib(contents.data_bytes)} of weights below {where}, once")
+            if old := sorted({name for path in paths for name in of_other_formats(path)}):
+                words = " ".join([*old, *(f"--nvme-path {path}" for path in paths)])
+                told.note(
+                    f"{len(old)} stores there were written by another version of zeroinf and are not used; "
+                    f"to make room: zeroinf store remove {words}"
+                )
             write_store(contents, paths, origin(), direct=direct)
 
     def close(self) -> None:

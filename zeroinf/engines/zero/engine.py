@@ -18,7 +18,7 @@ from zeroinf.distributed.control import start_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.engines.quiet import quiet_deepspeed
-from zeroinf.model.inspect import auto_class
+from zeroinf.model.inspect import auto_class, keeping_untied
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -103,7 +103,10 @@ def _build(source: ModelSource, plan: Plan) -> Any:
     if not source.random_weights:
         return load_pretrained(source, dtype)
     torch.manual_seed(_RANDOM_SEED)
-    made = auto_class(source.config).from_config(source.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    with keeping_untied(source.config):
+        made = auto_class(source.config).from_config(
+            source.config, dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
     _draw_coded_weights(made)
     return made
 

@@ -1,0 +1,220 @@
+"""Every parameter of a model is in its checkpoint, tied or computed; anything else is refused before loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mutations import Tensors, cut, removed, renamed, rewritten
+from small_models import make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from zeroinf.errors import ModelError
+from zeroinf.model.checkpoint import read_facts
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import pick_dtype, resolve_model
+from zeroinf.model.weights import local_weight_files
+
+DOWN = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def refusal(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., ModelError]:
+    """The error with which a changed copy of a checkpoint is refused."""
+
+    def get(change: Callable[[Tensors], Any], name: str = "llama", **config: Any) -> ModelError:
+        folder = rewritten(small_checkpoint(name), tmp_path / "changed", change, **config)
+        with pytest.raises(ModelError) as caught:
+            resolve_model(str(folder))
+        return caught.value
+
+    return get
+
+
+def test_a_tensor_that_is_missing_is_named_with_its_file(refusal: Callable[..., ModelError], tmp_path: Path) -> None:
+    error = refusal(lambda tensors: removed(tensors, DOWN))
+    assert error.message == f"{tmp_path}/changed/model.safetensors lacks 1 tensor of LlamaForCausalLM: {DOWN}"
+
+
+def test_of_many_the_first_are_named_and_the_others_counted(refusal: Callable[..., ModelError]) -> None:
+    error = refusal(lambda tensors: [tensors.pop(name) for name in [*tensors] if ".layers.1." in name])
+    assert "lacks 9 tensors of LlamaForCausalLM: model.layers.1." in error.message
+    assert error.message.endswith(" and 6 more")
+
+
+def test_a_tensor_under_another_name_is_missing_and_the_other_name_is_said(refusal: Callable[..., ModelError]) -> None:
+    error = refusal(lambda tensors: renamed(tensors, DOWN))
+    assert DOWN in error.message
+    assert "model.layers.2.mlp.down_proj.other_weight" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"),
+    [("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel"), ("base_model.model.", "peft")],
+)
+def test_names_of_a_wrapper_are_said(prefix: str, wrapper: str, refusal: Callable[..., ModelError]) -> None:
+    def wrap(tensors: Tensors) -> None:
+        for name in [*tensors]:
+            tensors[f"{prefix}{name}"] = tensors.pop(name)
+
+    error = refusal(wrap)
+    assert " tensors of LlamaForCausalLM: " in error.message
+    assert f"{prefix!r}: save the model inside {wrapper}" in str(error.hint)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(refusal: Callable[..., ModelError]) -> None:
+    error = refusal(lambda tensors: cut(tensors, DOWN))
+    assert error.message.endswith(f"holds {DOWN} as (63, 96), the model has (64, 96)")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_that_are_fused_must_all_be_there(
+    name: str, refusal: Callable[..., ModelError], small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(small_checkpoint(name) / "model.safetensors")
+    experts = sorted(one for one in stored if ".2." in one and ".experts.1." in one)
+    assert len(experts) == 3
+    for number, one in enumerate(experts):
+        folder = rewritten(small_checkpoint(name), tmp_path / f"lacks-{number}", lambda t, one=one: removed(t, one))
+        with pytest.raises(ModelError, match=r"lacks number 1 of|holds .* as|does not make"):
+            resolve_model(str(folder))
+
+    def move(tensors: Tensors) -> None:
+        for one in experts:
+            tensors[one.replace(".experts.1.", ".experts.4.")] = tensors.pop(one)
+
+    assert "lacks number 1 of model.layers.*." in refusal(move, name).message
+
+
+def test_an_attention_weight_of_a_fused_model_must_be_there(refusal: Callable[..., ModelError]) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert name in refusal(lambda tensors: removed(tensors, name), "mixtral").message
+
+
+@pytest.mark.parametrize("kind", ["named", "tied", "unnamed"])
+def test_a_reward_model_is_refused(
+    kind: str, refusal: Callable[..., ModelError], small_checkpoint: Callable[[str], Path]
+) -> None:
+    def score(tensors: Tensors) -> None:
+        tensors.pop("lm_head.weight", None)
+        tensors["score.weight"] = torch.ones(1, 64)
+
+    if kind == "unnamed":
+        error = refusal(score, architectures=None)
+        assert "lacks 1 tensor of LlamaForCausalLM: lm_head.weight" in error.message
+        assert "score.weight" in str(error.hint)
+        return
+    error = refusal(
+        score, "llama_tied" if kind == "tied" else "llama", architectures=["LlamaForSequenceClassification"]
+    )
+    assert "is no language model that generates: LlamaForSequenceClassification" in error.message
+
+
+def test_a_tensor_that_is_stored_twice_is_refused(refusal: Callable[..., ModelError]) -> None:
+    def store_twice(tensors: Tensors) -> None:
+        tensors[DOWN.removeprefix("model.")] = tensors[DOWN] + 1
+
+    assert f"holds {DOWN} twice, as " in refusal(store_twice).message
+
+
+def test_an_index_that_names_what_its_shard_lacks_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    resolve_model(str(folder))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = min(content["weight_map"])
+    content["weight_map"]["model.layers.7.extra.weight"] = content["weight_map"][first]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"index\.json names model\.layers\.7\.extra\.weight in .*does not hold it"):
+        resolve_model(str(folder))
+
+
+def test_pickles_are_accounted_for_without_their_values(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama_tied", tmp_path / "llama")
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "lm_head.weight" in weights
+    facts = resolve_model(str(folder)).facts
+    assert facts is not None
+    assert (facts.untied, facts.unused) == ((), ())
+    torch.save({name: value for name, value in weights.items() if name != DOWN}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=f"lacks 1 tensor of LlamaForCausalLM: {DOWN}"):
+        resolve_model(str(folder))
+
+
+def test_buffers_must_be_there_unless_the_model_computes_them(refusal: Callable[..., ModelError]) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert name in refusal(lambda tensors: removed(tensors, name), "deepseek_v3").message
+
+
+def test_what_a_model_computes_need_not_be_there(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    computed = ("final_logits_bias", "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+
+    def drop(tensors: Tensors) -> None:
+        for name in computed:
+            tensors.pop(name, None)
+
+    source = resolve_model(str(rewritten(small_checkpoint("marian"), tmp_path / "m", drop)))
+    assert source.facts is not None
+
+
+def test_what_the_model_does_not_know_is_listed_but_for_what_old_releases_stored(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+    facts = resolve_model(str(rewritten(small_checkpoint("llama"), tmp_path / "m", add))).facts
+    assert facts is not None
+    assert facts.unused == ("model.layers.0.self_attn.q_proj.bias",)
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_head_that_is_stored_apart_is_counted_only_where_its_values_differ(
+    has_own: bool, small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def add(tensors: Tensors) -> None:
+        embeddings = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embeddings.flip(0).contiguous() if has_own else embeddings.clone()
+
+    tied = small_checkpoint("llama_tied")
+    source = resolve_model(str(rewritten(tied, tmp_path / "m", add)))
+    anatomy, plain = read_anatomy(source.config), read_anatomy(resolve_model(str(tied)).config)
+    assert anatomy.tied == (() if has_own else plain.tied)
+    assert anatomy.parameters == plain.parameters + (384 * 64 if has_own else 0)
+    assert read_anatomy(resolve_model(str(tmp_path / "m"), random_weights=True).config) == anatomy, "as plan asks"
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_dtype_that_the_config_does_not_name_is_the_files(pickled: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama", dtype="bfloat16")
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if pickled:
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    for random_weights in (False, True):
+        source = resolve_model(str(folder), random_weights=random_weights)
+        assert pick_dtype("auto", source, "cuda") == "bfloat16"
+        assert read_anatomy(source.config).dtype == "bfloat16"
+
+
+def test_a_dtype_that_the_config_names_stays(tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path / "llama", dtype="bfloat16")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    source = resolve_model(str(folder))
+    assert pick_dtype("auto", source, "cuda") == "float32"
+    assert read_facts("m", source.config, local_weight_files(folder)).dtype == "bfloat16"

@@ -1,0 +1,224 @@
+"""Accounts for a checkpoint before it is loaded: every parameter and persistent buffer of the model must be in its
+files, be tied to one that is, or be computed by the model itself.
+
+Only headers are read, so that the check takes seconds at any size. transformers' own conversion runs on the meta
+device, and what comes out is therefore what any engine would load. The module loads no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeroinf.errors import ModelError
+from zeroinf.model.anatomy import UNTIED
+from zeroinf.model.inspect import build_meta, config_dtype
+from zeroinf.model.source import DTYPES
+from zeroinf.model.weights import HeldTensor, held_tensors, values_of
+
+_NAMED = 3
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# Wrappers that leave their name in front of every tensor's, and what takes it away again.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "peft",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFacts:
+    """Facts of a complete checkpoint that its config may not say, or may say otherwise."""
+
+    dtype: str | None
+    """The dtype of most of its weights; None where that is none of DTYPES."""
+    untied: tuple[str, ...]
+    """Parameters that the model's class ties to others, stored with values of their own."""
+    unused: tuple[str, ...]
+    """Stored tensors that the model does not have, but for those that transformers drops silently."""
+
+
+def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_code: bool = False) -> CheckpointFacts:
+    """Check that `files` hold all of the model that `config` describes; `name` is the model's in messages.
+
+    Raises ModelError for tensors that are missing, stored twice, or of another shape, naming them; for files that are
+    damaged; and the errors of `read_anatomy`.
+    """
+    held = held_tensors(name, files)
+    unmarked = copy.deepcopy(config)
+    if hasattr(unmarked, UNTIED):
+        delattr(unmarked, UNTIED)
+    model = build_meta(unmarked, config_dtype(config), trust_remote_code)
+    account = _Account(name, model, held)
+    account.check(files)
+    return CheckpointFacts(dtype=_main_dtype(held.values()), untied=account.untied(), unused=account.unused)
+
+
+def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
+    elements: dict[str, int] = defaultdict(int)
+    for one in held:
+        elements[str(one.meta.dtype).removeprefix("torch.")] += one.meta.numel()
+    floating = {dtype: count for dtype, count in elements.items() if dtype in DTYPES}
+    return max(floating, key=lambda dtype: floating[dtype], default=None)
+
+
+class _Account:
+    """What becomes of each stored tensor of `held`, by name, in `model`, a model on the meta device."""
+
+    def __init__(self, name: str, model: Any, held: Mapping[str, HeldTensor]) -> None:
+        self._name, self._model, self._held = name, model, held
+        self._own = model.state_dict()
+        # Custom code shares whole modules: a parameter then has several names, of which files hold one.
+        self._shared: dict[int, list[str]] = defaultdict(list)
+        for own, parameter in model.named_parameters(remove_duplicate=False):
+            self._shared[id(parameter)].append(own)
+        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._sources = self._trace()
+        self._info = self._convert()
+        self._present = {own: names[0] for own, names in self._sources.items()}
+        self.unused = tuple(sorted(self._info.unexpected_keys))
+
+    def _trace(self) -> dict[str, list[str]]:
+        """The stored names that each tensor of the model is made of. Raises ModelError where it is stored twice, or
+        where the numbers of a list, such as experts', have gaps: transformers would take the next one for it."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = self._mapping()
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        whole: dict[str, list[str]] = defaultdict(list)
+        lists: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name in self._held:
+            own, pattern = rename_source_key(name, renamings, converters, prefix, self._own)
+            if own not in self._own and name in self._own:
+                own, pattern = rename_source_key(name, [], [], prefix, self._own)
+            if pattern is None:
+                whole[own].append(name)
+            else:
+                lists[own, pattern].append(name)
+        twice = {own: names for own, names in whole.items() if own in self._own and names[1:]}
+        if twice:
+            own, names = next(iter(twice.items()))
+            raise self._refusal(f"holds {own} twice, as {' and '.join(names)}{_and_more(len(twice), 1)}", names)
+        for names in lists.values():
+            self._refuse_gaps(names)
+        for (own, _), names in lists.items():
+            whole[own] += names
+        return whole
+
+    def _refuse_gaps(self, names: Sequence[str]) -> None:
+        numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
+        if not names[1:] or len(set(map(len, numbers))) != 1:
+            return
+        for column in zip(*numbers, strict=True):
+            found = set(column)
+            if len(found) > 1 and (gaps := sorted(set(range(len(column))) - found)):
+                pattern = _NUMBER.sub("*", names[0])
+                raise self._refusal(f"lacks number {gaps[0]} of {pattern}", names)
+
+    def _mapping(self) -> Any:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return get_model_conversion_mapping(self._model)
+
+    def _convert(self) -> Any:
+        """transformers' account of loading the stored tensors, made with their shapes alone."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        shows = logging.is_progress_bar_enabled()
+        asked = LoadStateDictConfig(
+            dtype=self._model.dtype, weight_mapping=self._mapping(), device_map={"": torch.device("meta")}
+        )
+        logging.disable_progress_bar()
+        try:
+            stored = {name: one.meta for name, one in self._held.items()}
+            info, _ = convert_and_load_state_dict_in_model(self._model, stored, asked)
+        finally:
+            if shows:
+                logging.enable_progress_bar()
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return info
+
+    def check(self, files: Sequence[Path]) -> None:
+        """Raise ModelError unless every tensor of the model is accounted for."""
+        if self._info.mismatched_keys:
+            wrong = sorted(self._info.mismatched_keys)
+            own, found, expected = wrong[0]
+            raise self._refusal(
+                f"holds {own} as {tuple(found)}, the model has {tuple(expected)}{_and_more(len(wrong), 1)}",
+                self._sources.get(own, ()),
+                "the weights belong to another config, or are damaged",
+            )
+        if self._info.conversion_errors:
+            own, why = next(iter(self._info.conversion_errors.items()))
+            if "meta tensor" not in why:  # else the values decide, and transformers says when it loads them
+                reason = next((line for line in why.splitlines()[::-1] if line and not line.startswith("Error")), why)
+                raise self._refusal(
+                    f"does not make {own}{_and_more(len(self._info.conversion_errors), 1)}: {reason}",
+                    self._sources.get(own, ()),
+                )
+        missing = self._info.missing_keys - self._tied_to_present() - self._shared_with_present()
+        if missing:
+            raise self._lacks(sorted(missing), files)
+
+    def _tied_to_present(self) -> set[str]:
+        """Names that take the value of one that is stored, in the order in which transformers ties them."""
+        for target, source in self._tied.items():
+            if source not in self._present:
+                known = next((one for one, of in self._tied.items() if of == source and one in self._present), None)
+                if known is not None:
+                    self._present[source] = self._present[known]
+            if target not in self._present and source in self._present:
+                self._present[target] = self._present[source]
+        return set(self._present)
+
+    def _shared_with_present(self) -> set[str]:
+        return {own for names in self._shared.values() if not self._present.keys().isdisjoint(names) for own in names}
+
+    def untied(self) -> tuple[str, ...]:
+        """Those that the class ties to others, and that are stored with other values than they."""
+        found = []
+        for target, source in self._tied.items():
+            names = self._present.get(target), self._present.get(source)
+            if None not in names and names[0] != names[1] and not self._are_equal(str(names[0]), str(names[1])):
+                found.append(target)
+        return tuple(found)
+
+    def _are_equal(self, first: str, second: str) -> bool:
+        one, other = self._held[first], self._held[second]
+        if (one.meta.dtype, one.meta.shape) != (other.meta.dtype, other.meta.shape):
+            return False
+        return all(torch.equal(*parts) for parts in zip(values_of(first, one), values_of(second, other), strict=True))
+
+    def _lacks(self, missing: Sequence[str], files: Sequence[Path]) -> ModelError:
+        named = ", ".join(missing[:_NAMED]) + _and_more(len(missing), _NAMED)
+        wrapped = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in self._held)), None)
+        hint = (
+            f"fetch the checkpoint again: {len(missing)} of the model's {len(self._own)} tensors are not in its files"
+        )
+        if wrapped is not None:
+            hint = f"its names begin with {wrapped!r}: save the model inside {_WRAPPERS[wrapped]}'s wrapper instead"
+        elif self.unused:
+            held = ", ".join(self.unused[:_NAMED]) + _and_more(len(self.unused), _NAMED)
+            hint = f"the model does not know {held}, which are there instead: is it a checkpoint of this config?"
+        what = "tensor" if len(missing) == 1 else "tensors"
+        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+        return ModelError(f"{where} lacks {len(missing)} {what} of {type(self._model).__name__}: {named}", hint=hint)
+
+    def _refusal(self, what: str, names: Sequence[str], hint: str = "fetch the checkpoint again") -> ModelError:
+        places = sorted({self._held[name].file for name in names if name in self._held})
+        return ModelError(f"{places[0] if places else self._name} {what}", hint=hint)
+
+
+def _and_more(count: int, named: int) -> str:
+    return f" and {count - named} more" if count > named else ""
