@@ -139,16 +139,19 @@ def test_ctrl_c_on_a_terminal_reaches_every_process_and_ends_the_run_in_order(
     check_saved(out, err)
 
 
-def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(model: Path, many: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["zero", "accelerate"])
+def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(
+    engine: str, model: Path, many: Path, tmp_path: Path
+) -> None:
     nvme = tmp_path / "nvme"
     nvme.mkdir()
     more = ("--offload", "nvme", "--nvme-path", str(nvme))
-    with started(arguments(model, many, tmp_path / "killed.jsonl", *more)) as process:
+    with started(arguments(model, many, tmp_path / "killed.jsonl", *more, engine=engine)) as process:
         wait_until(lambda: has_results(tmp_path / "killed.jsonl", 1), process)
         process.kill()
         process.wait()
     assert len(list(nvme.glob("zeroinf-swap-*"))) == 1
-    done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", "--engine", "zero", *more])
+    done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", "--engine", engine, *more])
     assert done.code == 0, done.err
     assert not list(nvme.iterdir())
 

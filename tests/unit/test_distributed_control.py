@@ -196,6 +196,22 @@ def test_a_rank_that_dies_on_another_node_ends_all_ranks_on_all_nodes(
     assert all(f"rank {dying} (process" in message for _, message, _ in words)
 
 
+def test_ranks_on_nodes_of_one_name_are_not_looked_for_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers or cloned nodes: another one's process numbers are nobody's here, which would be a death."""
+
+    def body(control: Control) -> str:
+        own = control.world.rank
+        monkeypatch.setattr(os, "readlink", lambda path: f"pid:[{own}]")
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: float(own))
+        watching = PeerWatch(control, lambda message, speak: os._exit(77))
+        time.sleep(1)
+        control.gather(None)
+        watching.stop()
+        return "alive"
+
+    assert on_ranks(2, body) == (["alive", "alive"], [0, 0])
+
+
 def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_SILENCE_S", 1.5)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -36,6 +37,8 @@ class Peer:
     host: str
     pid: int
     started: float
+    machine: tuple[str, ...] = ()
+    """What tells in which processes it can be looked for: hosts and containers may have the same name."""
 
     def is_alive(self) -> bool:
         try:
@@ -64,10 +67,10 @@ class PeerWatch:
         self._stop = threading.Event()
         self._ending = threading.Event()
         process = psutil.Process()
-        own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time())
+        own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time(), _machine())
         peers: list[Peer] = control.gather(own)
-        self._near = [p for p in peers if p.host == own.host and p.rank != own.rank]
-        self._far = [p for p in peers if p.host != own.host]
+        self._near = [p for p in peers if p.machine == own.machine and p.rank != own.rank]
+        self._far = [p for p in peers if p.machine != own.machine]
         heard = [p for p in self._far if own.rank == 0 or p.rank == 0]
         self._beats = {peer: _Beat() for peer in heard}
         self._beat_due = 0.0
@@ -187,6 +190,12 @@ class _Beat:
 
     count: int = -1
     since: float = field(default_factory=time.monotonic)
+
+
+def _machine() -> tuple[str, ...]:
+    """The same for all processes that see each other."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return socket.gethostname(), boot, str(Path("/proc/self/ns/pid").readlink())
 
 
 def _beat_key(rank: int) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from zeroinf.engines.baselines.plain import PlainEngine, random_model
+from zeroinf.engines.scratch import ScratchFolder
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.skeleton import build_skeleton
@@ -27,9 +25,7 @@ class AccelerateEngine(PlainEngine):
     name = "accelerate"
 
     def __init__(self, plan: Plan, source: ModelSource, device: torch.device) -> None:
-        self._folder: Path | None = None
-        if plan.offload == "nvme":
-            self._folder = Path(tempfile.mkdtemp(prefix="zeroinf-accelerate-", dir=plan.nvme_paths[0]))
+        self._folder = ScratchFolder(plan.nvme_paths[0]) if plan.offload == "nvme" else None
         try:
             self.model = self._load(plan, source, device)
         except BaseException:
@@ -41,21 +37,22 @@ class AccelerateEngine(PlainEngine):
 
     def _load(self, plan: Plan, source: ModelSource, device: torch.device) -> Any:
         places = _device_map(source, plan, device)
+        folder = None if self._folder is None else self._folder.path
         if not source.random_weights:
             dtype = getattr(torch, plan.dtype)
-            return load_pretrained(source, dtype, device_map=places, offload_folder=self._folder)
+            return load_pretrained(source, dtype, device_map=places, offload_folder=folder)
         from accelerate import dispatch_model
 
         made = {name: torch.device("cpu" if place == "disk" else place) for name, place in places.items()}
         model = random_model(plan, source, device, made)
         if len(set(places.values())) == 1:
             return model
-        return dispatch_model(model, places, main_device=_own_name(device), offload_dir=self._folder)
+        return dispatch_model(model, places, main_device=_own_name(device), offload_dir=folder)
 
     def close(self) -> None:
         super().close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
 def _device_map(source: ModelSource, plan: Plan, device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from zeroinf.hardware.memory import map_memory
 from zeroinf.hardware.snapshot import read_memlock
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
+_MEMORY = "zeroinf-weights"
 
 
 class HostMemory:
@@ -40,12 +42,12 @@ class HostMemory:
 
     @staticmethod
     def _open(nbytes: int, control: Control) -> int:
-        own = os.memfd_create("zeroinf-weights") if control.world.local_rank == 0 else -1
+        own = os.memfd_create(_MEMORY) if control.world.local_rank == 0 else -1
         if own >= 0:
             os.ftruncate(own, nbytes)
-        keepers = control.gather((os.getpid(), own, os.uname().nodename))
-        pid, number, _ = next(k for k in keepers if k[1] >= 0 and k[2] == os.uname().nodename)
-        descriptor = own if own >= 0 else os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        # By rank, not by a host's name: nodes that were cloned may have the same.
+        pid, number = control.gather((os.getpid(), own))[control.world.rank - control.world.local_rank]
+        descriptor = own if own >= 0 else _opened(pid, number)
         control.gather(None)  # nobody closes it before all have opened it
         return descriptor
 
@@ -68,6 +70,21 @@ class HostMemory:
         if self.pinned_bytes:
             _cudart().cudaHostUnregister(self.bytes.data_ptr())
             self.pinned_bytes = 0
+
+
+def _opened(pid: int, number: int) -> int:
+    """The memory that another rank of this node has made."""
+    try:
+        descriptor = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        if _MEMORY in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            return descriptor
+        os.close(descriptor)
+    except OSError:
+        pass
+    raise EnvironmentProblem(
+        "ranks of one node cannot see each other's processes, so they cannot share host memory",
+        hint="start them in one container, or as one node each (LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)",
+    )
 
 
 def view_of(memory: torch.Tensor) -> memoryview:

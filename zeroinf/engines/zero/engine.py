@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from zeroinf.distributed.control import start_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.engines.quiet import quiet_deepspeed
+from zeroinf.engines.scratch import ScratchFolder
 from zeroinf.model.inspect import auto_class, keeping_untied
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.skeleton import build_skeleton
@@ -26,7 +23,6 @@ from zeroinf.planner.plan import Plan
 
 _RANDOM_SEED = 0
 _SPREAD = 0.02
-_SWAP_PREFIX = "zeroinf-swap-"
 
 
 class ZeroEngine:
@@ -50,7 +46,7 @@ class ZeroEngine:
 
         self._passes = 0
         self._offloaded = plan.offload != "none"
-        config, self._swap_folder = _with_private_swap_folder(config, world)
+        config, self._swap_folder = _with_private_swap_folder(config)
         try:
             with quiet_deepspeed():
                 # zero.Init makes buffers in the weights' dtype, and a rotary embedding of rounded frequencies gives
@@ -95,7 +91,7 @@ class ZeroEngine:
 
     def _remove_swap_folder(self) -> None:
         if self._swap_folder is not None:
-            shutil.rmtree(self._swap_folder, ignore_errors=True)
+            self._swap_folder.remove()
 
 
 def _build(source: ModelSource, plan: Plan) -> Any:
@@ -140,22 +136,12 @@ def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) ->
                 module._buffers[name] = buffers[f"{prefix}.{name}" if prefix else name].to(made.device)
 
 
-def _with_private_swap_folder(config: dict[str, Any], world: World) -> tuple[dict[str, Any], Path | None]:
+def _with_private_swap_folder(config: dict[str, Any]) -> tuple[dict[str, Any], ScratchFolder | None]:
     """`config` with its nvme_path replaced by a folder below it that belongs to this rank of this run alone."""
     offload = config["zero_optimization"].get("offload_param") or {}
     if offload.get("device") != "nvme":
         return config, None
-    parent, host = Path(offload["nvme_path"]), socket.gethostname()
-    _remove_leftovers(parent, host)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_SWAP_PREFIX}{host}-{os.getpid()}-rank{world.rank}-", dir=parent))
+    folder = ScratchFolder(Path(offload["nvme_path"]))
     config = copy.deepcopy(config)
-    config["zero_optimization"]["offload_param"]["nvme_path"] = str(folder)
+    config["zero_optimization"]["offload_param"]["nvme_path"] = str(folder.path)
     return config, folder
-
-
-def _remove_leftovers(parent: Path, host: str) -> None:
-    """Remove the swap folders of runs on this host that were killed before they could do it themselves."""
-    for folder in parent.glob(f"{_SWAP_PREFIX}{host}-*-rank*"):
-        pid = int(folder.name.removeprefix(f"{_SWAP_PREFIX}{host}-").split("-")[0])
-        if not psutil.pid_exists(pid):
-            shutil.rmtree(folder, ignore_errors=True)
