@@ -33,11 +33,20 @@ _server.set_forkserver_preload(list(_IMPORTED))
 class Forked:
     """A process, with the part of `subprocess.Popen` that tests use."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], *, stdin: bool, own_group: bool) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        stdin: bool,
+        own_group: bool,
+        redirects: Mapping[int, str | None] | None = None,
+    ) -> None:
+        """`redirects` says of standard streams, by number, which file takes the place of the pipe; None closes it."""
         given, self._given = _server.Pipe(duplex=False)
         self._out, out = _server.Pipe(duplex=False)
         self._err, err = _server.Pipe(duplex=False)
-        settings = (list(command), dict(env), Path.cwd(), own_group)
+        settings = (list(command), dict(env), Path.cwd(), own_group, dict(redirects or {}))
         self._process = _server.Process(target=_run, args=(*settings, given, out, err))
         self._process.start()
         for end in (given, out, err, *(() if stdin else (self._given,))):
@@ -93,6 +102,7 @@ def _run(
     env: Mapping[str, str],
     folder: Path,
     own_group: bool,
+    redirects: Mapping[int, str | None],
     given: Connection,
     out: Connection,
     err: Connection,
@@ -109,8 +119,21 @@ def _run(
     from zeroinf.cli.main import main
 
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # multiprocessing's is empty
+    for number, name in redirects.items():
+        _redirect(number, name)
     sys.argv = list(command)
     try:
         main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _redirect(number: int, name: str | None) -> None:
+    """What a shell does for `>NAME` and `>&-`, and an interpreter that starts behind it."""
+    if name is None:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        return
+    opened = os.open(name, (os.O_WRONLY if number else os.O_RDONLY) | os.O_NOCTTY)
+    os.dup2(opened, number)
+    os.close(opened)

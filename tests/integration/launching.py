@@ -59,10 +59,12 @@ def run_zeroinf(
     launcher: Launcher = "none",
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
+    redirects: Mapping[int, str | None] | None = None,
     timeout: float = 120,
 ) -> Finished:
     """Start it, wait for its end, and return what came of it."""
-    with started(arguments, ranks=ranks, launcher=launcher, env=env, stdin=stdin is not None) as process:
+    how: dict[str, Any] = {"ranks": ranks, "launcher": launcher, "env": env, "redirects": redirects}
+    with started(arguments, **how, stdin=stdin is not None) as process:
         out, err = process.communicate(stdin, timeout=timeout)
         return Finished(process.returncode, out, err)
 
@@ -76,8 +78,9 @@ def started(
     env: Mapping[str, str] | None = None,
     stdin: bool = False,
     own_group: bool = False,
+    redirects: Mapping[int, str | None] | None = None,
 ) -> Iterator[Process]:
-    """The process while it runs; none of its descendants outlives the block."""
+    """The process while it runs; none of its descendants outlives the block. `redirects` is for a Forked one."""
     family = uuid.uuid4().hex
     # deepspeed's and torchrun's scripts look for their tools on PATH.
     path = {"PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -85,7 +88,7 @@ def started(
     command = command_line(arguments, ranks=ranks, launcher=launcher)
     process: Process
     if command[0] == "zeroinf" and "DS_ACCELERATOR" in os.environ:  # a fork knows of no other accelerator
-        process = Forked(command, whole, stdin=stdin, own_group=own_group)
+        process = Forked(command, whole, stdin=stdin, own_group=own_group, redirects=redirects)
     else:
         process = subprocess.Popen(
             [sys.executable, "-m", *command] if command[0] == "zeroinf" else command,

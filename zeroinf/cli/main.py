@@ -13,7 +13,8 @@ import click
 
 import zeroinf
 from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
-from zeroinf.errors import ZeroinfError
+from zeroinf.cli.streams import steady_streams, trouble_with_stdout
+from zeroinf.errors import OutputError, ZeroinfError
 
 _COMMANDS = ("run", "status", "plan", "eval", "bench", "config", "store", "doctor")
 
@@ -42,6 +43,15 @@ class _LazyGroup(click.Group):
             refuse_unknown(command, prefix_of(name))
         return name, command, rest
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. click takes any broken pipe for one of standard output, and ends without a word."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if (trouble := trouble_with_stdout()) is not None:
+                raise _unwritable(trouble) from error
+            raise RuntimeError(f"a broken pipe: {error}") from error
+
 
 @click.group(
     cls=_LazyGroup,
@@ -69,6 +79,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and end the process."""
+    steady_streams()
     # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     try:
@@ -80,10 +91,17 @@ def main() -> NoReturn:
         code = error.exit_code
     except ZeroinfError as error:
         code = _show(error)
-    except Exception:  # a defect: others wait for this rank, so it must end here too
-        traceback.print_exc()
-        code = ZeroinfError.exit_code
+    except Exception as error:  # a defect: others wait for this rank, so it must end here too
+        if isinstance(error, OSError) and (trouble := trouble_with_stdout()) is not None:
+            code = _show(_unwritable(trouble))
+        else:
+            traceback.print_exc()
+            code = ZeroinfError.exit_code
     _leave(code if isinstance(code, int) else 0)
+
+
+def _unwritable(error: OSError) -> OutputError:
+    return OutputError(f"cannot write to standard output: {error.strerror}")
 
 
 def _show(error: ZeroinfError) -> int:
@@ -98,8 +116,9 @@ def _show(error: ZeroinfError) -> int:
 
 def _leave(code: int) -> NoReturn:
     """End the process. A rank that failed does not wait for collectives that others will never join."""
+    if (trouble := trouble_with_stdout()) is not None and not code:
+        code = _show(_unwritable(trouble))
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,9 +295,10 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
         aio=aio_of(asked),
         **asked,
     )
-    console = Console(stderr=True, soft_wrap=True)
+    console, results = Console(stderr=True, soft_wrap=True), sys.stdout
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
-    outcome = run_job(options, world, pick_device(world), sys.stdout, observer)
+    with redirect_stdout(sys.stderr):  # what libraries print is no result
+        outcome = run_job(options, world, pick_device(world), results, observer)
     if outcome is None:
         return 0
     if (report := outcome.report) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
@@ -336,7 +337,14 @@ class PairsOutput:
         self._failures: list[Refusal] = []
         self._printed = 0
 
-    def begin(self, ranks: int) -> None: ...
+    def begin(self, ranks: int) -> None:
+        """Raises OutputError where the stream was closed before the run."""
+        try:
+            os.write(self._stream.fileno(), b"")
+        except io.UnsupportedOperation:  # no file at all
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def add(self, result: Result) -> None:
         """Print `result` and all that waited for it, or keep it until its turn comes."""
@@ -352,14 +360,12 @@ class PairsOutput:
         """Raises ValueError if a result is missing."""
         if self._next is not None:
             raise ValueError(f"index {self._next} has no result")
-        self._flush()
         return self._failures
 
     def abandon(self, why: str) -> Saved:
         """Print what still waits, in input order."""
         for index in sorted(self._waiting):
             self._print(index)
-        self._flush()
         return Saved(None, self._printed)
 
     def _print(self, index: int) -> None:
@@ -375,12 +381,6 @@ class PairsOutput:
         except OSError as error:
             raise self._unwritable(error) from error
         self._printed += 1
-
-    def _flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> OutputError:
         self._waiting.clear()

@@ -1,0 +1,100 @@
+"""Standard streams that cannot end a job: a display that fails is done without, closed streams are there again.
+
+Standard error is a display. It may be a terminal that was closed, a pipe without a reader, or a full disk: what cannot
+be written there is dropped. Standard output carries results: a failed write there is an error that says what is lost.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+
+class _Steady:
+    """The text or byte stream `stream`, of which subclasses say what becomes of a write that failed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def failed(self, error: OSError) -> None:
+        """Called for each write that failed."""
+
+    def write(self, data: Any) -> int:
+        """Write `data`, text or bytes as the stream is."""
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.failed(error)
+        return len(data)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each line."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.failed(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Display(_Steady):
+    """A stream of which failed writes are dropped."""
+
+    @property
+    def buffer(self) -> Display:
+        """The bytes below the text."""
+        return Display(self._stream.buffer)
+
+
+class Results(_Steady):
+    """A stream that remembers why a write failed."""
+
+    trouble: OSError | None = None
+
+    def failed(self, error: OSError) -> None:
+        """Raise it again."""
+        self.trouble = error
+        raise error
+
+
+def steady_streams() -> None:
+    """Open standard streams that were closed, and make standard error a Display.
+
+    A descriptor that stays closed would be that of the next file which is opened, and what is printed would go into it.
+    Reading from standard input that was closed finds nothing; writing to standard output that was closed fails.
+    """
+    for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, mode)  # the lowest that is free: this one
+            os.set_inheritable(opened, True)  # ranks have them, too
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or io.TextIOWrapper(open(1, "wb", closefd=False))  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if not isinstance(sys.stderr, Display):
+        sys.stderr = Display(sys.stderr)
+    if not isinstance(sys.stdout, Results):
+        sys.stdout = Results(sys.stdout)
+
+
+def trouble_with_stdout() -> OSError | None:
+    """Why what was printed cannot be written, None where it was. What is left of it is dropped."""
+    assert isinstance(sys.stdout, Results)
+    with suppress(OSError):
+        sys.stdout.flush()
+    if sys.stdout.trouble is not None:
+        with suppress(io.UnsupportedOperation):  # no file
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+    return sys.stdout.trouble
