@@ -91,3 +91,18 @@ def test_infinite_scores_are_no_numbers_but_what_is_ruled_out_may_be(how: dict[s
     assert rows[4].generated[0] == BAD != rows[0].generated[0]
     fed = torch.cat([inputs["input_ids"].flatten() for inputs in engine.asked])
     assert ((fed >= 0) & (fed < VOCABULARY)).all()
+
+
+def test_a_generation_config_that_removes_invalid_values_lets_a_row_go_on_as_transformers_does() -> None:
+    model = build_model("llama")
+    head = model.lm_head
+
+    def spoil(module: Any, given: Any, found: torch.Tensor) -> torch.Tensor:
+        return found.index_fill(-1, torch.tensor([9, 11]), NAN)
+
+    head.register_forward_hook(spoil)
+    model.generation_config.remove_invalid_values = True
+    (row,) = rows = rows_of(((5, 6, 7),), 6)
+    run_rows(PlainEngine(model), rows)
+    theirs = model.generate(torch.tensor([row.prompt]), do_sample=False, max_new_tokens=6)
+    assert row.finish_reason == "length" and row.generated == theirs[0, 3:].tolist()

@@ -18,6 +18,7 @@ from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.settings import check_settings
 from zeroinf.generation.upload import to_device
 from zeroinf.model.kv import cache_name
 
@@ -32,43 +33,57 @@ class TokenRules:
     """What a model's generation config says about tokens: which end a row, which pads, which scores are altered."""
 
     def __init__(self, model: Any, pad_token: int | None, eos_tokens: Sequence[int]) -> None:
+        """Raises ModelError for settings that are not carried out (`zeroinf.generation.settings`)."""
         config = model.generation_config
+        check_settings(config)
         listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self.eos_tokens = frozenset(t for t in (*listed, *eos_tokens) if t is not None)
         self.pad_token = next((t for t in (pad_token, *sorted(self.eos_tokens)) if t is not None), 0)
         self.stops = _texts(config.stop_strings)
         """Strings that end every row, as the generation config has them."""
+        self.mends_scores = config.remove_invalid_values is True
+        """Whether a token is chosen even where scores are no numbers."""
         self._model = model
         self._config = copy.deepcopy(config)
         self._config.do_sample = False
-        self._config.min_new_tokens = self._config.min_length = None
+        if config.min_new_tokens is not None:  # it wins, and transformers makes the same min_length of it
+            self._config.min_length = None
         self._forces_end = config.forced_eos_token_id is not None
+        of_prompts = (config.min_new_tokens, config.begin_suppress_tokens, config.exponential_decay_length_penalty)
+        self._counts_prompt = any(setting is not None for setting in of_prompts)
         self._processors: dict[tuple[int, int], LogitsProcessorList] = {}
-        unknown = {"encoder_no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1.0)}
-        for name, off in unknown.items():
-            if (value := getattr(config, name, None)) not in off:
-                raise ModelError(
-                    f"the generation config of {type(model).__name__} has {name} {value}, which zeroinf does not apply",
-                    hint="remove it from generation_config.json to run without it",
-                )
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
         return bool(row.sampling.stop) or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
 
     def kind(self, row: Row) -> tuple[int, int]:
-        """What a row's processors depend on: its prompt's length and, where its last token is forced, its own."""
+        """What a row's processors depend on: its prompt's length and, where its last token is forced, its own; 1 and 0
+        where they depend on neither."""
         prompt = len(row.prompt)
-        return prompt, prompt + row.sampling.max_new_tokens if self._forces_end else 0
+        total = prompt + row.sampling.max_new_tokens if self._forces_end else 0
+        return prompt if self._counts_prompt else 1, total
 
     def processors(self, kind: tuple[int, int], device: torch.device) -> LogitsProcessorList:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
         if kind not in self._processors:
             prompt_length, self._config.max_length = kind
+            ends = sorted(self.eos_tokens)
+            self._config._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
             self._processors[kind] = self._model._get_logits_processor(
                 generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
             )
         return self._processors[kind]
+
+    def try_out(self, vocabulary: int) -> None:
+        """Alter scores of a row of one token, and of the ones behind. Raises ModelError where that cannot be done."""
+        try:
+            processors = self.processors((1, 2), torch.device("cpu"))
+            later = max((getattr(one, "regulation_start", 1) + 1 for one in processors), default=1)
+            for length in (1, later):
+                processors(torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, vocabulary))
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ModelError(f"the model's generation config cannot be carried out: {error}") from error
 
 
 def _texts(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -175,7 +190,8 @@ class MicroBatch:
     def choose(self, output: Any) -> Chosen | None:
         """Choose the next token of each row whose prompt is through; None where there is none.
 
-        A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN.
+        A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN, unless the generation
+        config has `remove_invalid_values`.
         """
         desk, group = self._desk, self.group
         if desk.encoded is not None:
@@ -190,8 +206,10 @@ class MicroBatch:
             scores, seats, lengths = (each.index_select(0, index) for each in (scores, seats, lengths))
         chosen = [group.seats[index] for index in choosing]
         rows = [seat.row for seat in chosen]
-        is_broken = scores.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
-        tokens = choose_tokens(self._processed(scores, chosen), rows, _numbers(chosen)).masked_fill_(is_broken, 0)
+        processed = self._processed(scores, chosen)
+        judged = processed if desk.rules.mends_scores else scores
+        is_broken = judged.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
+        tokens = choose_tokens(processed, rows, _numbers(chosen)).masked_fill_(is_broken, 0)
         desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
         likelihoods = likelihoods_of(scores, tokens, rows)
         return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)

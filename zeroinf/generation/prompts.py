@@ -23,7 +23,7 @@ def decoder_start(model: Any) -> int:
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
     if not isinstance(start, int):
         raise ModelError(
-            f"the generation config of {type(model).__name__} has {start!r} as decoder_start_token_id",
+            f"the model's generation config has {start!r} as decoder_start_token_id",
             hint="zeroinf wants one token, the same for all rows",
         )
     return start

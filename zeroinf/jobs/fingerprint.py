@@ -50,7 +50,7 @@ def fingerprint(
         "model": weights_identity(source),
         "revision": str(source.revision),
         "config": _digest(_config(source.config)),
-        "generation config": _digest(generation.to_dict() if (generation := read_generation_config(source)) else None),
+        "generation config": _digest(read_generation_config(source).to_dict()),
         "template": _digest(getattr(tokenizer, "chat_template", None)),
         "prompts": _digest([[r.index, r.id, r.prompt, r.messages] for r in requests]),
         "tokens": _digest([[w.index, w.prompt] for w in work]),

@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from transformers import GenerationMixin
+
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.stored import check_room, room_taken
 from zeroinf.engines.zero.config import check_user_config, codes_of, nvme_pool_bytes
-from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.errors import DoesNotFitError, ModelError, UsageError
+from zeroinf.generation.micro_batch import TokenRules
+from zeroinf.generation.prompts import decoder_start
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
 from zeroinf.hardware.gpus import gpus_are_linked
@@ -22,6 +26,7 @@ from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.jobs.options import RunOptions
 from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.inspect import config_dtype
+from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, local_weight_files
 from zeroinf.planner.choice import Offload
@@ -45,9 +50,11 @@ def plan_run(
 ) -> tuple[Plan, dict[str, Any] | None, str | None]:
     """The plan, the user's own DeepSpeed JSON if there is one, and why `auto` did not take the stream engine.
 
-    Raises UsageError for what contradicts itself, EnvironmentProblem for what the machine lacks, DoesNotFitError when
-    nothing fits; all before anything is allocated on a GPU.
+    Raises ModelError for a generation config that cannot be carried out, UsageError for what contradicts itself,
+    EnvironmentProblem for what the machine lacks, DoesNotFitError when nothing fits; all before anything is allocated
+    on a GPU.
     """
+    _check_generation(source, anatomy)
     own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
     offload, nvme_paths = options.offload, options.nvme_paths
     if own_config is not None:
@@ -107,6 +114,25 @@ def plan_run(
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why
+
+
+class _Unloaded(GenerationMixin):  # type: ignore[misc]
+    """What transformers' generation asks of a model before any forward."""
+
+    def __init__(self, config: Any, generation_config: Any) -> None:
+        self.config, self.generation_config = config, generation_config
+
+
+def _check_generation(source: ModelSource, anatomy: Anatomy) -> None:
+    """Raises ModelError for settings of the checkpoint's generation config that are not, or cannot be, carried out."""
+    model = _Unloaded(source.config, read_generation_config(source))
+    TokenRules(model, None, ()).try_out(anatomy.vocabulary)
+    if anatomy.encoder is not None and (start := decoder_start(model)) >= anatomy.vocabulary:
+        raise ModelError(
+            f"decoders of {source.name} begin with token {start}, but the model has embeddings for "
+            f"{anatomy.vocabulary} tokens",
+            hint="correct decoder_start_token_id in generation_config.json",
+        )
 
 
 def _with_codes(plan: Plan, own_config: Mapping[str, Any], source: ModelSource) -> Plan:

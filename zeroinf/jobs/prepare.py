@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
+from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.fingerprint import fingerprint
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, began_before, check_output
@@ -21,6 +22,7 @@ from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_requests
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
@@ -35,6 +37,8 @@ class Reading:
     job: Job
     anatomy: Anatomy
     tokenize_s: float
+    notes: tuple[str, ...]
+    """What the user should know of the model's generation config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +73,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     )
     started = time.perf_counter()
     codec = TextCodec(tokenizer, anatomy, began)
-    work, too_long = _tokenize(requests, codec)
+    generation = read_generation_config(source)
+    work, too_long = _tokenize(requests, codec, refuse_sampling(generation))
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
         raise InputError(none_can_run(refusals + too_long))
@@ -92,7 +97,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         zero_config=options.zero_config,
     )
     job = Job(work=work, refusals=refused, fingerprint=marks, began=began)
-    return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s)
+    said = notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
+    return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
 def none_can_run(refusals: Sequence[Refusal]) -> str:
@@ -136,11 +142,16 @@ def _open(name: str) -> BinaryIO:
     return Path(name).open("rb")
 
 
-def _tokenize(requests: Sequence[Request], codec: TextCodec) -> tuple[tuple[Work, ...], list[Refusal]]:
+def _tokenize(
+    requests: Sequence[Request], codec: TextCodec, cannot_sample: str | None
+) -> tuple[tuple[Work, ...], list[Refusal]]:
+    """`cannot_sample` is why sampled requests are refused, if they are."""
     work, refusals = [], []
     for request in requests:
         try:
             prompt = codec.encode(request)
+            if cannot_sample is not None and not request.sampling.is_greedy:
+                raise ValueError(cannot_sample)
         except ValueError as error:
             refusals.append(Refusal.of(request, str(error)))
             continue

@@ -147,6 +147,8 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
     reading = read_job(options, source, device)
     job = reading.job
     observer.left_out("refused", job.refusals)
+    for note in reading.notes:
+        observer.note(note)
     writer = _open_output(options, job, results, observer)
     try:
         if job.work and not writer.left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
 from zeroinf.model.inspect import read_anatomy
@@ -68,6 +70,8 @@ class Session:
             self._pool = PagePool(self._engine.model, fits.rank_anatomy(world.rank), self._plan.pool, device)
         except torch.OutOfMemoryError as error:
             raise _does_not_fit(error) from error
+        for note in notes(self._engine.model.generation_config, sampled=False):
+            warnings.warn(note, stacklevel=2)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """A result for each request, in order. Raises InputError for one that is longer than was planned for, or than
@@ -98,6 +102,8 @@ class Session:
 
     def _row(self, number: int, request: Request) -> Row:
         prompt = encode_prompt(self._codec, request)
+        if not request.sampling.is_greedy and (why := refuse_sampling(self._engine.model.generation_config)):
+            raise InputError(f"prompt {number}: {why}")
         for name, tokens, planned in (
             ("prompt", len(prompt), self._lengths.prompt_tokens),
             ("completion", request.sampling.max_new_tokens, self._lengths.new_tokens),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.errors import ModelError
 from zeroinf.model.inspect import as_in_checkpoint, auto_class, keeping_untied
 from zeroinf.model.source import ModelSource
 
@@ -28,18 +29,27 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
             )
         model.tie_weights()
     as_in_checkpoint(model, dtype)
-    if (generation := read_generation_config(source)) is not None:
-        model.generation_config = generation
+    model.generation_config = read_generation_config(source)
     return model.eval()
 
 
-def read_generation_config(source: ModelSource) -> Any | None:
-    """The checkpoint's generation config; None where it has none."""
+def read_generation_config(source: ModelSource) -> Any:
+    """The checkpoint's generation config; where it has none, the one that transformers makes of its config.json.
+
+    Raises ModelError for one that cannot be read.
+    """
     from transformers import GenerationConfig
 
     if source.random_weights:
-        return None
+        return GenerationConfig.from_model_config(source.config)
     try:
-        return GenerationConfig.from_pretrained(source.location, revision=source.revision)
-    except OSError:
-        return None
+        try:
+            return GenerationConfig.from_pretrained(source.location, revision=source.revision)
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):  # not absent, but no JSON
+                raise ValueError(str(error)) from error
+        return GenerationConfig.from_pretrained(
+            source.location, config_file_name="config.json", revision=source.revision, _from_model_config=True
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"the generation config of {source.name} cannot be read: {error}") from error
