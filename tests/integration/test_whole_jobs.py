@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_a_token_that_the_model_does_not_have_refuses_its_line_and_no_other(
     run(small_checkpoint(name), write_jsonl(tmp_path / "good.jsonl", good), tmp_path / "good.out.jsonl")
     told = [[line["completion"] for line in read_jsonl(tmp_path / file)] for file in ("out.jsonl", "good.out.jsonl")]
     assert told[0] == told[1]
+
+
+def test_a_message_that_the_template_skips_is_a_system_message_or_refused(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_checkpoint("llama"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    of_two = "{% if m.role in ('system', 'user') %}{{ m.role + ':' + m.content }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + of_two + "{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    said, user = {"content": "Answer in French."}, {"role": "user", "content": "Hi"}
+    lines = [{"messages": [{"role": role, **said}, user]} for role in ("developer", "system", "assistant")]
+    report = run(folder, write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
+    first, second = read_jsonl(tmp_path / "out.jsonl")
+    assert first["prompt_tokens"] == second["prompt_tokens"] == len("system:Answer in French.user:Hi")
+    assert first["completion"] == second["completion"]
+    (refused,) = read_jsonl(tmp_path / "out.jsonl.errors.jsonl")
+    assert report.refused == 1 and refused["line"] == 3 and "role 'assistant'" in refused["error"]
 
 
 def test_python_refuses_a_prompt_that_the_model_cannot_take_before_anything_runs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from zeroinf.generation.row import Likelihood
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.service.pieces import Pieces
 from zeroinf.service.requests import Request
+from zeroinf.service.roles import Conversations, LostMessageError
 
 _DECIMALS = 6
 _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
@@ -28,6 +29,7 @@ class TextCodec:
         self._anatomy = anatomy
         self._texts: dict[int, str] = {}
         self._pieces: Pieces | None = None
+        self._conversations = Conversations(self._render)
 
     @property
     def pad_token(self) -> int | None:
@@ -57,8 +59,8 @@ class TextCodec:
     def tokens(self, request: Request) -> list[int]:
         """Token ids of a request's prompt; chat messages go through the chat template.
 
-        Raises ValueError when the messages cannot be rendered, when nothing is left of the prompt, or where it holds a
-        token for which the model has no embedding.
+        Raises ValueError when the messages cannot be rendered or one of them would be lost, when nothing is left of the
+        prompt, or where it holds a token for which the model has no embedding.
         """
         if request.messages is not None:
             ids = self._encode_chat(request.messages)
@@ -84,12 +86,16 @@ class TextCodec:
             raise ValueError("the model has no chat template: give `prompt` instead of `messages`")
         try:
             with _clock_at(self._now):
-                rendered = self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=False
-                )
+                rendered = self._conversations.render(messages)
+        except LostMessageError:
+            raise
         except Exception as error:  # templates are the model author's own programs and raise what they like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        assert self._tokenizer is not None
+        return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
