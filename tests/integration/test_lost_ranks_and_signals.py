@@ -156,35 +156,44 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(
     assert not list(nvme.iterdir())
 
 
-def failing_on_rank(rank: int, tmp_path: Path, where: str) -> dict[str, str]:
-    """An environment in which `where` (module:Class.method) raises on one rank."""
-    module, _, path = where.partition(":")
-    owner, _, method = path.rpartition(".")
+def changed(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
+    """An environment in which code runs behind the import of modules, by their names; `own` is the module."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         f"""
 import importlib.abc, importlib.machinery, os, sys
 
-def fail(*args, **kwargs):
-    raise RuntimeError("the disk is on fire")
+changes = {changes!r}
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != {module!r}:
+        if name not in changes:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
-        def exec_module(loaded):
-            execute(loaded)
-            setattr(loaded.{owner}, {method!r}, fail)
+        def exec_module(own):
+            execute(own)
+            exec(changes[name], {{"own": own, "rank": os.environ.get("RANK")}})
         spec.loader.exec_module = exec_module
         return spec
 
-if os.environ.get("RANK") == "{rank}":
-    sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder())
 """
     )
     return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def failing_on_rank(rank: int, tmp_path: Path, where: str) -> dict[str, str]:
+    """An environment in which `where` (module:Class.method) raises on one rank."""
+    module, _, path = where.partition(":")
+    code = f"""
+def fail(*args, **kwargs):
+    raise RuntimeError("the disk is on fire")
+
+if rank == "{rank}":
+    own.{path} = fail
+"""
+    return changed(tmp_path, {module: code})
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -208,3 +217,31 @@ def test_a_rank_that_fails_while_loading_names_its_cause(model: Path, many: Path
     )  # fmt: skip
     assert done.code not in (0, 130, 143)
     assert re.search(r"error: rank 1 \(process \d+\) died: the disk is on fire", done.err)
+
+
+def test_ranks_that_wait_for_each_other_end_with_who_waits_for_whom_and_what_is_saved(
+    model: Path, tmp_path: Path
+) -> None:
+    elsewhere = """
+import time
+
+def never(stream):
+    with stream._place.waiting("a word that nobody says", range(2)):
+        time.sleep(100)
+
+if rank == "1":
+    own.Stream.gather_all = never
+"""
+    soon = "own._TICK_S, own._SAY_AFTER_S, own._NOBODY_COMES_S, own._GRACE_S = 0.1, 0.3, 1.0, 1.0"
+    env = changed(tmp_path, {"zeroinf.jobs.stream": elsewhere, "zeroinf.distributed.waits": soon})
+    (tmp_path / "few.txt").write_text("one\ntwo\nthree\nfour\n")
+    out = tmp_path / "out.jsonl"
+    done = run_zeroinf(
+        arguments(model, tmp_path / "few.txt", out, engine="stream"), ranks=2, launcher="num-gpus", env=env, timeout=100
+    )
+    assert done.code == 1, done.err
+    assert done.err.count("error: ranks wait for each other, and none will come: ") == 1
+    assert "for rank 1, which waits at a word that nobody says" in done.err
+    assert "died" not in done.err
+    assert "lost the connection" not in done.err
+    check_saved(out, done.err)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.ports import free_port
+from zeroinf.distributed.waits import Place
 from zeroinf.distributed.world import World
 from zeroinf.errors import RankError
 
@@ -38,13 +39,17 @@ def start_process_group(world: World, device: str) -> None:
 class Control:
     """What ranks tell each other, over a gloo group of its own. Alone, everything is answered on the spot.
 
-    `store` holds shared counters and results; it answers from the process of rank 0.
+    `store` holds shared counters and results; it answers from the process of rank 0. `place` says where this rank is,
+    for the others to know whom they wait for.
     """
 
     def __init__(self, world: World, device: str) -> None:
         self.world = world
+        self.place = Place()
         self.store: dist.Store = dist.HashStore()
         self._first = 0
+        self._calls = 0
+        """Collectives of this group so far: ranks of it that wait at the same one wait together."""
         if world.size > 1:
             start_process_group(world, device)
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -67,6 +72,7 @@ class Control:
             return self
         part, rank = copy.copy(self), self.world.rank % size
         part.world = replace(self.world, rank=rank, size=size)
+        part._calls = 0
         if size > 1:
             starts = range(0, self.world.size, size)
             groups = [dist.new_group(range(at, at + size), backend="gloo", timeout=_PATIENCE) for at in starts]
@@ -79,7 +85,7 @@ class Control:
         if self.world.size == 1:
             return value
         box = [value]
-        with _lost_rank_named():
+        with self._meeting("broadcast"):
             dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
 
@@ -88,7 +94,7 @@ class Control:
         if self.world.size == 1:
             return [value]
         values: list[Any] = [None] * self.world.size
-        with _lost_rank_named():
+        with self._meeting("gather"):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -101,20 +107,37 @@ class Control:
         if self.world.size == 1:
             return lambda: values
         tensor = torch.tensor(values, dtype=torch.int64)
+        at = self._next("agreement")
         with _lost_rank_named():
             work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
         def answer() -> tuple[int, ...]:
-            with _lost_rank_named():
+            with self.place.waiting(at, self._ranks), _lost_rank_named():
                 work.wait()
             return tuple(tensor.tolist())
 
         return answer
 
+    @property
+    def _ranks(self) -> range:
+        """Those of this group, as all ranks count them."""
+        return range(self._first, self._first + self.world.size)
+
+    def _next(self, kind: str) -> str:
+        """The name of the next collective, the same on every rank that comes to it."""
+        self._calls += 1
+        ranks = self._ranks
+        return f"{kind} {self._calls} of ranks {ranks.start} to {ranks.stop - 1}"
+
+    @contextmanager
+    def _meeting(self, kind: str) -> Iterator[None]:
+        with self.place.waiting(self._next(kind), self._ranks), _lost_rank_named():
+            yield
+
     def close(self) -> None:
         """Leave together, so that no rank finds the store gone while it still asks."""
         if self.world.size > 1:
-            with _lost_rank_named():
+            with self._meeting("end"):
                 dist.barrier(group=self._group)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -54,6 +54,7 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
             return stop
         if ranks is not None:
             ranks.foretell(passes.likely_goes_on(groups), feed.stop_requested())
+            control.place.now(f"is in pass {ranks.passes}", in_pass=True)
         ran_out = False
         try:
             if groups:
@@ -194,6 +195,8 @@ class _Agreement:
 
     def __init__(self, control: Control) -> None:
         self._control = control
+        self.passes = 0
+        """Those that were agreed to."""
         self._expected: Callable[[], tuple[int, ...]] = lambda: (0, 0)
 
     def foretell(self, busy: bool, stop: int) -> None:
@@ -205,6 +208,7 @@ class _Agreement:
         any_busy, any_stop = self._expected()
         if not any_busy and not any_stop:
             any_busy, any_stop = self._control.most(busy, stop)
+        self.passes += bool(any_busy)
         return bool(any_busy), any_stop
 
 

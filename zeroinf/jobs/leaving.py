@@ -68,6 +68,12 @@ class Leaving:
         elif speak and self._file is not None:
             self._tell(f"results finished until then are saved in {journal_path(self._file)}")
 
+    def in_deadlock(self, why: str, speak: bool) -> None:
+        """End because ranks wait for each other. All of them do, so that none is taken for dead."""
+        if self.watch is not None:
+            self.watch.stop()
+        self.with_the_dead(why, speak)
+
     def _at_once(self, number: int) -> None:
         """Say what is saved, and wait for nobody: what saves it may be stuck in a write to a disk that hangs."""
         if self._output is None or self._has_told:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
+from zeroinf.distributed.waits import WaitWatch
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine, EngineStats, Stalls
@@ -20,6 +21,7 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import (
     DoesNotFitError,
     EnvironmentProblem,
+    RankError,
     RequestsFailedError,
     ZeroinfError,
 )
@@ -85,9 +87,12 @@ def run_job(
     peak = PeakMemory()
     with Interrupts() as interrupts:
         control = Control(world, device.type)
+        waits = WaitWatch(control, observer.note, lambda message, speak: observer.failed(message) if speak else None)
+        control.place.now("reads the job and plans")
         start = _start_together(options, control, device, results, observer)
         output = Output(start.writer) if start.writer is not None else None
         leaving = Leaving(options.output_file, options.resume_command, output, observer, interrupts)
+        waits.on_end = leaving.in_deadlock
         report: RunReport | None = None
         failures: Sequence[Refusal] = ()
         try:
@@ -95,12 +100,17 @@ def run_job(
                 leaving.watch = PeerWatch(control, leaving.with_the_dead) if world.size > 1 else None
                 job = _Job(options, control, device, start.source, start.prepared, output, observer, interrupts, peak)
                 report = job.run(leaving.watch)
+            control.place.now("publishes the output")
             if output is not None:
                 failures = output.finish()
         except BaseException as error:
+            if isinstance(error, RankError):
+                waits.defer_to_deadlock()
+            waits.stop()
             leaving.because_of(error)
             raise
         leaving.finished()
+        waits.stop()
         control.close()
     if start.job is None:
         return None
@@ -262,11 +272,13 @@ class _Job:
         if self._device.type == "cuda":
             self._take_gpu()
         started = time.perf_counter()
+        self._control.place.now("loads weights")
         engine = self._load()
         try:
             load_s, ready_s = time.perf_counter() - started, process_age_s()
             self._observer.loaded(load_s)
             loading = self._peak.so_far()
+            self._control.place.now("generates")
             room = self._room = self._make_room(engine)
             stream, generate_s = self._generate(engine, room)
             finish_s = process_age_s()
@@ -402,6 +414,7 @@ class _Job:
             raise _out_of_memory(error, scheduler.limits.micro_batch_rows) from error
         finally:
             self._interrupts.deferred = False
+            self._control.place.now("has generated its tokens")
         if stopped_by:
             raise interrupted(stopped_by)
 

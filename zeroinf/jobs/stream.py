@@ -95,7 +95,7 @@ class Stream:
         self._work = {work.index: work for work in prepared.work}
         self._codec = codec
         self._engine = engine
-        self._part = part
+        self._part, self._place = part, part.place
         # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
         plan = prepared.plan
         at_once = plan.world_size == 1 or plan.static_batches or not plan.anatomy.is_paged or not engine.shares_passes
@@ -160,10 +160,16 @@ class Stream:
 
     def gather_all(self) -> None:
         """Wait for the results of every rank."""
-        while self._output is not None and self._output.results < len(self._prepared.work):
-            self._tell()
-            if self._output.results < len(self._prepared.work):
-                time.sleep(_POLL_S)
+        if self._output is None:
+            return
+        with self._place.waiting("the results of all ranks", range(self._prepared.plan.world_size)):
+            while self._output.results < len(self._prepared.work):
+                before = self._output.results
+                self._tell()
+                if self._output.results > before:
+                    self._place.step()
+                if self._output.results < len(self._prepared.work):
+                    time.sleep(_POLL_S)
 
     def phases(self) -> Phases:
         """This rank's times until now."""

@@ -46,6 +46,7 @@ class StreamEngine:
         self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
     ) -> None:
         self._device = device
+        self._place = control.place
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model, plan.wire)
         self._expander = Expander(groups, device) if plan.wire != "model" else None
@@ -139,6 +140,7 @@ class StreamEngine:
         return take
 
     def _enter(self, block: int) -> None:
+        self._place.step()
         if block in self._before:
             self._before[block]()
         for expansion in self._expansions[block]:

@@ -1,0 +1,198 @@
+"""Who waits for whom: each rank tells where it is, rank 0 says which ranks are waited for, and ends what cannot go on.
+
+A rank that loads, plans or computes may take its time, and the others wait for it as long as it takes. Only where every
+rank waits for others, at different places, will nobody ever come: then the job ends with an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zeroinf.errors import RankError
+
+if TYPE_CHECKING:
+    from zeroinf.distributed.control import Control
+
+_TICK_S = 1.0
+_SAY_AFTER_S = 45.0
+"""How long ranks may wait before it is said, and then for twice as long each time."""
+_NOBODY_COMES_S = 60.0
+"""How long all ranks must have waited at different places before the job ends."""
+_NO_PASS_S = 1800.0
+"""The same where some are in a pass that all ranks make together: no pass takes so long without running a layer."""
+_GRACE_S = 5.0
+"""How long rank 0, which holds the store, goes on so that the others can read why the job ends."""
+_ENDED = "waits/ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a rank is, for others to read."""
+
+    doing: str
+    """In words that go on "which ..."."""
+    waits_at: str = ""
+    """The place at which it waits for other ranks; empty where it does not."""
+    first: int = 0
+    ranks: int = 0
+    """The ranks that must come there: so many from `first` on."""
+    in_pass: bool = False
+    """It makes a pass that ranks make together, in which it may wait for them."""
+    steps: int = 0
+    """Grows as the rank gets on."""
+
+    @property
+    def awaited(self) -> range:
+        return range(self.first, self.first + self.ranks)
+
+
+class Place:
+    """Where this rank is. Costs next to nothing to change; `WaitWatch` reads it from its own thread."""
+
+    def __init__(self) -> None:
+        self._spot = Spot("starts")
+        self._steps = 0
+
+    @property
+    def spot(self) -> Spot:
+        spot = self._spot
+        return Spot(spot.doing, spot.waits_at, spot.first, spot.ranks, spot.in_pass, self._steps)
+
+    def now(self, doing: str, *, in_pass: bool = False) -> None:
+        """What this rank does from here on, in words that go on "rank 3, which ..."."""
+        self._spot = Spot(doing, in_pass=in_pass)
+        self._steps += 1
+
+    def step(self) -> None:
+        """It gets on with what it does."""
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self, at: str, ranks: range) -> Iterator[None]:
+        """Inside, this rank waits at a place to which each of `ranks` must come."""
+        before = self._spot
+        self._spot = Spot(before.doing, at, ranks.start, len(ranks))
+        self._steps += 1
+        try:
+            yield
+        finally:
+            self._spot = before
+            self._steps += 1
+
+
+class WaitWatch:
+    """A thread that publishes this rank's place in the store; that of rank 0 reads those of all.
+
+    `note` is told, on rank 0, who waits for whom. Where nobody will ever come, `on_end(message, speak)` is called on
+    every rank, with `speak` on rank 0, and the process ends as PeerWatch's does.
+    """
+
+    def __init__(self, control: Control, note: Callable[[str], None], on_end: Callable[[str, bool], None]) -> None:
+        self._control, self._note = control, note
+        self.on_end = on_end
+        self._stop, self._ending = threading.Event(), threading.Event()
+        self._published: Spot | None = None
+        self._seen: dict[int, tuple[Spot, float]] = {}
+        """Of each rank: where it is, and since when."""
+        self._say_after_s = _SAY_AFTER_S
+        self._thread = threading.Thread(target=self._watch, name="wait-watch", daemon=True)
+        if control.world.size > 1:
+            self._thread.start()
+
+    def defer_to_deadlock(self) -> None:
+        """To be called where a collective broke: if it did because ranks end that wait for each other, this does not
+        return."""
+        if self._ending.wait(3 * _TICK_S if self._thread.is_alive() else 0):
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Stop, before ranks leave and take the store with them."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * _TICK_S)  # not for ever: the store may have gone with rank 0
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_TICK_S):
+            try:
+                self._publish()
+                if self._control.store.check([_ENDED]):
+                    self._end(self._control.store.get(_ENDED).decode(), speak=False)
+                if self._control.world.is_main:
+                    self._look()
+            except RuntimeError:  # the store went with rank 0: that is PeerWatch's to tell
+                return
+
+    def _publish(self) -> None:
+        spot = self._control.place.spot
+        if spot != self._published:
+            fields = [getattr(spot, name) for name in Spot.__slots__]
+            self._control.store.set(_key(self._control.world.rank), json.dumps(fields))
+            self._published = spot
+
+    def _look(self) -> None:
+        """Say who waits for whom, or end what nobody can go on with."""
+        now = time.monotonic()
+        for rank in range(self._control.world.size):
+            spot = self._read(rank)
+            if rank not in self._seen or self._seen[rank][0] != spot:
+                self._seen[rank] = spot, now
+        spots = [self._seen[rank][0] for rank in range(self._control.world.size)]
+        waited = {rank: now - since for rank, (spot, since) in self._seen.items() if spot.waits_at}
+        longest = max(waited.values(), default=0.0)
+        if longest < _SAY_AFTER_S:
+            self._say_after_s = _SAY_AFTER_S
+        told = "; ".join(_told(spots, {rank for rank in waited if waited[rank] >= _SAY_AFTER_S}))
+        if told and now - max(since for _, since in self._seen.values()) >= _patience_s(spots):
+            self._end(f"ranks wait for each other, and none will come: {told}", speak=True)
+        if told and longest >= self._say_after_s:
+            self._note(f"{told} (for {longest:.0f} s)")
+            self._say_after_s *= 2
+
+    def _read(self, rank: int) -> Spot:
+        key = _key(rank)
+        if not self._control.store.check([key]):
+            return Spot("starts")
+        return Spot(*json.loads(self._control.store.get(key)))
+
+    def _end(self, message: str, *, speak: bool) -> None:
+        if self._stop.is_set():
+            return
+        self._ending.set()
+        self.on_end(message, speak)
+        if speak:
+            self._control.store.set(_ENDED, message)
+            time.sleep(_GRACE_S)
+        os._exit(RankError.exit_code)
+
+
+def _told(spots: Sequence[Spot], waiting: set[int]) -> Iterator[str]:
+    """For each place at which ranks wait and to which others have not come: who waits there for whom."""
+    for at in dict.fromkeys(spots[rank].waits_at for rank in sorted(waiting)):
+        here = [rank for rank, spot in enumerate(spots) if spot.waits_at == at]
+        missing = [rank for rank in spots[here[0]].awaited if rank not in here]
+        if missing:
+            who = ", ".join(f"rank {rank}, which {_where(spots[rank])}" for rank in missing)
+            several = len(here) > 1
+            yield f"rank{'s' * several} {', '.join(map(str, here))} wait{'s' * (not several)} at {at} for {who}"
+
+
+def _where(spot: Spot) -> str:
+    return f"waits at {spot.waits_at}" if spot.waits_at else spot.doing
+
+
+def _patience_s(spots: Sequence[Spot]) -> float:
+    """How long nothing may have changed on any rank before nobody will ever come."""
+    if all(spot.waits_at for spot in spots):
+        return _NOBODY_COMES_S
+    return _NO_PASS_S if all(spot.waits_at or spot.in_pass for spot in spots) else float("inf")
+
+
+def _key(rank: int) -> str:
+    return f"waits/at/{rank}"
