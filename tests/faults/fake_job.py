@@ -99,7 +99,7 @@ def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Outp
     prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
     stats = SimpleNamespace(passes=0, streamed_bytes=0)
     engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)
-    codec: Any = SimpleNamespace(decode=decode)
+    codec: Any = SimpleNamespace(decode=decode, piece=None)
     return Stream(prepared, codec, control.part(1), control.store, engine, output, observer)
 
 
