@@ -153,3 +153,30 @@ def write_jsonl(path: Path, entries: Sequence[Any]) -> Path:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def changed(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
+    """An environment in which code runs behind the import of modules, by their names; `own` is the module."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        f"""
+import importlib.abc, importlib.machinery, os, sys
+
+changes = {changes!r}
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in changes:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(own):
+            execute(own)
+            exec(changes[name], {{"own": own, "rank": os.environ.get("RANK")}})
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+    )
+    return {"PYTHONPATH": str(tmp_path / "site")}

@@ -10,7 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import Launcher, Process, has_results, journalled, rank_processes, run_zeroinf, started, wait_until
+from launching import (
+    Launcher,
+    Process,
+    changed,
+    has_results,
+    journalled,
+    rank_processes,
+    run_zeroinf,
+    started,
+    wait_until,
+)
 
 from zeroinf.jobs.output import journal_path
 
@@ -154,33 +164,6 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(
     done = run_zeroinf(["-m", str(model), "--prompt", "next", "--max-new-tokens", "1", "--engine", engine, *more])
     assert done.code == 0, done.err
     assert not list(nvme.iterdir())
-
-
-def changed(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
-    """An environment in which code runs behind the import of modules, by their names; `own` is the module."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        f"""
-import importlib.abc, importlib.machinery, os, sys
-
-changes = {changes!r}
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name not in changes:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
-        def exec_module(own):
-            execute(own)
-            exec(changes[name], {{"own": own, "rank": os.environ.get("RANK")}})
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
-    )
-    return {"PYTHONPATH": str(tmp_path / "site")}
 
 
 def failing_on_rank(rank: int, tmp_path: Path, where: str) -> dict[str, str]:
