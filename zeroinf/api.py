@@ -13,6 +13,7 @@ from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.planning import choose_engine
 from zeroinf.jobs.runner import pick_device
 from zeroinf.jobs.session import Session
 from zeroinf.model.anatomy import KvDtype
@@ -21,6 +22,7 @@ from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import Plan, TensorParallel
+from zeroinf.planner.traits import needs_full_weights
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.requests import Request, Result
@@ -242,11 +244,13 @@ def _resolve(
             hint=f"one of {', '.join(sorted(n.removesuffix('_bytes') for n in known))}",
         )
     asked = RunOptions(model=model, sampling=sampling, batch_size=batch_size)
+    engine, _ = choose_engine(options.get("engine", "auto"), own_zero_config="zero_config" in options)
     source = resolve_model(
         model,
         revision=options.get("revision"),
         trust_remote_code=options.get("trust_remote_code", False),
         random_weights=options.get("random_weights", False),
+        in_full=needs_full_weights(engine, options.get("wire", "model")),
     )
     return replace(asked, **options), source
 

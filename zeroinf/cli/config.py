@@ -74,7 +74,7 @@ def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bo
     # Only shapes are wanted, so the catalog's will do; it knows no revisions.
     catalog_will_do = revision is None
     source = resolve_model(
-        model, revision=revision, trust_remote_code=trust_remote_code, random_weights=catalog_will_do
+        model, revision=revision, trust_remote_code=trust_remote_code, random_weights=catalog_will_do, in_full=True
     )
     anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, "cuda"), trust_remote_code=trust_remote_code)
     refuse_beside_codes(anatomy, "zero")

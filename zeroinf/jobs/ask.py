@@ -20,7 +20,7 @@ from zeroinf.model.source import pick_dtype, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
-from zeroinf.planner.traits import possible_offload, refuse_settings
+from zeroinf.planner.traits import needs_full_weights, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
@@ -63,17 +63,18 @@ class PlanOptions:
 def ask(options: PlanOptions) -> Question:
     """The planner's question. Raises UsageError for what is without effect, or impossible, on that machine."""
     machine, rates = _machine(options)
+    engine, _ = choose_engine(options.engine, own_zero_config=False)
     # Only shapes are wanted, so the catalog's will do; it knows no revisions.
     source = resolve_model(
         options.model,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         random_weights=options.revision is None,
+        in_full=needs_full_weights(engine, options.wire),
     )
     device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     dtype = pick_dtype(options.dtype, source, device)
     anatomy = read_anatomy(source.config, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    engine, _ = choose_engine(options.engine, own_zero_config=False)
     _refuse_impossible(options, engine, machine, anatomy)
     ranks = max(1, len(machine.gpus))
     parallel = share_model(TensorParallel(size=options.tensor_parallel_size or 0), engine, anatomy, ranks)

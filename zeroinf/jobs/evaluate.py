@@ -27,6 +27,7 @@ from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.traits import needs_full_weights
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.gpu_memory import GpuMemory
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
@@ -83,7 +84,12 @@ def evaluate(
     whatever planning and loading raise.
     """
     content = _read(text)
-    source = resolve_model(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    source = resolve_model(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        in_full=needs_full_weights("stream", options.wire),
+    )
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None  # only random weights come without one
     anatomy = read_anatomy(

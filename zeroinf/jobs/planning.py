@@ -28,7 +28,7 @@ from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.inspect import config_dtype
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
-from zeroinf.model.weights import can_be_converted, local_weight_files
+from zeroinf.model.weights import can_be_converted, weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
@@ -199,7 +199,7 @@ def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
     """How the weights of this very checkpoint are loaded."""
     if source.random_weights:
         return "in place"
-    if source.is_local and not can_be_converted(local_weight_files(Path(source.location))):
+    if source.is_local and not can_be_converted(weight_files(source)):
         return "as a whole"
     return anatomy.loads
 

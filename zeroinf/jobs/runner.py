@@ -39,11 +39,13 @@ from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
+from zeroinf.jobs.planning import choose_engine
 from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.traits import needs_full_weights
 from zeroinf.service.gpu_memory import GpuMemory
 from zeroinf.service.requests import Refusal
 from zeroinf.service.text import TextCodec
@@ -204,11 +206,13 @@ def _check_error_rate(options: RunOptions, job: Job) -> None:
 
 
 def _resolve(options: RunOptions) -> ModelSource:
+    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     return resolve_model(
         options.model,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         random_weights=options.random_weights,
+        in_full=needs_full_weights(engine, options.wire),
     )
 
 

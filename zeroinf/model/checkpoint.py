@@ -20,6 +20,7 @@ import torch
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.inspect import build_meta, config_dtype
+from zeroinf.model.parts import parts_of
 from zeroinf.model.source import DTYPES
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -56,9 +57,17 @@ def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_co
     if hasattr(unmarked, UNTIED):
         delattr(unmarked, UNTIED)
     model = build_meta(unmarked, config_dtype(config), trust_remote_code)
-    account = _Account(name, model, held)
+    parted = _parted(model)
+    account = _Account(name, model, held, parted)
     account.check(files)
     return CheckpointFacts(dtype=_main_dtype(held.values()), untied=account.untied(), unused=account.unused)
+
+
+def _parted(model: Any) -> dict[str, tuple[str, ...]]:
+    """Tensors of `model` that the skeleton itself says what they are made of, and the names of that in the files."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found = {own: parts_of(tensor) for own, tensor in tensors}
+    return {own: tuple(name for part in parts for name in part.names) for own, parts in found.items() if parts}
 
 
 def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
@@ -72,8 +81,14 @@ def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
 class _Account:
     """What becomes of each stored tensor of `held`, by name, in `model`, a model on the meta device."""
 
-    def __init__(self, name: str, model: Any, held: Mapping[str, HeldTensor]) -> None:
-        self._name, self._model, self._held = name, model, held
+    def __init__(
+        self, name: str, model: Any, held: Mapping[str, HeldTensor], parted: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Those of `parted` are made of the stored tensors named there, which transformers does not get to see."""
+        taken = {one for names in parted.values() for one in names}
+        self._parted, self._lost = set(parted), sorted(taken - held.keys())
+        self._name, self._model = name, model
+        self._held = {one: tensor for one, tensor in held.items() if one not in taken}
         self._own = model.state_dict()
         # Custom code shares whole modules: a parameter then has several names, of which files hold one.
         self._shared: dict[int, list[str]] = defaultdict(list)
@@ -167,7 +182,9 @@ class _Account:
                     f"does not make {own}{_and_more(len(self._info.conversion_errors), 1)}: {reason}",
                     self._sources.get(own, ()),
                 )
-        missing = self._info.missing_keys - self._tied_to_present() - self._shared_with_present()
+        if self._lost:
+            raise self._lacks(self._lost, files)
+        missing = self._info.missing_keys - self._tied_to_present() - self._shared_with_present() - self._parted
         if missing:
             raise self._lacks(sorted(missing), files)
 

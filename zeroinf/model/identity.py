@@ -28,7 +28,8 @@ def weights_identity(source: ModelSource) -> str:
         facts = [source.location, commit]
     else:
         files = weight_files(source)
-        facts = [_sampled(file) for file in (files[0].parent / "config.json", *files)]
+        folder = Path(source.location) if source.weights else files[0].parent
+        facts = [_sampled(file) for file in (folder / "config.json", *files)]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
+from zeroinf.model.parts import parts_of
 from zeroinf.model.quantized.registry import hold_quantized
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
@@ -166,9 +167,14 @@ def find_blocks(model: Any) -> tuple[str, ModuleList]:
 
 
 def is_converted(model: Any) -> bool:
-    """Whether transformers renames, splits or fuses weights as it loads a checkpoint of `model`."""
+    """Whether transformers renames, splits or fuses weights as it loads a checkpoint of `model`.
+
+    Not where the skeleton says of each parameter what it is made of.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    if all(parts_of(parameter) is not None for parameter in model.parameters()):
+        return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.catalog import catalog_config, catalog_hub_id, mark_own_head
-from zeroinf.model.demo import DEMO_ALIAS, demo_model_folder
-from zeroinf.model.gguf import convert_gguf
+from zeroinf.model.demo import DEMO_ALIAS, demo_file
+from zeroinf.model.gguf.convert import convert_gguf
+from zeroinf.model.gguf.folder import gguf_folder
 from zeroinf.model.hub import hub_error
 from zeroinf.model.weights import local_weight_files, weights_at_hand
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-QUANTIZED_METHODS = ("compressed-tensors", "fp8", "mxfp4")
+QUANTIZED_METHODS = ("compressed-tensors", "fp8", "gguf", "mxfp4")
 """Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"
@@ -52,6 +53,8 @@ class ModelSource:
     config: Any = field(compare=False, repr=False)
     facts: CheckpointFacts | None = field(default=None, compare=False, repr=False)
     """None where its weights are not on this machine yet, or are none."""
+    weights: tuple[Path, ...] = ()
+    """Files of weights that do not lie in `location`: all parts of a `.gguf` file."""
 
     @property
     def is_local(self) -> bool:
@@ -59,20 +62,27 @@ class ModelSource:
 
 
 def resolve_model(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, random_weights: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    in_full: bool = False,
 ) -> ModelSource:
     """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
 
     `name` is `demo`, a checkpoint folder, a `.gguf` file, a hub id or, with `random_weights`, a name of the catalog.
-    The config takes over what only the weights' files say, where they are here: a dtype, and which parameters are not
-    tied. Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
+    `in_full`: a `.gguf` file is converted to weights in full first, for engines that run no others. The config takes
+    over what only the weights' files say, where they are here: a dtype, and which parameters are not tied.
+    Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
     language model nor a sequence-to-sequence one, or when it would run code of its own without `trust_remote_code`.
     """
     config = None
+    weights: tuple[Path, ...] = ()
     if random_weights and not Path(name).exists() and (hub_id := catalog_hub_id(name)):
         location, config = hub_id, catalog_config(name)
     else:
-        location = _locate(name)
+        location, weights = _locate(name, in_full=in_full)
     if revision is not None and (config is not None or Path(location).is_dir()):
         where = "the catalog" if config is not None else "a local folder"
         raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")
@@ -80,7 +90,7 @@ def resolve_model(
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
     _refuse_quantized(name, config)
-    facts = _facts(name, config, location, revision, trust_remote_code, random_weights)
+    facts = _facts(name, config, location, weights, revision, trust_remote_code, random_weights)
     return ModelSource(
         name=name,
         location=location,
@@ -89,18 +99,28 @@ def resolve_model(
         random_weights=random_weights,
         config=config,
         facts=None if random_weights else facts,
+        weights=weights,
     )
 
 
 def _facts(
-    name: str, config: Any, location: str, revision: str | None, trust_remote_code: bool, random_weights: bool
+    name: str,
+    config: Any,
+    location: str,
+    weights: Sequence[Path],
+    revision: str | None,
+    trust_remote_code: bool,
+    random_weights: bool,
 ) -> CheckpointFacts | None:
     """Check the weights of `location` where they are on this machine, and note on `config` what it does not say.
 
     With `random_weights` only shapes and the dtype are wanted, and damage is none.
     """
     with suppress(ModelError) if random_weights else nullcontext():
-        files = local_weight_files(Path(location)) if Path(location).is_dir() else weights_at_hand(location, revision)
+        files: Sequence[Path] | None = weights
+        if not weights:
+            is_here = Path(location).is_dir()
+            files = local_weight_files(Path(location)) if is_here else weights_at_hand(location, revision)
         if files is not None:
             from zeroinf.model.checkpoint import read_facts
 
@@ -180,19 +200,25 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
     return own
 
 
-def _locate(name: str) -> str:
-    """The folder or hub id behind `name`; names that can only be paths must exist."""
-    if name == DEMO_ALIAS:
-        return str(demo_model_folder())
-    path = Path(name).expanduser()
+def _locate(name: str, *, in_full: bool) -> tuple[str, tuple[Path, ...]]:
+    """The folder or hub id behind `name`, and files of weights that lie elsewhere; names that can only be paths must
+    exist."""
+    path = demo_file() if name == DEMO_ALIAS else Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        if in_full:
+            return str(convert_gguf(path)), ()
+        folder, parts = gguf_folder(path)
+        return str(folder), parts
+    return _locate_checkpoint(name, path), ()
+
+
+def _locate_checkpoint(name: str, path: Path) -> str:
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{name} holds no config.json", hint="--model wants the folder of a transformers checkpoint"
             )
         return str(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(convert_gguf(path))
     if path.is_file():
         raise ModelError(f"{name} is a file", hint="--model wants a checkpoint folder, a .gguf file or a hub id")
     if name.startswith(("./", "../", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf" or not name:

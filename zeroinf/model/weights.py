@@ -58,6 +58,8 @@ def weight_files(source: ModelSource) -> list[Path]:
     Of the hub's files only config, tokenizer and safetensors are fetched; `.bin` files where there are no safetensors.
     The user's hub token and HF_HUB_OFFLINE are honoured. Raises ModelError when a file is missing.
     """
+    if source.weights:
+        return list(source.weights)
     if source.is_local:
         return local_weight_files(Path(source.location))
     code = ("*.py",) if source.trust_remote_code else ()
@@ -82,7 +84,7 @@ def weights_at_hand(location: str, revision: str | None) -> list[Path] | None:
 
 def can_be_converted(files: Sequence[Path]) -> bool:
     """Whether weights can be loaded a piece at a time: not if they are pickled."""
-    return all(file.suffix == ".safetensors" for file in files)
+    return all(file.suffix in _HEADERS for file in files)
 
 
 def local_weight_files(folder: Path) -> list[Path]:
@@ -107,7 +109,7 @@ def held_tensors(name: str, files: Sequence[Path]) -> dict[str, HeldTensor]:
     held: dict[str, HeldTensor] = {}
     with reading_weights(name):
         for file in files:
-            read = _safetensors_header if file.suffix == ".safetensors" else _pickled_header
+            read = _HEADERS.get(file.suffix, _pickled_header)
             held |= {tensor: HeldTensor(file, meta) for tensor, meta in read(file)}
     for single in _SINGLE_FILES:
         index = files[0].parent / f"{single}{_INDEX_SUFFIX}"
@@ -139,6 +141,19 @@ def _safetensors_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             held = opened.get_slice(name)
             dtype = getattr(torch, _DTYPES.get(held.get_dtype(), "uint8"))
             yield name, torch.empty(held.get_shape(), dtype=dtype, device="meta")
+
+
+def _gguf_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    from zeroinf.model.gguf.header import read_gguf
+
+    for name, tensor in read_gguf(file).tensors.items():
+        if tensor.path == file:
+            yield name, torch.empty(tensor.held_shape, dtype=getattr(torch, tensor.held_dtype), device="meta")
+
+
+_HEADERS = {".safetensors": _safetensors_header, ".gguf": _gguf_header}
 
 
 def _pickled_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

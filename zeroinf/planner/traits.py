@@ -90,6 +90,11 @@ def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload |
     return asked
 
 
+def needs_full_weights(engine: str, wire: Wire = "model") -> bool:
+    """Whether an engine runs weights in full alone, so that packed ones have to be expanded before it is planned."""
+    return engine != "stream" or wire != "model"
+
+
 def refuse_beside_codes(anatomy: Anatomy, engine: str, wire: Wire = "model") -> None:
     """Raise UsageError for what a checkpoint that is quantized already does without."""
     if (quantized := anatomy.quantized) is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
+from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
+from zeroinf.model.parts import Part, as_stored, parts_of
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.source import ModelSource, quantization
 from zeroinf.model.weights import can_be_converted, weight_files
@@ -28,7 +31,9 @@ _TILE = 1 << 22
 # Weights in these are numbers, and may be rounded to another of them; in all others they are codes.
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_Read = Callable[[Tensor], tuple[torch.Tensor, Path | str]]
+_Found = tuple[int, torch.Tensor, Path | str]
+"""Elements of a tensor from the first number on, and where they were found."""
+_Read = Callable[[Tensor], Iterable[_Found]]
 
 
 class Checkpoint:
@@ -69,15 +74,14 @@ class Checkpoint:
             control.gather(None)  # one rank of a node fetches what has to be fetched
         stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
         files = weight_files(source)
-        origins = _direct_origins(stored, model, files)
-        self._read = _read_directly(origins) if origins is not None else None
+        self._read = _read_directly(stored, model, files)
         self._converter: Converter | None = None
-        if origins is None and (found := quantization(source.config)) is not None:
+        if self._read is None and (found := quantization(source.config)) is not None:
             raise ModelError(
                 f"cannot load {source.name}, which is quantized with {found['quant_method']}: its files are pickled",
                 hint="take its safetensors, or the model's unquantized checkpoint",
             )
-        if origins is None:
+        if self._read is None:
             self._parts = 1 if self._part == 0 else 0
             if can_be_converted(files) and self._parts:
                 self._converter = Converter(model, files)
@@ -104,7 +108,7 @@ class Checkpoint:
             if self._read is None and self._converter is not None:
                 values = self._converter.convert(self._groups[index], number)
                 if values is not None:
-                    return lambda tensor: (values.pop(tensor.names[0]), self._source.location)
+                    return lambda tensor: [(0, values.pop(tensor.names[0]), self._source.location)]
             if self._read is None:
                 self._read = _read_through_transformers(self._model, self._source)
             return self._read
@@ -128,7 +132,7 @@ class Checkpoint:
             self._fill_randomly(tensor, target)
         elif tensor.stored:
             assert read is not None
-            _copy(tensor, target, *read(tensor))
+            _copy(tensor, target, read(tensor))
         self._tally.add(target.nbytes * self._parts)
 
     def _fill_randomly(self, tensor: Tensor, target: Target) -> None:
@@ -143,62 +147,80 @@ class Checkpoint:
             target.write_part(start, tile[: elements - start])
 
 
-def _direct_origins(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> dict[str, tuple[Path, str]] | None:
-    """The file and the name there of each tensor, if all lie in safetensors under their own names, with or without the
-    model's prefix.
+def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> _Read | None:
+    """How to read tensors straight from `files`: under their own names, with or without the model's prefix, or by the
+    parts that the skeleton says they are made of.
 
-    None where transformers renames, splits or fuses weights as it loads them.
+    None where transformers renames, splits or fuses weights as it loads them, or some tensor is not there.
     """
-    from safetensors import safe_open
-
-    if any(file.suffix != ".safetensors" for file in files) or is_converted(model):
+    if is_converted(model):
         return None
-    stored: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            stored |= dict.fromkeys(opened.keys(), file)
+    stored = _open(files)
+    if stored is None:
+        return None
     prefix = f"{model.base_model_prefix}."
-    origins = {}
+    origins: dict[str, tuple[Part, ...]] = {}
     for tensor in tensors:
-        candidates = (*tensor.names, *(name.removeprefix(prefix) for name in tensor.names))
-        found = next((name for name in candidates if name in stored), None)
-        if found is None:
+        parts = parts_of(tensor.value)
+        if parts is None:
+            candidates = (*tensor.names, *(name.removeprefix(prefix) for name in tensor.names))
+            parts = next(((Part((name,), as_stored),) for name in candidates if name in stored), None)
+        if parts is None or any(name not in stored for part in parts for name in part.names):
             return None
-        origins[tensor.names[0]] = (stored[found], found)
-    return origins
+        origins[tensor.names[0]] = parts
 
-
-def _read_directly(origins: dict[str, tuple[Path, str]]) -> _Read:
-    from safetensors import safe_open
-
-    files = {path: safe_open(path, framework="pt") for path in {path for path, _ in origins.values()}}
-
-    def read(tensor: Tensor) -> tuple[torch.Tensor, Path]:
-        path, name = origins[tensor.names[0]]
-        return files[path].get_tensor(name), path  # type: ignore[no-untyped-call]
+    def read(tensor: Tensor) -> Iterator[_Found]:
+        for part in origins[tensor.names[0]]:
+            found = [stored[name] for name in part.names]
+            yield part.start, part.make(*(get() for _, get in found)), found[0][0]
 
     return read
+
+
+def _open(files: Sequence[Path]) -> dict[str, tuple[Path, Callable[[], torch.Tensor]]] | None:
+    """Each stored tensor by name: its file, and how to get it. None for pickled files."""
+    from safetensors import safe_open
+
+    kinds = {file.suffix for file in files}
+    if kinds == {".gguf"}:
+        return {name: (path, partial(as_stored, tensor)) for name, (path, tensor) in open_tensors(files).items()}
+    if kinds != {".safetensors"}:
+        return None
+    stored: dict[str, tuple[Path, Callable[[], torch.Tensor]]] = {}
+    for file in files:
+        opened = safe_open(file, framework="pt")
+        names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+        stored |= {name: (file, partial(opened.get_tensor, name)) for name in names}
+    return stored
 
 
 def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     values = load_pretrained(source, model.dtype).state_dict()
 
-    def read(tensor: Tensor) -> tuple[torch.Tensor, str]:
+    def read(tensor: Tensor) -> Iterator[_Found]:
         value, *_ = [values.pop(name) for name in tensor.names if name in values]
-        return value, source.location
+        yield 0, value, source.location
 
     return read
 
 
-def _copy(tensor: Tensor, target: Target, value: torch.Tensor, origin: Path | str) -> None:
-    if value.shape != target.shape:
-        raise ModelError(
-            f"{origin} holds {tensor.names[0]} as {tuple(value.shape)}, the model has {tuple(target.shape)}",
-            hint="the weights belong to another config",
-        )
-    if tensor.is_parameter and value.dtype != target.place.dtype and {value.dtype, target.place.dtype} - set(_NUMBERS):
-        raise ModelError(
-            f"{origin} holds {tensor.names[0]} as {value.dtype}, the model has {target.place.dtype}",
-            hint="the weights belong to another config",
-        )
-    target.write(value)
+def _copy(tensor: Tensor, target: Target, found: Iterable[_Found]) -> None:
+    """Write what was found of a tensor, part by part. Raises ModelError for what is not of its shape and dtype."""
+    written = 0
+    for start, value, origin in found:
+        if value.shape[1:] != target.shape[1:] or (start == 0 and value.numel() > target.shape.numel()):
+            raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
+        kinds = {value.dtype, target.place.dtype}
+        if tensor.is_parameter and len(kinds) > 1 and kinds - set(_NUMBERS):
+            raise _mismatch(tensor, origin, value.dtype, target.place.dtype)
+        target.write_part(start, value.reshape(-1))
+        written += value.numel()
+    if written != target.shape.numel():
+        raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
+
+
+def _mismatch(tensor: Tensor, origin: Path | str, found: Any, expected: Any) -> ModelError:
+    return ModelError(
+        f"{origin} holds {tensor.names[0]} as {found}, the model has {expected}",
+        hint="the weights belong to another config",
+    )

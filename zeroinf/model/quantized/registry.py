@@ -8,6 +8,7 @@ from typing import Any
 from zeroinf.model.anatomy import Quantized
 from zeroinf.model.quantized.compressed_tensors import hold_compressed_tensors
 from zeroinf.model.quantized.fp8 import hold_fp8
+from zeroinf.model.quantized.gguf import hold_gguf
 from zeroinf.model.quantized.mxfp4 import hold_mxfp4
 from zeroinf.model.source import quantization
 
@@ -30,5 +31,6 @@ def hold_quantized(model: Any) -> Quantized | None:
 _HOLD: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "compressed-tensors": hold_compressed_tensors,
     "fp8": hold_fp8,
+    "gguf": hold_gguf,
     "mxfp4": hold_mxfp4,
 }

@@ -1,0 +1,35 @@
+"""What a parameter is made of where that is not one tensor of the checkpoint under the parameter's own name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_ATTRIBUTE = "stored_parts"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements of a parameter from `start` on, flat: what `make` returns for the stored tensors `names`."""
+
+    names: tuple[str, ...]
+    make: Callable[..., torch.Tensor]
+    start: int = 0
+
+
+def set_parts(parameter: torch.Tensor, parts: tuple[Part, ...]) -> None:
+    """Note that `parameter` of a skeleton is made of `parts`, which cover all of it."""
+    setattr(parameter, _ATTRIBUTE, parts)
+
+
+def parts_of(parameter: torch.Tensor) -> tuple[Part, ...] | None:
+    """What `parameter` is made of; None where it is one stored tensor of its own name."""
+    found: tuple[Part, ...] | None = getattr(parameter, _ATTRIBUTE, None)
+    return found
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself: for parts that are not changed."""
+    return tensor
