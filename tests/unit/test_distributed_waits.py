@@ -83,6 +83,16 @@ def test_a_rank_that_works_is_waited_for_and_named_with_what_it_does(told: Any) 
     assert len(found) <= 3, "twice as late each time"
 
 
+def test_a_rank_that_nobody_joins_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "_SAY_AFTER_S", 0.05)
+    notes: list[str] = []
+    with waits.announced("all 2 ranks to start", notes.append):
+        deadline = time.monotonic() + 10
+        while len(notes) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert notes[:2] == ["waits for all 2 ranks to start (for 0 s)"] * 2
+
+
 def test_ranks_of_several_groups_that_get_on_are_left_alone(told: Any) -> None:
     def body(control: Control) -> str:
         watching, part = watch(control, told), control.part(2)

@@ -87,6 +87,25 @@ class Place:
             self._steps += 1
 
 
+@contextmanager
+def announced(what: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `note` is told that this rank waits for `what`, where that takes as long as any wait that is told of."""
+    over = threading.Event()
+
+    def watch() -> None:
+        started, pause_s = time.monotonic(), _SAY_AFTER_S
+        while not over.wait(pause_s):
+            waited_s = time.monotonic() - started
+            note(f"waits for {what} (for {waited_s:.0f} s)")
+            pause_s = waited_s
+
+    threading.Thread(target=watch, name="announces", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 class WaitWatch:
     """A thread that publishes this rank's place in the store; that of rank 0 reads those of all.
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
-from zeroinf.distributed.waits import WaitWatch
+from zeroinf.distributed.waits import WaitWatch, announced
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Engine, EngineStats, Stalls
@@ -88,7 +88,8 @@ def run_job(
     """
     peak = PeakMemory()
     with Interrupts() as interrupts:
-        control = Control(world, device.type)
+        with announced(f"all {world.size} ranks to start", observer.note):
+            control = Control(world, device.type)
         waits = WaitWatch(control, observer.note, lambda message, speak: observer.failed(message) if speak else None)
         control.place.now("reads the job and plans")
         start = _start_together(options, control, device, results, observer)

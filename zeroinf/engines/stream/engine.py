@@ -162,10 +162,10 @@ class StreamEngine:
 
         It computes on the stream that is current, whichever that was when weights were loaded.
         """
-        self._compute.follow()
-        self._walks[-1] += 1
+        self._walks[-1] += 1  # before all that may fail: `recover` carries out what is left of it
         if len(self._walks) > 1 and any("encoder_outputs" not in inputs for inputs in micro_batches):
             self._walks[0] += 1
+        self._compute.follow()
         with torch.inference_mode():
             return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
 
