@@ -42,16 +42,15 @@ def cut(tensors: Tensors, name: str) -> None:
     tensors[name] = tensors[name][: tensors[name].shape[0] - 1].clone() if tensors[name].dim() else tensors[name][None]
 
 
-def doubled(tensors: Tensors, name: str, prefix: str, tied: dict[str, str]) -> bool:
-    """Store `name` once more, with other values: under the name that it is tied to, or with or without the model's
-    prefix. Returns whether there is such a name."""
+def doubled(tensors: Tensors, name: str, other: str) -> None:
+    """Store `name` under the name `other`, too, with other values."""
     value = tensors[name]
-    other = value.flip(0) + 1 if value.is_floating_point() else value + 1
-    tied_names = [*tied] if name in tied.values() else [tied[name]] if name in tied else []
+    tensors[other] = value.flip(0).contiguous() + (0.1 if value.is_floating_point() else 1)
+
+
+def other_names(name: str, prefix: str, tied: dict[str, str]) -> list[str]:
+    """Names under which `name` may be stored, too: those that it is tied to, and with or without the model's prefix."""
     plain = name.removeprefix(f"{prefix}.")
-    names = [one for one in tied_names if one not in tensors]
-    names += [plain if plain != name else f"{prefix}.{name}"] if prefix else []
-    if not names:
-        return False
-    tensors[names[0]] = other.contiguous()
-    return True
+    source = tied.get(name, name)
+    tied_to = {source, *(target for target, of in tied.items() if of == source)} - {name}
+    return [*sorted(tied_to), plain if plain != name else f"{prefix}.{name}"]

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from mutations import Tensors, cut, removed, renamed, rewritten
+from safetensors.torch import load_file, save_file
 from small_models import make_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.base import Silent
+from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import read_facts
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import pick_dtype, resolve_model
+from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
 from zeroinf.model.weights import local_weight_files
+from zeroinf.planner.plan import Plan
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
 
@@ -75,8 +83,6 @@ def test_a_tensor_of_another_shape_is_named_with_both(refusal: Callable[..., Mod
 def test_experts_that_are_fused_must_all_be_there(
     name: str, refusal: Callable[..., ModelError], small_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file
-
     stored = load_file(small_checkpoint(name) / "model.safetensors")
     experts = sorted(one for one in stored if ".2." in one and ".experts.1." in one)
     assert len(experts) == 3
@@ -195,6 +201,11 @@ def test_a_head_that_is_stored_apart_is_counted_only_where_its_values_differ(
     assert read_anatomy(resolve_model(str(tmp_path / "m"), random_weights=True).config) == anatomy, "as plan asks"
 
 
+def test_a_head_that_the_config_says_is_its_own_must_be_there(refusal: Callable[..., ModelError]) -> None:
+    error = refusal(lambda tensors: removed(tensors, "lm_head.weight"), "t5_own_head")
+    assert "lacks 1 tensor of T5ForConditionalGeneration: lm_head.weight" in error.message
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_dtype_that_the_config_does_not_name_is_the_files(pickled: bool, tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "llama", dtype="bfloat16")
@@ -209,6 +220,72 @@ def test_a_dtype_that_the_config_does_not_name_is_the_files(pickled: bool, tmp_p
         source = resolve_model(str(folder), random_weights=random_weights)
         assert pick_dtype("auto", source, "cuda") == "bfloat16"
         assert read_anatomy(source.config).dtype == "bfloat16"
+
+
+def test_of_a_model_of_the_hub_headers_say_it_before_its_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    fields = {"model_type": "llama", "vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**fields)
+    assert config.dtype is None
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", lambda *args, **named: (fields, {}))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **named: config)
+    asked: list[Any] = []
+
+    def metadata(name: str, revision: str | None) -> Any:
+        asked.append((name, revision))
+        return SimpleNamespace(parameter_count={"BF16": 1000, "F32": 10, "I64": 5000})
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    source = resolve_model("who/what", revision="v1")
+    assert asked == [("who/what", "v1")]
+    assert (source.facts, pick_dtype("auto", source, "cuda")) == (None, "bfloat16")
+
+
+def test_weights_that_come_after_the_plan_are_accounted_for_before_they_load(
+    small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = rewritten(small_checkpoint("llama_tied"), tmp_path / "m", lambda tensors: None)
+    source = replace(resolve_model(str(folder)), facts=None)
+    control = Control(World(), "cpu")
+
+    def load() -> None:
+        load_engine(plan_of(source), source, None, control, torch.device("cpu"), Silent()).close()
+
+    load()
+    tensors = load_file(folder / "model.safetensors")
+    own_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].flip(0).contiguous()}
+    save_file(own_head, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"stores lm_head\.weight otherwise than its config says") as caught:
+        load()
+    assert "run the same command again" in str(caught.value.hint)
+    del tensors[DOWN]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 tensor of LlamaForCausalLM: {DOWN}"):
+        load()
+
+
+def plan_of(source: ModelSource) -> Plan:
+    anatomy = read_anatomy(source.config, dtype="float32")
+    return Plan(
+        anatomy=anatomy, engine="resident", dtype="float32", device="cpu", batch_size=1, offload="none", world_size=1
+    )
+
+
+def test_tensors_that_are_not_used_are_told_of(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+    class Notes(Silent):
+        texts: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    source = resolve_model(str(rewritten(small_checkpoint("llama"), tmp_path / "m", add)))
+    load_engine(plan_of(source), source, None, Control(World(), "cpu"), torch.device("cpu"), Notes()).close()
+    said = "not used, since the model does not have them: 1 stored tensors, model.layers.0.self_attn.q_proj.bias"
+    assert Notes.texts == [said]
 
 
 def test_a_dtype_that_the_config_names_stays(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _account_for_weights(source: ModelSource, control: Control, told: Listener) 
             )
     if facts.unused and control.world.is_main:
         named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
-        told.note(f"{len(facts.unused)} tensors of the checkpoint are not the model's, and are not used: {named}")
+        told.note(f"not used, since the model does not have them: {len(facts.unused)} stored tensors, {named}")
 
 
 def _load(

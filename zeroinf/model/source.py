@@ -15,7 +15,7 @@ from zeroinf.model.demo import DEMO_ALIAS, demo_file
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.gguf.folder import gguf_folder
 from zeroinf.model.hub import hub_error
-from zeroinf.model.weights import local_weight_files, weights_at_hand
+from zeroinf.model.weights import hub_dtype, local_weight_files, weights_at_hand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,18 +126,23 @@ def _facts(
 
             facts = read_facts(name, config, files, trust_remote_code=trust_remote_code)
             setattr(config, UNTIED, facts.untied)
-            _set_dtype(config, facts.dtype)
+            if not _names_dtype(config) and facts.dtype is not None:
+                _set_dtype(config, facts.dtype)
             return facts
+    if not _names_dtype(config) and not Path(location).is_dir() and (dtype := hub_dtype(location, revision)):
+        _set_dtype(config, dtype)
     return None
 
 
-def _set_dtype(config: Any, dtype: str | None) -> None:
-    """Let `config` name `dtype`, unless it names one itself."""
-    own = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    if own is None and dtype is not None:
-        import torch
+def _names_dtype(config: Any) -> bool:
+    parts = (config, config.get_text_config(decoder=True))
+    return any(getattr(part, "dtype", None) is not None for part in parts)
 
-        config.dtype = getattr(torch, dtype)
+
+def _set_dtype(config: Any, dtype: str) -> None:
+    import torch
+
+    config.dtype = getattr(torch, dtype)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:

@@ -82,6 +82,19 @@ def weights_at_hand(location: str, revision: str | None) -> list[Path] | None:
         return None
 
 
+def hub_dtype(location: str, revision: str | None) -> str | None:
+    """The dtype of most weights of the hub's model `location`, of whose safetensors only the headers are fetched; None
+    where it has none, or the hub cannot be reached."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        counts = get_safetensors_metadata(location, revision=revision).parameter_count
+    except Exception:  # whatever it is, fetching the weights will say it better
+        return None
+    floating = {_DTYPES[kind]: count for kind, count in counts.items() if kind in ("BF16", "F16", "F32")}
+    return max(floating, key=lambda dtype: floating[dtype], default=None)
+
+
 def can_be_converted(files: Sequence[Path]) -> bool:
     """Whether weights can be loaded a piece at a time: not if they are pickled."""
     return all(file.suffix in _HEADERS for file in files)

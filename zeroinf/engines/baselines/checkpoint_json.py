@@ -11,6 +11,7 @@ ranks that saved them, parts are put together again tensor by tensor.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ class ListedWeights:
         prefix = f"{self._model.base_model_prefix}."
         known = [alias for own in tensor.names for alias in (own, own.removeprefix(prefix), *_ALIASES.get(own, ()))]
         found = [name for name in known if name in parts]
-        if not found and tensor.is_parameter:
+        computed = self._model._keys_to_ignore_on_load_missing or ()
+        if not found and (tensor.is_parameter or not any(re.search(one, tensor.names[0]) for one in computed)):
             raise ModelError(f"{self._name} lists no {tensor.names[0]}", hint="is it a checkpoint of this model?")
         return parts[found[0]] if found else None
 
