@@ -148,7 +148,7 @@ def test_rates_print_with_units_and_an_origin_where_they_were_not_measured() -> 
         "matmul bfloat16": "TFLOP/s by rows: 1: 4.6, 8192: 788 (data sheet)",
         "kernel launch": "3.2 us",
         "a model's kernel launch": "14.5 us",
-        "CUDA context": "0.5 GiB",
+        "CUDA context": "0.50 GiB",
     }
 
 

@@ -199,7 +199,7 @@ def test_require_names_every_failed_check_and_passes_the_first_advice_on() -> No
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0.0 GiB"), (64 << 10, "64.0 KiB"), (8 << 20, "8.0 MiB"), (GIB // 2, "0.5 GiB"), (24 * GIB, "24.0 GiB")],
+    [(0, "0.0 GiB"), (64 << 10, "64.0 KiB"), (8 << 20, "8.0 MiB"), (GIB // 2, "0.50 GiB"), (24 * GIB, "24.0 GiB")],
 )
 def test_sizes_print_in_gib_and_never_as_a_false_zero(size: int, text: str) -> None:
     assert gib(size) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_jobs_output import begun, job, result
 from zeroinf.cli.main import cli
 from zeroinf.jobs import journal
 from zeroinf.jobs.journal import Journal
+from zeroinf.jobs.observer import Progress, tokens_left
 
 
 class Disk:
@@ -62,6 +64,40 @@ def status(path: Path, *flags: str) -> str:
     return done.stdout
 
 
+def progress(tokens: int, *, left: float, elapsed_s: float = 2.0) -> Progress:
+    return Progress(rows_done=0, rows=4, tokens=tokens, tokens_left=left, elapsed_s=elapsed_s, streamed_bytes=0)
+
+
+def test_status_tells_tokens_and_time_left_before_the_first_row_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    output = begun(out, job(4))
+    assert status(out) == "running: 0 done, 0 failed, 4 left\n"
+    output.progress(progress(10, left=190))
+    assert status(out) == "running: 0 done, 0 failed, 4 left, 10 tokens, 5.0 tokens/s, 0:38 left\n"
+    output.progress(progress(20, left=180))
+    assert "10 tokens" in status(out), "every few seconds is enough"
+    output.progress(progress(200, left=0, elapsed_s=40))
+    assert status(out) == "running: 0 done, 0 failed, 4 left, 200 tokens, 5.0 tokens/s, 0:00 left\n"
+    output.add(result(0))
+    output.abandon("the disk is on fire")
+    found = json.loads(status(out, "--json"))
+    assert (found["tokens_per_second"], found["left_s"]) == (5.0, None), "a stopped job has no end"
+
+
+def test_rows_that_end_early_are_expected_to_go_on_ending_as_they_did() -> None:
+    """Rows side by side, each with a tenth of a chance to end after each token, in the middle of the job."""
+    draw = random.Random(0)
+    lengths = [next((n for n in range(1, 40) if draw.random() < 0.1), 40) for _ in range(2000)]
+    for after in (3, 10, 20):
+        done = [length for length in lengths if length <= after]
+        tokens = sum(min(length, after) for length in lengths)
+        rows = len(lengths) - len(done)
+        estimate = tokens_left(rows, rows * (40 - after), tokens, len(done))
+        assert estimate == pytest.approx(sum(lengths) - tokens, rel=0.1)
+    assert tokens_left(rows=3, most=30, tokens=0, ended_early=0) == 30
+    assert tokens_left(rows=0, most=0, tokens=9, ended_early=2) == 0
+
+
 def test_status_says_what_is_done_and_left_while_a_job_runs_when_it_stopped_and_when_it_is_finished(
     tmp_path: Path,
 ) -> None:
@@ -75,8 +111,9 @@ def test_status_says_what_is_done_and_left_while_a_job_runs_when_it_stopped_and_
     output = begun(out, job(4, refused=[2]), resume=True)
     for index in (0, 1):
         output.add(result(index))
+    output.progress(progress(4, left=0))
     output.finish()
-    assert status(out).startswith("finished: 3 done, 1 failed, 0 left")
+    assert status(out).startswith("finished: 3 done, 1 failed, 0 left, 4 tokens, 2.0 tokens/s\n")
     found = json.loads(status(out.with_name("out.jsonl.journal"), "--json"))
     assert {name: found[name] for name in ("schema", "state", "done", "failed", "left", "tokens", "runs")} == {
         "schema": 1, "state": "finished", "done": 3, "failed": 1, "left": 0, "tokens": 4, "runs": 2,

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from zeroinf.cli.plan_view import plan_lines
+from zeroinf.cli.status import clock
+from zeroinf.hardware.checks import gib
 from zeroinf.hardware.process import resident
 from zeroinf.jobs.compare import Compared
 from zeroinf.jobs.observer import Progress
@@ -19,14 +21,8 @@ from zeroinf.jobs.report import RunReport
 from zeroinf.planner.plan import Plan
 from zeroinf.service.requests import Refusal
 
-_GIB = 2**30
 _PLAIN_LINE_EVERY_S = 10.0
 _REFUSALS_SHOWN = 5
-
-
-def gib(size: int) -> str:
-    """A size for people."""
-    return f"{size / _GIB:.2f} GiB"
 
 
 class ConsoleObserver:
@@ -68,7 +64,7 @@ class ConsoleObserver:
     def _tell_loading(self, over: threading.Event) -> None:
         started = time.monotonic()
         while not over.wait(_PLAIN_LINE_EVERY_S):
-            elapsed = _clock(time.monotonic() - started)
+            elapsed = clock(time.monotonic() - started)
             self._say(f"loading for {elapsed}{self._filled}, this process holds {gib(resident().total_bytes)}")
 
     def filled(self, done_bytes: int, total_bytes: int) -> None:
@@ -86,17 +82,23 @@ class ConsoleObserver:
             self._redraw(progress)
         elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"{progress.rows_done}/{progress.rows} rows, {_rates(progress)}")
+            self._say(f"{progress.rows_done}/{progress.rows} rows, {progress.tokens:,} tokens, {_rates(progress)}")
 
     def _redraw(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = Bar(
-                TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+                TextColumn("rows"), BarColumn(), TextColumn("{task.fields[rows]}"), TextColumn("{task.fields[rates]}"),
                 console=self._console, transient=True,
             )  # fmt: skip
-            self._bar.add_task("rows", total=progress.rows, rates="")
+            self._bar.add_task("rows", rows="", rates="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=progress.rows_done, rates=_rates(progress))
+        self._bar.update(
+            self._bar.task_ids[0],
+            total=progress.tokens + progress.tokens_left,
+            completed=progress.tokens,
+            rows=f"{progress.rows_done}/{progress.rows}",
+            rates=_rates(progress),
+        )
 
     def ended(self) -> None:
         self._loading.set()
@@ -106,19 +108,12 @@ class ConsoleObserver:
 
 
 def _rates(progress: Progress) -> str:
-    elapsed = max(progress.elapsed_s, 1e-9)
-    parts = [f"{progress.tokens / elapsed:,.1f} tokens/s"]
+    parts = [f"{progress.tokens_per_second:,.1f} tokens/s"]
     if progress.streamed_bytes:
-        parts.append(f"{progress.streamed_bytes / elapsed / 1e9:.1f} GB/s of weights")
-    done = progress.rows_done - progress.rows_before
-    parts.append(f"{_clock(elapsed * (progress.rows - progress.rows_done) / done)} left" if done else "")
-    return ", ".join(part for part in parts if part)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        parts.append(f"{progress.streamed_bytes / max(progress.elapsed_s, 1e-9) / 1e9:.1f} GB/s of weights")
+    if progress.left_s is not None:
+        parts.append(f"{clock(progress.left_s)} left")
+    return ", ".join(parts)
 
 
 def print_report(console: Console, report: RunReport) -> None:

@@ -71,4 +71,5 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
     click.echo(f"perplexity     {found.perplexity:.3f} a token")
     click.echo(f"bits per byte  {found.bits_per_byte:.4f}")
     click.echo(f"weights        {how}, {found.plan.dtype}")
+    click.echo(f"speed          {found.tokens_per_second:,.1f} tokens/s")
     click.echo(f"text           {found.text_bytes:,} bytes, {found.tokens:,} tokens in windows of {found.window}")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from zeroinf.hardware.checks import gib
 from zeroinf.planner.decision import Candidate, Decision, Rejection
-from zeroinf.planner.memory import Place, Term, total
+from zeroinf.planner.memory import MARGIN, Place, Term, taken, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.traits import TRAITS
@@ -52,7 +52,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
     places: tuple[tuple[Place, str], ...] = (("gpu", "of GPU memory"), ("host", "of host memory"), ("disk", "on disk"))
-    yield "takes " + ", ".join(f"{gib(size)} {where}" for place, where in places if (size := total(plan.terms, place)))
+    yield "takes " + ", ".join(f"{gib(size)} {where}" for place, where in places if (size := taken(plan.terms, place)))
 
 
 def _kv(plan: Plan) -> str:
@@ -84,9 +84,11 @@ def _speed(plan: Plan) -> str:
     timing = plan.timing
     if timing is None:
         return f"no speed expected: the planner has no model of the {plan.engine} engine"
+    expected = f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
+    if plan.new_tokens == 1:
+        return f"{expected}pass {timing.prefill_s:.2f} s"
     return (
-        f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
-        f"prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
+        f"{expected}prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
         f"a decode step waits for {_resource(timing, plan.device)}"
     )
 
@@ -120,17 +122,21 @@ def _job(question: Question) -> str:
 
 
 def _print_place(console: Console, place: Place, terms: Sequence[Term], budget: int, *, explain: bool) -> None:
-    needed = total(terms, place)
+    needed = taken(terms, place)
     if not needed:
         return
+    margin = total(terms, place) - needed
+    budget -= margin
     filled = min(_BAR_WIDTH, round(_BAR_WIDTH * needed / max(budget, 1)))
     console.print(f"\n{place:<4} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {gib(needed)} of {gib(budget)}")
-    own = sorted((term for term in terms if term.place == place), key=lambda term: -term.nbytes)
+    own = sorted((term for term in terms if term.place == place and term.name != MARGIN), key=lambda term: -term.nbytes)
     for term in own if explain else own[:_LARGE_TERMS]:
         console.print(f"     {gib(term.nbytes):>12}  {term.name} ({term.origin})")
     if not explain and len(own) > _LARGE_TERMS:
         rest = sum(term.nbytes for term in own[_LARGE_TERMS:])
         console.print(f"     {gib(rest):>12}  {len(own) - _LARGE_TERMS} more (--explain)")
+    if margin:
+        console.print(f"     {gib(margin):>12}  more stay free: {MARGIN} (assumed)")
 
 
 def _print_others(console: Console, decision: Decision) -> None:

@@ -42,14 +42,23 @@ def status(file: Path, watch: bool, as_json: bool) -> None:
         time.sleep(_WATCH_EVERY_S)
 
 
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 1:05, 2:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _in_words(now: Status) -> str:
     counts = f"{now.state}: {now.done} done, {now.failed} failed, {now.left} left"
-    rate = f", {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
+    rate = f", {now.tokens:,} tokens, {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
+    if now.left_s is not None:
+        rate += f", {clock(now.left_s)} left"
     error = f"\nlast error: {now.last_error}" if now.last_error and now.state == "stopped" else ""
     mixed = f"\nresults of jobs that differ in {', '.join(now.changed)}" if now.changed else ""
     return counts + rate + mixed + error
 
 
 def _as_json(now: Status) -> str:
-    fields = {**asdict(now), "tokens_per_second": now.tokens_per_second}
+    fields = {**asdict(now), "tokens_per_second": now.tokens_per_second, "left_s": now.left_s}
     return json.dumps({"schema": JSON_SCHEMA, **fields}, default=str)

@@ -81,7 +81,9 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def gib(size_bytes: int) -> str:
-    """A size as it is printed: `23.5 GiB`, and in MiB or KiB where GiB would show nothing."""
+    """A size as it is printed: `23.5 GiB`, `1.16 GiB`, and in MiB or KiB where GiB would show nothing."""
+    if GIB / 10 <= size_bytes < 9.995 * GIB:
+        return f"{size_bytes / GIB:.2f} GiB"
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB")):
         if size_bytes >= unit / 10 or size_bytes == 0:
             return f"{size_bytes / unit:.1f} {name}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroinf.planner.memory import COMPUTED, ENCODED, GAPS, KV_STAGING, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
+from zeroinf.planner.memory import COMPUTED, ENCODED, GAPS, KV_STAGING, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN, taken
 from zeroinf.planner.plan import Plan
 from zeroinf.service.gpu_memory import GpuUse
 
@@ -62,9 +62,7 @@ def compare_host(plan: Plan, locked_bytes: int, peak_bytes: int) -> Iterator[Com
     locked = sum(term.nbytes for term in terms if "page-locked" in term.name)
     if locked_bytes:
         yield _bytes("host memory, page-locked", locked, locked_bytes)
-    yield _bytes(
-        "host memory in all", sum(term.nbytes for term in terms if term.name != "margin for the system"), peak_bytes
-    )
+    yield _bytes("host memory in all", taken(terms, "host"), peak_bytes)
 
 
 def compare_time(plan: Plan, load_s: float, step_s: float | None, tokens_per_second: float) -> Iterator[Compared]:

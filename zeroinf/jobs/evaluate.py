@@ -20,7 +20,7 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
 from zeroinf.hardware.checks import gib
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.observer import Observer, Progress
+from zeroinf.jobs.observer import Observer, Progress, rate
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.planning import plan_run
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
@@ -62,15 +62,20 @@ class Evaluation:
         """Comparable between models, whatever their tokenizers."""
         return self.nats / math.log(2) / self.text_bytes
 
+    @property
+    def tokens_per_second(self) -> float:
+        return rate(self.tokens, self.evaluate_s)
+
     def to_json(self) -> dict[str, Any]:
         """Every figure. `schema` changes when a name or a meaning does."""
         planned = ("engine", "offload", "wire", "dtype", "device", "resident_blocks", "nvme_blocks")
         own = ("window", "text_bytes", "tokens", "perplexity", "bits_per_byte", "load_s", "evaluate_s")
+        rates = ("tokens_per_second",)
         return {
             "schema": 1,
             "architecture": self.plan.anatomy.architecture,
             **{name: getattr(self.plan, name) for name in planned},
-            **{name: getattr(self, name) for name in own},
+            **{name: getattr(self, name) for name in (*own, *rates)},
         }
 
 
@@ -118,6 +123,8 @@ def evaluate(
     plan, _, _ = plan_run(
         _without_logits(options, anatomy, window, device), source, anatomy, lengths, 1, World(), device.type
     )
+    predicted = sum(len(one) - max(1, len(lead)) for one in windows)
+    plan = _timed_by_windows(plan, predicted / len(windows))
     observer.loading(plan)
     if device.type == "cuda":
         GpuMemory(plan, device, options.gpu_memory_bytes).check()
@@ -135,11 +142,18 @@ def evaluate(
         plan=plan,
         window=window,
         text_bytes=len(content.encode()),
-        tokens=sum(len(one) - max(1, len(lead)) for one in windows),
+        tokens=predicted,
         nats=nats,
         load_s=loaded - started,
         evaluate_s=evaluate_s,
     )
+
+
+def _timed_by_windows(plan: Plan, tokens: float) -> Plan:
+    """The plan with the rate of an evaluation: `tokens` predicted a pass, where a run generates one."""
+    if plan.timing is None or not plan.timing.prefill_s:
+        return plan
+    return replace(plan, timing=replace(plan.timing, tokens_per_second=tokens / plan.timing.prefill_s))
 
 
 def cut(tokens: Sequence[int], lead: Sequence[int], window: int) -> Iterator[list[int]]:
@@ -205,9 +219,9 @@ def _nats_of_all(
         tokens += len(window) - lead
         progress = Progress(
             rows_done=done,
-            rows_before=0,
             rows=len(windows),
             tokens=tokens,
+            tokens_left=sum(len(one) - lead for one in windows[done:]),
             elapsed_s=time.perf_counter() - started,
             streamed_bytes=done * engine.stats().streamed_bytes_per_pass,
         )

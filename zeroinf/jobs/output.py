@@ -17,10 +17,12 @@ from zeroinf.jobs.export import check_format, writer_for
 from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
 from zeroinf.jobs.journal import Journal, Runs, read_records
 from zeroinf.jobs.matching import kept_results, request_digest
+from zeroinf.jobs.observer import Progress
 from zeroinf.service.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
 _RESUME_HINT = "pass --resume to go on with it, or --overwrite to discard it"
+_PROGRESS_EVERY_S = 5.0
 _DASHES = "-" * 60  # as DeepSpeed's and the BLOOM inference scripts print
 
 
@@ -56,6 +58,10 @@ class Writer(Protocol):
         ...
 
     def add(self, result: Result) -> None: ...
+
+    def progress(self, progress: Progress) -> None:
+        """How far the run is, now and then and at its end."""
+        ...
 
     def settle(self) -> int:
         """Make results durable, not too often; how many are, those of earlier runs included."""
@@ -152,6 +158,7 @@ class JournalOutput:
         self._path, self._job, self._overwrite = path, job, overwrite
         self._work = {work.index: work for work in job.work}
         self._kept: Runs = ()
+        self._progress_due = 0.0
         self._begun = self._new = self._is_lost = False
         self.changed: tuple[str, ...] = ()
         """Fields in which this run differs from the one that it goes on from."""
@@ -238,6 +245,18 @@ class JournalOutput:
         """Journal it. Raises OutputError, or ValueError where its index has a result already."""
         try:
             self._journal.add(result, request_digest(self._work[result.index]))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def progress(self, progress: Progress) -> None:
+        """Journal it, unless another is there since a few seconds. Raises OutputError."""
+        now = time.monotonic()
+        if progress.tokens_left and now < self._progress_due:
+            return
+        self._progress_due = now + _PROGRESS_EVERY_S
+        told = {name: getattr(progress, name) for name in ("tokens", "tokens_left", "elapsed_s")}
+        try:
+            self._journal.note(progress=told)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -352,6 +371,8 @@ class PairsOutput:
         while self._next in self._waiting:
             self._print(self._next)
             self._next = next(self._order, None)
+
+    def progress(self, progress: Progress) -> None: ...
 
     def settle(self) -> int:
         return self._printed + len(self._failures) + len(self._waiting)

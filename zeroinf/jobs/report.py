@@ -11,6 +11,7 @@ from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
+from zeroinf.jobs.observer import rate
 from zeroinf.planner.plan import Plan
 from zeroinf.service.gpu_memory import GpuUse
 
@@ -136,7 +137,7 @@ class RunReport:
     @property
     def tokens_per_second(self) -> float:
         """Completion tokens over the time to generate them, all ranks together."""
-        return self.completion_tokens / self.generate_s if self.generate_s else 0.0
+        return rate(self.completion_tokens, self.generate_s)
 
     @property
     def repetitions(self) -> tuple[Phases, ...]:

@@ -363,16 +363,16 @@ class _Job:
     ) -> tuple[Stream, float]:
         """All requests, from a queue of its own. Without `output` only the time counts."""
         store = dist.PrefixStore(f"repetition/{number}", self._control.store)
-        started = time.perf_counter()
         stream = Stream(self._prepared, codec, self._part, store, engine, output, self._observer)
         try:
             self._loop(engine, desk, scheduler, stream.take, stream.done, stream.grew)
             self._repetitions.append(stream.phases())
             stream.gather_all()
+            generate_s = stream.finish()
         finally:
             stream.gather()
             self._observer.ended()
-        return stream, time.perf_counter() - started
+        return stream, generate_s
 
     def _make_room(self, engine: Engine) -> _Room:
         planned = self._prepared.plan

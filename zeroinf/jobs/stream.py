@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row
-from zeroinf.jobs.observer import Observer, Progress
+from zeroinf.jobs.observer import Observer, Progress, tokens_left
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
 from zeroinf.jobs.report import Phases
@@ -52,6 +52,12 @@ class Output:
         self.failed += result.failed
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
+
+    def progress(self, progress: Progress) -> None:
+        """Keep how far the run is where `zeroinf status` finds it."""
+        with self._lock:
+            if self._abandoned is None:
+                self._writer.progress(progress)
 
     def settle(self) -> int:
         """How many results are durable, those of earlier runs included."""
@@ -93,6 +99,8 @@ class Stream:
         self._prepared = prepared
         self._start = decoder_start(engine.model) if prepared.plan.anatomy.encoder is not None else None
         self._work = {work.index: work for work in prepared.work}
+        self._asked = sum(work.sampling.max_new_tokens for work in prepared.work)
+        self._asked_of_done = self._ended_early = 0
         self._codec = codec
         self._engine = engine
         self._part, self._place = part, part.place
@@ -157,6 +165,9 @@ class Stream:
         if self._output is not None:
             for result in self._box.collect():
                 self._output.add(result)
+                asked = self._work[result.index].sampling.max_new_tokens
+                self._asked_of_done += asked
+                self._ended_early += result.completion_tokens < asked
 
     def gather_all(self) -> None:
         """Wait for the results of every rank."""
@@ -170,6 +181,13 @@ class Stream:
                     self._place.step()
                 if self._output.results < len(self._prepared.work):
                     time.sleep(_POLL_S)
+
+    def finish(self) -> float:
+        """Tell the last progress, whose figures are the report's; seconds since the stream began."""
+        elapsed_s = time.perf_counter() - self._started
+        if self._output is not None:
+            self._show(self._output.completion_tokens, elapsed_s)
+        return elapsed_s
 
     def phases(self) -> Phases:
         """This rank's times until now."""
@@ -194,17 +212,27 @@ class Stream:
         tokens = self._tokens.add(self._untold)
         self._untold = 0
         self.gather()
-        if self._output is not None:
-            self._observer.progress(
-                Progress(
-                    rows_done=self._output.settle(),
-                    rows_before=self._prepared.rows_before,
-                    rows=self._prepared.rows_before + len(self._prepared.work),
-                    tokens=tokens,
-                    elapsed_s=self._told - self._started,
-                    streamed_bytes=self.streamed_bytes * self._walks,
-                )
-            )
+        self._show(tokens, self._told - self._started)
+
+    def _show(self, tokens: int, elapsed_s: float) -> None:
+        """Show how far the run is, and keep it beside the results."""
+        if self._output is None:
+            return
+        progress = Progress(
+            rows_done=self._output.settle(),
+            rows=self._prepared.rows_before + len(self._prepared.work),
+            tokens=tokens,
+            tokens_left=tokens_left(
+                rows=len(self._prepared.work) - self._output.results,
+                most=max(0, self._asked - self._asked_of_done - max(0, tokens - self._output.completion_tokens)),
+                tokens=tokens,
+                ended_early=self._ended_early,
+            ),
+            elapsed_s=elapsed_s,
+            streamed_bytes=self.streamed_bytes * self._walks,
+        )
+        self._output.progress(progress)
+        self._observer.progress(progress)
 
 
 class WarmUp:

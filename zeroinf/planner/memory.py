@@ -64,6 +64,7 @@ _SMALL_BESIDE = 8 * _MIB
 _LOCKED_BYTES_PER_NOTED = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
+MARGIN = "margin for the system"
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,10 +365,15 @@ def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     nbytes, origin = overhead.process
     return (
         Term("host", "processes with their libraries", world_size * nbytes, origin),
-        Term("host", "margin for the system", _HOST_MARGIN, "assumed"),
+        Term("host", MARGIN, _HOST_MARGIN, "assumed"),
     )
 
 
+def taken(terms: Iterable[Term], place: Place) -> int:
+    """Bytes of one place that the run takes: all terms but the margin, which stays free."""
+    return total((term for term in terms if term.name != MARGIN), place)
+
+
 def total(terms: Iterable[Term], place: Place) -> int:
-    """Bytes of all terms of one place."""
+    """Bytes of all terms of one place: what must be there."""
     return sum(term.nbytes for term in terms if term.place == place)
