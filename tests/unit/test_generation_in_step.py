@@ -16,6 +16,7 @@ from small_models import build_model
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
+from zeroinf.generation.micro_batch import MicroBatch
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs.queue import WorkQueue
 
@@ -107,3 +108,26 @@ def test_a_stop_on_one_rank_ends_all_on_the_same_forward_within_two(asked: int, 
     assert [stopped for stopped, _, _ in found] == [STOPPED] * 2
     ((_, first, _), (_, second, _)) = found
     assert asked <= first == second <= asked + 2
+
+
+@pytest.mark.parametrize("failing", [1, 6])
+def test_memory_that_runs_out_before_a_forward_costs_no_rank_its_step_even_where_an_engine_cannot_recover(
+    failing: int, model: Any
+) -> None:
+    def body(control: Control) -> Any:
+        make, calls = MicroBatch.inputs, []
+
+        def inputs(batch: MicroBatch) -> dict[str, Any]:
+            calls.append(None)
+            if control.world.rank == 1 and len(calls) == failing:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make(batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MicroBatch, "inputs", inputs)
+            return run(control, model, batch=3, ignore_eos=True)
+
+    found, _ = on_ranks(2, body)
+    assert [stopped for stopped, _, _ in found] == [0, 0]
+    assert found[0][1] == found[1][1]
+    assert tokens_of(*found) == tokens_of(run(Control(World(), "cpu"), model, batch=3, ignore_eos=True))
