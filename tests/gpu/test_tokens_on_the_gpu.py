@@ -10,7 +10,7 @@ import torch
 from generating import rows_of, run_rows
 from launching import run_zeroinf
 from quantized import MARKS, compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
-from small_models import PAD, auto_class, make_checkpoint
+from small_models import PAD, auto_class, make_checkpoint, small_config
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from zeroinf.distributed.control import Control
@@ -95,7 +95,12 @@ def test_the_stream_engine_with_blocks_on_any_tier(
 
 
 @pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}])
-def test_a_call_under_another_stream_waits_for_weights(where: dict[str, Any], tmp_path: Path) -> None:
+def test_a_call_under_another_stream_waits_for_weights(
+    where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config("llama")
+    config.num_hidden_layers = 8  # more than there are slots: each holds another layer's weights in its turn
+    monkeypatch.setattr("small_models.small_config", lambda name: config)
     folder = make_checkpoint("llama", tmp_path / "llama")
     wanted = tokens_of(folder, {}, **where)
     assert tokens_of(folder, {}, torch.cuda.Stream(), **where) == wanted
