@@ -13,7 +13,13 @@ import pytest
 from zeroinf.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/from-elsewhere.md", "docs/reliability.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "guide").glob("*.md")),
+    "docs/from-elsewhere.md",
+    "docs/reliability.md",
+    "docs/benchmarks.md",
+)
 # What a reader puts something else in place of.
 PLACEHOLDERS = {"N": "2", "WIRE": "int8"}
 
@@ -63,9 +69,23 @@ def test_a_command_of_the_pages_is_one_that_the_command_line_takes(page: str, te
     taken([PLACEHOLDERS.get(word, word) for word in words])
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_pages_lead_to_files(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
+
+
+def test_the_first_page_is_short_and_has_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 150
+    assert all(
+        any(line.startswith(f"    {command}  ") for line in lines) for command in ("scripts/demo", "scripts/test")
+    )
+
+
 def test_the_pages_have_commands_and_a_wrong_one_is_noticed() -> None:
     assert len([page for page, _ in CASES if page == "docs/from-elsewhere.md"]) > 15
-    assert len([page for page, _ in CASES if page == "README.md"]) > 25
+    assert len([page for page, _ in CASES if page.startswith("docs/guide/")]) > 25
     for wrong in (["run", "--no-such"], ["bench", "--preset", "other"], ["run", "--num-gpus", "many"], ["plan", "x"]):
         with pytest.raises((click.UsageError, AssertionError)):
             taken(wrong)

@@ -165,7 +165,7 @@ def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
 
 
 def to_json(question: Question, found: Answer) -> dict[str, Any]:
-    """The plan for programs. `schema` changes when a name or a meaning does; README.md says what each is."""
+    """The plan for programs. `schema` changes when a name or a meaning does; docs/guide/plan.md says what each is."""
     anatomy, decision = question.anatomy, found.decision
     return {
         "schema": JSON_SCHEMA,
