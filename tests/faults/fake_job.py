@@ -19,7 +19,7 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs import journal, stream
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.leaving import Leaving
-from zeroinf.jobs.observer import Progress
+from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
 from zeroinf.jobs.stream import Output, Stream
@@ -45,7 +45,7 @@ def entries(count: int) -> list[str]:
     return [*lines[:2], '{"prompt": "cut off', *lines[2:], '{"prompt": "x", "max_tokens": -1}']
 
 
-class Ear:
+class Ear(Observer):
     """An observer that passes on how many results were reported as done, and what was said."""
 
     def __init__(self, reported: Callable[[int], None] = lambda count: None) -> None:
@@ -59,9 +59,6 @@ class Ear:
         self.said.append(text)
 
     failed = note
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *told: None
 
 
 def read_job(lines: Sequence[str]) -> Job:

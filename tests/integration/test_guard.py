@@ -16,6 +16,7 @@ import pytest
 import torch
 from fake_gpu import FakeGpu
 from launching import journalled, read_jsonl, write_jsonl
+from observers import Notes
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
@@ -32,24 +33,11 @@ LENGTHS = (3, 9, 1, 6, 9, 2, 4, 9)
 LINK_GBPS = 50.0
 
 
-class Ear:
-    """An observer that remembers notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *told: None
-
-
 class Job:
     """Eight requests, four rows at a time, on a fake GPU whose engine computes on the CPU."""
 
     def __init__(self, model: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.gpu, self.ear = FakeGpu(), Ear()
+        self.gpu, self.ear = FakeGpu(), Notes()
         self.forwards: list[int] = []
         self.while_loading: Callable[[Plan], None] = lambda plan: None
         self.after_pass: Callable[[int], None] = lambda rows: None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from launching import read_jsonl, write_jsonl
+from observers import Deaf
 from small_models import CONTEXT, VOCABULARY, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,13 +29,6 @@ from zeroinf.model.demo import demo_model_folder
 
 CPU = torch.device("cpu")
 EOS_TOKEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-
-
-class Deaf:
-    """An observer that hears nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *heard: None
 
 
 def run(model: Path, requests: Path, output: Path | None, **options: Any) -> Any:
