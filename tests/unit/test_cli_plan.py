@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from simulating import shared_simulations
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, UsageError, ZeroinfError
@@ -46,7 +47,7 @@ def document(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _each_model_is_counted_once() -> Iterator[None]:
+def _each_model_is_counted_and_simulated_once() -> Iterator[None]:
     """Counting a large model takes longer than all else that a plan does."""
     known: dict[tuple[str, str], Anatomy] = {}
 
@@ -56,7 +57,7 @@ def _each_model_is_counted_once() -> Iterator[None]:
             known[key] = read_anatomy(config, dtype=dtype, **more)
         return known[key]
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, shared_simulations():
         patch.setattr(inspect, "read_anatomy", once)
         yield
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_gpu import GIB, gpu_of, machine_of
+from simulating import shared_simulations
 from small_models import build_tokenizer, small_config
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,12 @@ def folder_on_disk(path: Path) -> Disk:
 
 
 Ask = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_simulated_once() -> Iterator[None]:
+    with shared_simulations():
+        yield
 
 
 @pytest.fixture(scope="module")

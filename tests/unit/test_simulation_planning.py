@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 from fake_machines import GIB, MIB, machine_of
+from simulating import shared_simulations
 
 from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.rates import Rates
@@ -22,6 +24,12 @@ from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Answer, Question, answer
 
 MODEL = "pythia-70m"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_simulated_once() -> Iterator[None]:
+    with shared_simulations():
+        yield
 
 
 @cache
