@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,15 @@ os.environ["NO_COLOR"] = "1"
 for _name in [name for name in os.environ if name.startswith("ZEROINF_") and name != "ZEROINF_CACHE"]:
     del os.environ[_name]  # settings of the person who runs the tests are not theirs
 
+# What a test takes a share of at random: another one each day, the same again with TEST_SEED.
+os.environ.setdefault("TEST_SEED", str(date.today().toordinal()))
+
 # A machine that is busy with other tests is no failure.
-settings.register_profile("zeroinf", deadline=None)
+settings.register_profile("zeroinf", deadline=None, max_examples=25)
+settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("zeroinf")
+
+pytest_plugins = ["durations", "tiers"]
 
 SharedFolder = Callable[[str, Callable[[Path], None]], Path]
 
@@ -31,13 +38,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what tests/golden should hold, and pass")
 
 
+def pytest_report_header() -> str:
+    return f"TEST_SEED={os.environ['TEST_SEED']}"
+
+
+@pytest.hookimpl(trylast=True)  # after tests were deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without an NVIDIA GPU; of unit tests, files with many come first.
+    """Put files that take longest first, and skip tests marked `gpu` on a machine without an NVIDIA GPU.
 
     Workers take whole files: one that takes minutes must not be the last.
     """
-    tests, others = Counter(item.path for item in items), len(items)
-    items.sort(key=lambda item: tests[item.path] if item.path.parent.name == "unit" else others, reverse=True)
+    from durations import UNLISTED_S, measured_tests
+
+    measured, takes_s = measured_tests(), defaultdict[Path, float](float)
+    for item in items:
+        takes_s[item.path] += measured.get(item.nodeid, UNLISTED_S)
+    items.sort(key=lambda item: takes_s[item.path], reverse=True)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         from zeroinf.hardware.gpus import read_gpus
@@ -55,16 +71,26 @@ def _accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
-    """`shared_folder(name, build)`: a folder that `build` fills once, however many pytest workers ask for it."""
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all pytest workers."""
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # one folder a worker below one of the session
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(session_folder: Path) -> None:
+    """A cache of the session's own: the demo model is converted by the code that is tested, and once."""
+    os.environ.setdefault("ZEROINF_CACHE", str(session_folder / "cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(session_folder: Path) -> SharedFolder:
+    """`shared_folder(name, build)`: a folder that `build` fills once, however many pytest workers ask for it."""
 
     def get(name: str, build: Callable[[Path], None]) -> Path:
         from zeroinf.model.cache import build_once
 
-        return build_once(base / "shared" / name, build)
+        return build_once(session_folder / "shared" / name, build)
 
     return get
 

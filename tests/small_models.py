@@ -273,6 +273,12 @@ SEQ2SEQ_MODELS: dict[str, Callable[[], Any]] = {
 """Models with an encoder, which has more layers than the decoder. Flan-T5 is of the kind of `t5_own_head`."""
 
 
+REPRESENTATIVES = ("llama", "gpt2", "gemma3_text", "gpt_oss", "mixtral", "deepseek_v3", "jamba", "bloom")
+"""One for each mechanism that a change can break, for the default tier of tests: grouped queries; learned positions and
+transposed weights; sliding windows and tied embeddings; attention sinks and fused experts; experts that are fused
+as they load; latent attention and two kinds of blocks; recurrent blocks beside attention; ALiBi."""
+
+
 def small_config(name: str) -> Any:
     """The config of the small model `name`."""
     return (SMALL_MODELS | SEQ2SEQ_MODELS)[name]()

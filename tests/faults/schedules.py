@@ -16,9 +16,10 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,51 +182,61 @@ def _contents(out: Path) -> tuple[bytes, bytes]:
     return out.read_bytes(), errors_path(out).read_bytes()
 
 
-def every_event(bench: Bench, fault: Fault | Failure) -> Tally:
+@dataclass(frozen=True)
+class Share:
+    """Which schedules of a sweep run: all, or the share that is every `nth`, or what that leaves."""
+
+    seed: int = 0
+    """Moves the share along, and is what schedules draw from at random."""
+    nth: int = 1
+    is_rest: bool = False
+
+    def of(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if ((number + self.seed) % self.nth == 0) != self.is_rest]
+
+
+def every_event(bench: Bench, fault: Fault | Failure, share: Share) -> Tally:
     """The fault at every event of a run."""
-    return _all(bench.run([Step(fault, at)]) for at in range(1, bench.events + 1))
+    return _all(bench.run([Step(fault, at, share.seed)]) for at in share.of(range(1, bench.events + 1)))
 
 
-def every_event_of_a_resumed_run(bench: Bench, fault: Fault | Failure) -> Tally:
+def every_event_of_a_resumed_run(bench: Bench, fault: Fault | Failure, share: Share) -> Tally:
     """The fault at every event of a run that finds a torn journal."""
     first = Step("unsynced torn", bench.events // 2)
-    return _all(bench.run([first, Step(fault, at)]) for at in range(1, bench.events_after(first) + 1))
+    events = share.of(range(1, bench.events_after(first) + 1))
+    return _all(bench.run([first, Step(fault, at, share.seed)]) for at in events)
 
 
-def many_crashes(bench: Bench, seeds: range) -> Tally:
+def many_crashes(bench: Bench, seeds: range, share: Share) -> Tally:
     """Jobs that crash two to five times, anyhow."""
 
-    def schedule(seed: int) -> list[Step]:
+    def schedule(number: int) -> list[Step]:
+        seed = share.seed + number
         chance = random.Random(seed)
         return [
             Step(chance.choice(CRASHES), chance.randint(1, bench.events), seed) for _ in range(chance.randint(2, 5))
         ]
 
-    return _all(bench.run(schedule(seed)) for seed in seeds)
+    return _all(bench.run(schedule(number)) for number in share.of(seeds))
 
 
-def random_signals(bench: Bench, seeds: range) -> Tally:
+def random_signals(bench: Bench, seeds: range, share: Share) -> Tally:
     """Jobs that signals end, three times each."""
-    return _all(bench.run_until_signal(seed) for seed in seeds)
+    return _all(bench.run_until_signal(share.seed + number) for number in share.of(seeds))
 
 
 def _all(tallies: Iterator[Tally]) -> Tally:
     return sum(tallies, Tally())
 
 
-SWEEPS: dict[str, Callable[[Bench], Tally]] = {
-    **{f"{fault}, at every event": lambda bench, fault=fault: every_event(bench, fault) for fault in CRASHES},  # type: ignore[misc]
+SWEEPS: dict[str, Callable[..., Tally]] = {
+    **{f"{fault}, at every event": partial(every_event, fault=fault) for fault in CRASHES},
     **{
-        f"{fault}, at every event of a resumed run": lambda bench, fault=fault: every_event_of_a_resumed_run(  # type: ignore[misc]
-            bench, fault
-        )
+        f"{fault}, at every event of a resumed run": partial(every_event_of_a_resumed_run, fault=fault)
         for fault in ("kill", "unsynced torn", "names lost")
     },
-    **{
-        f"{failure}, from every event on": lambda bench, failure=failure: every_event(bench, failure)
-        for failure in FAILURES
-    },  # type: ignore[misc]
-    "two to five crashes": lambda bench: many_crashes(bench, range(60)),
-    "signals at random times, three runs": lambda bench: random_signals(bench, range(20)),
+    **{f"{failure}, from every event on": partial(every_event, fault=failure) for failure in FAILURES},
+    "two to five crashes": partial(many_crashes, seeds=range(60)),
+    "signals at random times, three runs": partial(random_signals, seeds=range(20)),
 }
-"""Every row of the fault matrix in docs/reliability.md."""
+"""Every row of the fault matrix in docs/reliability.md: `sweep(bench, share=share)`."""

@@ -1,6 +1,6 @@
 """Runs many (checkpoint, offload) cells in one process group; rank 0 writes every row's tokens as JSON.
 
-    python driver.py CELLS.json RESULT.json        alone, or on each rank with RANK, WORLD_SIZE and so on set
+`main(CELLS.json, RESULT.json)` runs alone, or on each rank with RANK, WORLD_SIZE and so on set.
 
 A cell is `{"name", "model", "engine", "fetch", "offload", "nvme_path", "input", "batch_size", "max_new_tokens",
 "dtype", "parallel"}`, the last for tensor parallelism: `{"injection_policy", "checkpoint", "save_to"}`.
@@ -10,8 +10,6 @@ Everything between the command line and the output file is zeroinf's own; only s
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from observers import Deaf
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
@@ -35,11 +34,6 @@ from zeroinf.jobs.stream import Stream
 from zeroinf.model.source import load_tokenizer, resolve_model
 from zeroinf.planner.plan import TensorParallel
 from zeroinf.service.text import TextCodec
-
-
-class _Silent:
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
 
 
 def _parallel(
@@ -75,7 +69,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy)
         rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
         part = control.part(prepared.plan.tensor_parallel.size)
-        stream = Stream(prepared, codec, part, control.store, engine, None, _Silent())
+        stream = Stream(prepared, codec, part, control.store, engine, None, Deaf())
         rows: list[Row] = []
         plan, cpu = prepared.plan, torch.device("cpu")
         pages = PagePool(engine.model, plan.rank_anatomy(world.rank), plan.pool, cpu)
@@ -123,8 +117,3 @@ def main(cells_file: str, result_file: str) -> None:
         if any("error" in part for part in parts):
             break
     control.close()
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    main(*sys.argv[1:])

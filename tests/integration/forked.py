@@ -1,21 +1,27 @@
 """`zeroinf` in a process of its own that is forked from one which has imported everything.
 
 Imports are nine tenths of what a short run takes of a core. Behind them all is the command's own: arguments,
-environment, standard streams, signals and exit code.
+environment, standard streams, signals and exit code. Ranks that it starts are forked from it, in sessions of their own.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import importlib
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NoReturn
 
 _IMPORTED = (
     "deepspeed",
@@ -26,8 +32,16 @@ _IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(list(_IMPORTED))
+RANK_NAME = "zeroinf-rank-"
+"""What the name of a rank's process begins with, before its number."""
+
+CHANGES = "TEST_CHANGES"
+"""In the environment: JSON of code that changes modules, by their names."""
+_PR_SET_NAME = 15
+
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks a process that has imported everything."""
+SERVER.set_forkserver_preload(list(_IMPORTED))
 
 
 class Forked:
@@ -43,11 +57,11 @@ class Forked:
         redirects: Mapping[int, str | None] | None = None,
     ) -> None:
         """`redirects` says of standard streams, by number, which file takes the place of the pipe; None closes it."""
-        given, self._given = _server.Pipe(duplex=False)
-        self._out, out = _server.Pipe(duplex=False)
-        self._err, err = _server.Pipe(duplex=False)
+        given, self._given = SERVER.Pipe(duplex=False)
+        self._out, out = SERVER.Pipe(duplex=False)
+        self._err, err = SERVER.Pipe(duplex=False)
         settings = (list(command), dict(env), Path.cwd(), own_group, dict(redirects or {}))
-        self._process = _server.Process(target=_run, args=(*settings, given, out, err))
+        self._process = SERVER.Process(target=_run, args=(*settings, given, out, err))
         self._process.start()
         for end in (given, out, err, *(() if stdin else (self._given,))):
             end.close()
@@ -114,13 +128,20 @@ def _run(
         os.dup2(end.fileno(), number)
         end.close()
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(env)
-    from zeroinf.cli.main import main
-
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # multiprocessing's is empty
     for number, name in redirects.items():
         _redirect(number, name)
+    subprocess.Popen = _Popen  # type: ignore[misc]
+    _be_zeroinf(command, env)
+
+
+def _be_zeroinf(command: Sequence[str], env: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    for name, code in json.loads(env.get(CHANGES, "{}")).items():
+        exec(code, {"own": importlib.import_module(name), "rank": env.get("RANK")})
+    from zeroinf.cli.main import main
+
     sys.argv = list(command)
     try:
         main()
@@ -137,3 +158,62 @@ def _redirect(number: int, name: str | None) -> None:
     opened = os.open(name, (os.O_WRONLY if number else os.O_RDONLY) | os.O_NOCTTY)
     os.dup2(opened, number)
     os.close(opened)
+
+
+class _Popen(subprocess.Popen[Any]):
+    """Forks this process where a rank would be started."""
+
+    def __new__(cls, command: Any, *more: Any, **how: Any) -> Any:
+        if tuple(command[:4]) == (sys.executable, "-u", "-m", "zeroinf"):
+            return _ForkedRank(command[3:], how["env"])
+        return super().__new__(cls)
+
+
+class _ForkedRank:
+    """A rank, with the part of `subprocess.Popen` that its launcher uses."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self._code: int | None = None
+        _flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in signal.valid_signals():
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            ctypes.CDLL(None).prctl(_PR_SET_NAME, f"{RANK_NAME}{env['RANK']}".encode())
+            _end_as_interpreters_do(lambda: _be_zeroinf(command, env))
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _end_as_interpreters_do(body: Callable[[], None]) -> NoReturn:
+    code = 1
+    try:
+        body()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(code)
+
+
+def _flush() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):  # a display that is full or gone
+            stream.flush()

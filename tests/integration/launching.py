@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from forked import Forked
+from forked import CHANGES, RANK_NAME, Forked
 
 from zeroinf.distributed.ports import free_port
 from zeroinf.jobs.journal import read_records
@@ -102,7 +102,13 @@ def started(
     try:
         yield process
     finally:
+        below = list[psutil.Process]()
+        with suppress(psutil.Error):
+            below = psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for member in below:
+            with suppress(psutil.Error):
+                member.kill()
         # By a mark in the environment: ranks whose launcher was killed are nobody's children.
         for member in psutil.process_iter():
             with suppress(psutil.Error):
@@ -116,7 +122,9 @@ def rank_processes(process: Process) -> dict[int, psutil.Process]:
     ranks = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error):
-            if "zeroinf" in child.cmdline()[1:5]:
+            if child.name().startswith(RANK_NAME):
+                ranks[int(child.name().removeprefix(RANK_NAME))] = child
+            elif "zeroinf" in child.cmdline()[1:5]:
                 ranks[int(child.environ()["RANK"])] = child
     return ranks
 
@@ -156,7 +164,10 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def changed(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
-    """An environment in which code runs behind the import of modules, by their names; `own` is the module."""
+    """An environment in which code runs behind the import of modules, by their names; `own` is the module.
+
+    A new interpreter is told by its PYTHONPATH, a forked process, which has imported them, by `CHANGES`.
+    """
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         f"""
@@ -179,4 +190,4 @@ class Finder(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Finder())
 """
     )
-    return {"PYTHONPATH": str(tmp_path / "site")}
+    return {"PYTHONPATH": str(tmp_path / "site"), CHANGES: json.dumps(changes)}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from conftest import SharedFolder
+from forked import SERVER
 
 from zeroinf.distributed.ports import free_port
 
@@ -34,7 +35,6 @@ PROMPTS = (
     "Water",
     "def f(n):",
 )
-DRIVER = Path(__file__).with_name("driver.py")
 DRIVER_TIMEOUT_S = 500
 
 # DeepSpeed keeps what is smaller than 1 MiB a rank in host memory: these widths make weights that really go to disk.
@@ -190,23 +190,55 @@ def drive(folder: Path, cells: Sequence[Cell], ranks: int) -> None:
         )
     (folder / "cells.json").write_text(json.dumps(listed))
     port = str(free_port())
+    own_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
+    files = (str(folder / "cells.json"), str(folder / "results.json"))
     processes = []
     for rank in range(ranks):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-        env = {**os.environ, "MASTER_PORT": port, **{name: str(value) for name, value in launched.items()}}
-        with (folder / f"log-{rank}.txt").open("wb") as log:
-            command = [sys.executable, str(DRIVER), str(folder / "cells.json"), str(folder / "results.json")]
-            own_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
-            processes.append(subprocess.Popen(command, env={**env, "PATH": own_path}, stdout=log, stderr=log))
-    try:
-        for process in processes:
-            process.wait(DRIVER_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+        env = {"PATH": own_path, "MASTER_PORT": port, **{name: str(value) for name, value in launched.items()}}
+        processes.append(SERVER.Process(target=_drive, args=(env, folder / f"log-{rank}.txt", files)))
+        processes[-1].start()
+    deadline = time.monotonic() + DRIVER_TIMEOUT_S
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    if any(process.exitcode is None for process in processes):
         (folder / "hung").touch()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _drive(env: Mapping[str, str], log: Path, files: tuple[str, str]) -> None:
+    """One rank's process."""
+    with log.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.environ.update(env)
+    import driver
+
+    driver.main(*files)
+
+
+class Driven:
+    """Cells that run in one group of processes once one of them is asked for, those of the full tier in another."""
+
+    def __init__(
+        self, name: str, cells: Sequence[Cell], default: Sequence[Cell], ranks: int, shared: SharedFolder
+    ) -> None:
+        self._groups = {
+            name: [cell for cell in cells if cell in default],
+            f"{name}-full": [cell for cell in cells if cell not in default],
+        }
+        self._ranks, self._shared = ranks, shared
+
+    def folder(self, cell: Cell) -> Path:
+        """Where what came of `cell` and of its group lies."""
+        name, cells = next((name, cells) for name, cells in self._groups.items() if cell in cells)
+        return self._shared(f"driven-{name}", lambda folder: drive(folder, cells, self._ranks))
+
+    def answer(self, cell: Cell) -> Answer:
+        """What was found for `cell`."""
+        return answer(self.folder(cell), cell)
 
 
 def answer(folder: Path, cell: Cell) -> Answer:

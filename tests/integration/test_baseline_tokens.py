@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import SharedFolder
-from matrix import DRIVER_TIMEOUT_S, Cell, answer, check_tokens, drive
+from matrix import DRIVER_TIMEOUT_S, Cell, Driven, check_tokens
+from tiers import tiered
 
 from zeroinf.engines.baselines.checkpoint_json import LISTING_NAME
 from zeroinf.model.demo import demo_file
@@ -22,6 +23,9 @@ ALONE = [
     (name, *how) for name in SMALL for how in (("resident", "none"), ("accelerate", "none"), ("accelerate", "nvme"))
 ]
 ALONE += [("demo", "resident", "none"), ("demo", "accelerate", "nvme")]
+ALONE_DEFAULT = [("llama", "resident", "none"), ("llama", "accelerate", "none"), ("llama", "accelerate", "nvme")]
+ALONE_DEFAULT += [("demo", "resident", "none")]
+SPLIT_DEFAULT = ("llama", "opt")
 POLICY = ["OPTDecoderLayer", ["self_attn.out_proj", "fc2"]]
 # Parts are summed in another order than the whole: in float32 that shows in no token.
 DTYPE = "float32"
@@ -51,43 +55,58 @@ def parts(shared_folder: SharedFolder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(models: dict[str, str], parts: Path, shared_folder: SharedFolder) -> Path:
-    cells = [split(models["demo"]), split(models["opt"], injection_policy=[POLICY])]
-    cells += [split(models[name], save_to=saved(parts, name)) for name in SMALL]
-    cells += [split(models[name], checkpoint=listed(parts, name)) for name in SMALL]
-    return shared_folder("driven-tensor-parallel", lambda folder: drive(folder, cells, ranks=2))
+def on_two_ranks(models: dict[str, str], parts: Path, shared_folder: SharedFolder) -> Driven:
+    def cells(names: Sequence[str]) -> list[Cell]:
+        found = [split(models[name], save_to=saved(parts, name)) for name in names]
+        found += [split(models[name], checkpoint=listed(parts, name)) for name in names]
+        return [*found, split(models["opt"], injection_policy=[POLICY])]
+
+    return Driven("tensor-parallel", [*cells(SMALL), split(models["demo"])], cells(SPLIT_DEFAULT), 2, shared_folder)
 
 
 @pytest.fixture(scope="session")
-def on_one_rank(models: dict[str, str], parts: Path, on_two_ranks: Path, shared_folder: SharedFolder) -> Path:
-    cells = [Cell(models[name], offload, engine=engine) for name, engine, offload in ALONE]
-    cells += [split(models[name], checkpoint=listed(parts, name)) for name in SMALL]
-    return shared_folder("driven-baselines", lambda folder: drive(folder, cells, ranks=1))
+def on_one_rank(models: dict[str, str], shared_folder: SharedFolder) -> Driven:
+    cells, default = (
+        [Cell(models[name], offload, engine=engine) for name, engine, offload in each]
+        for each in (ALONE, ALONE_DEFAULT)
+    )
+    return Driven("baselines", cells, default, 1, shared_folder)
 
 
-@pytest.mark.parametrize(("name", "engine", "offload"), ALONE)
+@pytest.fixture(scope="session")
+def parts_on_one_rank(models: dict[str, str], parts: Path, shared_folder: SharedFolder) -> Driven:
+    """Cells that load what `on_two_ranks` has saved."""
+    cells, default = (
+        [split(models[name], checkpoint=listed(parts, name)) for name in names] for names in (SMALL, SPLIT_DEFAULT)
+    )
+    return Driven("saved-parts-on-one-rank", cells, default, 1, shared_folder)
+
+
+@pytest.mark.parametrize(("name", "engine", "offload"), tiered(ALONE, ALONE_DEFAULT))
 def test_tokens_equal_plain_transformers(
-    name: str, engine: str, offload: str, models: dict[str, str], on_one_rank: Path
+    name: str, engine: str, offload: str, models: dict[str, str], on_one_rank: Driven
 ) -> None:
-    check_tokens(answer(on_one_rank, Cell(models[name], offload, engine=engine)), models[name])
+    check_tokens(on_one_rank.answer(Cell(models[name], offload, engine=engine)), models[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES, SPLIT_DEFAULT))
 def test_two_ranks_that_share_a_model_run_one_stream_with_the_tokens_of_plain_transformers(
-    name: str, models: dict[str, str], parts: Path, on_two_ranks: Path
+    name: str, models: dict[str, str], parts: Path, on_two_ranks: Driven
 ) -> None:
     cell = split(models[name]) if name == "demo" else split(models[name], save_to=saved(parts, name))
-    check_tokens(answer(on_two_ranks, cell), models[name], DTYPE)
+    check_tokens(on_two_ranks.answer(cell), models[name], DTYPE)
 
 
-def test_an_injection_policy_of_the_users_own_gives_the_same_tokens(models: dict[str, str], on_two_ranks: Path) -> None:
-    check_tokens(answer(on_two_ranks, split(models["opt"], injection_policy=[POLICY])), models["opt"], DTYPE)
+def test_an_injection_policy_of_the_users_own_gives_the_same_tokens(
+    models: dict[str, str], on_two_ranks: Driven
+) -> None:
+    check_tokens(on_two_ranks.answer(split(models["opt"], injection_policy=[POLICY])), models["opt"], DTYPE)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", tiered(SMALL, SPLIT_DEFAULT))
 def test_parts_saved_by_two_ranks_are_loaded_by_two_and_by_one(
-    name: str, models: dict[str, str], parts: Path, on_two_ranks: Path, on_one_rank: Path
+    name: str, models: dict[str, str], parts: Path, on_two_ranks: Driven, parts_on_one_rank: Driven
 ) -> None:
     cell = split(models[name], checkpoint=listed(parts, name))
-    for driven in (on_two_ranks, on_one_rank):
-        check_tokens(answer(driven, cell), models[name], DTYPE)
+    for driven in (on_two_ranks, parts_on_one_rank):
+        check_tokens(driven.answer(cell), models[name], DTYPE)

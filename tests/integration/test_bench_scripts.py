@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiers import full
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -24,7 +25,7 @@ def lines(script: str, *arguments: str) -> list[dict[str, Any]]:
     ("script", "arguments"),
     [
         ("bench-throughput", ("--cells", "2x2", "--prompt-tokens", "4", "--lengths", "2", "--requests", "2")),
-        ("bench-scaling", ("--gpus", "1,9", "--engines", "stream", "--rows", "2", "--new-tokens", "2")),
+        full("bench-scaling", ("--gpus", "1,9", "--engines", "stream", "--rows", "2", "--new-tokens", "2")),
     ],
 )
 def test_figures_of_a_cell(script: str, arguments: tuple[str, ...], small_checkpoint: Callable[[str], Path]) -> None:
@@ -33,6 +34,7 @@ def test_figures_of_a_cell(script: str, arguments: tuple[str, ...], small_checkp
     assert ["needs 9 GPUs" in other["skipped"] for other in others] == [True] * (script == "bench-scaling")
 
 
+@pytest.mark.full
 def test_a_planned_cell_stands_beside_its_run(tmp_path: Path, small_checkpoint: Callable[[str], Path]) -> None:
     cell = f"{small_checkpoint('llama')}/cpu/8/1"
     command = [sys.executable, SCRIPTS / "bench-plan", cell, "--new-tokens", "4", "--most-rows", "2"]
@@ -50,6 +52,7 @@ def test_a_cell_that_fails(small_checkpoint: Callable[[str], Path]) -> None:
     assert "--micro-batch-rows" in found["error"]
 
 
+@pytest.mark.full
 def test_a_model_that_is_not_there_fails_its_cells_only(tmp_path: Path) -> None:
     (found,) = lines("bench-throughput", "--models", str(tmp_path), "--cells", "2x2", "--requests", "2")
     assert found["code"] > 0

@@ -51,6 +51,7 @@ def arguments(model: Path, prompts: Path, out: Path) -> list[str]:
     return ["-m", str(model), "-i", str(prompts), "-o", str(out), "-b", "2", "--offload", "cpu"]
 
 
+@pytest.mark.full
 def test_a_hostfile_starts_ranks_on_all_its_nodes_and_no_shell_reads_a_prompt(model: Path, tmp_path: Path) -> None:
     hosts, tools, out = tmp_path / "hosts", tmp_path / "bin", tmp_path / "out.jsonl"
     hosts.write_text("one slots=1\ntwo slots=1\n")

@@ -11,7 +11,7 @@ from matrix import DRIVER_TIMEOUT_S, Cell, answer, check_tokens, drive
 
 from zeroinf.model.catalog import catalog_config
 
-pytestmark = pytest.mark.timeout(DRIVER_TIMEOUT_S + 60)
+pytestmark = [pytest.mark.timeout(DRIVER_TIMEOUT_S + 60), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

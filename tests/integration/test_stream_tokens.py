@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from generating import greedy_by_transformers, rows_of, run_rows
-from small_models import SMALL_MODELS, VOCABULARY, make_checkpoint
+from small_models import REPRESENTATIVES, SMALL_MODELS, VOCABULARY, make_checkpoint
+from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -74,7 +75,7 @@ LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8))
 PRESSED = {"draw": 2, "rows": 3, "pages": 5, "micro_batch_rows": 2, "prefill_tokens": 8}
 
 
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
+@pytest.mark.parametrize("name", tiered(sorted(SMALL_MODELS), REPRESENTATIVES))
 def test_greedy_tokens_are_those_of_plain_transformers_whoever_comes_and_goes(name: str, tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
     prompts = [

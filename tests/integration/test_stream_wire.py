@@ -11,6 +11,7 @@ import torch
 from conftest import SharedFolder
 from ranks import on_ranks
 from test_stream_tokens import plain_tokens, stream, tokens_of
+from tiers import tiered
 from wire_reference import save_through_codes
 
 from zeroinf.distributed.control import Control
@@ -41,7 +42,7 @@ def tokens(folder: Path, **where: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("wire", ["int8", "int4"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiered(ARCHITECTURES, ("llama_tied", "mixtral", "gpt2", "deepseek_v3")))
 def test_tokens_are_those_of_weights_after_the_round_trip(
     name: str, wire: Wire, small_checkpoint: Callable[[str], Path], after_codes: Callable[[str, Wire], Path]
 ) -> None:

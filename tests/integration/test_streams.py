@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from launching import Launcher, read_jsonl, run_zeroinf, write_jsonl
+from tiers import full
 
 ODD = "a $(touch trapped) `touch trapped` ;'\"&|*\\ b"
 """All that a shell would interpret."""
@@ -44,7 +45,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 
 
 @pytest.mark.parametrize(
-    ("launcher", "engine"), [("num-gpus", "stream"), ("deepspeed", "zero"), ("torchrun", "stream")]
+    ("launcher", "engine"), [("num-gpus", "stream"), ("deepspeed", "zero"), full("torchrun", "stream")]
 )
 def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
     launcher: Launcher, engine: str, model: Path, alone: list[dict[str, Any]], tmp_path: Path

@@ -8,6 +8,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 from launching import run_zeroinf
 
@@ -49,6 +50,7 @@ def test_weights_cross_as_codes_and_the_report_says_that_they_lose(
     assert "int4 codes: lossy" in done.out + done.err
 
 
+@pytest.mark.full
 def test_weights_that_fit_as_codes_only_are_planned_as_codes(tmp_path: Path) -> None:
     for codes, code in (({}, 3), (CODES, 0)):
         how = configured("pythia-160m", "float32", codes, tmp_path / "zero.json")

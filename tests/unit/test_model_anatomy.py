@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CONTEXT, LAYERS, SEQ2SEQ_MODELS, SMALL_MODELS, build_model, small_config
+from small_models import CONTEXT, LAYERS, REPRESENTATIVES, SEQ2SEQ_MODELS, SMALL_MODELS, build_model, small_config
+from tiers import tiered
 from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 
 from zeroinf.errors import ModelError
@@ -39,7 +40,7 @@ def measured_cache_bytes(model: Any) -> tuple[int, int]:
     return sum(held_bytes(vars(layer)) for layer in cache.layers), PROMPT + NEW - 1
 
 
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
+@pytest.mark.parametrize("name", tiered(sorted(SMALL_MODELS), REPRESENTATIVES))
 def test_anatomy_equals_the_model_that_is_really_built(name: str) -> None:
     anatomy = read_anatomy(small_config(name))
     model = build_model(name)
@@ -68,7 +69,7 @@ def test_a_saved_checkpoint_loads_with_the_bytes_that_the_anatomy_says(
     assert ROWS * sum(layer.nbytes(tokens) for layer in anatomy.cache) == nbytes
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL_MODELS) - {"xglm"}))
+@pytest.mark.parametrize("name", tiered(sorted(set(SMALL_MODELS) - {"xglm"}), REPRESENTATIVES))
 def test_small_models_do_not_repeat_one_token(name: str) -> None:
     ids = torch.arange(3, 3 + ROWS * PROMPT).reshape(ROWS, PROMPT)
     tokens = build_model(name).generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, PROMPT:]
@@ -173,7 +174,10 @@ def test_an_encoder_is_counted_with_what_it_leaves_for_the_decoder(name: str) ->
     assert cross + output.encoder_last_hidden_state.nbytes == ROWS * PROMPT * anatomy.encoder.bytes_per_token
 
 
-@pytest.mark.parametrize("name", [name for name in catalog_names() if catalog_parameters(name)])
+PUBLISHED = [name for name in catalog_names() if catalog_parameters(name)]
+
+
+@pytest.mark.parametrize("name", tiered(PUBLISHED, PUBLISHED[::6]))
 def test_published_parameter_counts_are_met(name: str) -> None:
     model = build_meta(catalog_config(name), "bfloat16")
     assert sum(parameter.numel() for parameter in model.parameters()) == catalog_parameters(name)

@@ -24,6 +24,7 @@ from fake_machines import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tiers import tiered
 
 from zeroinf.errors import DoesNotFitError
 from zeroinf.planner.decision import Candidate, Decision
@@ -128,8 +129,9 @@ def test_where_memory_binds_what_is_left_is_less_than_a_hundredth_of_the_rows() 
     assert gpu - total(chosen.terms, "gpu") < growing / 100
 
 
-def test_as_host_memory_shrinks_a_disk_takes_over_before_nothing_fits() -> None:
-    sizes = range(6 * GIB, 2 * GIB, -16 * MIB)
+@pytest.mark.parametrize("step", tiered((128 * MIB, 16 * MIB), (128 * MIB,)))
+def test_as_host_memory_shrinks_a_disk_takes_over_before_nothing_fits(step: int) -> None:
+    sizes = range(6 * GIB, 2 * GIB, -step)
     found = [fits(Box(gpu=0, host=size, disk=GIB), batch_size=64) for size in sizes]
     least = max(index for index, decision in enumerate(found) if decision)
     assert None not in found[: least + 1]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from generating import PlainEngine
 from quantized import MARKS
-from small_models import SMALL_MODELS, small_config
+from small_models import REPRESENTATIVES, SMALL_MODELS, small_config
+from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +41,11 @@ def anatomy_of(name: str) -> Anatomy:
     return read_anatomy(small_config(name))
 
 
-POOLED = sorted(name for name in SMALL_MODELS if all(layer.pooled for layer in anatomy_of(name).cache))
+# Their caches hold states, which no pages serve.
+RECURRENT = ("bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next")
+POOLED = [name for name in sorted(SMALL_MODELS) if name not in RECURRENT]
+
+USUAL = [name for name in POOLED if name in REPRESENTATIVES]
 
 # Their blocks change kind every second, fourth or sixth time.
 LAYERS = {"exaone4": 16, "gemma2": 16, "gpt_oss": 16, "cohere2": 28, "smollm3": 28, "gemma3_text": 40}
@@ -150,12 +155,17 @@ class Run:
 
 # Passes are put together the same way for every model.
 PUT_TOGETHER = ("llama", "gemma2", "bloom", "mixtral", "gpt_oss", "deepseek_v3")
+RUNS = [(name, "one") for name in POOLED]
+RUNS += [(name, case) for name in PUT_TOGETHER for case in ("several", "in parts")]
+USUAL_RUNS = [*((name, "one") for name in USUAL), ("gemma2", "several"), ("gpt_oss", "in parts"), ("llama", "in parts")]
 
 
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [*((name, "one") for name in POOLED), *((name, case) for name in PUT_TOGETHER for case in ("several", "in parts"))],
-)
+@pytest.mark.parametrize("name", tiered(sorted(SMALL_MODELS), REPRESENTATIVES))
+def test_pages_serve_all_caches_but_those_of_recurrent_models(name: str) -> None:
+    assert all(layer.pooled for layer in anatomy_of(name).cache) == (name in POOLED)
+
+
+@pytest.mark.parametrize(("name", "case"), tiered(RUNS, USUAL_RUNS))
 def test_bytes_alive_in_every_pass_are_those_of_a_real_run(name: str, case: str) -> None:
     _compare(name, Shape(*CASES[case]))
 
@@ -174,7 +184,11 @@ def test_so_are_those_of_rows_that_ask_for_logprobs(logprobs: int) -> None:
     _compare("llama", Shape(*CASES["several"]), logprobs)
 
 
-@pytest.mark.parametrize(("name", "method"), [*(("llama", method) for method in MARKS), ("gpt_oss", "mxfp4")])
+USUAL_EXPANDED = [("llama", "w4a16"), ("llama", "fp8"), ("gpt_oss", "mxfp4")]
+EXPANDED = [*(("llama", method) for method in MARKS), ("gpt_oss", "mxfp4")]
+
+
+@pytest.mark.parametrize(("name", "method"), tiered(EXPANDED, USUAL_EXPANDED))
 def test_so_are_those_of_weights_that_modules_expand(name: str, method: str) -> None:
     if method not in ("fp8", "mxfp4"):
         pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -254,7 +268,7 @@ def totals(of: Step) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("name", tiered(POOLED, USUAL))
 def test_blocks_left_out_change_neither_the_peak_nor_what_is_computed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +293,10 @@ def test_kinds_that_differ_in_decode_only_are_told_apart() -> None:
     assert blocks[0] != blocks[5]
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba", "jamba"])
+GROWING = ("llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba", "jamba")
+
+
+@pytest.mark.parametrize("name", tiered(GROWING, ("llama", "mixtral", "mamba")))
 def test_more_rows_longer_prompts_and_more_tokens_never_need_less(name: str) -> None:
     def needs(rows: int, prompt: int, new: int) -> list[float]:
         workload = simulator(small_config(name), anatomy_of(name), lengths_of(prompt, new))(whole(rows))
