@@ -25,7 +25,8 @@ from zeroinf.generation.scheduler import Counts, Group
 from zeroinf.jobs.evaluate import evaluate
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
-from zeroinf.model.demo import demo_model_folder
+from zeroinf.model.demo import demo_file
+from zeroinf.model.gguf.convert import convert_gguf
 
 CPU = torch.device("cpu")
 EOS_TOKEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
@@ -42,7 +43,7 @@ def run(model: Path, requests: Path, output: Path | None, **options: Any) -> Any
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with another end token than the one that ends its turns."""
-    folder, ours = demo_model_folder(), tmp_path_factory.mktemp("smollm")
+    folder, ours = convert_gguf(demo_file()), tmp_path_factory.mktemp("smollm")
     for file in folder.iterdir():
         if file.name not in ("generation_config.json", "tokenizer_config.json"):
             (ours / file.name).symlink_to(file)

@@ -13,14 +13,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, StopStringCriteria
 
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.model.demo import demo_model_folder
+from zeroinf.model.demo import demo_file
+from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.service.pieces import Pieces
 
 TEXT = "The fox — über 日本.\n\n<|im_end|>\n<|im_start|>user\nHi 🙂!! don't <s>[a]</s>, stop <|endoftext|> of it"
 
 
 def demo() -> Any:
-    return AutoTokenizer.from_pretrained(demo_model_folder())
+    return AutoTokenizer.from_pretrained(convert_gguf(demo_file()))
 
 
 def with_byte_fallback() -> Any:
