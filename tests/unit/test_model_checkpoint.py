@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_of_many_the_first_are_named_and_the_others_counted(refusal: Callable[..
     error = refusal(lambda tensors: [tensors.pop(name) for name in [*tensors] if ".layers.1." in name])
     assert "lacks 9 tensors of LlamaForCausalLM: model.layers.1." in error.message
     assert error.message.endswith(" and 6 more")
+
+
+@pytest.mark.parametrize(("how", "said"), [(removed, "lacks 3 tensors of .*: {}"), (cut, "holds {} .* and 2 more$")])
+def test_what_all_blocks_lack_or_have_in_another_shape_is_counted_in_each(
+    how: Callable[[Tensors, str], None], said: str, refusal: Callable[..., ModelError]
+) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in [*tensors]:
+            if name.endswith("mlp.down_proj.weight"):
+                how(tensors, name)
+
+    assert re.search(said.format("model.layers.0.mlp.down_proj.weight"), refusal(change).message)
 
 
 def test_a_tensor_under_another_name_is_missing_and_the_other_name_is_said(refusal: Callable[..., ModelError]) -> None:

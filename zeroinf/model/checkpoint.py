@@ -234,9 +234,8 @@ class _Account:
     def _lacks(self, missing: Sequence[str], files: Sequence[Path]) -> ModelError:
         named = ", ".join(missing[:_NAMED]) + _and_more(len(missing), _NAMED)
         wrapped = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in self._held)), None)
-        hint = (
-            f"fetch the checkpoint again: {len(missing)} of the model's {len(self._own)} tensors are not in its files"
-        )
+        there = len(self._own) - len(missing)
+        hint = f"fetch the checkpoint again: its files make {there} of the model's {len(self._own)} tensors"
         if wrapped is not None:
             hint = f"its names begin with {wrapped!r}: save the model inside {_WRAPPERS[wrapped]}'s wrapper instead"
         elif self.unused:
