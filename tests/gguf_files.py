@@ -206,12 +206,12 @@ def _write_deepseek(writer: GGUFWriter, config: Any) -> None:
 def _write_tokenizer(writer: GGUFWriter) -> None:
     tokens = sorted(build_tokenizer().get_vocab().items(), key=lambda item: item[1])
     pieces = [piece for piece, _ in tokens]
-    pieces[-1] = "ab"
+    pieces[-2:] = ["ba", "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(pieces)
     writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (VOCABULARY - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
     writer.add_pad_token_id(PAD)
