@@ -256,7 +256,7 @@ def _resolve(
 
 
 _OF_JOBS = {
-    *("model", "sampling", "batch_size", "prompts", "input_file", "input_format", "output_file", "overwrite"),
+    *("model", "sampling", "batch_size", "prompts", "input_files", "input_format", "output_file", "overwrite"),
     *("benchmark", "repetitions", "sampling_only", "resume", "resume_anyway", "resume_command", "max_error_rate"),
 }
 

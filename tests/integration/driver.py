@@ -57,7 +57,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         fetch=cell["fetch"],
         offload=cell["offload"],
         nvme_paths=(Path(cell["nvme_path"]),) if cell["offload"] == "nvme" else (),
-        input_file=cell["input"],
+        input_files=(cell["input"],),
         batch_size=cell["batch_size"],
         tensor_parallel=_parallel(**cell["parallel"]),
     )

@@ -69,7 +69,7 @@ def run(folder: Path, tmp_path: Path, *requests: dict[str, Any], engine: str = "
         offload="none" if engine == "resident" else "cpu",
         dtype="float32",
         engine=engine,
-        input_file=str(write_jsonl(tmp_path / "in.jsonl", requests)),
+        input_files=(str(write_jsonl(tmp_path / "in.jsonl", requests)),),
         output_file=tmp_path / "out.jsonl",
     )
     return run_job(options, World(), CPU, sys.stdout, listener), listener.notes

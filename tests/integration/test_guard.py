@@ -50,7 +50,7 @@ class Job:
         self._options = RunOptions(
             model=str(model),
             sampling=Sampling(max_new_tokens=9),
-            input_file=str(write_jsonl(folder / "in.jsonl", entries)),
+            input_files=(str(write_jsonl(folder / "in.jsonl", entries)),),
             output_file=self.out,
             overwrite=True,
             resume_command="zeroinf run --resume",

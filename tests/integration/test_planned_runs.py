@@ -50,7 +50,7 @@ def too_little_without_a_disk(model: Path, requests: Path, nvme: Path) -> int:
     options = RunOptions(
         model=str(model),
         sampling=Sampling(max_new_tokens=9),
-        input_file=str(requests),
+        input_files=(str(requests),),
         batch_size=3,
         nvme_paths=(nvme,),
     )

@@ -34,7 +34,7 @@ EOS_TOKEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
 def run(model: Path, requests: Path, output: Path | None, **options: Any) -> Any:
     asked = {"sampling": Sampling(max_new_tokens=4), "offload": "cpu", "dtype": "float32", **options}
-    asked |= {"model": str(model), "input_file": str(requests), "output_file": output}
+    asked |= {"model": str(model), "input_files": (str(requests),), "output_file": output}
     outcome = run_job(RunOptions(**asked), World(), CPU, sys.stdout, Deaf())
     assert outcome is not None and outcome.report is not None
     return outcome.report

@@ -50,7 +50,7 @@ def options_in(folder: Path) -> RunOptions:
         dtype="float32",
         engine="zero",
         trust_remote_code=True,
-        input_file=str(folder / "in.jsonl"),
+        input_files=(str(folder / "in.jsonl"),),
         zero_config=folder / "zero.json",
         tensor_parallel=TensorParallel(size=0, checkpoint=folder / "listing.json"),
     )

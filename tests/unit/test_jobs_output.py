@@ -499,7 +499,7 @@ def test_parquet_without_pyarrow_is_refused_before_the_work_with_what_to_install
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(EnvironmentProblem, match=r"out\.parquet needs pyarrow") as caught:
         check_output(tmp_path / "out.parquet", overwrite=False, resume=False)
-    assert caught.value.hint == "pip install 'zeroinf[parquet]'"
+    assert caught.value.hint == "pip install 'zeroinf[data]'"
 
 
 # Standard output

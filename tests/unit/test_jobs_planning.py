@@ -196,7 +196,7 @@ def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
     requests = tmp_path / "in.jsonl"
     requests.write_text("".join(json.dumps({"prompt": p, "max_new_tokens": n}) + "\n" for p, n in lines))
     options = RunOptions(
-        model=source.name, sampling=Sampling(max_new_tokens=100), input_file=str(requests), batch_size=batch_size
+        model=source.name, sampling=Sampling(max_new_tokens=100), input_files=(str(requests),), batch_size=batch_size
     )
     reading = read_job(options, source, "cpu")
     prepared = prepare(options, source, reading, reading.job.work, ALONE, "cpu")

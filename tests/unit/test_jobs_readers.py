@@ -89,12 +89,6 @@ def test_invalid_utf8_refuses_its_line_only() -> None:
     assert refusal == Refusal(index=1, line=2, id=None, reason="not UTF-8: byte 0xff at position 3")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_utf16_is_named(encoding: str) -> None:
-    with pytest.raises(InputError, match=r"in\.txt is UTF-16"):
-        read("\ufeffone\n".encode(encoding), name="in.txt")
-
-
 # The format
 
 

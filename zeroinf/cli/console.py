@@ -48,6 +48,7 @@ class ConsoleObserver:
     def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None:
         for refusal in refusals[:_REFUSALS_SHOWN]:
             where = f"line {refusal.line}" if refusal.line is not None else f"request {refusal.id or refusal.index}"
+            where = f"{refusal.file}, {where}" if refusal.file is not None else where
             self._say(f"{how}: {where}: {refusal.reason}")
         if len(refusals) > _REFUSALS_SHOWN:
             self._say(f"{how}: {len(refusals) - _REFUSALS_SHOWN} more")

@@ -29,6 +29,7 @@ from zeroinf.cli.params import (
 )
 from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
+from zeroinf.jobs.formats import FORMATS
 
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
@@ -64,7 +65,10 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @option(
     "-i",
     "--input-file",
-    help="Prompts: text (one a line), JSONL (`prompt` or `messages`) or OpenAI batch lines; - is stdin.",
+    "input_files",
+    multiple=True,
+    help="Prompts: text (one a line), JSONL (`prompt` or `messages`), OpenAI batch lines, a JSON array, CSV, TSV, "
+    "Parquet or Arrow, also packed by gzip or zstd; a file, folder, pattern or URL; - is stdin; may be given often.",
 )
 @option(
     "-o",
@@ -74,9 +78,9 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 )
 @option(
     "--input-format",
-    type=click.Choice(["auto", "text", "jsonl"]),
+    type=click.Choice(FORMATS),
     default="auto",
-    help="What -i holds; auto goes by the file's ending and its first line.",
+    help="What -i holds; auto goes by each file's ending and its first bytes.",
 )
 @option("--overwrite", is_flag=True, help="Start anew: replace an existing output file and its journal.")
 @option("--resume", is_flag=True, help="Go on with a job that was stopped or killed; start it if there is none.")
@@ -166,7 +170,7 @@ def run(
 
     world = world_from_environment()
     if world.is_main:  # on the nodes of other ranks these need not be
-        _check_files(asked["input_file"], asked["output_file"], report_file)
+        _check_files(asked["input_files"], asked["output_file"], report_file)
     asked["resume"] |= asked["resume_anyway"]
     arguments = sys.argv[1:]
     if not world.launched and _offers_to_resume(asked):
@@ -209,29 +213,27 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
             raise UsageError(f"{name} and --overwrite contradict each other", hint="drop one of them")
     if ctx.params["hostfile"] is not None and asked["output_file"] is None:
         raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
-    if asked["input_file"] is None and given(ctx, "input_format"):
+    if not asked["input_files"] and given(ctx, "input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
-    if not asked["prompts"] and asked["input_file"] is None:
+    if not asked["prompts"] and not asked["input_files"]:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
 
 
-def _check_files(input_file: str | None, output_file: Path | None, report_file: Path | None) -> None:
+def _check_files(input_files: Sequence[str], output_file: Path | None, report_file: Path | None) -> None:
+    from zeroinf.jobs.inputs import local_paths
     from zeroinf.jobs.output import errors_path, journal_path, partial_path
 
-    if input_file not in (None, "-") and not Path(input_file).is_file():
-        if Path(input_file).exists():
-            raise InputError(f"-i {input_file} is no regular file", hint="a pipe goes in by `-i -`")
-        raise InputError(f"no such input file: {input_file}")
     written = [of(output_file) for of in (Path, journal_path, partial_path, errors_path) if output_file is not None]
-    if input_file is not None and Path(input_file).resolve() in map(Path.resolve, written):
-        raise OutputError(f"-o {output_file} would replace the input, {input_file}", hint="choose another name")
+    read = {path.resolve(): path for path in local_paths(input_files)}
+    if output_file is not None and (lost := next((read[p] for p in map(Path.resolve, written) if p in read), None)):
+        raise OutputError(f"-o {output_file} would replace the input, {lost}", hint="choose another name")
     if report_file is None:
         return
     if not os.access(report_file.parent, os.W_OK):
         raise OutputError(
             f"--report {report_file}: its folder does not exist or is not writable", hint="choose another"
         )
-    if report_file.resolve() in map(Path.resolve, (Path(input_file or ""), *written)):
+    if report_file.resolve() in {*read, *map(Path.resolve, written)}:
         raise OutputError(f"--report {report_file} would replace a file of the job", hint="choose another name")
 
 

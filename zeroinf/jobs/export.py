@@ -25,7 +25,7 @@ def check_format(path: Path) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise EnvironmentProblem(f"-o {path} needs pyarrow", hint="pip install 'zeroinf[parquet]'") from error
+        raise EnvironmentProblem(f"-o {path} needs pyarrow", hint="pip install 'zeroinf[data]'") from error
 
 
 def writer_for(path: Path, results: Iterator[Result]) -> Callable[[int], None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.readers import InputFormat
+from zeroinf.jobs.formats import InputFormat
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
@@ -38,7 +38,7 @@ class RunOptions:
     zero_config: Path | None = None
     tensor_parallel: TensorParallel = field(default_factory=lambda: TensorParallel(size=0))
     prompts: tuple[str, ...] = ()
-    input_file: str | None = None
+    input_files: tuple[str, ...] = ()
     input_format: InputFormat = "auto"
     output_file: Path | None = None
     overwrite: bool = False

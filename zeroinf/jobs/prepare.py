@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.fingerprint import fingerprint
+from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, began_before, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.queue import shortest_last
-from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.readers import read_inputs
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.skeleton import read_generation_config
@@ -64,7 +62,9 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
-    requests, refusals = _read(options)
+    requests, refusals = read_inputs(
+        options.prompts, find_inputs(options.input_files), options.sampling, input_format=options.input_format
+    )
     tokenizer = load_tokenizer(source)
     anatomy = read_anatomy(
         source.config,
@@ -125,23 +125,6 @@ def prepare(
     )
 
 
-def _read(options: RunOptions) -> tuple[list[Request], list[Refusal]]:
-    name = options.input_file
-    try:
-        stream: Any = nullcontext() if name is None else nullcontext(sys.stdin.buffer) if name == "-" else _open(name)
-        with stream as source:
-            label = "<stdin>" if name == "-" else name or "--prompt"
-            return read_requests(
-                options.prompts, source, options.sampling, input_format=options.input_format, name=label
-            )
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
-
-
-def _open(name: str) -> BinaryIO:
-    return Path(name).open("rb")
-
-
 def _tokenize(
     requests: Sequence[Request], codec: TextCodec, cannot_sample: str | None
 ) -> tuple[tuple[Work, ...], list[Refusal]]:
@@ -159,6 +142,7 @@ def _tokenize(
             Work(
                 index=request.index,
                 line=request.line,
+                file=request.file,
                 id=request.id,
                 text=request.prompt,
                 prompt=tuple(prompt),

@@ -23,6 +23,8 @@ class Request:
     prompt: str | None
     messages: tuple[dict[str, str], ...] | None
     sampling: Sampling
+    file: str | None = None
+    """Of several input files, the one that it came from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,7 @@ class Work:
     text: str | None
     prompt: tuple[int, ...]
     sampling: Sampling
+    file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +101,16 @@ class Refusal:
     line: int | None
     id: str | None
     reason: str
+    file: str | None = None
 
     @classmethod
     def of(cls, entry: Request | Work, reason: str) -> Refusal:
-        return cls(index=entry.index, line=entry.line, id=entry.id, reason=reason)
+        return cls(index=entry.index, line=entry.line, id=entry.id, reason=reason, file=entry.file)
 
     def to_line(self) -> str:
         """One line of JSON, without its line end."""
-        return _json_line({"line": self.line, "id": self.id, "error": self.reason})
+        where = {} if self.file is None else {"file": self.file}
+        return _json_line({**where, "line": self.line, "id": self.id, "error": self.reason})
 
 
 def _json_line(fields: Mapping[str, Any]) -> str:

@@ -1,0 +1,51 @@
+"""Jobs from files of every kind to results, in this process, through the stream engine on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import write_jsonl
+
+from zeroinf.distributed.world import World
+from zeroinf.generation.row import Sampling
+from zeroinf.jobs.options import RunOptions
+from zeroinf.jobs.runner import run_job
+
+
+class Deaf:
+    """An observer that hears nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *heard: None
+
+
+def run(model: Path, requests: Path | str, output: Path, **options: Any) -> Any:
+    asked = {"sampling": Sampling(max_new_tokens=4), "offload": "cpu", "dtype": "float32", **options}
+    asked |= {"model": str(model), "input_files": (str(requests),), "output_file": output}
+    return run_job(RunOptions(**asked), World(), torch.device("cpu"), sys.stdout, Deaf())
+
+
+@pytest.fixture(scope="module")
+def model(small_checkpoint: Callable[[str], Path]) -> Path:
+    return small_checkpoint("llama")
+
+
+def test_the_same_prompts_complete_alike_from_every_format(model: Path, tmp_path: Path) -> None:
+    import fsspec
+    from pyarrow import Table, parquet
+
+    entries = [{"id": f"p{number}", "prompt": f"word {number}, " * (1 + number % 3)} for number in range(12)]
+    requests = write_jsonl(tmp_path / "in.jsonl", entries)
+    (tmp_path / "in.csv").write_text("id,prompt\n" + "".join(f'{e["id"]},"{e["prompt"]}"\n' for e in entries))
+    parquet.write_table(Table.from_pylist(entries), tmp_path / "in.parquet")
+    fsspec.filesystem("memory").pipe("/job/in.parquet", (tmp_path / "in.parquet").read_bytes())
+    run(model, requests, tmp_path / "out.jsonl")
+    wanted = (tmp_path / "out.jsonl").read_text()
+    for number, other in enumerate([str(tmp_path / "in.csv"), "memory://job/in.parquet"]):
+        run(model, other, tmp_path / f"out{number}.jsonl")
+        assert (tmp_path / f"out{number}.jsonl").read_text() == wanted
