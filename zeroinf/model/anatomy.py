@@ -17,6 +17,8 @@ DTYPE_BYTES = {
     "int8": 1,
     "uint8": 1,
     "float8_e4m3fn": 1,
+    "float8_e8m0fnu": 1,
+    "int16": 2,
     "bool": 1,
 }
 # What torch aligns its own allocations to on a GPU: kernels find their operands as they would on their own.

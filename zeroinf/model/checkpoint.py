@@ -20,6 +20,7 @@ from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.inspect import build_meta, config_dtype
 from zeroinf.model.parts import parts_of
+from zeroinf.model.quantized.linears import note_stored
 from zeroinf.model.source import DTYPES
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -52,6 +53,7 @@ def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_co
     damaged; and the errors of `read_anatomy`.
     """
     held = held_tensors(name, files)
+    note_stored(config, held)
     model = build_meta(config, config_dtype(config), trust_remote_code)
     account = _Account(name, model, held, _parted(model))
     account.check(files)

@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-QUANTIZED_METHODS = ("compressed-tensors", "fp8", "gguf", "mxfp4")
+QUANTIZED_METHODS = ("auto-round", "awq", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4")
 """Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"
-_OF_GPTQMODEL = "it runs in kernels of gptqmodel, which have not been tried"
 _WHY_NOT = {
-    "awq": _OF_GPTQMODEL,
     "bitsandbytes": "what its codes mean lies in tensors that are not their module's",
-    "gptq": _OF_GPTQMODEL,
     "quanto": _OF_A_CLASS,
     "torchao": _OF_A_CLASS,
 }

@@ -208,7 +208,9 @@ def _copy(tensor: Tensor, target: Target, found: Iterable[_Found]) -> None:
     """Write what was found of a tensor, part by part. Raises ModelError for what is not of its shape and dtype."""
     written = 0
     for start, value, origin in found:
-        if value.shape[1:] != target.shape[1:] or (start == 0 and value.numel() > target.shape.numel()):
+        is_all = value.numel() == target.shape.numel()
+        is_like = value.shape == target.shape if is_all else value.shape[1:][-1:] == target.shape[1:][-1:]
+        if not is_like:
             raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
         kinds = {value.dtype, target.place.dtype}
         if tensor.is_parameter and len(kinds) > 1 and kinds - set(_NUMBERS):

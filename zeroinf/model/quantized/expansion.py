@@ -14,6 +14,9 @@ Held = Mapping[str, torch.Tensor]
 Expand = Callable[[Held], Mapping[str, torch.Tensor]]
 """From what a module holds to the parameters that its forward uses."""
 
+OTHER_CHECKPOINT = "take the model's unquantized checkpoint, and --wire int8 or int4 to move fewer bytes"
+"""What to do about a checkpoint that does not run."""
+
 
 class Expansion:
     """Gives `module` its weights in full: for the time of its own forward, or from `open` until `close`.
@@ -65,5 +68,5 @@ def refused(model: Any, what: str, why: str) -> ModelError:
     """The error for a checkpoint of `model` that is quantized as `what`, and `why` that does not run."""
     return ModelError(
         f"the checkpoint of {type(model).__name__} is quantized already, as {what}, which does not stream: {why}",
-        hint="take the model's unquantized checkpoint, and --wire int8 or int4 to move fewer bytes",
+        hint=OTHER_CHECKPOINT,
     )

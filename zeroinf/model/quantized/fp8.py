@@ -1,45 +1,81 @@
-"""Checkpoints in FP8 as DeepSeek publishes them: a scale for each square block of a weight, or one for all of it."""
+"""Checkpoints in FP8 as DeepSeek and others publish them: a scale for each block of a weight, each row, or all."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
-from torch.nn import Linear
 
-from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused
+from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.linears import Stored, hold_linears
+
+_SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+# DeepSeek's checkpoints say "inverse" for what weights are multiplied by. Activations have scales of their own.
+_SCALES, _OF_ACTIVATIONS = "weight_scale_inv", ("activation_scale", "input_scale")
 
 
 def hold_fp8(model: Any, found: dict[str, Any]) -> None:
-    """Weights in FP8 and a scale for each square block of them, or one for all. Activations stay as they are."""
+    """Let linear layers and experts hold codes and scales. Activations stay as they are."""
     from transformers import FineGrainedFP8Config
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    for part, usual in (("scale_fmt", "float"), ("expert_dtype", "fp8"), ("modules_to_convert", None)):
+    for part, usual in (("expert_dtype", "fp8"), ("modules_to_convert", None)):
         if found.get(part, usual) != usual:
             raise refused(model, f"fp8 with {part} {found[part]}", f"only {part} {usual} expands")
-    config = FineGrainedFP8Config(**found)
+    config = FineGrainedFP8Config(**{key: value for key, value in found.items() if key != "stored"})
     kept = HfQuantizer.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
-    height, width = config.weight_block_size or (0, 0)
-    for name, module in model.named_modules():
-        if type(module) is not Linear or not should_convert_module(name, kept):
-            continue
-        rows, columns = module.weight.shape
-        if width and columns % width:
-            raise refused(model, f"fp8 in blocks of {width} columns", f"{name} has {columns}, which they do not fill")
-        dtype = module.weight.dtype
-        module.weight = meta((rows, columns), torch.float8_e4m3fn)
-        scales = (ceil(rows / height), columns // width) if width else ()
-        module.weight_scale_inv = meta(scales, torch.float32)
-        Expansion(module, partial(_expand_fp8, height, dtype))
+    block = tuple(config.weight_block_size) if config.weight_block_size else None
+    hold_linears(model, found, "fp8", _Fp8(block), _SCALES, lambda name: not should_convert_module(name, kept))
 
 
-def _expand_fp8(block_rows: int, dtype: torch.dtype, held: Held) -> dict[str, torch.Tensor]:
-    """Values that `dtype` holds exactly, times float32, rounded once: in place, nothing is written out in float32."""
-    weight, scales = held["weight"].to(dtype), held["weight_scale_inv"]
-    of_rows = scales.repeat_interleave(block_rows, dim=0)[: weight.shape[0]] if scales.dim() else scales.view(1, 1)
-    weight.view(weight.shape[0], of_rows.shape[1], -1).mul_(of_rows[..., None])
-    return {"weight": weight}
+@dataclass(frozen=True, slots=True)
+class _Fp8:
+    """A weight (rows, columns) of float8_e4m3fn; scales of blocks of `block` rows and columns, of rows, or one."""
+
+    block: tuple[int, int] | None
+
+    def usual(self, rows: int, columns: int) -> dict[str, Stored]:
+        scales = (ceil(rows / self.block[0]), ceil(columns / self.block[1])) if self.block else ()
+        return {
+            "weight": Stored(torch.float8_e4m3fn, (rows, columns)),
+            _SCALES: Stored(torch.float32, scales),
+        }
+
+    def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        unknown = set(stored) - {"weight", "bias", _SCALES, *_OF_ACTIVATIONS}
+        if unknown:
+            return f"has {', '.join(sorted(unknown))}, which is not known"
+        if "weight" not in stored:
+            return "has scales and no weight"
+        if stored["weight"] != Stored(torch.float8_e4m3fn, (rows, columns)):
+            return f"is not {rows} x {columns} weights of float8_e4m3fn"
+        scales = stored[_SCALES]
+        possible = [(), (1,), (rows,), (rows, 1)]
+        if self.block is not None:
+            possible = [(ceil(rows / self.block[0]), ceil(columns / self.block[1]))]
+        if scales.shape not in possible or scales.dtype not in _SCALE_TYPES:
+            return f"has scales of {scales.dtype} in the shape {scales.shape}"
+        return None
+
+    def check(self, name: str, stored: torch.Tensor) -> str | None:
+        return None
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        """Values that any dtype holds exactly, times float32, rounded once: in place, nothing is written in float32."""
+        scales = held[_SCALES]
+        scales = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+        whole.copy_(held["weight"])
+        if self.block is None:
+            whole.mul_(scales.reshape(*whole.shape[:-2], -1, 1))
+            return
+        rows, columns = whole.shape[-2:]
+        of_rows = scales.repeat_interleave(self.block[0], dim=-2)[..., :rows, :]
+        full = columns // self.block[1]
+        blocks: torch.Tensor = whole[..., : full * self.block[1]].unflatten(-1, (full, self.block[1]))  # type: ignore[no-untyped-call]
+        blocks.mul_(of_rows[..., :full, None])
+        if columns % self.block[1]:
+            whole[..., full * self.block[1] :].mul_(of_rows[..., full:])

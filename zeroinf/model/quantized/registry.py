@@ -9,6 +9,7 @@ from zeroinf.model.anatomy import Quantized
 from zeroinf.model.quantized.compressed_tensors import hold_compressed_tensors
 from zeroinf.model.quantized.fp8 import hold_fp8
 from zeroinf.model.quantized.gguf import hold_gguf
+from zeroinf.model.quantized.gptq import hold_auto_round, hold_awq, hold_gptq
 from zeroinf.model.quantized.mxfp4 import hold_mxfp4
 from zeroinf.model.source import quantization
 
@@ -29,8 +30,11 @@ def hold_quantized(model: Any) -> Quantized | None:
 
 
 _HOLD: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "auto-round": hold_auto_round,
+    "awq": hold_awq,
     "compressed-tensors": hold_compressed_tensors,
     "fp8": hold_fp8,
     "gguf": hold_gguf,
+    "gptq": hold_gptq,
     "mxfp4": hold_mxfp4,
 }

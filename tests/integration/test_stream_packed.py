@@ -1,0 +1,133 @@
+"""Checkpoints of GPTQ, AWQ, AutoRound and FP8 stream as they are, those of experts that transformers fuses too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SharedFolder
+from packed import METHODS, packed_checkpoint
+from ranks import on_ranks
+from safetensors.torch import load_file, save_file
+from test_stream_tokens import plain_tokens, stream, tokens_of
+
+from zeroinf.distributed.control import Control
+from zeroinf.engines.stream.keep import list_stores
+from zeroinf.errors import ModelError
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.source import resolve_model
+from zeroinf.planner.memory import pieces
+
+Packed = Callable[[str, str], Path]
+MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
+# Of layouts that differ in more than the width of their codes.
+MIXED = [(name, method) for name in MIXTURES for method in ("gptq_ordered", "awq", "fp8")]
+MIXED += [("qwen3_moe", method) for method in sorted(METHODS) if method not in ("gptq_ordered", "awq", "fp8")]
+
+
+@pytest.fixture(scope="session")
+def packed(shared_folder: SharedFolder) -> Packed:
+    """`packed(architecture, method)`: a checkpoint packed so, with the model in full below it."""
+
+    def get(name: str, method: str) -> Path:
+        return shared_folder(f"packed-{method}-{name}", lambda folder: packed_checkpoint(name, method, folder) and None)
+
+    return get
+
+
+def run(folder: Path, **where: Any) -> list[list[int]]:
+    engine = stream(folder, **where)
+    try:
+        return tokens_of(engine, batches=2)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_tokens_are_those_of_the_weights_in_full(method: str, packed: Packed) -> None:
+    folder = packed("llama", method)
+    assert run(folder) == plain_tokens(folder / "full")
+
+
+@pytest.mark.parametrize(("name", "method"), MIXED)
+def test_experts_that_transformers_fuses_give_these_tokens(name: str, method: str, packed: Packed) -> None:
+    folder = packed(name, method)
+    assert run(folder) == plain_tokens(folder / "full")
+
+
+@pytest.mark.parametrize("method", ["gptq_ordered", "fp8"])
+def test_nor_do_they_depend_on_where_weights_rest(method: str, packed: Packed, tmp_path: Path) -> None:
+    folder = packed("qwen3_moe", method)
+    expected = plain_tokens(folder / "full")
+    assert run(folder, resident_blocks=2) == expected
+    assert run(folder, offload="nvme", nvme_blocks=2, resident_blocks=1, nvme_paths=(tmp_path,)) == expected
+    assert [store.state for store in list_stores([tmp_path])] == ["whole"]
+
+
+def test_two_ranks_that_gather_codes_give_the_same_tokens(packed: Packed) -> None:
+    folder = packed("qwen3_moe", "awq")
+
+    def rank(control: Control) -> list[list[int]]:
+        torch.set_num_threads(1)
+        return tokens_of(stream(folder, fetch="partitioned", world_size=2, control=control))
+
+    found, codes = on_ranks(2, rank)
+    assert codes == [0, 0]
+    assert found == [plain_tokens(folder / "full")] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8_ue8m0"])
+def test_the_planned_bytes_are_those_of_the_checkpoint(name: str, method: str, packed: Packed) -> None:
+    folder = packed(name, method)
+    anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
+    stored = load_file(folder / "model.safetensors")
+    assert anatomy.weight_bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert stream(folder).stats().streamed_bytes_per_pass == sum(pieces(anatomy))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_a_config_alone_lets_plan_the_same_bytes(method: str, packed: Packed, tmp_path: Path) -> None:
+    folder = packed("qwen3_moe", method)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    planned = read_anatomy(resolve_model(str(tmp_path), random_weights=True).config, dtype="float32")
+    assert planned.weight_bytes == read_anatomy(resolve_model(str(folder)).config, dtype="float32").weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("gptq", {"checkpoint_format": "marlin"}, "gptq in the format marlin"),
+        ("gptq", {"bits": 8}, "has qweight in the shape"),
+        ("gptq_ordered", {"desc_act": False}, "its groups are not in order"),
+        ("awq", {"version": "gemv"}, "awq in the version gemv"),
+        ("awq", {"group_size": 16}, "has qzeros in the shape"),
+        ("auto_round_gptq", {"packing_format": "auto_round:other"}, "auto-round packed as auto_round:other"),
+        ("fp8", {"weight_block_size": [16, 16]}, "has scales of torch.float32 in the shape"),
+    ],
+)
+def test_what_is_not_known_to_be_exact_is_refused_by_name(
+    method: str, fields: dict[str, Any], message: str, packed: Packed, tmp_path: Path
+) -> None:
+    folder = packed("llama", method)
+    for file in folder.glob("*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        stream(tmp_path)
+
+
+def test_experts_of_which_one_is_not_there_are_refused(packed: Packed, tmp_path: Path) -> None:
+    folder = packed("qwen3_moe", "gptq")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.scales"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lacks 1 tensor .*model\.layers\.1\.mlp\.experts\.2\.up_proj\.scales"):
+        resolve_model(str(tmp_path))

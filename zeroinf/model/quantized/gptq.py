@@ -1,0 +1,191 @@
+"""Checkpoints of GPTQ (versions 1 and 2, also with `desc_act`) and AWQ (`gemm`), and AutoRound's, packed like either.
+
+Layouts: AutoGPTQ's `qlinear_cuda`, GPTQModel's `checkpoint_format`, AutoAWQ's `WQLinear_GEMM`. Words of 32 bits hold
+codes along the inputs (GPTQ) or along the outputs (AWQ), in an order of its own; scales and zero points belong to
+groups of inputs. GPTQ's version 1 stores zero points less one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
+from zeroinf.model.quantized.linears import Stored, hold_linears
+
+# Column 4 of each eight lies in the second place of a word, and so on.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def hold_gptq(model: Any, found: dict[str, Any]) -> None:
+    """Let linear layers and experts hold codes, scales, zero points and the order of groups."""
+    layout = found.get("checkpoint_format") or found.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise refused(model, f"gptq in the format {layout}", "it runs gptq and gptq_v2")
+    if "bits" not in found or "group_size" not in found:
+        raise refused(model, "gptq", "its config names no bits and no group_size")
+    form = _Gptq(found["bits"], found["group_size"], bool(found.get("desc_act")), 1 if layout == "gptq" else 0)
+    hold_linears(model, found, "gptq", form, "qweight", _kept(found))
+
+
+def hold_awq(model: Any, found: dict[str, Any]) -> None:
+    """Let linear layers and experts hold codes, scales and zero points."""
+    version = str(found.get("version") or found.get("format") or "gemm").lower()
+    if version != "gemm":
+        raise refused(model, f"awq in the version {version}", "it runs gemm")
+    bits = found.get("bits", found.get("w_bit", 4))
+    form = _Awq(bits, found.get("group_size", found.get("q_group_size", 128)))
+    hold_linears(model, found, "awq", form, "qweight", _kept(found))
+
+
+def hold_auto_round(model: Any, found: dict[str, Any]) -> None:
+    """As GPTQ's version 1 or AWQ, whichever the checkpoint is packed like."""
+    packing = str(found.get("packing_format") or found.get("backend") or "")
+    if found.get("data_type", "int") != "int":
+        raise refused(model, f"auto-round of {found['data_type']}", "it runs int")
+    if packing.endswith("auto_awq"):
+        hold_awq(model, {**found, "version": "gemm"})
+    elif packing.endswith("auto_gptq"):
+        hold_gptq(model, {**found, "checkpoint_format": "gptq", "desc_act": False})
+    else:
+        raise refused(model, f"auto-round packed as {packing or 'it does not say'}", "it runs auto_gptq and auto_awq")
+
+
+def _kept(found: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Which linear layers are not quantized, as far as a config says it: heads and routers never are."""
+    names = [*(found.get("modules_to_not_convert") or ()), "lm_head"]
+    dropped = [rule[2:] for rule in found.get("dynamic") or {} if rule.startswith("-:")]
+
+    def is_kept(layer: str) -> bool:
+        is_router = layer.endswith((".gate", ".router", ".shared_expert_gate"))
+        return is_router or any(name in layer for name in names) or any(re.match(rule, layer) for rule in dropped)
+
+    return is_kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Gptq:
+    bits: int
+    group: int
+    is_ordered: bool
+    """Groups are made of any inputs, which `g_idx` tells."""
+    less: int
+    """Zero points are stored so much too low."""
+
+    def usual(self, rows: int, columns: int) -> dict[str, Stored]:
+        groups = ceil(columns / self.group) if self.group > 0 else 1
+        return {
+            "qweight": Stored(torch.int32, (packed_size(columns, self.bits), rows)),
+            "qzeros": Stored(torch.int32, (groups, packed_size(rows, self.bits))),
+            "scales": Stored(torch.float16, (groups, rows)),
+            "g_idx": Stored(torch.int32, (columns,)),
+        }
+
+    def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        if unknown := set(stored) - {"qweight", "qzeros", "scales", "g_idx", "bias"}:
+            return f"has {', '.join(sorted(unknown))}, which is not known"
+        if self.bits not in (2, 3, 4, 8):
+            return f"has codes of {self.bits} bits"
+        usual = self.usual(rows, columns)
+        for name in usual:
+            if name == "g_idx" and name not in stored and not self.is_ordered:
+                continue
+            one = stored.get(name)
+            if one is None or one.shape != usual[name].shape:
+                return f"has {name} in the shape {one and one.shape}, not {usual[name].shape}: another width or group"
+        if columns % stored["scales"].shape[0]:
+            return f"has {columns} inputs, which groups of {self.group} do not divide"
+        return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
+
+    def check(self, name: str, stored: torch.Tensor) -> str | None:
+        if name != "g_idx" or self.is_ordered:
+            return None
+        group = self.group if self.group > 0 else stored.numel()
+        is_usual = torch.equal(stored, torch.arange(stored.numel(), dtype=stored.dtype) // group)
+        return None if is_usual else "its groups are not in order (g_idx), though its config has no desc_act"
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        mask, pack = (1 << self.bits) - 1, 32
+
+        def weights(stack: slice, rows: slice) -> torch.Tensor:
+            words = (
+                slice(None)
+                if rows.start is None
+                else slice(rows.start * self.bits // 32, min(rows.stop, whole.shape[-2]) * self.bits // 32)
+            )
+            codes = unpack(_part(held["qweight"], stack, rows), self.bits, -2)
+            zeros = ((unpack(_part(held["qzeros"], stack, words), self.bits, -1) + self.less) & mask).float()
+            scales = _part(held["scales"], stack, rows)
+            if self.is_ordered:
+                groups = (held["g_idx"][stack] if held["g_idx"].dim() > 1 else held["g_idx"]).long()
+                index = groups[..., None].expand(codes.shape)
+                made = affine(codes, zeros.gather(-2, index), scales.gather(-2, index))
+            else:
+                grouped = _grouped(codes, scales.shape[-2])
+                made = affine(grouped, zeros[..., None, :], scales[..., None, :]).flatten(-3, -2)
+            return made.transpose(-1, -2).contiguous()
+
+        by_slices(whole, pack, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Awq:
+    bits: int
+    group: int
+
+    def usual(self, rows: int, columns: int) -> dict[str, Stored]:
+        groups = ceil(columns / self.group) if self.group > 0 else 1
+        return {
+            "qweight": Stored(torch.int32, (columns, packed_size(rows, self.bits))),
+            "qzeros": Stored(torch.int32, (groups, packed_size(rows, self.bits))),
+            "scales": Stored(torch.float16, (groups, rows)),
+        }
+
+    def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        if unknown := set(stored) - {"qweight", "qzeros", "scales", "bias"}:
+            return f"has {', '.join(sorted(unknown))}, which is not known"
+        if self.bits != 4:
+            return f"has codes of {self.bits} bits"
+        for name, usual in self.usual(rows, columns).items():
+            one = stored.get(name)
+            if one is None or one.shape != usual.shape:
+                return f"has {name} in the shape {one and one.shape}, not {usual.shape}: another width or group"
+        if columns % stored["scales"].shape[0]:
+            return f"has {columns} inputs, which groups of {self.group} do not divide"
+        return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
+
+    def check(self, name: str, stored: torch.Tensor) -> str | None:
+        return None
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        def weights(stack: slice, rows: slice) -> torch.Tensor:
+            words = (
+                slice(None)
+                if rows.start is None
+                else slice(rows.start * self.bits // 32, min(rows.stop, whole.shape[-2]) * self.bits // 32)
+            )
+            codes = unpack(_part(held["qweight"], stack, words), self.bits, -1, _AWQ_ORDER)
+            zeros = unpack(_part(held["qzeros"], stack, words), self.bits, -1, _AWQ_ORDER).float()
+            scales = _part(held["scales"], stack, rows)
+            grouped = _grouped(codes, scales.shape[-2])
+            made = affine(grouped, zeros[..., None, :], scales[..., None, :]).flatten(-3, -2)
+            return made.transpose(-1, -2).contiguous()
+
+        by_slices(whole, 32, weights)
+
+
+def _grouped(codes: torch.Tensor, groups: int) -> torch.Tensor:
+    """Codes (..., inputs, outputs) as (..., groups, of each, outputs)."""
+    return codes.reshape(*codes.shape[:-2], groups, -1, codes.shape[-1])
+
+
+def _part(tensor: torch.Tensor, stack: slice, last: slice) -> torch.Tensor:
+    """Part of a tensor of one matrix, or of a stack of them."""
+    return tensor[..., last] if tensor.dim() == 2 else tensor[stack][..., last]

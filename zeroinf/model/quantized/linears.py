@@ -1,0 +1,264 @@
+"""Quantized linear layers of a checkpoint, wherever transformers has them: as layers, or fused into stacks of experts.
+
+A format says which tensors stand for one matrix and what they mean. This module finds the matrices, lets modules hold
+these tensors, stacked where there are experts, and expands all matrices of a stack together.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Linear, Module
+
+from zeroinf.errors import ModelError
+from zeroinf.model.parts import Part, as_stored, parts_of, set_parts
+from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Expansion, Held, meta, refused
+
+STORED = "stored"
+"""Key of a quantization config under which `note_stored` keeps what files hold."""
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+# Rows of a matrix are told apart by so many marks as it goes through transformers' conversion: a fourth each.
+_MARKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Format(Protocol):
+    """How one matrix of (rows, columns) weights is stored. Tensors are named by what follows the layer's name."""
+
+    def usual(self, rows: int, columns: int) -> dict[str, Stored]:
+        """Its tensors, as the config lets expect them where files are not at hand."""
+        ...
+
+    def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        """Why tensors `stored` are not known to be expanded exactly; None where they are."""
+        ...
+
+    def check(self, name: str, stored: torch.Tensor) -> str | None:
+        """Why the values of the tensor `name` are not those that are expected; None where they are."""
+        ...
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        """Write the weights into `whole` (..., rows, columns; strided). Of a stack, each of `held` is stacked too."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrices:
+    """Linear layers `names` of the checkpoint, which fill `rows` of a parameter: of one matrix, or of a stack."""
+
+    parameter: str
+    names: tuple[str, ...]
+    first: int
+    end: int
+    is_stack: bool
+
+    def view(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole[..., self.first : self.end, :]
+
+
+def note_stored(config: Any, held: Mapping[str, Any]) -> None:
+    """Keep on a quantized `config` what files hold beside plain weights: `held` has each tensor's meta by name."""
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, dict):
+        return
+    stored = {}
+    for name, tensor in held.items():
+        if not name.endswith((".weight", ".bias")) or not tensor.meta.is_floating_point() or tensor.meta.itemsize == 1:
+            stored[_EXPERT.sub("*", name)] = [str(tensor.meta.dtype).removeprefix("torch."), [*tensor.meta.shape]]
+    found[STORED] = stored
+
+
+def hold_linears(
+    model: Any, found: Mapping[str, Any], what: str, form: Format, key: str, is_kept: Callable[[str], bool]
+) -> None:
+    """Let the modules of `model` hold their matrices as `form` has them.
+
+    Where files were read, those are quantized that have a tensor `key`; else all linear layers but those that
+    `is_kept`. `what` names the format in messages. Raises ModelError for what is not known to be exact.
+    """
+    stored = _by_layer(found.get(STORED))
+    origins = _origins(model, what)
+    owners = {f"{path}.{own}": module for path, module in model.named_modules() for own in module._parameters}
+    plans: dict[Module, list[_Plan]] = defaultdict(list)
+    for matrices in _matrices(model, origins):
+        module, own = owners[matrices.parameter], matrices.parameter.rpartition(".")[2]
+        parameter = module._parameters[own]
+        rows, columns = matrices.end - matrices.first, parameter.shape[-1]
+        layer = _EXPERT.sub("*", matrices.names[0])
+        if stored is None:
+            held = None if is_kept(matrices.names[0]) else form.usual(rows, columns)
+        else:
+            held = stored.get(layer) if key in stored.get(layer, ()) else None
+        if held is None:
+            continue
+        if (why := form.why_not(rows, columns, held)) is not None:
+            raise refused(model, what, f"{layer} {why}")
+        plans[module].append(_Plan(own, parameter.shape, parameter.dtype, matrices, held))
+    for module, own_plans in plans.items():
+        _hold(model, what, module, own_plans, form)
+    _name_others(model, origins)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a module holds of one of its parameters, `own`."""
+
+    own: str
+    shape: torch.Size
+    dtype: torch.dtype
+    matrices: _Matrices
+    stored: Mapping[str, Stored]
+
+
+def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: Format) -> None:
+    covered: dict[str, int] = defaultdict(int)
+    for plan in plans:
+        covered[plan.own] += plan.matrices.end - plan.matrices.first
+    for plan in plans:
+        if covered[plan.own] != plan.shape[-2]:
+            raise refused(model, what, f"{plan.matrices.names[0]} is quantized, what it is fused with is not")
+        module._parameters.pop(plan.own, None)
+    steps = []
+    for number, plan in enumerate(plans):
+        names = {}
+        for suffix, one in plan.stored.items():
+            if suffix == "bias":
+                continue
+            stack = (len(plan.matrices.names),) if plan.matrices.is_stack else ()
+            held = meta((*stack, *one.shape), one.dtype)
+            set_parts(held, tuple(_parts(form, plan.matrices, suffix, one)))
+            names[suffix] = f"{plan.own}_{number}_{suffix}" if plan.matrices.is_stack else suffix
+            module.register_parameter(names[suffix], held)
+        steps.append((plan.own, names, plan.matrices))
+    shapes = {plan.own: (plan.shape, plan.dtype) for plan in plans}
+    Expansion(module, partial(_expand, form, shapes, steps))
+
+
+def _parts(form: Format, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[Part]:
+    size = torch.Size(one.shape).numel()
+    make = partial(_read, partial(form.check, suffix), one.shape if matrices.is_stack else None)
+    for number, name in enumerate(matrices.names):
+        yield Part((f"{name}.{suffix}",), make, number * size)
+
+
+def _read(
+    check: Callable[[torch.Tensor], str | None], of_stack: tuple[int, ...] | None, stored: torch.Tensor
+) -> torch.Tensor:
+    """A tensor as it is stored; of one in a stack, if it is of the shape `of_stack` that the others have."""
+    if (why := check(stored)) is not None:
+        raise ModelError(f"the checkpoint is not known to be expanded exactly: {why}", hint=OTHER_CHECKPOINT)
+    if of_stack is None:
+        return stored
+    return stored[None] if tuple(stored.shape) == of_stack else stored.new_empty(0)
+
+
+def _expand(
+    form: Format,
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]],
+    steps: Sequence[tuple[str, Mapping[str, str], _Matrices]],
+    held: Held,
+) -> dict[str, torch.Tensor]:
+    device = next(iter(held.values())).device
+    whole = {own: torch.empty(shape, dtype=dtype, device=device) for own, (shape, dtype) in shapes.items()}
+    for own, names, matrices in steps:
+        form.expand({suffix: held[name] for suffix, name in names.items()}, matrices.view(whole[own]))
+    return whole
+
+
+def _by_layer(stored: Mapping[str, Any] | None) -> dict[str, dict[str, Stored]] | None:
+    if stored is None:
+        return None
+    layers: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for name, (dtype, shape) in stored.items():
+        layer, _, suffix = name.rpartition(".")
+        layers[layer][suffix] = Stored(getattr(torch, dtype), tuple(shape))
+    return layers
+
+
+def _matrices(model: Any, origins: Mapping[str, _Origin]) -> Iterator[_Matrices]:
+    """The linear layers of the checkpoint that the parameters of `model` are made of."""
+    linear = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Linear}
+    stacks = {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name}
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found: dict[tuple[str, int, int], dict[int, str]] = defaultdict(dict)
+    for name, origin in origins.items():
+        if name.endswith(".weight") and origin.parameter in linear | stacks:
+            layer = name.removesuffix(".weight")
+            found[origin.parameter, origin.first, origin.end][origin.number] = layer
+    for (parameter, first, end), layers in found.items():
+        names = tuple(layers[number] for number in range(len(layers)))
+        yield _Matrices(parameter, names, first, end, is_stack=len(sizes[parameter]) == 3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """A tensor of the checkpoint: rows `first` to `end` of `parameter`, of its matrix `number` if that is a stack."""
+
+    parameter: str
+    number: int
+    first: int
+    end: int
+
+
+def _origins(model: Any, what: str) -> dict[str, _Origin]:
+    """What each tensor of the checkpoint is in `model`, by the name that it has there.
+
+    transformers' conversion is undone with numbers for rows, a few for each matrix.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return {name: _Origin(name, 0, 0, parameter.shape[0]) for name, parameter in parameters.items()}
+    marked, starts, start = {}, [], 0
+    for name, parameter in parameters.items():
+        shape = (parameter.shape[0], _MARKS, 1) if parameter.dim() == 3 else (_MARKS, *[1] * (parameter.dim() - 1))
+        marks = torch.Size(shape).numel()
+        marked[name] = torch.arange(start, start + marks, device="cpu").view(shape)
+        starts.append(start)
+        start += marks
+    names, found = list(parameters), {}
+    for name, value in revert_weight_conversion(model, marked).items():
+        first, end = int(value.min()), int(value.max()) + 1
+        at = bisect_right(starts, first) - 1
+        rows = parameters[names[at]].shape[-2:][0]
+        number, mark = divmod(first - starts[at], _MARKS)
+        if value.numel() != end - first or (mark and rows % _MARKS):
+            raise refused(model, what, f"transformers fuses {name} with other weights row by row")
+        if parameters[names[at]].dim() == 3 and value.dim() == 3:
+            number, mark, end = 0, 0, first + _MARKS  # a stack in the checkpoint too
+        found[name] = _Origin(names[at], number, mark * rows // _MARKS, (mark + end - first) * rows // _MARKS)
+    return found
+
+
+def _name_others(model: Any, origins: Mapping[str, _Origin]) -> None:
+    """Say what parameters that are not quantized are made of, where transformers renames or fuses them."""
+    parameters = dict(model.named_parameters())
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for name, origin in origins.items():
+        parameter = parameters.get(origin.parameter)
+        if parameter is not None and parts_of(parameter) is None and name != origin.parameter:
+            start = origin.number * parameter[0].numel() + origin.first * parameter.shape[-1]
+            parts[origin.parameter].append(Part((name,), as_stored, start if parameter.dim() == 3 else 0))
+    for own, made in parts.items():
+        set_parts(parameters[own], tuple(made))
+    if len(origins) != len(parameters) or parts:
+        for own, parameter in parameters.items():
+            if parts_of(parameter) is None:
+                set_parts(parameter, (Part((own,), as_stored),))
