@@ -88,7 +88,7 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
         "micro_batch_rows": live,
         "prefill_tokens": live * tokens,
         "breaks_at": breaks_at(model.config),
-        "together": not (anatomy.is_paged and shares_passes),
+        "together": not (anatomy.is_paged and (shares_passes or given.get("forward_tokens"))),
         "keeps_ended": not anatomy.is_paged,
         "evenly": anatomy.encoder is not None,
     }

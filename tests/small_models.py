@@ -278,6 +278,21 @@ REPRESENTATIVES = ("llama", "gpt2", "gemma3_text", "gpt_oss", "mixtral", "deepse
 transposed weights; sliding windows and tied embeddings; attention sinks and fused experts; experts that are fused
 as they load; latent attention and two kinds of blocks; recurrent blocks beside attention; ALiBi."""
 
+PADDED_MODELS = {
+    "its layers keep more than keys and values of each token": {
+        *("bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next"),
+    },
+    "its forward takes no positions": {"bloom", "mpt"},
+    "its layers do not all hand attention to a function that transformers lets others register": {
+        *("falcon", "falcon_gqa", "gpt_neo", "xglm"),
+    },
+}
+"""Those whose forwards cannot be packed, by the reason why."""
+
+# DeepSeek's keys are expanded after they are cached since transformers 5.24, and before that until then.
+PACKED_MODELS = sorted(SMALL_MODELS.keys() - set().union(*PADDED_MODELS.values()) - {"deepseek_v2", "deepseek_v3"})
+"""Those whose forwards can be packed with every version of transformers."""
+
 
 def small_config(name: str) -> Any:
     """The config of the small model `name`."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from generating import greedy_by_transformers, rows_of, run_rows
-from small_models import REPRESENTATIVES, SMALL_MODELS, VOCABULARY, make_checkpoint
+from small_models import PACKED_MODELS, REPRESENTATIVES, SMALL_MODELS, VOCABULARY, make_checkpoint
 from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -73,10 +73,21 @@ def plain_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[
 # They enter two at a time where there is room for three, in micro-batches of two at the most, their prompts in pieces.
 LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8))
 PRESSED = {"draw": 2, "rows": 3, "pages": 5, "micro_batch_rows": 2, "prefill_tokens": 8}
+# Packed, they share forwards of five tokens, over whose ends prompts go on.
+PACKED = {"draw": 2, "rows": 3, "pages": 5, "prefill_tokens": 8, "forward_tokens": 5}
 
 
 @pytest.mark.parametrize("name", tiered(sorted(SMALL_MODELS), REPRESENTATIVES))
 def test_greedy_tokens_are_those_of_plain_transformers_whoever_comes_and_goes(name: str, tmp_path: Path) -> None:
+    _compare(name, PRESSED, tmp_path)
+
+
+@pytest.mark.parametrize("name", tiered(PACKED_MODELS, set(REPRESENTATIVES) & set(PACKED_MODELS)))
+def test_so_are_those_of_packed_forwards(name: str, tmp_path: Path) -> None:
+    _compare(name, PACKED, tmp_path)
+
+
+def _compare(name: str, given: dict[str, int], tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
     prompts = [
         [3 + (7 * number + 11 * at) % (VOCABULARY - 3) for at in range(n)] for number, (n, _) in enumerate(LENGTHS)
@@ -84,7 +95,7 @@ def test_greedy_tokens_are_those_of_plain_transformers_whoever_comes_and_goes(na
     rows = rows_of(prompts, [new for _, new in LENGTHS], ignore_eos=True)
     engine = stream(folder)
     try:
-        _, scheduler = run_rows(engine, rows, **PRESSED)
+        _, scheduler = run_rows(engine, rows, **given)
     finally:
         engine.close()
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -80,8 +80,9 @@ def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> No
         "kv_bytes_per_token",
     } <= set(plan["model"])
     assert {
-        "engine", "offload", "fetch", "batch_size", "micro_batch_rows", "prefill_tokens", "host_rows", "kv_dtype",
-        "resident_blocks", "nvme_blocks", "wire", "world_size", "load_s", "prefill_s", "decode_s", "tokens_per_second",
+        "engine", "offload", "fetch", "batch_size", "micro_batch_rows", "prefill_tokens", "forward_tokens",
+        "host_rows", "kv_dtype", "resident_blocks", "nvme_blocks", "wire", "world_size", "load_s", "prefill_s",
+        "decode_s", "tokens_per_second",
         "streamed_bytes", "fetched_bytes", "binds", "entering_rows", "memory",
     } == set(plan["plan"])  # fmt: skip
     assert set(plan["rates"]) >= {"link_gbps", "disk_gbps", "tflops", "projected"}

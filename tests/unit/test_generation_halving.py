@@ -80,12 +80,17 @@ def expected(model: Any) -> list[list[int]]:
 
 
 @settings(max_examples=10, deadline=None)
-@given(failing=st.lists(st.integers(1, 30), max_size=3, unique=True), draw=st.integers(1, 6), small=st.booleans())
+@given(
+    failing=st.lists(st.integers(1, 30), max_size=3, unique=True),
+    draw=st.integers(1, 6),
+    limits=st.sampled_from(
+        [{}, {"micro_batch_rows": 2, "prefill_tokens": 5}, {"forward_tokens": 40}, {"forward_tokens": 3}]
+    ),
+)
 def test_wherever_memory_runs_out_each_row_is_given_back_once_with_its_own_tokens(
-    failing: list[int], draw: int, small: bool, model: Any, expected: list[list[int]]
+    failing: list[int], draw: int, limits: dict[str, int], model: Any, expected: list[list[int]]
 ) -> None:
     rows, engine = rows_of(), TightEngine(model, failing=failing)
-    limits = {"micro_batch_rows": 2, "prefill_tokens": 5} if small else {}
     try:
         ended, _ = run(engine, rows, draw=draw, **limits)
     except torch.OutOfMemoryError:
@@ -102,6 +107,20 @@ def test_micro_batches_are_halved_until_they_fit_and_stay_so(model: Any, expecte
     assert told == [2, 1]
     assert [max(rows for rows, _ in groups) for groups in engine.passes[:3]] == [4, 2, 1]
     assert {rows for groups in engine.passes[2:] for rows, _ in groups} == {1}
+    assert [row.generated for row in rows] == expected
+
+
+def test_packed_forwards_are_halved_until_they_fit_and_stay_so(model: Any, expected: list[list[int]]) -> None:
+    class Tight(TightEngine):
+        @property
+        def rows(self) -> list[int]:
+            return [tokens for _, tokens in self.passes[-1]]
+
+    rows, engine = rows_of(), Tight(model, most=6)
+    run(engine, rows, forward_tokens=100)
+    most = [max(tokens for _, tokens in groups) for groups in engine.passes]
+    assert most[:3] == [21, 11, 6]
+    assert max(most[2:]) == 6
     assert [row.generated for row in rows] == expected
 
 

@@ -25,6 +25,7 @@ from zeroinf.generation.sampling import choose_tokens
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (20,), (30, 31, 32), (40, 41, 42, 43, 44))
 # Few pages, small micro-batches, prompts in pieces: rows come and go, and meet others at every pass.
 PRESSED = {"rows": 3, "pages": 5, "micro_batch_rows": 2, "prefill_tokens": 4}
+PACKED = {"rows": 3, "pages": 5, "prefill_tokens": 8, "forward_tokens": 5}
 
 
 class Ranks(Control):
@@ -331,7 +332,9 @@ def test_an_engine_whose_passes_serve_one_micro_batch_is_given_one(model: Any) -
     ]
 
 
-@pytest.mark.parametrize("limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 6}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 6}, {"rows": 3, "forward_tokens": 9}]
+)
 def test_rotary_factors_that_change_on_the_way_make_all_tokens_run_again(limits: dict[str, int]) -> None:
     config = small_config("phi3")
     factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 12}
@@ -358,16 +361,17 @@ def _step_by_step(model: Any, prompt: Sequence[int], new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("limits", [PRESSED, PACKED], ids=["padded", "packed"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 3, "seed": 5}])
 def test_logprobs_are_those_of_plain_transformers_logits_whatever_alters_the_scores(
-    model: Any, settings: dict[str, Any]
+    model: Any, settings: dict[str, Any], limits: dict[str, int]
 ) -> None:
     model.generation_config.repetition_penalty = 1.3
     rows = rows_of((6, 12, 3, 9), **settings)
     asked: list[int | None] = [0, None, 20, 4]
     for row, count in zip(rows, asked, strict=True):
         row.sampling = replace(row.sampling, logprobs=count)
-    run_rows(PlainEngine(model), rows, **PRESSED)
+    run_rows(PlainEngine(model), rows, **limits)
     for row, count in zip(rows, asked, strict=True):
         if count is None:
             assert not row.likelihoods
@@ -394,7 +398,7 @@ def test_scores_of_half_precision_give_the_tokens_of_their_float32_copies() -> N
         assert choose_tokens(scores, rows, [0] * 64).equal(choose_tokens(scores.float(), rows, [0] * 64))
 
 
-@pytest.mark.parametrize("limits", [PRESSED, {"together": True}, {"rows": 1}])
+@pytest.mark.parametrize("limits", [PRESSED, PACKED, {"together": True}, {"rows": 1}])
 def test_sampled_rows_do_not_depend_on_who_shares_their_passes(model: Any, limits: dict[str, Any]) -> None:
     together, apart = rows_of(temperature=0.9, seed=3), rows_of(temperature=0.9, seed=3)
     run_rows(PlainEngine(model), together)

@@ -21,6 +21,7 @@ WAYS = {
     "host and pages": MIXED,
     "host": {**MIXED, "pages": 0},
     "static": {"draw": 3, "rows": 3, "static": True},
+    "packed": {"draw": 2, "rows": 4, "pages": 7, "prefill_tokens": 40, "forward_tokens": 25},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,47 @@ def test_every_row_is_computed_in_order_to_its_end_within_the_limits(
     assert chosen == {row.index: row.sampling.max_new_tokens for row in rows}
     assert scheduler.seats == []
     assert scheduler._pages == shape.pages
+
+
+@settings(deadline=None)
+@given(jobs, shapes, st.integers(1, 150))
+def test_packed_passes_hold_as_many_tokens_as_they_may_side_by_side(
+    jobs: list[tuple[int, int]], shape: Limits, forward_tokens: int
+) -> None:
+    shape = replace(shape, forward_tokens=forward_tokens)
+    rows = rows_of([[1] * prompt for prompt, _ in jobs], [new for _, new in jobs])
+    scheduler = Scheduler(shape, pages_of)
+    scheduler.add(rows)
+    computed, chosen = dict.fromkeys(range(len(rows)), 0), dict.fromkeys(range(len(rows)), 0)
+    for groups in finish(scheduler):
+        parts = [part for group in groups for part in zip(group.seats, group.starts, group.counts, strict=True)]
+        prompts = sum(count for _, start, count in parts if count > 1)
+        is_whole = shape.breaks_at is not None
+        assert prompts <= shape.prefill_tokens or (is_whole and len([1 for *_, count in parts if count > 1]) == 1)
+        assert len({seat for seat, *_ in parts}) <= shape.rows
+        for group in groups:
+            assert group.is_packed
+            assert sum(group.counts) <= forward_tokens or (is_whole and max(group.counts) > 1)
+            assert len(group.seats) <= shape.micro_batch_rows
+            for seat, start, count, chooses in zip(group.seats, group.starts, group.counts, group.chooses, strict=True):
+                row = seat.row.index
+                assert start == computed[row] or (is_whole and start == 0)
+                computed[row] = start + count
+                chosen[row] += chooses
+    assert chosen == {row.index: row.sampling.max_new_tokens for row in rows}
+    assert scheduler.seats == []
+    assert scheduler._pages == shape.pages
+
+
+def test_a_prompt_goes_on_in_the_next_forward_of_its_pass_and_in_the_next_pass() -> None:
+    scheduler = Scheduler(limits(prefill_tokens=50, forward_tokens=32), pages_of)
+    scheduler.add(rows_of([[1] * 5], 12))
+    finish_one = [scheduler.admit(), scheduler.next_pass()]
+    scheduler.advance(finish_one[1][0])
+    scheduler.add(rows_of([[1] * 70], 2))
+    passes = [[(group.starts, group.counts) for group in groups] for groups in finish(scheduler)]
+    assert passes[:3] == [[((5, 0), (1, 25)), ((25,), (25,))], [((6, 50), (1, 20))], [((7, 70), (1, 1))]]
+    assert scheduler.counts.prefill_padding == scheduler.counts.decode_padding == 0
 
 
 @settings(deadline=None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from generating import PlainEngine
 from quantized import MARKS
-from small_models import REPRESENTATIVES, SMALL_MODELS, small_config
+from small_models import PACKED_MODELS, REPRESENTATIVES, SMALL_MODELS, small_config
 from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -23,6 +23,7 @@ from zeroinf.generation.loop import Feed, _Passes
 from zeroinf.generation.micro_batch import Desk, TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
+from zeroinf.generation.scheduler import Part as RowPart
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.model.quantized.expansion import expansions
@@ -234,6 +235,39 @@ def _compare_model(config: Any, model: Any, shape: Shape, logprobs: int | None =
     paper = simulated(workload, (workload.prompts, workload.first_decode, (*workload.prompts, *workload.first_decode)))
     for phase, seen, said in zip(("pool", "prompts", "decode", "both"), peaks(real), paper, strict=True):
         assert said == pytest.approx(seen, abs=len(prompts + decode) * SCALARS_BYTES), phase
+
+
+class AsOnAGpu:
+    """Writes into pages and allocates what a GPU's kernel does."""
+
+    def __call__(self, layer: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Any) -> Any:
+        layer.write(keys, values)
+        return query.new_zeros(query.shape[1], query.shape[0], values.shape[2])
+
+
+@pytest.mark.parametrize("name", tiered(PACKED_MODELS, set(REPRESENTATIVES) & set(PACKED_MODELS)))
+def test_bytes_alive_in_a_packed_forward_follow_from_its_tokens_and_choices(name: str) -> None:
+    config = eager(name)
+    model, anatomy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), anatomy_of(name)
+    shape = Shape(4, 4, 100, forward_tokens=104)
+    simulate = simulator(config, anatomy)
+    workload = simulate(shape)
+    run = Run(model, anatomy, workload)
+    run.open()
+    run.desk.kernel = AsOnAGpu()
+    for counts, choices in (([1, 1, 1, 1], 4), ([1, 1, 37], 3), ([1, 30, 7], 2)):
+        rows = [Row(index=i, prompt=[5] * 40, sampling=Sampling(max_new_tokens=9), decode=str) for i in range(4)]
+        seats = [Seat(rows[at], at, 1 + count + (at >= choices)) for at, count in enumerate(counts)]
+        for seat in seats:
+            seat.computed = 1
+        run.desk.pool.open(dict.fromkeys(range(len(seats)), PROMPT + NEW))
+        group = Group.packed([RowPart(seat, 1, count) for seat, count in zip(seats, counts, strict=True)])
+        _, real = measured(lambda group=group: run.make([group]))
+        run.desk.pool.close(list(range(len(seats))))
+        step = simulate._forwards.step(sum(counts), choices)
+        paper = peaks([changes(lock_step((step,)), {})])
+        assert paper[0] == pytest.approx(peaks([real])[0], abs=2 * SCALARS_BYTES)
+    assert max(len(each) for each in workload.passes) == 1
 
 
 def deeper(name: str) -> Any:

@@ -48,11 +48,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
     if plan.anatomy.quantized is not None:
         wire = f", weights quantized already ({plan.anatomy.quantized.method})"
-    rows = f"{plan.batch_size} rows each{_kv(plan)}"
+    rows = f"{plan.batch_size} rows each{_kv(plan)}, {_forwards(plan)}"
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
     places: tuple[tuple[Place, str], ...] = (("gpu", "of GPU memory"), ("host", "of host memory"), ("disk", "on disk"))
     yield "takes " + ", ".join(f"{gib(size)} {where}" for place, where in places if (size := taken(plan.terms, place)))
+
+
+def _forwards(plan: Plan) -> str:
+    if plan.forward_tokens:
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens"
+    return f"padded forwards ({plan.padded_because})"
 
 
 def _kv(plan: Plan) -> str:

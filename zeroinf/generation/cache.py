@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
+from zeroinf.generation.attention import Kernel, PackedLayer, PackedView, Tokens
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
+from zeroinf.model.packing import windows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +123,17 @@ class PagePool:
         cache.layers = layers
         return cache
 
-
-def windows_of(config: Any) -> list[int | None]:
-    """What attention of each layer sees of a row: so many tokens, or all of them. `config` is the decoder's."""
-    own = DynamicCache(config=config).layers
-    return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
+    def pack(self, tokens: Tokens, kernel: Kernel) -> DynamicCache:
+        """A cache for one packed forward of `tokens`, whose layers are all in pages: `kernel` writes and reads them."""
+        views: dict[tuple[int | None, int | None], PackedView] = {}
+        cache = DynamicCache()
+        cache.layers = []
+        for layer, states, window in zip(self._layers, self._states, self._windows, strict=True):
+            key = layer.window, window
+            if key not in views:
+                views[key] = PackedView(tokens, self._tables[layer.window].pages, window)
+            cache.layers.append(PackedLayer(states, views[key], kernel))
+        return cache
 
 
 class _Table:
@@ -136,7 +144,7 @@ class _Table:
         self._ring = max(1, layer.row_pages(size.tokens))
         self._free = list(range(layer.pool_pages(size) - 1, 0, -1))
         self._held: dict[int, list[int]] = {}
-        self._pages = torch.zeros(size.rows, self._ring, dtype=torch.int64, device=device)
+        self.pages = torch.zeros(size.rows, self._ring, dtype=torch.int64, device=device)
 
     @property
     def ring_tokens(self) -> int:
@@ -147,18 +155,18 @@ class _Table:
         for seat, count in tokens.items():
             taken = self._held[seat] = [self._free.pop() for _ in range(self._layer.row_pages(count))]
             rings += [*taken, *[0] * (self._ring - len(taken))]
-        device = self._pages.device
-        self._pages.index_copy_(0, to_device(list(tokens), device), to_device(rings, device).view(-1, self._ring))
+        device = self.pages.device
+        self.pages.index_copy_(0, to_device(list(tokens), device), to_device(rings, device).view(-1, self._ring))
 
     def close(self, seats: Sequence[int]) -> None:
         for seat in seats:
             self._free += reversed(self._held.pop(seat))
-        self._pages.index_fill_(0, to_device(seats, self._pages.device), 0)
+        self.pages.index_fill_(0, to_device(seats, self.pages.device), 0)
 
     def places(self, seats: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where tokens lie in a layer's memory. positions: (rows, columns), int64; so is the result."""
         slots = positions % self.ring_tokens
-        pages = self._pages.index_select(0, seats).gather(1, slots // PAGE_TOKENS)
+        pages = self.pages.index_select(0, seats).gather(1, slots // PAGE_TOKENS)
         return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
 
 

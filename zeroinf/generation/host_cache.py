@@ -9,11 +9,12 @@ import torch
 from transformers import DynamicCache
 
 from zeroinf.engines.stream.host import HostMemory
-from zeroinf.generation.cache import Columns, SharedLayer, View, windows_of
+from zeroinf.generation.cache import Columns, SharedLayer, View
 from zeroinf.generation.link import Link, Run, Unit
 from zeroinf.generation.records import read, write
 from zeroinf.generation.scheduler import Group
 from zeroinf.model.anatomy import Anatomy, HostSize, Record
+from zeroinf.model.packing import windows_of
 
 
 class HostCache:

@@ -11,8 +11,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
-from zeroinf.generation.masks import padding_is_known
-from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch
+from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch, running
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Scheduler
 
@@ -101,7 +100,7 @@ class _Passes:
         """Make the inputs of `groups`, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
         try:
             for group in groups:
-                self._batches.append(MicroBatch(self._desk, group))
+                self._batches.append(self._desk.batch(group))
                 self._inputs.append(self._batches[-1].inputs())
             self._desk.begin(self._batches)
         except torch.OutOfMemoryError:
@@ -115,7 +114,7 @@ class _Passes:
         """One pass, and the choice of the tokens that follow."""
         batches, inputs = self._batches, self._inputs
         self._batches, self._inputs = [], []
-        with padding_is_known():
+        with running(self._engine.model, batches):
             outputs = self._engine.forward(inputs)
         del inputs
         self.accept()

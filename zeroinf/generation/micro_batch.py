@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from zeroinf.errors import ModelError
+from zeroinf.generation.attention import IMPLEMENTATION, kernel_for, tokens_of
 from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
+from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of
@@ -21,6 +25,7 @@ from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
 from zeroinf.generation.upload import to_device
 from zeroinf.model.kv import cache_name
+from zeroinf.model.packing import attention_by
 
 
 def breaks_at(config: Any) -> int | None:
@@ -105,8 +110,11 @@ class Desk:
         self.takes_positions = "position_ids" in accepted
         self.cache_name = cache_name(model)
         self.always: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in accepted:
+        self.keeps_logits = "logits_to_keep" in accepted
+        if self.keeps_logits:
             self.always["logits_to_keep"] = 1
+        self.kernel = kernel_for(device)
+        """What attends in packed forwards."""
         self.has_encoder = bool(model.config.is_encoder_decoder)
         self.encoded: EncodedPrompts | None = None
         """Those of the live rows, which are one micro-batch where there is an encoder."""
@@ -133,6 +141,10 @@ class Desk:
         if self.host is not None:
             self.host.begin([batch.fetched for batch in batches])
 
+    def batch(self, group: Group) -> MicroBatch:
+        """The micro-batch of `group`."""
+        return PackedBatch(self, group) if group.is_packed else PaddedBatch(self, group)
+
     def cache(self, *, anew: bool) -> DynamicCache:
         """A cache for one forward; states that are not paged are those of the forward before, unless `anew`."""
         if self._is_paged:
@@ -142,8 +154,16 @@ class Desk:
         return self._cache
 
 
-class MicroBatch:
-    """One forward of left-padded rows, as transformers' `generate` would make it for a batch of them.
+@contextmanager
+def running(model: Any, batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """While it lasts, forwards of `batches` attend as they were made to: all of them packed, or all padded."""
+    packed = bool(batches) and batches[0].group.is_packed
+    with attention_by(model, IMPLEMENTATION) if packed else padding_is_known():
+        yield
+
+
+class MicroBatch(ABC):
+    """One forward of some rows: what goes into it, and the tokens chosen from what comes out.
 
     `inputs`, the desk's `begin`, a forward, `choose`: none of them waits for the device.
     """
@@ -153,6 +173,59 @@ class MicroBatch:
 
     def __init__(self, desk: Desk, group: Group) -> None:
         self.group, self._desk = group, desk
+        self._choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward."""
+
+    @abstractmethod
+    def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each row whose prompt is through: scores (rows, vocabulary), seat and length (rows,), both int64."""
+
+    def choose(self, output: Any) -> Chosen | None:
+        """Choose the next token of each row whose prompt is through; None where there is none.
+
+        A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN, unless the generation
+        config has `remove_invalid_values`.
+        """
+        desk = self._desk
+        if not self._choosing:
+            return None
+        scores, seats, lengths = self._scores(output)
+        chosen = [self.group.seats[index] for index in self._choosing]
+        rows = [seat.row for seat in chosen]
+        processed = self._processed(scores, chosen)
+        judged = processed if desk.rules.mends_scores else scores
+        is_broken = judged.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
+        tokens = choose_tokens(processed, rows, _numbers(chosen)).masked_fill_(is_broken, 0)
+        desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
+        likelihoods = likelihoods_of(scores, tokens, rows)
+        return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
+
+    def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
+        """The scores as the generation config wants them: rows with equally long prompts and completions together."""
+        desk = self._desk
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for number, seat in enumerate(seats):
+            alike.setdefault((desk.rules.kind(seat.row), seat.known), []).append(number)
+        if not any(desk.rules.processors(kind, desk.device) for kind, _ in alike):
+            greedy = all(seat.row.sampling.is_greedy for seat in seats)
+            return scores if greedy else scores.to(torch.float32, copy=True)
+        scores = scores.to(torch.float32, copy=True)
+        for (kind, known), members in alike.items():
+            index = to_device(members, desk.device)
+            ids = desk.ids.index_select(0, to_device([seats[i].number for i in members], desk.device))[:, :known]
+            processed = desk.rules.processors(kind, desk.device)(ids, scores.index_select(0, index))
+            scores.index_copy_(0, index, processed)
+        return scores
+
+
+class PaddedBatch(MicroBatch):
+    """Left-padded rows, as transformers' `generate` would make a batch of them."""
+
+    def __init__(self, desk: Desk, group: Group) -> None:
+        super().__init__(desk, group)
         self._columns = columns_of([seat.number for seat in group.seats], group.starts, group.counts, desk.device)
 
     def inputs(self) -> dict[str, Any]:
@@ -188,48 +261,47 @@ class MicroBatch:
         return desk.encoded
 
     def choose(self, output: Any) -> Chosen | None:
-        """Choose the next token of each row whose prompt is through; None where there is none.
+        if self._desk.encoded is not None:
+            self._desk.encoded.keep(output)
+        return super().choose(output)
 
-        A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN, unless the generation
-        config has `remove_invalid_values`.
-        """
-        desk, group = self._desk, self.group
-        if desk.encoded is not None:
-            desk.encoded.keep(output)
-        choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
-        if not choosing:
-            return None
-        scores = output.logits[:, -1]
-        seats, lengths = self._columns.seats, self._columns.lengths
-        if len(choosing) < len(group.seats):
-            index = to_device(choosing, desk.device)
-            scores, seats, lengths = (each.index_select(0, index) for each in (scores, seats, lengths))
-        chosen = [group.seats[index] for index in choosing]
-        rows = [seat.row for seat in chosen]
-        processed = self._processed(scores, chosen)
-        judged = processed if desk.rules.mends_scores else scores
-        is_broken = judged.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
-        tokens = choose_tokens(processed, rows, _numbers(chosen)).masked_fill_(is_broken, 0)
-        desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
-        likelihoods = likelihoods_of(scores, tokens, rows)
-        return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
+    def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = output.logits[:, -1], self._columns.seats, self._columns.lengths
+        if len(self._choosing) == len(self.group.seats):
+            return found
+        index = to_device(self._choosing, self._desk.device)
+        scores, seats, lengths = (each.index_select(0, index) for each in found)
+        return scores, seats, lengths
 
-    def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
-        """The scores as the generation config wants them: rows with equally long prompts and completions together."""
-        desk = self._desk
-        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for number, seat in enumerate(seats):
-            alike.setdefault((desk.rules.kind(seat.row), seat.known), []).append(number)
-        if not any(desk.rules.processors(kind, desk.device) for kind, _ in alike):
-            greedy = all(seat.row.sampling.is_greedy for seat in seats)
-            return scores if greedy else scores.to(torch.float32, copy=True)
-        scores = scores.to(torch.float32, copy=True)
-        for (kind, known), members in alike.items():
-            index = to_device(members, desk.device)
-            ids = desk.ids.index_select(0, to_device([seats[i].number for i in members], desk.device))[:, :known]
-            processed = desk.rules.processors(kind, desk.device)(ids, scores.index_select(0, index))
-            scores.index_copy_(0, index, processed)
-        return scores
+
+class PackedBatch(MicroBatch):
+    """Rows side by side as one sequence, prompts and decode steps alike, with neither padding nor a mask."""
+
+    def __init__(self, desk: Desk, group: Group) -> None:
+        super().__init__(desk, group)
+        seats = [seat.number for seat in group.seats]
+        self._tokens = tokens_of(seats, group.starts, group.counts, desk.device)
+        last = [self._tokens.firsts[row] + group.counts[row] - 1 for row in self._choosing]
+        self._last = to_device(last or [self._tokens.total - 1], desk.device)
+        """Where the last tokens of rows lie whose next one is chosen; of some token, the model is asked in any case."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward."""
+        desk, tokens = self._desk, self._tokens
+        places = tokens.positions.clamp(max=desk.last).add_(tokens.seats * desk.ids.shape[1])
+        inputs = {
+            **desk.always,
+            "input_ids": desk.ids.view(-1).index_select(0, places)[None],
+            "position_ids": tokens.positions[None],
+            desk.cache_name: desk.pool.pack(tokens, desk.kernel),
+        }
+        if desk.keeps_logits:
+            inputs["logits_to_keep"] = self._last
+        return inputs
+
+    def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores = output.logits[0] if self._desk.keeps_logits else output.logits[0].index_select(0, self._last)
+        return scores, self._tokens.seats.index_select(0, self._last), self._tokens.lengths.index_select(0, self._last)
 
 
 class Chosen:

@@ -39,6 +39,8 @@ class Limits:
     """Tokens that host memory has room for: rows for which there are no pages rest there."""
     evenly: bool = False
     """Rows that run together begin with equally many tokens: a decoder behind an encoder may not take padding."""
+    forward_tokens: int = 0
+    """Tokens of one packed forward, in which rows lie side by side; 0: rows of a forward are padded to one length."""
     entering_rows: int = 1
     """Rows wait until there is room for so many, where a forward for the prompt of each would take longer."""
 
@@ -49,7 +51,7 @@ class Limits:
     @classmethod
     def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
         """Those of `plan`, for an engine whose passes serve several micro-batches or one."""
-        regroups = plan.anatomy.is_paged
+        regroups, packs = plan.anatomy.is_paged, plan.forward_tokens > 0
         return cls(
             rows=plan.batch_size,
             pages=plan.pool_pages,
@@ -57,10 +59,11 @@ class Limits:
             prefill_tokens=plan.prefill_tokens,
             breaks_at=breaks_at,
             static=plan.static_batches,
-            together=not (regroups and shares_passes),
+            together=not (regroups and (shares_passes or packs)),
             keeps_ended=not regroups,
             host_tokens=plan.host.tokens if plan.host is not None else 0,
             evenly=plan.anatomy.encoder is not None,
+            forward_tokens=plan.forward_tokens,
             entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
         )
 
@@ -95,6 +98,19 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some tokens of a row that one forward computes: `count` of them, behind the `start` that are in the cache."""
+
+    seat: Seat
+    start: int
+    count: int
+
+    def split(self, count: int) -> tuple[Part, Part]:
+        """The first `count` tokens, and the others."""
+        return replace(self, count=count), replace(self, start=self.start + count, count=self.count - count)
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """A micro-batch: of each seat the next so many tokens."""
 
@@ -104,6 +120,19 @@ class Group:
     counts: tuple[int, ...]
     chooses: tuple[bool, ...]
     """Rows of which the next token is chosen afterwards; of the others, there is more of the prompt."""
+    is_packed: bool = False
+    """Its tokens lie side by side; else rows are padded to one length."""
+
+    @classmethod
+    def packed(cls, parts: Sequence[Part]) -> Group:
+        """`parts` side by side."""
+        return cls(
+            tuple(part.seat for part in parts),
+            tuple(part.start for part in parts),
+            tuple(part.count for part in parts),
+            tuple(part.start + part.count == part.seat.known for part in parts),
+            is_packed=True,
+        )
 
     @classmethod
     def of(cls, seats: Sequence[Seat], most: int | None = None) -> Group:
@@ -161,6 +190,12 @@ class Counts:
         self.most_reserved_pages = max(self.most_reserved_pages, pages)
         for group in groups:
             rows = len(group.seats)
+            if group.is_packed:
+                self.prefill_columns += sum(count for count in group.counts if count > 1)
+                self.decode_columns += sum(
+                    length for length, count in zip(group.lengths, group.counts, strict=True) if count == 1
+                )
+                continue
             if not any(group.starts) and any(sources := [len(seat.row.source) for seat in group.seats]):
                 self.prefill_columns += rows * max(sources)
                 self.prefill_padding += rows * max(sources) - sum(sources)
@@ -253,7 +288,7 @@ class Scheduler:
 
     def has_more_than(self, groups: Sequence[Group]) -> bool:
         """Whether rows wait, or are live without being in `groups`."""
-        return bool(self._waiting) or len(self.seats) > sum(len(group.seats) for group in groups)
+        return bool(self._waiting) or len(self.seats) > len({seat for group in groups for seat in group.seats})
 
     def release(self, seat: Seat) -> None:
         """`seat` has ended: its place is free."""
@@ -276,6 +311,8 @@ class Scheduler:
                 seat.computed = 0
         if limits.together:
             groups = [Group.of(self.seats)] if self.seats else []
+        elif limits.forward_tokens:
+            groups = [group for side in self._parts() for group in self._packed(side)]
         else:
             groups = [*self._prompts(), *self._decodes()]
         if groups:
@@ -284,7 +321,7 @@ class Scheduler:
 
     def is_full_step(self, groups: Sequence[Group]) -> bool:
         """Whether a pass of `groups` is a token for each of as many rows as may be live."""
-        return all(group.width == 1 for group in groups) and sum(len(g.seats) for g in groups) == self.limits.rows
+        return all(max(group.counts) == 1 for group in groups) and sum(len(g.seats) for g in groups) == self.limits.rows
 
     def advance(self, group: Group) -> list[Seat]:
         """`group` has been computed and its tokens chosen; returns the seats that ended, as they have all theirs."""
@@ -303,6 +340,14 @@ class Scheduler:
 
     def _smaller(self, groups: Sequence[Group]) -> Limits:
         rows = max(len(group.seats) for group in groups)
+        if self.limits.forward_tokens:
+            whole = 1 if self.limits.breaks_at is None else max(count for group in groups for count in group.counts)
+            tokens = max(whole, -(-max(sum(group.counts) for group in groups) // 2))
+            return replace(
+                self.limits,
+                micro_batch_rows=max(1, -(-rows // 2)),
+                forward_tokens=min(self.limits.forward_tokens, tokens),
+            )
         prompts = [len(group.seats) * group.width for group in groups if group.width > 1]
         tokens = -(-max(prompts) // 2) if prompts else self.limits.prefill_tokens
         if self.limits.together and rows == 1:
@@ -329,6 +374,43 @@ class Scheduler:
             self._leave_place(seat)
         self._vacate(self.seats)
         return given_up
+
+    def _parts(self) -> Iterator[list[Part]]:
+        """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
+        order in which they were admitted: in one list, or, beyond a break and before it, in two."""
+        left, is_whole = self.limits.prefill_tokens, self.limits.breaks_at is not None
+        parts = [Part(seat, seat.computed, 1) for seat in self.seats if seat.due == 1]
+        steps = len(parts)
+        for seat in (seat for seat in self.seats if seat.due > 1):
+            count = seat.due if is_whole else min(seat.due, left)
+            if not count or (count > left and len(parts) > steps):
+                break
+            left -= count
+            parts.append(Part(seat, seat.computed, count))
+        for _, side in groupby(
+            sorted(parts, key=lambda part: self._side(part.seat)), lambda part: self._side(part.seat)
+        ):
+            yield list(side)
+
+    def _packed(self, parts: Sequence[Part]) -> Iterator[Group]:
+        """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
+        computes it later."""
+        limits, tokens = self.limits, sum(part.count for part in parts)
+        forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
+        size, rest = -(-tokens // forwards), deque(parts)
+        while rest:
+            left, taken = size, list[Part]()
+            while rest and left > 0 and len(taken) < limits.micro_batch_rows:
+                part = rest.popleft()
+                if part.count > left and limits.breaks_at is None:
+                    part, more = part.split(left)
+                    rest.appendleft(more)
+                elif part.count > left and taken:
+                    rest.appendleft(part)
+                    break
+                taken.append(part)
+                left -= part.count
+            yield Group.packed(taken)
 
     def _decodes(self) -> Iterator[Group]:
         """Rows of which one token is due, the like-long ones together."""

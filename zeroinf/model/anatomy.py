@@ -240,6 +240,8 @@ class Anatomy:
     """None for a causal model, whose prompts are read by the blocks that answer them."""
     quantized: Quantized | None = None
     """None where tensors are weights themselves, in `dtype` for the most part."""
+    padded_because: str = "its attention was not looked at"
+    """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
 
     def __hash__(self) -> int:
         """Of a few facts: equal ones are the same object, as a rule, and all tensors take a while."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
+from zeroinf.model.packing import why_padded
 from zeroinf.model.parts import parts_of
 from zeroinf.model.quantized.registry import hold_quantized
 
@@ -47,6 +48,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
+    cache = read_cache(model, limit)
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
@@ -54,13 +56,14 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         blocks=tuple(Block(index=i, tensors=tuple(tensors)) for i, tensors in enumerate(blocks)),
         outside=tuple(outside),
         tied=tuple(tied),
-        cache=read_cache(model, limit),
+        cache=cache,
         hidden_size=text.hidden_size,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         context_limit=limit,
         loads="piece by piece" if is_converted(model) else "in place",
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
         quantized=quantized,
+        padded_because=why_padded(model, cache, len(blocks), limit),
     )
 
 

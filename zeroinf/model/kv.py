@@ -26,14 +26,17 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What forwards call it: the first since transformers 5.24, the last that of state-space models before."""
 
 
-class _ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets a forward on the meta device ask for a tensor's value: it is 0 or False.
 
     Models ask whether a mask is full or a position is beyond some length. Neither changes what is cached.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         return on_paper.call(func, args, kwargs or {})
 
@@ -58,7 +61,7 @@ def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
     the step, so what a layer keeps beyond what attention sees is counted. A window that `context_limit` lets no row
     outgrow is None. Raises ModelError when a layer grows in a way that LayerCache cannot express.
     """
-    with _dense_experts(model):
+    with dense_experts(model):
         short = _filled(model, rows=1, tokens=_SHORT)
         longer = _filled(model, rows=1, tokens=_LONGER)
         widest = max(layer.get_max_length() for layer in short)
@@ -157,7 +160,7 @@ def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
 def _forward(model: Any, rows: int, tokens: int, *, prompt: int, **cache: Any) -> Any:
     """What a forward of `tokens` returns; where an encoder reads a `prompt` of so many, they are the decoder's."""
     try:
-        with torch.no_grad(), torch.device("meta"), _ReadsAsZero():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.device("meta"), ReadsAsZero():
             ids = torch.zeros(rows, tokens, dtype=torch.long)
             inputs = {"input_ids": ids}
             if prompt:
@@ -168,7 +171,7 @@ def _forward(model: Any, rows: int, tokens: int, *, prompt: int, **cache: Any) -
 
 
 @contextmanager
-def _dense_experts(model: Any) -> Iterator[None]:
+def dense_experts(model: Any) -> Iterator[None]:
     """Run experts by a method whose meta kernel takes every dtype; that of the default, grouped_mm, wants bfloat16."""
     own = getattr(model.config, "_experts_implementation", None)
     if own is None:

@@ -28,6 +28,8 @@ class Choice:
     """Prompt tokens that a pass computes, at the most."""
     resident_blocks: int
     nvme_blocks: int
+    forward_tokens: int = 0
+    """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
     wire: Wire = "model"
     host_rows: int = 0
     """Rows whose keys and values rest in host memory."""

@@ -10,6 +10,7 @@ from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
 from zeroinf.planner.timing import Timing
+from zeroinf.planner.traits import why_padded
 from zeroinf.planner.wire import Wire
 
 
@@ -53,6 +54,8 @@ class Plan:
     """Rows that run one forward together, at the most; several micro-batches share a pass."""
     prefill_tokens: int = 1
     """Prompt tokens that a pass computes, at the most."""
+    forward_tokens: int = 0
+    """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
     pool_pages: int = 0
     """Pages of the KV cache, for all live rows together."""
     host_rows: int = 0
@@ -92,6 +95,11 @@ class Plan:
         return self.anatomy.with_heads_shared(parts, rank % parts)
 
     @property
+    def padded_because(self) -> str:
+        """Why rows of a forward are padded to one length; empty where they are packed."""
+        return why_padded(self.anatomy, self.engine, self.device, on_host=self.host_rows > 0)
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of a row in the KV cache at the most."""
         return self.anatomy.row_tokens(self.prompt_tokens, self.new_tokens)
@@ -119,6 +127,7 @@ class Plan:
             batch_size=rows,
             micro_batch_rows=share(self.micro_batch_rows),
             prefill_tokens=share(self.prefill_tokens),
+            forward_tokens=share(self.forward_tokens) if self.forward_tokens else 0,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
             host_rows=min(self.host_rows, rows),
             timing=timing,

@@ -28,7 +28,7 @@ from zeroinf.planner.memory import (
     total,
 )
 from zeroinf.planner.timing import Speeds, time_plan
-from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.traits import TRAITS, why_padded
 from zeroinf.planner.ways import OFFLOADS, fetches_of, offloads_of
 from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
@@ -65,6 +65,9 @@ class _Spot:
 
     @classmethod
     def of(cls, choice: Choice) -> _Spot:
+        if choice.forward_tokens:
+            tokens = choice.batch_size + choice.prefill_tokens
+            return cls(choice.batch_size, -(-tokens // choice.forward_tokens), choice.prefill_tokens)
         longest = max(choice.batch_size - choice.host_rows, choice.host_rows)
         return cls(choice.batch_size, -(-longest // choice.micro_batch_rows), choice.prefill_tokens)
 
@@ -229,9 +232,9 @@ class Planner:
             yield replace(spot, rows=rows)
             if not self._makes_parts(wish):
                 continue
-            yield replace(spot, prefill_tokens=self._other_tokens(spot.prefill_tokens, times))
+            yield replace(spot, prefill_tokens=self._other_tokens(wish, spot.prefill_tokens, times))
             # What the one takes of memory, the other leaves.
-            yield replace(spot, rows=rows, prefill_tokens=self._other_tokens(spot.prefill_tokens, 1 / times))
+            yield replace(spot, rows=rows, prefill_tokens=self._other_tokens(wish, spot.prefill_tokens, 1 / times))
             if not wish.micro_batch_rows:
                 yield replace(spot, micro_batches=_other(spot.micro_batches, times))
         if wish.requests is not None and not wish.batch_size:  # waves of one size
@@ -251,9 +254,11 @@ class Planner:
             together = max(-(-side // spot.micro_batches) for side in sides)
             if wish.micro_batch_rows:
                 together = max(-(-side // -(-side // wish.micro_batch_rows)) for side in sides if side)
-            most = self._whole(min(spot.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
+            most = self._whole(wish, min(spot.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
             least = self._lengths.prompt_tokens if self._lengths.whole else min(_SHORTEST_PART, most)
             tokens = max(least, min(spot.prefill_tokens, most))
+            if self._packs(wish):
+                return self._packed(wish, spot.rows, spot.micro_batches, tokens)
             shape = Shape(spot.rows, together, tokens, on_host, wish.kv_dtype)
         return shape if shape.micro_batch_rows <= (wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS) else None
 
@@ -335,7 +340,18 @@ class Planner:
 
     def _makes_parts(self, wish: Wish) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
-        return wish.engine == "stream" and self._anatomy.is_paged
+        return self._packs(wish) or (wish.engine == "stream" and self._anatomy.is_paged)
+
+    def _packs(self, wish: Wish) -> bool:
+        """Whether rows of a forward lie side by side."""
+        return not why_padded(self._anatomy, wish.engine, self._device, on_host=_host_rows(wish, MOST_ROWS) > 0)
+
+    def _packed(self, wish: Wish, rows: int, forwards: int, tokens: int) -> Shape:
+        """Passes of `rows` rows and so many prompt tokens in about as many forwards."""
+        together = min(rows, wish.micro_batch_rows or rows)
+        least = self._lengths.prompt_tokens if self._lengths.whole else 1
+        size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))
+        return Shape(rows, together, tokens, 0, wish.kv_dtype, size)
 
     def _shape(self, wish: Wish, rows: int, rows_share: int, tokens_share: int) -> Shape:
         """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""
@@ -346,21 +362,23 @@ class Planner:
         tokens = min(rows * self._lengths.prompt_tokens, most)
         part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
         part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
+        if self._packs(wish):
+            return self._packed(wish, rows, rows_share, part)
         on_host = _host_rows(wish, rows)
         together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
         # No more than there are where all rows are live: fewer live rows would else run in larger micro-batches.
         together = max(-(-side // -(-side // together)) for side in (rows - on_host, on_host) if side)
-        return Shape(rows, together, self._whole(part), on_host, wish.kv_dtype)
+        return Shape(rows, together, self._whole(wish, part), on_host, wish.kv_dtype)
 
-    def _whole(self, tokens: int) -> int:
-        """As many prompt tokens as the longest prompts among `tokens` have, of which passes are simulated: shorter ones
-        would use up what is left."""
+    def _whole(self, wish: Wish, tokens: int) -> int:
+        """As many prompt tokens as the longest prompts among `tokens` have, of which padded passes are simulated:
+        shorter ones would use up what is left."""
         longest = self._lengths.prompt_tokens
-        return tokens - tokens % longest if tokens > longest else tokens
+        return tokens - tokens % longest if tokens > longest and not self._packs(wish) else tokens
 
-    def _other_tokens(self, tokens: int, times: float) -> int:
+    def _other_tokens(self, wish: Wish, tokens: int, times: float) -> int:
         """So many times as many prompt tokens, in whole prompts, and another number in any case."""
-        other, prompt = self._whole(int(tokens * times)), self._lengths.prompt_tokens
+        other, prompt = self._whole(wish, int(tokens * times)), self._lengths.prompt_tokens
         return other if other != tokens else tokens + (prompt if times > 1 else -prompt)
 
     def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
@@ -415,7 +433,12 @@ class Planner:
         return Rejection.of(choice, lack)
 
     def _try_shape(self, wish: Wish, choice: Choice, shape: Shape, budgets: dict[Place, int]) -> Candidate | Rejection:
-        choice = replace(choice, micro_batch_rows=shape.micro_batch_rows, prefill_tokens=shape.prefill_tokens)
+        choice = replace(
+            choice,
+            micro_batch_rows=shape.micro_batch_rows,
+            prefill_tokens=shape.prefill_tokens,
+            forward_tokens=shape.forward_tokens,
+        )
         workload = self._simulate(shape)
         terms = self._terms(wish, choice, workload)
         needed = {place: total(terms, place) for place in budgets}

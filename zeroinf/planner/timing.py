@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, hypot
@@ -16,7 +17,7 @@ from zeroinf.planner.kernels import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, piece_bytes, pieces, walks
 from zeroinf.planner.traits import TRAITS
-from zeroinf.planner.workload import Kernel, Kernels, Pass, Step, Workload
+from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
@@ -108,17 +109,11 @@ def time_plan(
     prompt_waits, _ = _waits(anatomy, [decoder, *encoder], choice, speeds, world_size)
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
-    started, fetched = _fetched_bytes(anatomy, choice, workload)
-    prompts, decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
-    prompts["link"] += started / speeds.link_gbps / 1e9
-    decode["link"] += fetched / speeds.link_gbps / 1e9
-    batches = -(-choice.host_rows // choice.micro_batch_rows)
-    decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
-    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
-    copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+    _, fetched = _fetched_bytes(anatomy, choice, workload)
+    cost = _packed(workload, speeds) if workload.packed is not None else _padded(anatomy, choice, workload, speeds)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
     overlaps = TRAITS[choice.engine].overlaps
-    work = count(workload, prompts, decode, copies_s, expansion, prompt_waits, waits, overlaps)
+    work = count(workload, cost, expansion, prompt_waits, waits, overlaps)
     prefill_s, _ = work.passing(1, 0)
     decode_s, binds = work.passing(0, 1)
     tokens, seconds = work.tokens_and_seconds(rows)
@@ -208,15 +203,86 @@ def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: S
     ) / 1e9
 
 
+_Cost = Callable[[float, float, float], dict[Resource, float]]
+"""Seconds of each resource that the forwards of a pass take, by the arguments of `_Work.passing`."""
+
+
+def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
+    """Micro-batches of prompts and others of steps: one of few rows launches as much as one of many."""
+    started, fetched = _fetched_bytes(anatomy, choice, workload)
+    of_prompts, of_decode = _work(workload.prompts, speeds), _decode_work(workload, speeds)
+    of_prompts["link"] += started / speeds.link_gbps / 1e9
+    of_decode["link"] += fetched / speeds.link_gbps / 1e9
+    batches = -(-choice.host_rows // choice.micro_batch_rows)
+    of_decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
+    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
+    copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+
+    def cost(prompts: float, decode: float, forwards: float) -> dict[Resource, float]:
+        both = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in of_prompts}
+        more = max(0.0, forwards / len(workload.prompts) - prompts)
+        steps = len(workload.last_decode)
+        missing = ceil(decode * steps - _FEW) / steps - decode if steps else 0.0
+        launches = more * of_prompts["kernel launches"] + missing * of_decode["kernel launches"]
+        both["kernel launches"] += launches + decode * copies_s
+        return both
+
+    return cost
+
+
+def _packed(workload: Workload, speeds: Speeds) -> _Cost:
+    """Forwards of which each takes steps and parts of prompts, as many as there is room for."""
+    assert workload.packed is not None
+    shape, forwards = workload.shape, workload.packed.forwards
+    of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
+    by_tokens, by_choices = _forward_times(forwards, speeds)
+    least = -(-shape.rows // shape.micro_batch_rows)
+
+    def cost(prompts: float, decode: float, _: float) -> dict[Resource, float]:
+        tokens = prompts * shape.prefill_tokens + decode * shape.rows
+        count = max(1, ceil(tokens / shape.forward_tokens - _FEW), ceil(decode * least - _FEW))
+        choices = (decode * shape.rows + prompts * workload.prompts_rows) / count
+        one = by_tokens(tokens / count)
+        more, none = by_choices(max(1.0, choices)), by_choices(1.0)
+        attention = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in one}
+        # Each forward launches it once a layer, whatever it holds.
+        attention["kernel launches"] = count * max(each["kernel launches"] for each in (of_prompts, of_decode))
+        return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
+
+    return cost
+
+
+@lru_cache(maxsize=64)
+def _forward_times(forwards: Forwards, speeds: Speeds) -> tuple[_Line, _Line]:
+    """Seconds of each resource by a forward's tokens, and by its choices."""
+    by_tokens, by_choices = (
+        [(float(count), _times(kernels, speeds)) for count, kernels in found]
+        for found in (forwards.tokens, forwards.choices)
+    )
+    for _, times in by_tokens:
+        times["kernel launches"] += _STEP_S
+    return _Line(by_tokens), _Line(by_choices)
+
+
+class _Line:
+    """Seconds of each resource between and beyond some that are known."""
+
+    def __init__(self, known: Sequence[tuple[float, dict[Resource, float]]]) -> None:
+        self._known, self._at = known, [at for at, _ in known]
+
+    def __call__(self, at: float) -> dict[Resource, float]:
+        above = min(max(1, bisect(self._at, at)), len(self._at) - 1)
+        (low, one), (high, other) = self._known[above - 1 : above + 1]
+        share = (at - low) / (high - low)
+        return {name: max(0.0, one[name] + share * (other[name] - one[name])) for name in one}
+
+
 @dataclass(frozen=True, slots=True)
 class _Work(ABC):
     """What passes are made of on one rank, in seconds of each resource."""
 
     workload: Workload
-    prompts: dict[Resource, float]
-    decode: dict[Resource, float]
-    copies_s: float
-    """Launching the copies of rows in host memory, in a step of all."""
+    cost: _Cost
     expansion: dict[Resource, float]
     """Of codes into weights, once a pass."""
     prompt_waits: dict[Resource, float]
@@ -232,15 +298,8 @@ class _Work(ABC):
     def passing(self, prompts: float, decode: float, forwards: float = 0.0) -> tuple[float, Resource]:
         """Seconds of a pass with such parts of a full load of prompts and of a step of all rows, and what they are
         spent on; prompts take so many forwards, or as many as their part of a full load's.
-
-        A micro-batch of few rows launches as much as one of many.
         """
-        both = {name: prompts * self.prompts[name] + decode * self.decode[name] for name in self.prompts}
-        more = max(0.0, forwards / len(self.workload.prompts) - prompts)
-        steps = len(self.workload.last_decode)
-        missing = ceil(decode * steps - _FEW) / steps - decode if steps else 0.0
-        launches = more * self.prompts["kernel launches"] + missing * self.decode["kernel launches"]
-        both["kernel launches"] += launches + decode * self.copies_s
+        both = self.cost(prompts, decode, forwards)
         return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits, overlaps=self.overlaps)
 
     def filling_s(self, rows: float) -> float:

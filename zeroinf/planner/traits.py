@@ -29,6 +29,8 @@ class Traits:
     """It copies weights while it computes."""
     is_timed: bool = True
     """The planner knows how fast it is."""
+    packs: bool = False
+    """It runs packed forwards, where the model can."""
     is_replayed: bool = False
     """The planner replays all that it allocates on a GPU, which is for one stream of kernels."""
 
@@ -51,12 +53,13 @@ TRAITS: dict[str, Traits] = {
             }
         ),
         places_blocks=True,
+        packs=True,
         is_replayed=True,
     ),
     "zero": Traits(
         offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"}), overlaps=False
     ),
-    "resident": Traits(offloads=("none",), is_replayed=True),
+    "resident": Traits(offloads=("none",), packs=True, is_replayed=True),
     "accelerate": Traits(
         offloads=("none", "cpu", "nvme"),
         settings=frozenset({"--resident-blocks"}),
@@ -75,6 +78,16 @@ def refuse_settings(engine: str, given: Iterable[str]) -> None:
             f"{', '.join(idle)} has no effect with the {engine} engine",
             hint=f"drop it, or --engine {' or '.join(others)}",
         )
+
+
+def why_padded(anatomy: Anatomy, engine: str, device: str, *, on_host: bool) -> str:
+    """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `on_host`: keys
+    and values of some rows rest in host memory."""
+    if not TRAITS[engine].packs:
+        return f"the {engine} engine runs transformers' own batches"
+    if on_host:
+        return "keys and values rest in host memory"
+    return anatomy.padded_because if device == "cpu" else "no kernel attends over pages on GPUs yet"
 
 
 def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload | Literal["auto"]:

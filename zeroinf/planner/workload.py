@@ -57,11 +57,16 @@ class Lengths:
             mean_pages=fmean(pages, lives),
         )
 
+    @property
+    def mean_context(self) -> float:
+        """Tokens that a live row has in the cache, on average over its way."""
+        prompt, new = self.mean_prompt_tokens or self.prompt_tokens, self.mean_new_tokens or self.new_tokens
+        return (prompt + (self.mean_tokens or prompt + new)) / 2
+
     def attended_tokens(self, micro_batches: int) -> float:
         """Columns that a decode step of so many micro-batches attends to, on average: the like-long rows run together,
         padded to the longest of them, so the more there are the nearer they come to what rows have on average."""
-        prompt, new = self.mean_prompt_tokens or self.prompt_tokens, self.mean_new_tokens or self.new_tokens
-        mean = (prompt + (self.mean_tokens or prompt + new)) / 2
+        new, mean = self.mean_new_tokens or self.new_tokens, self.mean_context
         # Rows that live equally long are about equally far; of others, some have nearly all their tokens at any time.
         longest = self.prompt_tokens + (self.new_tokens / 2 if new == self.new_tokens else self.new_tokens)
         return mean + (longest - mean) / micro_batches
@@ -169,6 +174,31 @@ class Shape:
     host_rows: int = 0
     """Rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
+    forward_tokens: int = 0
+    """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Forwards:
+    """Kernels of packed forwards beside attention, which follow from the tokens alone: those of some numbers of tokens,
+    each with as many choices as `choices` begins with, and of some numbers of choices, each with as many tokens as
+    `tokens` begins with. The numbers grow."""
+
+    tokens: tuple[tuple[int, tuple[Kernels, ...]], ...]
+    choices: tuple[tuple[int, tuple[Kernels, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """What packed passes are made of: forwards, attention by itself, and those that tell how much memory they take."""
+
+    forwards: Forwards
+    prompts: tuple[Kernels, ...]
+    """Attention of as many prompt tokens as a pass computes."""
+    decode: tuple[Kernels, ...]
+    """Attention of a step of all rows, with as many tokens as they have on average."""
+    fullest: tuple[Pass, ...]
+    """Passes of which one has the most memory in use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -203,6 +233,8 @@ class Workload:
     """None where weights are in full."""
     paged_prompts: Pass = ()
     """Prompts of rows on the GPU, where `prompts` are of rows in host memory and there are both."""
+    packed: Packed | None = None
+    """None where forwards are padded. Else `prompts`, `first_decode` and `last_decode` are empty."""
     shares_passes: bool
     """Prompts and decode steps share passes; otherwise all rows start together, and what is alive after the last step
     goes with them."""
@@ -215,6 +247,8 @@ class Workload:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """An order of passes that finds the most memory in use."""
+        if self.packed is not None:
+            return self.packed.fullest
         if not self.shares_passes:
             return tuple(filter(None, (self.prompts, self.first_decode, self.last_decode)))
         kinds = filter(None, (self.prompts, self.paged_prompts))

@@ -174,6 +174,7 @@ def _plan(question: Question, decision: Decision) -> Plan:
         batch_size=choice.batch_size,
         micro_batch_rows=choice.micro_batch_rows,
         prefill_tokens=choice.prefill_tokens,
+        forward_tokens=choice.forward_tokens,
         pool_pages=chosen.pool.pages,
         host_rows=choice.host_rows,
         host=chosen.host,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +15,17 @@ from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
-from zeroinf.generation.masks import padding_is_known
-from zeroinf.generation.micro_batch import Desk, MicroBatch, TokenRules, breaks_at
+from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at, running
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.scheduler import Part as RowPart
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
-from zeroinf.planner.workload import Events, Expansion, Kernels, Lengths, Pass, Shape, Step, Workload
+from zeroinf.planner.workload import Events, Expansion, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
+from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
 
@@ -62,7 +64,7 @@ class Simulator:
     ) -> None:
         """`expansion`: how weights become whole where the engine makes codes of them."""
         self._anatomy, self._lengths = anatomy, lengths
-        self._breaks_at = breaks_at(config)
+        self._config, self._breaks_at = config, breaks_at(config)
         self._shares_passes = shares_passes and anatomy.is_paged
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
         self._path, _ = find_blocks(self._model)
@@ -96,7 +98,46 @@ class Simulator:
         self._steps.clear()
 
     def _run(self, shape: Shape) -> Workload:
+        if shape.forward_tokens:
+            return self._packed(shape)
         return self._together(shape) if not self._shares_passes else self._coming_and_going(shape)
+
+    def _packed(self, shape: Shape) -> Workload:
+        """Passes of packed forwards: what they allocate follows from their tokens."""
+        lengths = self._lengths
+        mean, tokens = lengths.mean_prompt_tokens or lengths.prompt_tokens, shape.prefill_tokens
+        steps, whole = self._forwards, self._breaks_at is not None
+        attention = partial(attention_of, self._anatomy, self._config)
+        new = lengths.new_tokens > 1
+        return self._workload(
+            shape,
+            prompts=(),
+            prompts_rows=tokens / mean,
+            prompts_a_pass=lengths.prompts_a_pass(tokens) if whole else tokens / mean,
+            first_decode=(),
+            last_decode=(),
+            packed=Packed(
+                forwards=steps.forwards,
+                prompts=attention(tokens / mean, 0, mean),
+                decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
+                fullest=fullest(steps, shape),
+            ),
+        )
+
+    @cached_property
+    def _forwards(self) -> ByTokens:
+        return ByTokens(self._simulate_packed)
+
+    def _simulate_packed(self, tokens: int, choices: int) -> Step:
+        """A forward with a step of all rows but one, and the end of its prompt."""
+        parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
+        recorder = Recorder(self._model, self._blocks)
+        with torch.no_grad(), recorder:
+            desk = self._desk(self._lengths.pool(self._anatomy, choices))
+            recorder.cut()
+            seats = _group(parts, self._lengths, (), on_host=False).seats
+            rows = [RowPart(seat, part.start, part.count) for seat, part in zip(seats, parts, strict=True)]
+            return record_step(self._model, desk, Group.packed(rows), recorder, self._times)
 
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
@@ -147,7 +188,7 @@ class Simulator:
             most_new_tokens=self._lengths.new_tokens,
             expansion=self._expansion,
             cache=self._cache(size),
-            shares_passes=self._shares_passes,
+            shares_passes=self._shares_passes or shape.forward_tokens > 0,
             **steps,
         )
 
@@ -227,14 +268,15 @@ class Simulator:
 def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
     """What `group` does in one pass of the loop; block i of those that `recorder` watches stands for `times[i]`."""
     recorder.cut_kernels(times)
-    batch = MicroBatch(desk, group)
+    desk.kernel = OnPaper()
+    batch = desk.batch(group)
     inputs = batch.inputs()
     desk.begin([batch])
     (making,) = recorder.cut()
     with ExitStack() as stack:
         stack.enter_context(_META)
         stack.enter_context(GpuAttention(recorder))
-        stack.enter_context(padding_is_known())
+        stack.enter_context(running(model, [batch]))
         output = model(**inputs)
     sections = recorder.cut()
     del inputs

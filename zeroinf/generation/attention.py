@@ -1,0 +1,230 @@
+"""Attention of packed forwards: rows lie side by side in one sequence, and their keys and values lie in pages.
+
+Models hand their queries, keys and values to `attend`, which is registered with transformers. New keys and values are
+written into the pages of their rows, and each row attends to its own ones where they lie: nothing is gathered, padded
+or masked. Kernels do that work: the one here for the CPU, another one for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
+
+from zeroinf.generation.upload import to_device
+from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.packing import not_understood
+
+IMPLEMENTATION = "zeroinf_pages"
+"""The name under which transformers knows `attend`. No mask is registered with it, so that models make none."""
+
+_LAYER = "zeroinf_layer"
+# A place in the page that belongs to no row.
+_NOWHERE = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one packed forward: of each row the next `counts`, behind the `starts` that are in its pages."""
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    firsts: tuple[int, ...]
+    """Where each row's first new token lies in the sequence."""
+    rows: torch.Tensor
+    """(4, rows), int64: each row's seat, its tokens in pages, its new tokens, and the place of the first one."""
+    seats: torch.Tensor
+    """(tokens,), int64: the seat of each token's row."""
+    positions: torch.Tensor
+    """(tokens,), int64: the token's place in its row."""
+    lengths: torch.Tensor
+    """(tokens,), int64: tokens of its row that are in the cache afterwards."""
+
+    @property
+    def total(self) -> int:
+        return self.seats.shape[0]
+
+
+def tokens_of(seats: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tokens:
+    """Rows side by side in the order of `seats`. Nothing here waits for the device."""
+    *firsts, total = accumulate(counts, initial=0)
+    rows = to_device([*seats, *starts, *counts, *firsts], device).view(4, -1)
+    at = torch.arange(total, device=device)
+    of_each = rows.index_select(1, torch.bucketize(at, rows[3], right=True).sub_(1))
+    positions = at.sub_(of_each[3]).add_(of_each[1])
+    return Tokens(tuple(starts), tuple(counts), tuple(firsts), rows, of_each[0], positions, of_each[1] + of_each[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of the products of queries and keys."""
+
+    scale: float
+    softcap: float | None
+    """They are squeezed to less than this, either side of zero."""
+    sinks: torch.Tensor | None
+    """(heads,): a score that takes its share of the weights and has no value."""
+
+
+class Kernel(Protocol):
+    """Writes new keys and values into pages and attends."""
+
+    def __call__(
+        self, layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """query: (heads, tokens, width); keys and values: (kv heads, tokens, widths of their own).
+
+        Returns (tokens, heads, width of values), contiguous.
+        """
+        ...
+
+
+class PackedView:
+    """What layers of one window read and write in one forward."""
+
+    def __init__(self, tokens: Tokens, pages: torch.Tensor, window: int | None) -> None:
+        """pages: (seats, pages of a row), int64; token i lies in page i // PAGE_TOKENS of its row, in a ring."""
+        self.tokens, self.pages, self.window = tokens, pages, window
+        self.ring_tokens = pages.shape[1] * PAGE_TOKENS
+        slots = tokens.positions % self.ring_tokens
+        flat = (tokens.seats * pages.shape[1]).add_(slots // PAGE_TOKENS)
+        self.places = pages.view(-1).index_select(0, flat).mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
+        """(tokens,), int64: where new keys and values go."""
+        if window is not None:  # a page is written once, by the token that stays there
+            self.places.masked_fill_(tokens.positions < tokens.lengths - self.ring_tokens, _NOWHERE)
+        self.overwrites = window is not None and any(
+            start and count > 1 for start, count in zip(tokens.starts, tokens.counts, strict=True)
+        )
+        """Whether new keys may take the places of some that new queries still see."""
+
+    @cached_property
+    def held(self) -> list[torch.Tensor]:
+        """Where the keys lie that each row sees of those in its pages: (keys,), int64, on the CPU alone."""
+        found = []
+        for seat, start in zip(self.tokens.rows[0].tolist(), self.tokens.starts, strict=True):
+            slots = torch.arange(self.first_seen(start), start) % self.ring_tokens
+            found.append(self.pages[seat].index_select(0, slots // PAGE_TOKENS) * PAGE_TOKENS + slots % PAGE_TOKENS)
+        return found
+
+    def first_seen(self, start: int) -> int:
+        """The first key that a query at `start` sees."""
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+
+class PackedLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer's part of the cache in one forward; it hands new keys and values on as they are, and knows them again."""
+
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: PackedView, kernel: Kernel) -> None:
+        """memory: keys and values, (places, heads, width) each."""
+        super().__init__()
+        self.memory, self.view, self._kernel = memory, view, kernel
+        self.is_sliding, self.sliding_window = view.window is not None, view.window
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        setattr(key_states, _LAYER, self)
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """As a kernel does."""
+        return self._kernel(self, query, keys, values, scores)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows."""
+        for memory, states in zip(self.memory, (keys, values), strict=True):
+            memory.index_copy_(0, self.view.places, states.transpose(0, 1))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls. query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width).
+
+    Returns (1, tokens, heads, width of values). Raises RuntimeError where anything is handed over that it does not
+    understand, which `zeroinf.model.packing` would have found.
+    """
+    layer: PackedLayer | None = getattr(key, _LAYER, None)
+    if layer is None or attention_mask is not None or (more and not_understood(more)):
+        raise RuntimeError(f"{type(module).__name__} hands attention what packed forwards do not understand")
+    scale = scaling if scaling is not None else query.shape[3] ** -0.5
+    return layer.attend(query[0], key[0], value[0], Scores(scale, softcap, s_aux))[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    """The kernel of `device`."""
+    return attend_in_torch
+
+
+def attend_in_torch(
+    layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """Row by row, with torch's own attention: for the CPU."""
+    tokens, view = layer.view.tokens, layer.view
+    out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+    for held, first, count in zip(view.held, tokens.firsts, tokens.counts, strict=True):
+        end = first + count
+        seen = [
+            torch.cat((memory.index_select(0, held).transpose(0, 1), new[:, first:end]), dim=1)
+            for memory, new in zip(layer.memory, (keys, values), strict=True)
+        ]
+        sees = _sees(count, held.numel(), view.window)
+        out[first:end] = _attend_row(query[:, first:end], seen[0], seen[1], sees, scores).transpose(0, 1)
+    layer.write(keys, values)
+    return out
+
+
+def _sees(new: int, held: int, window: int | None) -> torch.Tensor | None:
+    """Which keys each of the `new` queries sees, of `held` ones before them and their own: (new, keys), bool; None
+    where they see all."""
+    if new == 1:
+        return None
+    distance = torch.arange(held, held + new)[:, None] - torch.arange(held + new)
+    sees = distance >= 0
+    return sees if window is None else sees.logical_and_(distance < window)
+
+
+def _attend_row(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor | None, scores: Scores
+) -> torch.Tensor:
+    """query: (heads, new, width); keys, values: (kv heads, keys, width). Returns (heads, new, width of values)."""
+    if scores.softcap is None and scores.sinks is None:
+        attended: torch.Tensor = scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=sees, scale=scores.scale, enable_gqa=True
+        )
+        return attended[0]
+    heads, new, _ = query.shape
+    grouped = query.reshape(keys.shape[0], -1, query.shape[2])  # queries of heads that share keys, one after the other
+    products = (grouped @ keys.transpose(1, 2)).float().mul_(scores.scale).view(heads, new, -1)
+    if scores.softcap is not None:
+        products = products.div_(scores.softcap).tanh_().mul_(scores.softcap)
+    if sees is not None:
+        products.masked_fill_(~sees, float("-inf"))
+    if scores.sinks is not None:
+        products = torch.cat((products, scores.sinks.float()[:, None, None].expand(heads, new, 1)), dim=-1)
+    weights = products.softmax(dim=-1)[..., : keys.shape[1]].to(values.dtype)
+    return (weights.reshape(keys.shape[0], -1, keys.shape[1]) @ values).view(heads, new, -1)

@@ -1,0 +1,176 @@
+"""Whether forwards of a model can be packed: rows side by side as one sequence, without padding and without a mask.
+
+The model is asked: a forward on the meta device shows whether all of its attention reaches a function that is
+registered with transformers, with arguments that attention over pages understands, and which keys each layer sees.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from zeroinf.model.anatomy import LayerCache
+from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts
+
+# Tokens of the probing forward, and those of which logits are asked for; no dimension of a model is as small.
+_TOKENS, _KEPT = 3, 2
+_FURTHEST = 1 << 16
+"""Masks are compared up to so many tokens where the model names no limit."""
+
+_PROBE = "zeroinf_probe"
+_IGNORED = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "layer_idx"}
+_UNDERSTOOD = {"scaling", "sliding_window", "softcap", "s_aux"}
+_MARK = "zeroinf_probed"
+
+_NOT_DISPATCHED = "its layers do not all hand attention to a function that transformers lets others register"
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """What attention of each layer sees of a row: so many tokens, or all of them. `config` is the decoder's."""
+    own = DynamicCache(config=config).layers
+    return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
+
+
+@contextmanager
+def attention_by(model: Any, name: str) -> Iterator[None]:
+    """While it lasts, layers of `model` hand attention to what is registered with transformers as `name`."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def not_understood(arguments: Mapping[str, Any]) -> list[str]:
+    """Which of the `arguments` that a layer hands to attention would change what it computes, and are not known."""
+    unknown = (name for name in arguments if name not in _IGNORED | _UNDERSTOOD)
+    return [name for name in unknown if isinstance(arguments[name], torch.Tensor) or arguments[name]]
+
+
+class _Refusal(Exception):  # noqa: N818  it is no error: the model runs padded
+    """Why a model cannot be packed."""
+
+
+def why_padded(model: Any, cache: Sequence[LayerCache], blocks: int, context_limit: int | None) -> str:
+    """Why forwards of `model`, on the meta device, with `blocks` layers and such a `cache`, must be padded; empty
+    where they can be packed."""
+    if model.config.is_encoder_decoder:
+        return "an encoder reads its prompts"
+    if not all(layer.pooled for layer in cache):
+        return "its layers keep more than keys and values of each token"
+    if len(cache) != blocks:
+        return "its layers share keys and values"
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" not in accepted:
+        return "its forward takes no positions"
+    probe = _Probe(windows_of(model.config.get_text_config(decoder=True)), context_limit or _FURTHEST)
+    try:
+        probe.run(model, keeps="logits_to_keep" in accepted)
+    except _Refusal as refusal:
+        return str(refusal)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return f"a packed forward fails: {error}".splitlines()[0] if probe.was_reached else _NOT_DISPATCHED
+    return ""
+
+
+class _Probe:
+    """One forward whose attention, mask and cache are looked at."""
+
+    def __init__(self, windows: Sequence[int | None], furthest: int) -> None:
+        self._windows, self._furthest = windows, furthest
+        self._seen: list[int] = []
+
+    @property
+    def was_reached(self) -> bool:
+        """Whether some layer has handed its attention over."""
+        return bool(self._seen)
+
+    def run(self, model: Any, *, keeps: bool) -> None:
+        """Raises _Refusal, or whatever the model raises."""
+        cache = DynamicCache()
+        cache.layers = [_ProbedLayer(index) for index in range(len(self._windows))]
+        AttentionInterface.register(_PROBE, self._attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, self._mask)
+        with torch.no_grad(), torch.device("meta"), ReadsAsZero(), dense_experts(model), attention_by(model, _PROBE):
+            ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+            inputs = {"input_ids": ids, "position_ids": ids, "use_cache": True, cache_name(model): cache}
+            if keeps:
+                inputs["logits_to_keep"] = torch.zeros(_KEPT, dtype=torch.long)
+            logits = model(**inputs).logits
+        if sorted(self._seen) != list(range(len(self._windows))):
+            raise _Refusal(_NOT_DISPATCHED)
+        if logits.shape[1] != (_KEPT if keeps else _TOKENS):
+            raise _Refusal("its forward does not keep the logits of single tokens")
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = getattr(key, _MARK, None)
+        if layer is None or getattr(value, _MARK, None) != layer:
+            raise _Refusal("it changes keys and values after they are cached")
+        if unknown := not_understood(more):
+            raise _Refusal(f"it hands {', '.join(sorted(unknown))} to attention")
+        window = getattr(attention_mask, _MARK, 0)
+        if window == 0 or window != self._windows[layer]:
+            raise _Refusal("it makes attention masks of its own")
+        rows, heads, tokens, width = query.shape
+        if (rows, tokens, width) != (1, _TOKENS, key.shape[3]) or heads % key.shape[1]:
+            raise _Refusal(f"queries of shape {tuple(query.shape)} meet keys of shape {tuple(key.shape)}")
+        self._seen.append(layer)
+        return query.new_empty(rows, tokens, heads, value.shape[3]), None
+
+    def _mask(self, *, mask_function: Callable[..., Any], **ignored: Any) -> torch.Tensor:
+        """Not a mask, but the window that the one that is asked for leaves open."""
+        mask = torch.empty(())
+        setattr(mask, _MARK, _window(mask_function, self._furthest))
+        return mask
+
+
+class _ProbedLayer(DynamicLayer):  # type: ignore[misc]
+    """Marks keys and values with the number of their layer."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self._index = index
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        setattr(key_states, _MARK, self._index)
+        setattr(value_states, _MARK, self._index)
+        return key_states, value_states
+
+
+def _window(mask_function: Callable[..., Any], furthest: int) -> int | None:
+    """How many of the tokens up to its own each query sees, None for all; 0 where a mask is of another kind."""
+    found: set[int | None] = set()
+    with torch.device("cpu"):
+        keys = torch.arange(furthest)
+        nothing = torch.zeros((), dtype=torch.long)
+        for query in (0, 5, furthest // 3, furthest // 2 + 1, furthest - 1):
+            if not 0 <= query < furthest:
+                continue
+            try:
+                sees = mask_function(nothing, nothing, torch.tensor(query), keys)
+            except RuntimeError:  # it depends on a tensor, which lies on the meta device
+                return 0
+            count = int(sees.sum())
+            if not bool(sees[query + 1 - count : query + 1].all()):
+                return 0
+            found.add(None if count == query + 1 else count)
+    found -= {None} if len(found) > 1 else set()  # queries that come before the window is full
+    return found.pop() if len(found) == 1 else 0

@@ -1,0 +1,170 @@
+"""Packed forwards on paper: a few are simulated, and what others allocate and compute follows from their tokens.
+
+All of it beside attention is a plane over the tokens of a forward and the rows whose next token is chosen, whoever the
+rows are and however long their contexts. What attention reads and multiplies is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from zeroinf.generation.attention import PackedLayer, Scores
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, LayerCache
+from zeroinf.model.packing import windows_of
+from zeroinf.planner.allocator import Event
+from zeroinf.planner.workload import Events, Forwards, Kernel, Kernels, Pass, Shape, Step, same
+
+# Tokens and choices of the forwards that are simulated: three make a plane, on which the last must lie.
+_CORNER, _MORE_TOKENS, _MORE_CHOICES, _FAR = (64, 4), (4096, 4), (64, 36), (1024, 256)
+# Kernels are timed at so many tokens, and between them by a straight line.
+_TIMED = tuple(1 << power for power in range(16))
+
+
+class OnPaper:
+    """What attention of packed forwards allocates on a GPU; what it reads and multiplies is counted elsewhere."""
+
+    def __call__(
+        self, layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        layer.write(keys, values)
+        return query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+
+
+class ByTokens:
+    """Answers for `simulate`, which takes tokens and choices of a forward, but asks it for a few of them only.
+
+    Where what is simulated does not lie on a plane, every forward is.
+    """
+
+    def __init__(self, simulate: Callable[[int, int], Step]) -> None:
+        self._simulate = cache(simulate)
+        self._known: dict[tuple[int, int], Step] = {}
+
+    def step(self, tokens: int, choices: int) -> Step:
+        """The forward of so many tokens (1 or more), after which `choices` rows have theirs chosen."""
+        key = tokens, min(tokens, max(1, choices))
+        if key not in self._known:
+            plane = self._plane
+            self._known[key] = self._simulate(*key) if plane is None else plane.at(*key)
+        return self._known[key]
+
+    @cached_property
+    def forwards(self) -> Forwards:
+        """Kernels of forwards of any size."""
+        few, many = _TIMED[0], _TIMED[-1]
+        return Forwards(
+            tokens=tuple((tokens, self.step(tokens, few).kernels) for tokens in _TIMED),
+            choices=tuple((choices, self.step(many, choices).kernels) for choices in _TIMED),
+        )
+
+    @cached_property
+    def _plane(self) -> _Plane | None:
+        plane = _Plane(*(self._simulate(*at) for at in (_CORNER, _MORE_TOKENS, _MORE_CHOICES)))
+        return plane if plane.holds(*_FAR, self._simulate(*_FAR)) else None
+
+
+class _Plane:
+    """The steps around three: one, one of more tokens, and one after which more rows have tokens chosen."""
+
+    def __init__(self, corner: Step, more_tokens: Step, more_choices: Step) -> None:
+        self._corner, self._more = corner, (more_tokens, more_choices)
+        self._over = _MORE_TOKENS[0] - _CORNER[0], _MORE_CHOICES[1] - _CORNER[1]
+
+    def holds(self, tokens: int, choices: int, found: Step) -> bool:
+        """Whether `found` lies on the plane."""
+        try:
+            return same(self.at(tokens, choices), found)
+        except ValueError:
+            return False
+
+    def at(self, tokens: int, choices: int) -> Step:
+        """Raises ValueError where the three do not do the same things in other sizes."""
+        away = tokens - _CORNER[0], choices - _CORNER[1]
+
+        def between(corner: int, *more: int) -> int:
+            slopes = zip(more, away, self._over, strict=True)
+            return corner + sum((other - corner) * far // over for other, far, over in slopes)
+
+        def events(*of_each: Events) -> Events:
+            return tuple(
+                one[0] if any(event.nbytes is None for event in one) else Event(one[0].key, between(*_sizes(one)))
+                for one in zip(*of_each, strict=True)
+            )
+
+        def kernels(*of_each: Kernels) -> Kernels:
+            found = zip(*(each.kernels for each in of_each), strict=True)
+            return Kernels(
+                of_each[0].times,
+                tuple(
+                    replace(
+                        one[0],
+                        flops=between(*(kernel.flops for kernel in one)),
+                        nbytes=between(*(kernel.nbytes for kernel in one)),
+                    )
+                    for one in found
+                ),
+            )
+
+        steps = (self._corner, *self._more)
+        return Step(
+            inputs=events(*(step.inputs for step in steps)),
+            sections=tuple(events(*parts) for parts in zip(*(step.sections for step in steps), strict=True)),
+            end=events(*(step.end for step in steps)),
+            choice=events(*(step.choice for step in steps)),
+            kernels=tuple(kernels(*groups) for groups in zip(*(step.kernels for step in steps), strict=True)),
+        )
+
+
+def _sizes(events: Iterable[Event]) -> Iterator[int]:
+    return (event.nbytes for event in events if event.nbytes is not None)
+
+
+def fullest(steps: ByTokens, shape: Shape) -> tuple[Pass, ...]:
+    """Passes of `shape` of which one has the most memory in use: all that a pass may hold, evenly shared out, and as
+    many forwards of the most tokens as that may come to."""
+    tokens = shape.rows + shape.prefill_tokens
+    most = min(shape.forward_tokens, tokens)
+    forwards = max(-(-tokens // most), -(-shape.rows // shape.micro_batch_rows))
+    sizes = [[-(-tokens // forwards)] * forwards, [most] * (tokens // most)]
+    return tuple(dict.fromkeys(tuple(_choosing(steps, each, shape)) for each in sizes))
+
+
+def _choosing(steps: ByTokens, sizes: Iterable[int], shape: Shape) -> Iterator[Step]:
+    """Forwards of such sizes, in the first of which as many rows as can be have their next token chosen."""
+    left = shape.rows
+    for size in sizes:
+        choices = min(left, size, shape.micro_batch_rows)
+        left -= choices
+        yield steps.step(size, choices)
+
+
+def attention_of(anatomy: Anatomy, config: Any, rows: float, start: float, count: float) -> tuple[Kernels, ...]:
+    """Attention of `rows` rows, each with `count` new tokens behind `start`, a kernel for each layer."""
+    text = config.get_text_config(decoder=True)
+    asked = getattr(text, "num_attention_heads", None)
+    heads = max(asked) if isinstance(asked, list | tuple) else asked or 1
+    kinds = Counter(zip(anatomy.cache, windows_of(text), strict=True))
+    return tuple(
+        Kernels(times, (_attention(layer, heads, window, rows, start, count),))
+        for (layer, window), times in kinds.items()
+    )
+
+
+def _attention(layer: LayerCache, heads: int, window: int | None, rows: float, start: float, count: float) -> Kernel:
+    assert layer.keys is not None
+    assert layer.values is not None
+    heads = max(heads, layer.keys.heads)
+    widths = layer.keys.width + layer.values.width
+    seen = start + (count + 1) / 2  # keys that a query sees, on average
+    held = start
+    if window is not None:
+        seen, held = min(seen, window), min(held, window)
+    new = rows * count * heads * widths * DTYPE_BYTES[layer.keys.dtype]  # queries, and what comes out
+    kept = rows * (held + count) * (layer.keys.nbytes + layer.values.nbytes)
+    return Kernel(int(2 * rows * count * heads * seen * widths), int(new + kept), "packed attention")
