@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from launching import write_jsonl
+from launching import read_jsonl, write_jsonl
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
+from zeroinf.jobs.shape import Shape
 
 
 class Deaf:
@@ -49,3 +50,27 @@ def test_the_same_prompts_complete_alike_from_every_format(model: Path, tmp_path
     for number, other in enumerate([str(tmp_path / "in.csv"), "memory://job/in.parquet"]):
         run(model, other, tmp_path / f"out{number}.jsonl")
         assert (tmp_path / f"out{number}.jsonl").read_text() == wanted
+
+
+def test_columns_of_the_input_are_in_the_output(model: Path, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    entries = [
+        {"id": "a", "text": "one", "label": 1, "tags": ["x"], "when": None},
+        {"id": "b", "text": "two words", "label": 2.5, "tags": [], "when": "now"},
+    ]
+    requests = write_jsonl(tmp_path / "in.jsonl", [*entries, {"id": "c", "label": 3}])
+    shape = Shape(template="word {{ text }}", keep=("label", "tags", "when"))
+    for out in (tmp_path / "out.jsonl", tmp_path / "out.parquet"):
+        outcome = run(model, requests, out, shape=shape)
+        assert (outcome.requests, outcome.refused) == (2, 1)
+    lines = read_jsonl(tmp_path / "out.jsonl")
+    assert [{name: line[name] for name in ("id", "label", "tags", "when")} for line in lines] == [
+        {name: entry[name] for name in ("id", "label", "tags", "when")} for entry in entries
+    ]
+    assert all(line["prompt_tokens"] > 1 for line in lines)
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["id"], row["completion"], row["label"], row["tags"], row["when"]) for row in rows] == [
+        ("a", lines[0]["completion"], 1.0, '["x"]', None),
+        ("b", lines[1]["completion"], 2.5, "[]", "now"),
+    ]

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 import zeroinf
 from zeroinf.cli.environment import VARIABLES, Option, prefix_of, variables_of
 from zeroinf.cli.main import cli
-from zeroinf.cli.params import AutoIntType, InjectionPolicyType, SizeType
+from zeroinf.cli.params import AutoIntType, InjectionPolicyType, JsonObjectType, SizeType
 
 ROOT = click.Context(cli, auto_envvar_prefix="ZEROINF")
 
@@ -43,6 +43,8 @@ def sample(option: Option) -> str:
         return "8MiB"
     if isinstance(kind, InjectionPolicyType):
         return "Block=attention.output,mlp.output"
+    if isinstance(kind, JsonObjectType):
+        return '{"a": [1]}'
     if kind is click.STRING:
         return " whole words,\nand lines "
     if isinstance(kind, click.FloatRange):

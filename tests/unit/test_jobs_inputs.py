@@ -33,7 +33,8 @@ ROWS = [
 
 
 def read(*names: str | Path, input_format: InputFormat = "auto") -> tuple[list[Request], list[Refusal]]:
-    return read_inputs((), find_inputs([str(name) for name in names]), DEFAULTS, input_format=input_format)
+    found = read_inputs((), find_inputs([str(name) for name in names]), DEFAULTS, input_format=input_format)
+    return found.requests, found.refusals
 
 
 def prompts(*names: str | Path, **how: Any) -> list[str | None]:

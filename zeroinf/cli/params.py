@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,24 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of 
             return parse_size(value, multiple_of=self.multiple_of)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class JsonObjectType(click.ParamType):  # type: ignore[type-arg]
+    """A JSON object, converted to a dict."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """The object; a usage error says what is wrong with it."""
+        if isinstance(value, dict):
+            return value
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON object", param, ctx)
+        return found
 
 
 def model_options(command: _Command, *, required: bool = True) -> _Command:

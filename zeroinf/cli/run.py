@@ -16,6 +16,7 @@ import click
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
     AIO_OPTIONS,
+    JsonObjectType,
     SizeType,
     aio_of,
     engine_options,
@@ -34,6 +35,7 @@ from zeroinf.jobs.formats import FORMATS
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
     from zeroinf.jobs.report import Outcome, RunReport
+    from zeroinf.jobs.shape import Shape
 
 _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 
@@ -82,6 +84,22 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
     default="auto",
     help="What -i holds; auto goes by each file's ending and its first bytes.",
 )
+@option("--prompt-column", help="The column (or key) that holds the prompt. [default: prompt]")
+@option("--messages-column", help="The column that holds chat messages. [default: messages]")
+@option("--id-column", help="The column that holds the id. [default: id]")
+@option(
+    "--template",
+    help="Make the prompt of an entry's columns, in Jinja2: 'Translate: {{ text }}', or @FILE; none may be missing.",
+)
+@option("--chat", is_flag=True, help="Prompts are user messages, and go through the model's chat template.")
+@option("--system", help="The system message of chats that begin with none, or @FILE.")
+@option(
+    "--chat-template-kwargs",
+    type=JsonObjectType(),
+    help="Variables of the model's chat template as JSON, such as '{\"enable_thinking\": false}'.",
+)
+@option("--keep-columns", help="Columns of the input that the output has as well: NAME,NAME or all.")
+@option("--limit", type=click.IntRange(min=1), help="Read so many entries only.")
 @option("--overwrite", is_flag=True, help="Start anew: replace an existing output file and its journal.")
 @option("--resume", is_flag=True, help="Go on with a job that was stopped or killed; start it if there is none.")
 @option(
@@ -213,6 +231,8 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
             raise UsageError(f"{name} and --overwrite contradict each other", hint="drop one of them")
     if ctx.params["hostfile"] is not None and asked["output_file"] is None:
         raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
+    if asked["keep_columns"] is not None and asked["output_file"] is None:
+        raise UsageError("--keep-columns without --output-file", hint="add -o FILE, or drop it")
     if not asked["input_files"] and given(ctx, "input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and not asked["input_files"]:
@@ -292,6 +312,7 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
 
     keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "logprobs")
     options = RunOptions(
+        shape=_shape_of(asked),
         sampling=Sampling(**{key: asked.pop(key) for key in keys}),
         sampling_only=tuple(given(ctx, *_SAMPLING_ONLY)),
         aio=aio_of(asked),
@@ -315,6 +336,24 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     if outcome.refused or outcome.failed:
         raise _incomplete(outcome, options.output_file)
     return 0
+
+
+def _shape_of(asked: dict[str, Any]) -> Shape:
+    """Take what makes prompts of entries out of `asked`. Raises UsageError for a variable that is not to be set."""
+    from zeroinf.jobs.shape import Shape
+    from zeroinf.service.requests import ChatOptions
+
+    names = ("prompt_column", "messages_column", "id_column", "template", "chat", "system", "limit")
+    keep = asked.pop("keep_columns") or ""
+    try:
+        options = ChatOptions().with_variables(asked.pop("chat_template_kwargs") or {})
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs: {error}", hint="zeroinf sets it") from error
+    return Shape(
+        **{name: asked.pop(name) for name in names},
+        keep=tuple(name.strip() for name in keep.split(",") if name.strip()),
+        chat_options=options,
+    )
 
 
 def _incomplete(outcome: Outcome, output_file: Path | None) -> RequestsFailedError:

@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -20,6 +21,8 @@ from pydantic_core import ErrorDetails
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.formats import Record
+from zeroinf.jobs.shape import LineError, Shaper, chat_of
+from zeroinf.service.requests import NO_OPTIONS, ChatOptions
 
 _LENGTH_NAMES = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # ours, OpenAI's old and new one
 _BATCH_KEYS = frozenset({"custom_id", "method", "url", "body"})
@@ -45,14 +48,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-
-
-class LineError(Exception):
-    """Why an entry is refused, and its id where that is known."""
-
-    def __init__(self, reason: str, *, id: str | None = None) -> None:  # noqa: A002 - the field's own name
-        super().__init__(reason)
-        self.id = id
 
 
 # Validators say what a value must be; `_reason` puts the key before it and the value behind.
@@ -137,6 +132,11 @@ class _Body(_Edge):
     ignore_eos: bool | None = None
     logprobs: Annotated[Any, AfterValidator(_as_logprobs)] = None
     top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class _Line(_Body):
@@ -151,6 +151,8 @@ class _BatchLine(_Edge):
 
 
 _KNOWN_KEYS = sorted({*_Line.model_fields, *_BatchLine.model_fields, *_Message.model_fields})
+_LIKE_A_SETTING = 0.82
+"""How alike the names of a column and of a setting are from which on one is taken for the other, misspelt."""
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -171,18 +173,27 @@ class Draft:
     messages: tuple[dict[str, str], ...] | None
     sampling: Sampling
     id: str | None = None
+    chat: ChatOptions
+    columns: dict[str, Any] | None = None
 
 
-def draft_of(record: Record, defaults: Sampling) -> Draft:
-    """What `record` asks for; `defaults` holds for every setting that it leaves out. Raises LineError."""
+def draft_of(record: Record, defaults: Sampling, shaper: Shaper | None = None) -> Draft:
+    """What `record` asks for; `defaults` holds for every setting that it leaves out.
+
+    Without a `shaper`, an entry is a request as it stands, and a key that requests do not have is an error. Raises
+    LineError.
+    """
     if record.problem is not None:
         raise LineError(record.problem)
     value = record.value
     if isinstance(value, dict):
-        return _parse_entry(_of_cells(value) if record.kind == "cells" else _without_nulls(value), defaults)
+        entry = _of_cells(value) if record.kind == "cells" else _without_nulls(value)
+        return _parse_entry(entry, defaults, shaper)
     assert value is not None
     text = _decode(value)
-    return _parse_text(text, defaults) if record.kind == "text" else _parse_entry(_parse_object(text), defaults)
+    if record.kind == "text":
+        return _parse_text(text, defaults, shaper)
+    return _parse_entry(_parse_object(text), defaults, shaper)
 
 
 def _of_cells(row: Mapping[str, str]) -> dict[str, Any]:
@@ -211,22 +222,49 @@ def _decode(raw: str | bytes) -> str:
         raise LineError(f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}") from None
 
 
-def _parse_text(text: str, defaults: Sampling) -> Draft:
+def _parse_text(text: str, defaults: Sampling, shaper: Shaper | None) -> Draft:
+    prompt = text if shaper is None else shaper.of_text(text)
     try:
-        return Draft(prompt=_as_text(text), messages=None, sampling=defaults)
-    except ValueError as error:
-        raise LineError(f"prompt {error}") from None
+        return _draft(_Body(prompt=prompt), None, defaults, shaper)
+    except ValidationError as error:
+        raise LineError(f"prompt {error.errors()[0]['ctx']['error']}") from None
 
 
-def _parse_entry(entry: dict[str, Any], defaults: Sampling) -> Draft:
+def _parse_entry(entry: dict[str, Any], defaults: Sampling, shaper: Shaper | None) -> Draft:
     try:
-        if _BATCH_KEYS.isdisjoint(entry):
+        if not _BATCH_KEYS.isdisjoint(entry):
+            return _parse_batch_line(entry, defaults, shaper)
+        if shaper is None:
             line = _Line.model_validate(entry)
-            return _draft(line, line.id, defaults)
-        return _parse_batch_line(entry, defaults)
+            return _draft(line, line.id, defaults, None)
+        shaped = shaper.of_columns(entry)
+        line = _Line.model_validate(_settings_of(shaped, shaper))
+        return replace(_draft(line, line.id, defaults, shaper), columns=shaper.kept(entry))
     except (ValidationError, LineError) as error:
         reason = _reason(error) if isinstance(error, ValidationError) else str(error)
         raise LineError(reason, id=_readable_id(entry)) from None
+
+
+@lru_cache
+def _misspelt(name: str) -> str | None:
+    """The setting that a column is taken for."""
+    near = difflib.get_close_matches(name, _Line.model_fields, n=1, cutoff=_LIKE_A_SETTING)
+    return near[0] if near else None
+
+
+def _settings_of(entry: Mapping[str, Any], shaper: Shaper) -> dict[str, Any]:
+    """What of `entry` makes a request; other columns are left, unless one is taken for a misspelt setting."""
+    settings = {name: value for name, value in entry.items() if name in _Line.model_fields}
+    for name in entry.keys() - settings.keys():
+        if shaper.uses(name):
+            continue
+        if near := _misspelt(name):
+            raise LineError(f"unknown key {name!r}; did you mean {near!r}? (--keep-columns {name} keeps a column)")
+    shaper.unused.update(dict.fromkeys(n for n in entry if n not in settings and not shaper.uses(n)))
+    if "prompt" not in settings and "messages" not in settings and entry:
+        names = ", ".join(list(entry)[:8])
+        raise LineError(f"neither prompt nor messages is given, but {names}: --prompt-column or --template says which")
+    return settings
 
 
 def _parse_object(text: str) -> dict[str, Any]:
@@ -255,7 +293,7 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise LineError(f"not JSON: {constant}")
 
 
-def _parse_batch_line(entry: dict[str, Any], defaults: Sampling) -> Draft:
+def _parse_batch_line(entry: dict[str, Any], defaults: Sampling, shaper: Shaper | None) -> Draft:
     batch = _BatchLine.model_validate(entry)
     settings = {key: value for key, value in batch.body.items() if not _asks_for_nothing(key, value)}
     prompt = settings.get("prompt")
@@ -264,7 +302,7 @@ def _parse_batch_line(entry: dict[str, Any], defaults: Sampling) -> Draft:
     body = _Body.model_validate(settings)
     if batch.url is not None and getattr(body, _URLS[batch.url]) is None:
         raise LineError(f"{batch.url} takes {_URLS[batch.url]}, which is missing")
-    return _draft(body, batch.custom_id, defaults)
+    return _draft(body, batch.custom_id, defaults, shaper)
 
 
 def _asks_for_nothing(key: str, value: object) -> bool:
@@ -279,13 +317,49 @@ def _asks_for_nothing(key: str, value: object) -> bool:
     raise LineError(f"{key}={reprlib.repr(value)} is not supported")
 
 
-def _draft(body: _Body, request_id: str | None, defaults: Sampling) -> Draft:
+def _draft(body: _Body, request_id: str | None, defaults: Sampling, shaper: Shaper | None) -> Draft:
     if body.prompt is not None and body.messages is not None:
         raise LineError("prompt and messages are both given")
     if body.prompt is None and not body.messages:
         raise LineError("neither prompt nor messages is given" if body.messages is None else "messages is empty")
-    messages = body.messages and tuple({"role": message.role, "content": message.content} for message in body.messages)
-    return Draft(id=request_id, prompt=body.prompt, messages=messages or None, sampling=_sampling(body, defaults))
+    messages = tuple({"role": message.role, "content": message.content} for message in body.messages or ())
+    prompt: str | None = body.prompt
+    if shaper is not None:
+        if prompt is not None and shaper.shape.chat:
+            messages = chat_of(prompt, shaper.system)
+            prompt = None
+        elif messages and shaper.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = ({"role": "system", "content": shaper.system}, *messages)
+        elif prompt is not None and shaper.system is not None:
+            raise LineError("--system is for chats, and this is a plain prompt: add --chat")
+    return Draft(
+        id=request_id,
+        prompt=prompt,
+        messages=messages or None,
+        sampling=_sampling(body, defaults),
+        chat=_chat_options(body, NO_OPTIONS if shaper is None else shaper.shape.chat_options, is_chat=bool(messages)),
+    )
+
+
+def _given(body: _Body, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(body, name)) is not None}
+
+
+def _chat_options(body: _Body, defaults: ChatOptions, *, is_chat: bool) -> ChatOptions:
+    named = _given(body, "reasoning_effort", "enable_thinking")
+    variables = {**(body.chat_template_kwargs or {}), **named}
+    ends = _given(body, "add_generation_prompt", "continue_final_message")
+    if ends.get("continue_final_message"):
+        ends.setdefault("add_generation_prompt", False)
+    if not (variables or ends):
+        return defaults
+    if not is_chat:
+        name = next(iter({**named, **ends}), "chat_template_kwargs")
+        raise LineError(f"{name} is for messages, and this is a plain prompt")
+    try:
+        return replace(defaults, **ends).with_variables(variables)
+    except ValueError as error:
+        raise LineError(str(error)) from None
 
 
 def _sampling(body: _Body, defaults: Sampling) -> Sampling:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.formats import InputFormat
+from zeroinf.jobs.shape import Shape
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
@@ -40,6 +41,7 @@ class RunOptions:
     prompts: tuple[str, ...] = ()
     input_files: tuple[str, ...] = ()
     input_format: InputFormat = "auto"
+    shape: Shape = field(default_factory=Shape)
     output_file: Path | None = None
     overwrite: bool = False
     resume: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from zeroinf.jobs.output import Job, began_before, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_inputs
+from zeroinf.jobs.shape import flags_of
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.skeleton import read_generation_config
@@ -36,7 +37,7 @@ class Reading:
     anatomy: Anatomy
     tokenize_s: float
     notes: tuple[str, ...]
-    """What the user should know of the model's generation config."""
+    """What the user should know of the input and of the model's generation config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +63,12 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
-    requests, refusals = read_inputs(
-        options.prompts, find_inputs(options.input_files), options.sampling, input_format=options.input_format
+    requests, refusals, unused = read_inputs(
+        options.prompts,
+        find_inputs(options.input_files),
+        options.sampling,
+        input_format=options.input_format,
+        shape=options.shape,
     )
     tokenizer = load_tokenizer(source)
     anatomy = read_anatomy(
@@ -96,8 +101,10 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         parallel=options.tensor_parallel,
         zero_config=options.zero_config,
     )
-    job = Job(work=work, refusals=refused, fingerprint=marks, began=began)
-    said = notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
+    columns = {request.index: request.columns for request in requests if request.columns is not None}
+    job = Job(work=work, refusals=refused, fingerprint=marks, began=began, columns=columns)
+    said = list(_notes_on_input(requests, unused, codec))
+    said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
     return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
@@ -150,6 +157,18 @@ def _tokenize(
             )
         )
     return tuple(work), refusals
+
+
+def _notes_on_input(requests: Sequence[Request], unused: Sequence[str], codec: TextCodec) -> Iterator[str]:
+    if unused:
+        yield f"not used of the input: {flags_of(unused)} (--keep-columns all passes them to the output)"
+    plain = sum(request.prompt is not None for request in requests)
+    if plain and codec.has_chat_template and plain > codec.templated:
+        yield (
+            f"the model has a chat template, and {plain} prompts are taken as they are: --chat makes them user messages"
+        )
+    if codec.doubled:
+        yield f"{codec.doubled} prompts begin with the beginning-of-sequence token already: no second one is added"
 
 
 def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:

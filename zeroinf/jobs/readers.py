@@ -6,23 +6,37 @@ An entry that cannot be run becomes a `Refusal` and never stops the job; a file 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count
-from typing import BinaryIO
+from itertools import chain, count, islice
+from typing import BinaryIO, NamedTuple
 
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.entries import Draft, LineError, draft_of
+from zeroinf.jobs.entries import Draft, draft_of
 from zeroinf.jobs.formats import InputFormat, Record, read_records
 from zeroinf.jobs.inputs import InputFile
+from zeroinf.jobs.shape import LineError, Shape, Shaper
 from zeroinf.service.requests import Refusal, Request
 
 _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 
 
+class Read(NamedTuple):
+    """What an input holds. `unused`: columns that are neither used nor kept."""
+
+    requests: list[Request]
+    refusals: list[Refusal]
+    unused: Sequence[str] = ()
+
+
 def read_inputs(
-    prompts: Sequence[str], files: Sequence[InputFile], defaults: Sampling, *, input_format: InputFormat = "auto"
-) -> tuple[list[Request], list[Refusal]]:
-    """All requests of a job in input order: `prompts` first, then the records of `files`.
+    prompts: Sequence[str],
+    files: Sequence[InputFile],
+    defaults: Sampling,
+    *,
+    input_format: InputFormat = "auto",
+    shape: Shape | None = None,
+) -> Read:
+    """All requests of a job in input order: `prompts` first, then the records of `files`, made as `shape` says.
 
     Requests and refusals share one count of indices, 0 to n - 1. An entry without an id is called `request-<n>`, n
     being its line; or its position from 1 where there is no line, or several files. An id that the user gave wins over
@@ -41,7 +55,9 @@ def read_inputs(
             except OSError as error:
                 raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error
 
-    return _requests(prompts, records(), defaults, ", ".join(file.name for file in files))
+    shaper = Shaper(Shape() if shape is None else shape)
+    requests, refusals = _requests(prompts, records(), defaults, ", ".join(file.name for file in files), shaper)
+    return Read(requests, refusals, tuple(shaper.unused))
 
 
 def read_requests(
@@ -52,23 +68,27 @@ def read_requests(
     input_format: InputFormat = "auto",
     name: str,
 ) -> tuple[list[Request], list[Refusal]]:
-    """The same of `prompts` and one stream of bytes, called `name`."""
+    """The same of `prompts` and one stream of bytes, called `name`, whose entries are requests and nothing else."""
     records: Iterable[Record] = () if source is None else read_records(source, name, input_format)
     return _requests(prompts, ((None, record) for record in records), defaults, "" if source is None else name)
 
 
 def _requests(
-    prompts: Sequence[str], records: Iterable[tuple[str | None, Record]], defaults: Sampling, names: str
+    prompts: Sequence[str],
+    records: Iterable[tuple[str | None, Record]],
+    defaults: Sampling,
+    names: str,
+    shaper: Shaper | None = None,
 ) -> tuple[list[Request], list[Refusal]]:
     drafts: list[tuple[int, int | None, str | None, Draft]] = []
     refusals: list[Refusal] = []
     given_at: dict[str, str] = {}
     asked = ((None, Record(0, "text", prompt)) for prompt in prompts)
-    index = -1
-    for index, (file, record) in enumerate(chain(asked, records)):
+    index, limit = -1, None if shaper is None else shaper.shape.limit
+    for index, (file, record) in enumerate(islice(chain(asked, records), limit)):
         line = record.line or None
         try:
-            draft = draft_of(record, defaults)
+            draft = draft_of(record, defaults, shaper)
             if draft.id in given_at:
                 raise LineError(f"id {draft.id!r} was already given on {given_at[draft.id]}", id=draft.id)
         except LineError as error:
@@ -101,6 +121,8 @@ def _numbered(drafts: Iterable[tuple[int, int | None, str | None, Draft]], taken
                 prompt=draft.prompt,
                 messages=draft.messages,
                 sampling=draft.sampling,
+                chat=draft.chat,
+                columns=draft.columns,
             )
         )
     return requests

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zeroinf.generation.row import FinishReason, Sampling
 
 NOT_NUMBERS = "the model's scores were not numbers"
 NOT_NUMBERS_HINT = "float16 overflows in many models, --dtype bfloat16 does not; else the weights may be damaged"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatOptions:
+    """What a chat template is told beside the messages. Raises ValueError for a variable that it sets itself."""
+
+    variables: tuple[tuple[str, str], ...] = ()
+    """Names and values, these as JSON, of variables of the template, such as enable_thinking."""
+    add_generation_prompt: bool = True
+    """End the prompt where the answer begins."""
+    continue_final_message: bool = False
+    """End the prompt with the last message, for the model to go on with."""
+
+    def __post_init__(self) -> None:
+        if taken := [name for name, _ in self.variables if name in _OF_TEMPLATES]:
+            raise ValueError(f"chat_template_kwargs may not set {taken[0]!r}")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message contradict each other")
+
+    def with_variables(self, more: Mapping[str, Any]) -> ChatOptions:
+        """The same, and `more` variables, which win."""
+        merged = dict(self.variables) | {name: json.dumps(value, sort_keys=True) for name, value in more.items()}
+        return replace(self, variables=tuple(sorted(merged.items())))
+
+
+_OF_TEMPLATES = frozenset(
+    {
+        *("messages", "conversation", "chat_template", "tools", "documents", "tokenize", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("add_generation_prompt", "continue_final_message"),
+    }
+)
+NO_OPTIONS = ChatOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +58,9 @@ class Request:
     sampling: Sampling
     file: str | None = None
     """Of several input files, the one that it came from."""
+    chat: ChatOptions = NO_OPTIONS
+    columns: Mapping[str, Any] | None = None
+    """What of its entry goes to the output as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +92,8 @@ class Result:
     completion_tokens: int
     logprobs: list[dict[str, Any]] | None = None
     """Of each generated token, as the output tells them, where the request asks for them."""
+    columns: Mapping[str, Any] | None = None
+    """Kept of the request's entry: known where results are written, not on their way there."""
 
     @property
     def failed(self) -> bool:
@@ -77,6 +115,7 @@ class Result:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             **told,
+            **(self.columns or {}),
         }
 
     def to_line(self) -> str:
@@ -84,8 +123,9 @@ class Result:
         return _json_line(self.to_fields())
 
     def to_record(self) -> dict[str, Any]:
-        """All of it but the prompt, for the journal."""
-        return {name: value for name, value in asdict(self).items() if name != "prompt" and value is not None}
+        """All of it but the prompt and what is known of the request anyway, for the journal."""
+        left_out = ("prompt", "columns")
+        return {name: value for name, value in asdict(self).items() if name not in left_out and value is not None}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Result:

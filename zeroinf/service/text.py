@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ from zeroinf.errors import InputError
 from zeroinf.generation.row import Likelihood
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.service.pieces import Pieces
-from zeroinf.service.requests import Request
+from zeroinf.service.requests import ChatOptions, Request
 from zeroinf.service.roles import Conversations, LostMessageError
 
 _DECIMALS = 6
@@ -29,7 +32,12 @@ class TextCodec:
         self._anatomy = anatomy
         self._texts: dict[int, str] = {}
         self._pieces: Pieces | None = None
-        self._conversations = Conversations(self._render)
+        self._conversations: dict[ChatOptions, Conversations] = {}
+        self.templated = 0
+        """Plain prompts so far with special tokens: a template has been applied to them."""
+        self.doubled = 0
+        """Those to which the tokenizer would have added a second beginning-of-sequence token."""
+        self._special = () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens))
 
     @property
     def pad_token(self) -> int | None:
@@ -63,9 +71,9 @@ class TextCodec:
         prompt, or where it holds a token for which the model has no embedding.
         """
         if request.messages is not None:
-            ids = self._encode_chat(request.messages)
+            ids = self._encode_chat(request.messages, request.chat)
         elif self._tokenizer is not None:
-            ids = self._tokenizer(request.prompt)["input_ids"]
+            ids = self._encode_plain(str(request.prompt))
         else:
             ids = [byte % self._anatomy.vocabulary for byte in (request.prompt or "").encode()]
         if not ids:
@@ -81,21 +89,54 @@ class TextCodec:
                 f"tokens below {self._anatomy.vocabulary} only"
             )
 
-    def _encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if self._tokenizer is None or self._tokenizer.chat_template is None:
-            raise ValueError("the model has no chat template: give `prompt` instead of `messages`")
+    def _encode_plain(self, prompt: str) -> list[int]:
+        """Tokens of a text. Where it begins with the token with which the tokenizer begins, that is there once."""
+        assert self._tokenizer is not None
+        ids = list(self._tokenizer(prompt)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        self.templated += any(token in prompt for token in self._special)
+        if bos is None or ids[:2] != [bos, bos] or not prompt.startswith(str(self._tokenizer.bos_token)):
+            return ids
+        self.doubled += 1
+        return ids[1:]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
+
+    def _encode_chat(self, messages: Sequence[dict[str, str]], options: ChatOptions) -> list[int]:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise ValueError("the model has no chat template: give plain prompts instead of messages")
+        if options not in self._conversations:
+            self._check_variables(options)
+            self._conversations[options] = Conversations(partial(self._render, options))
         try:
             with _clock_at(self._now):
-                rendered = self._conversations.render(messages)
+                rendered = self._conversations[options].render(messages)
         except LostMessageError:
             raise
         except Exception as error:  # templates are the model author's own programs and raise what they like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _check_variables(self, options: ChatOptions) -> None:
+        """Raises ValueError for a variable that the chat template does not read: it would change nothing."""
         assert self._tokenizer is not None
-        return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        template = str(self._tokenizer.chat_template)
+        for name, _ in options.variables:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(f"the model's chat template does not read {name!r}: it would change nothing")
+
+    def _render(self, options: ChatOptions, messages: Sequence[Mapping[str, Any]]) -> str:
+        assert self._tokenizer is not None
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            tokenize=False,
+            **{name: json.loads(value) for name, value in options.variables},
+        )
+        return str(rendered)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
