@@ -13,6 +13,7 @@ from gguf_files import ARCHITECTURES, write_gguf
 from ranks import on_ranks
 from safetensors.torch import load_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
+from tiers import tiered
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.keep import list_stores
@@ -23,6 +24,7 @@ from zeroinf.model.source import resolve_model
 SMALL_BLOCKS = ["Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"]
 LARGE_BLOCKS = ["Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"]
 CODEBOOKS = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
+USUAL = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text")
 NUMBERS = ["F16", "BF16", "F32"]
 
 Gguf = Callable[..., tuple[Path, Path]]
@@ -77,7 +79,7 @@ def run(file: Path, **where: Any) -> list[list[int]]:
         engine.close()
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", tiered(sorted(ARCHITECTURES), USUAL))
 def test_tokens_are_those_of_the_model_that_the_file_stands_for(name: str, gguf_of: Gguf) -> None:
     file, full = gguf_of(name, SMALL_BLOCKS)
     assert run(file) == plain_tokens(full)

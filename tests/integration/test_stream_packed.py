@@ -14,6 +14,7 @@ from packed import METHODS, packed_checkpoint
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
+from tiers import tiered
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.keep import list_stores
@@ -27,6 +28,9 @@ MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 # Of layouts that differ in more than the width of their codes.
 MIXED = [(name, method) for name in MIXTURES for method in ("gptq_ordered", "awq", "fp8")]
 MIXED += [("qwen3_moe", method) for method in sorted(METHODS) if method not in ("gptq_ordered", "awq", "fp8")]
+
+USUAL = ("gptq_ordered", "gptq_v2", "awq", "fp8", "fp8_ue8m0")
+USUAL_MIXED = [("qwen3_moe", "gptq_ordered"), ("mixtral", "awq"), ("deepseek_v3", "fp8")]
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +51,13 @@ def run(folder: Path, **where: Any) -> list[list[int]]:
         engine.close()
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", tiered(sorted(METHODS), USUAL))
 def test_tokens_are_those_of_the_weights_in_full(method: str, packed: Packed) -> None:
     folder = packed("llama", method)
     assert run(folder) == plain_tokens(folder / "full")
 
 
-@pytest.mark.parametrize(("name", "method"), MIXED)
+@pytest.mark.parametrize(("name", "method"), tiered(MIXED, USUAL_MIXED))
 def test_experts_that_transformers_fuses_give_these_tokens(name: str, method: str, packed: Packed) -> None:
     folder = packed(name, method)
     assert run(folder) == plain_tokens(folder / "full")

@@ -20,6 +20,7 @@ from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.quantized.expansion import expansions
+from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
@@ -49,6 +50,8 @@ class StreamEngine:
         self._place = control.place
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model, plan.wire)
+        if expansions(self._model):
+            require_kernels(device)
         self._expander = Expander(groups, device) if plan.wire != "model" else None
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.fused import fused
 from zeroinf.model.quantized.linears import Stored, hold_linears
 
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
@@ -65,17 +66,27 @@ class _Fp8:
         return None
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        """Values that any dtype holds exactly, times float32, rounded once: in place, nothing is written in float32."""
         scales = held[_SCALES]
         scales = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
-        whole.copy_(held["weight"])
-        if self.block is None:
-            whole.mul_(scales.reshape(*whole.shape[:-2], -1, 1))
-            return
         rows, columns = whole.shape[-2:]
-        of_rows = scales.repeat_interleave(self.block[0], dim=-2)[..., :rows, :]
-        full = columns // self.block[1]
-        blocks: torch.Tensor = whole[..., : full * self.block[1]].unflatten(-1, (full, self.block[1]))  # type: ignore[no-untyped-call]
-        blocks.mul_(of_rows[..., :full, None])
-        if columns % self.block[1]:
-            whole[..., full * self.block[1] :].mul_(of_rows[..., full:])
+        if self.block is not None:
+            height, width = self.block
+        else:
+            height, width = 1 if scales.numel() > whole[..., 0, 0].numel() else rows, columns
+        down = ceil(rows / height)
+        _expand_fused(whole, held["weight"], scales.reshape(*whole.shape[:-2], down, -1), height, width)
+
+
+def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
+    """Values that any dtype holds exactly, times float32, rounded once: in place, nothing is written in float32."""
+    whole.copy_(codes)
+    rows, columns = whole.shape[-2:]
+    of_rows = scales.repeat_interleave(height, dim=-2)[..., :rows, :]
+    full = columns // width
+    blocks: torch.Tensor = whole[..., : full * width].unflatten(-1, (full, width))  # type: ignore[no-untyped-call]
+    blocks.mul_(of_rows[..., :full, None])
+    if columns % width:
+        whole[..., full * width :].mul_(of_rows[..., full:])
+
+
+_expand_fused = fused("expand_fp8(Tensor(a!) whole, Tensor codes, Tensor scales, int height, int width) -> ()", _expand)

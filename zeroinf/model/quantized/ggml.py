@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from zeroinf.model.quantized.fused import fused
+
 _Blocks = torch.Tensor
 """(blocks, bytes of one) uint8."""
 
@@ -39,10 +41,17 @@ class GgmlType:
 
 def expand(packed: torch.Tensor, kind: GgmlType, whole: torch.Tensor) -> None:
     """Write the weights that `packed` (..., bytes of a row; uint8) stands for into `whole` (..., columns; strided)."""
+    if kind.name in _FUSED:
+        _expand_fused(whole, packed, _NUMBERS[kind.name], kind.weights, kind.nbytes)
+    else:
+        _expand(packed, kind, whole)
+
+
+def _expand(packed: torch.Tensor, kind: GgmlType, whole: torch.Tensor) -> None:
     at_once = _CPU_WEIGHTS_AT_ONCE if packed.device.type == "cpu" else _WEIGHTS_AT_ONCE
     if whole.dim() > 2 and whole[0].numel() > at_once:
         for own, into in zip(packed, whole, strict=True):
-            expand(own, kind, into)
+            _expand(own, kind, into)
         return
     step = max(1, at_once // max(1, whole[:1].numel()))
     for start in range(0, whole.shape[0], step):
@@ -279,3 +288,12 @@ QUANTIZED_TYPES = {
     39: GgmlType("MXFP4", 32, 17, _mxfp4),
 }
 """By the number that files give them."""
+
+_NUMBERS = {kind.name: number for number, kind in QUANTIZED_TYPES.items()}
+# Types of which a kernel knows.
+_FUSED = {"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
+
+_expand_fused = fused(
+    "expand_ggml(Tensor(a!) whole, Tensor packed, int kind, int weights, int nbytes) -> ()",
+    lambda whole, packed, kind, *ignored: _expand(packed, QUANTIZED_TYPES[kind], whole),
+)

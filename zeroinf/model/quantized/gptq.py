@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.fused import fused
 from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
 from zeroinf.model.quantized.linears import Stored, hold_linears
 
@@ -112,27 +113,9 @@ class _Gptq:
         return None if is_usual else "its groups are not in order (g_idx), though its config has no desc_act"
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        mask, pack = (1 << self.bits) - 1, 32
-
-        def weights(stack: slice, rows: slice) -> torch.Tensor:
-            words = (
-                slice(None)
-                if rows.start is None
-                else slice(rows.start * self.bits // 32, min(rows.stop, whole.shape[-2]) * self.bits // 32)
-            )
-            codes = unpack(_part(held["qweight"], stack, rows), self.bits, -2)
-            zeros = ((unpack(_part(held["qzeros"], stack, words), self.bits, -1) + self.less) & mask).float()
-            scales = _part(held["scales"], stack, rows)
-            if self.is_ordered:
-                groups = (held["g_idx"][stack] if held["g_idx"].dim() > 1 else held["g_idx"]).long()
-                index = groups[..., None].expand(codes.shape)
-                made = affine(codes, zeros.gather(-2, index), scales.gather(-2, index))
-            else:
-                grouped = _grouped(codes, scales.shape[-2])
-                made = affine(grouped, zeros[..., None, :], scales[..., None, :]).flatten(-3, -2)
-            return made.transpose(-1, -2).contiguous()
-
-        by_slices(whole, pack, weights)
+        order = held["g_idx"] if self.is_ordered else None
+        expand = _expand_fused if self.bits in _FUSED_BITS else _expand
+        expand(whole, held["qweight"], held["qzeros"], held["scales"], order, self.bits, self.less, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +148,47 @@ class _Awq:
         return None
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        def weights(stack: slice, rows: slice) -> torch.Tensor:
-            words = (
-                slice(None)
-                if rows.start is None
-                else slice(rows.start * self.bits // 32, min(rows.stop, whole.shape[-2]) * self.bits // 32)
-            )
-            codes = unpack(_part(held["qweight"], stack, words), self.bits, -1, _AWQ_ORDER)
-            zeros = unpack(_part(held["qzeros"], stack, words), self.bits, -1, _AWQ_ORDER).float()
-            scales = _part(held["scales"], stack, rows)
-            grouped = _grouped(codes, scales.shape[-2])
-            made = affine(grouped, zeros[..., None, :], scales[..., None, :]).flatten(-3, -2)
-            return made.transpose(-1, -2).contiguous()
+        _expand_fused(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)
 
-        by_slices(whole, 32, weights)
+
+def _expand(
+    whole: torch.Tensor,
+    codes: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    order: torch.Tensor | None,
+    bits: int,
+    less: int,
+    awq: bool,
+) -> None:
+    """Fill `whole` (..., outputs, inputs); `order` tells the group of each input where groups are not in order."""
+    mask, places = (1 << bits) - 1, _AWQ_ORDER if awq else None
+
+    def weights(stack: slice, rows: slice) -> torch.Tensor:
+        words = rows
+        if rows.start is not None:
+            words = slice(rows.start * bits // 32, min(rows.stop, whole.shape[-2]) * bits // 32)
+        own = unpack(_part(codes, stack, words if awq else rows), bits, -1 if awq else -2, places)
+        zero = ((unpack(_part(zeros, stack, words), bits, -1, places) + less) & mask).float()
+        scale = _part(scales, stack, rows)
+        if order is not None:
+            groups = (order[stack] if order.dim() > 1 else order).long()
+            index = groups[..., None].expand(own.shape)
+            made = affine(own, zero.gather(-2, index), scale.gather(-2, index))
+        else:
+            made = affine(_grouped(own, scale.shape[-2]), zero[..., None, :], scale[..., None, :]).flatten(-3, -2)
+        return made.transpose(-1, -2).contiguous()
+
+    by_slices(whole, 32, weights)
+
+
+_expand_fused = fused(
+    "expand_words(Tensor(a!) whole, Tensor codes, Tensor zeros, Tensor scales, Tensor? order, int bits, int less, "
+    "bool awq) -> ()",
+    _expand,
+)
+# Widths of codes of which a kernel knows.
+_FUSED_BITS = (2, 4, 8)
 
 
 def _grouped(codes: torch.Tensor, groups: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.model.quantized.expansion import Expansion, Held, meta
+from zeroinf.model.quantized.fused import fused
 
 # Values that the codes stand for, and how many codes share a power of two.
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -39,13 +40,20 @@ def _expand_mxfp4(names: tuple[str, ...], dtype: torch.dtype, held: Held) -> dic
     for name in names:
         blocks, scales = held[f"{name}_blocks"], held[f"{name}_scales"]
         experts, outputs, groups, _ = blocks.shape
-        whole = torch.empty(experts, groups * _FP4_GROUP, outputs, dtype=dtype, device=blocks.device)
-        at_once = max(1, _ELEMENTS_AT_ONCE // whole[0].numel())
-        for first in range(0, experts, at_once):
-            some = slice(first, first + at_once)
-            whole[some] = _fp4(blocks[some], scales[some], dtype).transpose(1, 2)
-        found[name] = whole
+        found[name] = torch.empty(experts, groups * _FP4_GROUP, outputs, dtype=dtype, device=blocks.device)
+        _expand_fused(found[name].transpose(1, 2), blocks, scales)
     return found
+
+
+def _expand(whole: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fill `whole` (experts, outputs, inputs)."""
+    at_once = max(1, _ELEMENTS_AT_ONCE // whole[0].numel())
+    for first in range(0, whole.shape[0], at_once):
+        some = slice(first, first + at_once)
+        whole[some] = _fp4(blocks[some], scales[some], whole.dtype)
+
+
+_expand_fused = fused("expand_fp4(Tensor(a!) whole, Tensor packed, Tensor scales) -> ()", _expand)
 
 
 def _fp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
