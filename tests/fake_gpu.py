@@ -51,10 +51,15 @@ class FakeGpu:
         self.total = total_bytes
         self.neighbours = self.context = self.reserved = self.allocated = 0
         self.most_reserved = self.most_allocated = 0
-        self.limit: float | None = None
+        self.limits: list[float] = []
         """What set_per_process_memory_fraction was told."""
         self.nvml = True
         """Whether NVML says how much is in use."""
+
+    @property
+    def limit(self) -> float | None:
+        """The part of the memory that torch may take now."""
+        return self.limits[-1] if self.limits else None
 
     @property
     def used(self) -> int:
@@ -64,7 +69,7 @@ class FakeGpu:
         """Let torch, NVML and the planner find this GPU until the test is over."""
         answers = {
             "set_device": lambda device: None,
-            "set_per_process_memory_fraction": lambda fraction, device: setattr(self, "limit", fraction),
+            "set_per_process_memory_fraction": lambda fraction, device: self.limits.append(fraction),
             "get_device_properties": lambda device: SimpleNamespace(total_memory=self.total),
             "memory_allocated": lambda device: self.allocated,
             "memory_reserved": lambda device: self.reserved,

@@ -5,7 +5,7 @@ A call that the protocol does not know ends in an error, as it would with the co
 
 from __future__ import annotations
 
-from zeroinf.jobs.observer import Observer
+from zeroinf.service.observer import Observer
 
 
 class Deaf(Observer):

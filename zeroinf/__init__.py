@@ -5,15 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeroinf.api import Generated, Pipeline, Plan, Result, TensorParallel, generate, pipeline, plan
+    from zeroinf.api import (
+        AioSettings,
+        Completion,
+        Generated,
+        Handle,
+        Pipeline,
+        Plan,
+        Result,
+        TensorParallel,
+        TokenEvent,
+        generate,
+        pipeline,
+        plan,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "AioSettings",
+    "Completion",
     "Generated",
+    "Handle",
     "Pipeline",
     "Plan",
     "Result",
     "TensorParallel",
+    "TokenEvent",
     "__version__",
     "generate",
     "pipeline",

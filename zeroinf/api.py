@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from zeroinf.distributed.world import world_from_environment
 from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import choose_engine
-from zeroinf.jobs.runner import pick_device
-from zeroinf.jobs.session import Session
-from zeroinf.model.anatomy import KvDtype
-from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, load_tokenizer, resolve_model
+from zeroinf.jobs.progress import ProgressObserver
+from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.session import Session, open_session
+from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.model.source import ModelSource, load_tokenizer
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
-from zeroinf.planner.plan import Plan, TensorParallel
-from zeroinf.planner.traits import needs_full_weights
+from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.core import Priority
+from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result
 from zeroinf.service.text import TextCodec, encode_prompt
 from zeroinf.simulation.planning import answer
@@ -36,7 +37,22 @@ Chat: TypeAlias = Sequence[Mapping[str, str]]
 Size: TypeAlias = int | str
 """Bytes, or text such as "24GiB"."""
 
-_CALL_ARGUMENTS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+Prompt: TypeAlias = str | Chat | Mapping[str, Any]
+"""Text, a chat, or an entry as in JSONL input: `prompt` or `messages`, and settings that hold for it alone."""
+
+
+class CallSettings(TypedDict, total=False):
+    """What a call of a pipeline can be told."""
+
+    return_full_text: bool | None
+    max_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str]
+    ignore_eos: bool
 
 
 class Generated(TypedDict):
@@ -110,26 +126,70 @@ def plan(
 
 
 def generate(
-    model: str, prompts: Sequence[str], *, max_new_tokens: int = 128, batch_size: int | None = None, **options: Any
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    engine: Engine = "auto",
+    offload: Offload | Literal["auto"] = "auto",
+    nvme_paths: Iterable[str | Path] = (),
+    fetch: Fetch | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    micro_batch_rows: int | None = None,
+    wire: Wire = "model",
+    kv: Kv = "auto",
+    kv_dtype: KvDtype = "model",
+    resident_blocks: int | None = None,
+    tensor_parallel: TensorParallel | None = None,
+    num_gpus: int | None = None,
+    gpu_memory: Size | None = None,
+    host_memory: Size | None = None,
+    pin_memory: bool = True,
+    aio: AioSettings | None = None,
+    zero_config: str | Path | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    progress: bool | None = None,
 ) -> list[Result]:
-    """Load `model`, complete each of `prompts`, in order, and free it again.
+    """Load `model`, complete each of `prompts`, and free it again: a result for each, in order.
 
-    `options` are those of `pipeline` (how to run) and of calling it (`temperature`, `top_p`, `top_k`, `seed`, `stop`,
-    `ignore_eos`). What is planned for is the longest prompt. Where the model's scores for a prompt are not numbers, the
-    `finish_reason` of its result is "error". Raises a ZeroinfError with a message and a hint.
+    A prompt is text, a chat, or what a line of `zeroinf run -i` may be: `{"prompt": ..., "max_new_tokens": 8}`, whose
+    settings hold for it alone. Sampling is as in calls of a `Pipeline`, how to run as in `pipeline`. Memory is planned
+    for these prompts. Where the model's scores for a prompt are not numbers, the `finish_reason` of its result is
+    "error". Raises InputError for prompts that cannot be run, and whatever else a run raises, with message and hint.
     """
-    sampling = _sampling(max_new_tokens, {name: options.pop(name) for name in _CALL_ARGUMENTS[1:] if name in options})
-    run_options, source = _resolve(model, batch_size, sampling, options)
-    requests = [_request(number, prompt, sampling) for number, prompt in enumerate(prompts)]
+    sampling = _sampling(
+        max_new_tokens, do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs
+    )
+    options = _options(
+        model, sampling, engine, offload, nvme_paths, fetch, batch_size, micro_batch_rows, wire, kv, kv_dtype,
+        resident_blocks, tensor_parallel, gpu_memory, host_memory, pin_memory, aio, zero_config, dtype, revision,
+        trust_remote_code, random_weights,
+    )  # fmt: skip
+    requests = _requests(prompts, sampling)
     if not requests:
         return []
-    anatomy = read_anatomy(source.config, trust_remote_code=source.trust_remote_code)
-    codec = TextCodec(load_tokenizer(source), anatomy)
-    longest = max(len(encode_prompt(codec, request)) for request in requests)
-    with _open(
-        run_options, source, Lengths(prompt_tokens=longest, new_tokens=max_new_tokens), len(requests)
-    ) as session:
-        return session.run(requests)
+
+    def lengths(source: ModelSource, anatomy: Anatomy) -> Lengths:
+        codec = TextCodec(load_tokenizer(source), anatomy)
+        rows = [(len(encode_prompt(codec, request)), request.sampling.max_new_tokens) for request in requests]
+        asked = [count for request in requests if (count := request.sampling.logprobs) is not None]
+        return Lengths.of(anatomy, rows, max(asked, default=None))
+
+    observer = ProgressObserver(progress)
+    with open_session(options, lengths, len(requests), observer, num_gpus) as session:
+        results = observer.counted(session.results(requests), len(requests))
+        return sorted(results, key=lambda result: result.index)
 
 
 def pipeline(
@@ -137,72 +197,121 @@ def pipeline(
     *,
     max_prompt_tokens: int = 512,
     max_new_tokens: int = 128,
+    logprobs: int | None = None,
+    engine: Engine = "auto",
+    offload: Offload | Literal["auto"] = "auto",
+    nvme_paths: Iterable[str | Path] = (),
+    fetch: Fetch | Literal["auto"] = "auto",
     batch_size: int | None = None,
-    **options: Any,
+    micro_batch_rows: int | None = None,
+    wire: Wire = "model",
+    kv: Kv = "auto",
+    kv_dtype: KvDtype = "model",
+    resident_blocks: int | None = None,
+    tensor_parallel: TensorParallel | None = None,
+    num_gpus: int | None = None,
+    gpu_memory: Size | None = None,
+    host_memory: Size | None = None,
+    pin_memory: bool = True,
+    aio: AioSettings | None = None,
+    zero_config: str | Path | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    progress: bool | None = None,
 ) -> Pipeline:
-    """Load `model` once, for calls as of transformers' text-generation pipeline.
+    """Load `model` once, for calls as of transformers' text-generation pipeline, and for single requests.
 
-    `max_prompt_tokens` and `max_new_tokens` are what memory is planned for. `batch_size` None lets the planner choose.
-    `options` say how to run, with the names and meanings of the flags of `zeroinf run`: `engine`, `offload`,
-    `nvme_paths`, `fetch`, `wire`, `kv`, `kv_dtype`, `resident_blocks`, `micro_batch_rows`, `dtype`, `revision`,
-    `trust_remote_code`, `random_weights`, `pin_memory`, `gpu_memory`, `host_memory`, `zero_config`, `tensor_parallel`
-    (a TensorParallel).
+    `max_prompt_tokens`, `max_new_tokens` and `logprobs` (the most that a request may ask for) are what is planned
+    for. `batch_size` None lets the planner choose. The others say how to run, with the names and meanings of the flags
+    of `zeroinf run`. `progress` shows loading and results on stderr or in a notebook; None: where somebody looks.
 
         pipe = zeroinf.pipeline("HuggingFaceTB/SmolLM2-135M-Instruct", offload="cpu")
         pipe("The capital of France is", max_new_tokens=8)     # [{"generated_text": "The capital of France is ..."}]
         pipe(["one", "two"], return_full_text=False)            # a list of such lists
         pipe.close()
 
-    Under a launcher (`deepspeed`, torchrun) every rank makes the pipeline and calls it with the same prompts.
+    `num_gpus` starts a rank for each GPU but the first, as processes of their own; without it, one GPU is used. Under a
+    launcher (`deepspeed`, torchrun) every rank makes the pipeline and calls it alike instead: all ranks run rank 0's
+    prompts, and get the results.
     """
-    sampling = _sampling(max_new_tokens, {})
-    run_options, source = _resolve(model, batch_size, sampling, options)
-    lengths = Lengths(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens)
-    return Pipeline(_open(run_options, source, lengths, None), max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    options = _options(
+        model, sampling, engine, offload, nvme_paths, fetch, batch_size, micro_batch_rows, wire, kv, kv_dtype,
+        resident_blocks, tensor_parallel, gpu_memory, host_memory, pin_memory, aio, zero_config, dtype, revision,
+        trust_remote_code, random_weights,
+    )  # fmt: skip
+    lengths = Lengths(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, logprobs=logprobs)
+    observer = ProgressObserver(progress)
+    return Pipeline(open_session(options, lengths, None, observer, num_gpus), max_new_tokens, observer)
 
 
 class Pipeline:
-    """A loaded model, called as transformers' text-generation pipeline is. Made by `zeroinf.pipeline`."""
+    """A loaded model, called as transformers' text-generation pipeline is. Made by `zeroinf.pipeline`.
+
+    Calls may come from several threads: their requests run side by side.
+    """
 
     task = "text-generation"
 
-    def __init__(self, session: Session, max_new_tokens: int) -> None:
-        self._session = session
+    def __init__(self, session: Session, max_new_tokens: int, observer: ProgressObserver) -> None:
+        self._session, self._observer = session, observer
         self._max_new_tokens = max_new_tokens
+
+    def __repr__(self) -> str:
+        return f"zeroinf.Pipeline\n{self.plan!r}"
 
     @property
     def plan(self) -> Plan:
         """How it runs."""
-        plan: Plan = self._session.plan
-        return plan
+        return self._session.plan
 
     @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model, None for random weights without one."""
-        return self._session.tokenizer
+        return self._session.model.codec.tokenizer
 
     @overload
-    def __call__(self, text_inputs: str, **how: Any) -> list[Generated]: ...
+    def __call__(  # type: ignore[overload-overlap]
+        self, text_inputs: str, **how: Unpack[CallSettings]
+    ) -> list[Generated]: ...
     @overload
-    def __call__(self, text_inputs: Sequence[str], **how: Any) -> list[list[Generated]]: ...
+    def __call__(self, text_inputs: Chat, **how: Unpack[CallSettings]) -> list[Generated]: ...
     @overload
-    def __call__(self, text_inputs: Chat, **how: Any) -> list[Generated]: ...
+    def __call__(self, text_inputs: Sequence[str], **how: Unpack[CallSettings]) -> list[list[Generated]]: ...
     @overload
-    def __call__(self, text_inputs: Sequence[Chat], **how: Any) -> list[list[Generated]]: ...
-    def __call__(self, text_inputs: Any, *, return_full_text: bool | None = None, **how: Any) -> Any:
+    def __call__(self, text_inputs: Sequence[Prompt], **how: Unpack[CallSettings]) -> list[list[Generated]]: ...
+    def __call__(
+        self,
+        text_inputs: Any,
+        *,
+        return_full_text: bool | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Any:
         """Complete a prompt or a chat, or each of several.
 
         One input gives a list with one `{"generated_text": ...}`, several give a list of such lists. The text begins
         with the prompt unless `return_full_text` is False; a chat comes back with the answer as its last message.
-        `how`: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, `seed`, `stop` (a text or several) and
-        `ignore_eos`. Raises UsageError for other arguments, InputError for a prompt longer than was planned for,
-        RequestsFailedError where the model's scores for a prompt are not numbers.
+        Greedy unless `do_sample` is set or a `temperature` above 0 is given. Raises UsageError for settings that mean
+        nothing, InputError for a prompt longer than was planned for, RequestsFailedError where the model's scores for a
+        prompt are not numbers.
         """
-        sampling = _sampling(how.pop("max_new_tokens", self._max_new_tokens), how)
-        single = isinstance(text_inputs, str) or _is_chat(text_inputs)
+        sampling = _sampling(
+            max_new_tokens or self._max_new_tokens,
+            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=None,
+        )  # fmt: skip
+        single = isinstance(text_inputs, (str, Mapping)) or _is_chat(text_inputs)
         inputs = [text_inputs] if single else list(text_inputs)
         full = True if return_full_text is None else return_full_text
-        results = self._session.run([_request(number, one, sampling) for number, one in enumerate(inputs)])
+        results = self._all(_requests(inputs, sampling))
         failed = [result for result in results if result.failed]
         if failed:
             raise RequestsFailedError(
@@ -212,8 +321,90 @@ class Pipeline:
         found = [[_generated(one, result, full)] for one, result in zip(inputs, results, strict=True)]
         return found[0] if single else found
 
+    def _all(self, requests: Sequence[Request]) -> list[Result]:
+        results = self._observer.counted(self._session.results(requests), len(requests))
+        return sorted(results, key=lambda result: result.index)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+    ) -> list[Result]:
+        """A result for each prompt, in order, with finish reasons, token counts and log-probabilities."""
+        sampling = _sampling(
+            max_new_tokens or self._max_new_tokens,
+            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
+        )  # fmt: skip
+        return self._all(_requests(prompts, sampling))
+
+    def as_finished(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+    ) -> Iterator[Result]:
+        """The same results as they finish; `index` says whose each is. What is left is cancelled where the caller
+        stops."""
+        sampling = _sampling(
+            max_new_tokens or self._max_new_tokens,
+            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
+        )  # fmt: skip
+        return self._session.results(_requests(prompts, sampling))
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        priority: Priority = "interactive",
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+    ) -> Handle:
+        """Let one prompt be completed beside all others, and return at once.
+
+        Iterating over the handle, with `for` or `async for`, gives text as it comes; `.result()` waits for the whole,
+        `await` does so in asyncio; `.cancel()` ends it. Interactive requests enter before those of calls.
+
+            for event in pipe.submit("Once upon a time"):
+                print(event.text, end="", flush=True)
+
+            async def ask(prompt):
+                return (await pipe.submit(prompt)).text
+
+        Under a launcher only rank 0 submits.
+        """
+        sampling = _sampling(
+            max_new_tokens or self._max_new_tokens,
+            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
+        )  # fmt: skip
+        (request,) = _requests([prompt], sampling)
+        return self._session.submit(request, priority=priority, stream=True)
+
     def close(self) -> None:
-        """Free the model."""
+        """Free the model; what has not ended is cancelled."""
         self._session.close()
 
     def __enter__(self) -> Pipeline:
@@ -223,78 +414,127 @@ class Pipeline:
         self.close()
 
 
-def _open(options: RunOptions, source: ModelSource, lengths: Lengths, requests: int | None) -> Session:
-    world = world_from_environment()
-    return Session(options, source, lengths, requests, world, pick_device(world))
-
-
-def _resolve(
-    model: str, batch_size: int | None, sampling: Sampling, options: dict[str, Any]
-) -> tuple[RunOptions, ModelSource]:
-    """The options of a run, and the model. Raises UsageError for names that no option has."""
-    for name in ("gpu_memory", "host_memory"):
-        if name in options:
-            options[f"{name}_bytes"] = _bytes(options.pop(name))
-    if "nvme_paths" in options:
-        options["nvme_paths"] = tuple(map(Path, options["nvme_paths"]))
-    known = {field.name for field in fields(RunOptions)} - _OF_JOBS
-    if unknown := sorted(options.keys() - known):
-        raise UsageError(
-            f"unknown option {unknown[0]!r}",
-            hint=f"one of {', '.join(sorted(n.removesuffix('_bytes') for n in known))}",
-        )
-    asked = RunOptions(model=model, sampling=sampling, batch_size=batch_size)
-    engine, _ = choose_engine(options.get("engine", "auto"), own_zero_config="zero_config" in options)
-    source = resolve_model(
-        model,
-        revision=options.get("revision"),
-        trust_remote_code=options.get("trust_remote_code", False),
-        random_weights=options.get("random_weights", False),
-        in_full=needs_full_weights(engine, options.get("wire", "model")),
+def _options(
+    model: str,
+    sampling: Sampling,
+    engine: Engine,
+    offload: Offload | Literal["auto"],
+    nvme_paths: Iterable[str | Path],
+    fetch: Fetch | Literal["auto"],
+    batch_size: int | None,
+    micro_batch_rows: int | None,
+    wire: Wire,
+    kv: Kv,
+    kv_dtype: KvDtype,
+    resident_blocks: int | None,
+    tensor_parallel: TensorParallel | None,
+    gpu_memory: Size | None,
+    host_memory: Size | None,
+    pin_memory: bool,
+    aio: AioSettings | None,
+    zero_config: str | Path | None,
+    dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    random_weights: bool,
+) -> RunOptions:
+    return RunOptions(
+        model=model,
+        sampling=sampling,
+        engine=engine,
+        offload=offload,
+        nvme_paths=tuple(map(Path, nvme_paths)),
+        fetch=fetch,
+        batch_size=batch_size,
+        micro_batch_rows=micro_batch_rows,
+        wire=wire,
+        kv=kv,
+        kv_dtype=kv_dtype,
+        resident_blocks=resident_blocks,
+        tensor_parallel=TensorParallel(size=0) if tensor_parallel is None else tensor_parallel,
+        gpu_memory_bytes=_bytes(gpu_memory),
+        host_memory_bytes=_bytes(host_memory),
+        pin_memory=pin_memory,
+        aio=AioSettings() if aio is None else aio,
+        zero_config=None if zero_config is None else Path(zero_config),
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        random_weights=random_weights,
     )
-    return replace(asked, **options), source
 
 
-_OF_JOBS = {
-    *("model", "sampling", "batch_size", "prompts", "input_files", "input_format", "output_file", "overwrite"),
-    *("benchmark", "repetitions", "sampling_only", "resume", "resume_anyway", "resume_command", "max_error_rate"),
-}
-
-
-def _sampling(max_new_tokens: int, how: dict[str, Any]) -> Sampling:
+def _sampling(
+    max_new_tokens: int,
+    do_sample: bool | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: str | Sequence[str],
+    *,
+    ignore_eos: bool,
+    logprobs: int | None,
+) -> Sampling:
     """Greedy unless `do_sample` is set or a temperature above 0 is given."""
-    if unknown := sorted(how.keys() - set(_CALL_ARGUMENTS)):
-        raise UsageError(f"unknown argument {unknown[0]!r}", hint=f"one of {', '.join(_CALL_ARGUMENTS)}")
-    given = dict(how)
-    do_sample = given.pop("do_sample", None)
-    if do_sample is False and given.get("temperature"):
+    if do_sample is False and temperature:
         raise UsageError("temperature has no effect with do_sample=False", hint="drop one of them")
-    if do_sample:
-        given.setdefault("temperature", 1.0)
-    if isinstance(given.get("stop"), str):
-        given["stop"] = (given["stop"],)
+    if do_sample and temperature is None:
+        temperature = 1.0
+    only = {"top_p": top_p, "top_k": top_k, "seed": seed}
+    given = {name: value for name, value in only.items() if value is not None}
     try:
-        sampling = Sampling(max_new_tokens=max_new_tokens, **{**given, "stop": tuple(given.get("stop", ()))})
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature or 0.0,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            **given,  # type: ignore[arg-type]
+        )
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    if sampling.is_greedy and (idle := [name for name in ("top_p", "top_k", "seed") if name in how]):
-        raise UsageError(f"{', '.join(idle)} would change nothing: it is greedy", hint="add do_sample=True, or drop it")
+    if sampling.is_greedy and given:
+        raise UsageError(
+            f"{', '.join(given)} would change nothing: it is greedy", hint="add do_sample=True, or drop it"
+        )
     return sampling
 
 
-def _request(number: int, prompt: Any, sampling: Sampling) -> Request:
-    if not isinstance(prompt, str) and not _is_chat(prompt):
-        raise InputError(f"prompt {number} is {type(prompt).__name__}", hint="give text, or a list of messages")
-    messages = None if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
-    text = prompt if isinstance(prompt, str) else None
-    return Request(index=number, line=None, id=str(number), prompt=text, messages=messages, sampling=sampling)
+def _requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
+    """What `prompts` ask for, read as lines of JSONL are. Raises InputError for one that cannot be run."""
+    if isinstance(prompts, (str, Mapping)) or _is_chat(prompts):
+        raise InputError("one prompt where several were expected", hint="give a list of prompts")
+    lines = [json.dumps(_entry(number, prompt)) for number, prompt in enumerate(prompts)]
+    if not lines:
+        return []
+    source = BytesIO("\n".join(lines).encode())
+    requests, refusals = read_requests((), source, sampling, input_format="jsonl", name="prompts")
+    if refusals:
+        raise InputError(f"prompt {refusals[0].index}: {refusals[0].reason}", hint="mend it, or leave it out")
+    return [replace(request, line=None) for request in requests]
+
+
+def _entry(number: int, prompt: Any) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"id": str(number), "prompt": prompt}
+    if isinstance(prompt, Mapping):
+        return {"id": str(number), **prompt}
+    if _is_chat(prompt):
+        return {"id": str(number), "messages": [dict(message) for message in prompt]}
+    raise InputError(f"prompt {number} is {type(prompt).__name__}", hint="give text, a list of messages, or a dict")
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(message, Mapping) for message in value)
+    """Whether it is a list of messages, and not one of prompts with settings."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return False
+    return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def _generated(asked: Any, result: Result, full: bool) -> Generated:
+    if isinstance(asked, Mapping):
+        asked = asked["messages"] if "messages" in asked else asked["prompt"]
     if not full:
         return {"generated_text": result.completion}
     if isinstance(asked, str):
@@ -311,4 +551,17 @@ def _bytes(size: Size | None) -> int | None:
         raise UsageError(str(error)) from error
 
 
-__all__ = ["Generated", "Pipeline", "Plan", "Result", "TensorParallel", "generate", "pipeline", "plan"]
+__all__ = [
+    "AioSettings",
+    "Completion",
+    "Generated",
+    "Handle",
+    "Pipeline",
+    "Plan",
+    "Result",
+    "TensorParallel",
+    "TokenEvent",
+    "generate",
+    "pipeline",
+    "plan",
+]

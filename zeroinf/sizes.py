@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as people write and read them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
 _UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_GIB = 1 << 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -25,3 +26,13 @@ def parse_size(text: str, *, multiple_of: int = 1) -> int:
         whole = "a whole number of bytes" if multiple_of == 1 else f"a multiple of {multiple_of} bytes"
         raise ValueError(f"{text!r} must be {whole} above zero")
     return int(size)
+
+
+def gib(size_bytes: int) -> str:
+    """A size as it is printed: `23.5 GiB`, `1.16 GiB`, and in MiB or KiB where GiB would show nothing."""
+    if _GIB / 10 <= size_bytes < 9.995 * _GIB:
+        return f"{size_bytes / _GIB:.2f} GiB"
+    for unit, name in ((_GIB, "GiB"), (1 << 20, "MiB")):
+        if size_bytes >= unit / 10 or size_bytes == 0:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes / 1024:.1f} KiB"

@@ -19,10 +19,10 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs import journal, stream
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.leaving import Leaving
-from zeroinf.jobs.observer import Observer, Progress
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
 from zeroinf.jobs.stream import Output, Stream
+from zeroinf.service.observer import Observer, Progress
 from zeroinf.service.requests import Work
 
 ROWS = 3
@@ -96,8 +96,12 @@ def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Outp
     prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
     stats = SimpleNamespace(passes=0, streamed_bytes=0)
     engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)
-    codec: Any = SimpleNamespace(decode=decode, piece=None)
-    return Stream(prepared, codec, control.part(1), control.store, engine, output, observer)
+
+    def row(prompt: Sequence[int], sampling: Sampling, *, index: int) -> Row:
+        return Row(index=index, prompt=prompt, sampling=sampling, decode=decode, piece=None)
+
+    model: Any = SimpleNamespace(engine=engine, part=control.part(1), row=row)
+    return Stream(prepared, model, control.store, output, observer)
 
 
 def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:

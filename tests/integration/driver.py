@@ -21,19 +21,14 @@ from observers import Deaf
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
-from zeroinf.engines.base import Silent
-from zeroinf.engines.registry import load_engine
-from zeroinf.generation.cache import PagePool
-from zeroinf.generation.loop import Feed, generate
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.loop import Feed
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.stream import Stream
-from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import TensorParallel
-from zeroinf.service.text import TextCodec
+from zeroinf.service.loaded import LoadedModel
 
 
 def _parallel(
@@ -64,20 +59,12 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     source = resolve_model(options.model)
     reading = read_job(options, source, "cpu")
     prepared = prepare(options, source, reading, reading.job.work, world, "cpu")
-    engine = load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), Silent())
+    model = LoadedModel(prepared.plan, source, control, torch.device("cpu"), Deaf(), zero_config=prepared.zero_config)
+    engine = model.engine
     try:
-        codec = TextCodec(load_tokenizer(source), prepared.plan.anatomy)
-        rules = TokenRules(engine.model, codec.pad_token, codec.eos_tokens)
-        part = control.part(prepared.plan.tensor_parallel.size)
-        stream = Stream(prepared, codec, part, control.store, engine, None, Deaf())
+        stream = Stream(prepared, model, control.store, None, Deaf())
         rows: list[Row] = []
-        plan, cpu = prepared.plan, torch.device("cpu")
-        pages = PagePool(engine.model, plan.rank_anatomy(world.rank), plan.pool, cpu)
-        desk = Desk(engine.model, rules, pages, cpu)
-        limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(engine.model.config))
-        scheduler = Scheduler(limits, plan.anatomy.row_pages)
-        ranks = part if plan.tensor_parallel.size > 1 else control
-        generate(engine, ranks, desk, scheduler, Feed(take=stream.take, done=rows.append, grew=stream.grew))
+        model.run(Feed(take=stream.take, done=rows.append, grew=stream.grew))
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
         control.gather(None)  # no rank removes its files while another counts
         return {
@@ -85,7 +72,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
             "finish": {row.index: row.finish_reason for row in rows},
             "batch_size": prepared.plan.batch_size,
             "prompts": [work.prompt for work in prepared.work],
-            "pad_token": rules.pad_token,
+            "pad_token": model.pad_token,
             "forwards": stream.passes,
             "bytes_on_disk": on_disk,
             "partitioned": all(
@@ -93,7 +80,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
             ),
         }
     finally:
-        engine.close()
+        model.close()
 
 
 def main(cells_file: str, result_file: str) -> None:

@@ -30,9 +30,9 @@ def fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("weights are being loaded")
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        import zeroinf.jobs.runner
+        import zeroinf.service.loaded
 
-        monkeypatch.setattr(zeroinf.jobs.runner, "load_engine", no_engine)
+        monkeypatch.setattr(zeroinf.service.loaded, "load_engine", no_engine)
         monkeypatch.setattr(sys, "argv", ["zeroinf", "run", *arguments])
         with pytest.raises(ZeroinfError) as caught:
             cli.main(args=["run", *arguments], standalone_mode=False)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from zeroinf.cli.console import ConsoleObserver
 from zeroinf.cli.main import cli, main
-from zeroinf.jobs.observer import Progress
+from zeroinf.service.observer import Progress
 
 ROWS, TOKENS = 12, 20
 

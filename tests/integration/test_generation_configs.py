@@ -19,7 +19,6 @@ import zeroinf
 from zeroinf.distributed.world import World
 from zeroinf.errors import InputError, ModelError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs import evaluate as evaluation
 from zeroinf.jobs.evaluate import evaluate
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
@@ -139,9 +138,7 @@ def test_every_engine_refuses_before_weights_are_loaded_what_is_not_carried_out(
     engine: EngineName, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint("llama", guidance_scale=1.5)
-    for module in ("zeroinf.jobs.runner", "zeroinf.jobs.session"):
-        monkeypatch.setattr(f"{module}.load_engine", lambda *given: pytest.fail("weights are loaded"))
-    monkeypatch.setattr(evaluation, "load_engine", lambda *given: pytest.fail("weights are loaded"))
+    monkeypatch.setattr("zeroinf.service.loaded.load_engine", lambda *given: pytest.fail("weights are loaded"))
     with pytest.raises(ModelError, match=r"guidance_scale 1\.5"):
         run(folder, tmp_path, {"prompt": "x"}, engine=engine)
     with pytest.raises(ModelError, match="guidance_scale"):

@@ -27,6 +27,7 @@ from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.report import RunReport
 from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
 from zeroinf.planner.plan import Plan
+from zeroinf.service import loaded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LENGTHS = (3, 9, 1, 6, 9, 2, 4, 9)
@@ -68,11 +69,11 @@ class Job:
 
     def _put_the_cpu_in_its_place(self, patch: pytest.MonkeyPatch) -> None:
         self.gpu.install(patch)
-        pool, desk = runner.PagePool, runner.Desk
-        patch.setattr(runner, "load_engine", self._load)
-        patch.setattr(runner, "measure_own_link", lambda device: LINK_GBPS)
-        patch.setattr(runner, "PagePool", lambda *given: pool(*given[:-1], CPU))
-        patch.setattr(runner, "Desk", lambda model, rules, pool, device, host: desk(model, rules, pool, CPU, host))
+        pool, desk = loaded.PagePool, loaded.Desk
+        patch.setattr(loaded, "load_engine", self._load)
+        patch.setattr(loaded, "measure_own_link", lambda device: LINK_GBPS)
+        patch.setattr(loaded, "PagePool", lambda *given: pool(*given[:-1], CPU))
+        patch.setattr(loaded, "Desk", lambda model, rules, pool, device, host: desk(model, rules, pool, CPU, host))
 
     def _load(self, plan: Plan, source: Any, config: Any, control: Any, device: Any, told: Any) -> StreamEngine:
         self.while_loading(plan)
@@ -127,7 +128,7 @@ def test_a_neighbour_that_comes_after_the_plan_ends_the_run_before_a_weight_is_l
         raise AssertionError("memory is being taken")
 
     monkeypatch.setattr(runner, "prepare", prepared)
-    monkeypatch.setattr(runner, "measure_own_link", taken)
+    monkeypatch.setattr(loaded, "measure_own_link", taken)
     job.while_loading = taken
     with pytest.raises(DoesNotFitError, match=r"GPU 0 lacks 0\.00 GiB of what the plan needs") as caught:
         job.run()
@@ -229,7 +230,7 @@ def test_the_report_puts_every_place_beside_what_was_measured(job: Job) -> None:
     job.while_loading = lambda plan: setattr(job.gpu, "most_allocated", 2 << 30)
     report = job.run(gpu_memory_bytes=8 << 30)
     outside = planned(report.plan, *OUTSIDE_TORCH)
-    assert job.gpu.limit == pytest.approx(((8 << 30) - outside) / job.gpu.total)
+    assert job.gpu.limits == [pytest.approx(((8 << 30) - outside) / job.gpu.total), 1.0], "the limit is lifted again"
     data = json.loads(json.dumps(report.to_json()))
     assert data["resident_blocks"] == 1
     assert data["link_gbps"] == LINK_GBPS

@@ -22,10 +22,10 @@ from zeroinf import generate, pipeline
 from zeroinf.cli import run as command
 from zeroinf.cli.main import cli, main
 from zeroinf.errors import RequestsFailedError
-from zeroinf.jobs import runner
 from zeroinf.jobs.interrupts import interrupted
 from zeroinf.jobs.output import errors_path, journal_path
 from zeroinf.jobs.stream import Stream
+from zeroinf.service import loaded
 
 ODD = "a $(touch trapped) `touch trapped` ;'\"&|*\\ b"
 ENTRIES = [{"id": f"r{i}", "prompt": f"word {i}", "max_new_tokens": 1 + i, "ignore_eos": True} for i in range(5)]
@@ -171,7 +171,7 @@ def test_a_job_that_is_mostly_bad_stops_before_the_work_and_names_every_bad_line
     bad: Asked, zeroinf: Zeroinf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
+        patch.setattr(loaded, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
         code, said = zeroinf(*bad.run, "--max-error-rate", "0.7")
     assert code == 5
     assert "error: 3 of 4 requests were refused, more than --max-error-rate 0.7" in said
@@ -252,7 +252,7 @@ def test_a_request_that_fails_goes_to_the_errors_and_no_resume_does_it_again(
         (2, "broken"), (3, "hot"), (4, "too"),
     ]  # fmt: skip
     errors_path(failing.out).unlink()
-    monkeypatch.setattr(runner, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
+    monkeypatch.setattr(loaded, "load_engine", lambda *args: pytest.fail("weights are being loaded"))
     report.unlink()
     code, said = zeroinf(*failing.run, "--resume", "--report", str(report))
     assert code == 5

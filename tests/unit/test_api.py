@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from html import escape
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 import transformers
+from ranks import on_ranks
 
 import zeroinf
-from zeroinf.errors import InputError, ModelError, UsageError
+from zeroinf.distributed.control import Control
+from zeroinf.errors import InputError, ModelError, RankError, UsageError
 from zeroinf.jobs.ask import PlanOptions
+from zeroinf.jobs.options import RunOptions
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]
@@ -38,11 +49,15 @@ def ours(request: pytest.FixtureRequest, model: str) -> Iterator[zeroinf.Pipelin
 
 def test_what_the_package_offers_is_frozen() -> None:
     assert zeroinf.__all__ == [
+        "AioSettings",
+        "Completion",
         "Generated",
+        "Handle",
         "Pipeline",
         "Plan",
         "Result",
         "TensorParallel",
+        "TokenEvent",
         "__version__",
         "generate",
         "pipeline",
@@ -51,6 +66,45 @@ def test_what_the_package_offers_is_frozen() -> None:
     assert all(getattr(zeroinf, name) is not None for name in zeroinf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = zeroinf.nothing
+
+
+HOW_TO_RUN = (
+    *("engine", "offload", "nvme_paths", "fetch", "batch_size", "micro_batch_rows", "wire", "kv", "kv_dtype"),
+    *("resident_blocks", "tensor_parallel", "num_gpus", "gpu_memory", "host_memory", "pin_memory", "aio"),
+    *("zero_config", "dtype", "revision", "trust_remote_code", "random_weights", "progress"),
+)
+SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (zeroinf.generate, ("model", "prompts", *SAMPLING, "logprobs", *HOW_TO_RUN)),
+        (zeroinf.pipeline, ("model", "max_prompt_tokens", "max_new_tokens", "logprobs", *HOW_TO_RUN)),
+        (zeroinf.Pipeline.__call__, ("self", "text_inputs", "return_full_text", *SAMPLING)),
+        (zeroinf.Pipeline.generate, ("self", "prompts", *SAMPLING, "logprobs")),
+        (zeroinf.Pipeline.as_finished, ("self", "prompts", *SAMPLING, "logprobs")),
+        (zeroinf.Pipeline.submit, ("self", "prompt", "priority", *SAMPLING, "logprobs")),
+        (zeroinf.Handle.result, ("self", "timeout_s")),
+        (zeroinf.Handle.cancel, ("self",)),
+    ],
+)
+def test_signatures_are_frozen_and_typed(function: Any, names: tuple[str, ...]) -> None:
+    parameters = inspect.signature(function).parameters
+    assert tuple(parameters) == names
+    own = [parameter for name, parameter in parameters.items() if name != "self"]
+    assert all(each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD) for each in own)
+    assert all(each.annotation is not each.empty for each in own)
+
+
+def test_all_that_a_run_can_be_told_of_how_to_run_can_be_told_here() -> None:
+    of_jobs = {
+        *("model", "sampling", "prompts", "input_files", "input_format", "output_file", "overwrite", "benchmark"),
+        *("repetitions", "sampling_only", "resume", "resume_anyway", "resume_command", "max_error_rate"),
+        "static_batches",
+    }
+    options = {field.name.removesuffix("_bytes") for field in fields(RunOptions)}
+    assert options - of_jobs == set(HOW_TO_RUN) - {"num_gpus", "progress"}
 
 
 @pytest.mark.parametrize("full", [True, False, None])
@@ -95,7 +149,6 @@ def test_sampling_repeats_with_its_seed(ours: zeroinf.Pipeline) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"num_beams": 4}, "unknown argument 'num_beams'"),
         ({"do_sample": False, "temperature": 1.0}, "temperature has no effect"),
         ({"top_k": 5}, "top_k would change nothing"),
         ({"top_p": 2.0, "do_sample": True}, "top_p must lie above 0"),
@@ -121,11 +174,148 @@ def test_generate_completes_prompts_in_order(model: str, theirs: Any) -> None:
     assert zeroinf.generate(model, []) == []
 
 
+def test_prompts_have_settings_of_their_own(model: str) -> None:
+    prompts: list[Any] = [
+        "one",
+        {"prompt": "two", "max_new_tokens": 3, "logprobs": 2},
+        {"prompt": "one", "temperature": 4.0, "seed": 1},
+    ]
+    first, second, third = zeroinf.generate(model, prompts, max_new_tokens=NEW_TOKENS, batch_size=2, ignore_eos=True)
+    assert (first.finish_reason, first.prompt_tokens, first.completion_tokens) == ("length", 3, NEW_TOKENS)
+    assert first.logprobs is None
+    assert (second.completion_tokens, len(second.logprobs or [])) == (3, 3)
+    assert third.completion != first.completion
+    with pytest.raises(InputError, match="prompt 1: unknown key 'max_lenght'"):
+        zeroinf.generate(model, ["x", {"prompt": "y", "max_lenght": 3}])
+
+
+@pytest.mark.parametrize("how", [{"kv": "host"}, {"kv": "host", "kv_dtype": "int8"}])
+def test_keys_and_values_may_rest_in_host_memory(how: dict[str, Any], model: str) -> None:
+    wanted = zeroinf.generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+    found = zeroinf.generate(model, PROMPTS, max_new_tokens=NEW_TOKENS, **how)
+    if "kv_dtype" not in how:
+        assert found == wanted
+    assert [result.finish_reason for result in found] == [result.finish_reason for result in wanted]
+
+
+def test_a_model_with_an_encoder_completes_prompts(small_checkpoint: Callable[[str], Path]) -> None:
+    folder = small_checkpoint("t5")
+    found = zeroinf.generate(str(folder), PROMPTS, max_new_tokens=NEW_TOKENS, dtype="float32", offload="cpu")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt, result in zip(PROMPTS, found, strict=True):
+        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        (tokens,) = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+        assert result.completion == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_results_come_as_they_finish_and_what_nobody_reads_is_cancelled(ours: zeroinf.Pipeline) -> None:
+    prompts = [{"prompt": "x", "max_new_tokens": length} for length in (16, 1, 1, 1)]
+    found = [result.index for result in ours.as_finished(prompts, ignore_eos=True)]
+    assert sorted(found) == [0, 1, 2, 3]
+    assert found[0] != 0
+    assert next(ours.as_finished(prompts * 9, ignore_eos=True)).completion_tokens in (1, 16)
+    assert ours("x", max_new_tokens=1)
+
+
+def test_requests_stream_beside_calls_for_threads_and_asyncio(ours: zeroinf.Pipeline) -> None:
+    (wanted,) = ours.generate(["A prompt"], max_new_tokens=NEW_TOKENS)
+
+    async def several() -> list[str]:
+        asked = [ours.submit("A prompt", max_new_tokens=NEW_TOKENS) for _ in range(3)]
+        streamed = "".join([event.text async for event in asked[0]])
+        return [streamed, *(completion.text for completion in await asyncio.gather(*asked))]
+
+    texts = [event.text for event in ours.submit("A prompt", max_new_tokens=NEW_TOKENS)]
+    assert "".join(texts) == wanted.completion
+    assert len(texts) > 1
+    assert asyncio.run(several()) == [wanted.completion] * 4
+    ended = ours.submit("A prompt", max_new_tokens=16, ignore_eos=True)
+    ended.cancel()
+    assert ended.result(60).finish_reason in ("cancelled", "length")
+
+
+def in_a_process(body: Callable[[], None]) -> None:
+    """Run `body` in a process of its own, with nothing of a launcher in its environment."""
+
+    def alone(control: Control) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        body()
+
+    found, codes = on_ranks(1, alone, seconds=120)
+    assert (found, codes) == ([None], [0])
+
+
+def run_on_two_engines(model: str) -> None:
+    for engine in ("zero", "stream"):
+        with zeroinf.pipeline(model, engine=engine, max_prompt_tokens=8, max_new_tokens=2) as pipe:  # type: ignore[arg-type]
+            assert pipe("x", max_new_tokens=2)
+
+
+def test_nothing_of_a_pipeline_is_left_behind(model: str) -> None:
+    def body() -> None:
+        before, threads = dict(os.environ), threading.active_count()
+        run_on_two_engines(model)
+        assert dict(os.environ) == before
+        assert threading.active_count() == threads
+        assert not torch.distributed.is_initialized()
+        assert not transformers.integrations.is_deepspeed_zero3_enabled()
+
+    in_a_process(body)
+
+
+def test_the_callers_own_process_group_stays(model: str, tmp_path: Path) -> None:
+    def body() -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+        run_on_two_engines(model)
+        assert torch.distributed.is_initialized()
+        torch.distributed.barrier()
+
+    in_a_process(body)
+
+
+def test_several_ranks_share_the_work_and_end_with_the_session(model: str) -> None:
+    before = dict(os.environ)
+    prompts = [f"prompt {number}" for number in range(12)]
+    alone = zeroinf.generate(model, prompts, max_new_tokens=NEW_TOKENS)
+    with zeroinf.pipeline(model, num_gpus=2, batch_size=2, max_prompt_tokens=16, max_new_tokens=16) as pipe:
+        others = psutil.Process().children()
+        assert pipe.plan.world_size == 2
+        assert [result.completion for result in pipe.generate(prompts, max_new_tokens=NEW_TOKENS)] == [
+            result.completion for result in alone
+        ]
+        assert pipe.submit("x", max_new_tokens=2).result(60).text
+    assert not psutil.wait_procs(others, timeout=0)[1]
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(UsageError, match="num_gpus must be at least 1"):
+        zeroinf.generate(model, ["x"], num_gpus=0)
+
+
+def test_a_rank_that_is_killed_ends_the_session_with_an_error(model: str) -> None:
+    with zeroinf.pipeline(model, num_gpus=2, batch_size=1, max_prompt_tokens=16, max_new_tokens=200) as pipe:
+        (other,) = psutil.Process().children()
+        other.kill()
+        with pytest.raises(RankError, match="rank 1 died with exit code -9"):
+            pipe.generate(["x"] * 50, max_new_tokens=200, ignore_eos=True)
+
+
 def test_a_plan_is_made_for_a_machine_that_is_not_here() -> None:
     plan = zeroinf.plan("llama-2-7b", machine="1xRTX4090-24GB-64GiB", batch_size=2, gpu_memory="8GiB", input_len=64)
     assert plan.batch_size == 2
     assert sum(term.nbytes for term in plan.terms if term.place == "gpu") <= 8 << 30
     assert plan.timing is not None
+
+
+def test_a_plan_prints_in_a_few_lines_and_in_notebooks_with_its_terms() -> None:
+    plan = zeroinf.plan("llama-2-7b", machine="1xRTX4090-24GB-64GiB", batch_size=2, input_len=64)
+    lines = repr(plan).splitlines()
+    assert 2 <= len(lines) <= 4
+    assert lines[0].startswith("stream engine, offload ")
+    html = plan._repr_html_()
+    assert html.count("<tr>") == len(plan.terms) + 1
+    assert all(escape(term.name) in html for term in plan.terms)
 
 
 def test_a_plan_can_be_told_all_that_the_command_line_can_but_deepspeeds_own_settings() -> None:
@@ -160,9 +350,26 @@ def test_a_pipeline_refuses_folders_where_nothing_would_rest(model: str) -> None
     [
         (lambda: zeroinf.plan("pythia-70m", gpu_memory="much"), UsageError),
         (lambda: zeroinf.pipeline("./nowhere"), ModelError),
-        (lambda: zeroinf.pipeline("x", engin="zero"), UsageError),
     ],
 )
 def test_mistakes_raise_the_errors_of_the_command_line(call: Callable[[], Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         call()
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [
+    (page, number, code)
+    for page in ("README.md", "docs/guide/python.md")
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "number", "code"), EXAMPLES, ids=[f"{page}-{number}" for page, number, _ in EXAMPLES])
+def test_examples_run_as_they_are_but_for_the_model(page: str, number: int, code: str, model: str) -> None:
+    small = re.sub(r'"\w+/[\w.-]+"', repr(model), code).replace("llama-2-70b", "pythia-70m")
+    exec(compile(small, f"{page}, example {number}", "exec"), {})
+
+
+def test_pages_have_examples() -> None:
+    assert len(EXAMPLES) >= 5

@@ -9,9 +9,10 @@ import pytest
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.aio_op import AioOp
-from zeroinf.hardware.checks import Asked, Check, check_machine, gib, require
+from zeroinf.hardware.checks import Asked, Check, check_machine, require
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
 from zeroinf.hardware.snapshot import PACKAGES
+from zeroinf.sizes import gib
 
 GIB = 1 << 30
 

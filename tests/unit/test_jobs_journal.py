@@ -14,7 +14,7 @@ from test_jobs_output import begun, job, result
 from zeroinf.cli.main import cli
 from zeroinf.jobs import journal
 from zeroinf.jobs.journal import Journal
-from zeroinf.jobs.observer import Progress, tokens_left
+from zeroinf.service.observer import Progress, tokens_left
 
 
 class Disk:

@@ -149,8 +149,8 @@ class Run:
         scheduler = Scheduler(limits, self.anatomy.row_pages)
         feed = Feed(take=list, done=lambda row: None)
         passes = _Passes(self.engine, self.desk, scheduler, feed)
-        assert passes._has_room(groups)
-        passes.run(groups)
+        assert passes._has_room(groups, ())
+        passes.run(groups, ())
         self.engine.asked.clear()
 
 

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from zeroinf.cli.plan_view import plan_lines
 from zeroinf.cli.status import clock
-from zeroinf.hardware.checks import gib
 from zeroinf.hardware.process import resident
 from zeroinf.jobs.compare import Compared
-from zeroinf.jobs.observer import Progress
 from zeroinf.jobs.report import RunReport
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.summary import plan_lines
+from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal
+from zeroinf.sizes import gib
 
 _PLAIN_LINE_EVERY_S = 10.0
 _REFUSALS_SHOWN = 5

@@ -56,12 +56,12 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
     from zeroinf.generation.row import Sampling
     from zeroinf.jobs.evaluate import evaluate
     from zeroinf.jobs.options import RunOptions
-    from zeroinf.jobs.runner import pick_device
+    from zeroinf.service.device import pick_device
 
     world = world_from_environment()
     if world.size > 1:
         raise UsageError(f"zeroinf eval runs alone, not on {world.size} ranks", hint="start it without a launcher")
-    options = RunOptions(sampling=Sampling(max_new_tokens=1), batch_size=1, engine="stream", **asked)
+    options = RunOptions(sampling=Sampling(max_new_tokens=1), engine="stream", **asked)
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)
     found = evaluate(options, text, window, pick_device(world), observer)
     if as_json:

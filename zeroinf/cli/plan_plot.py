@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import EnvironmentProblem, OutputError
-from zeroinf.hardware.checks import gib
 from zeroinf.planner.memory import Place, total
 from zeroinf.simulation.planning import Answer, Question
+from zeroinf.sizes import gib
 
 _PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
 

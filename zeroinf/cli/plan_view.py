@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
-from zeroinf.hardware.checks import gib
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, Place, Term, taken, total
-from zeroinf.planner.plan import Plan
-from zeroinf.planner.timing import Timing
+from zeroinf.planner.summary import plan_lines
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import Answer, Question
+from zeroinf.sizes import gib
 
 JSON_SCHEMA = 1
 
@@ -35,68 +34,6 @@ def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
             _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
     _print_others(console, found.decision)
     _print_rates(console, found, explain=explain)
-
-
-def plan_lines(plan: Plan) -> Iterator[str]:
-    """The chosen plan in three lines: how it runs, how fast, what it takes."""
-    tiers = _tiers(plan, len(plan.anatomy.blocks))
-    streams = "1 stream" if plan.streams == 1 else f"{plan.streams} streams"
-    if plan.tensor_parallel.size > 1:
-        streams += f", each on {plan.tensor_parallel.size} ranks"
-    if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
-        streams += f", weights {plan.fetch}"
-    wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
-    if plan.anatomy.quantized is not None:
-        wire = f", weights quantized already ({plan.anatomy.quantized.method})"
-    rows = f"{plan.batch_size} rows each{_kv(plan)}, {_forwards(plan)}"
-    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
-    yield _speed(plan)
-    places: tuple[tuple[Place, str], ...] = (("gpu", "of GPU memory"), ("host", "of host memory"), ("disk", "on disk"))
-    yield "takes " + ", ".join(f"{gib(size)} {where}" for place, where in places if (size := taken(plan.terms, place)))
-
-
-def _forwards(plan: Plan) -> str:
-    if plan.forward_tokens:
-        return f"forwards of up to {plan.forward_tokens:,} packed tokens"
-    return f"padded forwards ({plan.padded_because})"
-
-
-def _kv(plan: Plan) -> str:
-    if plan.host is None:
-        return ""
-    lossy = f" as {plan.host.dtype} codes (lossy)" if plan.host.dtype != "model" else ""
-    return f", keys and values of {plan.host_rows} in host memory{lossy}"
-
-
-def _tiers(plan: Plan, blocks: int) -> str:
-    if not TRAITS[plan.engine].places_blocks:
-        return f"{blocks} blocks"
-    on_host = blocks - plan.resident_blocks - plan.nvme_blocks
-    computing = "on the GPU" if plan.device == "cuda" else "where the CPU computes"
-    parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
-    return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
-
-
-def _resource(timing: Timing, device: str) -> str:
-    """What a decode step waits for, in words that hold for the device."""
-    if device == "cuda":
-        return timing.binds
-    return {"GPU memory": "memory", "kernel launches": "operator calls", "link": "copies"}.get(
-        timing.binds, timing.binds
-    )
-
-
-def _speed(plan: Plan) -> str:
-    timing = plan.timing
-    if timing is None:
-        return f"no speed expected: the planner has no model of the {plan.engine} engine"
-    expected = f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
-    if plan.new_tokens == 1:
-        return f"{expected}pass {timing.prefill_s:.2f} s"
-    return (
-        f"{expected}prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
-        f"a decode step waits for {_resource(timing, plan.device)}"
-    )
 
 
 def _model(question: Question) -> str:

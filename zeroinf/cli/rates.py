@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from zeroinf.hardware.checks import gib
 from zeroinf.hardware.rates import Rates
+from zeroinf.sizes import gib
 
 
 def rate_rows(rates: Rates) -> Iterator[tuple[str, str]]:

@@ -308,7 +308,8 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
     from zeroinf.generation.row import Sampling
     from zeroinf.jobs.options import RunOptions
-    from zeroinf.jobs.runner import pick_device, run_job
+    from zeroinf.jobs.runner import run_job
+    from zeroinf.service.device import pick_device
 
     keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "logprobs")
     options = RunOptions(

@@ -78,7 +78,7 @@ def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
 def remove(names: tuple[str, ...], paths: tuple[Path, ...], yes: bool) -> None:
     """Remove stores. A later run that needs one writes it again."""
     from zeroinf.engines.stream.keep import list_stores, remove_store
-    from zeroinf.hardware.checks import gib
+    from zeroinf.sizes import gib
 
     known = {summary.name: summary for summary in list_stores(paths)}
     for name in names:
@@ -95,7 +95,7 @@ def _verify_one(name: str, paths: tuple[Path, ...]) -> StoreError | None:
     import time
 
     from zeroinf.engines.stream.keep import find_store, verify_store
-    from zeroinf.hardware.checks import gib
+    from zeroinf.sizes import gib
 
     started = time.perf_counter()
     sizes: list[int] = []
@@ -120,7 +120,7 @@ def _print_table(found: list[Summary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zeroinf.hardware.checks import gib
+    from zeroinf.sizes import gib
 
     table = Table("name", "model", "dtype", "wire", "size", "state", box=None, pad_edge=False)
     for s in found:

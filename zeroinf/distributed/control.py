@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,24 +16,61 @@ import torch.distributed as dist
 from zeroinf.distributed.ports import free_port
 from zeroinf.distributed.waits import Place
 from zeroinf.distributed.world import World
-from zeroinf.errors import RankError
+from zeroinf.errors import RankError, ZeroinfError
 
 # Loading a large model can take one rank much longer than another, so nobody gives up early; a rank that dies is
 # noticed by PeerWatch, not by a timeout.
 _PATIENCE = timedelta(hours=24)
 
 
-def start_process_group(world: World, device: str) -> None:
-    """Start torch.distributed once, over NCCL where `device` is cuda and over gloo where it is cpu."""
-    if dist.is_initialized():
-        return
-    if not world.launched:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
-    if device == "cuda":
-        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=torch.device("cuda", world.local_rank))
-    else:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+_T = TypeVar("_T")
+
+
+class OtherRankFailedError(ZeroinfError):
+    """Rank 0 has failed and says what is wrong; this rank only leaves, in silence and with the same exit code."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__("")
+        self.reason, self.exit_code = reason, exit_code
+
+    def __reduce__(self) -> tuple[type[OtherRankFailedError], tuple[str, int]]:
+        return OtherRankFailedError, (self.reason, self.exit_code)
+
+    def __str__(self) -> str:
+        return f"rank 0 failed: {self.reason}"
+
+
+class _OwnGroup:
+    """The process group of torch.distributed, if it was started here: it goes with its last user."""
+
+    users = 0
+
+
+def join_process_group(world: World, device: str) -> Callable[[], None]:
+    """Start torch.distributed unless it runs, over NCCL where `device` is cuda and over gloo where it is cpu.
+
+    Returns what leaves it again: the last to leave ends what was started here. A process group that the caller of
+    zeroinf had started is used and left as it is.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if not world.launched and not _OwnGroup.users:  # DeepSpeed reads it, too
+        alone["MASTER_PORT"] = str(free_port())
+        os.environ.update(alone)
+    if dist.is_initialized() and not _OwnGroup.users:
+        return lambda: None
+    if not _OwnGroup.users:
+        if device == "cuda":
+            dist.init_process_group("nccl", timeout=_PATIENCE, device_id=torch.device("cuda", world.local_rank))
+        else:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+    _OwnGroup.users += 1
+    return _leave_process_group
+
+
+def _leave_process_group() -> None:
+    _OwnGroup.users -= 1
+    if not _OwnGroup.users and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Control:
@@ -50,8 +87,9 @@ class Control:
         self._first = 0
         self._calls = 0
         """Collectives of this group so far: ranks of it that wait at the same one wait together."""
+        self._leave: Callable[[], None] = lambda: None
         if world.size > 1:
-            start_process_group(world, device)
+            self._leave = join_process_group(world, device)
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
             self.store = self._shared_store()
 
@@ -88,6 +126,22 @@ class Control:
         with self._meeting("broadcast"):
             dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
+
+    def from_main(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on rank 0, which alone calls it, on every rank. Where it fails there, all ranks fail."""
+        if not self.world.is_main:
+            answer = self.broadcast(None)
+            if isinstance(answer, OtherRankFailedError):
+                raise answer
+            return answer  # type: ignore[no-any-return]
+        try:
+            found = work()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
+            self.broadcast(OtherRankFailedError(str(error), code))
+            raise
+        self.broadcast(found)
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -137,10 +191,17 @@ class Control:
     def close(self) -> None:
         """Leave together, so that no rank finds the store gone while it still asks."""
         if self.world.size > 1:
-            with self._meeting("end"):
-                dist.barrier(group=self._group)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            try:
+                with self._meeting("end"):
+                    dist.barrier(group=self._group)
+            finally:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Leave at once, such as after an error: the others find that this rank is gone."""
+        if self.world.size > 1:
+            dist.destroy_process_group(self._group)
+            self._leave()
 
 
 @contextmanager

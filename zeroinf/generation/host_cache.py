@@ -40,7 +40,11 @@ class HostCache:
             held = torch.empty(0, dtype=torch.uint8) if self._host is None else self._host.bytes[start:end]
             self._memory[layer] = held.view(-1, record.nbytes)
             start = end
-        self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
+        try:
+            self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
+        except BaseException:  # staging takes GPU memory
+            self.close()
+            raise
 
     @property
     def pinned_bytes(self) -> int:

@@ -14,16 +14,25 @@ from zeroinf.engines.base import Engine
 from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch, running
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Scheduler
+from zeroinf.generation.scoring import ScoreBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
     """Where rows come from and go to."""
 
-    take: Callable[[], Sequence[Row]]
-    """More rows, each of which finds room in the pool; none: the queue is empty."""
+    take: Callable[[], Sequence[Row] | None]
+    """More rows, each of which finds room in the pool. Empty: there will be no more. None: there are none now."""
     done: Callable[[Row], None]
     """Receives each row as it ends."""
+    urgent: Callable[[], Sequence[Row]] = tuple
+    """Rows that enter before those that wait: asked for before every pass with a free place."""
+    cancelled: Callable[[], Sequence[Row]] = tuple
+    """Rows of which nobody wants more, asked for before every pass. They end as they are; some may have ended."""
+    scores: Callable[[], Sequence[ScoreBatch]] = tuple
+    """Sequences to be scored in the next pass, as many as there is memory for where it computes no prompts."""
+    wait: Callable[[], None] = lambda: None
+    """Called where there is nothing to do now: returns when there may be, or after a moment."""
     grew: Callable[[int], None] = lambda rows: None
     """Told how many rows gained a token in a pass."""
     stop_requested: Callable[[], int] = lambda: 0
@@ -44,28 +53,32 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
     passes = _Passes(engine, desk, scheduler, feed)
     ranks = _Agreement(control) if engine.in_step else None
     while True:
-        groups = passes.next()
-        busy, stop = bool(groups), feed.stop_requested()
+        groups, scored = passes.next()
+        busy, is_open, stop = bool(groups or scored), not passes.is_dry, feed.stop_requested()
         if ranks is not None:
-            busy, stop = ranks.agree(busy, stop)
-        if stop or not busy:
+            busy, is_open, stop = ranks.agree(busy, is_open, stop)
+        if stop or not (busy or is_open):
             passes.accept()
             return stop
+        if not busy:
+            feed.wait()
+            continue
         if ranks is not None:
             ranks.foretell(passes.likely_goes_on(groups), feed.stop_requested())
             control.place.now(f"is in pass {ranks.passes}", in_pass=True)
         ran_out = False
         try:
-            if groups:
-                passes.run(groups)
+            if groups or scored:
+                passes.run(groups, scored)
             else:
                 engine.forward([_company(desk.device)])
         except torch.OutOfMemoryError:
-            if (groups and not scheduler.can_halve(groups)) or not engine.recover():
+            keeps_company = not (groups or scored)
+            if not (keeps_company or passes.can_halve(groups, scored)) or not engine.recover():
                 raise
-            ran_out = bool(groups)
+            ran_out = not keeps_company
         if ran_out:  # not while the error is handled: it keeps alive what the failed forwards had made
-            passes.halve(groups)
+            passes.halve(groups, scored)
 
 
 class _Passes:
@@ -77,40 +90,81 @@ class _Passes:
         self._batches: list[MicroBatch] = []
         self._inputs: list[dict[str, Any]] = []
         """Of the next pass."""
-        self._is_dry = False
+        self._scores_again: list[ScoreBatch] = []
+        """Sequences that were taken and have not run, such as halves of a pass that ran out of memory: each has a pass
+        of its own."""
+        self._has_scored = False
+        """Whether the last pass scored anything."""
+        self.is_dry = False
+        """Whether there will be no more rows."""
         self._full_since: float | None = None
         """When the pass before the last one ended, if the last one was a full step."""
         self._was_full = False
 
-    def next(self) -> list[Group]:
-        """The micro-batches of the next pass, their inputs made; none when there is no row left.
+    def next(self) -> tuple[list[Group], Sequence[ScoreBatch]]:
+        """The micro-batches of the next pass, their inputs made: of rows, and of sequences to be scored. None: nothing
+        is left for now.
 
         A rank in step that has agreed to a pass must make it, so all that can fail before the forward is done here.
         """
         while True:
             if not self._surely_goes_on():
                 self.accept()  # a pass started before the tokens are known would be wasted if they ended all rows
+            for row in self._feed.cancelled():
+                self._cancel(row)
             self._fill()
-            groups = self._scheduler.next_pass()
-            if self._has_room(groups):
-                return groups
-            self.halve(groups)
+            is_again = bool(self._scores_again)
+            scored = self._next_scores()
+            alone = bool(scored) and (is_again or not self._scores_ride)
+            groups = [] if alone else self._scheduler.next_pass(prompts=not scored)
+            if self._has_room(groups, scored):
+                return groups, scored
+            self.halve(groups, scored)
 
-    def _has_room(self, groups: Sequence[Group]) -> bool:
-        """Make the inputs of `groups`, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
+    def _next_scores(self) -> Sequence[ScoreBatch]:
+        """What is scored in the next pass. It takes the place of prompts, or of all rows, which have the one after."""
+        scheduler, has_scored = self._scheduler, self._has_scored
+        self._has_scored = False
+        waits = scheduler.has_prompts if self._scores_ride else bool(scheduler.seats)
+        if (scheduler.seats and scheduler.limits.together) or (has_scored and waits):
+            return ()
+        found = self._scores_again[:1] or list(self._feed.scores())
+        if self._scores_again:
+            self._scores_again = self._scores_again[1:]
+        elif not self._engine.shares_passes:  # each micro-batch is a walk of its own
+            found, self._scores_again = found[:1], found[1:]
+        self._has_scored = bool(found)
+        return found
+
+    @property
+    def _scores_ride(self) -> bool:
+        """Whether a pass may score and run rows. Packed rows are attended to in their own way, all of a pass alike."""
+        return self._engine.shares_passes and not self._scheduler.limits.forward_tokens
+
+    def _has_room(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> bool:
+        """Make the inputs of a pass, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
         try:
             for group in groups:
                 self._batches.append(self._desk.batch(group))
                 self._inputs.append(self._batches[-1].inputs())
             self._desk.begin(self._batches)
+            self._inputs += [batch.inputs() for batch in scored]
         except torch.OutOfMemoryError:
-            if not self._scheduler.can_halve(groups):
+            if not self.can_halve(groups, scored):
                 raise
             self._batches, self._inputs = [], []
             return False
         return True
 
-    def run(self, groups: Sequence[Group]) -> None:
+    def _cancel(self, row: Row) -> None:
+        if not self._scheduler.holds(row):  # it has ended, or its last token is on its way
+            return
+        seat = self._scheduler.withdraw(row)
+        self._desk.close([seat] if seat is not None else [])
+        row.cancel()
+        self._feed.done(row)
+
+    def run(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> None:
         """One pass, and the choice of the tokens that follow."""
         batches, inputs = self._batches, self._inputs
         self._batches, self._inputs = [], []
@@ -118,13 +172,15 @@ class _Passes:
             outputs = self._engine.forward(inputs)
         del inputs
         self.accept()
-        self._was_full = self._scheduler.is_full_step(groups)
+        self._was_full = not scored and self._scheduler.is_full_step(groups)
         while batches:
             batch = batches.pop(0)
             chosen = batch.choose(outputs.pop(0))
             self._desk.close(self._scheduler.advance(batch.group))
             if chosen is not None:
                 self._chosen.append(chosen)
+        for sequences, output in zip(scored, outputs, strict=True):
+            sequences.accept(output)
 
     def accept(self) -> None:
         """Give the tokens of the last pass to their rows."""
@@ -151,11 +207,21 @@ class _Passes:
             counts.full_steps_s += now - self._full_since
         self._full_since = now if self._was_full else None
 
-    def halve(self, groups: Sequence[Group]) -> None:
-        """Go on with smaller micro-batches after a pass of `groups` that broke."""
+    def can_halve(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> bool:
+        """Whether a pass can be smaller than this one."""
+        return (
+            len(scored) + bool(groups) > 1
+            or any(len(batch.sequences) > 1 for batch in scored)
+            or (bool(groups) and self._scheduler.can_halve(groups))
+        )
+
+    def halve(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> None:
+        """Go on with smaller micro-batches after a pass that broke; what was to be scored comes later, in halves."""
         self.accept()
-        self._desk.close(self._scheduler.halve(groups))
-        self._feed.shrank(self._scheduler.limits.micro_batch_rows)
+        self._scores_again += [half for batch in scored for half in batch.halves()]
+        if groups and not scored:
+            self._desk.close(self._scheduler.halve(groups))
+            self._feed.shrank(self._scheduler.limits.micro_batch_rows)
 
     def likely_goes_on(self, groups: Sequence[Group]) -> bool:
         """Whether there is likely a pass after that of `groups`; two rows that may end early hardly do so together."""
@@ -166,7 +232,7 @@ class _Passes:
             if not seat.has_left and seat.known + chooses < seat.total
         ]
         sure = any(not self._desk.rules.may_end_early(seat.row) for seat in after)
-        return sure or len(after) > 1 or self._scheduler.has_more_than(groups)
+        return sure or len(after) > 1 or bool(self._scores_again) or self._scheduler.has_more_than(groups)
 
     def _surely_goes_on(self) -> bool:
         """Whether some row needs another pass, whatever tokens have been chosen."""
@@ -175,12 +241,16 @@ class _Passes:
 
     def _fill(self) -> None:
         """Admit rows as long as there are rows and room."""
+        if self._scheduler.wants_urgent:
+            self._scheduler.add(self._feed.urgent())
         while True:
             self._desk.open(self._scheduler.admit())
-            if self._is_dry or not self._scheduler.wants_rows:
+            if self.is_dry or not self._scheduler.wants_rows:
                 return
             rows = self._feed.take()
-            self._is_dry = not rows
+            if rows is None:
+                return
+            self.is_dry = not rows
             self._scheduler.add(rows)
 
 
@@ -196,19 +266,26 @@ class _Agreement:
         self._control = control
         self.passes = 0
         """Those that were agreed to."""
-        self._expected: Callable[[], tuple[int, ...]] = lambda: (0, 0)
+        self._expected: Callable[[], tuple[int, ...]] = _nothing_expected
 
     def foretell(self, busy: bool, stop: int) -> None:
         """Say what this rank expects of the forward after the next. Every rank must call it after `agree`."""
         self._expected = self._control.ask_most(busy, stop)
 
-    def agree(self, busy: bool, stop: int) -> tuple[bool, int]:
-        """Whether any rank has work, and a stop if one was requested on any: the same on every rank."""
+    def agree(self, busy: bool, is_open: bool, stop: int) -> tuple[bool, bool, int]:
+        """Whether any rank has work, whether there may be more if none has, and a stop if one was requested on any:
+        the same on every rank."""
         any_busy, any_stop = self._expected()
+        self._expected = _nothing_expected
+        any_open = 1
         if not any_busy and not any_stop:
-            any_busy, any_stop = self._control.most(busy, stop)
+            any_busy, any_open, any_stop = self._control.most(busy, is_open, stop)
         self.passes += bool(any_busy)
-        return bool(any_busy), any_stop
+        return bool(any_busy), bool(any_open), any_stop
+
+
+def _nothing_expected() -> tuple[int, ...]:
+    return 0, 0
 
 
 def _company(device: torch.device) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]
 Piece = Callable[[int], bytes | None]
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 NO_TOKEN = -1
 """Chosen where the model's scores are not numbers, and there is nothing to choose by."""
@@ -65,7 +65,7 @@ class Likelihood:
     """The likeliest tokens with their log-probabilities, the likeliest first."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Row:
     """A request's tokens: `prompt` as given, `generated` as it grows (an end-of-sequence token included).
 
@@ -86,6 +86,8 @@ class Row:
     finish_reason: FinishReason | None = None
     text: str = ""
     piece: Piece | None = None
+    urgent: bool = False
+    """Somebody waits for it: it enters before rows of which that is not so."""
 
     def __post_init__(self) -> None:
         if self.sampling.stop and self.piece is None:
@@ -117,6 +119,10 @@ class Row:
             self.finish_reason, self.text = "stop", self.decode(self.generated)
         elif len(self.generated) == self.sampling.max_new_tokens:
             self.finish_reason, self.text = "length", self.decode(self.generated)
+
+    def cancel(self) -> None:
+        """End the row where it is: nobody wants more of it."""
+        self.finish_reason, self.text = "cancelled", self.decode(self.generated)
 
     def _find_stop(self, stops: tuple[str, ...]) -> tuple[int, int] | None:
         """Where the first of `stops` begins that ends in the last token: a generated token's number, and a byte in its

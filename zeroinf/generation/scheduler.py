@@ -233,8 +233,24 @@ class Scheduler:
     def _is_static(self) -> bool:
         return self.limits.static or self.limits.together
 
+    @property
+    def free_rows(self) -> int:
+        """How many more rows could be live."""
+        return len(self._free)
+
+    @property
+    def reserved_pages(self) -> int:
+        """Pages that live rows hold."""
+        return self.limits.pages - self._pages
+
+    @property
+    def wants_urgent(self) -> bool:
+        """Whether rows that somebody waits for could enter, before those that wait already."""
+        is_next = bool(self._waiting) and self._waiting[0].urgent
+        return not is_next and bool(self._free) and (not self.seats or not self._is_static)
+
     def add(self, rows: Iterable[Row]) -> None:
-        """Let rows wait. Raises ValueError for one that the pool could never hold."""
+        """Let rows wait, urgent ones before the others. Raises ValueError for one that the pool could never hold."""
         rows = sorted(rows, key=lambda row: -len(row.source or row.prompt))
         for row in rows:
             tokens = _most_tokens(row)
@@ -243,10 +259,27 @@ class Scheduler:
                 host = f", or room for {tokens} tokens of {self.limits.host_tokens}" if self.limits.host_tokens else ""
                 raise ValueError(f"row {row.index} needs {needed} pages of a pool of {self.limits.pages}{host}")
         self._waiting.extend(rows)
+        if any(row.urgent for row in rows):
+            self._waiting = deque(sorted(self._waiting, key=lambda row: not row.urgent))
+
+    def withdraw(self, row: Row) -> Seat | None:
+        """Nobody wants more of `row`, which lives or waits: its place is free. Returns its seat, if it had one."""
+        for seat in self.seats:
+            if seat.row is row:
+                self.release(seat)
+                return seat
+        self._waiting.remove(row)
+        return None
+
+    def holds(self, row: Row) -> bool:
+        """Whether `row` waits, or lives with tokens still to come."""
+        lives = any(seat.row is row and not seat.has_left for seat in self.seats)
+        return lives or any(waiting is row for waiting in self._waiting)
 
     def admit(self) -> list[Seat]:
         """Rows that enter now."""
-        if self.seats and (self._is_static or not self._has_room_for_several()):
+        is_urgent = bool(self._waiting) and self._waiting[0].urgent
+        if self.seats and (self._is_static or not (is_urgent or self._has_room_for_several())):
             return []
         most = self.limits.micro_batch_rows if self.limits.together else self.limits.rows
         admitted, passed_over = [], deque[Row]()
@@ -303,8 +336,13 @@ class Scheduler:
         self._free += [seat.number for seat in seats]
         self.seats = [seat for seat in self.seats if seat not in seats]
 
-    def next_pass(self) -> list[Group]:
-        """The micro-batches of the next pass; none when no row is live."""
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is more of a prompt to compute."""
+        return any(seat.due > 1 for seat in self.seats)
+
+    def next_pass(self, *, prompts: bool = True) -> list[Group]:
+        """The micro-batches of the next pass, with `prompts` or without; none when there is nothing for it."""
         limits, broken = self.limits, self.limits.breaks_at
         for seat in self.seats:
             if broken is not None and seat.known > broken >= seat.computed:
@@ -314,9 +352,9 @@ class Scheduler:
         elif limits.forward_tokens:
             groups = [group for side in self._parts() for group in self._packed(side)]
         else:
-            groups = [*self._prompts(), *self._decodes()]
+            groups = [*(self._prompts() if prompts else ()), *self._decodes()]
         if groups:
-            self.counts.add(groups, limits.pages - self._pages)
+            self.counts.add(groups, self.reserved_pages)
         return groups
 
     def is_full_step(self, groups: Sequence[Group]) -> bool:

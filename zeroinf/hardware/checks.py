@@ -16,6 +16,7 @@ from zeroinf.hardware.aio_op import AioOp, Problem
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
 from zeroinf.hardware.profile import Profile
 from zeroinf.hardware.snapshot import PACKAGES
+from zeroinf.sizes import gib
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -78,16 +79,6 @@ def require(checks: Sequence[Check]) -> None:
     if failed:
         names = ", ".join(f"{check.name} ({check.value})" for check in failed)
         raise EnvironmentProblem(f"this machine cannot do what was asked: {names}", hint=failed[0].advice)
-
-
-def gib(size_bytes: int) -> str:
-    """A size as it is printed: `23.5 GiB`, `1.16 GiB`, and in MiB or KiB where GiB would show nothing."""
-    if GIB / 10 <= size_bytes < 9.995 * GIB:
-        return f"{size_bytes / GIB:.2f} GiB"
-    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB")):
-        if size_bytes >= unit / 10 or size_bytes == 0:
-            return f"{size_bytes / unit:.1f} {name}"
-    return f"{size_bytes / 1024:.1f} KiB"
 
 
 def check_versions(versions: dict[str, str]) -> list[Check]:

@@ -11,31 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Engine
-from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
-from zeroinf.hardware.checks import gib
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.observer import Observer, Progress, rate
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import plan_run
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
+from zeroinf.jobs.session import Session
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
+from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import needs_full_weights
 from zeroinf.planner.workload import Lengths
-from zeroinf.service.gpu_memory import GpuMemory
+from zeroinf.service.observer import Observer, Progress, rate
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 from zeroinf.service.text import TextCodec
+from zeroinf.sizes import gib
 
 _WINDOW = 512
-# Positions whose probabilities are computed at a time.
-_POSITIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,34 +113,25 @@ def evaluate(
         TextCodec(tokenizer, anatomy).check([max(one) for one in windows])
     except ValueError as error:
         raise InputError(f"cannot predict {text}: {error}") from error
-    lengths = Lengths(prompt_tokens=max(map(len, windows)), new_tokens=1, padded=False, whole=True)
-    plan, _, _ = plan_run(
-        _without_logits(options, anatomy, window, device), source, anatomy, lengths, 1, World(), device.type
-    )
-    predicted = sum(len(one) - max(1, len(lead)) for one in windows)
-    plan = _timed_by_windows(plan, predicted / len(windows))
-    observer.loading(plan)
-    if device.type == "cuda":
-        GpuMemory(plan, device, options.gpu_memory_bytes).check()
-    started = time.perf_counter()
-    engine = load_engine(plan, source, None, Control(World(), device.type), device, observer)
-    try:
+    longest, predicted = max(map(len, windows)), sum(len(one) - max(1, len(lead)) for one in windows)
+    _check_scores_fit(options, anatomy, longest, device)
+    lengths = Lengths(prompt_tokens=longest, new_tokens=1, padded=False, whole=True, scored_tokens=longest)
+    mean = predicted / len(windows)
+    with Session(
+        options, source, anatomy, lengths, len(windows), World(), device, observer,
+        timed=lambda plan: _timed_by_windows(plan, mean * (plan.prefill_tokens // longest)),
+    ) as session:  # fmt: skip
         loaded = time.perf_counter()
-        observer.loaded(loaded - started)
-        nats = sum(_nats_of_all(engine, windows, max(1, len(lead)), device, observer))
-        evaluate_s = time.perf_counter() - loaded
-    finally:
-        observer.ended()
-        engine.close()
-    return Evaluation(
-        plan=plan,
-        window=window,
-        text_bytes=len(content.encode()),
-        tokens=predicted,
-        nats=nats,
-        load_s=loaded - started,
-        evaluate_s=evaluate_s,
-    )
+        nats = sum(_nats_of_all(session, windows, max(1, len(lead)), observer))
+        return Evaluation(
+            plan=session.plan,
+            window=window,
+            text_bytes=len(content.encode()),
+            tokens=predicted,
+            nats=nats,
+            load_s=session.model.load_s,
+            evaluate_s=time.perf_counter() - loaded,
+        )
 
 
 def _timed_by_windows(plan: Plan, tokens: float) -> Plan:
@@ -176,59 +161,44 @@ def _read(text: Path) -> str:
         raise InputError(f"cannot read {text}: {error}", hint="--text wants a UTF-8 file") from error
 
 
-def _without_logits(options: RunOptions, anatomy: Anatomy, window: int, device: torch.device) -> RunOptions:
-    """`options` with limits that leave room for the scores of every position, of which a run has only the last.
-
-    Raises DoesNotFitError where the scores alone take more than there is.
-    """
+def _check_scores_fit(options: RunOptions, anatomy: Anatomy, window: int, device: torch.device) -> None:
+    """Raise DoesNotFitError where the scores of a window, of which a run has only the last, alone take all there is."""
     machine = read_machine()
     if device.type == "cuda":
-        free = min(gpu.free_bytes for gpu in machine.gpus)
-        limit = min(options.gpu_memory_bytes or free, free)
-        return replace(options, gpu_memory_bytes=limit - _logits_bytes(anatomy, window, limit, "GPU memory"))
-    available = machine.memory.available_bytes
-    limit = min(options.host_memory_bytes or available, available)
-    return replace(options, host_memory_bytes=limit - _logits_bytes(anatomy, window, limit, "host memory"))
-
-
-def _logits_bytes(anatomy: Anatomy, window: int, limit: int, where: str) -> int:
-    """What the scores of a window take, which must be less than `limit`."""
-    a_token = anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
-    if window * a_token >= limit:
-        smaller = max(2, 2 ** int(math.log2(max(1, limit // (2 * a_token)))))
+        where, free, asked = "GPU memory", min(gpu.free_bytes for gpu in machine.gpus), options.gpu_memory_bytes
+    else:
+        where, free, asked = "host memory", machine.memory.available_bytes, options.host_memory_bytes
+    limit, needed = min(asked or free, free), scores_bytes(anatomy, window)
+    if needed >= limit:
+        smaller = max(2, 2 ** int(math.log2(max(1, limit // (2 * scores_bytes(anatomy, 1))))))
         raise DoesNotFitError(
-            f"scores of a window of {window} tokens, {anatomy.vocabulary} each, take {gib(window * a_token)}; there "
+            f"scores of a window of {window} tokens, {anatomy.vocabulary} each, take {gib(needed)}; there "
             f"is {gib(limit)} of {where}",
-            hint=f"--window {smaller} takes {gib(smaller * a_token)} for them",
+            hint=f"--window {smaller} takes {gib(scores_bytes(anatomy, smaller))} for them",
         )
-    return window * a_token
 
 
-def _nats_of_all(
-    engine: Engine, windows: Sequence[Sequence[int]], lead: int, device: torch.device, observer: Observer
-) -> Iterator[float]:
-    """What each window's tokens behind its `lead` cost, one forward after the other."""
-    started, tokens = time.perf_counter(), 0
-    for done, window in enumerate(windows, start=1):
-        ids = torch.tensor([window], device=device)
-        (output,) = engine.forward([{"input_ids": ids, "use_cache": False}])
-        nats = _nats(output.logits[0, lead - 1 : -1], ids[0, lead:])
-        if not math.isfinite(nats):
-            raise ZeroinfError(f"{NOT_NUMBERS}, in window {done} of {len(windows)}", hint=NOT_NUMBERS_HINT)
-        yield nats
-        tokens += len(window) - lead
-        progress = Progress(
-            rows_done=done,
-            rows=len(windows),
-            tokens=tokens,
-            tokens_left=sum(len(one) - lead for one in windows[done:]),
-            elapsed_s=time.perf_counter() - started,
-            streamed_bytes=done * engine.stats().streamed_bytes_per_pass,
-        )
-        observer.progress(progress)
-
-
-def _nats(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Of scores (positions, vocabulary) for the tokens that follow."""
-    parts = (slice(start, start + _POSITIONS) for start in range(0, tokens.numel(), _POSITIONS))
-    return sum(float(cross_entropy(logits[part].float(), tokens[part], reduction="sum")) for part in parts)
+def _nats_of_all(session: Session, windows: Sequence[Sequence[int]], lead: int, observer: Observer) -> Iterator[float]:
+    """What each window's tokens behind its `lead` cost, many windows to a pass."""
+    started, tokens, engine = time.perf_counter(), 0, session.model.engine
+    before = engine.stats().streamed_bytes
+    scored = session.service.score([(window, lead) for window in windows])
+    try:
+        for done, future in enumerate(scored, start=1):
+            nats = -math.fsum(future.result().logprobs)
+            if not math.isfinite(nats):
+                raise ZeroinfError(f"{NOT_NUMBERS}, in window {done} of {len(windows)}", hint=NOT_NUMBERS_HINT)
+            yield nats
+            tokens += len(windows[done - 1]) - lead
+            observer.progress(
+                Progress(
+                    rows_done=done,
+                    rows=len(windows),
+                    tokens=tokens,
+                    tokens_left=sum(len(one) - lead for one in windows[done:]),
+                    elapsed_s=time.perf_counter() - started,
+                    streamed_bytes=engine.stats().streamed_bytes - before,
+                )
+            )
+    finally:
+        observer.ended()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from zeroinf.errors import OutputError, RankError, ZeroinfError
 from zeroinf.jobs.interrupts import Interrupts, interrupted
-from zeroinf.jobs.observer import Observer
 from zeroinf.jobs.output import journal_path
 from zeroinf.jobs.stream import Output
+from zeroinf.service.observer import Observer
 
 if TYPE_CHECKING:
     from zeroinf.distributed.watch import PeerWatch

@@ -17,7 +17,7 @@ from zeroinf.jobs.export import check_format, column_types, writer_for
 from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
 from zeroinf.jobs.journal import Journal, Runs, read_records
 from zeroinf.jobs.matching import kept_results, request_digest
-from zeroinf.jobs.observer import Progress
+from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"

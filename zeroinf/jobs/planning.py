@@ -17,7 +17,7 @@ from zeroinf.errors import DoesNotFitError, ModelError, UsageError
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.hardware.aio_op import read_aio_op
-from zeroinf.hardware.checks import check_aio_op, check_memlock, gib, require
+from zeroinf.hardware.checks import check_aio_op, check_memlock, require
 from zeroinf.hardware.gpus import gpus_are_linked
 from zeroinf.hardware.machine import Disk
 from zeroinf.hardware.override import override
@@ -37,6 +37,7 @@ from zeroinf.planner.wire import Wire
 from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question, answer, asked
+from zeroinf.sizes import gib
 
 
 def plan_run(

@@ -11,9 +11,9 @@ from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
-from zeroinf.jobs.observer import rate
 from zeroinf.planner.plan import Plan
 from zeroinf.service.gpu_memory import GpuUse
+from zeroinf.service.observer import rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,130 +1,205 @@
-"""A loaded model that answers many calls: what `zeroinf.pipeline` keeps open."""
+"""A model that is planned, loaded and ready for any number of calls: what Python and evaluations keep open."""
 
 from __future__ import annotations
 
+import pickle
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from zeroinf.distributed.control import Control
-from zeroinf.distributed.world import World
-from zeroinf.engines.base import Silent
-from zeroinf.engines.registry import load_engine
+from zeroinf.distributed.control import Control, OtherRankFailedError
+from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.zero.config import build_zero_config
-from zeroinf.errors import DoesNotFitError, InputError
-from zeroinf.generation.cache import PagePool
-from zeroinf.generation.loop import Feed, generate
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
-from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import plan_run
+from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.ranks import Asked, Ranks
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
+from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.traits import needs_full_weights
 from zeroinf.planner.workload import Lengths
-from zeroinf.service.gpu_memory import GpuMemory
+from zeroinf.service.core import Priority, Service
+from zeroinf.service.device import pick_device
+from zeroinf.service.handles import Completion, Handle
+from zeroinf.service.loaded import LoadedModel
+from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Request, Result
-from zeroinf.service.text import TextCodec, encode_prompt
+from zeroinf.service.text import encode_prompt
+
+_POLL_S = 0.02
 
 
 class Session:
-    """An engine with its weights loaded and its cache allocated, for prompts and completions of up to `lengths`.
+    """A `Service` of a model that was planned for prompts and completions of up to `lengths`.
 
-    Under a launcher every rank makes one, and calls `run` with the same requests: each runs all of them.
+    Under a launcher every rank makes one and calls it alike: rank 0's requests are run by all ranks, and all ranks get
+    the results.
     """
 
     def __init__(
         self,
         options: RunOptions,
         source: ModelSource,
+        anatomy: Anatomy,
         lengths: Lengths,
         requests: int | None,
         world: World,
         device: torch.device,
+        observer: Observer,
+        ranks: Ranks | None = None,
+        timed: Callable[[Plan], Plan] = lambda plan: plan,
     ) -> None:
-        """Plan and load. Raises what a run raises before its first token."""
-        self._device, self._lengths = device, lengths
-        anatomy = read_anatomy(
-            source.config,
-            dtype=pick_dtype(options.dtype, source, device.type),
-            trust_remote_code=options.trust_remote_code,
-        )
-        self.tokenizer = load_tokenizer(source)
-        self._codec = TextCodec(self.tokenizer, anatomy)
-        self._control = Control(world, device.type)
-        if world.is_main:
-            planned = plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
-        self.plan, own_config = self._control.broadcast(planned if world.is_main else None)
-        self._part = self._control.part(self.plan.tensor_parallel.size)
-        gpu = GpuMemory(self.plan, device, options.gpu_memory_bytes) if device.type == "cuda" else None
-        if gpu is not None:
-            gpu.check()
-        config = own_config or build_zero_config(self.plan)
+        """Plan and load; `ranks`, if they were started for this session, end with it. `timed` may say in the plan how
+        fast what is to come will be, where it is no generation.
+
+        Raises what a run raises before its first token, on every rank if on rank 0."""
+        self._calls = 0
+        self._ranks = ranks
+        self._is_sound = False
+        """Whether all ranks can leave together."""
+        self._closing = ExitStack()
         try:
-            self._engine = load_engine(self.plan, source, config, self._control, device, Silent())
-            fits = self.plan if gpu is None else gpu.plan_that_fits()
-            self._plan = fits.with_rows(min(self._part.gather(fits.batch_size)))
-            self._pool = PagePool(self._engine.model, fits.rank_anatomy(world.rank), self._plan.pool, device)
-        except torch.OutOfMemoryError as error:
-            raise _does_not_fit(error) from error
-        for note in notes(self._engine.model.generation_config, sampled=False):
-            warnings.warn(note, stacklevel=2)
-
-    def run(self, requests: Sequence[Request]) -> list[Result]:
-        """A result for each request, in order. Raises InputError for one that is longer than was planned for, or than
-        the model's context, before any of them runs."""
-        waiting = [self._row(number, request) for number, request in enumerate(requests)]
-        finished: dict[int, Result] = {}
-        model, engine = self._engine.model, self._engine
-        rules = TokenRules(model, self._codec.pad_token, self._codec.eos_tokens)
-        limits = Limits.of(self._plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(model.config))
-
-        def take() -> list[Row]:
-            return [waiting.pop(0) for _ in range(min(self._plan.batch_size, len(waiting)))]
-
-        def done(row: Row) -> None:
-            finished[row.index] = _result(row, requests[row.index])
-
-        try:
-            generate(
-                engine,
-                self._part if self.plan.tensor_parallel.size > 1 else self._control,
-                Desk(model, rules, self._pool, self._device),
-                Scheduler(limits, self._plan.anatomy.row_pages),
-                Feed(take=take, done=done),
+            if ranks is not None:
+                self._closing.callback(ranks.close)
+            self._control = Control(world, device.type)
+            self._closing.callback(self._leave)
+            planned, own_config = self._control.from_main(
+                lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
             )
-        except torch.OutOfMemoryError as error:
-            raise _does_not_fit(error) from error
-        return [finished[number] for number in range(len(requests))]
+            self.model = LoadedModel(
+                timed(planned),
+                source,
+                self._control,
+                device,
+                observer,
+                zero_config=own_config or build_zero_config(planned),
+                gpu_memory_bytes=options.gpu_memory_bytes,
+            )
+            self._closing.callback(self.model.close)
+            self.service = Service(self.model)
+            self._closing.callback(self.service.close)
+        except BaseException:
+            self._closing.close()
+            raise
+        if ranks is not None:
+            ranks.watch(self.service.fail)
 
-    def _row(self, number: int, request: Request) -> Row:
-        prompt = encode_prompt(self._codec, request)
-        if not request.sampling.is_greedy and (why := refuse_sampling(self._engine.model.generation_config)):
-            raise InputError(f"prompt {number}: {why}")
-        for name, tokens, planned in (
-            ("prompt", len(prompt), self._lengths.prompt_tokens),
-            ("completion", request.sampling.max_new_tokens, self._lengths.new_tokens),
-        ):
-            if tokens > planned:
-                raise InputError(
-                    f"prompt {number}: a {name} of {tokens} tokens, but the plan was made for up to {planned}",
-                    hint="make the pipeline with a larger max_prompt_tokens or max_new_tokens",
-                )
-        return Row(
-            index=number,
-            prompt=prompt,
-            sampling=request.sampling,
-            decode=self._codec.decode,
-            piece=self._codec.piece,
+    @property
+    def plan(self) -> Plan:
+        """How it runs."""
+        return self.model.plan
+
+    def submit(self, request: Request, *, priority: Priority = "interactive", stream: bool = False) -> Handle:
+        """Let one request be completed. Raises InputError for one that cannot be, or is longer than was planned for."""
+        return self._submit(self._encoded(request), request, priority, stream)
+
+    def results(self, requests: Sequence[Request]) -> Iterator[Result]:
+        """A result for each request, as they finish. On other ranks than 0 they come when all are there.
+
+        Raises InputError before anything runs for requests that cannot be.
+        """
+        if self._control.world.is_main:
+            return self._shared(lambda: self._finishing(requests))
+        return iter(self._answer())
+
+    def _finishing(self, requests: Sequence[Request]) -> Iterator[Result]:
+        prompts = [self._encoded(request) for request in requests]
+        finished: SimpleQueue[int] = SimpleQueue()
+        handles: list[Handle] = []
+        try:
+            for number, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+                handle = self._submit(prompt, request, "batch", stream=False)
+                handles.append(handle)
+                handle.when_changed(lambda number=number: finished.put(number))  # type: ignore[misc]
+            for _ in requests:
+                number = finished.get()
+                yield self.result(handles[number].result(), requests[number])
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def _shared(self, work: Callable[[], Iterator[Result]]) -> Iterator[Result]:
+        """What `work` yields, which the other ranks get in the end."""
+        if self._control.world.size == 1:
+            yield from work()
+            return
+        self._calls += 1
+        key, found = f"answer/{self._calls}", list[Result]()
+        answer: Any = found
+        try:
+            for result in work():
+                found.append(result)
+                yield result
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
+            answer = OtherRankFailedError(str(error), code)
+            raise
+        finally:
+            self._control.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
+
+    def _answer(self) -> list[Result]:
+        """What rank 0 gave for this call."""
+        self._calls += 1
+        key = f"answer/{self._calls}"
+        while not self._control.store.check([key]):
+            self.service.check()
+            time.sleep(_POLL_S)
+        answer: list[Result] | OtherRankFailedError = pickle.loads(self._control.store.get(key))
+        if isinstance(answer, OtherRankFailedError):
+            raise answer
+        return answer
+
+    def _encoded(self, request: Request) -> list[int]:
+        prompt = encode_prompt(self.model.codec, request)
+        config = self.model.engine.model.generation_config
+        if not request.sampling.is_greedy and (why := refuse_sampling(config)):
+            raise InputError(f"prompt {request.index}: {why}")
+        try:
+            self.service.check_lengths(len(prompt), request.sampling)
+        except InputError as error:
+            raise InputError(f"prompt {request.index}: {error.message}", hint=error.hint) from error
+        return prompt
+
+    def _submit(self, prompt: list[int], request: Request, priority: Priority, stream: bool) -> Handle:
+        index = request.index if priority == "batch" else 0
+        return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
+
+    def result(self, found: Completion, request: Request) -> Result:
+        """What `request` came to."""
+        tells = request.sampling.logprobs is not None and found.finish_reason != "error"
+        told = list(map(self.model.codec.told, found.tokens, found.likelihoods)) if tells else None
+        return Result(
+            index=request.index,
+            id=request.id,
+            prompt=request.prompt,
+            completion=found.text,
+            finish_reason=found.finish_reason,
+            prompt_tokens=found.prompt_tokens,
+            completion_tokens=len(found.tokens),
+            logprobs=told,
         )
 
     def close(self) -> None:
         """Free the model. Every rank must call it."""
-        self._engine.close()
-        self._control.close()
+        self._is_sound = not self.service.has_failed
+        if self._ranks is not None:
+            self._ranks.ending()
+        self._closing.close()
+
+    def _leave(self) -> None:
+        if self._is_sound:
+            self._control.close()
+        else:
+            self._control.abandon()
 
     def __enter__(self) -> Session:
         return self
@@ -133,20 +208,35 @@ class Session:
         self.close()
 
 
-def _result(row: Row, request: Request) -> Result:
-    assert row.finish_reason is not None
-    return Result(
-        index=row.index,
-        id=request.id,
-        prompt=request.prompt,
-        completion=row.text,
-        finish_reason=row.finish_reason,
-        prompt_tokens=len(row.prompt),
-        completion_tokens=len(row.generated),
+def open_session(
+    options: RunOptions,
+    lengths: Lengths | Callable[[ModelSource, Anatomy], Lengths],
+    requests: int | None,
+    observer: Observer,
+    num_gpus: int | None = None,
+) -> Session:
+    """A session on this rank, or on `num_gpus` ranks that are started for it. `lengths` may need the model."""
+    world, ranks = world_from_environment(), None
+    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
+    source = resolve_model(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        random_weights=options.random_weights,
+        in_full=needs_full_weights(engine, options.wire),
     )
-
-
-def _does_not_fit(error: torch.OutOfMemoryError) -> DoesNotFitError:
-    return DoesNotFitError(
-        f"out of GPU memory: {str(error).splitlines()[0]}", hint="choose a smaller batch_size or shorter prompts"
+    device = pick_device(world)
+    anatomy = read_anatomy(
+        source.config,
+        dtype=pick_dtype(options.dtype, source, device.type),
+        trust_remote_code=options.trust_remote_code,
     )
+    if not isinstance(lengths, Lengths):
+        lengths = lengths(source, anatomy)
+    if num_gpus is not None:
+        ranks = Ranks(num_gpus, Asked(options, lengths, requests))
+        world = ranks.world
+    session = Session(options, source, anatomy, lengths, requests, world, device, observer, ranks)
+    for note in notes(session.model.engine.model.generation_config, sampled=False) if world.is_main else ():
+        warnings.warn(note, stacklevel=3)
+    return session

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from zeroinf.errors import InputError
 from zeroinf.jobs.files import is_held
 from zeroinf.jobs.journal import moved, read_records
-from zeroinf.jobs.observer import left_s, rate
 from zeroinf.jobs.output import journal_path
+from zeroinf.service.observer import left_s, rate
 
 State = Literal["running", "stopped", "finished"]
 

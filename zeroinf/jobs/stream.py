@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row
-from zeroinf.jobs.observer import Observer, Progress, tokens_left
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
 from zeroinf.jobs.report import Phases
+from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Refusal, Result, Work
-from zeroinf.service.text import TextCodec
 
 if TYPE_CHECKING:
-    from zeroinf.distributed.control import Control
-    from zeroinf.engines.base import Engine
     from zeroinf.jobs.prepare import Prepared
+    from zeroinf.service.loaded import LoadedModel
 
 _TELL_EVERY_S = 0.5
 _POLL_S = 0.05
@@ -82,28 +79,20 @@ class Output:
 class Stream:
     """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results.
 
-    `part` is the channel among the ranks that hold one model together: alone, or all that share this stream. `store`
-    is that of all ranks, and fresh.
+    `store` is that of all ranks, and fresh.
     """
 
     def __init__(
-        self,
-        prepared: Prepared,
-        codec: TextCodec,
-        part: Control,
-        store: dist.Store,
-        engine: Engine,
-        output: Output | None,
-        observer: Observer,
+        self, prepared: Prepared, model: LoadedModel, store: dist.Store, output: Output | None, observer: Observer
     ) -> None:
         self._prepared = prepared
-        self._start = decoder_start(engine.model) if prepared.plan.anatomy.encoder is not None else None
         self._work = {work.index: work for work in prepared.work}
         self._asked = sum(work.sampling.max_new_tokens for work in prepared.work)
         self._asked_of_done = self._ended_early = 0
-        self._codec = codec
-        self._engine = engine
-        self._part, self._place = part, part.place
+        self._model = model
+        self._part = model.part
+        engine = model.engine
+        self._place = model.part.place
         # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
         plan = prepared.plan
         at_once = plan.world_size == 1 or plan.static_batches or not plan.anatomy.is_paged or not engine.shares_passes
@@ -118,6 +107,7 @@ class Stream:
         self._filling_since: float | None = None
         self._first_token_s: float | None = None
         self._prefill_s = 0.0
+        self._engine = engine
         self._before = engine.stats()
         self._started = self._told = time.perf_counter()
 
@@ -126,7 +116,7 @@ class Stream:
         drawn = self._part.broadcast(self._queue.draw() if self._part.world.is_main else None)
         if drawn and self._filling_since is None:
             self._filling_since = time.perf_counter()
-        return [_row(self._prepared.work[position], self._codec, self._start) for position in drawn]
+        return [_row(self._prepared.work[position], self._model) for position in drawn]
 
     def done(self, row: Row) -> None:
         """Send a finished row's result on its way, once a stream."""
@@ -135,7 +125,7 @@ class Stream:
         work = self._work[row.index]
         assert row.finish_reason is not None
         tells = work.sampling.logprobs is not None and row.finish_reason != "error"
-        told = list(map(self._codec.told, row.generated, row.likelihoods)) if tells else None
+        told = list(map(self._model.codec.told, row.generated, row.likelihoods)) if tells else None
         self._box.put(
             Result(
                 index=work.index,
@@ -238,20 +228,16 @@ class Stream:
 class WarmUp:
     """A few tokens of the first micro-batch, thrown away: first forwards pay for what later ones find ready."""
 
-    def __init__(self, prepared: Prepared, codec: TextCodec, engine: Engine, tokens: int) -> None:
-        start = decoder_start(engine.model) if prepared.plan.anatomy.encoder is not None else None
+    def __init__(self, prepared: Prepared, model: LoadedModel, tokens: int) -> None:
         first = prepared.work[: prepared.plan.batch_size]
-        self._rows = [_row(work, codec, start, tokens) for work in first]
+        self._rows = [_row(work, model, tokens) for work in first]
 
     def take(self) -> list[Row]:
         rows, self._rows = self._rows, []
         return rows
 
 
-def _row(work: Work, codec: TextCodec, start: int | None, tokens: int | None = None) -> Row:
-    """A row for `work`; where an encoder reads its prompt, the decoder begins with the token `start`."""
+def _row(work: Work, model: LoadedModel, tokens: int | None = None) -> Row:
+    """A row for `work`, or for a few `tokens` of it."""
     sampling = work.sampling if tokens is None else replace(work.sampling, max_new_tokens=tokens, ignore_eos=True)
-    prompt, source = (work.prompt, ()) if start is None else ((start,), work.prompt)
-    return Row(
-        index=work.index, prompt=prompt, source=source, sampling=sampling, decode=codec.decode, piece=codec.piece
-    )
+    return model.row(work.prompt, sampling, index=work.index)

@@ -39,6 +39,7 @@ READ_BUFFERS = 3
 LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
+SCORES = "scores of given tokens"
 KV_STAGING = "staging of keys and values"
 ENCODED = "encoder's states, cross-attention"
 COMPUTED = "activations, logits, states"
@@ -139,6 +140,11 @@ class Walk:
     @property
     def host_bytes(self) -> int:
         return sum(self.sizes[: self.streamed - self.nvme])
+
+
+def scores_bytes(anatomy: Anatomy, tokens: int) -> int:
+    """What the model's scores in the places of so many tokens take, with the two copies that are made of them."""
+    return tokens * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
 
 
 def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:

@@ -9,6 +9,7 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
+from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.traits import why_padded
 from zeroinf.planner.wire import Wire
@@ -38,9 +39,9 @@ class TensorParallel:
     """Folder that receives each rank's part of the weights, and their checkpoint JSON."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
-    """Where the weights rest, how many rows run together, on what."""
+    """Where the weights rest, how many rows run together, on what. Prints in a few lines, in notebooks as a table."""
 
     anatomy: Anatomy
     engine: str
@@ -68,6 +69,8 @@ class Plan:
     """The longest prompt: a micro-batch is at most this wide before it grows. 0 where no request is known."""
     new_tokens: int = 0
     """The most tokens that any row may add to its prompt."""
+    scored_tokens: int = 0
+    """Given tokens of which a forward may keep the scores; 0: none are scored."""
     fetch: Fetch = "replicated"
     resident_blocks: int = 0
     """Blocks that never leave the GPU, spread evenly over the pass."""
@@ -83,6 +86,12 @@ class Plan:
     """Where every byte goes, as predicted."""
     timing: Timing | None = None
     """None where the planner knows no speed of the engine."""
+
+    def __repr__(self) -> str:
+        return "\n".join(plan_lines(self))
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
 
     @property
     def streams(self) -> int:

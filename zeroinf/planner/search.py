@@ -16,12 +16,14 @@ from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     GAPS,
     LOADING_STAGES,
+    SCORES,
     SLOTS,
     SMALL_PAGES,
     Overhead,
     Place,
     Term,
     pieces,
+    scores_bytes,
     store_bytes,
     stream_gpu_terms,
     stream_host_terms,
@@ -474,6 +476,8 @@ class Planner:
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
+        if scored := scores_bytes(self._anatomy, self._lengths.scored_tokens):
+            terms = (*terms, Term("gpu", SCORES, scored, "counted"))
         if self._device == "cpu":
             terms = tuple(_on_host(term, wish.world_size) for term in terms if term.name not in (SMALL_PAGES, GAPS))
         return terms

@@ -28,6 +28,8 @@ class Lengths:
     """Prompts differ in length."""
     whole: bool = False
     """A prompt is computed in one part, however long it is."""
+    scored_tokens: int = 0
+    """Given tokens of which a forward keeps the scores, at the most; prompts run whole then."""
     logprobs: int | None = None
     """Log-probabilities that rows ask for, the most of any; None: none does."""
     mean_prompt_tokens: float | None = None

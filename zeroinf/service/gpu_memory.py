@@ -62,6 +62,7 @@ class GpuMemory:
         # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(device)
+        self._used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         _start_libraries(plan, device)
         self._workspaces = torch.cuda.memory_allocated(device)
         self._limit: int | None = None
@@ -105,6 +106,13 @@ class GpuMemory:
             reserved=torch.cuda.max_memory_reserved(self._device),
             process=None if used is None or self._used_before is None else used - self._used_before,
         )
+
+    def close(self) -> None:
+        """Lift the limit, and let torch give back what it holds and nobody uses."""
+        if self._limit is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+        torch.backends.cuda.enable_cudnn_sdp(self._used_cudnn)
+        torch.cuda.empty_cache()
 
     def _take_all(self) -> None:
         """Let torch get what the plan still needs from the driver, as one piece that it keeps.

@@ -40,6 +40,11 @@ class TextCodec:
         self._special = () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens))
 
     @property
+    def tokenizer(self) -> Any | None:
+        """transformers' tokenizer, None for random weights without one."""
+        return self._tokenizer
+
+    @property
     def pad_token(self) -> int | None:
         """The tokenizer's padding token, or 0 where the model has no embedding for it: no model sees what pads."""
         token = self._tokenizer.pad_token_id if self._tokenizer is not None else None

@@ -156,6 +156,7 @@ def asked(question: Question) -> Plan:
         static_batches=wish.static_batches,
         prompt_tokens=question.lengths.prompt_tokens,
         new_tokens=question.lengths.new_tokens,
+        scored_tokens=question.lengths.scored_tokens,
         nvme_paths=question.nvme_paths,
         wire=wish.wire,
         pin_memory=question.pin_memory,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroinf.distributed.control import Control, start_process_group
+from zeroinf.distributed.control import Control, join_process_group
 from zeroinf.engines.base import Listener
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights, save_parts
 from zeroinf.engines.baselines.plain import PlainEngine
@@ -42,7 +42,14 @@ class TensorParallelEngine(PlainEngine):
 
     def __init__(self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener) -> None:
         os.environ["DS_ACCELERATOR"] = plan.device
-        start_process_group(control.world, plan.device)
+        self._leave_group = join_process_group(control.world, plan.device)
+        try:
+            self._load(plan, source, control, device, told)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener) -> None:
         import deepspeed
 
         with quiet_deepspeed(), redirect_stdout(StringIO()):  # it prints what it found
@@ -58,6 +65,10 @@ class TensorParallelEngine(PlainEngine):
 
     def recover(self) -> bool:
         return False  # the other ranks of the group wait in a collective
+
+    def close(self) -> None:
+        super().close()
+        self._leave_group()
 
 
 class _WholeModel:

@@ -10,9 +10,9 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.hardware.checks import gib
 from zeroinf.hardware.memory import map_memory
 from zeroinf.hardware.snapshot import read_memlock
+from zeroinf.sizes import gib
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
 _MEMORY = "zeroinf-weights"

@@ -28,12 +28,12 @@ from zeroinf.engines.stream.store import (
 )
 from zeroinf.engines.stream.tensors import Group
 from zeroinf.engines.stream.write import require_room, taken_bytes, write_store
-from zeroinf.hardware.checks import gib
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import store_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.wire import Wire
+from zeroinf.sizes import gib
 
 
 class StoreInUse:

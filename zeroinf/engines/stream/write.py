@@ -28,8 +28,8 @@ from zeroinf.engines.stream.store import (
     write_headers,
 )
 from zeroinf.errors import DoesNotFitError, StoreError
-from zeroinf.hardware.checks import gib
 from zeroinf.paths import GUARDED_FILE, flush, make_guarded
+from zeroinf.sizes import gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.distributed.control import start_process_group
+from zeroinf.distributed.control import join_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.engines.quiet import quiet_deepspeed
@@ -40,7 +40,7 @@ class ZeroEngine:
         a folder of this run, which `close` removes: DeepSpeed itself leaves them behind.
         """
         os.environ["DS_ACCELERATOR"] = plan.device
-        start_process_group(world, plan.device)
+        self._leave_group = join_process_group(world, plan.device)
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -59,7 +59,7 @@ class ZeroEngine:
                 _set_buffers(self._engine.module, buffers)
                 self._engine.module.eval()
         except BaseException:
-            self._remove_swap_folder()
+            self._leave()
             raise
 
     @property
@@ -87,7 +87,15 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave transformers, the disk and the process group as they were."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # while it holds, models are built in partitions
         self._remove_swap_folder()
+        self._leave_group()
 
     def _remove_swap_folder(self) -> None:
         if self._swap_folder is not None:

@@ -1,0 +1,71 @@
+"""Progress of loading and generating from Python: bars on a terminal's stderr, and in notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zeroinf.planner.plan import Plan
+from zeroinf.service import observer
+from zeroinf.service.requests import Refusal
+
+_T = TypeVar("_T")
+
+
+class ProgressObserver:
+    """Shows how far loading and results are if `shown`; None: where stderr is a terminal, or in a notebook.
+
+    Notes, such as of memory that ran short, are shown everywhere.
+    """
+
+    def __init__(self, shown: bool | None) -> None:
+        self._console = Console(stderr=True)
+        self._shown = (self._console.is_terminal or self._console.is_jupyter) if shown is None else shown
+        self._bar: Progress | None = None
+
+    def counted(self, found: Iterable[_T], total: int) -> Iterator[_T]:
+        """What is `found`, `total` in all, with a bar."""
+        if not self._shown:
+            yield from found
+            return
+        with self._made("prompts", total) as bar:
+            for each in found:
+                bar.advance(bar.task_ids[0])
+                yield each
+
+    def _made(self, what: str, total: float) -> Progress:
+        bar = Progress(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console
+        )
+        bar.add_task(what, total=total)
+        return bar
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def failed(self, text: str) -> None:
+        self._console.print(f"error: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None: ...
+
+    def loading(self, plan: Plan) -> None:
+        if self._shown:
+            self._bar = self._made("MiB of weights", 0)
+            self._bar.start()
+
+    def filled(self, done_bytes: int, total_bytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done_bytes >> 20, total=total_bytes >> 20)
+
+    def loaded(self, seconds: float) -> None:
+        self.ended()
+
+    def progress(self, progress: observer.Progress) -> None: ...
+
+    def ended(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

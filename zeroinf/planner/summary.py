@@ -1,0 +1,92 @@
+"""A plan in a few lines, as text and as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING
+
+from zeroinf.planner.memory import Place, taken
+from zeroinf.planner.timing import Timing
+from zeroinf.planner.traits import TRAITS
+from zeroinf.sizes import gib
+
+if TYPE_CHECKING:
+    from zeroinf.planner.plan import Plan
+
+_PLACES: dict[Place, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The chosen plan in three lines: how it runs, how fast, what it takes."""
+    tiers = _tiers(plan, len(plan.anatomy.blocks))
+    streams = "1 stream" if plan.streams == 1 else f"{plan.streams} streams"
+    if plan.tensor_parallel.size > 1:
+        streams += f", each on {plan.tensor_parallel.size} ranks"
+    if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
+        streams += f", weights {plan.fetch}"
+    wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
+    if plan.anatomy.quantized is not None:
+        wire = f", weights quantized already ({plan.anatomy.quantized.method})"
+    rows = f"{plan.batch_size} rows each{_kv(plan)}, {_forwards(plan)}"
+    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
+    yield _speed(plan)
+    places = (f"{gib(size)} of {name}" for place, name in _PLACES.items() if (size := taken(plan.terms, place)))
+    yield f"takes {', '.join(places)}"
+
+
+def _forwards(plan: Plan) -> str:
+    if plan.forward_tokens:
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens"
+    return f"padded forwards ({plan.padded_because})"
+
+
+def _kv(plan: Plan) -> str:
+    if plan.host is None:
+        return ""
+    lossy = f" as {plan.host.dtype} codes (lossy)" if plan.host.dtype != "model" else ""
+    return f", keys and values of {plan.host_rows} in host memory{lossy}"
+
+
+def _tiers(plan: Plan, blocks: int) -> str:
+    if not TRAITS[plan.engine].places_blocks:
+        return f"{blocks} blocks"
+    on_host = blocks - plan.resident_blocks - plan.nvme_blocks
+    computing = "on the GPU" if plan.device == "cuda" else "where the CPU computes"
+    parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
+    return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
+
+
+def _resource(timing: Timing, device: str) -> str:
+    """What a decode step waits for, in words that hold for the device."""
+    if device == "cuda":
+        return timing.binds
+    return {"GPU memory": "memory", "kernel launches": "operator calls", "link": "copies"}.get(
+        timing.binds, timing.binds
+    )
+
+
+def _speed(plan: Plan) -> str:
+    timing = plan.timing
+    if timing is None:
+        return f"no speed expected: the planner has no model of the {plan.engine} engine"
+    expected = f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
+    if plan.new_tokens == 1:
+        return f"{expected}pass {timing.prefill_s:.2f} s"
+    return (
+        f"{expected}prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
+        f"a decode step waits for {_resource(timing, plan.device)}"
+    )
+
+
+def plan_html(plan: Plan) -> str:
+    """The same lines, and a table of all terms of memory, the largest of each place first."""
+    lines = "".join(f"<div>{escape(line)}</div>" for line in plan_lines(plan))
+    terms = sorted(plan.terms, key=lambda term: (list(_PLACES).index(term.place), -term.nbytes))
+    rows = "".join(
+        f"<tr><td>{_PLACES[term.place]}</td><td>{escape(term.name)}</td>"
+        f"<td style='text-align: right'>{gib(term.nbytes)}</td><td>{term.origin}</td></tr>"
+        for term in terms
+    )
+    head = "<tr><th>where</th><th>what</th><th>size</th><th>how known</th></tr>"
+    return f"<div><b>{escape(plan.anatomy.architecture)}</b>, {plan.dtype}</div>{lines}<table>{head}{rows}</table>"

@@ -1,0 +1,387 @@
+"""A loaded model with a standing feed: requests come at any time, from any thread, and are told of as they run.
+
+Each rank has one. Requests are given to that of rank 0, which hands them to the others; the others only work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Literal
+
+import torch.distributed as dist
+
+from zeroinf.distributed.control import Control
+from zeroinf.errors import InputError, RankError, UsageError, ZeroinfError
+from zeroinf.generation.loop import Feed
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scoring import ScoreBatch, Scored, TokenScores
+from zeroinf.service.boards import Board, Kind, LocalBoard, Posted, SharedBoard, Told
+from zeroinf.service.handles import Handle, TokenEvent
+from zeroinf.service.loaded import LoadedModel
+from zeroinf.service.streaming import TextStream
+
+Priority = Literal["interactive", "batch"]
+"""Interactive requests enter before those of batches, however many wait."""
+
+_AHEAD = 2
+"""Batches of requests that lie ready for ranks to take, of all that wait."""
+_HEAR_EVERY_S = 0.01
+_STOP_S = 5.0
+_TAKES = 4
+"""Ranks that share work take a part of a batch at a time, so that none is left without in the end."""
+
+
+class Service:
+    """Requests in, events out, around the loop of a `LoadedModel`, which runs in a thread of its own.
+
+    Every rank makes one of its own model. `close` ends the loop; the model is closed by whoever opened it.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._control: Control = model.control
+        self._numbers = itertools.count()
+        self._lock = threading.Condition()
+        self._handles: dict[int, Handle] = {}
+        self._scores: dict[int, Future[TokenScores]] = {}
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._is_stopping = False
+        self._board = _open_board(model, self._heard)
+        self._feed = _BoardFeed(model, self._board)
+        self._loop = threading.Thread(target=self._run, name="zeroinf-loop", daemon=True)
+        self._loop.start()
+        if isinstance(self._board, SharedBoard) and self._control.world.is_main:
+            threading.Thread(target=self._hear, args=(self._board,), name="zeroinf-hear", daemon=True).start()
+        atexit.register(self._stop)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        priority: Priority = "interactive",
+        index: int = 0,
+        stream: bool = False,
+    ) -> Handle:
+        """Let `prompt`, token ids, be completed. Returns at once.
+
+        `index` is a request's place among those that share a seed: a batch's line; with 0, the same request with the
+        same seed gives the same text whatever runs beside it. With `stream` events come as tokens do, else there is one
+        at the end. Raises InputError for what is longer than was planned for, and where the model failed before.
+        """
+        self.check_lengths(len(prompt), sampling)
+        urgent = priority == "interactive"
+        handle = Handle(next(self._numbers), len(prompt), self._cancel)
+        with self._lock:
+            self._refuse_if_over()
+            self._handles[handle.number] = handle
+        self._board.post("urgent" if urgent else "batch", Posted(handle.number, prompt, sampling, index, stream))
+        return handle
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Future[TokenScores]]:
+        """For each sequence of token ids, what the model thinks of those from the given place on, many to a pass.
+
+        The first token of all has nothing before it, so the place is at least 1. Raises InputError for sequences that
+        are longer than was planned for, UsageError where the plan has no memory for scores.
+        """
+        for tokens, start in sequences:
+            self._check_scored(len(tokens), start)
+        found = []
+        for tokens, start in sequences:
+            number, future = next(self._numbers), Future[TokenScores]()
+            with self._lock:
+                self._refuse_if_over()
+                self._scores[number] = future
+            self._board.post("score", Posted(number, tokens, None, start))
+            found.append(future)
+        return found
+
+    def drain(self) -> None:
+        """Wait until all that was submitted has ended. Raises the model's error, if it failed."""
+        with self._lock:
+            self._lock.wait_for(lambda: not (self._handles or self._scores))
+            self.check()
+
+    def close(self) -> None:
+        """End the loop on this rank: on rank 0, what has not ended is cancelled; elsewhere, when rank 0 closes."""
+        with self._lock:
+            left, self._is_closed = list(self._handles.values()), True
+            scored = list(self._scores)
+        for handle in left:
+            handle.cancel()
+        for number in filter(self._board.withdraw, scored):
+            with self._lock:
+                self._scores.pop(number).cancel()
+        if self._control.world.is_main:
+            self._board.close()
+        self._loop.join()
+        atexit.unregister(self._stop)
+
+    def wait(self) -> None:
+        """On another rank than 0: work until rank 0 closes. Raises the error with which this rank failed, if any."""
+        self._loop.join()
+        self.check()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the loop ended in an error, here or on another rank."""
+        return self._error is not None
+
+    def check(self) -> None:
+        """Raise the error with which the loop ended, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def check_lengths(self, prompt: int, sampling: Sampling) -> None:
+        """Raise InputError for a prompt of so many tokens that could not be completed."""
+        plan, new = self.model.plan, sampling.max_new_tokens
+        if not prompt:
+            raise InputError("the prompt holds no tokens", hint="give at least one")
+        for name, tokens, planned in (
+            ("prompt", prompt, plan.prompt_tokens),
+            ("completion", new, plan.new_tokens),
+        ):
+            if tokens > planned:
+                raise InputError(
+                    f"a {name} of {tokens} tokens, but the plan was made for up to {planned}",
+                    hint="make the pipeline with a larger max_prompt_tokens or max_new_tokens",
+                )
+        limit = plan.anatomy.context_limit
+        if limit is not None and plan.anatomy.positions(prompt, new) > limit:
+            raise InputError(
+                f"a prompt of {prompt} tokens and {new} new ones, but the model's context holds {limit}",
+                hint="shorten one of them",
+            )
+
+    def _check_scored(self, tokens: int, start: int) -> None:
+        plan = self.model.plan
+        if not 1 <= start < tokens:
+            raise InputError(f"scores from token {start} on, of {tokens}", hint="score at least one, behind another")
+        if not plan.scored_tokens:
+            raise UsageError("the plan has no memory for scores", hint="plan with scored_tokens")
+        if tokens > plan.prompt_tokens or tokens - start > plan.scored_tokens:
+            raise InputError(
+                f"{tokens - start} of {tokens} tokens to be scored, but the plan was made for up to "
+                f"{plan.scored_tokens} of {plan.prompt_tokens}",
+                hint="plan for longer ones",
+            )
+
+    def _refuse_if_over(self) -> None:
+        self.check()
+        if self._is_closed:
+            raise UsageError("the model is closed", hint="open it again")
+        if not self._control.world.is_main:
+            raise UsageError("requests go to rank 0, which hands them to the others", hint="submit there")
+
+    def _cancel(self, number: int) -> None:
+        if self._board.withdraw(number):
+            self._heard(Told(number, finish_reason="cancelled"))
+        else:
+            self._board.cancel(number)
+
+    def _heard(self, told: Told) -> None:
+        """Tell whoever waits. From any thread of rank 0."""
+        with self._lock:
+            if told.scores is not None:
+                future = self._scores.pop(told.number)
+            else:
+                handle = self._handles[told.number]
+                if told.finish_reason is not None:
+                    del self._handles[told.number]
+            if not (self._handles or self._scores):
+                self._lock.notify_all()
+        if told.scores is not None:
+            future.set_result(told.scores)
+            return
+        handle.heard(
+            TokenEvent(
+                text=told.text,
+                tokens=told.tokens,
+                likelihoods=told.likelihoods,
+                finish_reason=told.finish_reason,
+            )
+        )
+
+    def _run(self) -> None:
+        feed = self._feed
+        try:
+            self.model.run(
+                Feed(
+                    take=feed.take,
+                    done=feed.done,
+                    urgent=feed.urgent,
+                    cancelled=feed.cancelled,
+                    scores=feed.scores,
+                    wait=feed.wait,
+                    grew=feed.grew,
+                    stop_requested=lambda: int(self._is_stopping),
+                )
+            )
+            feed.flush()
+        except BaseException as error:  # a thread has no caller: whoever waits for an answer gets it
+            self.fail(error)
+
+    def _hear(self, board: SharedBoard) -> None:
+        """Take in what other ranks tell, as long as anything is under way."""
+        try:
+            while self._loop.is_alive() or self._handles or self._scores:
+                if not board.hear():
+                    self.fail(RankError("another rank has failed", hint="its own message says why"))
+                    return
+                time.sleep(_HEAR_EVERY_S)
+        except RuntimeError as error:
+            self.fail(RankError(f"lost the store that ranks share: {error}"))
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing can go on: whoever waits is told, and nothing more is taken."""
+        known = error if isinstance(error, ZeroinfError) else ZeroinfError(f"the loop ended: {error!r}")
+        known.__cause__ = None if known is error else error
+        if isinstance(self._board, SharedBoard):
+            self._board.fail()
+        with self._lock:
+            if self._error is None:
+                self._error = known
+            handles, self._handles = list(self._handles.values()), {}
+            scores, self._scores = list(self._scores.values()), {}
+            self._lock.notify_all()
+        for handle in handles:
+            handle.failed(known)
+        for future in scores:
+            future.set_exception(known)
+
+    def _stop(self) -> None:
+        """The process ends and nobody has closed: the loop must not run into its end."""
+        self._is_stopping = True
+        if self._control.world.is_main:
+            self._board.close()
+        self._loop.join(_STOP_S)
+
+
+def _open_board(model: LoadedModel, heard: Callable[[Told], None]) -> LocalBoard | SharedBoard:
+    control, ahead = model.control, _AHEAD * model.plan.batch_size * model.plan.streams
+    if control.world.size == 1:
+        return LocalBoard(heard)
+    store = dist.PrefixStore("service", control.store)
+    board = SharedBoard(store, 0, ahead, heard) if control.world.is_main else None
+    control.gather(None)  # rank 0 has made it
+    return board or SharedBoard(store, control.world.rank, ahead, heard)
+
+
+class _Running:
+    """A request on this rank: its row, and how much of it has been told."""
+
+    def __init__(self, posted: Posted, row: Row, stops: Sequence[str]) -> None:
+        self.posted, self.row = posted, row
+        self._told = 0
+        self._text = TextStream(row.decode, (*row.sampling.stop, *stops))
+
+    def news(self) -> Told | None:
+        """What has come since the last time, if anything."""
+        row = self.row
+        if row.finish_reason is None and len(row.generated) == self._told:
+            return None
+        first, self._told = self._told, len(row.generated)
+        ended = row.finish_reason is not None
+        return Told(
+            self.posted.number,
+            self._text.finish(row.text) if ended else self._text.take(row.generated),
+            row.generated[first:],
+            row.likelihoods[first:],
+            row.finish_reason,
+        )
+
+
+class _BoardFeed:
+    """The loop's feed of one rank: takes from a board what there is room for, and tells it what comes of it.
+
+    Ranks that hold one model together take what the first of them takes.
+    """
+
+    def __init__(self, model: LoadedModel, board: Board) -> None:
+        self._model, self._board, self._part = model, board, model.part
+        self._running: dict[int, _Running] = {}
+        """By the request's number."""
+        self._streamed: dict[int, _Running] = {}
+        self._of_row: dict[int, int] = {}
+        """A request's number by its row's id."""
+        self._told: list[Told] = []
+        plan = model.plan
+        self._shares = plan.streams > 1 and plan.anatomy.is_paged and model.engine.shares_passes
+
+    def cancelled(self) -> list[Row]:
+        self.flush()
+        numbers = self._from_first(self._board.look)
+        return [self._running[number].row for number in numbers if number in self._running]
+
+    def _from_first(self, ask: Callable[[], Sequence[int]]) -> Sequence[int]:
+        return self._part.broadcast(ask() if self._part.world.is_main else None)  # type: ignore[no-any-return]
+
+    def _take(self, kind: Kind, most: int) -> list[Posted]:
+        taken: list[Posted] = self._part.broadcast(
+            self._board.take(kind, most) if self._part.world.is_main and most > 0 else []
+        )
+        return taken
+
+    def urgent(self) -> list[Row]:
+        return self._rows(self._take("urgent", self._model.scheduler.free_rows), urgent=True)
+
+    def take(self) -> list[Row] | None:
+        rows = self._model.plan.batch_size
+        taken = self._take("batch", max(1, rows // _TAKES) if self._shares else rows)
+        if taken:
+            return self._rows(taken, urgent=False)
+        is_over: bool = self._part.broadcast(self._board.is_over if self._part.world.is_main else None)
+        return [] if is_over else None
+
+    def _rows(self, taken: Sequence[Posted], *, urgent: bool) -> list[Row]:
+        found = []
+        for posted in taken:
+            assert posted.sampling is not None
+            row = self._model.row(posted.tokens, posted.sampling, index=posted.index, urgent=urgent)
+            running = self._running[posted.number] = _Running(posted, row, self._model.stops)
+            self._of_row[id(row)] = posted.number
+            if posted.is_streamed:
+                self._streamed[posted.number] = running
+            found.append(row)
+        return found
+
+    def scores(self) -> list[ScoreBatch]:
+        """As many sequences as a pass has memory for in the place of prompts."""
+        longest = max(1, self._model.plan.prompt_tokens)
+        taken = self._take("score", max(1, self._model.scheduler.limits.prefill_tokens // longest))
+        return list(self._model.score_batches([self._scored(posted) for posted in taken]))
+
+    def _scored(self, posted: Posted) -> Scored:
+        def done(scores: TokenScores) -> None:
+            self._told.append(Told(posted.number, scores=scores))
+
+        return Scored(posted.tokens, posted.index, done)
+
+    def wait(self) -> None:
+        self.flush()
+        self._board.wait()
+
+    def done(self, row: Row) -> None:
+        running = self._running.pop(self._of_row.pop(id(row)))
+        self._streamed.pop(running.posted.number, None)
+        if (news := running.news()) is not None:
+            self._told.append(news)
+
+    def grew(self, rows: int) -> None:
+        """Rows have got their tokens of a pass."""
+        for running in self._streamed.values():
+            if (news := running.news()) is not None:
+                self._told.append(news)
+        self.flush()
+
+    def flush(self) -> None:
+        """Tell what there is to tell."""
+        told, self._told = self._told, []
+        if self._part.world.is_main:
+            self._board.tell(told)

@@ -1,0 +1,233 @@
+"""A loaded model: its engine, the room for keys and values, the guard of its GPU, and the loop over the rows it is fed.
+
+Everything that a run, a session and an evaluation take of the machine is taken here, in one order, and given back in
+the reverse one, whatever fails in between: page-locked memory, GPU memory and its limit, process groups, and variables
+of the environment that libraries want. What rows there are, and where their results go, is the caller's.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from zeroinf.distributed.control import Control
+from zeroinf.engines.base import Engine
+from zeroinf.engines.registry import load_engine
+from zeroinf.errors import DoesNotFitError
+from zeroinf.generation.cache import PagePool
+from zeroinf.generation.host_cache import HostCache
+from zeroinf.generation.loop import Feed, generate
+from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.prompts import decoder_start
+from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
+from zeroinf.hardware.measure.links import measure_own_link
+from zeroinf.hardware.process import PeakMemory, Resident
+from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.planner.plan import Plan
+from zeroinf.service.environment import Environment
+from zeroinf.service.gpu_memory import GpuMemory, GpuUse
+from zeroinf.service.observer import Observer
+from zeroinf.service.text import TextCodec
+
+
+class LoadedModel:
+    """A model that is loaded once, for rows up to the lengths of its plan.
+
+    Every rank opens one, and closes it. `control` stays the caller's.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: ModelSource,
+        control: Control,
+        device: torch.device,
+        observer: Observer,
+        *,
+        zero_config: dict[str, Any] | None = None,
+        gpu_memory_bytes: int | None = None,
+        peak: PeakMemory | None = None,
+    ) -> None:
+        """Take the GPU, load the weights and make room for keys and values.
+
+        `gpu_memory_bytes` is the most that this rank may take of its GPU. `peak` watches this process's memory already.
+        Raises DoesNotFitError where the plan no longer fits, and what engines raise of damaged weights and lost ranks;
+        nothing is left behind then.
+        """
+        self.control, self.device = control, device
+        self.peak = PeakMemory() if peak is None else peak
+        self._observer = observer
+        self._gpu: GpuMemory | None = None
+        self._host: HostCache | None = None
+        self.link_gbps: float | None = None
+        """Rate of this rank's link, measured before the weights were loaded; None where nothing crosses one."""
+        self._closing = ExitStack()
+        try:
+            self._closing.callback(self.peak.stop)
+            environment = Environment()
+            self._closing.callback(environment.restore)
+            observer.loading(plan)
+            self._take_gpu(plan, gpu_memory_bytes)
+            self._load(plan, source, zero_config)
+            self._make_room(plan, source)
+            environment.note()
+        except BaseException:
+            observer.ended()
+            self.close()
+            raise
+
+    def _take_gpu(self, plan: Plan, limit_bytes: int | None) -> None:
+        """Start on the GPU: limit, link, and a look at whether the plan still holds."""
+        if self.device.type != "cuda":
+            return
+        self._gpu = GpuMemory(plan, self.device, limit_bytes)
+        self._closing.callback(self._gpu.close)
+        self._gpu.check()
+        if plan.offload != "none" or plan.host is not None:
+            self.control.gather(None)  # all ranks at once, as they will stream
+            self.link_gbps = measure_own_link(self.device.index)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _load(self, plan: Plan, source: ModelSource, zero_config: dict[str, Any] | None) -> None:
+        started = time.perf_counter()
+        self.control.place.now("loads weights")
+        try:
+            self.engine: Engine = load_engine(plan, source, zero_config, self.control, self.device, self._observer)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of GPU memory while weights were loaded: {str(error).splitlines()[0]}",
+                hint="another process may have taken some; run it again, and it plans with what is free then",
+            ) from error
+        self._closing.callback(self._drop)
+        self._closing.callback(self.engine.close)
+        self.load_s = time.perf_counter() - started
+        self.control.place.now("generates")
+        self._observer.loaded(self.load_s)
+        self.loading: Resident = self.peak.so_far()
+        """Resident memory of this process at its highest until weights were loaded."""
+
+    def _make_room(self, planned: Plan, source: ModelSource) -> None:
+        plan = planned if self._gpu is None else self._gpu.plan_that_fits()
+        self.part = self.control.part(plan.tensor_parallel.size)
+        """The channel among the ranks that hold this model together: alone, or all that run the same rows."""
+        fitting = min(self.part.gather(plan.batch_size))  # ranks of one stream run the same rows
+        self.plan = plan = plan.with_rows(fitting) if fitting < plan.batch_size else plan
+        if plan.batch_size < planned.batch_size:
+            self._observer.note(
+                f"another process has taken GPU memory since the plan: {plan.batch_size} rows instead of "
+                f"{planned.batch_size}"
+            )
+        engine, model = self.engine, self.engine.model
+        self.codec = TextCodec(load_tokenizer(source), plan.anatomy)
+        self._start = decoder_start(model) if plan.anatomy.encoder is not None else None
+        rules = TokenRules(model, self.codec.pad_token, self.codec.eos_tokens)
+        self.pad_token = rules.pad_token
+        self.stops = rules.stops
+        """Stop strings of the model's generation config."""
+        limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(model.config))
+        try:
+            pool = PagePool(model, plan.rank_anatomy(self.control.world.rank), plan.pool, self.device)
+            if plan.host is not None:
+                pin = plan.pin_memory and self.device.type == "cuda"
+                self._host = HostCache(model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin)
+                self._closing.callback(self._host.close)
+            self._desk = Desk(model, rules, pool, self.device, self._host)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(error, plan.batch_size) from error
+        self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
+        self._scorer = Scorer(model, rules.pad_token, self.device)
+
+    def row(self, prompt: Sequence[int], sampling: Sampling, *, index: int = 0, urgent: bool = False) -> Row:
+        """A row that completes `prompt`. `index` tells its random numbers from those of rows with the same seed."""
+        given, source = (prompt, ()) if self._start is None else ((self._start,), prompt)
+        return Row(
+            index=index,
+            prompt=given,
+            source=source,
+            sampling=sampling,
+            decode=self.codec.decode,
+            piece=self.codec.piece,
+            urgent=urgent,
+        )
+
+    def score_batches(self, sequences: Sequence[Scored]) -> Iterator[ScoreBatch]:
+        """`sequences` in forwards as large as the plan has memory for."""
+        limits = self.scheduler.limits
+        return batches_of(
+            self._scorer,
+            sequences,
+            rows=limits.micro_batch_rows,
+            columns=limits.prefill_tokens,
+            kept=self.plan.scored_tokens,
+            breaks_at=limits.breaks_at,
+        )
+
+    def run(self, feed: Feed) -> int:
+        """The loop over the rows of `feed`, until it has no more or asks to stop; see `zeroinf.generation.loop`.
+
+        Raises DoesNotFitError where a pass with a single row runs out of GPU memory.
+        """
+        control = self.part if self.plan.tensor_parallel.size > 1 else self.control
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # threads have one each
+        try:
+            return generate(
+                self.engine, control, self._desk, self.scheduler, replace(feed, shrank=self._tell_of_shrinking)
+            )
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(error, self.scheduler.limits.micro_batch_rows) from error
+
+    def _tell_of_shrinking(self, rows: int) -> None:
+        """An error of the planner: say so, with what it had counted on."""
+        terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self.plan.terms if t.place == "gpu")
+        self._observer.note(
+            f"out of GPU memory, against the plan: micro-batches of {rows} row{'s' * (rows > 1)} from here on, "
+            "the pass is made again. "
+            f"Please report it with the planned terms: {terms}"
+        )
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Keys and values that have crossed the link to the GPU, and from it."""
+        return (self._host.link.fetched_bytes, self._host.link.sent_bytes) if self._host is not None else (0, 0)
+
+    @property
+    def pinned_host_bytes(self) -> int:
+        """Host memory that this rank has page-locked, what it shares with others included."""
+        host = self._host.pinned_bytes if self._host is not None else 0
+        return self.engine.stats().pinned_host_bytes + host
+
+    def gpu_use(self) -> GpuUse | None:
+        """What was taken of the GPU until now; None without one."""
+        if self._gpu is None:
+            return None
+        staging = self._host.link.staging_bytes if self._host is not None else 0
+        return self._gpu.use(self.engine.stats().slot_bytes, self._desk.pool.nbytes + staging)
+
+    def close(self) -> None:
+        """Give everything back. No loop may run."""
+        self._closing.close()
+
+    def _drop(self) -> None:
+        """Let go of what holds device memory."""
+        for name in ("_desk", "_scorer", "engine"):
+            self.__dict__.pop(name, None)
+        self._host = None
+        gc.collect()  # hooks and the models that they belong to refer to each other
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"out of GPU memory with {'1 row' if rows == 1 else f'{rows} rows'}: {str(error).splitlines()[0]}",
+        hint="shorten the prompts, lower --max-new-tokens, or let fewer blocks stay on the GPU"
+        if rows == 1
+        else "choose a smaller --batch-size",
+    )
