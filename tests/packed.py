@@ -97,6 +97,92 @@ def fp8(scales: str) -> Pack:
     return pack
 
 
+def integers(bits: int, *, symmetric: bool, ordered: bool = False, group: int = GROUP) -> Pack:
+    """compressed-tensors' `pack-quantized`."""
+
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        rows, columns = weight.shape
+        groups = np.arange(columns) // (group or columns)
+        if ordered:
+            groups = rng.permutation(groups)
+        codes, zeros, scales = _grouped(weight, bits, groups)
+        if symmetric:
+            zeros[:] = 1 << (bits - 1)
+        padded = np.pad(codes, ((0, 0), (0, -columns * bits % 32 // bits)))
+        packed = {
+            "weight_packed": _words(padded, bits),
+            "weight_scale": torch.from_numpy(scales),
+            "weight_shape": torch.tensor([rows, columns]),
+        }
+        if not symmetric:
+            packed["weight_zero_point"] = _words(
+                np.pad(zeros.T, ((0, 0), (0, -rows * bits % 32 // bits))), bits
+            ).T.contiguous()
+        if ordered:
+            packed["weight_g_idx"] = torch.from_numpy(groups.astype(np.int32))
+        return packed, ((codes - zeros[:, groups]) * scales[:, groups]).astype(np.float32)
+
+    return pack
+
+
+def bytes_of(kind: torch.dtype) -> Pack:
+    """compressed-tensors' `int-quantized` and `float-quantized`, a scale a row."""
+
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        value = torch.from_numpy(weight)
+        top = 127 if kind == torch.int8 else 448
+        scale = value.abs().amax(1, keepdim=True) / top
+        codes = (value / scale).round().to(kind) if kind == torch.int8 else (value / scale).to(kind)
+        packed = {"weight": codes, "weight_scale": scale, "input_scale": torch.ones(1)}
+        return packed, (codes.float() * scale).numpy()
+
+    return pack
+
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fp4(layout: str) -> Pack:
+    """NVFP4 as compressed-tensors or ModelOpt have it, or MXFP4."""
+
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        size = 32 if layout == "mx" else 16
+        value = torch.from_numpy(weight)
+        groups = value.view(len(value), -1, size)
+        most = groups.abs().amax(-1) / 6
+        if layout == "mx":
+            powers = most.log2().ceil()
+            scale, stored = powers.exp2(), {"weight_scale": (powers + 127).to(torch.uint8)}
+        else:
+            of_all = most.max() / 448
+            eight = (most / of_all).to(torch.float8_e4m3fn)
+            scale = eight.float() * of_all
+            stored = {"weight_scale": eight, "weight_scale_2": of_all}
+            if layout == "tensors":
+                inverse = (1 / of_all).view(1)
+                scale = eight.float() / inverse
+                stored = {"weight_scale": eight, "weight_global_scale": inverse}
+        scaled = groups / scale[..., None].clamp(min=1e-30)
+        index = (scaled.abs()[..., None] - _FP4).abs().argmin(-1)
+        codes = (index + 8 * (scaled < 0)).view(value.shape)
+        full = (_FP4[index] * torch.where(scaled < 0, -1.0, 1.0) * scale[..., None]).view(value.shape)
+        name = "weight" if layout == "modelopt" else "weight_packed"
+        stored[name] = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        return stored, full.numpy()
+
+    return pack
+
+
+def _tensors(form: str, **weights: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": form,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", **weights}}},
+    }
+
+
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
@@ -115,6 +201,28 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
         awq,
         {**_GPTQ, "quant_method": "auto-round", "data_type": "int", "packing_format": "auto_round:auto_awq"},
     ),
+    "w4a16": (integers(4, symmetric=True), _tensors("pack-quantized", symmetric=True, group_size=GROUP)),
+    "w4a16_asymmetric": (integers(4, symmetric=False), _tensors("pack-quantized", symmetric=False, group_size=GROUP)),
+    "w8a16_asymmetric": (
+        integers(8, symmetric=False),
+        _tensors("pack-quantized", symmetric=False, group_size=GROUP, num_bits=8),
+    ),
+    "w4a16_channel": (
+        integers(4, symmetric=False, group=0),
+        _tensors("pack-quantized", symmetric=False, strategy="channel"),
+    ),
+    "w4a16_ordered": (
+        integers(4, symmetric=False, ordered=True),
+        _tensors("pack-quantized", symmetric=False, group_size=GROUP, actorder="group"),
+    ),
+    "w8": (bytes_of(torch.int8), _tensors("int-quantized", symmetric=True, strategy="channel", num_bits=8)),
+    "w8_float": (
+        bytes_of(torch.float8_e4m3fn),
+        _tensors("float-quantized", symmetric=True, strategy="channel", num_bits=8, type="float"),
+    ),
+    "nvfp4": (fp4("tensors"), _tensors("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)),
+    "mxfp4": (fp4("mx"), _tensors("mxfp4-pack-quantized", type="float", strategy="group", group_size=32)),
+    "modelopt_nvfp4": (fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}),
     "fp8": (fp8("block"), {**_FP8, "weight_block_size": [GROUP, GROUP]}),
     "fp8_ue8m0": (fp8("ue8m0"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_powers": (fp8("powers"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
@@ -122,6 +230,36 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "fp8_tensor": (fp8("tensor"), {**_FP8, "weight_block_size": None}),
 }
 """How each is packed, and what its config says."""
+
+
+_OF_TENSORS = "compressed-tensors, "
+NAMES = {
+    "gptq": "gptq in 4 bits",
+    "gptq_8": "gptq in 8 bits",
+    "gptq_3": "gptq in 3 bits",
+    "gptq_2": "gptq in 2 bits",
+    "gptq_v2": "gptq, version 2",
+    "gptq_ordered": "gptq with desc_act",
+    "awq": "awq (gemm)",
+    "auto_round_gptq": "auto-round, packed as auto_gptq",
+    "auto_round_awq": "auto-round, packed as auto_awq",
+    "w4a16": f"{_OF_TENSORS}int4 in groups",
+    "w4a16_asymmetric": f"{_OF_TENSORS}int4 with zero points",
+    "w8a16_asymmetric": f"{_OF_TENSORS}int8 with zero points",
+    "w4a16_channel": f"{_OF_TENSORS}int4, a scale a row",
+    "w4a16_ordered": f"{_OF_TENSORS}int4 with actorder",
+    "w8": f"{_OF_TENSORS}int8, a scale a row",
+    "w8_float": f"{_OF_TENSORS}fp8, a scale a row",
+    "nvfp4": f"{_OF_TENSORS}nvfp4",
+    "mxfp4": f"{_OF_TENSORS}mxfp4",
+    "modelopt_nvfp4": "modelopt, nvfp4",
+    "fp8": "fp8 in blocks",
+    "fp8_ue8m0": "fp8 in blocks, scales in ue8m0",
+    "fp8_powers": "fp8 in blocks, scales in float32 that are powers of two (scale_fmt ue8m0)",
+    "fp8_channel": "fp8, a scale a row",
+    "fp8_tensor": "fp8, one scale",
+}
+"""What readers call each."""
 
 
 def packed_checkpoint(name: str, method: str, folder: Path) -> Path:

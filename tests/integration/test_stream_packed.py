@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ, AWQ, AutoRound and FP8 stream as they are, those of experts that transformers fuses too."""
+"""Quantized checkpoints stream as they are, those of experts that transformers fuses too."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 MIXED = [(name, method) for name in MIXTURES for method in ("gptq_ordered", "awq", "fp8")]
 MIXED += [("qwen3_moe", method) for method in sorted(METHODS) if method not in ("gptq_ordered", "awq", "fp8")]
 
-USUAL = ("gptq_ordered", "gptq_v2", "awq", "fp8", "fp8_ue8m0")
-USUAL_MIXED = [("qwen3_moe", "gptq_ordered"), ("mixtral", "awq"), ("deepseek_v3", "fp8")]
+USUAL = ("gptq_ordered", "gptq_v2", "awq", "fp8", "fp8_ue8m0", "w4a16_ordered", "nvfp4", "modelopt_nvfp4")
+USUAL_MIXED = [
+    ("qwen3_moe", "gptq_ordered"),
+    ("qwen3_moe", "w4a16_asymmetric"),
+    ("qwen3_moe", "nvfp4"),
+    ("mixtral", "awq"),
+    ("deepseek_v3", "fp8"),
+]
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-QUANTIZED_METHODS = ("auto-round", "awq", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4")
+QUANTIZED_METHODS = ("auto-round", "awq", "compressed-tensors", "fp8", "gguf", "gptq", "modelopt", "mxfp4")
 """Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"

@@ -12,6 +12,8 @@ from torch.nn import Linear, Module
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.model.quantized.expansion import Expansion, Held, refused
+from zeroinf.model.quantized.linears import is_fused
+from zeroinf.model.quantized.scaled import hold_scaled
 
 # Formats in which a weight is codes in the order of its elements, and one scale for some of them.
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -26,6 +28,9 @@ def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
             raise refused(model, f"compressed-tensors with a {part}", "it changes more than weights")
     if found.get("quantization_status") != "compressed":
         raise refused(model, "compressed-tensors that are not compressed", "it has its weights in full")
+    if _is_of_weights(model, found):
+        hold_scaled(model, found)
+        return
     try:
         quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(found), pre_quantized=True)
         quantizer.validate_environment()
@@ -45,6 +50,13 @@ def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
             _check_scheme(model, module, scheme)
             module._parameters.pop("weight_shape", None)  # as the module's own; read on a GPU, it would make this wait
             Expansion(module, partial(_expand_compressed_tensors, scheme.weights, module.in_features))
+
+
+def _is_of_weights(model: Any, found: dict[str, Any]) -> bool:
+    """Whether weights alone are quantized, or experts are fused, whose activations nothing of the library rounds: then
+    its modules are not needed."""
+    groups = [group for group in (found.get("config_groups") or {}).values() if isinstance(group, dict)]
+    return is_fused(model) or not any(group.get("input_activations") for group in groups)
 
 
 def _check_scheme(model: Any, module: Module, scheme: Any) -> None:

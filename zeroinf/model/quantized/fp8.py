@@ -62,6 +62,9 @@ class _Fp8:
             return f"has scales of {scales.dtype} in the shape {scales.shape}"
         return None
 
+    def is_needed(self, name: str) -> bool:
+        return name not in ("bias", *_OF_ACTIVATIONS)
+
     def check(self, name: str, stored: torch.Tensor) -> str | None:
         return None
 

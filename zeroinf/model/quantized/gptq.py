@@ -105,6 +105,9 @@ class _Gptq:
             return f"has {columns} inputs, which groups of {self.group} do not divide"
         return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
 
+    def is_needed(self, name: str) -> bool:
+        return name != "bias"
+
     def check(self, name: str, stored: torch.Tensor) -> str | None:
         if name != "g_idx" or self.is_ordered:
             return None
@@ -143,6 +146,9 @@ class _Awq:
         if columns % stored["scales"].shape[0]:
             return f"has {columns} inputs, which groups of {self.group} do not divide"
         return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
+
+    def is_needed(self, name: str) -> bool:
+        return name != "bias"
 
     def check(self, name: str, stored: torch.Tensor) -> str | None:
         return None

@@ -48,6 +48,10 @@ class Format(Protocol):
         """Why tensors `stored` are not known to be expanded exactly; None where they are."""
         ...
 
+    def is_needed(self, name: str) -> bool:
+        """Whether weights depend on the tensor `name`; others are not read."""
+        ...
+
     def check(self, name: str, stored: torch.Tensor) -> str | None:
         """Why the values of the tensor `name` are not those that are expected; None where they are."""
         ...
@@ -81,6 +85,11 @@ def note_stored(config: Any, held: Mapping[str, Any]) -> None:
         if not name.endswith((".weight", ".bias")) or not tensor.meta.is_floating_point() or tensor.meta.itemsize == 1:
             stored[_EXPERT.sub("*", name)] = [str(tensor.meta.dtype).removeprefix("torch."), [*tensor.meta.shape]]
     found[STORED] = stored
+
+
+def is_fused(model: Any) -> bool:
+    """Whether transformers fuses experts of `model`, which lie apart in its checkpoint."""
+    return any(not origin.is_whole for origin in _origins(model, "").values())
 
 
 def hold_linears(
@@ -137,7 +146,7 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: F
     for number, plan in enumerate(plans):
         names = {}
         for suffix, one in plan.stored.items():
-            if suffix == "bias":
+            if not form.is_needed(suffix):
                 continue
             stack = (len(plan.matrices.names),) if plan.matrices.is_stack else ()
             held = meta((*stack, *one.shape), one.dtype)
@@ -213,6 +222,8 @@ class _Origin:
     number: int
     first: int
     end: int
+    is_whole: bool = True
+    """It is all of `parameter`."""
 
 
 def _origins(model: Any, what: str) -> dict[str, _Origin]:
@@ -243,7 +254,8 @@ def _origins(model: Any, what: str) -> dict[str, _Origin]:
             raise refused(model, what, f"transformers fuses {name} with other weights row by row")
         if parameters[names[at]].dim() == 3 and value.dim() == 3:
             number, mark, end = 0, 0, first + _MARKS  # a stack in the checkpoint too
-        found[name] = _Origin(names[at], number, mark * rows // _MARKS, (mark + end - first) * rows // _MARKS)
+        at_rows = mark * rows // _MARKS, (mark + end - first) * rows // _MARKS
+        found[name] = _Origin(names[at], number, *at_rows, is_whole=value.numel() == marked[names[at]].numel())
     return found
 
 

@@ -11,6 +11,7 @@ from zeroinf.model.quantized.fp8 import hold_fp8
 from zeroinf.model.quantized.gguf import hold_gguf
 from zeroinf.model.quantized.gptq import hold_auto_round, hold_awq, hold_gptq
 from zeroinf.model.quantized.mxfp4 import hold_mxfp4
+from zeroinf.model.quantized.scaled import hold_modelopt
 from zeroinf.model.source import quantization
 
 
@@ -36,5 +37,6 @@ _HOLD: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "fp8": hold_fp8,
     "gguf": hold_gguf,
     "gptq": hold_gptq,
+    "modelopt": hold_modelopt,
     "mxfp4": hold_mxfp4,
 }

@@ -1,0 +1,223 @@
+"""Weights of compressed-tensors and of NVIDIA's ModelOpt, whatever their codes: integers, FP8 or FP4, with scales.
+
+Layouts are those of the package compressed-tensors (`compressors`) and of ModelOpt's exported checkpoints. What a layer
+has says how it is to be read; what belongs to activations is left alone, which stay as they are: weights are exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.integers import by_slices, unpack
+from zeroinf.model.quantized.linears import Stored, hold_linears
+
+# Values of codes of four bits (E2M1).
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def hold_scaled(model: Any, found: Mapping[str, Any]) -> None:
+    """Let linear layers and experts hold what a checkpoint of compressed-tensors has of their weights."""
+    groups = list((found.get("config_groups") or {}).values())
+    schemes = [group["weights"] for group in groups if group.get("weights")]
+    what = "compressed-tensors"
+    if not schemes:
+        raise refused(model, what, "its config names no weights")
+    kept = _matches(found.get("ignore") or ())
+    usual = _Scaled(
+        bits=schemes[0].get("num_bits", 8),
+        is_float=schemes[0].get("type", "int") == "float",
+        group=schemes[0].get("group_size"),
+        is_symmetric=schemes[0].get("symmetric", True),
+    )
+    hold_linears(model, found, what, usual, "weight_scale", kept)
+
+
+def hold_modelopt(model: Any, found: Mapping[str, Any]) -> None:
+    """Let linear layers and experts hold what a checkpoint of ModelOpt has of their weights."""
+    algorithm = found.get("quant_algo")
+    if algorithm not in ("NVFP4", "FP8"):
+        raise refused(model, f"modelopt with {algorithm}", "it runs NVFP4 and FP8")
+    if found.get("kv_cache_quant_algo") not in (None, "FP8"):
+        raise refused(model, f"modelopt with a KV cache in {found['kv_cache_quant_algo']}", "only weights expand")
+    names = [*(found.get("ignore") or ()), *(found.get("exclude_modules") or ()), "lm_head"]
+    kept = _matches(
+        [name if name.startswith("re:") else "re:" + re.escape(name).replace(r"\*", ".*") for name in names]
+    )
+    form = _Scaled(bits=4 if algorithm == "NVFP4" else 8, is_float=True, group=16, is_symmetric=True, is_modelopt=True)
+    hold_linears(model, found, "modelopt", form, "weight_scale", kept)
+
+
+def _matches(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer is one of `names`, of which some are patterns, or a router."""
+
+    def is_one(layer: str) -> bool:
+        if layer.endswith((".gate", ".router", ".shared_expert_gate")):
+            return True
+        return any(re.match(name[3:], layer) if name.startswith("re:") else name == layer for name in names)
+
+    return is_one
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A weight (rows, columns) as codes, with a scale for a group of columns, a row, a block, or all of it."""
+
+    bits: int
+    is_float: bool
+    group: int | None
+    is_symmetric: bool
+    is_modelopt: bool = False
+
+    def usual(self, rows: int, columns: int) -> dict[str, Stored]:
+        groups = columns // self.group if self.group and self.group > 0 else 1
+        found = {"weight_scale": Stored(torch.bfloat16, (rows, groups))}
+        if self.is_float and self.bits == 4:
+            found["weight_scale"] = Stored(torch.float8_e4m3fn, (rows, columns // 16))
+            if self.group == 32:
+                codes = Stored(torch.uint8, (rows, columns // 2))
+                return {"weight_packed": codes, "weight_scale": Stored(torch.uint8, (rows, columns // 32))}
+            named = ("weight", "weight_scale_2") if self.is_modelopt else ("weight_packed", "weight_global_scale")
+            found[named[0]] = Stored(torch.uint8, (rows, columns // 2))
+            found[named[1]] = Stored(torch.float32, () if self.is_modelopt else (1,))
+        elif self.is_float:
+            found["weight"] = Stored(torch.float8_e4m3fn, (rows, columns))
+            found["weight_scale"] = Stored(torch.float32, () if self.is_modelopt else (rows, groups))
+        else:
+            found["weight_packed"] = Stored(torch.int32, (rows, ceil(columns * self.bits / 32)))
+            if not self.is_symmetric:
+                found["weight_zero_point"] = Stored(torch.int32, (ceil(rows * self.bits / 32), groups))
+        return found
+
+    def is_needed(self, name: str) -> bool:
+        return name not in (*_OF_ACTIVATIONS, "weight_shape", "bias")
+
+    def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        known = {"weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale"}
+        needed = {name: one for name, one in stored.items() if self.is_needed(name)}
+        if unknown := set(needed) - known - {"weight_zero_point", "weight_g_idx"}:
+            return f"has {', '.join(sorted(unknown))}, which is not known"
+        codes = needed.get("weight_packed") or needed.get("weight")
+        if codes is None:
+            return "has scales and no weight"
+        kinds = {
+            torch.int8: (rows, columns), torch.float8_e4m3fn: (rows, columns), torch.uint8: (rows, columns // 2)
+        }  # fmt: skip
+        if codes.dtype == torch.int32:
+            if codes.shape[0] != rows or _bits(codes.shape, columns) not in (2, 4, 8):
+                return f"has codes of {_bits(codes.shape, columns)} bits in the shape {codes.shape}"
+        elif codes.dtype not in kinds or codes.shape != kinds[codes.dtype]:
+            return f"has codes of {codes.dtype} in the shape {codes.shape}"
+        scales = needed["weight_scale"]
+        if codes.dtype == torch.uint8:
+            return self._why_not_fp4(rows, columns, needed)
+        if scales.dtype not in _FLOATS:
+            return f"has scales of {scales.dtype}"
+        down, across = (*scales.shape, 1, 1)[:2] if scales.shape else (1, 1)
+        divides = rows % down == 0 and columns % across == 0
+        if len(scales.shape) > 2 or not divides or (down not in (1, rows) and "weight_zero_point" in needed):
+            return f"has scales in the shape {scales.shape}"
+        if "weight_g_idx" in needed and (needed["weight_g_idx"].shape != (columns,) or down != rows):
+            return "has groups in an order of their own, and scales of another shape"
+        zeros = needed.get("weight_zero_point")
+        words = ceil(rows * _bits(codes.shape, columns) / 32) if codes.dtype == torch.int32 else 0
+        packed = Stored(torch.int32, (words, across)), Stored(torch.int8, scales.shape)
+        return (
+            None if zeros is None or zeros in packed else f"has zero points of {zeros.dtype} in the shape {zeros.shape}"
+        )
+
+    def _why_not_fp4(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        scales = stored["weight_scale"]
+        of_all = stored.get("weight_global_scale") or stored.get("weight_scale_2")
+        expected = (torch.float8_e4m3fn, 16) if of_all is not None else (torch.uint8, 32)
+        if (scales.dtype, scales.shape) != (expected[0], (rows, columns // expected[1])) or columns % expected[1]:
+            return f"has scales of {scales.dtype} in the shape {scales.shape}"
+        return None if "weight_zero_point" not in stored else "has codes of four bits with zero points"
+
+    def check(self, name: str, stored: torch.Tensor) -> str | None:
+        return None
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        codes = held.get("weight_packed", held.get("weight"))
+        assert codes is not None
+        if codes.dtype == torch.uint8:
+            _expand_fp4(held, codes, whole)
+            return
+        rows, columns = whole.shape[-2:]
+        stacked = whole.dim() > 2
+        scales = _as_matrix(held["weight_scale"], stacked)
+        order = held.get("weight_g_idx")
+        zeros = held.get("weight_zero_point")
+        bits = _bits(codes.shape, columns) if codes.dtype == torch.int32 else 8
+        if zeros is not None:
+            offset = 1 << (bits - 1)
+            unpacked = unpack(zeros, bits, -2)[..., :rows, :] if zeros.dtype == torch.int32 else zeros + offset
+            zeros = unpacked.float() - offset
+
+        def weights(stack: slice, some: slice) -> torch.Tensor:
+            own = codes[stack, some] if stacked else codes[some]
+            scale = _some_rows(scales[stack] if stacked else scales, some, rows)
+            values = own.float()
+            if own.dtype == torch.int32:
+                values = unpack(own, bits, -1)[..., :columns].float() - (1 << (bits - 1))
+            if zeros is not None:
+                zero = _some_rows(zeros[stack] if stacked else zeros, some, rows)
+                values = values - _spread(zero, columns, order, stack)
+            return values * _spread(scale, columns, order, stack)
+
+        by_slices(whole, 32, weights)
+
+
+def _bits(shape: Sequence[int], columns: int) -> int:
+    """The width of codes of which so many lie in the words of a row."""
+    return shape[-1] * 32 // columns
+
+
+def _as_matrix(scales: torch.Tensor, stacked: bool) -> torch.Tensor:
+    """Scales (..., blocks down, blocks across) in float32."""
+    lead = scales.shape[:1] if stacked else ()
+    inner = scales.shape[len(lead) :]
+    return scales.float().reshape(*lead, *((*inner, 1, 1)[:2] if inner else (1, 1)))
+
+
+def _some_rows(values: torch.Tensor, some: slice, rows: int) -> torch.Tensor:
+    """Those of `some` of `rows` rows, where a value may belong to several of them."""
+    if values.shape[-2] == 1:
+        return values
+    return values.repeat_interleave(rows // values.shape[-2], dim=-2)[..., some, :]
+
+
+def _spread(values: torch.Tensor, columns: int, order: torch.Tensor | None, stack: slice) -> torch.Tensor:
+    """A value for each column, of groups that lie side by side or are told by `order`."""
+    if order is None:
+        return values.repeat_interleave(columns // values.shape[-1], dim=-1)
+    index = (order[stack] if order.dim() > 1 else order).long()
+    return values.gather(-1, index[..., None, :].expand(*values.shape[:-1], columns))
+
+
+def _expand_fp4(held: Held, codes: torch.Tensor, whole: torch.Tensor) -> None:
+    """NVFP4, of which 16 weights share a scale in FP8 and all of them one in float32, or MXFP4: 32 a power of two."""
+    stacked = whole.dim() > 2
+    scales = held["weight_scale"]
+    if scales.dtype == torch.uint8:
+        shared = torch.exp2(scales.float() - 127)
+    else:
+        name = "weight_global_scale" if "weight_global_scale" in held else "weight_scale_2"
+        of_all = held[name].float().reshape(-1, 1, 1) if stacked else held[name].float().reshape(1, 1)
+        shared = scales.float() / of_all if name == "weight_global_scale" else scales.float() * of_all
+    values = torch.tensor(_FP4_VALUES, device=codes.device)
+
+    def weights(stack: slice, some: slice) -> torch.Tensor:
+        own, scale = (codes[stack, some], shared[stack, some]) if stacked else (codes[some], shared[some])
+        unpacked = values[torch.stack((own & 15, own >> 4), dim=-1).flatten(-2).long()]
+        return unpacked * scale.repeat_interleave(unpacked.shape[-1] // scale.shape[-1], dim=-1)
+
+    by_slices(whole, 1, weights)
