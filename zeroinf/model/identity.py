@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zeroinf.model.adapter import CONFIG_FILE
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import weight_files
 
@@ -24,12 +25,13 @@ def weights_identity(source: ModelSource) -> str:
     facts: Any
     if source.random_weights:
         facts = {k: v for k, v in source.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-    elif not source.is_local and (commit := _commit(source)):
+    elif source.adapter is None and not source.is_local and (commit := _commit(source)):
         facts = [source.location, commit]
     else:
         files = weight_files(source)
         folder = Path(source.location) if source.weights else files[0].parent
-        facts = [_sampled(file) for file in (folder / "config.json", *files)]
+        own = (source.adapter.folder / CONFIG_FILE,) if source.adapter is not None else ()
+        facts = [_sampled(file) for file in (folder / "config.json", *own, *files)]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

@@ -13,6 +13,7 @@ from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from zeroinf.errors import ModelError
+from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
@@ -100,6 +101,7 @@ def as_in_checkpoint(model: Any, dtype: str) -> Quantized | None:
     """
     keep_in_float32(model, dtype)
     quantized = hold_quantized(model)
+    merge_adapter(model)
     if quantized is not None and is_converted(model):
         raise ModelError(
             f"the checkpoint of {type(model).__name__} is quantized already, with {quantized.method}, which does not "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError, UsageError
+from zeroinf.model.adapter import CONFIG_FILE, MARK, Adapter, read_adapter
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.catalog import catalog_config, catalog_hub_id, mark_own_head
 from zeroinf.model.demo import DEMO_ALIAS, demo_file
@@ -52,6 +53,8 @@ class ModelSource:
     """None where its weights are not on this machine yet, or are none."""
     weights: tuple[Path, ...] = ()
     """Files of weights that do not lie in `location`: all parts of a `.gguf` file."""
+    adapter: Adapter | None = field(default=None, repr=False)
+    """What is merged with the weights of `location`, its base model."""
 
     @property
     def is_local(self) -> bool:
@@ -68,7 +71,8 @@ def resolve_model(
 ) -> ModelSource:
     """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
 
-    `name` is `demo`, a checkpoint folder, a `.gguf` file, a hub id or, with `random_weights`, a name of the catalog.
+    `name` is `demo`, a checkpoint folder, a `.gguf` file, a folder with a LoRA adapter, a hub id or, with
+    `random_weights`, a name of the catalog.
     `in_full`: a `.gguf` file is converted to weights in full first, for engines that run no others. The config takes
     over what only the weights' files say, where they are here: a dtype, and which parameters are not tied.
     Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
@@ -76,10 +80,12 @@ def resolve_model(
     """
     config = None
     weights: tuple[Path, ...] = ()
+    adapter: Adapter | None = None
     if random_weights and not Path(name).exists() and (hub_id := catalog_hub_id(name)):
         location, config = hub_id, catalog_config(name)
     else:
-        location, weights = _locate(name, in_full=in_full)
+        adapter = _adapter(name, in_full=in_full)
+        location, weights = _locate(adapter.base if adapter is not None else name, in_full=in_full)
     if revision is not None and (config is not None or Path(location).is_dir()):
         where = "the catalog" if config is not None else "a local folder"
         raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")
@@ -87,7 +93,9 @@ def resolve_model(
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
     _refuse_quantized(name, config)
-    facts = _facts(name, config, location, weights, revision, trust_remote_code, random_weights)
+    if adapter is not None:
+        setattr(config, MARK, dict(adapter.scales))
+    facts = _facts(name, config, location, weights, adapter, revision, trust_remote_code, random_weights)
     return ModelSource(
         name=name,
         location=location,
@@ -97,7 +105,22 @@ def resolve_model(
         config=config,
         facts=None if random_weights else facts,
         weights=weights,
+        adapter=adapter,
     )
+
+
+def _adapter(name: str, *, in_full: bool) -> Adapter | None:
+    """The adapter in the folder `name`, if it is one's."""
+    folder = Path(name).expanduser()
+    if not name or not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+        return None
+    adapter = read_adapter(folder)
+    if in_full:
+        raise UsageError(
+            f"{name} is a LoRA adapter, which is merged by the stream engine, with --wire model, alone",
+            hint="--engine stream without --wire, or merge it with peft and take that folder",
+        )
+    return adapter
 
 
 def _facts(
@@ -105,6 +128,7 @@ def _facts(
     config: Any,
     location: str,
     weights: Sequence[Path],
+    adapter: Adapter | None,
     revision: str | None,
     trust_remote_code: bool,
     random_weights: bool,
@@ -118,6 +142,8 @@ def _facts(
         if not weights:
             is_here = Path(location).is_dir()
             files = local_weight_files(Path(location)) if is_here else weights_at_hand(location, revision)
+        if files is not None and adapter is not None:
+            files = [*files, adapter.weights]
         if files is not None:
             from zeroinf.model.checkpoint import read_facts
 
@@ -148,7 +174,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     None for random weights that come without a tokenizer in a local folder: callers make up token ids. Raises
     ModelError where a real model has none, or one that would run code of its own without `trust_remote_code`.
     """
-    folder = Path(source.location)
+    folder = _tokenizer_folder(source)
     has_files = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     if source.random_weights and not has_files:
         return None
@@ -159,7 +185,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code, padding_side="left"
+            str(folder) if source.adapter is not None else source.location,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            padding_side="left",
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         own_code = get_tokenizer_config(source.location, revision=source.revision).get("auto_map")
@@ -169,6 +198,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or _any_special_token(tokenizer)
     return tokenizer
+
+
+def _tokenizer_folder(source: ModelSource) -> Path:
+    """Where the tokenizer lies: an adapter may have brought its own."""
+    own = source.adapter.folder if source.adapter is not None else None
+    if own is not None and any((own / file).is_file() for file in _TOKENIZER_FILES):
+        return own
+    return Path(source.location)
 
 
 def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: bool = True) -> str:

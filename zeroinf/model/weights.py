@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ def weight_files(source: ModelSource) -> list[Path]:
     """
     if source.weights:
         return list(source.weights)
+    if source.adapter is not None:
+        return [*weight_files(replace(source, adapter=None)), source.adapter.weights]
     if source.is_local:
         return local_weight_files(Path(source.location))
     code = ("*.py",) if source.trust_remote_code else ()

@@ -92,6 +92,17 @@ def is_fused(model: Any) -> bool:
     return any(not origin.is_whole for origin in _origins(model, "").values())
 
 
+def name_parts(model: Any) -> None:
+    """Say of every parameter of `model` what it is made of in the checkpoint, where nothing says so yet.
+
+    Raises ModelError where transformers fuses weights in a way that cannot be undone.
+    """
+    _name_others(model, _origins(model, "weights that an adapter changes"))
+    for name, parameter in model.named_parameters():
+        if parts_of(parameter) is None:
+            set_parts(parameter, (Part((name,), as_stored),))
+
+
 def hold_linears(
     model: Any, found: Mapping[str, Any], what: str, form: Format, key: str, is_kept: Callable[[str], bool]
 ) -> None:
