@@ -512,6 +512,9 @@ def _requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
     requests, refusals = read_requests((), source, sampling, input_format="jsonl", name="prompts")
     if refusals:
         raise InputError(f"prompt {refusals[0].index}: {refusals[0].reason}", hint="mend it, or leave it out")
+    for request in requests:
+        if request.extra is not None and (request.extra.choice is not None or request.extra.echo):
+            raise InputError(f"prompt {request.id}: n and echo are for jobs", hint="give the prompt several times")
     return [replace(request, line=None) for request in requests]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launching import read_jsonl, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
@@ -74,3 +75,31 @@ def test_columns_of_the_input_are_in_the_output(model: Path, tmp_path: Path) -> 
         ("a", lines[0]["completion"], 1.0, '["x"]', None),
         ("b", lines[1]["completion"], 2.5, "[]", "now"),
     ]
+
+
+def test_settings_of_openai_requests_are_carried_out(model: Path, tmp_path: Path) -> None:
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    ids = tokenizer("one two")["input_ids"]
+    entries: list[dict[str, Any]] = [
+        {"id": "plain", "prompt": "one two"},
+        {"id": "tokens", "prompt": ids},
+        {"id": "penalty", "prompt": "one two", "repetition_penalty": 0.2},
+        {"id": "bias", "prompt": "one two", "logit_bias": {"70": 100}},
+        {"id": "echo", "prompt": "one two", "echo": True},
+        {"id": "samples", "prompt": ["one", "two"], "n": 2, "temperature": 1.0},
+        {"id": "cut", "prompt": "zero one two", "truncate_prompt_tokens": len(ids)},
+        {"id": "beyond", "prompt": "one", "logit_bias": {"99999999": 1}},
+    ]
+    entries = [{**entry, "ignore_eos": True, "max_tokens": 6} for entry in entries]
+    outcome = run(model, write_jsonl(tmp_path / "in.jsonl", entries), tmp_path / "out.jsonl")
+    assert outcome.refused == 1
+    found = read_jsonl(tmp_path / "out.jsonl")
+    text = {line["id"]: line["completion"] for line in found}
+    assert text["tokens"] == text["plain"] and text["echo"] == "one two" + text["plain"]
+    assert text["bias"] == tokenizer.decode([70] * 6)
+    kwargs: Any = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 0.2}
+    penalized = plain.generate(torch.tensor([ids]), **kwargs)[0, len(ids) :]
+    assert text["penalty"] == tokenizer.decode(penalized, skip_special_tokens=True) != text["plain"]
+    assert [(line["id"], line["choice"]) for line in found if "choice" in line] == [("samples", i) for i in range(4)]
+    (cut,) = (line for line in found if line["id"] == "cut")
+    assert cut["prompt_tokens"] == len(ids)

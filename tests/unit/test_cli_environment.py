@@ -48,7 +48,7 @@ def sample(option: Option) -> str:
     if kind is click.STRING:
         return " whole words,\nand lines "
     if isinstance(kind, click.FloatRange):
-        return "0.25" if kind.max == 1 else "77.5"
+        return "77.5" if kind.max is None or kind.max > 2 else "0.25"
     assert isinstance(kind, (click.IntRange, AutoIntType)) or kind is click.INT or kind.name == "list"
     return "7"
 

@@ -164,3 +164,27 @@ def test_stop_strings_without_the_text_of_tokens_are_refused() -> None:
 def test_where_there_is_nothing_to_choose_by_a_row_ends_in_error_without_text() -> None:
     ended = feed(row(), "abc", then=[NO_TOKEN])
     assert (ended.finish_reason, ended.text, len(ended.generated)) == ("error", "", 3)
+
+
+def test_stop_tokens_end_a_row_that_ignores_its_end_and_leave_no_text() -> None:
+    ended = feed(row(stop_token_ids=(ord("c"),), ignore_eos=True), "abcdef")
+    assert (ended.finish_reason, ended.text, len(ended.generated)) == ("stop", "ab", 3)
+
+
+def test_what_ended_a_row_is_in_its_text_where_that_is_asked_for() -> None:
+    assert feed(row(stop=("cd",), include_stop=True), "abcdef").text == "abcd"
+    assert feed(row(stop_token_ids=(ord("c"),), include_stop=True), "abcdef").text == "abc"
+
+
+def test_nothing_ends_a_row_before_its_least_length() -> None:
+    ended = feed(row(stop=("b",), stop_token_ids=(ord("c"),), min_tokens=5), "abcabcabc")
+    assert (ended.finish_reason, ended.text) == ("stop", "abca")
+    ended = feed(row(min_tokens=3), "a", then=[EOS, *b"bb", EOS])
+    assert (ended.finish_reason, ended.text, len(ended.generated)) == ("stop", "abb", 5)
+
+
+def test_an_end_of_sequence_is_not_in_a_text_that_shows_special_tokens() -> None:
+    ended = Row(index=0, prompt=(1,), sampling=Sampling(max_new_tokens=9, skip_special_tokens=False), decode=str)
+    for token in (5, EOS):
+        ended.accept(token, ENDS)
+    assert ended.text == "[5]"

@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.sampling import choose_tokens
+from zeroinf.generation.sampling import alter_scores, choose_tokens
 
 VOCABULARY = 50
 
@@ -132,3 +134,58 @@ def test_a_setting_out_of_range_is_refused_by_name(field: str, value: float) -> 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="stop"):
         Sampling(max_new_tokens=1, stop=("a", ""))
+
+
+# Scores
+
+
+def altered(scores: torch.Tensor, rows: Sequence[Row], generated: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`scores` as the rows want them, which have `generated` tokens, padded by a token of nobody."""
+    known = [[*row.prompt, *tokens] for row, tokens in zip(rows, generated, strict=True)]
+    width = max(map(len, known)) + 2
+    ids = torch.tensor([[*tokens, *[VOCABULARY - 1] * (width - len(tokens))] for tokens in known])
+    return alter_scores(scores, rows, ids, list(map(len, known)), frozenset({0, 10**6}))
+
+
+def test_scores_of_rows_that_ask_for_nothing_are_left_as_they_are() -> None:
+    scores = scores_of(2).to(torch.bfloat16)
+    assert alter_scores(scores, [row(), row()], torch.ones(2, 3, dtype=torch.int64), [3, 3], frozenset({0})) is scores
+    mixed = altered(scores, [row(), row(presence_penalty=1.0)], [[5], [5]])
+    assert torch.equal(mixed[0], scores[0].float())
+
+
+def test_penalties_count_what_was_generated_once_or_each_time() -> None:
+    scores = scores_of(3)
+    rows = [row(presence_penalty=0.5), row(frequency_penalty=0.25), row(frequency_penalty=-1.0, presence_penalty=2.0)]
+    found = altered(scores, rows, [[7, 7, 1], [7, 7, 9], []])
+    wanted = scores.clone()
+    wanted[0, [7, 1]] -= 0.5
+    wanted[1, 7] -= 0.5
+    wanted[1, 9] -= 0.25
+    assert torch.allclose(found, wanted)  # the prompt's own token, 1, counts where it was generated only
+
+
+def test_the_repetition_penalty_is_transformers_own() -> None:
+    scores = scores_of(2)
+    rows = [row(repetition_penalty=1.7), row(repetition_penalty=0.6)]
+    found = altered(scores, rows, [[3, 3, 8, 20], [5]])
+    for number, (penalty, ids) in enumerate(((1.7, [1, 3, 3, 8, 20]), (0.6, [1, 5]))):
+        own = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores[number : number + 1].clone())
+        assert torch.equal(found[number], own[0])
+
+
+def test_biases_move_scores_and_tokens_that_end_wait_for_the_least_length() -> None:
+    scores = scores_of(2)
+    rows = [row(logit_bias=((4, 100.0), (5, -100.0))), row(min_tokens=2, stop_token_ids=(8,))]
+    found = altered(scores, rows, [[3], [3]])
+    assert found[0].argmax() == 4 and found[0, 5] == scores[0, 5] - 100
+    assert found[1, [0, 8]].tolist() == [-torch.inf, -torch.inf]
+    assert found[1, 1:8].equal(scores[1, 1:8])
+    assert altered(scores, rows, [[3], [3, 3]])[1].equal(scores[1])
+
+
+def test_min_p_draws_only_from_tokens_near_the_likeliest() -> None:
+    scores = scores_of(1)
+    allowed = MinPLogitsWarper(0.3)(torch.tensor([[1]]), scores.clone())[0].isfinite()
+    drawn = set(draws([row(min_p=0.3)], scores, 300)[0])
+    assert drawn == set(allowed.nonzero().flatten().tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,8 +203,11 @@ def test_an_endless_integer_is_refused() -> None:
         ({}, "neither prompt nor messages is given"),
         ({"prompt": None}, "neither prompt nor messages is given"),
         ({"prompt": ""}, "prompt must not be empty, not ''"),
-        ({"prompt": 5}, "prompt must be a string, not 5"),
-        ({"prompt": ["a"]}, "prompt must be a string, not ['a']"),
+        ({"prompt": 5}, "prompt must be a string, or a list of strings or of token ids, not 5"),
+        ({"prompt": []}, "prompt must be a string, or a list of strings or of token ids, not []"),
+        ({"prompt": ["a", 1]}, "prompt must be a string, or a list of strings or of token ids, not ['a', 1]"),
+        ({"prompt": [1, -1]}, "prompt must be a string, or a list of strings or of token ids, not [1, -1]"),
+        ({"prompt": ["a", ""]}, "prompt must not be empty, not ['a', '']"),
         ({"prompt": "a", "messages": HI}, "prompt and messages are both given"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages must be a list, not 'hi'"),
@@ -217,10 +221,28 @@ def test_an_endless_integer_is_refused() -> None:
             {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
             "unknown key 'messages[0].tool_calls'",
         ),
-        ({"prompt": "a", "text": 1}, "unknown key 'text'"),
+        ({"prompt": "a", "text": 1}, "unknown key 'text'; did you mean 'prompt'?"),
         ({"promt": "a"}, "unknown key 'promt'; did you mean 'prompt'?"),
         ({"prompt": "a", "max_token": 1}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
-        ({"prompt": "a", "n": 1}, "unknown key 'n'"),
+        ({"prompt": "a", "n": 0}, "n must lie between 1 and 128, not 0"),
+        (
+            {"prompt": "a", "n": 2},
+            "n=2 completions of a greedy request would be equal: set a temperature",
+        ),
+        ({"prompt": "a", "min_length": 3}, "unknown key 'min_length'; did you mean 'min_tokens'?"),
+        ({"prompt": "a", "stop_sequences": ["x"]}, "unknown key 'stop_sequences'; did you mean 'stop'?"),
+        ({"prompt": "a", "repeat_penalty": 1}, "unknown key 'repeat_penalty'; did you mean 'repetition_penalty'?"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens must lie between 0 and max_new_tokens (16), not 17"),
+        ({"prompt": "a", "presence_penalty": 3}, "presence_penalty must lie between -2 and 2, not 3"),
+        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty must lie above 0 and at most at 100, not 0"),
+        ({"prompt": "a", "min_p": 1.5}, "min_p must lie between 0 and 1, not 1.5"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must have token ids as keys and numbers as values"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias must lie between -100 and 100"),
+        ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, not 0"),
+        (
+            {"prompt": "a", "echo": True, "logprobs": 1},
+            "echo=True with logprobs, those of the prompt, is not",
+        ),
         ({"prompt": "a", "a\nb": 1}, "unknown key 'a\\nb'"),
         ({"prompt": "a", "temperature": "0.5"}, "temperature must be a number, not '0.5'"),
         ({"prompt": "a", "temperature": True}, "temperature must be a number, not True"),
@@ -240,7 +262,7 @@ def test_an_endless_integer_is_refused() -> None:
     ],
 )
 def test_a_line_that_cannot_be_run_is_refused_with_its_reason(entry: dict[str, Any], reason: str) -> None:
-    assert refuse_object(entry) == reason
+    assert refuse_object(entry).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +275,7 @@ def test_content_other_than_text_is_refused(part: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1)]
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", -0.1), ("top_p", 1.5), ("top_k", -2)]
 )
 def test_a_setting_out_of_range_is_refused_by_name_and_value(name: str, value: float) -> None:
     reason = refuse_object({"prompt": "a", name: value})
@@ -274,9 +296,87 @@ def test_openai_batch_lines_are_read_as_they_are() -> None:
     assert request.sampling == Sampling(max_new_tokens=9, temperature=0.2)
 
 
-@pytest.mark.parametrize("prompt", ["a", ["a"]])
-def test_openai_completion_prompts(prompt: object) -> None:
-    assert read_object({"custom_id": "r", "url": "/v1/completions", "body": {"prompt": prompt}}).prompt == "a"
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a", [("a", None)]),
+        (["a"], [("a", None)]),
+        (["a", "b"], [("a", None), ("b", None)]),
+        ([5, 6], [(None, (5, 6))]),
+        ([[5], [6, 7]], [(None, (5,)), (None, (6, 7))]),
+    ],
+)
+def test_openai_completion_prompts(prompt: object, found: list[Any]) -> None:
+    line = {"custom_id": "r", "url": "/v1/completions", "body": {"prompt": prompt}}
+    requests, _ = read(json.dumps(line).encode() + b'\n{"prompt": "next"}')
+    assert [(request.prompt, request.tokens) for request in requests[:-1]] == found
+    assert [request.index for request in requests] == list(range(len(found) + 1))
+    assert {request.id for request in requests[:-1]} == {"r"}
+    choices = [request.extra and request.extra.choice for request in requests[:-1]]
+    assert choices == ([None] if len(found) == 1 else list(range(len(found))))
+
+
+def test_samples_of_each_prompt_stand_together() -> None:
+    requests, _ = read(b'{"prompt": ["a", "b"], "n": 2, "temperature": 1}')
+    assert [(one.index, one.prompt, one.extra and one.extra.choice) for one in requests] == [
+        (0, "a", 0),
+        (1, "a", 1),
+        (2, "b", 2),
+        (3, "b", 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"url": "/chat/completions"},
+        {"url": "v1/chat/completions"},
+        {"url": "https://api.example.com/v1/chat/completions"},
+        {"url": "/v1/chat/completions/"},
+        {"url": "https://x.example/openai/deployments/m/chat/completions?api-version=2024"},
+        {"method": "post"},
+    ],
+)
+def test_every_way_to_write_a_url_or_method_is_understood(change: dict[str, str]) -> None:
+    request = read_object({"custom_id": "a", "method": "POST", "url": CHAT, "body": {"messages": HI}, **change})
+    assert request.messages == tuple(HI)
+    assert request.extra is not None and request.extra.endpoint == "chat"
+
+
+def test_settings_of_requests_reach_their_sampling() -> None:
+    asked: dict[str, Any] = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.1,
+        "min_p": 0.1,
+        "min_tokens": 2,
+        "stop_token_ids": [7, 8],
+        "skip_special_tokens": False,
+    }
+    request = read_object(
+        {"prompt": "a", **asked, "logit_bias": {"10": 5, "2": -1.5}, "include_stop_str_in_output": True, "echo": True,
+         "truncate_prompt_tokens": 3, "temperature": 0.5}
+    )  # fmt: skip
+    assert request.sampling == Sampling(
+        max_new_tokens=16,
+        temperature=0.5,
+        **{**asked, "stop_token_ids": (7, 8)},
+        logit_bias=((2, -1.5), (10, 5.0)),
+        include_stop=True,
+    )
+    assert (request.truncate, request.extra and request.extra.echo) == (3, True)
+
+
+@pytest.mark.parametrize(("asked", "sampling"), [({"top_k": -1}, {}), ({"top_p": 0}, {"temperature": 0.0})])
+def test_values_that_other_programs_use_mean_the_same(asked: dict[str, Any], sampling: dict[str, Any]) -> None:
+    defaults = Sampling(max_new_tokens=16, temperature=0.7)
+    (request,), _ = read(json.dumps({"prompt": "a", **asked}).encode(), defaults=defaults)
+    assert request.sampling == replace(defaults, **sampling)
+
+
+def test_messages_may_have_names() -> None:
+    message = {"role": "user", "name": "ann", "content": "hi", "annotations": [], "tool_calls": []}
+    assert read_object({"messages": [message]}).messages == ({"role": "user", "content": "hi", "name": "ann"},)
 
 
 HARMLESS = {
@@ -297,33 +397,36 @@ HARMLESS = {
     "response_format": {"type": "text"},
     "stream": False,
     "reasoning_effort": None,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "length_penalty": 1,
+    "include_stop_str_in_output": False,
+    "guided_json": None,
+    "parallel_tool_calls": True,
 }
 
 
 @pytest.mark.parametrize("key", HARMLESS)
-def test_openai_settings_that_ask_for_nothing_are_accepted(key: str) -> None:
-    assert read_object({"custom_id": "r", "body": {"messages": HI, key: HARMLESS[key]}}).sampling is DEFAULTS
+@pytest.mark.parametrize("batch", [False, True])
+def test_settings_that_ask_for_nothing_are_accepted(key: str, batch: bool) -> None:
+    body = {"prompt" if key == "echo" else "messages": "a" if key == "echo" else HI, key: HARMLESS[key]}
+    assert read_object({"custom_id": "r", "body": body} if batch else body).sampling is DEFAULTS
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("n", 2),
-        ("n", True),
         ("best_of", 3),
-        ("echo", True),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"50256": -100}),
+        ("length_penalty", 2),
+        ("suffix", "x"),
+        ("guided_regex", "x*"),
         ("tools", [{}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
         ("stream", True),
-        ("min_p", 0.1),
     ],
 )
-def test_openai_settings_that_we_do_not_do_are_refused_by_name(key: str, value: object) -> None:
+def test_settings_that_we_do_not_do_are_refused_by_name(key: str, value: object) -> None:
     reason = refuse_body(**{key: value})
     assert reason.startswith(f"{key}=") and reason.endswith("is not supported")
 
@@ -372,7 +475,6 @@ def test_logprobs_that_cannot_be_told_are_refused(body: dict[str, Any], reason: 
         ({"method": "GET"}, "method must be 'POST', not 'GET'"),
         ({"url": "/v1/completions"}, "/v1/completions takes prompt, which is missing"),
         ({"url": CHAT, "body": {"prompt": "a"}}, "/v1/chat/completions takes messages, which is missing"),
-        ({"url": "/v1/completions", "body": {"prompt": ["a", "b"]}}, "prompt must be a string, not ['a', 'b']"),
         ({"body": "x"}, "body must be an object, not 'x'"),
         ({"body": {"messages": HI, "max_token": 1}}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
         ({"prompt": "a"}, "unknown key 'prompt'"),
@@ -422,7 +524,7 @@ def test_the_id_of_a_refused_line_may_come_again() -> None:
     ("entry", "id_"),
     [
         ({"id": "a", "seed": "x", "prompt": "p"}, "a"),
-        ({"id": 3, "prompt": "p", "top_k": -1}, "3"),
+        ({"id": 3, "prompt": "p", "top_k": -2}, "3"),
         ({"custom_id": "b", "body": {"prompt": "p", "n": 2}}, "b"),
         ({"id": [], "prompt": "p"}, None),
     ],

@@ -34,6 +34,12 @@ def one(entry: Any, **how: Any) -> Request:
     return request
 
 
+def kept(entry: Any, **how: Any) -> Any:
+    extra = one(entry, **how).extra
+    assert extra is not None
+    return extra.columns
+
+
 def reason(entry: Any, **how: Any) -> str:
     requests, (refusal,), _ = read(entry, **how)
     assert not requests
@@ -47,7 +53,7 @@ def test_columns_that_nothing_uses_are_left_out_and_named() -> None:
     found = read({"prompt": "Say hi", "label": 1}, {"prompt": "b", "source": "x", "label": 2})
     assert [request.prompt for request in found.requests] == ["Say hi", "b"]
     assert found.unused == ("label", "source")
-    assert all(request.columns is None for request in found.requests)
+    assert all(request.extra is None for request in found.requests)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +89,8 @@ def test_settings_and_ids_of_an_entry_stand_beside_its_columns() -> None:
 
 def test_columns_are_kept_by_name_or_all() -> None:
     entry = {"id": "x", "text": "a", "label": 1, "more": {"deep": [float("1.5"), None]}}
-    assert one(entry, prompt_column="text", keep=("label", "absent")).columns == {"label": 1}
-    assert one(entry, prompt_column="text", keep=("all",)).columns == {
+    assert kept(entry, prompt_column="text", keep=("label", "absent")) == {"label": 1}
+    assert kept(entry, prompt_column="text", keep=("all",)) == {
         "text": "a",
         "label": 1,
         "more": {"deep": [1.5, None]},
@@ -98,7 +104,7 @@ def test_columns_are_kept_by_name_or_all() -> None:
         ({"prompt": "a", "max_token": 1}, {}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
         ({"promt": "a"}, {}, "unknown key 'promt'; did you mean 'prompt'?"),
         ({"a": 1, "b": 2}, {"prompt_column": "c"}, "column 'c' is missing; there are: a, b"),
-        ({"a": 1}, {"prompt_column": "a"}, "prompt must be a string, not 1"),
+        ({"a": 1}, {"prompt_column": "a"}, "prompt must be a string, or a list of"),
         ({"a": 1}, {"template": "{{ b }}"}, "the template cannot be filled: 'b' is undefined"),
         ({"a": 1}, {"template": "{{ a / 0 }}"}, "the template cannot be filled: division by zero"),
         ({"a": ""}, {"template": "{{ a }}"}, "prompt must not be empty"),
@@ -118,6 +124,11 @@ def test_an_entry_that_makes_no_prompt_is_refused(entry: Any, shape: dict[str, A
     assert reason(entry, **shape).startswith(words)
 
 
+def test_a_column_that_the_template_reads_is_no_setting() -> None:
+    request = one({"city": "Oslo", "temperature": 31, "seed": 4}, template="{{ city }}: {{ temperature }}")
+    assert (request.prompt, request.sampling.temperature, request.sampling.seed) == ("Oslo: 31", 0.0, 4)
+
+
 def test_text_has_no_columns() -> None:
     assert (
         reason("a", name="in.txt", prompt_column="text")
@@ -126,7 +137,7 @@ def test_text_has_no_columns() -> None:
 
 
 def test_a_misspelt_setting_that_the_user_keeps_is_a_column() -> None:
-    assert one({"prompt": "a", "max_token": 1}, keep=("max_token",)).columns == {"max_token": 1}
+    assert kept({"prompt": "a", "max_token": 1}, keep=("max_token",)) == {"max_token": 1}
 
 
 @pytest.mark.parametrize(

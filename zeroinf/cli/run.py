@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from zeroinf.jobs.report import Outcome, RunReport
     from zeroinf.jobs.shape import Shape
 
-_SAMPLING_ONLY = ("top_p", "top_k", "seed")
+_SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
 
 
 @click.command(short_help="Generate text from many prompts.")
@@ -120,9 +120,29 @@ _SAMPLING_ONLY = ("top_p", "top_k", "seed")
 @option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
 @option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
 @option("--top-k", type=click.IntRange(min=0), default=0, help="0 does not filter.")
+@option(
+    "--min-p", type=click.FloatRange(min=0, max=1), default=0.0, help="Least likelihood, as a share of the highest."
+)
 @option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
 @option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
 @option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
+@option(
+    "--presence-penalty",
+    type=click.FloatRange(-2, 2),
+    default=0.0,
+    help="Taken off scores of tokens generated before.",
+)
+@option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, help="The same, for each time.")
+@option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=1.0,
+    help="Divides scores of tokens of prompt and completion; 1 does nothing.",
+)
+@option("--min-tokens", type=click.IntRange(min=0), default=0, help="No end of a sequence, nor a stop, before so many.")
+@option(
+    "-n", "--samples", type=click.IntRange(1, 128), default=1, help="Completions of each prompt. With --temperature."
+)
 @option(
     "--logprobs",
     type=click.IntRange(min=0, max=20),
@@ -233,6 +253,8 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
     if asked["keep_columns"] is not None and asked["output_file"] is None:
         raise UsageError("--keep-columns without --output-file", hint="add -o FILE, or drop it")
+    if asked["min_tokens"] > asked["max_new_tokens"]:
+        raise UsageError("--min-tokens is above --max-new-tokens", hint="raise that, or lower this")
     if not asked["input_files"] and given(ctx, "input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not asked["prompts"] and not asked["input_files"]:
@@ -311,7 +333,10 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
     from zeroinf.jobs.runner import run_job
     from zeroinf.service.device import pick_device
 
-    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "logprobs")
+    keys = (
+        *("max_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs"),
+    )
     options = RunOptions(
         shape=_shape_of(asked),
         sampling=Sampling(**{key: asked.pop(key) for key in keys}),
@@ -344,7 +369,7 @@ def _shape_of(asked: dict[str, Any]) -> Shape:
     from zeroinf.jobs.shape import Shape
     from zeroinf.service.requests import ChatOptions
 
-    names = ("prompt_column", "messages_column", "id_column", "template", "chat", "system", "limit")
+    names = ("prompt_column", "messages_column", "id_column", "template", "chat", "system", "limit", "samples")
     keep = asked.pop("keep_columns") or ""
     try:
         options = ChatOptions().with_variables(asked.pop("chat_template_kwargs") or {})

@@ -20,7 +20,7 @@ from zeroinf.generation.link import Unit
 from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
-from zeroinf.generation.sampling import Likelihoods, choose_tokens, likelihoods_of
+from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
 from zeroinf.generation.upload import to_device
@@ -60,7 +60,8 @@ class TokenRules:
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
-        return bool(row.sampling.stop) or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
+        own = bool(row.sampling.stop or row.sampling.stop_token_ids)
+        return own or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
 
     def kind(self, row: Row) -> tuple[int, int]:
         """What a row's processors depend on: its prompt's length and, where its last token is forced, its own; 1 and 0
@@ -196,6 +197,10 @@ class MicroBatch(ABC):
         chosen = [self.group.seats[index] for index in self._choosing]
         rows = [seat.row for seat in chosen]
         processed = self._processed(scores, chosen)
+        if any(row.sampling.alters_scores for row in rows):
+            known = [seat.known for seat in chosen]
+            of_rows = desk.ids.index_select(0, seats)
+            processed = alter_scores(processed, rows, of_rows, known, desk.rules.eos_tokens)
         judged = processed if desk.rules.mends_scores else scores
         is_broken = judged.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
         tokens = choose_tokens(processed, rows, _numbers(chosen)).masked_fill_(is_broken, 0)

@@ -36,6 +36,24 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Tell each token's log-probability, and those of so many of the likeliest; None: tell none."""
+    presence_penalty: float = 0.0
+    """Taken off the score of each token that has been generated."""
+    frequency_penalty: float = 0.0
+    """Taken off as often as it has been generated."""
+    repetition_penalty: float = 1.0
+    """Divides the score of each token of prompt and completion if it is above 0, and multiplies it if below."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are not drawn."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their scores."""
+    min_tokens: int = 0
+    """Nothing but `max_new_tokens` ends the row before it has so many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the row, like those of the end of a sequence, also where it ignores these."""
+    include_stop: bool = False
+    """The text ends with the stop string, or the token, that ended the row."""
+    skip_special_tokens: bool = True
+    """The text has no special tokens."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -50,6 +68,30 @@ class Sampling:
             raise ValueError(f"logprobs must lie between 0 and {MOST_LOGPROBS}, not {self.logprobs}")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise ValueError(f"{name} must lie between -2 and 2, not {getattr(self, name)}")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise ValueError(f"repetition_penalty must lie above 0 and at most at 100, not {self.repetition_penalty}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must lie between 0 and 1, not {self.min_p}")
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens must lie between 0 and max_new_tokens ({self.max_new_tokens}), not {self.min_tokens}"
+            )
+        if any(not -100.0 <= bias <= 100.0 for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must lie between -100 and 100")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ValueError("stop_token_ids must not be negative")
+
+    @property
+    def alters_scores(self) -> bool:
+        """Whether the model's scores are altered before a token is chosen by them."""
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     @property
     def is_greedy(self) -> bool:
@@ -112,21 +154,31 @@ class Row:
             self.finish_reason = "error"
             return
         self.generated.append(token)
-        stop = self._find_stop(self.sampling.stop if self.sampling.ignore_eos else self.sampling.stop + stops)
-        if stop is not None:
-            self.finish_reason, self.text = "stop", self._text_before(*stop)
-        elif token in eos_tokens and not self.sampling.ignore_eos:
-            self.finish_reason, self.text = "stop", self.decode(self.generated)
-        elif len(self.generated) == self.sampling.max_new_tokens:
+        sampling = self.sampling
+        if len(self.generated) >= sampling.min_tokens:
+            stop = self._find_stop(sampling.stop if sampling.ignore_eos else sampling.stop + stops)
+            if stop is not None:
+                self.finish_reason, self.text = "stop", self._text_before(*stop[:2])
+                self.text += stop[2] if sampling.include_stop else ""
+                return
+            if token in sampling.stop_token_ids or (token in eos_tokens and not sampling.ignore_eos):
+                self.finish_reason, self.text = "stop", self._text_to_end(token)
+                return
+        if len(self.generated) == sampling.max_new_tokens:
             self.finish_reason, self.text = "length", self.decode(self.generated)
 
     def cancel(self) -> None:
         """End the row where it is: nobody wants more of it."""
         self.finish_reason, self.text = "cancelled", self.decode(self.generated)
 
-    def _find_stop(self, stops: tuple[str, ...]) -> tuple[int, int] | None:
+    def _text_to_end(self, token: int) -> str:
+        """The text of a row that `token` has ended; that one is left out, unless it is to be seen."""
+        leaves_out = token in self.sampling.stop_token_ids or not self.sampling.skip_special_tokens
+        return self.decode(self.generated[:-1] if leaves_out and not self.sampling.include_stop else self.generated)
+
+    def _find_stop(self, stops: tuple[str, ...]) -> tuple[int, int, str] | None:
         """Where the first of `stops` begins that ends in the last token: a generated token's number, and a byte in its
-        piece; number -1 where that is in the prompt.
+        piece; number -1 where that is in the prompt. And which of `stops` it is.
 
         As in transformers' StopStringCriteria, as many tokens are looked at as the longest stop string has bytes.
         """
@@ -146,13 +198,15 @@ class Row:
         if not pieces:
             return None
         text, last = b"".join(reversed(pieces)), len(pieces[0])
-        found = [at for stop in encoded if (at := text.find(stop, max(0, len(text) - last - len(stop) + 1))) >= 0]
+        places = (text.find(stop, max(0, len(text) - last - len(stop) + 1)) for stop in encoded)
+        found = [(at, which) for which, at in enumerate(places) if at >= 0]
         if not found:
             return None
-        number, at = len(self.generated) - len(pieces), min(found)
+        at, which = min(found)
+        number = len(self.generated) - len(pieces)
         while at >= len(piece := pieces[len(self.generated) - number - 1]):
             number, at = number + 1, at - len(piece)
-        return (number, at) if number >= 0 else (-1, 0)
+        return (number, at, stops[which]) if number >= 0 else (-1, 0, stops[which])
 
     def _text_before(self, number: int, at: int) -> str:
         """The text of what precedes byte `at` in the piece of the generated token `number`."""

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from zeroinf.generation.row import Likelihood, Row, Sampling
 from zeroinf.generation.upload import to_device
@@ -21,11 +27,9 @@ def choose_tokens(scores: torch.Tensor, rows: Sequence[Row], numbers: Sequence[i
     sample depends on nothing but its scores, its seed, its place in the input and the token's place in it.
     """
     tokens = scores.argmax(dim=-1)
-    for (temperature, top_k, top_p), members in _by_filter(rows).items():
+    for filters, members in _by_filter(rows).items():
         index = to_device(members, scores.device)
-        drawn = _draw(
-            _warpers(temperature, top_k, top_p)(None, scores[index]), [rows[i].draw(numbers[i]) for i in members]
-        )
+        drawn = _draw(_warpers(*filters)(None, scores[index]), [rows[i].draw(numbers[i]) for i in members])
         tokens[index] = drawn
     return tokens
 
@@ -75,16 +79,80 @@ def likelihoods_of(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Ro
     return Likelihoods(places, list(counts.values()), torch.cat((own, top.values), dim=1), top.indices)
 
 
-def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float], list[int]]:
-    groups: dict[tuple[float, int, float], list[int]] = defaultdict(list)
+def alter_scores(
+    scores: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor, known: Sequence[int], ends: frozenset[int]
+) -> torch.Tensor:
+    """The scores as the rows' own settings want them: biases, least lengths and penalties, in vLLM's order.
+
+    scores: (rows, vocabulary), of any dtype; tokens: (rows, width), int64, those of prompts and completions, of which
+    each row has as many as `known` says; `ends`: the end-of-sequence tokens. What comes back is float32, or `scores`
+    themselves where no row asks for anything.
+    """
+    if not any(row.sampling.alters_scores for row in rows):
+        return scores
+    scores = scores.to(torch.float32, copy=True)
+    biased = [(i, token, bias) for i, row in enumerate(rows) for token, bias in row.sampling.logit_bias]
+    biased += [
+        (i, token, -torch.inf)
+        for i, row in enumerate(rows)
+        if known[i] - len(row.prompt) < row.sampling.min_tokens
+        for token in {*row.sampling.stop_token_ids, *ends}
+        if token < scores.shape[1]
+    ]
+    if biased:
+        where, which, by = zip(*biased, strict=True)
+        places = to_device(where, scores.device), to_device(which, scores.device)
+        scores.index_put_(places, to_device(by, scores.device, torch.float32), accumulate=True)
+    if members := [i for i, row in enumerate(rows) if row.sampling.penalizes]:
+        index = to_device(members, scores.device)
+        own = [rows[i] for i in members]
+        lengths = [known[i] for i in members]
+        penalized = _penalized(scores.index_select(0, index), own, tokens.index_select(0, index), lengths)
+        scores.index_copy_(0, index, penalized)
+    return scores
+
+
+def _penalized(scores: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor, known: Sequence[int]) -> torch.Tensor:
+    """Scores less their penalties, in place. A place behind a row's last token stands for its first one, again."""
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return to_device(values, scores.device, dtype)[:, None]
+
+    width = max(known)
+    places = torch.arange(width, device=scores.device)[None]
+    tokens = torch.where(places < column(known, torch.int64), tokens[:, :width], tokens[:, :1])
+    repeated = scores.gather(1, tokens)
+    by = column([row.sampling.repetition_penalty for row in rows])
+    scores.scatter_(1, tokens, torch.where(repeated < 0, repeated * by, repeated / by))
+    prompts = column([len(row.prompt) for row in rows], torch.int64)
+    generated = (places >= prompts) & (places < column(known, torch.int64))
+    frequency = column([row.sampling.frequency_penalty for row in rows])
+    scores.scatter_add_(1, tokens, torch.where(generated, -frequency, 0.0))
+    # A token counts for presence where it stands first among those generated; others take off nothing.
+    presence = column([row.sampling.presence_penalty for row in rows])
+    scores.scatter_add_(1, tokens, torch.where(generated & _first(tokens, generated), -presence, 0.0))
+    return scores
+
+
+def _first(tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Where the counted tokens of each row stand for the first time. (rows, width), bool."""
+    marked = torch.where(counted, tokens, -1)
+    ordered, places = marked.sort(dim=1, stable=True)
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(fresh).scatter_(1, places, fresh)
+
+
+def _by_filter(rows: Sequence[Row]) -> dict[tuple[float, int, float, float], list[int]]:
+    groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         s: Sampling = row.sampling
         if not s.is_greedy:
-            groups[s.temperature, s.top_k, s.top_p].append(i)
+            groups[s.temperature, s.top_k, s.top_p, s.min_p].append(i)
     return groups
 
 
-def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+def _warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
     """transformers' own filters, in its own order."""
     warpers = LogitsProcessorList()
     if temperature != 1.0:
@@ -93,6 +161,8 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     return warpers
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.jobs.files import write_lines
-from zeroinf.service.requests import Result
+from zeroinf.service.requests import Extra, Result
 
 _PARQUET_ROWS = 10_000
 """Rows of one row group: what is in memory at once."""
@@ -28,11 +28,14 @@ def check_format(path: Path) -> None:
         raise EnvironmentProblem(f"-o {path} needs pyarrow", hint="pip install 'zeroinf[data]'") from error
 
 
-def column_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, type]:
-    """The columns that `rows` have, and of what all their values are: text, numbers or truth values; text else."""
+def column_types(extras: Iterable[Extra]) -> dict[str, type]:
+    """The columns that some results have beside their own, and of what all values are: numbers or truth values, else
+    text."""
     found: dict[str, set[type]] = {}
-    for row in rows:
-        for name, value in row.items():
+    for one in extras:
+        if one.choice is not None:
+            found.setdefault("choice", set()).add(int)
+        for name, value in (one.columns or {}).items():
             found.setdefault(name, set()).update(() if value is None else (type(value),))
     return {name: _common(types) for name, types in found.items()}
 

@@ -52,7 +52,9 @@ def fingerprint(
         "config": _digest(_config(source.config)),
         "generation config": _digest(read_generation_config(source).to_dict()),
         "template": _digest(getattr(tokenizer, "chat_template", None)),
-        "prompts": _digest([[r.index, r.id, r.prompt, r.messages, repr(r.chat)] for r in requests]),
+        "prompts": _digest(
+            [[r.index, r.id, r.prompt, r.tokens, r.messages, repr(r.chat), r.truncate] for r in requests]
+        ),
         "tokens": _digest([[w.index, w.prompt] for w in work]),
         "refused requests": _digest([r.index for r in refusals]),
         "sampling": _digest([asdict(w.sampling) for w in work]),

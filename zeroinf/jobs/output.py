@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import NamedTuple, Protocol, TextIO
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.export import check_format, column_types, writer_for
@@ -18,7 +18,7 @@ from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
 from zeroinf.jobs.journal import Journal, Runs, read_records
 from zeroinf.jobs.matching import kept_results, request_digest
 from zeroinf.service.observer import Progress
-from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.requests import Extra, Refusal, Result, Work
 
 _OVERWRITE_HINT = "choose another name, or pass --overwrite to discard what is there"
 _RESUME_HINT = "pass --resume to go on with it, or --overwrite to discard it"
@@ -40,8 +40,8 @@ class Job:
     work: tuple[Work, ...]
     refusals: tuple[Refusal, ...]
     fingerprint: Mapping[str, str]
-    columns: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    """What of the entries of the input goes to the output as it is, by the index of the request."""
+    extras: Mapping[int, Extra] = field(default_factory=dict)
+    """What the output says of requests beside their results, by their index."""
     began: float = field(default_factory=time.time)
     """When its first run did, in seconds since 1970: some chat templates write the date into prompts."""
 
@@ -289,7 +289,7 @@ class JournalOutput:
 
     def _publish(self) -> None:
         partial, path, journal = partial_path(self._path), self._path, self._journal
-        write_new(partial, writer_for(path, self._results(), column_types(self._job.columns.values())))
+        write_new(partial, writer_for(path, self._results(), column_types(self._job.extras.values())))
         digest = content_digest(partial)
         assert journal.manifest is not None
         may_go = bool(journal.manifest["replaces"]) and not journal.published
@@ -307,7 +307,9 @@ class JournalOutput:
         """Those of the output, in input order; a request may have had another id when its result came."""
         order = [work for work in self._job.work if work.index not in self._journal.failed]
         for work, result in zip(order, self._journal.read(work.index for work in order), strict=True):
-            yield replace(result, index=work.index, id=work.id, columns=self._job.columns.get(work.index))
+            yield replace(
+                result, index=work.index, id=work.id, prompt=work.text, extra=self._job.extras.get(work.index)
+            )
 
     def abandon(self, why: str) -> Saved:
         """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""

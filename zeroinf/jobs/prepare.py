@@ -101,8 +101,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         parallel=options.tensor_parallel,
         zero_config=options.zero_config,
     )
-    columns = {request.index: request.columns for request in requests if request.columns is not None}
-    job = Job(work=work, refusals=refused, fingerprint=marks, began=began, columns=columns)
+    extras = {request.index: request.extra for request in requests if request.extra is not None}
+    job = Job(work=work, refusals=refused, fingerprint=marks, began=began, extras=extras)
     said = list(_notes_on_input(requests, unused, codec))
     said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
     return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
@@ -151,12 +151,18 @@ def _tokenize(
                 line=request.line,
                 file=request.file,
                 id=request.id,
-                text=request.prompt,
+                text=_text(request, prompt, codec),
                 prompt=tuple(prompt),
                 sampling=request.sampling,
             )
         )
     return tuple(work), refusals
+
+
+def _text(request: Request, prompt: Sequence[int], codec: TextCodec) -> str | None:
+    """A prompt as it is shown and known again: as it was written, unless it came as tokens or was cut."""
+    whole = request.tokens is None and request.truncate is None
+    return request.prompt if whole or request.messages is not None else codec.decode_all(prompt)
 
 
 def _notes_on_input(requests: Sequence[Request], unused: Sequence[str], codec: TextCodec) -> Iterator[str]:

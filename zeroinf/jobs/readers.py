@@ -6,6 +6,7 @@ An entry that cannot be run becomes a `Refusal` and never stops the job; a file 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, count, islice
 from typing import BinaryIO, NamedTuple
 
@@ -15,8 +16,9 @@ from zeroinf.jobs.entries import Draft, draft_of
 from zeroinf.jobs.formats import InputFormat, Record, read_records
 from zeroinf.jobs.inputs import InputFile
 from zeroinf.jobs.shape import LineError, Shape, Shaper
-from zeroinf.service.requests import Refusal, Request
+from zeroinf.service.requests import Extra, Refusal, Request
 
+_NOTHING = Extra()
 _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 
 
@@ -84,8 +86,8 @@ def _requests(
     refusals: list[Refusal] = []
     given_at: dict[str, str] = {}
     asked = ((None, Record(0, "text", prompt)) for prompt in prompts)
-    index, limit = -1, None if shaper is None else shaper.shape.limit
-    for index, (file, record) in enumerate(islice(chain(asked, records), limit)):
+    index, limit = 0, None if shaper is None else shaper.shape.limit
+    for file, record in islice(chain(asked, records), limit):
         line = record.line or None
         try:
             draft = draft_of(record, defaults, shaper)
@@ -93,18 +95,20 @@ def _requests(
                 raise LineError(f"id {draft.id!r} was already given on {given_at[draft.id]}", id=draft.id)
         except LineError as error:
             refusals.append(Refusal(index=index, line=line, id=error.id, reason=str(error), file=file))
+            index += 1
             continue
         if draft.id is not None:
             given_at[draft.id] = f"line {line}" + (f" of {file}" if file is not None else "")
         drafts.append((index, line, file, draft))
-    if index < 0:
+        index += draft.choices
+    if not index:
         what = f"{names} holds no request" if names else "no prompt was given"
         raise InputError(f"empty input: {what}", hint=_EMPTY_HINT)
     return _numbered(drafts, set(given_at)), refusals
 
 
 def _numbered(drafts: Iterable[tuple[int, int | None, str | None, Draft]], taken: set[str]) -> list[Request]:
-    requests = []
+    requests: list[Request] = []
     for index, line, file, draft in drafts:
         request_id = draft.id
         if request_id is None:
@@ -112,17 +116,26 @@ def _numbered(drafts: Iterable[tuple[int, int | None, str | None, Draft]], taken
             candidates = chain([stem], (f"{stem}-{suffix}" for suffix in count(2)))
             request_id = next(candidate for candidate in candidates if candidate not in taken)
             taken.add(request_id)
-        requests.append(
-            Request(
-                index=index,
-                line=line,
-                file=file,
-                id=request_id,
-                prompt=draft.prompt,
-                messages=draft.messages,
-                sampling=draft.sampling,
-                chat=draft.chat,
-                columns=draft.columns,
-            )
-        )
+        requests += _choices(draft, index, line, file, request_id)
     return requests
+
+
+def _choices(draft: Draft, index: int, line: int | None, file: str | None, request_id: str) -> Iterator[Request]:
+    """A request for each completion that an entry asks for, prompt by prompt."""
+    prompts: Sequence[str | tuple[int, ...] | None] = draft.prompts or (None,)
+    extra = Extra(columns=draft.columns, echo=draft.echo, endpoint=draft.endpoint, model=draft.model)
+    for number, prompt in enumerate(one for one in prompts for _ in range(draft.count)):
+        own = replace(extra, choice=number) if draft.choices > 1 else extra
+        yield Request(
+            index=index + number,
+            line=line,
+            file=file,
+            id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            tokens=prompt if isinstance(prompt, tuple) else None,
+            messages=draft.messages,
+            sampling=draft.sampling,
+            chat=draft.chat,
+            truncate=draft.truncate,
+            extra=own if own != _NOTHING else None,
+        )

@@ -17,7 +17,7 @@ from zeroinf.errors import InputError, UsageError
 from zeroinf.service.requests import NO_OPTIONS, ChatOptions
 
 ALL = "all"
-OUTPUT_NAMES = ("id", "completion", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
+OUTPUT_NAMES = ("id", "choice", "completion", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
 
 
 class LineError(Exception):
@@ -46,6 +46,8 @@ class Shape:
     chat: bool = False
     """Prompts become user messages."""
     chat_options: ChatOptions = NO_OPTIONS
+    samples: int = 1
+    """Completions of each prompt, where its entry does not say."""
 
     def check(self) -> None:
         """Raises UsageError for what contradicts itself."""
@@ -73,7 +75,10 @@ class Shaper:
         self.unused: dict[str, None] = {}
         """Columns that nothing has used, in the order in which they came."""
         self.system = None if shape.system is None else _text_of(shape.system, "--system")
-        self._template = None if shape.template is None else _compiled(_text_of(shape.template, "--template"))
+        source = None if shape.template is None else _text_of(shape.template, "--template")
+        self._template = None if source is None else _compiled(source)
+        self.read = frozenset[str]() if self._template is None else _names_in(self._template, source)
+        """Columns that the template reads: they are no settings, whatever their names."""
 
     @cached_property
     def named(self) -> frozenset[str]:
@@ -117,7 +122,7 @@ class Shaper:
 
     def uses(self, name: str) -> bool:
         """Whether the user asks for a column by its name, or for all of them."""
-        return name in self.named or self.shape.keep == (ALL,) or self._template is not None
+        return name in self.named or name in self.read or self.shape.keep == (ALL,)
 
     def _rendered(self, entry: Mapping[str, Any]) -> str:
         from jinja2 import UndefinedError
@@ -157,6 +162,12 @@ def _compiled(source: str) -> Any:
         return environment.from_string(source)
     except TemplateError as error:
         raise UsageError(f"--template is no Jinja2: {error}", hint="columns are written as {{ name }}") from error
+
+
+def _names_in(template: Any, source: str | None) -> frozenset[str]:
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(template.environment.parse(source or "")))
 
 
 def _column(entry: Mapping[str, Any], name: str) -> Any:

@@ -153,7 +153,7 @@ class LoadedModel:
             prompt=given,
             source=source,
             sampling=sampling,
-            decode=self.codec.decode,
+            decode=self.codec.decode if sampling.skip_special_tokens else self.codec.decode_all,
             piece=self.codec.piece,
             urgent=urgent,
         )

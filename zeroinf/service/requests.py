@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from zeroinf.generation.row import FinishReason, Sampling
 
@@ -47,8 +47,24 @@ NO_OPTIONS = ChatOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Extra:
+    """What the output says of a request beside its result; the decode loop knows nothing of it."""
+
+    columns: Mapping[str, Any] | None = None
+    """What of its entry goes to the output as it is."""
+    choice: int | None = None
+    """Which of the completions of its entry it is, from 0; None where there is one."""
+    echo: bool = False
+    """The completion begins with the prompt."""
+    endpoint: Literal["chat", "completions"] | None = None
+    """What an OpenAI batch line asks for; None for other entries."""
+    model: str | None = None
+    """The model that a batch line names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One row of work: either `prompt` or `messages` (role and content, both text) is set."""
+    """One row of work: one of `prompt`, `tokens` and `messages` (role and content, both text) is set."""
 
     index: int  # position in the input, counted from 0, refused entries included
     line: int | None  # counted from 1; None when the prompt did not come from a file
@@ -59,8 +75,11 @@ class Request:
     file: str | None = None
     """Of several input files, the one that it came from."""
     chat: ChatOptions = NO_OPTIONS
-    columns: Mapping[str, Any] | None = None
-    """What of its entry goes to the output as it is."""
+    tokens: tuple[int, ...] | None = None
+    """The prompt, where it came as token ids."""
+    truncate: int | None = None
+    """As many of the last tokens of the prompt as are kept."""
+    extra: Extra | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +111,8 @@ class Result:
     completion_tokens: int
     logprobs: list[dict[str, Any]] | None = None
     """Of each generated token, as the output tells them, where the request asks for them."""
-    columns: Mapping[str, Any] | None = None
-    """Kept of the request's entry: known where results are written, not on their way there."""
+    extra: Extra | None = None
+    """Known where results are written, not on their way there."""
 
     @property
     def failed(self) -> bool:
@@ -108,14 +127,16 @@ class Result:
     def to_fields(self) -> dict[str, Any]:
         """What the output says of it."""
         told = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        own = self.extra or Extra()
         return {
             "id": self.id,
-            "completion": self.completion,
+            **({} if own.choice is None else {"choice": own.choice}),
+            "completion": f"{self.prompt or ''}{self.completion}" if own.echo else self.completion,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             **told,
-            **(self.columns or {}),
+            **(own.columns or {}),
         }
 
     def to_line(self) -> str:
@@ -124,8 +145,9 @@ class Result:
 
     def to_record(self) -> dict[str, Any]:
         """All of it but the prompt and what is known of the request anyway, for the journal."""
-        left_out = ("prompt", "columns")
-        return {name: value for name, value in asdict(self).items() if name not in left_out and value is not None}
+        left_out = ("prompt", "extra")
+        names = (one.name for one in fields(self) if one.name not in left_out)
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Result:

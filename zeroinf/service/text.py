@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from zeroinf.errors import InputError
-from zeroinf.generation.row import Likelihood
+from zeroinf.generation.row import Likelihood, Sampling
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.service.pieces import Pieces
 from zeroinf.service.requests import ChatOptions, Request
@@ -62,6 +62,7 @@ class TextCodec:
         context.
         """
         ids, new_tokens, limit = self.tokens(request), request.sampling.max_new_tokens, self._anatomy.context_limit
+        self._check_settings(request.sampling)
         if limit is not None and self._anatomy.positions(len(ids), new_tokens) > limit:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_new_tokens is {new_tokens}, "
@@ -77,14 +78,25 @@ class TextCodec:
         """
         if request.messages is not None:
             ids = self._encode_chat(request.messages, request.chat)
+        elif request.tokens is not None:
+            ids = list(request.tokens)
         elif self._tokenizer is not None:
             ids = self._encode_plain(str(request.prompt))
         else:
             ids = [byte % self._anatomy.vocabulary for byte in (request.prompt or "").encode()]
         if not ids:
             raise ValueError("the prompt holds no tokens")
+        if request.truncate is not None:
+            ids = ids[-request.truncate :]
         self.check(ids)
         return list(ids)
+
+    def _check_settings(self, sampling: Sampling) -> None:
+        """Raises ValueError for a setting that names a token which the model has not."""
+        named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+        for name, tokens in named.items():
+            if tokens and max(tokens) >= self._anatomy.vocabulary:
+                raise ValueError(f"{name} names token {max(tokens)}: the model's are below {self._anatomy.vocabulary}")
 
     def check(self, ids: Sequence[int]) -> None:
         """Raises ValueError where `ids` hold a token for which the model has no embedding."""
@@ -145,8 +157,15 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
+        return self._decoded(tokens, skip_special_tokens=True)
+
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        return self._decoded(tokens, skip_special_tokens=False)
+
+    def _decoded(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
         if self._tokenizer is not None:
-            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
         return " ".join(str(token) for token in tokens)
 
     def piece(self, token: int) -> bytes | None:
