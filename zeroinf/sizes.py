@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes and durations as people write and read them."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def gib(size_bytes: int) -> str:
         if size_bytes >= unit / 10 or size_bytes == 0:
             return f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes / 1024:.1f} KiB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as they are printed: 1:05, 2:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -124,7 +124,7 @@ def test_host_memory_too_small_for_what_was_asked(engine: Sequence[str], fails: 
     assert code == 3
     assert "nothing fits: " in message
     assert "GiB of host memory, 0.50 GiB are there" in message
-    assert "GiB more host memory would do for --offload" in hint
+    assert "GiB more host memory: " in hint
 
 
 def test_nvme_without_a_path(fails: Any, model: str) -> None:

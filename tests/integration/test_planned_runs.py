@@ -89,13 +89,14 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
     assert {one["name"] for one in report["compared"]} == {"host memory in all", "load", "step", "speed"}
 
 
-def test_the_plan_is_told_in_three_lines_and_stands_beside_what_was_measured(model: Path, requests: Path) -> None:
+def test_the_plan_is_told_in_a_few_lines_and_stands_beside_what_was_measured(model: Path, requests: Path) -> None:
     done = run_zeroinf(["-m", str(model), "-i", str(requests)])
     assert done.code == 0, done.err
     lines = done.err.splitlines()
     assert re.match(r"plan: stream engine, offload none: .*; 1 stream, 7 rows each", lines[0])
     assert re.match(r" +[\d,.]+ tokens/s expected: load .*; a decode step waits for ", lines[1])
-    assert re.match(r" +takes [\d.]+ GiB of host memory", lines[2])
+    assert re.match(r" +first token after 0:\d\d, 7 requests in 0:\d\d", lines[2])
+    assert re.match(r" +takes [\d.]+ GiB of host memory", lines[3])
     assert re.search(r"\n +planned +measured\nhost memory in all +[\d.]+ GiB +[\d.]+ GiB", done.err)
     assert re.search(r"\nspeed +[\d,.]+ tokens/s +[\d,.]+ tokens/s", done.err)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -184,17 +185,17 @@ def test_what_does_not_fit_ends_with_3_and_a_hint_that_is_true() -> None:
     error = refused(*MODEL, *small, error=DoesNotFitError)
     assert error.exit_code == 3
     assert "1.00 GiB are there" in error.message
-    more, _, offload = (error.hint or "").partition(" GiB more host memory would do for --offload ")
-    enough = f"{ceil((1 + float(more)) * 1024)}MiB"
-    printed(*MODEL, "--gpu-memory", "2GiB", "--host-memory", enough, "--offload", offload.split()[0])
+    more = re.search(r"([\d.]+) GiB more host memory: [\d.,]+ tokens/s or more", error.hint or "")
+    assert more is not None, error.hint
+    printed(*MODEL, "--gpu-memory", "2GiB", "--host-memory", f"{ceil((1 + float(more[1])) * 1024)}MiB")
 
 
 def test_a_batch_that_is_too_large_is_told_what_would_fit() -> None:
     tight = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--input-len", "1900", "--output-len", "100")
     error = refused(*MODEL, *tight, "-b", "4000", error=DoesNotFitError)
-    assert "offload cpu: 4000 rows, keys and values of 3000 in host memory, need" in error.message
-    assert "--batch-size 1" in (error.hint or "")
-    printed(*MODEL, *tight, "-b", "1")
+    assert "offload cpu: 4000 rows, keys and values of 4000 in host memory, need" in error.message
+    assert "--batch-size auto: " in (error.hint or "")
+    printed(*MODEL, *tight)
 
 
 @pytest.mark.parametrize(("new", "rows"), [(1, 2), (2, 2)])

@@ -238,7 +238,7 @@ def test_no_more_rows_run_together_than_there_are_requests(box: Box, requests: i
     assert rows(decision) <= -(-requests // box.ranks)
 
 
-_MORE = re.compile(r"([\d.]+) GiB more (GPU|host|disk) memory")
+_MORE = re.compile(r"([\d.]+) GiB more (GPU memory|host memory|disk space)")
 
 
 @given(boxes)
@@ -251,9 +251,9 @@ def test_what_the_hint_says_would_do_does(box: Box) -> None:
         added = {place: int(float(more) * GIB) for more, place in _MORE.findall(words)}
         assert added, error.hint
         larger = Box(
-            gpu=box.gpu + added.get("GPU", 0),
-            host=box.host + added.get("host", 0),
-            disk=None if box.disk is None else box.disk + added.get("disk", 0),
+            gpu=box.gpu + added.get("GPU memory", 0),
+            host=box.host + added.get("host memory", 0),
+            disk=None if box.disk is None else box.disk + added.get("disk space", 0),
             ranks=box.ranks,
         )
         assert fits(larger, offload=offload) is not None
@@ -318,7 +318,7 @@ def test_a_full_disk_is_refused_with_what_it_lacks() -> None:
     room = store_bytes(CHAIN) - 1
     with pytest.raises(DoesNotFitError, match="on the disk") as caught:
         choose(replace(ROOMY, disk=room), offload="nvme")
-    assert "GiB more disk memory would do for --offload nvme" in (caught.value.hint or "")
+    assert "GiB more disk space would do for --offload nvme" in (caught.value.hint or "")
     assert fits(replace(ROOMY, disk=room + 1), offload="nvme") is not None
 
 
@@ -401,7 +401,7 @@ def refused(act: Callable[[], Any]) -> str:
 
 def test_why_each_way_does_not_fit_is_said() -> None:
     message = refused(lambda: choose(Box(gpu=GIB // 4, host=16 * GIB, disk=GIB)))
-    assert message.startswith("nothing fits: offload none: 1 row needs")
+    assert message.startswith("nothing fits, GPU memory is short: offload none: 1 row needs")
     assert "offload cpu: 1 row needs" in message
     assert "100 rows need" in refused(lambda: choose(replace(ROOMY, gpu=GIB), batch_size=100))
 

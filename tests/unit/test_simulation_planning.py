@@ -91,7 +91,7 @@ def test_lengths_that_the_hint_promises_do_fit() -> None:
     long = ask(gpu=(needs(1800, 200) + needs(112, 12)) // 2, offload="none", prompt=1800, new=200)
     with pytest.raises(DoesNotFitError) as caught:
         answer(long)
-    found = re.search(r"prompts of (\d+) and (\d+) new tokens would fit", caught.value.hint or "")
+    found = re.search(r"prompts of (\d+) and (\d+) new tokens", caught.value.hint or "")
     assert found is not None, caught.value.hint
     prompt, new = int(found[1]), int(found[2])
     assert 1 <= prompt < 1800 and 1 <= new < 200
@@ -102,7 +102,7 @@ def test_no_length_is_promised_where_none_would_do() -> None:
     with pytest.raises(DoesNotFitError) as caught:
         answer(ask(gpu=256 * MIB))
     assert "prompts" not in (caught.value.hint or "")
-    assert "GiB more GPU memory would do" in (caught.value.hint or "")
+    assert "GiB more GPU memory: " in (caught.value.hint or "")
 
 
 def test_a_rate_that_nobody_measured_is_named() -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from zeroinf.cli.status import clock
 from zeroinf.hardware.process import resident
 from zeroinf.jobs.compare import Compared
 from zeroinf.jobs.report import RunReport
@@ -19,7 +18,7 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import plan_lines
 from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal
-from zeroinf.sizes import gib
+from zeroinf.sizes import clock, gib
 
 _PLAIN_LINE_EVERY_S = 10.0
 _REFUSALS_SHOWN = 5

@@ -73,7 +73,7 @@ def plan(
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
     question = ask(PlanOptions(aio=aio_of(asked), **asked))
-    found = answer(question)
+    found = answer(question, advise=not (as_json or emit_zero_config))
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 

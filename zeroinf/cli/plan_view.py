@@ -10,7 +10,7 @@ from rich.console import Console
 
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, Place, Term, taken, total
-from zeroinf.planner.summary import plan_lines
+from zeroinf.planner.summary import job_duration, plan_lines
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import Answer, Question
 from zeroinf.sizes import gib
@@ -33,6 +33,7 @@ def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
         if place in found.decision.budgets:
             _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
     _print_others(console, found.decision)
+    _print_advice(console, question, found)
     _print_rates(console, found, explain=explain)
 
 
@@ -93,6 +94,18 @@ def _print_others(console: Console, decision: Decision) -> None:
         )
     for rejected in decision.rejected:
         console.print(f"     offload {rejected.offload}, {rejected.fetch}: does not fit, {rejected.reason}")
+
+
+def _print_advice(console: Console, question: Question, found: Answer) -> None:
+    if not found.advice:
+        return
+    console.print("\nchanges, each planned with few candidates (a run expects as much or more)")
+    width = max(len(one.flags) for one in found.advice)
+    for one in found.advice:
+        job = job_duration(one.candidate.timing, question.wish.requests, question.lengths.new_tokens)
+        console.print(f"     {one.flags:<{width}}  {one.speed:>14}, {job}, {one.change.quality}")
+    if any(one.change.quality != "exact" for one in found.advice):
+        console.print("     what that costs: zeroinf eval --model MODEL --text FILE --wire int4")
 
 
 def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zeroinf.cli.environment import option
+from zeroinf.sizes import clock
 
 if TYPE_CHECKING:
     from zeroinf.jobs.status import Status
@@ -40,13 +41,6 @@ def status(file: Path, watch: bool, as_json: bool) -> None:
         if not watch or now.state != "running":
             return
         time.sleep(_WATCH_EVERY_S)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people read them: 1:05, 2:00:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _in_words(now: Status) -> str:

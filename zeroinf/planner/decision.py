@@ -13,6 +13,9 @@ from zeroinf.planner.memory import Place, Term
 from zeroinf.planner.timing import Timing
 
 _HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
+_NAMES: dict[Place, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk space"}
+# Of a byte, beside one of host memory.
+_PRICES: dict[Place, float] = {"gpu": 8.0, "host": 1.0, "disk": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,11 @@ class Lack:
     place: Place
     needed_bytes: int
     available_bytes: int
+
+    @property
+    def missing_gib(self) -> float:
+        """Rounded up to hundredths."""
+        return ceil((self.needed_bytes - self.available_bytes) / _HUNDREDTH) / 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +66,9 @@ class Rejection:
         )
 
     @property
-    def missing_bytes(self) -> int:
-        """Of all places together."""
-        return sum(lack.needed_bytes - lack.available_bytes for lack in self.lacks)
+    def price(self) -> float:
+        """Of all that is missing, in bytes of host memory that cost about as much."""
+        return sum(_PRICES[lack.place] * (lack.needed_bytes - lack.available_bytes) for lack in self.lacks)
 
     @property
     def reason(self) -> str:
@@ -71,6 +79,11 @@ class Rejection:
             f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"
             for lack in self.lacks
         )
+
+    @property
+    def wanted(self) -> str:
+        """What would have to be added, in words."""
+        return " and ".join(f"{lack.missing_gib:.2f} GiB more {_NAMES[lack.place]}" for lack in self.lacks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,20 +102,17 @@ class Decision:
         return self.chosen.timing.tokens_per_second
 
 
-def does_not_fit(rejected: Sequence[Rejection]) -> DoesNotFitError:
-    """Why each way does not fit, and what would do of the one that lacks least."""
-    return DoesNotFitError(_nothing_fits(rejected), hint=_smallest_changes(rejected))
+class NothingFitsError(DoesNotFitError):
+    """No candidate fits."""
 
-
-def _nothing_fits(rejected: Sequence[Rejection]) -> str:
-    return "nothing fits: " + "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
-
-
-def _smallest_changes(rejected: Sequence[Rejection]) -> str:
-    nearest = min(rejected, key=lambda one: one.missing_bytes)
-    where = {"gpu": "GPU", "host": "host", "disk": "disk"}
-    more = (
-        f"{ceil((lack.needed_bytes - lack.available_bytes) / _HUNDREDTH) / 100:.2f} GiB more {where[lack.place]} memory"
-        for lack in nearest.lacks
-    )
-    return f"{' and '.join(more)} would do for --offload {nearest.offload}"
+    def __init__(self, rejected: Sequence[Rejection]) -> None:
+        """`rejected` has at least one."""
+        self.nearest = min(rejected, key=lambda one: one.price)
+        """The one whose lacks cost least."""
+        names = [_NAMES[lack.place] for lack in self.nearest.lacks]
+        short = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} short"
+        ways = "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
+        super().__init__(
+            f"nothing fits, {short}: {ways}",
+            hint=f"{self.nearest.wanted} would do for --offload {self.nearest.offload}",
+        )

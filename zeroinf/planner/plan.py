@@ -84,6 +84,8 @@ class Plan:
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     terms: tuple[Term, ...] = ()
     """Where every byte goes, as predicted."""
+    requests: int | None = None
+    """How many the job has; None is plenty."""
     timing: Timing | None = None
     """None where the planner knows no speed of the engine."""
 

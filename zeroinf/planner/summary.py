@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from zeroinf.planner.memory import Place, taken
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.traits import TRAITS
-from zeroinf.sizes import gib
+from zeroinf.sizes import clock, gib
 
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
 
 _PLACES: dict[Place, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+_SOME_REQUESTS = 1000
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The chosen plan in three lines: how it runs, how fast, what it takes."""
+    """The chosen plan in a few lines: how it runs, how fast, how long, what it takes."""
     tiers = _tiers(plan, len(plan.anatomy.blocks))
     streams = "1 stream" if plan.streams == 1 else f"{plan.streams} streams"
     if plan.tensor_parallel.size > 1:
@@ -31,8 +32,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     rows = f"{plan.batch_size} rows each{_kv(plan)}, {_forwards(plan)}"
     yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
     yield _speed(plan)
+    if plan.timing is not None:
+        first = plan.timing.first_token_s(plan.prompt_tokens, plan.prefill_tokens)
+        yield f"first token after {clock(first)}, {job_duration(plan.timing, plan.requests, plan.new_tokens)}"
     places = (f"{gib(size)} of {name}" for place, name in _PLACES.items() if (size := taken(plan.terms, place)))
     yield f"takes {', '.join(places)}"
+
+
+def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
+    """How long a job takes, loading included; one of a thousand requests where no number is known."""
+    count = requests or _SOME_REQUESTS
+    return f"{count:,} request{'s' * (count > 1)} in {clock(timing.job_s(count, new_tokens))}"
 
 
 def _forwards(plan: Plan) -> str:

@@ -91,6 +91,14 @@ class Timing:
     entering_rows: int = 1
     """Rows had better wait for each other until so many enter together."""
 
+    def first_token_s(self, prompt_tokens: int, prefill_tokens: int) -> float:
+        """From the start until the first prompt's first token is known; a pass computes `prefill_tokens`."""
+        return self.load_s + ceil(prompt_tokens / prefill_tokens) * self.prefill_s
+
+    def job_s(self, requests: int, new_tokens: float) -> float:
+        """From the start until all requests have their `new_tokens`."""
+        return self.load_s + requests * new_tokens / self.tokens_per_second
+
 
 def time_plan(
     anatomy: Anatomy,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,8 @@ from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import build_meta
-from zeroinf.planner.decision import Decision
+from zeroinf.planner.advice import Advice, Change, alternatives, more_memory, remedies, remedies_together
+from zeroinf.planner.decision import Decision, NothingFitsError
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.search import Planner
@@ -24,8 +27,11 @@ from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.traits import TRAITS, refuse_beside_codes
 from zeroinf.planner.wish import Wish
-from zeroinf.planner.workload import Lengths
+from zeroinf.planner.workload import Expansion, Lengths, Simulate
 from zeroinf.simulation.workload import Simulator
+
+# Where no single change does, so many pairs of them are named.
+_REMEDIES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,21 +62,65 @@ class Answer:
     plan: Plan
     decision: Decision
     speeds: Speeds
+    advice: tuple[Advice, ...] = ()
+    """What changes would give, where that was asked for."""
 
 
-def answer(question: Question) -> Answer:
-    """Plan. Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models
-    with an encoder, or quantized already, do without."""
+def answer(question: Question, *, advise: bool = False) -> Answer:
+    """Plan; with `advise` also what changes would give.
+
+    Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models with an
+    encoder, or quantized already, do without.
+    """
     _refuse_beside_an_encoder(question)
     refuse_beside_codes(question.anatomy, question.wish.engine, question.wish.wire)
     speeds = _speeds(question)
+    streaming = replace(question, wish=replace(question.wish, engine="stream"))
+    simulate = cache(lambda: _simulator(streaming, None))  # which every plan of the stream engine can use
     try:
-        decision = _planner(question, speeds).choose(question.wish)
-    except DoesNotFitError as error:
-        raise DoesNotFitError(
-            error.message, hint="; or ".join(filter(None, (error.hint, _shorter(question))))
-        ) from None
-    return Answer(plan=_plan(question, decision), decision=decision, speeds=speeds)
+        decision = _planner(question, speeds, simulate).choose(question.wish)
+    except NothingFitsError as error:
+        raise DoesNotFitError(error.message, hint=_remedies(question, error, simulate)) from None
+    advice: Iterable[Advice] = ()
+    if advise:
+        changes = alternatives(question.wish, question.machine, question.anatomy)
+        advice = _planned(question, changes, simulate, rows=None if question.anatomy.is_paged else decision)
+    return Answer(plan=_plan(question, decision), decision=decision, speeds=speeds, advice=tuple(advice))
+
+
+def _planned(
+    question: Question, changes: Iterable[Change], simulate: Callable[[], Simulate], rows: Decision | None = None
+) -> Iterator[Advice]:
+    """Those of `changes` with which something fits, each planned with few candidates; with as many rows as in `rows`
+    where simulating others takes long."""
+    for change in changes:
+        wish = change.wish
+        if rows is not None:
+            wish = replace(wish, batch_size=rows.chosen.choice.batch_size)
+        changed = replace(question, wish=wish, machine=change.machine)
+        try:
+            decision = _planner(changed, _speeds(changed), simulate, thorough=False).choose(wish)
+        except NothingFitsError:
+            continue
+        advice = Advice(change=change, candidate=decision.chosen)
+        if advice.has_effect:
+            yield advice
+
+
+def _remedies(question: Question, error: NothingFitsError, simulate: Callable[[], Simulate]) -> str:
+    """The changes with which it would fit, as lines of a hint, cheapest first."""
+    asked = question.wish, question.machine
+    found: list[Advice] = []
+    if question.own_zero_config is None:  # whose settings are not flags
+        found += _planned(question, remedies(*asked, question.anatomy), simulate)
+        if not found:
+            found += islice(_planned(question, remedies_together(*asked, question.anatomy), simulate), _REMEDIES)
+    hardware = list(_planned(question, [more_memory(*asked, error.nearest)], simulate))
+    lines = [f"{one.flags}: {one.speed} or more, {one.change.quality}" for one in (*found, *hardware)]
+    if not hardware:
+        lines.append(f"{error.nearest.wanted} for --offload {error.nearest.offload}")
+    lines[len(found) : len(found)] = filter(None, [_shorter(question)])
+    return "\n  ".join(("any of these would do, cheapest first:", *lines))
 
 
 def _refuse_beside_an_encoder(question: Question) -> None:
@@ -103,21 +153,28 @@ def _speeds(question: Question) -> Speeds:
     )
 
 
-def _planner(question: Question, speeds: Speeds) -> Planner:
+def _simulator(question: Question, expanded: Expansion | None) -> Simulator:
+    return Simulator(
+        question.config,
+        question.anatomy,
+        question.lengths,
+        shares_passes=question.wish.engine == "stream",
+        trust_remote_code=question.trust_remote_code,
+        expansion=expanded,
+    )
+
+
+def _planner(
+    question: Question, speeds: Speeds, streaming: Callable[[], Simulate], *, thorough: bool = True
+) -> Planner:
+    """For one question; `streaming` gives what simulates its model under the stream engine."""
     anatomy, lengths, wish = question.anatomy, question.lengths, question.wish
     expanded = None
     if codes := own_codes(question.own_zero_config or {}):
         model = build_meta(question.config, anatomy.dtype, question.trust_remote_code)
         expanded = expansion(anatomy, model, codes)
         anatomy = with_codes(anatomy, model, codes)
-    simulate = Simulator(
-        question.config,
-        question.anatomy,
-        lengths,
-        shares_passes=wish.engine == "stream",
-        trust_remote_code=question.trust_remote_code,
-        expansion=expanded,
-    )
+    simulate = streaming() if wish.engine == "stream" else _simulator(question, expanded)
 
     def overhead(gathers: bool) -> Overhead:
         if question.device == "cpu":
@@ -139,6 +196,7 @@ def _planner(question: Question, speeds: Speeds) -> Planner:
         device=question.device,
         lengths=lengths,
         engine_terms=terms,
+        thorough=thorough,
     )
 
 
@@ -157,6 +215,7 @@ def asked(question: Question) -> Plan:
         prompt_tokens=question.lengths.prompt_tokens,
         new_tokens=question.lengths.new_tokens,
         scored_tokens=question.lengths.scored_tokens,
+        requests=wish.requests,
         nvme_paths=question.nvme_paths,
         wire=wish.wire,
         pin_memory=question.pin_memory,
@@ -188,16 +247,23 @@ def _plan(question: Question, decision: Decision) -> Plan:
 
 def _shorter(question: Question) -> str:
     """The longest prompts and completions with which one row would fit, as a hint; empty where none would."""
-    lengths = question.lengths
-    for share in _shares(lengths):
-        try:
-            _planner(replace(question, lengths=share), _speeds(question)).choose(replace(question.wish, batch_size=1))
-        except DoesNotFitError:
-            continue
-        rows = "" if question.wish.batch_size in (None, 1) else "--batch-size 1"
-        shorter = f"prompts of {share.prompt_tokens} and {share.new_tokens} new tokens" if share != lengths else ""
-        return " with ".join(filter(None, (rows, shorter))) + " would fit"
-    return ""
+    shares = _shares(question.lengths)
+    if not _fits_alone(question, shares[-1]):
+        return ""
+    share = next(share for share in shares if _fits_alone(question, share))
+    rows = "" if question.wish.batch_size in (None, 1) else "--batch-size 1 with "
+    shorter = f"{rows}prompts of {share.prompt_tokens} and {share.new_tokens} new tokens"
+    return shorter if share != question.lengths else ""
+
+
+def _fits_alone(question: Question, lengths: Lengths) -> bool:
+    """Whether one row of `lengths` fits."""
+    other = replace(question, lengths=lengths, wish=replace(question.wish, batch_size=1))
+    try:
+        _planner(other, _speeds(other), partial(_simulator, other, None), thorough=False).choose(other.wish)
+    except NothingFitsError:
+        return False
+    return True
 
 
 def _shares(lengths: Lengths) -> Sequence[Lengths]:

@@ -1,0 +1,109 @@
+"""Advice: what plans are told could be changed, and that each change which is named was planned and holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from click.testing import CliRunner
+from fake_machines import CHAIN, GIB, machine_of
+
+from zeroinf.cli.main import cli
+from zeroinf.errors import DoesNotFitError, ZeroinfError
+from zeroinf.planner.advice import alternatives, remedies, remedies_together
+from zeroinf.planner.wish import Wish
+
+MACHINE = machine_of(gpu_bytes=24 * GIB, host_bytes=64 * GIB)
+AUTO = Wish(host_share="auto")
+
+
+def plan(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["plan", *arguments])
+
+
+def flags(changes: Any) -> list[str]:
+    return [change.flags for change in changes]
+
+
+def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
+    found = list(alternatives(AUTO, MACHINE, CHAIN))
+    assert [(one.flags, one.quality) for one in found] == [
+        ("--wire int8", "near lossless"),
+        ("--wire int4", "lossy"),
+        ("--kv-dtype int8", "near lossless"),
+        ("--wire int4 --kv-dtype int8", "lossy"),
+        ("--nvme-path DIR", "exact"),
+    ]
+    both = found[3].wish
+    assert (both.wire, both.kv_dtype) == ("int4", "int8")
+    assert found[4].machine.disks and found[4].wish.nvme_space_bytes
+
+
+def test_what_the_user_fixed_already_is_not_advised() -> None:
+    fixed = replace(AUTO, wire="int8", kv_dtype="int8", offload="none")
+    assert flags(alternatives(fixed, MACHINE, CHAIN)) == []
+    assert flags(alternatives(Wish(engine="zero"), MACHINE, CHAIN)) == []
+
+
+def test_where_nothing_fits_settings_come_before_a_disk_and_single_changes_before_pairs() -> None:
+    fixed = replace(AUTO, batch_size=64, offload="cpu")
+    single = flags(remedies(fixed, MACHINE, CHAIN))
+    assert single == [
+        "--batch-size auto", "--offload auto", "--wire int8", "--wire int4", "--offload auto --nvme-path DIR",
+    ]  # fmt: skip
+    assert "--wire int8 --batch-size auto" in flags(remedies_together(fixed, MACHINE, CHAIN))
+    assert flags(remedies(Wish(engine="resident", offload="none"), MACHINE, CHAIN))[0] == "--engine stream"
+
+
+BOX = ("--model", "pythia-1b", "--gpu-memory", "2GiB", "--input-len", "128", "--output-len", "16")
+
+
+@cache
+def refused() -> ZeroinfError:
+    """A model of 1.9 GiB on a GPU that holds no half of it, with a host that does neither."""
+    error = plan(*BOX, "--host-memory", "5900MiB").exception
+    assert isinstance(error, DoesNotFitError), error
+    return error
+
+
+def test_the_resource_that_is_really_short_is_named() -> None:
+    assert refused().message.startswith("nothing fits, host memory is short: ")
+    assert re.search(r"offload cpu: .*? GiB of host memory, 5\.76 GiB are there(;|$)", refused().message)
+    assert "GPU memory" not in (refused().hint or "")
+
+
+def test_each_change_that_a_hint_names_does(tmp_path: Any) -> None:
+    first, *lines = (refused().hint or "").splitlines()
+    assert first.startswith("any of these would do, cheapest first")
+    named = [line.strip().partition(": ")[0] for line in lines]
+    assert named[0] == "--wire int8"
+    settings = [words for words in named if words.startswith("--")]
+    for words in settings:
+        added = re.sub(r"--nvme-path DIR \(\d+ GiB there\)", "--nvme-space 10GiB", words).split()
+        done = plan(*BOX, "--host-memory", "5900MiB", *added)
+        assert done.exit_code == 0, (words, done.exception)
+    more = re.fullmatch(r"([\d.]+) GiB more host memory", named[-1])
+    assert more is not None, named
+    enough = 5900 + int(float(more[1]) * 1024) + 1
+    assert plan(*BOX, "--host-memory", f"{enough}MiB").exit_code == 0
+
+
+def test_a_page_shows_changes_with_speed_duration_and_quality_and_json_does_not() -> None:
+    machine = ("--host-memory", "16GiB", "--requests", "100")
+    page = plan(*BOX, *machine).stdout
+    assert re.search(r"first token after \d+:\d\d, 100 requests in \d+:\d\d", page)
+    said = re.search(r"--wire int4 +([\d.,]+) tokens/s, 100 requests in \d+:\d\d, lossy", page)
+    assert said is not None, page
+    assert "zeroinf eval" in page
+    own = re.search(r"([\d.,]+) tokens/s expected", plan(*BOX, *machine, "--wire", "int4").stdout)
+    assert own is not None
+    promised, planned = (float(found[1].replace(",", "")) for found in (said, own))
+    assert planned >= 0.99 * promised, "advice is what a plan gives at least"
+    assert planned < 2 * promised, "and no figure that says nothing"
+    assert "advice" not in plan(*BOX, *machine, "--json").stdout
+
+
+def test_a_disk_on_which_nothing_would_rest_is_not_advised() -> None:
+    assert "--nvme-path" not in plan(*BOX, "--host-memory", "16GiB").stdout

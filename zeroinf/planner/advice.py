@@ -1,0 +1,144 @@
+"""Advice: what a user could change about a plan, or about one that does not fit, with the flags that say so.
+
+The functions yield changes in the order in which they cost least: settings before a disk, a disk before memory. They
+only name changes; whoever asks plans each of them, so that no figure of advice is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from zeroinf.hardware.machine import Machine
+from zeroinf.hardware.override import override
+from zeroinf.hardware.rates import Rates
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.decision import Candidate, Rejection
+from zeroinf.planner.memory import Place, total
+from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.wire import Wire
+from zeroinf.planner.wish import Wish
+
+Quality = Literal["exact", "near lossless", "lossy"]
+"""What a change does to completions. The classes come from docs/benchmarks.md, "What wire formats cost in quality"."""
+
+# More than any store takes: what it really takes stands in the plan.
+_ENOUGH_DISK_BYTES = 1 << 50
+_WIRES: dict[Wire, Quality] = {"int8": "near lossless", "int4": "lossy"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One change: flags as the user writes them or, for hardware, words."""
+
+    flags: str
+    wish: Wish
+    machine: Machine
+    quality: Quality = "exact"
+
+    def then(self, other: Change) -> Change:
+        """This change and `other`, which was made of this one's wish and machine."""
+        worse = max((self.quality, other.quality), key=("exact", "near lossless", "lossy").index)
+        return replace(other, flags=f"{self.flags} {other.flags}", quality=worse)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """A change, and the candidate that was planned with it."""
+
+    change: Change
+    candidate: Candidate
+
+    @property
+    def speed(self) -> str:
+        """Tokens/s, with their unit; empty where the planner knows no speed of the engine."""
+        rate = self.candidate.timing.tokens_per_second
+        return f"{rate:,.{0 if rate >= 100 else 1}f} tokens/s" if TRAITS[self.candidate.choice.engine].is_timed else ""
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether the plan uses what the change offers: a disk, or codes of keys and values."""
+        choice, flags = self.candidate.choice, self.change.flags
+        return bool(choice.nvme_blocks or " DIR" not in flags) and bool(choice.host_rows or "--kv-dtype" not in flags)
+
+    @property
+    def flags(self) -> str:
+        """What to write, with the space that a disk needs."""
+        store = total(self.candidate.terms, "disk")
+        with_disk = " DIR" in self.change.flags and store
+        return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
+
+
+def alternatives(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    """Changes to a plan that fits: fewer bytes of weights, of keys and values, of both, and a disk."""
+    smaller = list(_smaller_weights(wish, machine, anatomy))
+    yield from smaller
+    cache = list(_smaller_cache(wish, machine, anatomy))
+    yield from cache
+    for change in smaller[-1:]:
+        yield from (change.then(more) for more in _smaller_cache(change.wish, machine, anatomy))
+    yield from _disk(wish, machine)
+
+
+def remedies(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    """Single changes with which something may fit where nothing did, those that cost nothing first."""
+    yield from _freed(wish, machine)
+    yield from _smaller_weights(wish, machine, anatomy)
+    yield from _disk(wish, machine)
+
+
+def remedies_together(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    """The same, where a single change does not do: smaller weights with another one."""
+    for change in _smaller_weights(wish, machine, anatomy):
+        yield from (change.then(more) for more in (*_freed(change.wish, machine), *_disk(change.wish, machine)))
+
+
+def more_memory(wish: Wish, machine: Machine, nearest: Rejection) -> Change:
+    """All that `nearest` lacks."""
+    missing = dict[Place, int]({lack.place: round(lack.missing_gib * 2**30) + 1 for lack in nearest.lacks})
+    gpus = tuple(replace(gpu, free_bytes=gpu.free_bytes + missing.get("gpu", 0)) for gpu in machine.gpus)
+    available = machine.memory.available_bytes + missing.get("host", 0)
+    space = None if wish.nvme_space_bytes is None else wish.nvme_space_bytes + missing.get("disk", 0)
+    return Change(
+        flags=nearest.wanted,
+        wish=replace(wish, offload=nearest.offload, nvme_space_bytes=space),
+        machine=replace(machine, gpus=gpus, memory=replace(machine.memory, available_bytes=available)),
+    )
+
+
+def _freed(wish: Wish, machine: Machine) -> Iterator[Change]:
+    """Settings that the user fixed, left to the planner instead."""
+    if wish.engine != "stream":
+        stream = replace(wish, engine="stream", offload="auto", ranks_per_stream=1, host_share=0.0)
+        yield Change(flags="--engine stream", wish=stream, machine=machine)
+        return
+    if wish.batch_size is not None:
+        rows = replace(wish, batch_size=None, micro_batch_rows=None)
+        yield Change(flags="--batch-size auto", wish=rows, machine=machine)
+    if wish.resident_blocks is not None:
+        blocks = replace(wish, resident_blocks=None)
+        yield Change(flags="--resident-blocks auto", wish=blocks, machine=machine)
+    if wish.offload != "auto":
+        yield Change(flags="--offload auto", wish=replace(wish, offload="auto"), machine=machine)
+
+
+def _smaller_weights(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    if wish.engine == "stream" and wish.wire == "model" and anatomy.quantized is None:
+        for wire, quality in _WIRES.items():
+            coded = replace(wish, wire=wire)
+            yield Change(flags=f"--wire {wire}", wish=coded, machine=machine, quality=quality)
+
+
+def _smaller_cache(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    if wish.host_share == "auto" and wish.kv_dtype == "model" and anatomy.can_rest_on_host and machine.gpus:
+        coded = replace(wish, kv_dtype="int8")
+        yield Change(flags="--kv-dtype int8", wish=coded, machine=machine, quality="near lossless")
+
+
+def _disk(wish: Wish, machine: Machine) -> Iterator[Change]:
+    if wish.engine == "stream" and not machine.disks and wish.offload in ("auto", "cpu"):
+        with_disk, _ = override(machine, Rates(), nvme_space_bytes=_ENOUGH_DISK_BYTES)
+        flags = "--nvme-path DIR" if wish.offload == "auto" else "--offload auto --nvme-path DIR"
+        found = replace(wish, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)
+        yield Change(flags=flags, wish=found, machine=with_disk)
