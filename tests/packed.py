@@ -173,6 +173,51 @@ def fp4(layout: str) -> Pack:
     return pack
 
 
+# QLoRA's NF4 (Dettmers et al., 2023), appendix E, and bitsandbytes' FP4, both with 1 as the farthest value.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_BNB_FP4 = (0.0, 0.00520833, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+
+
+def bnb(kind: str, *, nested: bool) -> Pack:
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        table = np.array(_NF4 if kind == "nf4" else [*_BNB_FP4, *(-value for value in _BNB_FP4)], dtype=np.float32)
+        blocks = weight.reshape(-1, 64)
+        most = np.abs(blocks).max(1)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": 64, "shape": list(weight.shape), "dtype": "float32"}
+        packed: Packed = {}
+        if nested:
+            offset = float(most.mean())
+            count = -(-len(most) // 256)
+            shares = np.pad(most - offset, (0, count * 256 - len(most))).reshape(count, 256)
+            top = np.abs(shares).max(1).astype(np.float32)
+            grid = np.linspace(-1, 1, 256, dtype=np.float32)
+            codes = np.abs(shares[..., None] / top[:, None, None] - grid).argmin(-1).reshape(-1)[: len(most)]
+            most = grid[codes] * np.repeat(top, 256)[: len(most)] + np.float32(offset)
+            state |= {"nested_blocksize": 256, "nested_offset": float(np.float32(offset)), "nested_dtype": "float32"}
+            packed |= {"weight.nested_absmax": torch.from_numpy(top), "weight.nested_quant_map": torch.from_numpy(grid)}
+        packed["weight.absmax"] = torch.from_numpy(codes.astype(np.uint8) if nested else most)
+        index = np.abs(blocks[..., None] / most[:, None, None] - table).argmin(-1).astype(np.uint8).reshape(-1)
+        packed["weight"] = torch.from_numpy((index[0::2] << 4) | index[1::2])[:, None]
+        packed["weight.quant_map"] = torch.from_numpy(table)
+        said = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        packed[f"weight.quant_state.bitsandbytes__{kind}"] = said
+        return packed, (table[index.reshape(-1, 64)] * most[:, None]).reshape(weight.shape)
+
+    return pack
+
+
+def bnb_int8(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+    value = torch.from_numpy(weight)
+    most = value.abs().amax(1)
+    codes = (value * 127 / most[:, None]).round().to(torch.int8)
+    packed = {"weight": codes, "SCB": most, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return packed, (codes.float() * most[:, None] * 7.874015718698502e-3).numpy()
+
+
 def _tensors(form: str, **weights: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
@@ -184,6 +229,7 @@ def _tensors(form: str, **weights: Any) -> dict[str, Any]:
 
 
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+_BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "gptq": (gptq(4, 1, ordered=False), _GPTQ),
@@ -223,6 +269,13 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "nvfp4": (fp4("tensors"), _tensors("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)),
     "mxfp4": (fp4("mx"), _tensors("mxfp4-pack-quantized", type="float", strategy="group", group_size=32)),
     "modelopt_nvfp4": (fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}),
+    "bnb_nf4": (bnb("nf4", nested=False), {**_BNB, "bnb_4bit_quant_type": "nf4"}),
+    "bnb_nf4_nested": (
+        bnb("nf4", nested=True),
+        {**_BNB, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    ),
+    "bnb_fp4": (bnb("fp4", nested=False), {**_BNB, "bnb_4bit_quant_type": "fp4"}),
+    "bnb_int8": (bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "fp8": (fp8("block"), {**_FP8, "weight_block_size": [GROUP, GROUP]}),
     "fp8_ue8m0": (fp8("ue8m0"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_powers": (fp8("powers"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
@@ -253,6 +306,10 @@ NAMES = {
     "nvfp4": f"{_OF_TENSORS}nvfp4",
     "mxfp4": f"{_OF_TENSORS}mxfp4",
     "modelopt_nvfp4": "modelopt, nvfp4",
+    "bnb_nf4": "bitsandbytes, nf4",
+    "bnb_nf4_nested": "bitsandbytes, nf4 with double quantization",
+    "bnb_fp4": "bitsandbytes, fp4",
+    "bnb_int8": "bitsandbytes, int8 (activations full)",
     "fp8": "fp8 in blocks",
     "fp8_ue8m0": "fp8 in blocks, scales in ue8m0",
     "fp8_powers": "fp8 in blocks, scales in float32 that are powers of two (scale_fmt ue8m0)",

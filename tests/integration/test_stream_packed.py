@@ -27,9 +27,24 @@ Packed = Callable[[str, str], Path]
 MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 # Of layouts that differ in more than the width of their codes.
 MIXED = [(name, method) for name in MIXTURES for method in ("gptq_ordered", "awq", "fp8")]
-MIXED += [("qwen3_moe", method) for method in sorted(METHODS) if method not in ("gptq_ordered", "awq", "fp8")]
+MIXED += [
+    ("qwen3_moe", method)
+    for method in sorted(METHODS)
+    if method not in ("gptq_ordered", "awq", "fp8") and "bnb" not in method
+]
 
-USUAL = ("gptq_ordered", "gptq_v2", "awq", "fp8", "fp8_ue8m0", "w4a16_ordered", "nvfp4", "modelopt_nvfp4")
+USUAL = (
+    "gptq_ordered",
+    "gptq_v2",
+    "awq",
+    "fp8",
+    "fp8_ue8m0",
+    "w4a16_ordered",
+    "nvfp4",
+    "modelopt_nvfp4",
+    "bnb_nf4_nested",
+    "bnb_int8",
+)
 USUAL_MIXED = [
     ("qwen3_moe", "gptq_ordered"),
     ("qwen3_moe", "w4a16_asymmetric"),

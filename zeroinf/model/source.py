@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-QUANTIZED_METHODS = ("auto-round", "awq", "compressed-tensors", "fp8", "gguf", "gptq", "modelopt", "mxfp4")
+QUANTIZED_METHODS = (
+    "auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "modelopt", "mxfp4",
+)  # fmt: skip
 """Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 _OF_A_CLASS = "its weights are no plain tensors"
 _WHY_NOT = {
-    "bitsandbytes": "what its codes mean lies in tensors that are not their module's",
     "quanto": _OF_A_CLASS,
     "torchao": _OF_A_CLASS,
 }

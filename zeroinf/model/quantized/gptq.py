@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.errors import ModelError
+from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
 from zeroinf.model.quantized.fused import fused
 from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
 from zeroinf.model.quantized.linears import Stored, hold_linears
@@ -108,12 +109,17 @@ class _Gptq:
     def is_needed(self, name: str) -> bool:
         return name != "bias"
 
-    def check(self, name: str, stored: torch.Tensor) -> str | None:
-        if name != "g_idx" or self.is_ordered:
-            return None
-        group = self.group if self.group > 0 else stored.numel()
-        is_usual = torch.equal(stored, torch.arange(stored.numel(), dtype=stored.dtype) // group)
-        return None if is_usual else "its groups are not in order (g_idx), though its config has no desc_act"
+    def held(self, name: str, one: Stored) -> Stored:
+        return one
+
+    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name == "g_idx" and not self.is_ordered:
+            group = self.group if self.group > 0 else stored.numel()
+            if not torch.equal(stored, torch.arange(stored.numel(), dtype=stored.dtype) // group):
+                raise ModelError(
+                    "its groups are not in order (g_idx), though its config has no desc_act", hint=OTHER_CHECKPOINT
+                )
+        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         order = held["g_idx"] if self.is_ordered else None
@@ -150,8 +156,11 @@ class _Awq:
     def is_needed(self, name: str) -> bool:
         return name != "bias"
 
-    def check(self, name: str, stored: torch.Tensor) -> str | None:
-        return None
+    def held(self, name: str, one: Stored) -> Stored:
+        return one
+
+    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         _expand_fused(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)

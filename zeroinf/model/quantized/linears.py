@@ -17,9 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Linear, Module
 
-from zeroinf.errors import ModelError
 from zeroinf.model.parts import Part, as_stored, parts_of, set_parts
-from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Expansion, Held, meta, refused
+from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused
 
 STORED = "stored"
 """Key of a quantization config under which `note_stored` keeps what files hold."""
@@ -52,8 +51,12 @@ class Format(Protocol):
         """Whether weights depend on the tensor `name`; others are not read."""
         ...
 
-    def check(self, name: str, stored: torch.Tensor) -> str | None:
-        """Why the values of the tensor `name` are not those that are expected; None where they are."""
+    def held(self, name: str, one: Stored) -> Stored:
+        """What of the tensor `name` is held."""
+        ...
+
+    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The same, made of its values. Raises ModelError where they are not those that are expected."""
         ...
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
@@ -160,9 +163,11 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: F
             if not form.is_needed(suffix):
                 continue
             stack = (len(plan.matrices.names),) if plan.matrices.is_stack else ()
-            held = meta((*stack, *one.shape), one.dtype)
+            kept = form.held(suffix, one)
+            held = meta((*stack, *kept.shape), kept.dtype)
             set_parts(held, tuple(_parts(form, plan.matrices, suffix, one)))
-            names[suffix] = f"{plan.own}_{number}_{suffix}" if plan.matrices.is_stack else suffix
+            own_name = f"{plan.own}_{number}_{suffix}" if plan.matrices.is_stack else suffix
+            names[suffix] = own_name.replace(".", "_")
             module.register_parameter(names[suffix], held)
         steps.append((plan.own, names, plan.matrices))
     shapes = {plan.own: (plan.shape, plan.dtype) for plan in plans}
@@ -170,21 +175,17 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: F
 
 
 def _parts(form: Format, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[Part]:
-    size = torch.Size(one.shape).numel()
-    make = partial(_read, partial(form.check, suffix), one.shape if matrices.is_stack else None)
+    size = torch.Size(form.held(suffix, one).shape).numel()
+    make = partial(_read, form, suffix, one.shape if matrices.is_stack else None)
     for number, name in enumerate(matrices.names):
         yield Part((f"{name}.{suffix}",), make, number * size)
 
 
-def _read(
-    check: Callable[[torch.Tensor], str | None], of_stack: tuple[int, ...] | None, stored: torch.Tensor
-) -> torch.Tensor:
-    """A tensor as it is stored; of one in a stack, if it is of the shape `of_stack` that the others have."""
-    if (why := check(stored)) is not None:
-        raise ModelError(f"the checkpoint is not known to be expanded exactly: {why}", hint=OTHER_CHECKPOINT)
+def _read(form: Format, name: str, of_stack: tuple[int, ...] | None, stored: torch.Tensor) -> torch.Tensor:
+    """What is held of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have."""
     if of_stack is None:
-        return stored
-    return stored[None] if tuple(stored.shape) == of_stack else stored.new_empty(0)
+        return form.read(name, stored)
+    return form.read(name, stored)[None] if tuple(stored.shape) == of_stack else stored.new_empty(0)
 
 
 def _expand(
@@ -205,7 +206,11 @@ def _by_layer(stored: Mapping[str, Any] | None) -> dict[str, dict[str, Stored]] 
         return None
     layers: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name, (dtype, shape) in stored.items():
-        layer, _, suffix = name.rpartition(".")
+        layer, is_beside, suffix = name.partition(".weight.")
+        if is_beside:  # bitsandbytes' names
+            suffix = f"weight.{suffix}"
+        else:
+            layer, _, suffix = name.rpartition(".")
         layers[layer][suffix] = Stored(getattr(torch, dtype), tuple(shape))
     return layers
 

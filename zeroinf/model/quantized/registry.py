@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zeroinf.model.anatomy import Quantized
+from zeroinf.model.quantized.bnb import hold_bitsandbytes
 from zeroinf.model.quantized.compressed_tensors import hold_compressed_tensors
 from zeroinf.model.quantized.fp8 import hold_fp8
 from zeroinf.model.quantized.gguf import hold_gguf
@@ -33,6 +34,7 @@ def hold_quantized(model: Any) -> Quantized | None:
 _HOLD: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "auto-round": hold_auto_round,
     "awq": hold_awq,
+    "bitsandbytes": hold_bitsandbytes,
     "compressed-tensors": hold_compressed_tensors,
     "fp8": hold_fp8,
     "gguf": hold_gguf,

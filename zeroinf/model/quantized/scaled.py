@@ -142,8 +142,11 @@ class _Scaled:
             return f"has scales of {scales.dtype} in the shape {scales.shape}"
         return None if "weight_zero_point" not in stored else "has codes of four bits with zero points"
 
-    def check(self, name: str, stored: torch.Tensor) -> str | None:
-        return None
+    def held(self, name: str, one: Stored) -> Stored:
+        return one
+
+    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes = held.get("weight_packed", held.get("weight"))
