@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +105,32 @@ def test_settings_of_openai_requests_are_carried_out(model: Path, tmp_path: Path
     assert [(line["id"], line["choice"]) for line in found if "choice" in line] == [("samples", i) for i in range(4)]
     (cut,) = (line for line in found if line["id"] == "cut")
     assert cut["prompt_tokens"] == len(ids)
+
+
+def test_a_batch_of_openai_is_answered_on_standard_output_and_cut_answers_are_counted(
+    model: Path, tmp_path: Path
+) -> None:
+    lines = [
+        {"custom_id": f"r{n}", "method": "post", "url": "v1/completions", "body": {"prompt": "one", "model": "m"}}
+        for n in range(2)
+    ]
+    requests, stdout, said = write_jsonl(tmp_path / "in.jsonl", lines), io.StringIO(), list[str]()
+
+    class Ear(Deaf):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    options = RunOptions(
+        model=str(model),
+        sampling=Sampling(max_new_tokens=3),
+        dtype="float32",
+        offload="cpu",
+        input_files=(str(requests),),
+        to_stdout=True,
+    )
+    outcome = run_job(options, World(), torch.device("cpu"), stdout, Ear())
+    assert outcome is not None and outcome.report is not None and outcome.report.cut == 2
+    assert any(text.startswith("2 of 2 completions were cut at max_new_tokens (3)") for text in said)
+    found = [json.loads(line) for line in stdout.getvalue().splitlines()]
+    assert [(line["custom_id"], line["response"]["body"]["model"]) for line in found] == [("r0", "m"), ("r1", "m")]
+    assert found[0]["response"]["body"]["choices"][0]["finish_reason"] == "length"

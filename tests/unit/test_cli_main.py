@@ -132,3 +132,10 @@ def test_a_ranks_error_says_which_rank_it_is(
     with pytest.raises(SystemExit):
         main.main()
     assert capsys.readouterr().err == "error: rank 3: it broke\n"
+
+
+@pytest.mark.parametrize("arguments", [["--top-k", "1", "--top-k", "2"], ["-m", "a", "--model", "b"]])
+def test_an_option_of_one_value_that_is_given_twice_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["run", "--prompt", "x", *arguments])
+    assert result.exit_code == 2
+    assert f"{arguments[-2]} is given twice, but takes one value" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from zeroinf.jobs import export
 from zeroinf.jobs.output import (
     Job,
     JournalOutput,
+    LinesOutput,
     PairsOutput,
     check_output,
     errors_path,
@@ -29,7 +32,7 @@ from zeroinf.jobs.output import (
     partial_path,
 )
 from zeroinf.jobs.status import read_status
-from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.requests import Extra, Refusal, Result, Work
 
 
 def result(
@@ -542,3 +545,144 @@ def test_a_closed_pipe_is_an_output_error() -> None:
     with pytest.raises(OutputError, match="Broken pipe; 0 results were printed"):
         output.add(result(0))
     assert output.abandon("a closed pipe") == (None, 0)
+
+
+# OpenAI's batches
+
+
+def batch_job(endpoint: Any = "chat") -> Job:
+    """Two entries, the first of which has two completions, and one that is refused."""
+    items = [replace(work(index), id=name) for index, name in enumerate(("a", "a", "b"))]
+    extras = {
+        0: Extra(endpoint=endpoint, choice=0, model="gpt-4o"),
+        1: Extra(endpoint=endpoint, choice=1, model="gpt-4o", first=False),
+        2: Extra(endpoint=endpoint),
+    }
+    refused = (Refusal(index=3, line=3, id="c", reason="no"),)
+    return Job(work=tuple(items), refusals=refused, fingerprint={}, began=1700000000.5, extras=extras, model="demo")
+
+
+def test_an_openai_batch_is_answered_as_openai_does(out: Path) -> None:
+    output = begun(out, batch_job())
+    for index in (2, 1, 0):
+        output.add(result(index, completion=f"text {index}"))
+    output.finish()
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert (first["custom_id"], first["error"], first["response"]["status_code"]) == ("a", None, 200)
+    assert first["id"].startswith("batch_req_") and first["response"]["request_id"]
+    body = first["response"]["body"]
+    assert (body["object"], body["created"], body["model"]) == ("chat.completion", 1700000000, "gpt-4o")
+    assert body["choices"] == [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": f"text {index}", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+        for index in (0, 1)
+    ]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert second["response"]["body"]["model"] == "demo"
+    (error,) = (json.loads(line) for line in errors_path(out).read_text().splitlines())
+    assert (error["custom_id"], error["response"]["status_code"]) == ("c", 400)
+    assert error["response"]["body"]["error"]["message"] == "no"
+
+
+def test_completions_have_texts_and_their_own_logprobs(out: Path) -> None:
+    output = begun(out, batch_job("completions"))
+    told = [
+        {"token": "ab", "id": 1, "logprob": -0.5, "top_logprobs": [{"token": "x", "id": 2, "logprob": -0.1}]},
+        {"token": "c", "id": 3, "logprob": -1.0, "top_logprobs": []},
+    ]
+    for index in range(3):
+        output.add(replace(result(index), logprobs=told))
+    output.finish()
+    body = json.loads(out.read_text().splitlines()[1])["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "text": "out",
+            "logprobs": {
+                "tokens": ["ab", "c"],
+                "token_logprobs": [-0.5, -1.0],
+                "top_logprobs": [{"x": -0.1}, {}],
+                "text_offset": [0, 2],
+            },
+            "finish_reason": "stop",
+        }
+    ]
+
+
+def test_jsonl_of_a_batch_where_it_is_asked_for(out: Path) -> None:
+    output = begun(out, replace(batch_job(), output_format="jsonl"))
+    for index in range(3):
+        output.add(result(index))
+    output.finish()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["id"], line.get("choice")) for line in lines] == [("a", 0), ("a", 1), ("b", None)]
+
+
+def test_an_echo_stands_before_the_completion(out: Path) -> None:
+    output = begun(out, replace(job(1), extras={0: Extra(echo=True)}))
+    output.add(result(0))
+    output.finish()
+    assert json.loads(out.read_text())["completion"] == "inout"
+
+
+# Endings
+
+
+def test_csv_holds_the_same_rows_and_the_columns_of_the_input(tmp_path: Path) -> None:
+    extras = {0: Extra(columns={"label": 1, "deep": {"a": [1]}}), 1: Extra(columns={"label": "x,\n", "deep": None})}
+    output = begun(tmp_path / "out.csv", replace(job(2), extras=extras))
+    for index in (1, 0):
+        output.add(result(index, completion='say "hi",\nü'))
+    output.finish()
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["completion"] for row in rows] == ['say "hi",\nü'] * 2
+    assert [(row["id"], row["prompt_tokens"], row["label"], row["deep"]) for row in rows] == [
+        ("id-0", "3", "1", '{"a": [1]}'),
+        ("id-1", "3", "x,\n", ""),
+    ]
+
+
+@pytest.mark.parametrize("name", ["out.txt", "out.json", "out.xlsx"])
+def test_an_ending_that_says_nothing_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not follow from its ending") as caught:
+        check_output(tmp_path / name, overwrite=False, resume=False)
+    assert caught.value.hint is not None and "--output-format jsonl|openai|parquet|csv" in caught.value.hint
+    check_output(tmp_path / name, overwrite=False, resume=False, output_format="jsonl")
+
+
+# Standard output
+
+
+def test_lines_for_programs_are_in_input_order_and_an_entrys_completions_together() -> None:
+    stream = io.StringIO()
+    output = LinesOutput(stream, batch_job())
+    for index in (2, 0):
+        output.add(result(index))
+        assert stream.getvalue() == ""
+    output.add(result(1))
+    output.finish()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", "b"]
+    assert len(lines[0]["response"]["body"]["choices"]) == 2
+
+
+def test_lines_stay_json_where_standard_output_is_not_utf8() -> None:
+    raw = io.BytesIO()
+    output = LinesOutput(io.TextIOWrapper(raw, "ascii", write_through=True), job(1))
+    output.add(result(0, completion="ü\U0001f642"))
+    assert json.loads(raw.getvalue().decode("ascii"))["completion"] == "ü\U0001f642"
+
+
+def test_lines_that_wait_are_written_where_a_run_is_given_up() -> None:
+    stream = io.StringIO()
+    output = LinesOutput(stream, batch_job())
+    output.add(result(1))
+    output.add(result(2))
+    assert output.abandon("stopped").results == 2
+    assert [json.loads(line)["custom_id"] for line in stream.getvalue().splitlines()] == ["a", "b"]

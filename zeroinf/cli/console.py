@@ -124,6 +124,7 @@ def print_report(console: Console, report: RunReport) -> None:
 
 def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     counts = {"done": report.requests, "refused": report.refused, "failed": report.failed}
+    counts["cut at their length"] = report.cut
     yield "requests", ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
     yield "load", f"{report.load_s:.1f} s"

@@ -41,6 +41,7 @@ class _LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name and command and not ctx.resilient_parsing and {"-h", "--help"}.isdisjoint(rest):
             refuse_unknown(command, prefix_of(name))
+            _refuse_doubled(ctx, command, rest)
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -51,6 +52,18 @@ class _LazyGroup(click.Group):
             if (trouble := trouble_with_stdout()) is not None:
                 raise _unwritable(trouble) from error
             raise RuntimeError(f"a broken pipe: {error}") from error
+
+
+def _refuse_doubled(ctx: click.Context, command: click.Command, arguments: list[str]) -> None:
+    """Raise a usage error for an option of one value that is given twice: click would take the last one."""
+    try:
+        _, _, order = command.make_parser(ctx).parse_args(list(arguments))
+    except click.UsageError:  # is said when the command parses them
+        return
+    for option in order:
+        takes_one = isinstance(option, click.Option) and not (option.multiple or option.is_flag or option.count)
+        if takes_one and order.count(option) > 1:
+            raise click.UsageError(f"{option.opts[-1]} is given twice, but takes one value", ctx)
 
 
 @click.group(

@@ -30,6 +30,7 @@ from zeroinf.cli.params import (
 )
 from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
+from zeroinf.jobs.export import OUTPUT_FORMATS
 from zeroinf.jobs.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -76,7 +77,14 @@ _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
     "-o",
     "--output-file",
     type=click.Path(path_type=Path),
-    help="JSONL results, in input order. Without it, in=/out= pairs go to stdout.",
+    help="Results, in input order: JSONL, Parquet or CSV by its ending; - is JSONL to stdout. Without it, in=/out= "
+    "pairs go there.",
+)
+@option(
+    "--output-format",
+    type=click.Choice(OUTPUT_FORMATS),
+    default="auto",
+    help="What -o holds; auto goes by its ending, and answers OpenAI batches as OpenAI does.",
 )
 @option(
     "--input-format",
@@ -197,7 +205,10 @@ def run(
       zeroinf run --model ... --num-gpus 8
       deepspeed --num_gpus 8 --module zeroinf run --model ...
     """
+    asked["to_stdout"] = asked["output_file"] == Path("-")
     _refuse_contradictions(ctx, asked)
+    if asked["to_stdout"]:
+        asked["output_file"] = None
     if asked["zero_config"] is not None and not asked["zero_config"].is_file():
         raise UsageError(
             f"--zero-config {asked['zero_config']} is no regular file",
@@ -251,6 +262,15 @@ def _refuse_contradictions(ctx: click.Context, asked: dict[str, Any]) -> None:
             raise UsageError(f"{name} and --overwrite contradict each other", hint="drop one of them")
     if ctx.params["hostfile"] is not None and asked["output_file"] is None:
         raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
+    if given(ctx, "output_format") and asked["output_file"] is None:
+        raise UsageError("--output-format without --output-file", hint="add -o FILE, or -o - for standard output")
+    if asked["to_stdout"]:
+        if kept := next((name for name in ("overwrite", "resume", "resume_anyway") if asked[name]), None):
+            raise UsageError(f"--{kept.replace('_', '-')} with -o -: nothing of it is kept", hint="name a file")
+        if ctx.params["hostfile"] is not None:
+            raise UsageError("--hostfile with -o -", hint="add -o FILE: launchers write to standard output")
+        if asked["output_format"] in ("parquet", "csv"):
+            raise UsageError(f"--output-format {asked['output_format']} with -o -", hint="name a file, or drop it")
     if asked["keep_columns"] is not None and asked["output_file"] is None:
         raise UsageError("--keep-columns without --output-file", hint="add -o FILE, or drop it")
     if asked["min_tokens"] > asked["max_new_tokens"]:
@@ -294,7 +314,12 @@ def _check_output(asked: dict[str, Any]) -> None:
     from zeroinf.jobs.output import check_output
 
     if asked["output_file"] is not None:
-        check_output(asked["output_file"], overwrite=asked["overwrite"], resume=asked["resume"])
+        check_output(
+            asked["output_file"],
+            overwrite=asked["overwrite"],
+            resume=asked["resume"],
+            output_format=asked["output_format"],
+        )
 
 
 def _offers_to_resume(asked: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from zeroinf.generation.row import Sampling
+from zeroinf.jobs.export import OutputFormat
 from zeroinf.jobs.formats import InputFormat
 from zeroinf.jobs.shape import Shape
 from zeroinf.model.anatomy import KvDtype
@@ -43,6 +44,9 @@ class RunOptions:
     input_format: InputFormat = "auto"
     shape: Shape = field(default_factory=Shape)
     output_file: Path | None = None
+    output_format: OutputFormat = "auto"
+    to_stdout: bool = False
+    """Write JSON lines to standard output; without it and a file, in=/out= pairs go there."""
     overwrite: bool = False
     resume: bool = False
     resume_anyway: bool = False

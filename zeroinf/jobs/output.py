@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
 from zeroinf.errors import OutputError
-from zeroinf.jobs.export import check_format, column_types, writer_for
+from zeroinf.jobs.envelope import Envelope
+from zeroinf.jobs.export import OutputFormat, check_format, column_types, pick_format, writer_for
 from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
 from zeroinf.jobs.journal import Journal, Runs, read_records
 from zeroinf.jobs.matching import kept_results, request_digest
@@ -42,8 +44,21 @@ class Job:
     fingerprint: Mapping[str, str]
     extras: Mapping[int, Extra] = field(default_factory=dict)
     """What the output says of requests beside their results, by their index."""
+    output_format: OutputFormat = "auto"
+    model: str = ""
     began: float = field(default_factory=time.time)
     """When its first run did, in seconds since 1970: some chat templates write the date into prompts."""
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the input is an OpenAI batch: all that can run comes from its lines."""
+        return bool(self.work) and all(
+            (extra := self.extras.get(work.index)) is not None and extra.endpoint is not None for work in self.work
+        )
+
+    @property
+    def envelope(self) -> Envelope:
+        return Envelope(self.model, int(self.began))
 
 
 class Writer(Protocol):
@@ -101,13 +116,13 @@ def errors_path(path: Path) -> Path:
     return path.with_name(path.name + ".errors.jsonl")
 
 
-def check_output(path: Path, *, overwrite: bool, resume: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, resume: bool, output_format: OutputFormat = "auto") -> None:
     """To be called before the long work.
 
     Raises OutputError if `path` cannot be written, or if something that is there would be lost; EnvironmentProblem if
     this machine does not write such files.
     """
-    check_format(path)
+    check_format(path, output_format)
     try:
         _check_folder(path)
         for file in (path, partial_path(path), errors_path(path), journal_path(path)):
@@ -156,7 +171,8 @@ class JournalOutput:
         `overwrite` nor `resume` says what to do with them, where it is another job's, unless `resume_anyway`, and where
         the output of a finished job is no longer what was written.
         """
-        check_output(path, overwrite=overwrite, resume=resume)
+        check_output(path, overwrite=overwrite, resume=resume, output_format=job.output_format)
+        self._format = pick_format(path, job.output_format, is_batch=job.is_batch)
         self._path, self._job, self._overwrite = path, job, overwrite
         self._work = {work.index: work for work in job.work}
         self._kept: Runs = ()
@@ -237,11 +253,16 @@ class JournalOutput:
         results = journal.read(work.index for work in failed)
         failures = tuple(Refusal.of(work, result.reason) for work, result in zip(failed, results, strict=True))
         if lines := sorted((*self._job.refusals, *failures), key=lambda refusal: refusal.index):
-            write_new(partial, write_lines(refusal.to_line() for refusal in lines))
+            failed_ones = {work.index for work in failed}
+            write_new(partial, write_lines(self._error_line(one, one.index in failed_ones) for one in lines))
             rename(partial, errors)
         elif errors.exists():
             errors.unlink()
         return failures
+
+    def _error_line(self, refusal: Refusal, failed: bool) -> str:
+        as_batch = self._format == "openai"
+        return self._job.envelope.error(refusal, failed=failed) if as_batch else refusal.to_line()
 
     def add(self, result: Result) -> None:
         """Journal it. Raises OutputError, or ValueError where its index has a result already."""
@@ -289,7 +310,8 @@ class JournalOutput:
 
     def _publish(self) -> None:
         partial, path, journal = partial_path(self._path), self._path, self._journal
-        write_new(partial, writer_for(path, self._results(), column_types(self._job.extras.values())))
+        job, columns = self._job, column_types(self._job.extras.values())
+        write_new(partial, writer_for(self._format, self._results(), columns, job.envelope))
         digest = content_digest(partial)
         assert journal.manifest is not None
         may_go = bool(journal.manifest["replaces"]) and not journal.published
@@ -398,14 +420,19 @@ class PairsOutput:
         if result.failed:
             self._failures.append(Refusal.of(self._work[index], result.reason))
             return
-        text = f"in={result.id if result.prompt is None else result.prompt}\nout={result.completion}\n{_DASHES}\n"
+        self._show(result)
+        self._printed += 1
+
+    def _show(self, result: Result) -> None:
+        self._write(f"in={result.id if result.prompt is None else result.prompt}\nout={result.completion}\n{_DASHES}\n")
+
+    def _write(self, text: str) -> None:
         try:
             # A terminal that is not UTF-8 shall show an escape, not end the run.
             self._stream.write(text.encode(self._encoding, "backslashreplace").decode(self._encoding))
             self._stream.flush()
         except OSError as error:
             raise self._unwritable(error) from error
-        self._printed += 1
 
     def _unwritable(self, error: OSError) -> OutputError:
         self._waiting.clear()
@@ -413,3 +440,45 @@ class PairsOutput:
             f"cannot write to standard output: {error.strerror}; {self._printed} results were printed",
             hint="pass --output-file to keep results in a file",
         )
+
+
+class LinesOutput(PairsOutput):
+    """JSON lines for programs, in input order, as soon as they can be told; OpenAI's where the input was a batch."""
+
+    def __init__(self, stream: TextIO, job: Job) -> None:
+        super().__init__(stream, job.work)
+        self._job = job
+        self._envelope = job.envelope if job.output_format == "openai" or job.is_batch else None
+        ids = [work.id for work in job.work]
+        following = zip(job.work, [*ids[1:], None], strict=True)
+        self._last = {work.index for work, after in following if work.id != after}
+        """Requests that are the last one of their entries."""
+        self._choices: list[Result] = []
+
+    def _print(self, index: int) -> None:
+        super()._print(index)
+        if index in self._last:
+            self._flush()
+
+    def _show(self, result: Result) -> None:
+        work = self._work[result.index]
+        self._choices.append(replace(result, id=work.id, prompt=work.text, extra=self._job.extras.get(work.index)))
+
+    def _flush(self) -> None:
+        """Write the completions of one entry."""
+        choices, self._choices = self._choices, []
+        if not choices:
+            return
+        lines = [one.to_line() for one in choices] if self._envelope is None else [self._envelope.line(choices)]
+        for line in lines:
+            try:
+                line.encode(self._encoding)
+            except UnicodeEncodeError:  # JSON has escapes of its own
+                line = json.dumps(json.loads(line))
+            self._write(f"{line}\n")
+
+    def abandon(self, why: str) -> Saved:
+        """Print what still waits, in input order."""
+        saved = super().abandon(why)
+        self._flush()
+        return saved

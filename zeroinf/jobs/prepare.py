@@ -59,7 +59,12 @@ class Prepared:
 def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     """Read and tokenise the requests, cheap checks first. Raises the error of whatever does not hold."""
     if options.output_file is not None:
-        check_output(options.output_file, overwrite=options.overwrite, resume=options.resume)
+        check_output(
+            options.output_file,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            output_format=options.output_format,
+        )
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
@@ -84,7 +89,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     if not work and options.output_file is None:
         raise InputError(none_can_run(refusals + too_long))
     _refuse_idle_sampling_flags(options, work)
-    if options.output_file is None and any(item.sampling.logprobs is not None for item in work):
+    pairs = options.output_file is None and not options.to_stdout
+    if pairs and any(item.sampling.logprobs is not None for item in work):
         raise UsageError("logprobs without --output-file: in=/out= pairs hold none", hint="add -o FILE, or drop them")
     refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
     marks = fingerprint(
@@ -102,7 +108,15 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         zero_config=options.zero_config,
     )
     extras = {request.index: request.extra for request in requests if request.extra is not None}
-    job = Job(work=work, refusals=refused, fingerprint=marks, began=began, extras=extras)
+    job = Job(
+        work=work,
+        refusals=refused,
+        fingerprint=marks,
+        began=began,
+        extras=extras,
+        output_format=options.output_format,
+        model=options.model,
+    )
     said = list(_notes_on_input(requests, unused, codec))
     said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
     return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))

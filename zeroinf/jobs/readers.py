@@ -125,7 +125,7 @@ def _choices(draft: Draft, index: int, line: int | None, file: str | None, reque
     prompts: Sequence[str | tuple[int, ...] | None] = draft.prompts or (None,)
     extra = Extra(columns=draft.columns, echo=draft.echo, endpoint=draft.endpoint, model=draft.model)
     for number, prompt in enumerate(one for one in prompts for _ in range(draft.count)):
-        own = replace(extra, choice=number) if draft.choices > 1 else extra
+        own = replace(extra, choice=number, first=number % draft.count == 0) if draft.choices > 1 else extra
         yield Request(
             index=index + number,
             line=line,

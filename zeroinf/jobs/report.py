@@ -71,6 +71,8 @@ class RunReport:
     refused: int
     failed: int
     """Requests of this run that came to nothing, as the model's scores were not numbers; their tokens count below."""
+    cut: int
+    """Results of this run that were cut at their most tokens, `finish_reason` "length"."""
     prompt_tokens: int
     completion_tokens: int
     """Tokens really generated: no padding, end-of-sequence tokens included."""
@@ -106,7 +108,7 @@ class RunReport:
             "resident_blocks",
             "host_rows",
         )
-        counted = ("requests", "refused", "failed", "prompt_tokens", "completion_tokens")
+        counted = ("requests", "refused", "failed", "cut", "prompt_tokens", "completion_tokens")
         moved = ("streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")

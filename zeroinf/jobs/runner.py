@@ -25,7 +25,7 @@ from zeroinf.hardware.process import PeakMemory
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.output import Job, JournalOutput, PairsOutput, Writer, errors_path, journal_path
+from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Writer, errors_path, journal_path
 from zeroinf.jobs.planning import choose_engine
 from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
@@ -35,7 +35,7 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import needs_full_weights
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
-from zeroinf.service.requests import Refusal
+from zeroinf.service.requests import Refusal, Work
 
 _WARM_UP_TOKENS = 3
 
@@ -82,6 +82,8 @@ def run_job(
     if not start.job.work:
         where = f"see {errors_path(options.output_file)}" if options.output_file is not None else None
         raise RequestsFailedError(none_can_run(start.job.refusals), hint=where)
+    if output is not None and (note := _cut_note(start.job.work, output)) is not None:
+        observer.note(note)
     done = len(start.job.work) - len(failures)
     if done:  # else they have failed as one, and the command line says so once
         observer.left_out("failed", failures)
@@ -97,6 +99,15 @@ class _Start:
     """None where there is nothing to run: all is done, or refused."""
     writer: Writer | None = None
     job: Job | None = None
+
+
+def _cut_note(work: Sequence[Work], output: Output) -> str | None:
+    """What to say where most completions of this run were cut at their length, though they were not to reach it."""
+    lengths = {item.sampling.max_new_tokens for item in work if not item.sampling.ignore_eos}
+    if not lengths or 2 * output.cut <= output.results:
+        return None
+    most = f"{min(lengths)}" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
+    return f"{output.cut} of {output.results} completions were cut at max_new_tokens ({most}): --max-new-tokens sets it"
 
 
 def _start_together(
@@ -136,7 +147,7 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
 
 def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Observer) -> Writer:
     if options.output_file is None:
-        return PairsOutput(results, job.work)
+        return LinesOutput(results, job) if options.to_stdout else PairsOutput(results, job.work)
     output = JournalOutput(
         options.output_file,
         job,
@@ -234,6 +245,7 @@ class _Job:
             requests=self._output.results - self._output.failed,
             refused=self._prepared.refused,
             failed=self._output.failed,
+            cut=self._output.cut,
             prompt_tokens=self._output.prompt_tokens,
             completion_tokens=self._output.completion_tokens,
             start_to_ready_s=ready_s,

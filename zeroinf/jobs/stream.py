@@ -38,6 +38,8 @@ class Output:
         self.results = 0
         """Those of this run, failed ones included."""
         self.failed = 0
+        self.cut = 0
+        """Those that reached their most tokens."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -47,6 +49,7 @@ class Output:
                 self._writer.add(result)
         self.results += 1
         self.failed += result.failed
+        self.cut += result.finish_reason == "length"
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
 

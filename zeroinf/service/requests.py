@@ -60,6 +60,8 @@ class Extra:
     """What an OpenAI batch line asks for; None for other entries."""
     model: str | None = None
     """The model that a batch line names."""
+    first: bool = True
+    """It is the first completion of its prompt: the prompt's tokens count once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +126,13 @@ class Result:
         tokens = "1 token" if self.completion_tokens == 1 else f"{self.completion_tokens} tokens"
         return f"after {tokens} {NOT_NUMBERS}; {NOT_NUMBERS_HINT}" if self.failed else ""
 
+    @property
+    def text(self) -> str:
+        """The completion as the output has it: behind its prompt, where that was asked for."""
+        return (
+            f"{self.prompt or ''}{self.completion}" if self.extra is not None and self.extra.echo else self.completion
+        )
+
     def to_fields(self) -> dict[str, Any]:
         """What the output says of it."""
         told = {} if self.logprobs is None else {"logprobs": self.logprobs}
@@ -131,7 +140,7 @@ class Result:
         return {
             "id": self.id,
             **({} if own.choice is None else {"choice": own.choice}),
-            "completion": f"{self.prompt or ''}{self.completion}" if own.echo else self.completion,
+            "completion": self.text,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

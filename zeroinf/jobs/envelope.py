@@ -1,0 +1,101 @@
+"""Results in the form of OpenAI's batches: a line for each line of the input, with the body that the API would give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from zeroinf.service.requests import Extra, Refusal, Result
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Writes lines for a job. `model` is named where a request named none; `created`: seconds since 1970."""
+
+    model: str
+    created: int
+
+    def lines(self, results: Iterable[Result]) -> Iterator[str]:
+        """A line for each entry of the input; completions of one entry stand together in `results`."""
+        for _, choices in groupby(results, key=lambda result: result.id):
+            yield self.line(list(choices))
+
+    def line(self, choices: Sequence[Result]) -> str:
+        """The line of one entry, whose completions are `choices`."""
+        first = choices[0]
+        extra = first.extra or Extra()
+        chat = extra.endpoint == "chat" or (extra.endpoint is None and first.prompt is None)
+        prompt_tokens = sum(one.prompt_tokens for one in choices if (one.extra or Extra()).first)
+        completion_tokens = sum(one.completion_tokens for one in choices)
+        body = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._digest(first.id)}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": self.created,
+            "model": extra.model or self.model,
+            "choices": [(_chat_choice if chat else _text_choice)(one) for one in choices],
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
+        }
+        return self._wrapped(first.id, 200, body)
+
+    def error(self, refusal: Refusal, *, failed: bool) -> str:
+        """The line of an entry that was refused, or that `failed` while it ran."""
+        kind = "server_error" if failed else "invalid_request_error"
+        error = {"message": refusal.reason, "type": kind, "param": None, "code": None, "line": refusal.line}
+        return self._wrapped(refusal.id, 500 if failed else 400, {"error": error})
+
+    def _wrapped(self, custom_id: str | None, status: int, body: dict[str, Any]) -> str:
+        digest = self._digest(custom_id or body["error"]["message"])
+        response = {"status_code": status, "request_id": f"req_{digest}", "body": body}
+        line = {"id": f"batch_req_{digest}", "custom_id": custom_id, "response": response, "error": None}
+        return json.dumps(line, ensure_ascii=False)
+
+    def _digest(self, name: str) -> str:
+        """The same for the same entry, so that an output that is written again has the same bytes."""
+        return hashlib.blake2b(f"{self.created}/{name}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
+def _chat_choice(result: Result) -> dict[str, Any]:
+    logprobs = None
+    if result.logprobs is not None:
+        logprobs = {"content": [_chat_logprob(one) for one in result.logprobs], "refusal": None}
+    return {
+        "index": (result.extra or Extra()).choice or 0,
+        "message": {"role": "assistant", "content": result.completion, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": result.finish_reason,
+    }
+
+
+def _chat_logprob(one: dict[str, Any]) -> dict[str, Any]:
+    top = [{"token": other["token"], "logprob": other["logprob"], "bytes": None} for other in one["top_logprobs"]]
+    return {"token": one["token"], "logprob": one["logprob"], "bytes": None, "top_logprobs": top}
+
+
+def _text_choice(result: Result) -> dict[str, Any]:
+    return {
+        "index": (result.extra or Extra()).choice or 0,
+        "text": result.text,
+        "logprobs": None if result.logprobs is None else _text_logprobs(result.logprobs),
+        "finish_reason": result.finish_reason,
+    }
+
+
+def _text_logprobs(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    offsets, offset = [], 0
+    for one in told:
+        offsets.append(offset)
+        offset += len(one["token"])
+    return {
+        "tokens": [one["token"] for one in told],
+        "token_logprobs": [one["logprob"] for one in told],
+        "top_logprobs": [{other["token"]: other["logprob"] for other in one["top_logprobs"]} for one in told],
+        "text_offset": offsets,
+    }
