@@ -14,6 +14,7 @@ import click
 import zeroinf
 from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
 from zeroinf.cli.streams import steady_streams, trouble_with_stdout
+from zeroinf.compat.dynamo import defer_dynamo
 from zeroinf.errors import OutputError, ZeroinfError
 
 _COMMANDS = ("run", "status", "plan", "eval", "bench", "config", "store", "doctor")
@@ -93,6 +94,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line and end the process."""
     steady_streams()
+    defer_dynamo()
     # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     try:
