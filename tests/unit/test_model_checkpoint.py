@@ -92,6 +92,34 @@ def test_a_tensor_of_another_shape_is_named_with_both(refusal: Callable[..., Mod
     assert error.message.endswith(f"holds {DOWN} as (63, 96), the model has (64, 96)")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("name", "tensor"), [("llama", DOWN), ("mixtral", "model.layers.1.mlp.experts.2.w1.weight")])
+def test_codes_that_nothing_explains_are_no_weights(
+    name: str, tensor: str, dtype: torch.dtype, refusal: Callable[..., ModelError]
+) -> None:
+    def change(tensors: Tensors) -> None:
+        (found,) = [one for one in tensors if one.endswith(tensor.partition("mlp.")[2]) and tensor[:15] in one]
+        tensors[found] = tensors[found].to(dtype)
+
+    assert f" as {dtype}, the model has torch.bfloat16" in refusal(change, name, dtype="bfloat16").message
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_tensor_in_two_shards_is_refused(indexed: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file(tensors, folder / first, metadata={"format": "pt"})
+    save_file({DOWN: tensors[DOWN].flip(0).contiguous(), "other": torch.ones(1)}, folder / second)
+    named = {**dict.fromkeys(tensors, first), "other": second}
+    if not indexed:
+        del named[DOWN]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(ModelError, match=f"{first} and {second} both hold {re.escape(DOWN)}$"):
+        resolve_model(str(folder))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_that_are_fused_must_all_be_there(
     name: str, refusal: Callable[..., ModelError], small_checkpoint: Callable[[str], Path], tmp_path: Path

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
+from safetensors.torch import load_file
+from small_models import build_model
 
 from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model import demo
@@ -183,15 +185,25 @@ def test_a_tokenizer_parses_the_file_once_and_prints_nothing_where_results_go(tm
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`small()`: a file of a small Llama, `without` one of its tensors, or with `more` metadata."""
+    """`small()`: a file of a small Llama, `without` one of its tensors, with one of them `cut` by a row, of another
+    number of `layers` by its metadata, or with `more` of that; `apart`: in two parts, metadata alone in the first."""
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
 
-    def make(without: str = "", **more: float) -> Path:
+    def make(
+        without: str = "", cut: str = "", layers: int = 0, seed: int = 0, apart: bool = False, **more: float
+    ) -> Path:
         class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
-            def add_tensor(self, name: str, *how: Any, **kinds: Any) -> None:
+            def __init__(self, path: Path, architecture: str, **how: Any) -> None:
+                how |= {"split_max_tensors": 100, "small_first_shard": True} if apart else {}
+                super().__init__(path, architecture, **how)
+
+            def add_tensor(self, name: str, tensor: Any, *how: Any, **kinds: Any) -> None:
                 if name != without:
-                    super().add_tensor(name, *how, **kinds)
+                    super().add_tensor(name, tensor[:-1].copy() if name == cut else tensor, *how, **kinds)
+
+            def add_block_count(self, length: int) -> None:
+                super().add_block_count(layers or length)
 
             def add_architecture(self) -> None:
                 super().add_architecture()
@@ -199,8 +211,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
                     self.add_float32(key.replace("__", "."), value)
 
         monkeypatch.setattr(gguf_files, "GGUFWriter", Writer)
-        write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"])
-        return tmp_path / "small.gguf"
+        write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"], model=build_model("llama", seed=seed))
+        return min(tmp_path.glob("small*.gguf"))
 
     return make
 
@@ -208,6 +220,44 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def test_a_file_that_lacks_a_tensor_is_refused(small: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match=r"it lacks blk\.2\.ffn_down\.weight, the model's model\.layers\.2\.mlp"):
         resolve_model(str(small(without="blk.2.ffn_down.weight")))
+
+
+@pytest.mark.parametrize("in_full", [False, True])
+def test_a_tensor_in_another_shape_is_refused_before_anything_is_read(
+    small: Callable[..., Path], in_full: bool
+) -> None:
+    with pytest.raises(ModelError, match=r"it holds blk\.1\.ffn_down\.weight as \(63, 96\), the model has \(64, 96\)"):
+        resolve_model(str(small(cut="blk.1.ffn_down.weight")), in_full=in_full)
+
+
+def test_layers_that_the_metadata_does_not_count_are_refused(small: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"it says block_count 2, and holds blk\.2\."):
+        resolve_model(str(small(layers=2)))
+
+
+def test_a_tensor_that_is_there_twice_is_refused(small: Callable[..., Path]) -> None:
+    file = small()
+    file.write_bytes(file.read_bytes().replace(b"blk.2.attn_norm.weight", b"blk.0.attn_norm.weight"))
+    with pytest.raises(ModelError, match=r"it holds blk\.0\.attn_norm\.weight twice"):
+        resolve_model(str(file))
+
+
+def test_another_model_under_the_same_name_is_not_taken_for_the_first(small: Callable[..., Path]) -> None:
+    heads = []
+    for seed in (0, 1):
+        source = resolve_model(str(small(seed=seed)), in_full=True)
+        (shard,) = [file for file in weight_files(source) if "lm_head.weight" in load_file(file)]
+        heads.append(load_file(shard)["lm_head.weight"])
+    assert not torch.equal(*heads)
+
+
+def test_metadata_in_a_part_of_its_own_counts(small: Callable[..., Path], tmp_path: Path) -> None:
+    found = []
+    for factor in (2.0, 4.0):
+        first = small(apart=True, llama__rope__scale_linear=factor)
+        found.append(resolve_model(str(first)).config.rope_parameters)
+    assert len(list(tmp_path.glob("small-*.gguf"))) == 2
+    assert found[0] != found[1]
 
 
 def test_what_a_file_says_is_used_or_refused_by_name(small: Callable[..., Path]) -> None:

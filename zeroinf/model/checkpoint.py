@@ -24,6 +24,9 @@ from zeroinf.model.quantized.linears import note_stored
 from zeroinf.model.source import DTYPES
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Weights in these are numbers, and may be rounded to another of them; in all others they are codes."""
+
 _NAMED = 3
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Wrappers that leave their name in front of every tensor's, and what takes it away again.
@@ -195,10 +198,23 @@ class _Account:
                     f"does not make {own}{_and_more(len(self._info.conversion_errors), 1)}: {reason}",
                     self._sources.get(own, ()),
                 )
+        self._refuse_codes()
         if self._lost:
             raise self._lacks(self._lost, files)
         if missing := self._missing():
             raise self._lacks(sorted(missing), files)
+
+    def _refuse_codes(self) -> None:
+        """Refuse codes of quantized weights where the model has numbers: rounded to them they would mean nothing."""
+        for own, _ in self._model.named_parameters():
+            expected = self._own[own].dtype
+            for name in self._sources.get(own, ()) if expected in NUMBERS else ():
+                if (found := self._held[name].meta.dtype) not in NUMBERS:
+                    raise self._refusal(
+                        f"holds {name} as {found}, the model has {expected}",
+                        (name,),
+                        "the weights are quantized, and neither the config nor scales beside them say how",
+                    )
 
     def _missing(self) -> set[str]:
         accounted = self._tied_to_present() | self._shared_with_present() | self._parted

@@ -120,14 +120,21 @@ def local_weight_files(folder: Path) -> list[Path]:
 def held_tensors(name: str, files: Sequence[Path]) -> dict[str, HeldTensor]:
     """What `files`, the weights of the model `name`, hold, by the names there; no values are read.
 
-    Raises ModelError for files that are damaged, for pickles that would run code, and where an index names a tensor
-    that its shard lacks.
+    Raises ModelError for files that are damaged, for pickles that would run code, where an index names a tensor that
+    its shard lacks, and where two files hold the same one.
     """
     held: dict[str, HeldTensor] = {}
     with reading_weights(name):
         for file in files:
             read = _HEADERS.get(file.suffix, _pickled_header)
-            held |= {tensor: HeldTensor(file, meta) for tensor, meta in read(file)}
+            own = {tensor: HeldTensor(file, meta) for tensor, meta in read(file)}
+            if twice := sorted(held.keys() & own.keys()):
+                raise ModelError(
+                    f"{held[twice[0]].file} and {file.name} both hold {twice[0]}"
+                    + (f", and {len(twice) - 1} more" if twice[1:] else ""),
+                    hint="fetch the shards again: they are not of one checkpoint",
+                )
+            held |= own
     for single in _SINGLE_FILES:
         index = files[0].parent / f"{single}{_INDEX_SUFFIX}"
         if files[0].suffix == Path(single).suffix and files[0].name != single and index.is_file():

@@ -17,6 +17,7 @@ from zeroinf.engines.stream.origin import Pieces, Tally
 from zeroinf.engines.stream.target import Target
 from zeroinf.engines.stream.tensors import Group, Tensor
 from zeroinf.errors import ModelError
+from zeroinf.model.checkpoint import NUMBERS
 from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.parts import Part, as_stored, parts_of
@@ -28,8 +29,6 @@ _THREADS = 8
 _RANDOM_SCALE = 0.02
 _RANDOM_SEED = 0
 _TILE = 1 << 22
-# Weights in these are numbers, and may be rounded to another of them; in all others they are codes.
-_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _Found = tuple[int, torch.Tensor, Path | str]
 """Elements of a tensor from the first number on, and where they were found."""
@@ -213,7 +212,7 @@ def _copy(tensor: Tensor, target: Target, found: Iterable[_Found]) -> None:
         if not is_like:
             raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
         kinds = {value.dtype, target.place.dtype}
-        if tensor.is_parameter and len(kinds) > 1 and kinds - set(_NUMBERS):
+        if tensor.is_parameter and len(kinds) > 1 and kinds - set(NUMBERS):
             raise _mismatch(tensor, origin, value.dtype, target.place.dtype)
         target.write_part(start, value.reshape(-1))
         written += value.numel()

@@ -7,6 +7,7 @@ computes. Keys and their meaning are those of llama.cpp's `conversion/` and `src
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 from zeroinf.errors import ModelError
 from zeroinf.model.gguf.header import FLOAT_TYPES, GgufHeader
 
+OF_CONFIG = ("rope_freqs.weight",)
+"""Tensors whose values a config takes up."""
+
 _REQUIRED = object()
+_LAYER = re.compile(r"blk\.(\d+)\.")
 _Config = dict[str, Any]
 
 
@@ -55,6 +60,12 @@ class _Facts:
         with found.path.open("rb") as file:
             file.seek(found.offset)
             return list(struct.unpack(f"<{found.nbytes // 4}f", file.read(found.nbytes)))
+
+    def refuse_layers_from(self, count: int) -> None:
+        """Refuse the file where it holds tensors of more than `count` layers."""
+        for tensor in self.tensors:
+            if (layer := _LAYER.match(tensor)) is not None and int(layer[1]) >= count:
+                raise _Unknown(f"it says block_count {count}, and holds {tensor}")
 
     def refuse_unread(self) -> None:
         unread = sorted(set(self._values) - self._read)
@@ -100,13 +111,14 @@ def _decoder(facts: _Facts, kind: str, name: str) -> _Config:
     facts.expect("embedding_length", hidden)
     facts.expect("vocab_size", vocabulary)
     facts.expect("attention.causal", True)
-    heads = facts.get("attention.head_count")
+    heads, layers = facts.get("attention.head_count"), facts.get("block_count")
+    facts.refuse_layers_from(layers)
     return {
         "model_type": kind,
         "architectures": [name],
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "num_hidden_layers": facts.get("block_count") - facts.get("nextn_predict_layers", 0),
+        "num_hidden_layers": layers - facts.get("nextn_predict_layers", 0),
         "max_position_embeddings": facts.get("context_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": facts.get("attention.head_count_kv", heads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zeroinf.model.cache import build_once
+from zeroinf.model.cache import build_once, file_digest
 from zeroinf.model.gguf.folder import gguf_folder
 from zeroinf.paths import cache_directory
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 # Part of the folder's name: raise it when the conversion writes something else than before.
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -27,10 +28,12 @@ def convert_gguf(path: Path) -> Path:
     """Convert `path` to a folder with config, safetensors weights and tokenizer; return that folder.
 
     Weights are expanded to the dtype that the file's config has: bfloat16 for quantized ones. Host memory holds those
-    of one layer. A second call returns at once. Raises the errors of `gguf_folder`.
+    of one layer. A second call returns at once: the folder is named by a digest of all that the file holds, which is
+    remembered. Raises the errors of `gguf_folder`.
     """
     packed, parts = gguf_folder(path)
-    folder = cache_directory() / "gguf" / f"{packed.name}-v{CONVERTER_VERSION}"
+    held = hashlib.sha256("".join(map(file_digest, parts)).encode()).hexdigest()
+    folder = cache_directory() / "gguf" / f"{packed.name}-{held[:16]}-v{CONVERTER_VERSION}"
     return build_once(folder, partial(_convert, packed, parts))
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model.cache import build_once
-from zeroinf.model.gguf.configs import build_config
+from zeroinf.model.gguf.configs import OF_CONFIG, build_config
 from zeroinf.model.gguf.header import GgufHeader, read_gguf
 from zeroinf.paths import cache_directory
 
 # Part of the folder's name: raise it when something else is written than before.
-_VERSION = 1
+_VERSION = 2
 
 
 def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:
@@ -37,18 +37,22 @@ def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:
 
 
 def _digest(header: GgufHeader) -> str:
-    """Of all bytes before the weights."""
+    """Of all bytes before the weights, and of those weights that the config is made of."""
     digest = hashlib.sha256()
     for part in header.parts:
         ends = [tensor.offset for tensor in header.tensors.values() if tensor.path == part]
         with part.open("rb") as file:
-            digest.update(file.read(min(ends, default=0)))
+            digest.update(file.read(min(ends, default=-1)))
+    for tensor in (tensor for name, tensor in header.tensors.items() if name in OF_CONFIG):
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            digest.update(file.read(tensor.nbytes))
     return digest.hexdigest()
 
 
 def _write(header: GgufHeader, folder: Path) -> None:
     config = build_config(header)
-    lies = {name: tensor.kind for name, tensor in header.tensors.items()}
+    lies = {name: [tensor.kind, *tensor.shape] for name, tensor in header.tensors.items()}
     config["quantization_config"] = {"quant_method": "gguf", "architecture": header.architecture, "tensors": lies}
     _dump(folder / "config.json", config)
     _dump(folder / "generation_config.json", _generation(header))

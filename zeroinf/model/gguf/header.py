@@ -79,6 +79,8 @@ def read_gguf(path: Path) -> GgufHeader:
     found = [_read_part(part) for part in parts]
     tensors: dict[str, GgufTensor] = {}
     for _, own in found:
+        if twice := sorted(tensors.keys() & own.keys()):
+            raise ModelError(f"two parts of {path} hold {twice[0]}", hint="fetch them again")
         tensors |= own
     metadata = found[0][0]
     count = metadata.get("split.count", 1)
@@ -143,6 +145,8 @@ def _parse(path: Path, memory: mmap.mmap, size: int) -> tuple[dict[str, Any], di
         nbytes = _nbytes(path, name, shape, kind)
         if start + offset + nbytes > size:
             raise ValueError(f"{name} would end behind its end")
+        if name in found:
+            raise ValueError(f"it holds {name} twice")
         found[name] = GgufTensor(path, shape, kind, start + offset, nbytes)
     return metadata, found
 

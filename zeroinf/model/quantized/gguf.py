@@ -44,11 +44,12 @@ class _Piece:
 
 
 def hold_gguf(model: Any, found: dict[str, Any]) -> None:
-    """Let the modules of `model` hold what the file has, of which `found` names the tensors and their types.
+    """Let the modules of `model` hold what the file has, of which `found` names the tensors, their types and shapes.
 
     Where `found` says `in_full`, all parameters are expanded as they are read.
 
-    Raises ModelError where the file lacks a tensor of the model, or has one that would not be used.
+    Raises ModelError where the file lacks a tensor of the model, has it in another shape, or has one that would not be
+    used.
     """
     names = _Names(model, found)
     outside = {id(parameter) for name, parameter in model.named_parameters() if not names.of(name).startswith("blk.")}
@@ -60,7 +61,7 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
                 continue
             seen.add(id(parameter))
             pieces = _pieces(names, f"{path}.{own}", parameter)
-            names.use(pieces, f"{path}.{own}")
+            names.use(pieces, f"{path}.{own}", parameter.shape)
             packed = not found.get("in_full") and parameter.dim() > 1 and id(parameter) not in outside
             if packed and _can_hold(module, pieces, names.kinds):
                 held[own] = parameter.shape, parameter.dtype, pieces
@@ -69,7 +70,7 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
                 pieces = _pieces(names, f"{path}.{own}", buffer)
-                names.use(pieces, f"{path}.{own}")
+                names.use(pieces, f"{path}.{own}", buffer.shape)
                 _expand_as_read(buffer, pieces, names)
         if held:
             _hold(module, held, names.kinds)
@@ -161,7 +162,8 @@ class _Names:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         self.architecture = str(found["architecture"])
-        self.kinds: dict[str, int] = found["tensors"]
+        self.kinds: dict[str, int] = {name: kind for name, (kind, *_) in found["tensors"].items()}
+        self._shapes: dict[str, tuple[int, ...]] = {name: tuple(own) for name, (_, *own) in found["tensors"].items()}
         self.config = model.config
         self.owner = type(model).__name__
         arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
@@ -183,10 +185,15 @@ class _Names:
             raise self._refusal(f"what it calls {name} is not known")
         return f"{known}.{suffix}"
 
-    def use(self, pieces: Sequence[_Piece], name: str) -> None:
+    def use(self, pieces: Sequence[_Piece], name: str, shape: torch.Size) -> None:
+        """`pieces` make the parameter `name` of `shape`."""
+        whole = torch.empty(shape, dtype=torch.uint8, device="meta")
         for piece in pieces:
             if piece.name not in self.kinds:
                 raise self._refusal(f"it lacks {piece.name}, the model's {name}")
+            found, expected = self._shapes[piece.name], tuple(piece.view(whole).shape)
+            if found != expected:
+                raise self._refusal(f"it holds {piece.name} as {found}, the model has {expected}")
             self._used.add(piece.name)
 
     def refuse_unused(self) -> None:
