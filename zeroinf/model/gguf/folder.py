@@ -83,7 +83,10 @@ def _tokenizer(path: Path) -> Any:
             except (ValueError, TypeError, KeyError):  # it makes a config first, which it can of fewer files
                 return PreTrainedTokenizerFast.from_pretrained(**place)
         except Exception as error:  # the readers check little: damage shows as struct, index, memory and other errors
-            raise ModelError(f"the tokenizer of {path} cannot be read: {error}", hint="fetch the file again") from error
+            raise ModelError(
+                f"the tokenizer of {path} cannot be read: {error}",
+                hint="is the file complete? transformers 5.24 makes tokenizers of more architectures than 5.17",
+            ) from error
 
 
 @contextmanager
