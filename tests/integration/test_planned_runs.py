@@ -77,8 +77,8 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
         ]
     )
     assert (plenty.code, scarce.code) == (0, 0), scarce.err
-    assert f"offload none: of {BLOCKS} blocks {BLOCKS} where the CPU computes" in plenty.err
-    said = re.search(rf"offload nvme: of {BLOCKS} blocks (\d+) in host memory, (\d+) on NVMe; 1 stream", scarce.err)
+    assert f"offload none: {BLOCKS} layers in CPU memory" in plenty.err
+    said = re.search(rf"offload nvme: (\d+) of {BLOCKS} layers in host memory, (\d+) on NVMe; batch", scarce.err)
     assert said, scarce.err
     assert f"output            {tmp_path / 'scarce.jsonl'}\n" in scarce.err, "nothing is cut off"
     assert int(said[1]) + int(said[2]) == BLOCKS
@@ -93,10 +93,11 @@ def test_the_plan_is_told_in_a_few_lines_and_stands_beside_what_was_measured(mod
     done = run_zeroinf(["-m", str(model), "-i", str(requests)])
     assert done.code == 0, done.err
     lines = done.err.splitlines()
-    assert re.match(r"plan: stream engine, offload none: .*; 1 stream, 7 rows each", lines[0])
-    assert re.match(r" +[\d,.]+ tokens/s expected: load .*; a decode step waits for ", lines[1])
-    assert re.match(r" +first token after 0:\d\d, 7 requests in 0:\d\d", lines[2])
-    assert re.match(r" +takes [\d.]+ GiB of host memory", lines[3])
+    assert re.match(r"plan: stream engine, offload none: .* layers in CPU memory; batch 7$", lines[0])
+    assert "forwards" in lines[1]
+    assert re.match(r" +[\d,.]+ tokens/s expected: load .*; decode is limited by ", lines[2])
+    assert re.match(r" +first token after 0:\d\d, 7 requests in 0:\d\d", lines[3])
+    assert re.match(r" +takes [\d.]+ GiB of host memory", lines[4])
     assert re.search(r"\n +planned +measured\nhost memory in all +[\d.]+ GiB +[\d.]+ GiB", done.err)
     assert re.search(r"\nspeed +[\d,.]+ tokens/s +[\d,.]+ tokens/s", done.err)
 

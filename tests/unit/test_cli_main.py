@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -139,3 +141,31 @@ def test_an_option_of_one_value_that_is_given_twice_is_refused(arguments: list[s
     result = CliRunner().invoke(cli, ["run", "--prompt", "x", *arguments])
     assert result.exit_code == 2
     assert f"{arguments[-2]} is given twice, but takes one value" in result.output
+
+
+def commands_of(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from commands_of(child)
+
+
+FLOATS = [
+    (command.name, option.opts[-1], option.type)
+    for command in commands_of(cli)
+    for option in command.params
+    if isinstance(option.type, click.FloatRange | click.types.FloatParamType)
+]
+
+
+@pytest.mark.parametrize(("command", "flag", "kind"), FLOATS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_no_finite_number_is_a_usage_error_of_every_option(
+    command: str, flag: str, kind: click.ParamType, value: str
+) -> None:
+    assert any(flag == "--link-gbps" for _, flag, _ in FLOATS)
+    with pytest.raises(click.UsageError):
+        kind.convert(value, None, None)

@@ -105,18 +105,20 @@ def test_json_says_what_the_others_would_give_or_lack() -> None:
     (lack,) = by_offload["none"]["lacks"]
     assert lack["place"] == "gpu"
     assert lack["needed_bytes"] > lack["available_bytes"] == 6 << 30
-    assert by_offload["none"]["reason"].startswith("1 row needs")
+    assert by_offload["none"]["reason"].startswith("1 sequence needs")
 
 
 def test_the_page_shows_plan_bars_and_what_was_not_measured() -> None:
     page = printed(*MODEL, *BOX)
     for words in (
         "plan     stream engine, offload",
-        "rows each",
+        "; batch ",
+        "first token after ",
+        "1,000 requests in ",
         "tokens/s expected",
         "gpu  [#",
         "host [#",
-        "projected:",
+        "estimated (this machine was not measured: run `zeroinf doctor --measure`)",
     ):
         assert words in page
 
@@ -193,7 +195,7 @@ def test_what_does_not_fit_ends_with_3_and_a_hint_that_is_true() -> None:
 def test_a_batch_that_is_too_large_is_told_what_would_fit() -> None:
     tight = ("--gpu-memory", "2GiB", "--host-memory", "16GiB", "--input-len", "1900", "--output-len", "100")
     error = refused(*MODEL, *tight, "-b", "4000", error=DoesNotFitError)
-    assert "offload cpu: 4000 rows, keys and values of 4000 in host memory, need" in error.message
+    assert "offload cpu: 4000 sequences, KV cache of 4000 in host memory, need" in error.message
     assert "--batch-size auto: " in (error.hint or "")
     printed(*MODEL, *tight)
 
@@ -250,8 +252,8 @@ def test_plot_writes_a_png_with_every_term_and_its_units(tmp_path: Path, monkeyp
     assert {name.partition(":")[0] for name in terms} == {tick.get_text().split()[0] for tick in left.get_xticklabels()}
     assert any(name.startswith("gpu: KV cache, ") and name.endswith("GiB") for name in terms)
     assert left.get_ylabel() == "% of what is available"
-    assert right.get_xlabel() == "rows a GPU (dashed: the plan)"
-    assert right.get_ylabel() == "tokens/s (projected)"
+    assert right.get_xlabel() == "batch on each GPU (dashed: the plan)"
+    assert right.get_ylabel() == "tokens/s (estimated)"
     assert len(right.lines[0].get_xdata()) > 1
 
 
@@ -279,7 +281,7 @@ def test_bloom_with_prompts_of_128_tokens_takes_8_rows_and_not_16() -> None:
     needs, _, available = needed(8, 128)
     assert needs <= available
     error = refused(*BLOOM, "--input-len", "128", "--output-len", "100", "-b", "16", error=DoesNotFitError)
-    assert "16 rows need" in error.message
+    assert "16 sequences need" in error.message
 
 
 def test_a_model_with_an_encoder_is_planned_with_what_its_prompts_leave() -> None:

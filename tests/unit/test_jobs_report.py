@@ -23,10 +23,10 @@ from zeroinf.service.gpu_memory import GpuUse
 GIB = 1 << 30
 GPU_TERMS = {
     "embeddings, head, norms": "weights that stay",
-    "resident blocks": "weights that stay",
+    "resident layers": "weights that stay",
     "live weights": "activations, workspaces",
     "gaps between live weights": "reserved",
-    "stages": "weights that stay",
+    "staging buffers (load only)": "weights that stay",
     "slots": "slots",
     "KV cache": "KV cache",
     "activations, logits, states": "activations, workspaces",

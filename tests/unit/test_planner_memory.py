@@ -101,7 +101,7 @@ BLOCKS = len(CHAIN.blocks)
 def test_there_are_no_more_slots_than_blocks_that_stream(resident: int, slots: int) -> None:
     terms = named(gpu(resident_blocks=resident))
     assert terms.get("slots", 0) == slots * PIECE
-    assert terms.get("resident blocks", 0) == resident * PIECE
+    assert terms.get("resident layers", 0) == resident * PIECE
     assert terms["embeddings, head, norms"] == piece_bytes(CHAIN.outside)
 
 
@@ -111,7 +111,7 @@ def test_partitioned_slots_hold_a_part_of_every_rank(offload: str, unit: int, ra
     terms = named(gpu(ranks, offload=offload, fetch="partitioned", nvme_blocks=BLOCKS if offload == "nvme" else 0))
     part = -(-PIECE // (ranks * unit)) * unit
     assert part * ranks >= PIECE
-    assert (terms["slots"], terms["stages"]) == (6 * ranks * part, 4 * part)
+    assert (terms["slots"], terms["staging buffers (load only)"]) == (6 * ranks * part, 4 * part)
 
 
 @pytest.mark.parametrize(("wire", "share"), [("int8", 0.52), ("int4", 0.29)])
@@ -119,7 +119,7 @@ def test_codes_are_small_wherever_they_rest_and_one_slot_takes_a_block_in_full(w
     coded = pieces(CHAIN, wire)[0]
     assert coded <= share * PIECE
     terms = named(gpu(resident_blocks=2, wire=wire))
-    assert (terms["slots"], terms["resident blocks"], terms["expanded slot"]) == (3 * coded, 2 * coded, PIECE)
+    assert (terms["slots"], terms["resident layers"], terms["expanded slot"]) == (3 * coded, 2 * coded, PIECE)
     assert named(gpu(wire=wire, offload="none", resident_blocks=BLOCKS))["expanded slot"] == PIECE
     assert host(wire=wire)["weights, page-locked"] == BLOCKS * coded
     assert store_bytes(CHAIN, wire) <= BLOCKS * (coded + CHUNK_BYTES) + piece_bytes(CHAIN.outside) + CHUNK_BYTES
@@ -128,7 +128,7 @@ def test_codes_are_small_wherever_they_rest_and_one_slot_takes_a_block_in_full(w
 
 def test_a_plan_without_streams_needs_neither_slots_nor_stages() -> None:
     terms = named(gpu(4, offload="none", resident_blocks=BLOCKS))
-    assert not {"slots", "stages"} & set(terms)
+    assert not {"slots", "staging buffers (load only)"} & set(terms)
 
 
 def test_terms_of_torch_add_up_to_what_its_allocator_reserves_but_for_a_page() -> None:
@@ -183,7 +183,7 @@ def test_what_comes_from_a_disk_passes_through_three_buffers_a_rank(fetch: str, 
 
 
 def test_what_stays_on_the_gpu_passes_through_the_host_and_not_beside_the_ring() -> None:
-    stages, outside = "stages while loading, beyond the ring", piece_bytes(CHAIN.outside)
+    stages, outside = "staging buffers (load only)", piece_bytes(CHAIN.outside)
     largest = max(outside, PIECE)
     assert host()[stages] == outside
     assert host(resident_blocks=1)[stages] == largest + PIECE

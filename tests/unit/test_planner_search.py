@@ -401,9 +401,9 @@ def refused(act: Callable[[], Any]) -> str:
 
 def test_why_each_way_does_not_fit_is_said() -> None:
     message = refused(lambda: choose(Box(gpu=GIB // 4, host=16 * GIB, disk=GIB)))
-    assert message.startswith("nothing fits, GPU memory is short: offload none: 1 row needs")
-    assert "offload cpu: 1 row needs" in message
-    assert "100 rows need" in refused(lambda: choose(replace(ROOMY, gpu=GIB), batch_size=100))
+    assert message.startswith("nothing fits, GPU memory is short: offload none: 1 sequence needs")
+    assert "offload cpu: 1 sequence needs" in message
+    assert "100 sequences need" in refused(lambda: choose(replace(ROOMY, gpu=GIB), batch_size=100))
 
 
 # Keys and values in host memory
@@ -418,7 +418,7 @@ def test_rows_rest_in_host_memory_where_weights_take_longer_than_their_keys_and_
     assert free.chosen.choice.host_rows > 0
     assert free.chosen.choice.batch_size > on_gpu.chosen.choice.batch_size
     assert speed(free) > 1.03 * speed(on_gpu)
-    assert {"staging of keys and values", "keys and values, page-locked"} <= {one.name for one in free.chosen.terms}
+    assert {"KV cache on its way", "KV cache, page-locked"} <= {one.name for one in free.chosen.terms}
 
 
 def test_host_memory_takes_no_rows_that_it_cannot_hold() -> None:

@@ -27,7 +27,7 @@ ROWS = 16
 CONTEXT, COLLECTIVES, UNFORESEEN = GIB // 2, GIB // 4, GIB // 8
 WEIGHTS, CACHE, ACTIVATIONS = 10 * GIB, 4 * GIB, 2 * GIB
 TERMS = {
-    "resident blocks": WEIGHTS,
+    "resident layers": WEIGHTS,
     "KV cache": CACHE,
     "activations, logits, states": ACTIVATIONS,
     "CUDA context": CONTEXT,

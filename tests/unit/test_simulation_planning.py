@@ -66,7 +66,7 @@ def test_a_few_rows_more_than_the_plan_do_not_fit() -> None:
     most = max(tried.choice.batch_size for tried in answer(question).decision.tried)
     more = most + most // 32 + 2
     assert rows(replace(question, wish=replace(question.wish, batch_size=most))) == most
-    with pytest.raises(DoesNotFitError, match=f"{more} rows need"):
+    with pytest.raises(DoesNotFitError, match=f"{more} sequences need"):
         answer(replace(question, wish=replace(question.wish, batch_size=more)))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import SizeType, given, refuse_group_options
+from zeroinf.cli.params import FiniteFloat, SizeType, given, refuse_group_options
 from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
 from zeroinf.signals import heeded_signals
 
@@ -76,12 +76,12 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 @option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
 @option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
-@option("--resident-blocks", default="0", help="Where weights are offloaded, blocks that stay; or `auto`.")
+@option("--resident-blocks", default="0", help="Where weights are offloaded, layers that stay on the GPU; or `auto`.")
 @option("--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most a rank may take of its GPU.")
 @option("--nvme-path", "nvme_paths", type=click.Path(path_type=Path), multiple=True, help="For offload nvme.")
 @option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="cpu leaves GPUs alone.")
-@option("--cell-limit-s", type=click.FloatRange(min=1), default=600.0, help="A cell that takes longer is ended.")
-@option("--time-limit-s", type=click.FloatRange(min=0), help="Begin no cell after this; with -o the next call goes on.")
+@option("--cell-limit-s", type=FiniteFloat(min=1), default=600.0, help="A cell that takes longer is ended.")
+@option("--time-limit-s", type=FiniteFloat(min=0), help="Begin no cell after this; with -o the next call goes on.")
 @option(
     "-o",
     "--output-file",

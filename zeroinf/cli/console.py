@@ -82,12 +82,13 @@ class ConsoleObserver:
             self._redraw(progress)
         elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"{progress.rows_done}/{progress.rows} rows, {progress.tokens:,} tokens, {_rates(progress)}")
+            self._say(f"{progress.rows_done}/{progress.rows} sequences, {progress.tokens:,} tokens, {_rates(progress)}")
 
     def _redraw(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = Bar(
-                TextColumn("rows"), BarColumn(), TextColumn("{task.fields[rows]}"), TextColumn("{task.fields[rates]}"),
+                TextColumn("sequences"), BarColumn(), TextColumn("{task.fields[rows]}"),
+                TextColumn("{task.fields[rates]}"),
                 console=self._console, transient=True,
             )  # fmt: skip
             self._bar.add_task("rows", rows="", rates="")
@@ -130,18 +131,19 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "load", f"{report.load_s:.1f} s"
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
     if report.plan.wire != "model":
-        yield "weights", f"{report.plan.wire} codes: lossy"
+        yield "weights", f"{report.plan.wire}: lossy"
     if (quantized := report.plan.anatomy.quantized) is not None:
         yield "weights", f"quantized with {quantized.method}, as the checkpoint has them"
     if report.plan.host is not None:
-        lossy = f", as {report.plan.host.dtype} codes: lossy" if report.plan.host.dtype != "model" else ""
-        yield "KV cache", f"{report.plan.host_rows} of {report.plan.batch_size} rows in host memory{lossy}"
+        lossy = f" as {report.plan.host.dtype}: lossy" if report.plan.host.dtype != "model" else ""
+        on_gpu, on_host = report.plan.batch_size - report.plan.host_rows, report.plan.host_rows
+        yield "KV cache", f"{on_gpu} rows on the GPU, {on_host} in host memory{lossy}"
     if report.streamed_bytes or report.kv_gbps:
-        also = f", {report.kv_gbps:.1f} GB/s of keys and values" if report.kv_gbps else ""
-        share = f", {100 * report.link_share:.0f} % of the links' {report.link_gbps:.1f}" if report.link_share else ""
+        also = f", {report.kv_gbps:.1f} GB/s of KV cache" if report.kv_gbps else ""
+        share = f", {100 * report.link_share:.0f} % of the {report.link_gbps:.1f} measured" if report.link_share else ""
         yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{also}{share}"
     if waits := _stalls(report):
-        yield "time of a rank", waits
+        yield "time", waits
     ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""
     yield "peak host memory", gib(report.peak_host_bytes) + ranks
     if report.output is not None:
@@ -175,14 +177,14 @@ def _figure(value: float, unit: str) -> str:
 def _stalls(report: RunReport) -> str:
     """Where the ranks' time went, on average, in shares of the whole."""
     words = {
-        "compute_s": "in blocks",
-        "host_s": "between blocks",
-        "link_s": "waiting for links",
-        "disk_s": "for the disk",
+        "compute_s": "computing layers",
+        "host_s": "between layers",
+        "link_s": "waiting for PCIe",
+        "disk_s": "waiting for disk",
     }
     seconds = {word: sum(getattr(rank.stalls, name) for rank in report.ranks) for name, word in words.items()}
     whole = len(report.ranks) * report.generate_s
-    return ", ".join(f"{100 * spent / whole:.0f} % {word}" for word, spent in seconds.items() if spent and whole)
+    return ", ".join(f"{word}: {100 * spent / whole:.0f} %" for word, spent in seconds.items() if spent and whole)
 
 
 def print_benchmark(console: Console, report: RunReport) -> None:

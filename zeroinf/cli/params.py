@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,17 @@ class JsonObjectType(click.ParamType):  # type: ignore[type-arg]
         if not isinstance(found, dict):
             self.fail(f"{value!r} is no JSON object", param, ctx)
         return found
+
+
+class FiniteFloat(click.FloatRange):
+    """A number within bounds; `nan` and infinities, which Python reads as numbers and which no bound stops, are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`value` as a number; a usage error says why it is none."""
+        number = float(super().convert(value, param, ctx))
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def model_options(command: _Command, *, required: bool = True) -> _Command:
@@ -172,8 +184,8 @@ def wire_option(command: _Command) -> _Command:
         type=click.Choice(["model", "int8", "int4"]),
         default="model",
         show_default=True,
-        help="How the weights of blocks rest and cross the link: as the model has them, or as codes of 8 or 4 bits, "
-        "which is lossy: `zeroinf eval` measures how much. With the stream engine.",
+        help="How weights of layers are stored and transferred: in the model's dtype, or packed as int8 or int4, which "
+        "is lossy: `zeroinf eval` measures how much. With the stream engine.",
     )(command)
 
 
@@ -204,23 +216,22 @@ def engine_options(command: _Command) -> _Command:
             type=click.Choice(["auto", "gpu", "host"]),
             default="auto",
             show_default=True,
-            help="Where keys and values of rows rest: in host memory, whence they cross the link for each block, or on "
-            "the GPU; auto takes host memory for as many rows as make more tokens/s. With the stream engine.",
+            help="Where the KV cache is: on the GPU, or in host memory, from which it is transferred layer by layer; "
+            "auto takes host memory for as many sequences as make more tokens/s. With the stream engine.",
         ),
         option(
             "--kv-dtype",
             type=click.Choice(["model", "int8"]),
             default="model",
             show_default=True,
-            help="How keys and values rest in host memory: as the model has them, or as codes of 8 bits, which is "
-            "lossy.",
+            help="The KV cache in host memory: in the model's dtype, or quantized to int8, which is lossy.",
         ),
         option(
             "--resident-blocks",
             type=AutoIntType(minimum=0),
             default="auto",
             show_default=True,
-            help="Blocks that never leave the GPU; the others stream. With the stream engine and accelerate.",
+            help="Layers that never leave the GPU; the others stream. With the stream engine and accelerate.",
         ),
         option(
             "-b",
@@ -228,7 +239,7 @@ def engine_options(command: _Command) -> _Command:
             type=AutoIntType(minimum=1),
             default="auto",
             show_default=True,
-            help="Rows that are live at once on each GPU; auto takes what gives most tokens/s without running out of "
+            help="Sequences that run at once on each GPU; auto takes what gives most tokens/s without running out of "
             "memory.",
         ),
         option(
@@ -236,7 +247,7 @@ def engine_options(command: _Command) -> _Command:
             type=AutoIntType(minimum=1),
             default="auto",
             show_default=True,
-            help="Most rows that run one forward together; several such micro-batches, as large as each other, share a "
+            help="Most sequences that run one forward together; several such micro-batches of equal size share a "
             "pass over the weights. With the stream engine.",
         ),
     )

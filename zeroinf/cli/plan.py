@@ -10,6 +10,7 @@ import click
 
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
+    FiniteFloat,
     SizeType,
     aio_of,
     engine_options,
@@ -28,7 +29,11 @@ from zeroinf.errors import OutputError, UsageError
 @lambda command: offload_options(command, auto=True)
 @option("--input-len", type=click.IntRange(min=1), default=512, help="Tokens of the longest prompt.")
 @option(
-    "--output-len", "--max-new-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
+    "--output-len",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    help="Most tokens of a completion.",
 )
 @option("--requests", type=click.IntRange(min=1), help="Requests in all. [default: plenty]")
 @option("--num-gpus", type=click.IntRange(min=1), help="Ranks, one on each GPU. [default: all GPUs]")
@@ -42,8 +47,8 @@ from zeroinf.errors import OutputError, UsageError
 @option("--gpu-memory", type=SizeType(), help="Plan with at most this much of each GPU, such as 24GiB.")
 @option("--host-memory", type=SizeType(), help="Plan with this much host memory.")
 @option("--nvme-space", type=SizeType(), help="Plan with this much room on the disk.")
-@option("--link-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of each GPU's link, GB/s.")
-@option("--nvme-gbps", type=click.FloatRange(min=0, min_open=True), help="Rate of the disk, GB/s.")
+@option("--link-gbps", type=FiniteFloat(min=0, min_open=True), help="Rate of each GPU's link, GB/s.")
+@option("--nvme-gbps", type=FiniteFloat(min=0, min_open=True), help="Rate of the disk, GB/s.")
 @option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
 @option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")

@@ -25,7 +25,7 @@ def draw_plan(question: Question, found: Answer, path: Path) -> None:
 
 
 def plan_drawing(question: Question, found: Answer) -> Any:
-    """matplotlib's figure: memory by place and term on the left, tokens/s against the rows on the right."""
+    """matplotlib's figure: memory by place and term on the left, tokens/s against the batch on the right."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -46,13 +46,13 @@ def plan_drawing(question: Question, found: Answer) -> Any:
     left.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     best: dict[int, float] = {}
     weighed = sorted((*found.decision.tried, found.decision.chosen), key=lambda one: one.choice.batch_size)
-    for one in weighed:  # the same rows with more or fewer resident blocks
+    for one in weighed:  # the same batch with more or fewer resident layers
         rows = one.choice.batch_size
         best[rows] = max(best.get(rows, 0.0), one.timing.tokens_per_second)
     right.plot(list(best), list(best.values()), marker="o")
     right.axvline(found.plan.batch_size, color="black", linestyle="dashed")
     right.set_xscale("log", base=2)
-    right.set_xlabel("rows a GPU (dashed: the plan)")
-    right.set_ylabel("tokens/s" + (" (projected)" if found.speeds.projected else ""))
+    right.set_xlabel("batch on each GPU (dashed: the plan)")
+    right.set_ylabel("tokens/s" + (" (estimated)" if found.speeds.projected else ""))
     figure.suptitle(f"{question.anatomy.architecture}, offload {found.plan.offload}")
     return figure

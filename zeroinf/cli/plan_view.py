@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
+from zeroinf.planner.choice import Choice
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, Place, Term, taken, total
-from zeroinf.planner.summary import job_duration, plan_lines
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.summary import job_duration, limited_by, plan_lines
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import Answer, Question
 from zeroinf.sizes import gib
@@ -32,7 +35,7 @@ def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
     for place in _PLACES:
         if place in found.decision.budgets:
             _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
-    _print_others(console, found.decision)
+    _print_others(console, found)
     _print_advice(console, question, found)
     _print_rates(console, found, explain=explain)
 
@@ -43,9 +46,9 @@ def _model(question: Question) -> str:
     computed = f"quantized with {anatomy.quantized.method}, computed " if anatomy.quantized is not None else ""
     return (
         f"{anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {gib(anatomy.weight_bytes)} "
-        f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} blocks "
+        f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} layers "
         f"of {gib(max(block.nbytes for block in anatomy.blocks))}, "
-        f"KV {anatomy.kv_bytes_per_token / 2**10:,.0f} KiB a token{limit}"
+        f"KV cache {anatomy.kv_bytes_per_token / 2**10:,.0f} KiB a token{limit}"
     )
 
 
@@ -54,9 +57,10 @@ def _machine(question: Question) -> str:
     host = f"{gib(machine.memory.available_bytes)} of host memory"
     if not machine.gpus:
         return f"no GPU: computes on the CPU, {host}"
-    first = machine.gpus[0]
+    alike = Counter((gpu.name, gib(gpu.free_bytes)) for gpu in machine.gpus)
+    gpus = ", ".join(f"{count} x {name}, {free} free" for (name, free), count in alike.items())
     disks = f", {gib(sum(disk.free_bytes for disk in machine.disks))} of disk" if machine.disks else ""
-    return f"{len(machine.gpus)} x {first.name}, {gib(first.free_bytes)} free, {host}{disks}"
+    return f"{gpus}, {host}{disks}"
 
 
 def _job(question: Question) -> str:
@@ -83,17 +87,22 @@ def _print_place(console: Console, place: Place, terms: Sequence[Term], budget: 
         console.print(f"     {gib(margin):>12}  more stay free: {MARGIN} (assumed)")
 
 
-def _print_others(console: Console, decision: Decision) -> None:
+def _print_others(console: Console, found: Answer) -> None:
+    decision = found.decision
     if decision.alternatives or decision.rejected:
         console.print("\nother ways")
     for one in decision.alternatives:
-        choice = one.choice
+        resident = f", {one.choice.resident_blocks} layers on the GPU" if found.plan.device == "cuda" else ""
         console.print(
-            f"     offload {choice.offload}, {choice.fetch}, {choice.batch_size} rows, {choice.resident_blocks} blocks "
-            f"resident: {one.timing.tokens_per_second:,.1f} tokens/s, waits for {one.timing.binds}"
+            f"     {_way(one.choice, found.plan)}, batch {one.choice.batch_size}{resident}: "
+            f"{one.timing.tokens_per_second:,.1f} tokens/s, {limited_by(one.timing, found.plan.device)}"
         )
     for rejected in decision.rejected:
-        console.print(f"     offload {rejected.offload}, {rejected.fetch}: does not fit, {rejected.reason}")
+        console.print(f"     {_way(rejected, found.plan)}: does not fit, {rejected.reason}")
+
+
+def _way(one: Choice | Rejection, plan: Plan) -> str:
+    return f"offload {one.offload}" + (f", {one.fetch}" if plan.world_size > 1 else "")
 
 
 def _print_advice(console: Console, question: Question, found: Answer) -> None:
@@ -117,7 +126,9 @@ def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
             f"GPU memory {speeds.hbm_gbps:.0f} GB/s, {speeds.model_launch_s * 1e6:.1f} us a launch"
         )
     if speeds.projected:
-        console.print(f"\nprojected: not measured here: {', '.join(speeds.projected)}\nhint: zeroinf doctor --measure")
+        console.print("\nestimated (this machine was not measured: run `zeroinf doctor --measure`)")
+        if explain:
+            console.print(f"not measured: {', '.join(speeds.projected)}")
 
 
 def to_json(question: Question, found: Answer) -> dict[str, Any]:

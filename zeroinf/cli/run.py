@@ -16,6 +16,7 @@ import click
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import (
     AIO_OPTIONS,
+    FiniteFloat,
     JsonObjectType,
     SizeType,
     aio_of,
@@ -118,32 +119,30 @@ _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
 )
 @option(
     "--max-error-rate",
-    type=click.FloatRange(min=0, max=1),
+    type=FiniteFloat(min=0, max=1),
     default=1.0,
     help="Run nothing if a larger share of the requests than this is refused.",
 )
 @option(
     "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
 )
-@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
-@option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
+@option("--temperature", type=FiniteFloat(min=0), default=0.0, help="0 is greedy.")
+@option("--top-p", type=FiniteFloat(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")
 @option("--top-k", type=click.IntRange(min=0), default=0, help="0 does not filter.")
-@option(
-    "--min-p", type=click.FloatRange(min=0, max=1), default=0.0, help="Least likelihood, as a share of the highest."
-)
+@option("--min-p", type=FiniteFloat(min=0, max=1), default=0.0, help="Least likelihood, as a share of the highest.")
 @option("--seed", type=int, default=0, help="A row's sample depends on the seed and its place in the input only.")
 @option("--stop", multiple=True, help="End a row at this text, which is left out; may be given many times.")
 @option("--ignore-eos", is_flag=True, help="Go on past the end-of-sequence token.")
 @option(
     "--presence-penalty",
-    type=click.FloatRange(-2, 2),
+    type=FiniteFloat(-2, 2),
     default=0.0,
     help="Taken off scores of tokens generated before.",
 )
-@option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, help="The same, for each time.")
+@option("--frequency-penalty", type=FiniteFloat(-2, 2), default=0.0, help="The same, for each time.")
 @option(
     "--repetition-penalty",
-    type=click.FloatRange(0, 100, min_open=True),
+    type=FiniteFloat(0, 100, min_open=True),
     default=1.0,
     help="Divides scores of tokens of prompt and completion; 1 does nothing.",
 )
@@ -162,7 +161,7 @@ _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
     help="Start this many ranks, an independent stream on each GPU. [default: one]",
 )
 @option(
-    "--static-batches", is_flag=True, hidden=True, help="Admit rows only when no other is live, to measure the gain."
+    "--static-batches", is_flag=True, hidden=True, help="Admit sequences only when no other runs, to measure the gain."
 )
 @option(
     "--hostfile",

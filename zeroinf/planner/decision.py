@@ -72,8 +72,8 @@ class Rejection:
 
     @property
     def reason(self) -> str:
-        rows, need = ("1 row", "needs") if self.batch_size == 1 else (f"{self.batch_size} rows", "need")
-        kept = f", keys and values of {self.host_rows} in host memory," if self.host_rows else ""
+        rows, need = ("1 sequence", "needs") if self.batch_size == 1 else (f"{self.batch_size} sequences", "need")
+        kept = f", KV cache of {self.host_rows} in host memory," if self.host_rows else ""
         where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}
         return f"{rows}{kept} {need} " + " and ".join(
             f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"

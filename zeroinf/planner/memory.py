@@ -40,7 +40,7 @@ LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
 SCORES = "scores of given tokens"
-KV_STAGING = "staging of keys and values"
+KV_STAGING = "KV cache on its way"
 ENCODED = "encoder's states, cross-attention"
 COMPUTED = "activations, logits, states"
 
@@ -188,9 +188,9 @@ def stream_gpu_terms(
         resident += walk.sizes[: walk.resident]
     fixed = {
         "embeddings, head, norms": [piece_bytes(anatomy.outside)],
-        "resident blocks": resident,
+        "resident layers": resident,
         "slots": slots,
-        "stages": stages,
+        "staging buffers (load only)": stages,
         "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
@@ -331,9 +331,9 @@ def stream_host_terms(
     stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
-        Term("host", "keys and values, page-locked", of_one["keys and values"] * world_size, "counted"),
+        Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
-        Term("host", "stages while loading, beyond the ring", max(0, stages - rings), "counted"),
+        Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
         *process_terms(world_size, overhead),
     ]

@@ -21,16 +21,18 @@ _SOME_REQUESTS = 1000
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The chosen plan in a few lines: how it runs, how fast, how long, what it takes."""
     tiers = _tiers(plan, len(plan.anatomy.blocks))
-    streams = "1 stream" if plan.streams == 1 else f"{plan.streams} streams"
-    if plan.tensor_parallel.size > 1:
-        streams += f", each on {plan.tensor_parallel.size} ranks"
     if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
-        streams += f", weights {plan.fetch}"
-    wire = f", weights as {plan.wire} codes (lossy)" if plan.wire != "model" else ""
+        tiers += f", weights {plan.fetch}"
+    wire = f", weights {plan.wire} (lossy)" if plan.wire != "model" else ""
     if plan.anatomy.quantized is not None:
         wire = f", weights quantized already ({plan.anatomy.quantized.method})"
-    rows = f"{plan.batch_size} rows each{_kv(plan)}, {_forwards(plan)}"
-    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {streams}, {rows}"
+    batch = f"batch {plan.batch_size}"
+    if plan.streams > 1:
+        batch += f" on each of {plan.streams} streams"
+    if plan.tensor_parallel.size > 1:
+        batch += f", {plan.tensor_parallel.size} ranks a stream"
+    yield f"{plan.engine} engine, offload {plan.offload}: {tiers}{wire}; {batch}"
+    yield f"{_kv(plan)}{_forwards(plan)}"
     yield _speed(plan)
     if plan.timing is not None:
         first = plan.timing.first_token_s(plan.prompt_tokens, plan.prefill_tokens)
@@ -54,26 +56,29 @@ def _forwards(plan: Plan) -> str:
 def _kv(plan: Plan) -> str:
     if plan.host is None:
         return ""
-    lossy = f" as {plan.host.dtype} codes (lossy)" if plan.host.dtype != "model" else ""
-    return f", keys and values of {plan.host_rows} in host memory{lossy}"
+    lossy = f" as {plan.host.dtype} (lossy)" if plan.host.dtype != "model" else ""
+    on_gpu = plan.batch_size - plan.host_rows
+    return f"KV cache: {on_gpu} rows on the GPU, {plan.host_rows} in host memory{lossy}; "
 
 
 def _tiers(plan: Plan, blocks: int) -> str:
     if not TRAITS[plan.engine].places_blocks:
-        return f"{blocks} blocks"
+        return f"{blocks} layers"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
-    computing = "on the GPU" if plan.device == "cuda" else "where the CPU computes"
+    computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
     parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
-    return f"of {blocks} blocks " + ", ".join(f"{count} {where}" for count, where in parts if count)
+    (first, where), *others = ((count, where) for count, where in parts if count)
+    whole = f"{first} of {blocks} layers {where}" if others else f"{blocks} layers {where}"
+    return ", ".join((whole, *(f"{count} {where}" for count, where in others)))
 
 
-def _resource(timing: Timing, device: str) -> str:
+def limited_by(timing: Timing, device: str) -> str:
     """What a decode step waits for, in words that hold for the device."""
-    if device == "cuda":
-        return timing.binds
-    return {"GPU memory": "memory", "kernel launches": "operator calls", "link": "copies"}.get(
-        timing.binds, timing.binds
-    )
+    words = dict[str, str](link="PCIe transfer", disk="disk reads")
+    words |= {"GPU memory": "GPU memory bandwidth", "all-gather": "the all-gather between GPUs"}
+    if device == "cpu":
+        words |= {"GPU memory": "memory bandwidth", "kernel launches": "operator calls", "link": "memory copies"}
+    return f"decode is limited by {words.get(timing.binds, timing.binds)}"
 
 
 def _speed(plan: Plan) -> str:
@@ -84,8 +89,7 @@ def _speed(plan: Plan) -> str:
     if plan.new_tokens == 1:
         return f"{expected}pass {timing.prefill_s:.2f} s"
     return (
-        f"{expected}prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; "
-        f"a decode step waits for {_resource(timing, plan.device)}"
+        f"{expected}prefill {timing.prefill_s:.2f} s, step {timing.decode_s:.3f} s; {limited_by(timing, plan.device)}"
     )
 
 

@@ -29,7 +29,7 @@ def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhe
     resident = choice.resident_blocks if choice.engine == "accelerate" else len(sizes)
     held = {
         "embeddings, head, norms": piece_bytes(asked.anatomy.outside),
-        "resident blocks": _share(sum(sizes[:resident]), mine, whole),
+        "resident layers": _share(sum(sizes[:resident]), mine, whole),
         "the block that computes": sizes[0] if resident < len(sizes) else 0,
     }
     yield from (Term("gpu", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
