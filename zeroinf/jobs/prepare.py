@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zeroinf.distributed.world import World
@@ -133,7 +133,11 @@ def prepare(
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
     rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
-    lengths = Lengths.of(reading.anatomy, rows, max(asked, default=None))
+    lengths = replace(
+        Lengths.of(reading.anatomy, rows, max(asked, default=None)),
+        sampled=any(not item.sampling.is_greedy for item in work),
+        penalized=any(item.sampling.alters_scores for item in work),
+    )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
         plan=plan,

@@ -32,6 +32,10 @@ class Lengths:
     """Given tokens of which a forward keeps the scores, at the most; prompts run whole then."""
     logprobs: int | None = None
     """Log-probabilities that rows ask for, the most of any; None: none does."""
+    sampled: bool = False
+    """Some rows draw their tokens, which takes copies of the scores."""
+    penalized: bool = False
+    """The scores of some rows are altered by their own settings, which takes copies of them."""
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
     prompts: tuple[int, ...] = ()

@@ -306,6 +306,11 @@ def _expand(model: Any, blocks: ModuleList) -> Expansion:
     return Expansion(nbytes=most, kernels=tuple(found))
 
 
+_SAMPLED: dict[str, Any] = {"temperature": 0.5, "top_k": 50, "top_p": 0.9, "min_p": 0.1}
+_PENALIZED: dict[str, Any] = {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1}
+"""Settings of rows that take as much memory as any."""
+
+
 def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
     """`rows` rows of which the first is longest, the others one token shorter where they are padded."""
     if not padded or start + count == 1:
@@ -315,7 +320,13 @@ def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
 
 
 def _group(parts: Sequence[Part], lengths: Lengths, sources: Sequence[int], *, on_host: bool) -> Group:
-    sampling = Sampling(max_new_tokens=lengths.new_tokens, ignore_eos=True, logprobs=lengths.logprobs)
+    sampling = Sampling(
+        max_new_tokens=lengths.new_tokens,
+        ignore_eos=True,
+        logprobs=lengths.logprobs,
+        **(_SAMPLED if lengths.sampled else {}),
+        **(_PENALIZED if lengths.penalized else {}),
+    )
     seats = [
         Seat(
             Row(index=i, prompt=(), source=[0] * tokens, sampling=sampling, decode=str),
