@@ -47,7 +47,7 @@ def commands(page: str) -> Iterator[str]:
 def taken(words: list[str]) -> None:
     """Let click read `words` as far as the command line itself can tell: nothing runs, and files need not exist."""
     command: click.Command = cli
-    ctx = click.Context(cli, info_name="zeroinf")
+    ctx = click.Context(cli, info_name="zeroinf", **cli.context_settings)
     while isinstance(command, click.Group) and words and (found := command.get_command(ctx, words[0])) is not None:
         ctx, command, words = click.Context(found, ctx, info_name=words[0]), found, words[1:]
     if command.name == "show":  # whose words are another command's
