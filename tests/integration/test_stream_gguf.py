@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
 from tiers import tiered
-from transformers.integrations import gguf
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.keep import list_stores
@@ -46,7 +46,9 @@ def gguf_of(shared_folder: SharedFolder) -> Gguf:
     """`gguf_of(architecture, kinds)`: a file, and the checkpoint in full that it stands for."""
 
     def get(name: str, kinds: list[str], parts: int = 1) -> tuple[Path, Path]:
-        if name not in READ_BY_ALL and not hasattr(gguf, "convert_gguf_tokenizer"):
+        if name not in READ_BY_ALL and not hasattr(
+            import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"
+        ):
             pytest.skip(f"this transformers makes no tokenizer of {name}'s files")
 
         def build(folder: Path) -> None:
