@@ -275,12 +275,17 @@ def test_the_callers_own_process_group_stays(model: str, tmp_path: Path) -> None
     in_a_process(body)
 
 
+def other_ranks() -> list[psutil.Process]:
+    """Processes of this one that are ranks."""
+    return [each for each in psutil.Process().children() if "zeroinf.jobs.ranks" in each.cmdline()]
+
+
 def test_several_ranks_share_the_work_and_end_with_the_session(model: str) -> None:
     before = dict(os.environ)
     prompts = [f"prompt {number}" for number in range(12)]
     alone = zeroinf.generate(model, prompts, max_new_tokens=NEW_TOKENS)
     with zeroinf.pipeline(model, num_gpus=2, batch_size=2, max_prompt_tokens=16, max_new_tokens=16) as pipe:
-        others = psutil.Process().children()
+        others = other_ranks()
         assert pipe.plan.world_size == 2
         assert [result.completion for result in pipe.generate(prompts, max_new_tokens=NEW_TOKENS)] == [
             result.completion for result in alone
@@ -295,7 +300,7 @@ def test_several_ranks_share_the_work_and_end_with_the_session(model: str) -> No
 
 def test_a_rank_that_is_killed_ends_the_session_with_an_error(model: str) -> None:
     with zeroinf.pipeline(model, num_gpus=2, batch_size=1, max_prompt_tokens=16, max_new_tokens=200) as pipe:
-        (other,) = psutil.Process().children()
+        (other,) = other_ranks()
         other.kill()
         with pytest.raises(RankError, match="rank 1 died with exit code -9"):
             pipe.generate(["x"] * 50, max_new_tokens=200, ignore_eos=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ _LIBRARIES = {"zero": ("deepspeed",), "tensor-parallel": ("deepspeed",), "accele
 def fingerprint(
     source: ModelSource,
     tokenizer: Any | None,
-    requests: Sequence[Request],
+    prompts: str,
     work: Sequence[Work],
     refusals: Sequence[Refusal],
     *,
@@ -40,7 +40,10 @@ def fingerprint(
     parallel: TensorParallel,
     zero_config: Path | None,
 ) -> dict[str, str]:
-    """Name and value of everything that can change a completion; long values as digests."""
+    """Name and value of everything that can change a completion; long values as digests.
+
+    `prompts` is the digest of all requests (`request_value`), those refused by the model included.
+    """
     libraries = ("torch", "transformers", *_LIBRARIES.get(engine, ()))
     files = {"checkpoint listing": parallel.checkpoint, "ZeRO config": zero_config}
     return {
@@ -52,12 +55,10 @@ def fingerprint(
         "config": _digest(_config(source.config)),
         "generation config": _digest(read_generation_config(source).to_dict()),
         "template": _digest(getattr(tokenizer, "chat_template", None)),
-        "prompts": _digest(
-            [[r.index, r.id, r.prompt, r.tokens, r.messages, repr(r.chat), r.truncate] for r in requests]
-        ),
-        "tokens": _digest([[w.index, w.prompt] for w in work]),
+        "prompts": prompts,
+        "tokens": _digest_of_all([w.index, list(w.prompt)] for w in work),
         "refused requests": _digest([r.index for r in refusals]),
-        "sampling": _digest([asdict(w.sampling) for w in work]),
+        "sampling": _digest_of_all(asdict(w.sampling) for w in work),
         "engine": engine,
         "dtype": dtype,
         "wire": wire,
@@ -66,6 +67,36 @@ def fingerprint(
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},
     }
+
+
+def request_value(request: Request) -> list[Any]:
+    """What of a request as it was written can change its completion."""
+    r = request
+    return [r.index, r.id, r.prompt, r.tokens, r.messages, repr(r.chat), r.truncate]
+
+
+class ListDigest:
+    """The digest of a list that is never there as a whole."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(b"[", digest_size=_DIGEST_BYTES)
+        self._separator = b""
+
+    def add(self, value: Any) -> None:
+        self._hash.update(self._separator + json.dumps(value, default=str).encode())
+        self._separator = b", "
+
+    def digest(self) -> str:
+        """Of all that was added; nothing can be added afterwards."""
+        self._hash.update(b"]")
+        return self._hash.hexdigest()
+
+
+def _digest_of_all(values: Iterable[Any]) -> str:
+    found = ListDigest()
+    for value in values:
+        found.add(value)
+    return found.digest()
 
 
 def _digest(value: Any) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from zeroinf.jobs.journal import Runs
 from zeroinf.service.requests import Work
@@ -21,7 +21,12 @@ _COUNTED = re.compile(r"request-\d+(-\d+)?")
 
 def request_digest(work: Work) -> str:
     """Digest of a prompt as it was written; of its tokens where it came as messages."""
-    prompt = json.dumps(work.prompt if work.text is None else work.text)
+    return work.digest or prompt_digest(work.text, work.prompt)
+
+
+def prompt_digest(text: str | None, tokens: Sequence[int]) -> str:
+    """The digest of a prompt that was written as `text`, or of messages."""
+    prompt = json.dumps(list(tokens) if text is None else text)
     return hashlib.blake2b(prompt.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 

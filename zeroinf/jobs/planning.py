@@ -67,6 +67,9 @@ def plan_run(
     anatomy = replace(anatomy, loads=_loading(source, anatomy))
     machine = read_machine(nvme_paths)
     _check_folders(machine.disks)
+    # What requests hold is not free any more, and a term of every plan.
+    available = machine.memory.available_bytes + lengths.request_bytes
+    machine = replace(machine, memory=replace(machine.memory, available_bytes=available))
     rates = read_profile(machine)
     cap = options.host_memory_bytes
     machine, rates = override(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,22 +12,27 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.settings import notes, refuse_sampling
-from zeroinf.jobs.fingerprint import fingerprint
+from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
+from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, began_before, check_output
 from zeroinf.jobs.planning import choose_engine, plan_run
 from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of
+from zeroinf.jobs.sharing import request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
-from zeroinf.service.requests import Refusal, Request, Work
+from zeroinf.service.requests import Extra, Refusal, Request, Work
 from zeroinf.service.text import TextCodec
+
+_PART = 4096
+"""Requests that are tokenized, and then let go of, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +90,9 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     started = time.perf_counter()
     codec = TextCodec(tokenizer, anatomy, began)
     generation = read_generation_config(source)
-    work, too_long = _tokenize(requests, codec, refuse_sampling(generation))
+    plain = sum(request.prompt is not None for request in requests)
+    read = _tokenize(requests, codec, refuse_sampling(generation), keeps_text=options.output_file is None)
+    work, too_long = read.work, read.refusals
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
         raise InputError(none_can_run(refusals + too_long))
@@ -96,7 +104,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     marks = fingerprint(
         source,
         tokenizer,
-        requests,
+        read.prompts,
         work,
         refused,
         engine=engine,
@@ -107,17 +115,16 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
         parallel=options.tensor_parallel,
         zero_config=options.zero_config,
     )
-    extras = {request.index: request.extra for request in requests if request.extra is not None}
     job = Job(
         work=work,
         refusals=refused,
         fingerprint=marks,
         began=began,
-        extras=extras,
+        extras=read.extras,
         output_format=options.output_format,
         model=options.model,
     )
-    said = list(_notes_on_input(requests, unused, codec))
+    said = list(_notes_on_input(plain, unused, codec))
     said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
     return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
@@ -137,6 +144,7 @@ def prepare(
         Lengths.of(reading.anatomy, rows, max(asked, default=None)),
         sampled=any(not item.sampling.is_greedy for item in work),
         penalized=any(item.sampling.alters_scores for item in work),
+        request_bytes=request_bytes([len(item.prompt) for item in reading.job.work], world.local_size),
     )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return Prepared(
@@ -150,31 +158,49 @@ def prepare(
     )
 
 
-def _tokenize(
-    requests: Sequence[Request], codec: TextCodec, cannot_sample: str | None
-) -> tuple[tuple[Work, ...], list[Refusal]]:
-    """`cannot_sample` is why sampled requests are refused, if they are."""
-    work, refusals = [], []
-    for request in requests:
-        try:
-            prompt = codec.encode(request)
-            if cannot_sample is not None and not request.sampling.is_greedy:
-                raise ValueError(cannot_sample)
-        except ValueError as error:
-            refusals.append(Refusal.of(request, str(error)))
-            continue
-        work.append(
-            Work(
-                index=request.index,
-                line=request.line,
-                file=request.file,
-                id=request.id,
-                text=_text(request, prompt, codec),
-                prompt=tuple(prompt),
-                sampling=request.sampling,
+@dataclass(frozen=True, slots=True)
+class _Tokenized:
+    """Requests that became work, those that could not, and what is kept of all of them."""
+
+    work: tuple[Work, ...]
+    refusals: list[Refusal]
+    prompts: str
+    """The digest of all prompts as they were written."""
+    extras: dict[int, Extra]
+
+
+def _tokenize(requests: list[Request], codec: TextCodec, cannot_sample: str | None, *, keeps_text: bool) -> _Tokenized:
+    """Let go of `requests`, part by part: there may be more text than memory has room for beside its tokens.
+
+    `cannot_sample` is why sampled requests are refused, if they are.
+    """
+    work, refusals, extras, prompts = list[Work](), list[Refusal](), dict[int, Extra](), ListDigest()
+    requests.reverse()
+    while requests:
+        part = [requests.pop() for _ in range(min(_PART, len(requests)))]
+        for request, found in zip(part, codec.encode_all(part), strict=True):
+            prompts.add(request_value(request))
+            if request.extra is not None:
+                extras[request.index] = request.extra
+            if isinstance(found, list) and cannot_sample is not None and not request.sampling.is_greedy:
+                found = ValueError(cannot_sample)
+            if isinstance(found, ValueError):
+                refusals.append(Refusal.of(request, str(found)))
+                continue
+            text = _text(request, found, codec)
+            work.append(
+                Work(
+                    index=request.index,
+                    line=request.line,
+                    file=request.file,
+                    id=request.id,
+                    text=text if keeps_text or (request.extra is not None and request.extra.echo) else None,
+                    prompt=array("i", found),
+                    sampling=request.sampling,
+                    digest=prompt_digest(text, found),
+                )
             )
-        )
-    return tuple(work), refusals
+    return _Tokenized(tuple(work), refusals, prompts.digest(), extras)
 
 
 def _text(request: Request, prompt: Sequence[int], codec: TextCodec) -> str | None:
@@ -183,10 +209,10 @@ def _text(request: Request, prompt: Sequence[int], codec: TextCodec) -> str | No
     return request.prompt if whole or request.messages is not None else codec.decode_all(prompt)
 
 
-def _notes_on_input(requests: Sequence[Request], unused: Sequence[str], codec: TextCodec) -> Iterator[str]:
+def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iterator[str]:
+    """`plain`: how many requests are no chats."""
     if unused:
         yield f"not used of the input: {flags_of(unused)} (--keep-columns all passes them to the output)"
-    plain = sum(request.prompt is not None for request in requests)
     if plain and codec.has_chat_template and plain > codec.templated:
         yield (
             f"the model has a chat template, and {plain} prompts are taken as they are: --chat makes them user messages"

@@ -29,6 +29,7 @@ from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Wr
 from zeroinf.jobs.planning import choose_engine
 from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
+from zeroinf.jobs.sharing import share_work
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.model.source import ModelSource, resolve_model
 from zeroinf.planner.plan import Plan
@@ -118,10 +119,15 @@ def _start_together(
 
     def start() -> Prepared | None:
         started.append(_start(options, control.world, device.type, results, observer))
-        return started[0].prepared
+        prepared = started[0].prepared
+        return None if prepared is None else replace(prepared, work=())
 
     prepared = control.from_main(start)
-    return started[0] if started else _Start(source=_resolve(options), prepared=prepared)
+    mine = started[0] if started else _Start(source=_resolve(options), prepared=prepared)
+    if prepared is None:
+        return mine
+    whole = mine.prepared.work if started and mine.prepared is not None else None
+    return replace(mine, prepared=replace(prepared, work=share_work(control, whole)))
 
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -158,7 +159,7 @@ class Session:
             raise answer
         return answer
 
-    def _encoded(self, request: Request) -> list[int]:
+    def _encoded(self, request: Request) -> array[int]:
         prompt = encode_prompt(self.model.codec, request)
         config = self.model.engine.model.generation_config
         if not request.sampling.is_greedy and (why := refuse_sampling(config)):
@@ -167,9 +168,9 @@ class Session:
             self.service.check_lengths(len(prompt), request.sampling)
         except InputError as error:
             raise InputError(f"prompt {request.index}: {error.message}", hint=error.hint) from error
-        return prompt
+        return array("i", prompt)
 
-    def _submit(self, prompt: list[int], request: Request, priority: Priority, stream: bool) -> Handle:
+    def _submit(self, prompt: array[int], request: Request, priority: Priority, stream: bool) -> Handle:
         index = request.index if priority == "batch" else 0
         return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
 

@@ -39,6 +39,7 @@ READ_BUFFERS = 3
 LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
+REQUESTS = "requests and their tokens"
 SCORES = "scores of given tokens"
 KV_STAGING = "KV cache on its way"
 ENCODED = "encoder's states, cross-attention"

@@ -17,6 +17,7 @@ from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     GAPS,
     LOADING_STAGES,
+    REQUESTS,
     SCORES,
     SLOTS,
     SMALL_PAGES,
@@ -433,7 +434,10 @@ class Planner:
             nvme_blocks=blocks - resident,
             wire=wish.wire,
         )
-        terms = stream_host_terms(self._anatomy, nothing, wish.world_size, self._overhead(False))
+        terms = (
+            *stream_host_terms(self._anatomy, nothing, wish.world_size, self._overhead(False)),
+            *self._request_terms(),
+        )
         if self._device == "cpu":  # what computes lies there, too
             terms = self._terms(wish, nothing, self._simulate(next(self._shapes(wish, rows))))
         return total(terms, "host")
@@ -489,6 +493,11 @@ class Planner:
         rows = -choice.batch_size if on_cpu else choice.batch_size
         return (speed, -OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
 
+    def _request_terms(self) -> tuple[Term, ...]:
+        """What the job's requests take of host memory."""
+        held = self._lengths.request_bytes
+        return (Term("host", REQUESTS, held, "counted"),) if held else ()
+
     def _terms(self, wish: Wish, choice: Choice, workload: Workload) -> tuple[Term, ...]:
         if self._engine_terms is not None:
             terms = self._engine_terms(choice, workload)
@@ -499,6 +508,7 @@ class Planner:
             terms = (*gpu, *host)
         if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
+        terms = (*terms, *self._request_terms())
         if scored := scores_bytes(self._anatomy, self._lengths.scored_tokens):
             terms = (*terms, Term("gpu", SCORES, scored, "counted"))
         if self._device == "cpu":

@@ -30,6 +30,8 @@ class Lengths:
     """A prompt is computed in one part, however long it is."""
     scored_tokens: int = 0
     """Given tokens of which a forward keeps the scores, at the most; prompts run whole then."""
+    request_bytes: int = 0
+    """Host memory that the requests of a job hold already."""
     logprobs: int | None = None
     """Log-probabilities that rows ask for, the most of any; None: none does."""
     sampled: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -92,9 +92,13 @@ class Work:
     line: int | None
     id: str
     text: str | None
-    prompt: tuple[int, ...]
+    """The prompt as it was written, where results show it."""
+    prompt: Sequence[int]
+    """Its tokens; 4 bytes each where there may be many."""
     sampling: Sampling
     file: str | None = None
+    digest: str | None = None
+    """Of the prompt as it was written, where the text is not kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
