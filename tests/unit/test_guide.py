@@ -33,8 +33,8 @@ def of_zeroinf(text: str) -> str | None:
 def commands(page: str) -> Iterator[str]:
     """Words for `zeroinf` in blocks, in running text, and in the right column of tables, where flags are of `run`."""
     for line in (ROOT / page).read_text().splitlines():
-        if line.startswith("    "):
-            parts, flags = [line.strip().partition("  #")[0]], []
+        if line.startswith(("    ", "$ ")):
+            parts, flags = [line.removeprefix("$ ").strip().partition("  #")[0]], []
         elif line.startswith("|"):
             parts = re.findall(r"`([^`]+)`", line)
             flags = re.findall(r"`((?:\.\.\. )?--[^`]+)`", line.split("|")[2]) if page.startswith("docs/from") else []
