@@ -136,6 +136,13 @@ def test_a_ranks_error_says_which_rank_it_is(
     assert capsys.readouterr().err == "error: rank 3: it broke\n"
 
 
+@pytest.mark.parametrize("arguments", [["--stop", ""], ["--temperature", "500"]])
+def test_settings_that_no_request_may_have_are_usage_errors(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["run", "-m", "demo", "--prompt", "x", *arguments], standalone_mode=False)
+    assert isinstance(result.exception, UsageError)
+    assert arguments[0][2:] in str(result.exception)
+
+
 @pytest.mark.parametrize("arguments", [["--top-k", "1", "--top-k", "2"], ["-m", "a", "--model", "b"]])
 def test_an_option_of_one_value_that_is_given_twice_is_refused(arguments: list[str]) -> None:
     result = CliRunner().invoke(cli, ["run", "--prompt", "x", *arguments])

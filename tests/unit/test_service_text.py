@@ -85,6 +85,12 @@ def test_variables_reach_the_template_and_one_that_it_does_not_read_is_refused(t
         ours.tokens(request(HI, variables=(("reasoning_effort", '"low"'),)))
 
 
+def test_a_text_that_the_tokenizer_does_not_take_is_refused(tokenizer: Any) -> None:
+    lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(unk_token="<unk>")))
+    with pytest.raises(ValueError, match=r"the tokenizer refuses it: .*not found in the vocabulary"):
+        codec(lacking).tokens(request("hi"))
+
+
 def test_a_chat_without_a_template_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has no chat template"):
         codec(None).tokens(request(HI))

@@ -361,9 +361,13 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
         *("max_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs"),
     )
+    try:
+        sampling = Sampling(**{key: asked.pop(key) for key in keys})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     options = RunOptions(
         shape=_shape_of(asked),
-        sampling=Sampling(**{key: asked.pop(key) for key in keys}),
+        sampling=sampling,
         sampling_only=tuple(given(ctx, *_SAMPLING_ONLY)),
         aio=aio_of(asked),
         **asked,

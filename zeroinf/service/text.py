@@ -136,7 +136,10 @@ class TextCodec:
     def _encode_plain(self, prompt: str, known: list[int] | None) -> list[int]:
         """Tokens of a text. Where it begins with the token with which the tokenizer begins, that is there once."""
         assert self._tokenizer is not None
-        ids = list(self._tokenizer(prompt)["input_ids"] if known is None else known)
+        try:
+            ids = list(self._tokenizer(prompt)["input_ids"] if known is None else known)
+        except Exception as error:  # tokenizers have no error class of their own
+            raise ValueError(f"the tokenizer refuses it: {error}") from error
         bos = self._tokenizer.bos_token_id
         self.templated += any(token in prompt for token in self._special)
         if bos is None or ids[:2] != [bos, bos] or not prompt.startswith(str(self._tokenizer.bos_token)):
