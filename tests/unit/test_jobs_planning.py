@@ -22,8 +22,9 @@ from zeroinf.generation.row import Sampling
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.jobs import planning
+from zeroinf.jobs.contradictions import choose_engine
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.planning import plan_run
 from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity

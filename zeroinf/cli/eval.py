@@ -49,19 +49,22 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
       zeroinf eval --model demo --text book.txt --wire int4
     """
     refuse_unused_offload_options(ctx, engine="stream")
-    from rich.console import Console
-
-    from zeroinf.cli.console import ConsoleObserver
     from zeroinf.distributed.world import world_from_environment
     from zeroinf.generation.row import Sampling
-    from zeroinf.jobs.evaluate import evaluate
+    from zeroinf.jobs.contradictions import refuse_early
     from zeroinf.jobs.options import RunOptions
-    from zeroinf.service.device import pick_device
 
     world = world_from_environment()
     if world.size > 1:
         raise UsageError(f"zeroinf eval runs alone, not on {world.size} ranks", hint="start it without a launcher")
     options = RunOptions(sampling=Sampling(max_new_tokens=1), engine="stream", **asked)
+    refuse_early(options)
+    from rich.console import Console
+
+    from zeroinf.cli.console import ConsoleObserver
+    from zeroinf.jobs.evaluate import evaluate
+    from zeroinf.service.device import pick_device
+
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)
     found = evaluate(options, text, window, pick_device(world), observer)
     if as_json:

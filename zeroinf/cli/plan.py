@@ -71,6 +71,7 @@ def plan(
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
     """
     _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
+    _refuse_early(asked)
     from zeroinf.cli.plan_view import print_plan, to_json
     from zeroinf.jobs.ask import PlanOptions, ask
     from zeroinf.simulation.planning import answer
@@ -91,6 +92,21 @@ def plan(
         click.echo(json.dumps(to_json(question, found), indent=2))
     else:
         print_plan(question, found, explain=explain)
+
+
+def _refuse_early(asked: dict[str, Any]) -> None:
+    """Names and folders that are not there, before torch is imported."""
+    from zeroinf.hardware.disk import read_disk
+    from zeroinf.hardware.presets import load_machine
+    from zeroinf.jobs.contradictions import check_folders
+    from zeroinf.model.source import check_name
+
+    if asked["machine_name"] is not None:
+        load_machine(asked["machine_name"])
+    else:
+        check_folders([read_disk(path) for path in asked["nvme_paths"]])
+    if asked["revision"] is None:
+        check_name(asked["model"], random_weights=True)
 
 
 def _refuse_contradictions(

@@ -349,13 +349,9 @@ def _write_report(file: Path, report: RunReport) -> None:
 
 
 def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
-    from rich.console import Console
-
-    from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
     from zeroinf.generation.row import Sampling
+    from zeroinf.jobs.contradictions import refuse_early
     from zeroinf.jobs.options import RunOptions
-    from zeroinf.jobs.runner import run_job
-    from zeroinf.service.device import pick_device
 
     keys = (
         *("max_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos"),
@@ -372,6 +368,14 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
         aio=aio_of(asked),
         **asked,
     )
+    if world.is_main:  # it speaks for all ranks, and other nodes may lack its files
+        refuse_early(options)
+    from rich.console import Console
+
+    from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
+    from zeroinf.jobs.runner import run_job
+    from zeroinf.service.device import pick_device
+
     console, results = Console(stderr=True, soft_wrap=True), sys.stdout
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
     with redirect_stdout(sys.stderr):  # what libraries print is no result

@@ -13,7 +13,8 @@ from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.planning import choose_engine, refuse_idle_paths, share_model
+from zeroinf.jobs.contradictions import choose_engine, refuse_idle_paths
+from zeroinf.jobs.planning import share_model
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import pick_dtype, resolve_model

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import GenerationMixin
 
@@ -23,6 +23,7 @@ from zeroinf.hardware.machine import Disk
 from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.snapshot import read_machine, read_memory
+from zeroinf.jobs.contradictions import check_folders, choose_engine, given, refuse_contradictions
 from zeroinf.jobs.options import RunOptions
 from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.inspect import config_dtype
@@ -32,9 +33,9 @@ from zeroinf.model.weights import can_be_converted, weight_files
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
-from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
+from zeroinf.planner.traits import possible_offload
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.wish import Wish, check_micro_batch_rows
+from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import Question, answer, asked
 from zeroinf.sizes import gib
@@ -66,7 +67,7 @@ def plan_run(
     parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
     anatomy = replace(anatomy, loads=_loading(source, anatomy))
     machine = read_machine(nvme_paths)
-    _check_folders(machine.disks)
+    check_folders(machine.disks)
     # What requests hold is not free any more, and a term of every plan.
     available = machine.memory.available_bytes + lengths.request_bytes
     machine = replace(machine, memory=replace(machine.memory, available_bytes=available))
@@ -154,19 +155,6 @@ def _with_codes(plan: Plan, own_config: Mapping[str, Any], source: ModelSource) 
     return replace(plan, wire=codes)
 
 
-def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[EngineName, str | None]:
-    """The engine's name, and why `auto` did not take the stream engine.
-
-    Raises UsageError when another engine than DeepSpeed's is asked to use its configuration.
-    """
-    obstacle = "--zero-config configures DeepSpeed's ZeRO" if own_zero_config else None
-    if asked == "auto":
-        return ("zero", obstacle) if obstacle else ("stream", None)
-    if asked != "zero" and obstacle:
-        raise UsageError(f"--engine {asked}: {obstacle}", hint="--engine zero, or --engine auto")
-    return cast(EngineName, asked), None
-
-
 def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int) -> TensorParallel:
     """What was asked, with the ranks of a group: all, unless the user says how many.
 
@@ -212,26 +200,9 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
     """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks whose
     rows can be regrouped or not."""
     of_gpus = {"--gpu-memory": options.gpu_memory_bytes is not None, "--no-pin-memory": not options.pin_memory}
-    if device == "cpu" and (given := _given(of_gpus)):
-        raise UsageError(f"{', '.join(given)} has no effect: this run computes on the CPU", hint="drop it")
-    parallel = options.tensor_parallel
-    flags = {
-        "--no-pin-memory": not options.pin_memory,
-        "--static-batches": options.static_batches,
-        "--wire": options.wire != "model",
-        "several of --nvme-path": len(options.nvme_paths) > 1,
-        "--tensor-parallel-size": parallel.size > 0,
-        "--injection-policy": bool(parallel.injection_policy),
-        "--checkpoint-json": parallel.checkpoint is not None,
-        "--save-mp-checkpoint-path": parallel.save_to is not None,
-    }
-    refuse_settings(engine, _given(flags))
-    given = _given({"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None})
-    refuse_settings(engine, given)
-    if given and options.offload == "none":
-        raise UsageError(f"{', '.join(given)} has no effect with --offload none: all blocks stay", hint="drop it")
-    refuse_idle_paths(possible_offload(engine, options.offload), options.nvme_paths)
-    check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups)
+    if device == "cpu" and (idle := given(of_gpus)):
+        raise UsageError(f"{', '.join(idle)} has no effect: this run computes on the CPU", hint="drop it")
+    refuse_contradictions(options, engine, regroups)
     if options.fetch != "auto" and world.size == 1:
         raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
     if options.fetch == "partitioned" and world.local_size != world.size:
@@ -246,16 +217,6 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, bl
             f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
-
-
-def refuse_idle_paths(offload: str, nvme_paths: Sequence[Path]) -> None:
-    """Raise UsageError for folders where nothing would rest."""
-    if nvme_paths and offload not in ("auto", "nvme"):
-        raise UsageError(f"--nvme-path has no effect with --offload {offload}", hint="add --offload nvme, or drop it")
-
-
-def _given(flags: Mapping[str, bool]) -> list[str]:
-    return [flag for flag, is_given in flags.items() if is_given]
 
 
 def _read_zero_config(path: Path) -> dict[str, Any]:
@@ -278,16 +239,6 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
     if device == "nvme" and not path:
         raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
     return device, (Path(path),) if path else ()
-
-
-def _check_folders(disks: Sequence[Disk]) -> None:
-    for disk in disks:
-        if not disk.exists:
-            raise UsageError(f"--nvme-path {disk.path} is not a folder", hint=f"mkdir -p {disk.path}")
-        if not disk.writable:
-            raise UsageError(f"--nvme-path {disk.path} is not writable", hint="choose another folder")
-    if len({disk.path.resolve() for disk in disks}) < len(disks):
-        raise UsageError("--nvme-path names the same folder twice", hint="name each disk's folder once")
 
 
 def _check_nvme(plan: Plan, source: ModelSource, disks: Sequence[Disk], own_config: dict[str, Any] | None) -> None:

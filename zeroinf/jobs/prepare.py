@@ -12,12 +12,13 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.settings import notes, refuse_sampling
+from zeroinf.jobs.contradictions import choose_engine
 from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, began_before, check_output
-from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.planning import plan_run
 from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of

@@ -22,11 +22,11 @@ from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
+from zeroinf.jobs.contradictions import choose_engine
 from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.leaving import Leaving, reason_of
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Writer, errors_path, journal_path
-from zeroinf.jobs.planning import choose_engine
 from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
 from zeroinf.jobs.sharing import share_work

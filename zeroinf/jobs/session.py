@@ -19,8 +19,9 @@ from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
+from zeroinf.jobs.contradictions import choose_engine
 from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import choose_engine, plan_run
+from zeroinf.jobs.planning import plan_run
 from zeroinf.jobs.ranks import Asked, Ranks
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy

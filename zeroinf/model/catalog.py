@@ -33,11 +33,16 @@ def catalog_parameters(name: str) -> int | None:
     return entry.get("_parameters") if entry else None
 
 
+def catalog_close_to(name: str, *, cutoff: float = 0.8) -> list[str]:
+    """Names of the catalog that are spelt much like `name`, the closest first."""
+    return get_close_matches(name.lower().rpartition("/")[2], catalog_names(), n=3, cutoff=cutoff)
+
+
 def catalog_config(name: str) -> Any:
     """The transformers config of the catalog's model `name`; raises ModelError with the closest names otherwise."""
     entry = _find(name)
     if entry is None:
-        close = get_close_matches(name.lower().rpartition("/")[2], catalog_names(), n=3, cutoff=0.5)
+        close = catalog_close_to(name, cutoff=0.5)
         hint = f"close to it: {', '.join(close)}" if close else f"known: {', '.join(catalog_names())}"
         raise ModelError(f"no model {name!r} in the catalog", hint=hint)
     from transformers import CONFIG_MAPPING

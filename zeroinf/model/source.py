@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.adapter import CONFIG_FILE, MARK, Adapter, read_adapter
 from zeroinf.model.anatomy import UNTIED
-from zeroinf.model.catalog import catalog_config, catalog_hub_id, mark_own_head
+from zeroinf.model.catalog import catalog_close_to, catalog_config, catalog_hub_id, mark_own_head
 from zeroinf.model.demo import DEMO_ALIAS, demo_file
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.gguf.folder import gguf_folder
@@ -38,6 +38,9 @@ _WHY_NOT = {
 
 # Any one of these makes a folder's tokenizer; without this check transformers makes an empty one up.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+# The hub has had ids without an owner, which still lead to their models; new ones cannot be made.
+_HUB_IDS_WITHOUT_OWNER = ("gpt2", "distilgpt2", "openai-gpt", "t5-", "ctrl", "xlnet", "transfo-xl", "xlm", "bert-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +243,14 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
     return own
 
 
+def check_name(name: str, *, random_weights: bool = False) -> None:
+    """Raise ModelError for a name behind which there can be no model, without reading one."""
+    path = Path(name).expanduser()
+    is_known = name == DEMO_ALIAS or (path.suffix == ".gguf" and path.is_file())
+    if not is_known and not (random_weights and not Path(name).exists() and catalog_hub_id(name)):
+        _locate_checkpoint(name, path)
+
+
 def _locate(name: str, *, in_full: bool) -> tuple[str, tuple[Path, ...]]:
     """The folder or hub id behind `name`, and files of weights that lie elsewhere; names that can only be paths must
     exist."""
@@ -265,6 +276,11 @@ def _locate_checkpoint(name: str, path: Path) -> str:
         raise ModelError(f"no such folder: {name!r}", hint="check the path; a hub id looks like organisation/model")
     if "/" not in name and (hub_id := catalog_hub_id(name)):
         raise ModelError(f"{name} names a shape in the catalog, not a checkpoint", hint=f"use {hub_id} for its weights")
+    if "/" not in name and not name.lower().startswith(_HUB_IDS_WITHOUT_OWNER) and (close := catalog_close_to(name)):
+        raise ModelError(
+            f"no model {name!r}: the catalog has no such name, and a hub id looks like organisation/model",
+            hint=f"close to it: {', '.join(close)}",
+        )
     return name
 
 
