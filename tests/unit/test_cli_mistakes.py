@@ -21,7 +21,7 @@ _MISTAKES = {
     ("plan", "-m", "./absent.gguf"): "no such folder: './absent.gguf'",
     ("eval", "-m", "./absent", "--text", "there.jsonl"): "no such folder: './absent'",
     ("plan", "-m", "llama-2-7b", "--machine", "8xB1"): "no machine '8xB1'",
-    (*_RUN, "--temperature", "nan"): "temperature must lie between 0 and 100, not nan",
+    (*_RUN, "--temperature", "101"): "101",
     (*_RUN, "--temperature", "1", "--top-p", "1.5"): "1.5 is not in the range",
     (*_RUN, "--engine", "resident", "--wire", "int4"): "--wire has no effect with the resident engine",
     (*_RUN, "-b", "4", "--micro-batch-rows", "8"): "--micro-batch-rows 8, but with --batch-size 4",
