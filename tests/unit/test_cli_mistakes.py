@@ -19,6 +19,7 @@ _MISTAKES = {
     ("run", "-m", "llama-2-70b", "--prompt", "x"): "llama-2-70b names a shape in the catalog",
     ("run", "-m", "./absent", "--prompt", "x"): "no such folder: './absent'",
     ("plan", "-m", "./absent.gguf"): "no such folder: './absent.gguf'",
+    ("plan", "-m", "nobody/nothing"): "nobody/nothing is not in the local cache, and the model hub cannot be reached",
     ("eval", "-m", "./absent", "--text", "there.jsonl"): "no such folder: './absent'",
     ("plan", "-m", "llama-2-7b", "--machine", "8xB1"): "no machine '8xB1'",
     (*_RUN, "--temperature", "101"): "101",

@@ -105,8 +105,7 @@ def _refuse_early(asked: dict[str, Any]) -> None:
         load_machine(asked["machine_name"])
     else:
         check_folders([read_disk(path) for path in asked["nvme_paths"]])
-    if asked["revision"] is None:
-        check_name(asked["model"], random_weights=True)
+    check_name(asked["model"], asked["revision"], random_weights=asked["revision"] is None)
 
 
 def _refuse_contradictions(

@@ -24,7 +24,7 @@ def refuse_early(options: RunOptions) -> None:
     if options.zero_config is None:  # else the JSON says where weights rest
         refuse_contradictions(options, engine, regroups=True)
         check_folders([read_disk(path) for path in options.nvme_paths])
-    check_name(options.model, random_weights=options.random_weights)
+    check_name(options.model, options.revision, random_weights=options.random_weights)
 
 
 def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[EngineName, str | None]:

@@ -15,7 +15,7 @@ from zeroinf.model.catalog import catalog_close_to, catalog_config, catalog_hub_
 from zeroinf.model.demo import DEMO_ALIAS, demo_file
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.gguf.folder import gguf_folder
-from zeroinf.model.hub import hub_error
+from zeroinf.model.hub import hub_error, require_at_hand
 from zeroinf.model.weights import hub_dtype, local_weight_files, weights_at_hand
 
 if TYPE_CHECKING:
@@ -243,12 +243,15 @@ def pick_dtype(requested: str, source: ModelSource, device: str, supports_bf16: 
     return own
 
 
-def check_name(name: str, *, random_weights: bool = False) -> None:
-    """Raise ModelError for a name behind which there can be no model, without reading one."""
+def check_name(name: str, revision: str | None = None, *, random_weights: bool = False) -> None:
+    """Raise ModelError for a name behind which there can be no model, without reading one, or that cannot be had."""
     path = Path(name).expanduser()
     is_known = name == DEMO_ALIAS or (path.suffix == ".gguf" and path.is_file())
-    if not is_known and not (random_weights and not Path(name).exists() and catalog_hub_id(name)):
-        _locate_checkpoint(name, path)
+    if is_known or (random_weights and not Path(name).exists() and catalog_hub_id(name)):
+        return
+    _locate_checkpoint(name, path)
+    if not path.is_dir():
+        require_at_hand(name, revision)
 
 
 def _locate(name: str, *, in_full: bool) -> tuple[str, tuple[Path, ...]]:
