@@ -20,6 +20,7 @@ from zeroinf.cli.params import (
     offload_options,
     refuse_unused_offload_options,
 )
+from zeroinf.cli.waiting import waiting
 from zeroinf.errors import OutputError, UsageError
 
 
@@ -72,14 +73,16 @@ def plan(
     """
     _refuse_contradictions(ctx, asked, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
     _refuse_early(asked)
-    from zeroinf.cli.plan_view import print_plan, to_json
-    from zeroinf.jobs.ask import PlanOptions, ask
-    from zeroinf.simulation.planning import answer
+    with waiting("starting: importing torch and transformers"):
+        from zeroinf.cli.plan_view import print_plan, to_json
+        from zeroinf.jobs.ask import PlanOptions, ask
+        from zeroinf.simulation.planning import answer
 
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
-    question = ask(PlanOptions(aio=aio_of(asked), **asked))
-    found = answer(question, advise=not (as_json or emit_zero_config))
+    with waiting("planning"):
+        question = ask(PlanOptions(aio=aio_of(asked), **asked))
+        found = answer(question, advise=not (as_json or emit_zero_config))
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 

@@ -30,6 +30,7 @@ from zeroinf.cli.params import (
     tensor_parallel_options,
 )
 from zeroinf.cli.ranks import BY_HOSTFILE
+from zeroinf.cli.waiting import waiting
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
 from zeroinf.jobs.export import OUTPUT_FORMATS
 from zeroinf.jobs.formats import FORMATS
@@ -372,9 +373,10 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
         refuse_early(options)
     from rich.console import Console
 
-    from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
-    from zeroinf.jobs.runner import run_job
-    from zeroinf.service.device import pick_device
+    with waiting("starting: importing torch and transformers", quiet=quiet or not world.is_main):
+        from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
+        from zeroinf.jobs.runner import run_job
+        from zeroinf.service.device import pick_device
 
     console, results = Console(stderr=True, soft_wrap=True), sys.stdout
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)

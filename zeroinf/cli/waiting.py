@@ -1,0 +1,19 @@
+"""Words for a wait of seconds, on terminals only: a log needs none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def waiting(words: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show `words` beside something that moves until the block ends; nothing of it stays on the terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(words):
+        yield
