@@ -31,6 +31,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
 from zeroinf.model.source import load_tokenizer, resolve_model
 from zeroinf.model.weights import weight_files
+from zeroinf.planner.traits import expands_once
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,17 @@ def test_engines_that_run_weights_in_full_get_a_checkpoint_of_them(
     assert Path(source.location) == demo_folder
     assert not hasattr(source.config, "quantization_config")
     assert {file.suffix for file in weight_files(source)} == {".safetensors"}
+
+
+@pytest.mark.parametrize(("offload", "is_packed"), [("auto", False), ("none", False), ("cpu", True), ("nvme", True)])
+def test_on_a_cpu_weights_are_expanded_once_unless_the_user_says_where_they_are_kept(
+    offload: str, is_packed: bool, demo_folder: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(demo_cache))
+    monkeypatch.setattr(convert, "_convert", pytest.fail)
+    source = resolve_model("demo", expands_once=expands_once("cpu", offload))
+    assert (Path(source.location) == demo_folder) != is_packed
+    assert not expands_once("cuda", offload)
 
 
 def test_a_converted_demo_holds_the_values_of_the_packed_file(demo_folder: Path) -> None:
@@ -323,6 +335,7 @@ KILLED_WHILE_BUILDING = """
 import os, sys
 from pathlib import Path
 from zeroinf.model.cache import build_once
+from zeroinf.planner.traits import expands_once
 
 def build(folder):
     (folder / "half").write_text("half")

@@ -21,7 +21,7 @@ from zeroinf.model.source import pick_dtype, resolve_model
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
-from zeroinf.planner.traits import needs_full_weights, possible_offload, refuse_settings
+from zeroinf.planner.traits import expands_once, needs_full_weights, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
@@ -65,6 +65,7 @@ def ask(options: PlanOptions) -> Question:
     """The planner's question. Raises UsageError for what is without effect, or impossible, on that machine."""
     machine, rates = _machine(options)
     engine, _ = choose_engine(options.engine, own_zero_config=False)
+    device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     # Only shapes are wanted, so the catalog's will do; it knows no revisions.
     source = resolve_model(
         options.model,
@@ -72,8 +73,8 @@ def ask(options: PlanOptions) -> Question:
         trust_remote_code=options.trust_remote_code,
         random_weights=options.revision is None,
         in_full=needs_full_weights(engine, options.wire),
+        expands_once=expands_once(device, options.offload),
     )
-    device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     dtype = pick_dtype(options.dtype, source, device)
     anatomy = read_anatomy(source.config, dtype=dtype, trust_remote_code=options.trust_remote_code)
     _refuse_impossible(options, engine, machine, anatomy)

@@ -22,7 +22,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import needs_full_weights
+from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.observer import Observer, Progress, rate
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
@@ -88,6 +88,7 @@ def evaluate(
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         in_full=needs_full_weights("stream", options.wire),
+        expands_once=expands_once(device.type, options.offload),
     )
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None  # only random weights come without one

@@ -33,7 +33,7 @@ from zeroinf.jobs.sharing import share_work
 from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.model.source import ModelSource, resolve_model
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import needs_full_weights
+from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal, Work
@@ -123,7 +123,7 @@ def _start_together(
         return None if prepared is None else replace(prepared, work=())
 
     prepared = control.from_main(start)
-    mine = started[0] if started else _Start(source=_resolve(options), prepared=prepared)
+    mine = started[0] if started else _Start(source=_resolve(options, device.type), prepared=prepared)
     if prepared is None:
         return mine
     whole = mine.prepared.work if started and mine.prepared is not None else None
@@ -131,7 +131,7 @@ def _start_together(
 
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
-    source = _resolve(options)
+    source = _resolve(options, device)
     reading = read_job(options, source, device)
     job = reading.job
     observer.left_out("refused", job.refusals)
@@ -181,7 +181,7 @@ def _check_error_rate(options: RunOptions, job: Job) -> None:
         )
 
 
-def _resolve(options: RunOptions) -> ModelSource:
+def _resolve(options: RunOptions, device: str) -> ModelSource:
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     return resolve_model(
         options.model,
@@ -189,6 +189,7 @@ def _resolve(options: RunOptions) -> ModelSource:
         trust_remote_code=options.trust_remote_code,
         random_weights=options.random_weights,
         in_full=needs_full_weights(engine, options.wire),
+        expands_once=expands_once(device, options.offload),
     )
 
 

@@ -27,7 +27,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import needs_full_weights
+from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.core import Priority, Service
 from zeroinf.service.device import pick_device
@@ -220,14 +220,15 @@ def open_session(
     """A session on this rank, or on `num_gpus` ranks that are started for it. `lengths` may need the model."""
     world, ranks = world_from_environment(), None
     engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
+    device = pick_device(world)
     source = resolve_model(
         options.model,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         random_weights=options.random_weights,
         in_full=needs_full_weights(engine, options.wire),
+        expands_once=expands_once(device.type, options.offload),
     )
-    device = pick_device(world)
     anatomy = read_anatomy(
         source.config,
         dtype=pick_dtype(options.dtype, source, device.type),

@@ -72,13 +72,15 @@ def resolve_model(
     trust_remote_code: bool = False,
     random_weights: bool = False,
     in_full: bool = False,
+    expands_once: bool = False,
 ) -> ModelSource:
     """Find the model `name` and read its config; no weights are loaded, and none are fetched from the hub.
 
     `name` is `demo`, a checkpoint folder, a `.gguf` file, a folder with a LoRA adapter, a hub id or, with
     `random_weights`, a name of the catalog.
-    `in_full`: a `.gguf` file is converted to weights in full first, for engines that run no others. The config takes
-    over what only the weights' files say, where they are here: a dtype, and which parameters are not tied.
+    `in_full`: a `.gguf` file is converted to weights in full first, for engines that run no others, and adapters are
+    refused; `expands_once` does the former alone, where that is quicker. The config takes over what only the weights'
+    files say, where they are here: a dtype, and which parameters are not tied.
     Raises ModelError when there is no such model, when its weights are not complete, when it is neither a causal
     language model nor a sequence-to-sequence one, or when it would run code of its own without `trust_remote_code`.
     """
@@ -89,7 +91,7 @@ def resolve_model(
         location, config = hub_id, catalog_config(name)
     else:
         adapter = _adapter(name, in_full=in_full)
-        location, weights = _locate(adapter.base if adapter is not None else name, in_full=in_full)
+        location, weights = _locate(adapter.base if adapter is not None else name, in_full=in_full or expands_once)
     if revision is not None and (config is not None or Path(location).is_dir()):
         where = "the catalog" if config is not None else "a local folder"
         raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")

@@ -108,6 +108,12 @@ def needs_full_weights(engine: str, wire: Wire = "model") -> bool:
     return engine != "stream" or wire != "model"
 
 
+def expands_once(device: str, offload: str) -> bool:
+    """Whether weights of a `.gguf` file are expanded before a run rather than in each pass: nothing crosses a link on a
+    CPU, which takes longer to expand a layer than to run it. An offload that the user names keeps them as stored."""
+    return device == "cpu" and offload in ("auto", "none")
+
+
 def refuse_beside_codes(anatomy: Anatomy, engine: str, wire: Wire = "model") -> None:
     """Raise UsageError for what a checkpoint that is quantized already does without."""
     if (quantized := anatomy.quantized) is None:
