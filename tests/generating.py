@@ -157,5 +157,5 @@ def run_rows(
 def greedy_by_transformers(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
     """What plain transformers chooses after `prompt` and each of `tokens` but the last: the row alone, no cache."""
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits
+        logits = model(torch.tensor([[*prompt, *tokens[:-1]]], device=model.device), use_cache=False).logits
     return logits[0, len(prompt) - 1 :].argmax(-1).tolist()

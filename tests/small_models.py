@@ -289,8 +289,10 @@ PADDED_MODELS = {
 }
 """Those whose forwards cannot be packed, by the reason why."""
 
-# DeepSeek's keys are expanded after they are cached since transformers 5.24, and before that until then.
-PACKED_MODELS = sorted(SMALL_MODELS.keys() - set().union(*PADDED_MODELS.values()) - {"deepseek_v2", "deepseek_v3"})
+_SOMETIMES_PACKED = {"codegen", "deepseek_v2", "deepseek_v3", "gptj"}
+"""DeepSeek's keys are expanded after they are cached since transformers 5.24; CodeGen and GPT-J dispatch since then."""
+
+PACKED_MODELS = sorted(SMALL_MODELS.keys() - set().union(*PADDED_MODELS.values()) - _SOMETIMES_PACKED)
 """Those whose forwards can be packed with every version of transformers."""
 
 

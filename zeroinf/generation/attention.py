@@ -8,7 +8,7 @@ or masked. Kernels do that work: the one here for the CPU, another one for GPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ from zeroinf.model.packing import not_understood
 
 IMPLEMENTATION = "zeroinf_pages"
 """The name under which transformers knows `attend`. No mask is registered with it, so that models make none."""
+
+MOST_PARTS = 1024
+"""Programs that share the keys of decode steps, at the most, where few rows have long contexts."""
 
 _LAYER = "zeroinf_layer"
 # A place in the page that belongs to no row.
@@ -46,6 +49,8 @@ class Tokens:
     """(tokens,), int64: the token's place in its row."""
     lengths: torch.Tensor
     """(tokens,), int64: tokens of its row that are in the cache afterwards."""
+    blocks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
+    """Shares of the work, by what a kernel knows them by; layers that are alike make them once."""
 
     @property
     def total(self) -> int:
@@ -113,6 +118,13 @@ class PackedView:
             found.append(self.pages[seat].index_select(0, slots // PAGE_TOKENS) * PAGE_TOKENS + slots % PAGE_TOKENS)
         return found
 
+    @cached_property
+    def longest_step(self) -> int:
+        """The most keys that a row with one new token reads from its pages, its own included."""
+        steps = [start + 1 for start, count in zip(self.tokens.starts, self.tokens.counts, strict=True) if count == 1]
+        longest = max(steps, default=0)
+        return longest if self.window is None else min(longest, self.window)
+
     def first_seen(self, start: int) -> int:
         """The first key that a query at `start` sees."""
         return 0 if self.window is None else max(0, start - self.window + 1)
@@ -175,9 +187,19 @@ def attend(
 AttentionInterface.register(IMPLEMENTATION, attend)
 
 
+def parts_elements(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parts: int) -> int:
+    """Numbers that so many programs leave which share the keys of decode steps: a sum of values for each head of a
+    group, and what it is to be divided by."""
+    return parts * (query.shape[0] // keys.shape[0]) * (values.shape[2] + 2)
+
+
 def kernel_for(device: torch.device) -> Kernel:
     """The kernel of `device`."""
-    return attend_in_torch
+    if device.type != "cuda":
+        return attend_in_torch
+    from zeroinf.generation.kernels import attend_on_gpu
+
+    return attend_on_gpu
 
 
 def attend_in_torch(

@@ -23,6 +23,7 @@ from zeroinf.hardware.machine import Disk
 from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.snapshot import read_machine, read_memory
+from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.jobs.contradictions import check_folders, choose_engine, given, refuse_contradictions
 from zeroinf.jobs.options import RunOptions
 from zeroinf.model.anatomy import Anatomy, Loading
@@ -66,6 +67,10 @@ def plan_run(
     offload = possible_offload(engine, offload)
     parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
     anatomy = replace(anatomy, loads=_loading(source, anatomy))
+    if lengths.scored_tokens:
+        anatomy = replace(anatomy, padded_because="prompts are scored, each as a whole")
+    elif device == "cuda":
+        anatomy = replace(anatomy, padded_because=anatomy.padded_because or why_no_kernels())
     machine = read_machine(nvme_paths)
     check_folders(machine.disks)
     # What requests hold is not free any more, and a term of every plan.

@@ -6,7 +6,12 @@ from zeroinf.planner.workload import Kernel, Pattern
 
 # Fitted to one set of runs of `scripts/bench-kernels` on an H200; whole runs beside them stand in docs/benchmarks.md.
 _PRODUCT_SHARES = (1.05, 0.8)  # of arithmetic, of memory
-_OWN_PRODUCT_SHARES = {"efficient attention": (0.17, 0.48), "bmm": (1.05, 0.65), "baddbmm": (1.05, 0.45)}
+_OWN_PRODUCT_SHARES = {
+    "efficient attention": (0.17, 0.48),
+    "packed attention": (0.3, 0.8),
+    "bmm": (1.05, 0.65),
+    "baddbmm": (1.05, 0.45),
+}
 _PATTERN_SHARES: dict[Pattern, float] = {"straight": 0.95, "converted": 0.62, "crossed": 0.4, "repeated": 0.4}
 _SHARES: dict[tuple[str, Pattern], float] = {
     ("gelu", "straight"): 0.7,

@@ -366,7 +366,7 @@ class Planner:
 
     def _packs(self, wish: Wish) -> bool:
         """Whether rows of a forward lie side by side."""
-        return not why_padded(self._anatomy, wish.engine, self._device, on_host=_host_rows(wish, MOST_ROWS) > 0)
+        return not why_padded(self._anatomy, wish.engine, on_host=_host_rows(wish, MOST_ROWS) > 0)
 
     def _packed(self, wish: Wish, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""

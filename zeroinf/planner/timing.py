@@ -29,6 +29,11 @@ _ZERO_LAUNCHES_GATHERED = 20
 # link (docs/benchmarks.md, "Engines side by side").
 _ACCELERATE_SHARE = 0.11
 
+# What launching attention over pages costs the host, in times of a model's launch, and what each row does in a pass:
+# 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks.md, "Packed forwards").
+_ATTENTION_LAUNCHES = 5
+_ROW_S = 5e-6
+
 # What a micro-batch costs beside its kernels.
 _STEP_S = 0.5e-3
 # Of a micro-batch in host memory, what each layer costs beside its kernels: events and streams, there and back.
@@ -253,8 +258,10 @@ def _packed(workload: Workload, speeds: Speeds) -> _Cost:
         one = by_tokens(tokens / count)
         more, none = by_choices(max(1.0, choices)), by_choices(1.0)
         attention = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in one}
-        # Each forward launches it once a layer, whatever it holds.
-        attention["kernel launches"] = count * max(each["kernel launches"] for each in (of_prompts, of_decode))
+        # Each forward launches it for steps and for prompts, however many it holds.
+        kinds = (of_prompts if prompts else {}, of_decode if decode else {})
+        launched = sum(kind.get("kernel launches", 0.0) for kind in kinds)
+        attention["kernel launches"] = count * _ATTENTION_LAUNCHES * launched + decode * shape.rows * _ROW_S
         return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
 
     return cost

@@ -80,14 +80,14 @@ def refuse_settings(engine: str, given: Iterable[str]) -> None:
         )
 
 
-def why_padded(anatomy: Anatomy, engine: str, device: str, *, on_host: bool) -> str:
+def why_padded(anatomy: Anatomy, engine: str, *, on_host: bool) -> str:
     """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `on_host`: keys
     and values of some rows rest in host memory."""
     if not TRAITS[engine].packs:
         return f"the {engine} engine runs transformers' own batches"
     if on_host:
         return "keys and values rest in host memory"
-    return anatomy.padded_because if device == "cpu" else "no kernel attends over pages on GPUs yet"
+    return anatomy.padded_because
 
 
 def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload | Literal["auto"]:

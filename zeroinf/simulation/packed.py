@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from zeroinf.generation.attention import PackedLayer, Scores
+from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, parts_elements
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, LayerCache
 from zeroinf.model.packing import windows_of
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Events, Forwards, Kernel, Kernels, Pass, Shape, Step, same
+from zeroinf.simulation.recorder import Recorder
 
 # Tokens and choices of the forwards that are simulated: three make a plane, on which the last must lie.
 _CORNER, _MORE_TOKENS, _MORE_CHOICES, _FAR = (64, 4), (4096, 4), (64, 36), (1024, 256)
@@ -29,11 +30,16 @@ _TIMED = tuple(1 << power for power in range(16))
 class OnPaper:
     """What attention of packed forwards allocates on a GPU; what it reads and multiplies is counted elsewhere."""
 
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
     def __call__(
         self, layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        layer.write(keys, values)
-        return query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+        out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+        query.new_empty(parts_elements(query, keys, values, MOST_PARTS), dtype=torch.float32)
+        self._recorder.kernel("packed write", 0, (keys, values, keys, values))
+        return out
 
 
 class ByTokens:

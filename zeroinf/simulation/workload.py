@@ -268,7 +268,7 @@ class Simulator:
 def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
     """What `group` does in one pass of the loop; block i of those that `recorder` watches stands for `times[i]`."""
     recorder.cut_kernels(times)
-    desk.kernel = OnPaper()
+    desk.kernel = OnPaper(recorder)
     batch = desk.batch(group)
     inputs = batch.inputs()
     desk.begin([batch])

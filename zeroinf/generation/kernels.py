@@ -1,0 +1,313 @@
+"""The GPU's kernels for attention over pages. Only a process that needs them imports this: Triton comes with torch for
+CUDA alone.
+
+A block of queries, of one row and of all heads that share keys, fills the rows of one product: the next token of a row
+is a block of its own, prompts come in larger ones. Keys are read where they lie: those that were there before in pages,
+those of a prompt's new tokens among the forward's own. Where few rows have long contexts, several programs share the
+keys of a block, and another kernel puts their parts together. Sums are in float32, products of float32 are exact.
+"""
+
+# ruff: noqa: N803  constants of a kernel are written large
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, Tokens, parts_elements
+from zeroinf.generation.upload import to_device
+from zeroinf.model.anatomy import PAGE_TOKENS
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1e30)
+
+# Keys that are worth a program of their own.
+_SHORTEST_SPLIT = 256
+
+
+_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""On a CPU, to test kernels: CUDA's functions are not there."""
+
+
+# Triton looks annotations up while it compiles, and knows none of Python's types.
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    if _IS_INTERPRETED:
+        return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return libdevice.tanh(x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _write(  # type: ignore[no-untyped-def]
+    new_keys, new_values, keys, values, places, key_t, key_h, key_w, value_t, value_h, value_w,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + token)
+    at = tl.arange(0, KEY_BLOCK)
+    given = new_keys + token * key_t + (at // WIDTH).to(tl.int64) * key_h + (at % WIDTH) * key_w
+    tl.store(keys + place * HEADS * WIDTH + at, tl.load(given, mask=at < HEADS * WIDTH), mask=at < HEADS * WIDTH)
+    at = tl.arange(0, VALUE_BLOCK)
+    inside = at < HEADS * VALUE_WIDTH
+    given = new_values + token * value_t + (at // VALUE_WIDTH).to(tl.int64) * value_h + (at % VALUE_WIDTH) * value_w
+    tl.store(values + place * HEADS * VALUE_WIDTH + at, tl.load(given, mask=inside), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scored(  # type: ignore[no-untyped-def]
+    q, k, v, sees, scale, softcap, acc, highest, total, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of keys: (product rows, keys). Scores are kept as powers of two."""
+    x = tl.dot(q, k, input_precision=PRECISION) * scale
+    if CAPPED:
+        x = softcap * _tanh(x / softcap)
+    x = tl.where(sees, x * _LOG2_E, _LOWEST)
+    now = tl.maximum(highest, tl.max(x, 1))
+    weights = tl.where(sees, tl.exp2(x - now[:, None]), 0.0)
+    fading = tl.exp2(highest - now)
+    acc = acc * fading[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return acc, now, total * fading + tl.sum(weights, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    query, new_keys, new_values, keys, values, out, parts, part_sums, pages, rows, blocks, sinks,
+    scale, softcap, window, ring, count_rows, split_keys,
+    query_t, query_h, key_t, key_h, value_t, value_h,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SUNK: tl.constexpr,
+    NEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0), tl.program_id(1)
+    row, offset = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1).to(tl.int32)
+    seat, start = tl.load(rows + row), tl.load(rows + count_rows + row).to(tl.int32)
+    count, first = tl.load(rows + 2 * count_rows + row).to(tl.int32), tl.load(rows + 3 * count_rows + row)
+    at = tl.arange(0, ROWS)
+    mine, heads = offset + at // GROUP, head * GROUP + at % GROUP
+    inside = (at < QUERIES * GROUP) & (mine < count)
+    width, value_width = tl.arange(0, WIDTH_BLOCK), tl.arange(0, VALUE_BLOCK)
+    is_width, is_value = width < WIDTH, value_width < VALUE_WIDTH
+    tile = tl.arange(0, KEYS)
+    q = tl.load(
+        query + (first + mine)[:, None] * query_t + heads[:, None] * query_h + width[None, :],
+        mask=inside[:, None] & is_width[None, :], other=0.0,
+    )  # fmt: skip
+    acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    highest = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if SUNK and not SPLIT:
+        highest = tl.load(sinks + heads, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
+        total += 1.0
+    position = start + mine
+    paged = start if NEW else start + count  # so many keys are read from pages
+    low = tl.zeros_like(start)
+    if WINDOWED:
+        low = tl.maximum(start + offset - window + 1, 0)
+    end = paged
+    if SPLIT:
+        low += tl.program_id(2) * split_keys
+        end = tl.minimum(paged, low + split_keys)
+    for tile_start in range(low, end, KEYS):
+        key = tile_start + tile
+        there = key < end
+        slot = key % ring
+        page = tl.load(pages + seat * (ring // PAGE) + slot // PAGE, mask=there, other=0)
+        place = page * PAGE + slot % PAGE
+        k = tl.load(
+            keys + place[None, :] * (HEADS * WIDTH) + head * WIDTH + width[:, None],
+            mask=there[None, :] & is_width[:, None], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            values + place[:, None] * (HEADS * VALUE_WIDTH) + head * VALUE_WIDTH + value_width[None, :],
+            mask=there[:, None] & is_value[None, :], other=0.0,
+        )  # fmt: skip
+        sees = there[None, :] & (key[None, :] <= position[:, None])
+        if WINDOWED:
+            sees = sees & (key[None, :] > position[:, None] - window)
+        acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, PRECISION)
+    if NEW:
+        begin = tl.maximum(low - start, 0) // KEYS * KEYS
+        last = tl.minimum(count, offset + QUERIES)
+        for tile_start in range(begin, last, KEYS):
+            key = tile_start + tile
+            there = key < last
+            k = tl.load(
+                new_keys + (first + key)[None, :] * key_t + head * key_h + width[:, None],
+                mask=there[None, :] & is_width[:, None], other=0.0,
+            )  # fmt: skip
+            v = tl.load(
+                new_values + (first + key)[:, None] * value_t + head * value_h + value_width[None, :],
+                mask=there[:, None] & is_value[None, :], other=0.0,
+            )  # fmt: skip
+            sees = there[None, :] & (key[None, :] <= mine[:, None])
+            if WINDOWED:
+                sees = sees & (key[None, :] > mine[:, None] - window)
+            acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, PRECISION)
+    if SPLIT:
+        part = (block * HEADS + head) * tl.num_programs(2) + tl.program_id(2)
+        into = (part * GROUP + at).to(tl.int64)
+        partly = parts + into[:, None] * VALUE_WIDTH + value_width[None, :]
+        tl.store(partly, acc, mask=inside[:, None] & is_value[None, :])
+        tl.store(part_sums + into * 2, highest, mask=inside)
+        tl.store(part_sums + into * 2 + 1, total, mask=inside)
+    else:
+        into = (first + mine)[:, None] * (HEADS * GROUP * VALUE_WIDTH) + heads[:, None] * VALUE_WIDTH
+        found = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + into + value_width[None, :], found, mask=inside[:, None] & is_value[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine(  # type: ignore[no-untyped-def]
+    parts, part_sums, out, rows, blocks, sinks, count_rows, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, SUNK: tl.constexpr,
+):  # fmt: skip
+    """What the programs that share a block's keys have found, for one of its heads."""
+    block, head, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(blocks + 2 * block)
+    first = tl.load(rows + 3 * count_rows + row)
+    width = tl.arange(0, VALUE_BLOCK)
+    acc = tl.zeros([VALUE_BLOCK], tl.float32)
+    highest = tl.full([1], _LOWEST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    if SUNK:
+        highest = tl.load(sinks + head * GROUP + member + tl.zeros([1], tl.int32)).to(tl.float32) * _LOG2_E
+        total += 1.0
+    for split in range(splits):
+        at = (((block * HEADS + head) * splits + split) * GROUP + member).to(tl.int64)
+        theirs, their_total = tl.load(part_sums + at * 2), tl.load(part_sums + at * 2 + 1)
+        now = tl.maximum(highest, theirs)
+        part = tl.load(parts + at * VALUE_WIDTH + width, mask=width < VALUE_WIDTH, other=0.0)
+        acc = acc * tl.exp2(highest - now) + part * tl.exp2(theirs - now)
+        total = total * tl.exp2(highest - now) + their_total * tl.exp2(theirs - now)
+        highest = now
+    into = first * (HEADS * GROUP * VALUE_WIDTH) + (head * GROUP + member) * VALUE_WIDTH
+    tl.store(out + into + width, (acc / total).to(out.dtype.element_ty), mask=width < VALUE_WIDTH)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """How a block of queries is worked on."""
+
+    rows: int
+    """Of the product: queries times the heads that share keys."""
+    keys: int
+    warps: int
+    stages: int
+
+
+def attend_on_gpu(
+    layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """As a `Kernel`, on the current stream, without waiting for the GPU."""
+    tokens, view = layer.view.tokens, layer.view
+    query, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values))
+    out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+    if not view.overwrites:
+        _write_all(layer, keys, values)
+    group = query.shape[0] // keys.shape[0]
+    for steps in (True, False):
+        tiles = _tiles(query, values, group, steps=steps)
+        blocks = _blocks(tokens, max(1, tiles.rows // group), steps=steps)
+        if blocks is not None:
+            _launch(layer, query, keys, values, scores, out, blocks, tiles, steps=steps)
+    if view.overwrites:
+        _write_all(layer, keys, values)
+    return out
+
+
+def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    heads, count, width = keys.shape
+    _write[(count,)](
+        keys, values, *layer.memory, layer.view.places,
+        *(each.stride(dim) for each in (keys, values) for dim in (1, 0, 2)),
+        HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=triton.next_power_of_2(heads * width),
+        VALUE_BLOCK=triton.next_power_of_2(heads * values.shape[2]),
+    )  # fmt: skip
+
+
+def _tiles(query: torch.Tensor, values: torch.Tensor, group: int, *, steps: bool) -> _Tiles:
+    """As large as the multiprocessors' shared memory and registers allow."""
+    size, widths = query.element_size(), [triton.next_power_of_2(each.shape[2]) for each in (query, values)]
+    rows, keys, stages = (16, 128, 2) if steps else (64, 64, 3)  # measured with scripts/bench-attention
+    rows = max(rows, triton.next_power_of_2(group))
+    room = _shared_bytes(query.device) * 0.8 - rows * widths[0] * size
+    while keys > 16 and stages * keys * sum(widths) * size > room:
+        keys //= 2
+    return _Tiles(rows, keys, 8 if rows > 64 else 4, stages)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Memory that the threads of a program share, in bytes."""
+    if device.type != "cuda":  # interpreted
+        return 100 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def _blocks(tokens: Tokens, queries: int, *, steps: bool) -> torch.Tensor | None:
+    """(blocks, 2), int64: the row of each block, and its first query among the row's new tokens; None: there is none.
+
+    `steps`: of rows with one new token; else of all others.
+    """
+    key = queries, steps
+    if key not in tokens.blocks:
+        chosen = (row for row, count in enumerate(tokens.counts) if (count == 1) == steps)
+        pairs = [part for row in chosen for at in range(0, tokens.counts[row], queries) for part in (row, at)]
+        tokens.blocks[key] = to_device(pairs, tokens.seats.device).view(-1, 2) if pairs else None
+    return tokens.blocks[key]
+
+
+def _launch(
+    layer: PackedLayer,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: Scores,
+    out: torch.Tensor,
+    blocks: torch.Tensor,
+    tiles: _Tiles,
+    *,
+    steps: bool,
+) -> None:
+    view, heads, group = layer.view, keys.shape[0], query.shape[0] // keys.shape[0]
+    window, width, value_width = view.window, query.shape[2], values.shape[2]
+    longest = view.longest_step if steps else 0
+    splits = _splits(blocks.shape[0] * heads, longest, tiles.keys) if steps and not view.overwrites else 1
+    parts = sums = out
+    if splits > 1:
+        count = blocks.shape[0] * heads * splits
+        parts = query.new_empty(parts_elements(query, keys, values, count), dtype=torch.float32)
+        sums = parts[count * group * value_width :]
+    sinks = scores.sinks if scores.sinks is not None else out
+    shape: dict[str, Any] = {"HEADS": heads, "GROUP": group, "VALUE_WIDTH": value_width}
+    shape |= {"VALUE_BLOCK": max(16, triton.next_power_of_2(value_width)), "SUNK": scores.sinks is not None}
+    rows = view.tokens.rows
+    _attend[(blocks.shape[0], heads, splits)](
+        query, keys, values, *layer.memory, out, parts, sums, view.pages, rows, blocks, sinks,
+        scores.scale, scores.softcap or 0.0, window or 0, view.ring_tokens, rows.shape[1],
+        -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0,
+        *(each.stride(dim) for each in (query, keys, values) for dim in (1, 0)),
+        **shape, WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), QUERIES=max(1, tiles.rows // group),
+        ROWS=tiles.rows, KEYS=tiles.keys, PAGE=PAGE_TOKENS, CAPPED=scores.softcap is not None,
+        WINDOWED=window is not None, NEW=not steps or view.overwrites, SPLIT=splits > 1,
+        PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(blocks.shape[0], heads, group)](
+            parts, sums, out, rows, blocks, sinks, rows.shape[1], splits, **shape, num_warps=1
+        )
+
+
+def _splits(programs: int, longest: int, tile: int) -> int:
+    """How many programs share the keys of a block."""
+    return max(1, min(MOST_PARTS // programs, longest // _SHORTEST_SPLIT))

@@ -1,0 +1,23 @@
+"""Whether Triton can compile kernels here: what it needs beside a GPU, looked for without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+_COMPILERS = ("gcc", "clang", "cc")
+
+
+def why_no_kernels() -> str:
+    """What Triton lacks to compile kernels for this machine's GPUs; empty where it lacks nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    chosen = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([chosen] if chosen else _COMPILERS)):
+        return f"Triton finds no C compiler ({chosen or ', '.join(_COMPILERS)})"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Triton finds no Python.h (python3-dev)"
+    return ""
