@@ -17,11 +17,12 @@ from zeroinf.cli.streams import steady_streams, trouble_with_stdout
 from zeroinf.compat.dynamo import defer_dynamo
 from zeroinf.errors import OutputError, ZeroinfError
 
-_COMMANDS = ("run", "status", "plan", "eval", "bench", "config", "store", "doctor")
+_COMMANDS = ("run", "status", "plan", "eval", "lm-eval", "bench", "config", "store", "doctor")
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module when the command is needed; each is named as its command (`eval_` as `eval`)."""
+    """Imports a command's module when the command is needed; each is named as its command (`eval_` as `eval`, `lm_eval`
+    as `lm-eval`)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -29,10 +30,11 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"zeroinf.cli.{cmd_name}")
-        command: click.Command = getattr(module, "eval_" if cmd_name == "eval" else cmd_name)
-        example = next(variables_of(command, prefix_of(cmd_name)))
-        command.epilog = f"Each option can be set in the environment by the name of its flag, as {example}."
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"zeroinf.cli.{name}")
+        command: click.Command = getattr(module, "eval_" if cmd_name == "eval" else name)
+        if (example := next(variables_of(command, prefix_of(cmd_name)), None)) is not None:
+            command.epilog = f"Each option can be set in the environment by the name of its flag, as {example}."
         return command
 
     def resolve_command(

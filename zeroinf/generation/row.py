@@ -54,6 +54,8 @@ class Sampling:
     """The text ends with the stop string, or the token, that ended the row."""
     skip_special_tokens: bool = True
     """The text has no special tokens."""
+    stop_spans_prompt: bool = True
+    """A stop string may begin in the prompt, as in transformers."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -188,7 +190,7 @@ class Row:
         encoded = _encoded(stops)
         reach = max(map(len, encoded))
         tokens = self.generated[-reach:]
-        if len(tokens) < reach:
+        if len(tokens) < reach and self.sampling.stop_spans_prompt:
             tokens = [*self.prompt[len(tokens) - reach :], *tokens]
         pieces: list[bytes] = []
         for token in reversed(tokens):

@@ -24,15 +24,34 @@ class TokenScores:
     """Of each token, given those before it: natural logarithms. NaN where the model's scores are not numbers."""
     is_greedy: bool
     """Whether each of them is the likeliest in its place."""
+    following: tuple[tuple[float, bool], ...] = ()
+    """Of each token that was asked about behind the last one: its log-probability there, and whether it is the
+    likeliest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """`tokens`, of which those from `start` on are scored; `done` receives what comes of it."""
+    """`tokens`, of which those from `start` on are scored; `done` receives what comes of it.
+
+    Each of `following` is scored as the token behind the last one: one forward tells of them all.
+    """
 
     tokens: Sequence[int]
     start: int
     done: Callable[[TokenScores], None]
+    following: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a forward shall end in."""
+
+    kept: int
+    """So many of its last tokens are scored."""
+    following: torch.Tensor | None = None
+    """(rows, most) tokens that may follow each row, padded with any."""
+    ends: torch.Tensor | None = None
+    """(rows,) the place of each row's last token among those kept and the one before them."""
 
 
 class Scorer:
@@ -44,24 +63,29 @@ class Scorer:
     def __init__(self, model: Any, pad_token: int, device: torch.device) -> None:
         self.pad_token, self.device = pad_token, device
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._kept: dict[int, int] = {}
-        """Positions wanted of each forward under way, by where its input lies."""
+        self._wanted: dict[int, _Wanted] = {}
+        """Of each forward under way, by where its input lies."""
         self._hook = model.register_forward_hook(self._reduce, with_kwargs=True)
 
-    def expect(self, ids: torch.Tensor, kept: int) -> None:
-        """The forward of `ids` (rows, tokens) shall end in the likelihoods of its last `kept` tokens."""
-        self._kept[ids.data_ptr()] = kept
+    def expect(self, ids: torch.Tensor, wanted: _Wanted) -> None:
+        """The forward of `ids` (rows, tokens) shall end in likelihoods, (rows, scored and following ones, 2)."""
+        self._wanted[ids.data_ptr()] = wanted
 
     def forget(self, ids: torch.Tensor) -> None:
         """The forward of `ids` is over, well or badly."""
-        self._kept.pop(ids.data_ptr(), None)
+        self._wanted.pop(ids.data_ptr(), None)
 
     def _reduce(self, model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
         ids = inputs.get("input_ids")
-        kept = None if ids is None else self._kept.get(ids.data_ptr())
-        if ids is None or kept is None:
+        wanted = None if ids is None else self._wanted.get(ids.data_ptr())
+        if ids is None or wanted is None:
             return None
-        return _scores(output.logits[:, -kept - 1 : -1], ids[:, -kept:])
+        logits, width = output.logits[:, -wanted.kept - 1 :], ids.shape[1]
+        found = _scores(logits[:, :-1], ids[:, width - wanted.kept :])
+        if wanted.following is None:
+            return found
+        last = logits[torch.arange(len(ids), device=ids.device), wanted.ends].unsqueeze(1)
+        return torch.cat((found, _scores_of(last, wanted.following.unsqueeze(1)).squeeze(1)), dim=1)
 
     def close(self) -> None:
         self._hook.remove()
@@ -70,13 +94,19 @@ class Scorer:
 def _scores(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Of logits (rows, positions, vocabulary) and the tokens that follow: (rows, positions, 2), float32: the token's
     log-probability, and 1 where it is the likeliest."""
-    found = []
-    for start in range(0, tokens.shape[1], _POSITIONS):
-        part, own = logits[:, start : start + _POSITIONS], tokens[:, start : start + _POSITIONS, None]
-        logs = part.log_softmax(dim=-1, dtype=torch.float32)
-        best = part.argmax(dim=-1, keepdim=True) == own
-        found.append(torch.cat((logs.gather(2, own), best.float()), dim=2))
-    return torch.cat(found, dim=1)
+    parts = [
+        _scores_of(logits[:, start : start + _POSITIONS], tokens[:, start : start + _POSITIONS, None]).squeeze(2)
+        for start in range(0, tokens.shape[1], _POSITIONS)
+    ]
+    return torch.cat(parts, dim=1) if parts else torch.zeros(len(tokens), 0, 2, device=tokens.device)
+
+
+def _scores_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of logits (rows, positions, vocabulary) and some tokens for each (rows, positions, some): (rows, positions, some,
+    2)."""
+    found = logits.log_softmax(dim=-1, dtype=torch.float32).gather(2, tokens)
+    best = logits.argmax(dim=-1, keepdim=True) == tokens
+    return torch.stack((found, best.float()), dim=3)
 
 
 class ScoreBatch:
@@ -94,8 +124,8 @@ class ScoreBatch:
 
     @property
     def kept(self) -> int:
-        """Positions of which scores are kept."""
-        return self.width - min(each.start for each in self.sequences)
+        """Positions of which scores are kept: from the one before the first that is scored."""
+        return self.width - min(each.start for each in self.sequences) + 1
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward."""
@@ -104,18 +134,29 @@ class ScoreBatch:
         if self._ids is not None:
             scorer.forget(self._ids)
         self._ids = to_device(flat, scorer.device).view(-1, width)
-        scorer.expect(self._ids, self.kept)
-        keep = {"logits_to_keep": self.kept + 1} if scorer.takes_keep else {}
+        scorer.expect(self._ids, self._wanted())
+        keep = {"logits_to_keep": self.kept} if scorer.takes_keep else {}
         return {"input_ids": self._ids, "use_cache": False, **keep}
+
+    def _wanted(self) -> _Wanted:
+        kept, width, device = self.kept - 1, self.width, self._scorer.device
+        most = max(len(each.following) for each in self.sequences)
+        if not most:
+            return _Wanted(kept)
+        flat = [t for each in self.sequences for t in (*each.following, *[0] * (most - len(each.following)))]
+        ends = [len(each.tokens) - 1 - (width - kept - 1) for each in self.sequences]
+        return _Wanted(kept, to_device(flat, device).view(-1, most), to_device(ends, device))
 
     def accept(self, scores: torch.Tensor) -> None:
         """Give each sequence what came of it."""
         assert self._ids is not None
         self._scorer.forget(self._ids)
-        told, width, kept = scores.tolist(), self.width, self.kept
+        told, kept = scores.tolist(), self.kept - 1
+        first = self.width - kept
         for each, row in zip(self.sequences, told, strict=True):
-            own = row[each.start - (width - kept) : len(each.tokens) - (width - kept)]
-            each.done(TokenScores(tuple(log for log, _ in own), all(best for _, best in own)))
+            own = row[each.start - first : len(each.tokens) - first]
+            following = tuple((log, bool(best)) for log, best in row[kept : kept + len(each.following)])
+            each.done(TokenScores(tuple(log for log, _ in own), all(best for _, best in own), following))
 
     def halves(self) -> Iterator[ScoreBatch]:
         """The same sequences in two batches; one alone comes again as it is."""

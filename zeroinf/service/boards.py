@@ -39,6 +39,8 @@ class Posted:
     index: int
     """What tells its random numbers from those of requests with the same seed; or from where on tokens are scored."""
     is_streamed: bool = False
+    following: Sequence[int] = ()
+    """Tokens to be scored behind the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,9 @@ class LocalBoard:
         self._cancelled: list[int] = []
         self._is_closed = self._is_new = False
 
-    def post(self, kind: Kind, posted: Posted) -> None:
+    def post(self, kind: Kind, *posted: Posted) -> None:
         with self._changed:
-            self._posted[kind].append(posted)
+            self._posted[kind] += posted
             self._wake()
 
     def withdraw(self, number: int) -> bool:
@@ -171,9 +173,9 @@ class SharedBoard:
             for kind in KINDS:
                 store.set(f"taken/{kind}", "0")
 
-    def post(self, kind: Kind, posted: Posted) -> None:
+    def post(self, kind: Kind, *posted: Posted) -> None:
         """On rank 0, as are `withdraw`, `cancel`, `close` and `hear`."""
-        self._waiting.post(kind, posted)
+        self._waiting.post(kind, *posted)
         self.move()
 
     def withdraw(self, number: int) -> bool:

@@ -84,23 +84,28 @@ class Service:
         self._board.post("urgent" if urgent else "batch", Posted(handle.number, prompt, sampling, index, stream))
         return handle
 
-    def score(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Future[TokenScores]]:
+    def score(
+        self, sequences: Sequence[tuple[Sequence[int], int]], following: Sequence[Sequence[int]] | None = None
+    ) -> list[Future[TokenScores]]:
         """For each sequence of token ids, what the model thinks of those from the given place on, many to a pass.
 
-        The first token of all has nothing before it, so the place is at least 1. Raises InputError for sequences that
-        are longer than was planned for, UsageError where the plan has no memory for scores.
+        `following` has tokens for each sequence that may come behind its last one, and are scored there, each by
+        itself. Like-long sequences should be neighbours. The first token of all has nothing before it, so the place is
+        at least 1. Raises InputError for sequences that are longer than was planned for, UsageError where the plan has
+        no memory for scores.
         """
-        for tokens, start in sequences:
-            self._check_scored(len(tokens), start)
-        found = []
-        for tokens, start in sequences:
-            number, future = next(self._numbers), Future[TokenScores]()
-            with self._lock:
-                self._refuse_if_over()
-                self._scores[number] = future
-            self._board.post("score", Posted(number, tokens, None, start))
-            found.append(future)
-        return found
+        asked = [
+            Posted(next(self._numbers), tokens, None, start, following=after)
+            for (tokens, start), after in zip(sequences, following or [()] * len(sequences), strict=True)
+        ]
+        for each in asked:
+            self._check_scored(len(each.tokens), each.index, len(each.following))
+        found = {each.number: Future[TokenScores]() for each in asked}
+        with self._lock:
+            self._refuse_if_over()
+            self._scores |= found
+        self._board.post("score", *asked)  # all at once, or the first would have a pass of its own
+        return list(found.values())
 
     def drain(self) -> None:
         """Wait until all that was submitted has ended. Raises the model's error, if it failed."""
@@ -159,9 +164,9 @@ class Service:
                 hint="shorten one of them",
             )
 
-    def _check_scored(self, tokens: int, start: int) -> None:
+    def _check_scored(self, tokens: int, start: int, following: int) -> None:
         plan = self.model.plan
-        if not 1 <= start < tokens:
+        if not 1 <= start < tokens + bool(following):
             raise InputError(f"scores from token {start} on, of {tokens}", hint="score at least one, behind another")
         if not plan.scored_tokens:
             raise UsageError("the plan has no memory for scores", hint="plan with scored_tokens")
@@ -311,6 +316,8 @@ class _BoardFeed:
         self._of_row: dict[int, int] = {}
         """A request's number by its row's id."""
         self._told: list[Told] = []
+        self._held: list[Posted] = []
+        """Sequences to be scored that were taken, and turned out to be too long for the pass."""
         plan = model.plan
         self._shares = plan.streams > 1 and plan.anatomy.is_paged and model.engine.shares_passes
 
@@ -352,16 +359,20 @@ class _BoardFeed:
         return found
 
     def scores(self) -> list[ScoreBatch]:
-        """As many sequences as a pass has memory for in the place of prompts."""
-        longest = max(1, self._model.plan.prompt_tokens)
-        taken = self._take("score", max(1, self._model.scheduler.limits.prefill_tokens // longest))
+        """As many sequences as a pass has memory for in the place of prompts, padded to the longest of them."""
+        room, taken, self._held = self._model.scheduler.limits.prefill_tokens, self._held, []
+        fitting = max(1, room // max(1, self._model.plan.prompt_tokens))
+        while more := self._take("score", fitting - len(taken)):
+            taken += more
+            fitting = room // max(len(posted.tokens) for posted in taken)
+        taken, self._held = taken[: max(1, fitting)], taken[max(1, fitting) :]
         return list(self._model.score_batches([self._scored(posted) for posted in taken]))
 
     def _scored(self, posted: Posted) -> Scored:
         def done(scores: TokenScores) -> None:
             self._told.append(Told(posted.number, scores=scores))
 
-        return Scored(posted.tokens, posted.index, done)
+        return Scored(posted.tokens, posted.index, done, posted.following)
 
     def wait(self) -> None:
         self.flush()
