@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import pytest
+from lm_eval._cli.harness import HarnessCLI
 
+from zeroinf.cli.lm_eval import with_model
 from zeroinf.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +57,12 @@ def taken(words: list[str]) -> None:
         ctx, command, words = click.Context(found, ctx, info_name=words[0]), found, words[1:]
     if command.name == "show":  # whose words are another command's
         taken(words)
+        return
+    if command.name == "lm-eval":  # whose words are the harness's
+        with patch.object(sys, "argv", ["zeroinf lm-eval", *with_model(words)]), suppress(SystemExit):
+            HarnessCLI().parse_args()
+            return
+        assert "--help" in words, words
         return
     values, arguments, _ = command.make_parser(ctx).parse_args(words)
     for option in command.params:
