@@ -71,6 +71,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
         "status": True,
         "plan": True,
         "eval": True,
+        "lm-eval": True,
         "bench": True,
         "config": True,
         "store": True,
