@@ -1,9 +1,12 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes and durations as people write and read them, and the length of completions that is assumed."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
+
+DEFAULT_NEW_TOKENS = 128
+"""Most tokens of a completion where neither the command line nor its request says how many."""
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}

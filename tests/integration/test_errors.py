@@ -122,7 +122,7 @@ def test_memlock_limit_below_the_pool_that_deepspeed_locks(
 def test_host_memory_too_small_for_what_was_asked(engine: Sequence[str], fails: Any, model: str) -> None:
     code, message, hint = fails("-m", model, *PROMPT, "--host-memory", "512MiB", *engine)
     assert code == 3
-    assert "nothing fits: " in message
+    assert "nothing fits, host memory is short: " in message
     assert "GiB of host memory, 0.50 GiB are there" in message
     assert "GiB more host memory: " in hint
 
@@ -344,7 +344,7 @@ def test_refused_lines_do_not_keep_the_others_from_being_done(model: str, tmp_pa
     ("arguments", "code", "words"),
     [
         (["--dtype", "float16"], 2, "float16 does not run on the CPU"),
-        (["--host-memory", "512MiB"], 3, "nothing fits: "),
+        (["--host-memory", "512MiB"], 3, "nothing fits, host memory is short: "),
     ],
 )
 def test_every_rank_ends_with_the_code_of_the_error_and_one_speaks(

@@ -19,6 +19,7 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.runner import run_job
 from zeroinf.jobs.shape import Shape
+from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 
 class Deaf:
@@ -122,7 +123,7 @@ def test_a_batch_of_openai_is_answered_on_standard_output_and_cut_answers_are_co
 
     options = RunOptions(
         model=str(model),
-        sampling=Sampling(max_new_tokens=3),
+        sampling=Sampling(max_new_tokens=DEFAULT_NEW_TOKENS),
         dtype="float32",
         offload="cpu",
         input_files=(str(requests),),
@@ -130,7 +131,7 @@ def test_a_batch_of_openai_is_answered_on_standard_output_and_cut_answers_are_co
     )
     outcome = run_job(options, World(), torch.device("cpu"), stdout, Ear())
     assert outcome is not None and outcome.report is not None and outcome.report.cut == 2
-    assert any(text.startswith("2 of 2 completions were cut at max_new_tokens (3)") for text in said)
+    assert any(text.startswith("2 of 2 completions were cut at the default of 128 tokens") for text in said)
     found = [json.loads(line) for line in stdout.getvalue().splitlines()]
     assert [(line["custom_id"], line["response"]["body"]["model"]) for line in found] == [("r0", "m"), ("r1", "m")]
     assert found[0]["response"]["body"]["choices"][0]["finish_reason"] == "length"

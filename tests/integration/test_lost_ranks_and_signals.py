@@ -55,8 +55,7 @@ def arguments(model: Path, prompts: Path, out: Path, *more: str, engine: str = "
         "12",
         "--engine",
         engine,
-        "--offload",
-        "cpu",
+        *(() if "--offload" in more else ("--offload", "cpu")),
         *more,
     ]
 

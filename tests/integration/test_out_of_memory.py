@@ -16,7 +16,7 @@ from test_stream_tokens import NEW_TOKENS, PROMPTS, plain_tokens
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
-from zeroinf.generation.micro_batch import MicroBatch
+from zeroinf.generation.micro_batch import PaddedBatch
 from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.source import resolve_model
 from zeroinf.planner.plan import Plan
@@ -45,15 +45,15 @@ def fail_once(model: Any, where: int | str, forward: int, patch: pytest.MonkeyPa
 
 
 def fail_in_inputs(forward: int, patch: pytest.MonkeyPatch) -> None:
-    make, calls = MicroBatch.inputs, []
+    make, calls = PaddedBatch.inputs, []
 
-    def inputs(batch: MicroBatch) -> dict[str, Any]:
+    def inputs(batch: PaddedBatch) -> dict[str, Any]:
         calls.append(None)
         if len(calls) == forward:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(batch)
 
-    patch.setattr(MicroBatch, "inputs", inputs)
+    patch.setattr(PaddedBatch, "inputs", inputs)
 
 
 def tokens_with_a_failure(

@@ -60,7 +60,7 @@ def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
         launcher=launcher,
     )
     assert done.code == 0, done.err
-    assert "; 2 streams, " in done.err
+    assert "on each of 2 streams" in done.err
     assert done.err.count("loading weights") == 1, "one rank speaks"
     found = read_jsonl(out)
     assert [line["id"] for line in found] == [request["id"] for request in uneven_requests()]
@@ -94,13 +94,13 @@ def test_deepspeeds_launcher_refuses_the_flag_m_which_is_why_the_readme_says_mod
 def test_standard_output_holds_results_only_and_standard_error_everything_else(model: Path) -> None:
     done = run_zeroinf(
         ["-m", str(model), "-i", "-", "--max-new-tokens", "2", "--benchmark", "-b", "2"],
-        stdin='{"prompt": "one"}\nnot JSON\n{"prompt": "three", "id": "t"}\n{"prompt": "four", "n": 2}\n',
+        stdin='{"prompt": "one"}\nnot JSON\n{"prompt": "three", "id": "t"}\n{"prompt": "four", "temperature": -1}\n',
     )
     assert done.code == 5, done.err
     blocks = done.out.split("-" * 60 + "\n")
     assert [block.split("\nout=")[0] for block in blocks] == ["in=one", "in=three", ""]
     assert "refused: line 2: not JSON" in done.err
-    assert "refused: line 4: unknown key 'n'" in done.err
+    assert "refused: line 4: temperature must lie between 0 and 100, not -1" in done.err
     assert "error: 2 of 4 requests were refused" in done.err
     for figure in (
         "Throughput per token including tokenize",

@@ -101,7 +101,7 @@ def test_all_that_a_run_can_be_told_of_how_to_run_can_be_told_here() -> None:
     of_jobs = {
         *("model", "sampling", "prompts", "input_files", "input_format", "output_file", "overwrite", "benchmark"),
         *("repetitions", "sampling_only", "resume", "resume_anyway", "resume_command", "max_error_rate"),
-        *("static_batches", "shape", "output_format"),
+        *("static_batches", "shape", "output_format", "to_stdout"),
     }
     options = {field.name.removesuffix("_bytes") for field in fields(RunOptions)}
     assert options - of_jobs == set(HOW_TO_RUN) - {"num_gpus", "progress"}

