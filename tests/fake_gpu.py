@@ -9,7 +9,7 @@ import torch
 
 from zeroinf.hardware.machine import Gpu, Machine, Memory
 from zeroinf.hardware.rates import Rates
-from zeroinf.jobs import planning
+from zeroinf.options import planning
 from zeroinf.service import gpu_memory
 
 GIB = 1 << 30

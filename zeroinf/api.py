@@ -12,18 +12,18 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.ask import PlanOptions, ask
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.progress import ProgressObserver
 from zeroinf.jobs.readers import read_requests
-from zeroinf.jobs.session import Session, open_session
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.options.ask import PlanOptions, ask
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.progress import ProgressObserver
+from zeroinf.runs.session import Session, open_session
 from zeroinf.service.core import Priority
 from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result

@@ -16,12 +16,13 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.errors import ZeroinfError
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.jobs import journal, stream
-from zeroinf.jobs.interrupts import Interrupts, interrupted
-from zeroinf.jobs.leaving import Leaving
+from zeroinf.jobs import journal
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
-from zeroinf.jobs.stream import Output, Stream
+from zeroinf.runs import stream
+from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.leaving import Leaving
+from zeroinf.runs.stream import Output, Stream
 from zeroinf.service.observer import Observer, Progress
 from zeroinf.service.requests import Work
 

@@ -19,10 +19,10 @@ from zeroinf.engines.base import Silent
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
+from zeroinf.runs.prepare import prepare, read_job
 
 ENGINES = [
     ("stream", "cpu"),

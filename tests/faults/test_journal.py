@@ -22,9 +22,9 @@ from schedules import Bench, Tally, journalled, scratch
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.files import LineFile
-from zeroinf.jobs.interrupts import Interrupts
 from zeroinf.jobs.journal import Journal
 from zeroinf.jobs.output import JournalOutput, journal_path
+from zeroinf.runs.interrupts import Interrupts
 
 PROMPTLY_S = 2.0
 
@@ -255,7 +255,7 @@ def test_of_two_runs_at_once_one_is_refused_and_the_other_is_not_disturbed(bench
 def test_a_pass_that_takes_long_is_dropped_within_seconds_of_the_first_signal_and_what_is_done_is_saved(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zeroinf.jobs.interrupts.GRACE_S", 0.3)
+    monkeypatch.setattr("zeroinf.runs.interrupts.GRACE_S", 0.3)
     with scratch() as folder:
         out = folder / "out.jsonl"
         pid = in_child(lambda: run_job(bench.lines, out, Ear(), pause_s=60))
@@ -306,7 +306,7 @@ def test_a_second_signal_ends_the_process_at_once_even_in_a_call_that_hears_no_s
 def test_a_disk_that_hangs_keeps_nobody_who_stops_the_run_and_they_are_told_what_is_saved(
     grace_s: float, second_after_s: float | None, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zeroinf.jobs.interrupts.GRACE_S", grace_s)
+    monkeypatch.setattr("zeroinf.runs.interrupts.GRACE_S", grace_s)
     sync, syncs = LineFile.sync, []
 
     def hanging(file: LineFile) -> None:

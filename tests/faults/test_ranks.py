@@ -16,10 +16,10 @@ from tiers import tiered
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
-from zeroinf.jobs.interrupts import Interrupts
-from zeroinf.jobs.leaving import Leaving
 from zeroinf.jobs.output import JournalOutput
-from zeroinf.jobs.stream import Output
+from zeroinf.runs.interrupts import Interrupts
+from zeroinf.runs.leaving import Leaving
+from zeroinf.runs.stream import Output
 
 
 @pytest.fixture(scope="module")

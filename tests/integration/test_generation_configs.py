@@ -19,10 +19,10 @@ import zeroinf
 from zeroinf.distributed.world import World
 from zeroinf.errors import InputError, ModelError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.evaluate import evaluate
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.runner import run_job
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.traits import EngineName
+from zeroinf.runs.evaluate import evaluate
+from zeroinf.runs.runner import run_job
 
 CPU = torch.device("cpu")
 NEW = 8

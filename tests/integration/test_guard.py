@@ -22,11 +22,11 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.errors import DoesNotFitError, InterruptedRunError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs import runner
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.report import RunReport
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import OUTSIDE_TORCH, UNFORESEEN
 from zeroinf.planner.plan import Plan
+from zeroinf.runs import runner
+from zeroinf.runs.report import RunReport
 from zeroinf.service import loaded
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.runner import run_job
 from zeroinf.jobs.shape import Shape
+from zeroinf.options.options import RunOptions
+from zeroinf.runs.runner import run_job
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 

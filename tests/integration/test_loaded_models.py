@@ -20,12 +20,12 @@ from zeroinf.engines.stream.host import HostMemory
 from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs import session
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.session import Session
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs import session
+from zeroinf.runs.session import Session
 from zeroinf.service import loaded
 from zeroinf.service.requests import Request
 

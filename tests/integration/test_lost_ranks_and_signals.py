@@ -181,7 +181,7 @@ if rank == "{rank}":
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_while_generating_names_its_cause(rank: int, model: Path, many: Path, tmp_path: Path) -> None:
-    env = failing_on_rank(rank, tmp_path, "zeroinf.jobs.stream:Stream.done")
+    env = failing_on_rank(rank, tmp_path, "zeroinf.runs.stream:Stream.done")
     done = run_zeroinf(
         arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
     )  # fmt: skip
@@ -216,7 +216,7 @@ if rank == "1":
     own.Stream.gather_all = never
 """
     soon = "own._TICK_S, own._SAY_AFTER_S, own._NOBODY_COMES_S, own._GRACE_S = 0.1, 0.3, 1.0, 1.0"
-    env = changed(tmp_path, {"zeroinf.jobs.stream": elsewhere, "zeroinf.distributed.waits": soon})
+    env = changed(tmp_path, {"zeroinf.runs.stream": elsewhere, "zeroinf.distributed.waits": soon})
     (tmp_path / "few.txt").write_text("one\ntwo\nthree\nfour\n")
     out = tmp_path / "out.jsonl"
     done = run_zeroinf(

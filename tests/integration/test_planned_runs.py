@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, total
 from zeroinf.planner.plan import Plan
+from zeroinf.runs.prepare import prepare, read_job
 
 BLOCKS = 24  # many more than a ring of read buffers and slots holds
 

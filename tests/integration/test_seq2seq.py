@@ -21,12 +21,12 @@ from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.errors import UsageError
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.jobs.evaluate import evaluate
-from zeroinf.jobs.options import RunOptions
 from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces
 from zeroinf.planner.plan import Plan
+from zeroinf.runs.evaluate import evaluate
 
 NEW_TOKENS = 9
 # Two batches of three at the most, all of them padded.

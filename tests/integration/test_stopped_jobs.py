@@ -22,9 +22,9 @@ from zeroinf import generate, pipeline
 from zeroinf.cli import run as command
 from zeroinf.cli.main import cli, main
 from zeroinf.errors import RequestsFailedError
-from zeroinf.jobs.interrupts import interrupted
 from zeroinf.jobs.output import errors_path, journal_path
-from zeroinf.jobs.stream import Stream
+from zeroinf.runs.interrupts import interrupted
+from zeroinf.runs.stream import Stream
 from zeroinf.service import loaded
 
 ODD = "a $(touch trapped) `touch trapped` ;'\"&|*\\ b"

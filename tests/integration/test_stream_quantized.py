@@ -20,11 +20,11 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.stream.keep import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, store_bytes
+from zeroinf.runs.prepare import prepare, read_job
 
 Quantized = Callable[[str, str], Path]
 # In bfloat16 where plain transformers (5.17) expands to nothing else.

@@ -22,11 +22,11 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.generation.scheduler import Counts, Group
-from zeroinf.jobs.evaluate import evaluate
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.runner import run_job
 from zeroinf.model.demo import demo_file
 from zeroinf.model.gguf.convert import convert_gguf
+from zeroinf.options.options import RunOptions
+from zeroinf.runs.evaluate import evaluate
+from zeroinf.runs.runner import run_job
 
 CPU = torch.device("cpu")
 EOS_TOKEN = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}

@@ -22,8 +22,8 @@ from ranks import on_ranks
 import zeroinf
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, ModelError, RankError, UsageError
-from zeroinf.jobs.ask import PlanOptions
-from zeroinf.jobs.options import RunOptions
+from zeroinf.options.ask import PlanOptions
+from zeroinf.options.options import RunOptions
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]
@@ -277,7 +277,7 @@ def test_the_callers_own_process_group_stays(model: str, tmp_path: Path) -> None
 
 def other_ranks() -> list[psutil.Process]:
     """Processes of this one that are ranks."""
-    return [each for each in psutil.Process().children() if "zeroinf.jobs.ranks" in each.cmdline()]
+    return [each for each in psutil.Process().children() if "zeroinf.runs.ranks" in each.cmdline()]
 
 
 def test_several_ranks_share_the_work_and_end_with_the_session(model: str) -> None:

@@ -18,9 +18,10 @@ from wire_reference import save_through_codes
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, InputError, UsageError
-from zeroinf.jobs import planning, session
-from zeroinf.jobs.evaluate import cut
+from zeroinf.options import planning
 from zeroinf.planner import search
+from zeroinf.runs import session
+from zeroinf.runs.evaluate import cut
 
 TEXT = "The quick brown fox jumps over the lazy dog, and not for the first time. "
 

@@ -21,7 +21,7 @@ import pytest
 from zeroinf.cli import launch
 from zeroinf.distributed import watch
 from zeroinf.distributed.world import World, world_from_environment
-from zeroinf.jobs import interrupts
+from zeroinf.runs import interrupts
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 

@@ -18,7 +18,7 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
 from zeroinf.generation.micro_batch import MicroBatch
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.jobs.queue import WorkQueue
+from zeroinf.runs.queue import WorkQueue
 
 LENGTHS = (9, 1, 4, 17, 2, 2, 6, 1, 1, 12, 3)
 STOPPED = 15

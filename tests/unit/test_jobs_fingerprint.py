@@ -15,11 +15,11 @@ import pytest
 from zeroinf.errors import OutputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs import fingerprint as marks
-from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput
-from zeroinf.jobs.prepare import read_job
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
+from zeroinf.runs.prepare import read_job
 from zeroinf.service.requests import Result
 
 ENTRIES: list[dict[str, Any]] = [{"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"}, {"id": "bad"}]

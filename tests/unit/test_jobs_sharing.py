@@ -14,11 +14,11 @@ from ranks import on_ranks
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.jobs.sharing import request_bytes, share_work
 from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import REQUESTS
+from zeroinf.runs.prepare import prepare, read_job
 from zeroinf.service.requests import Work
 
 

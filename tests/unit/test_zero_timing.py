@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_machines import CHAIN, speeds, workload_of
 
-from zeroinf.jobs.ask import PlanOptions, ask
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.options.ask import PlanOptions, ask
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.timing import Timing, time_plan
 from zeroinf.planner.workload import Shape

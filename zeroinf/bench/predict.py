@@ -8,7 +8,7 @@ from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.bench.prompt import prompt_tokens
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.ask import PlanOptions, ask
+from zeroinf.options.ask import PlanOptions, ask
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import answer
 

@@ -21,7 +21,7 @@ from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.bench.prompt import prompt_of
 from zeroinf.bench.results import Outcome, Results, outcome_of
 from zeroinf.errors import DoesNotFitError, InterruptedRunError, UsageError, ZeroinfError
-from zeroinf.jobs.interrupts import interrupted
+from zeroinf.runs.interrupts import interrupted
 from zeroinf.signals import STOP_SIGNALS
 
 _OUT_OF_MEMORY = ("out of GPU memory", "OutOfMemoryError", "MemoryError", "can't allocate memory")

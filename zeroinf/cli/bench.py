@@ -244,7 +244,7 @@ def _so_far(settings: Settings, output_file: Path | None, *, overwrite: bool) ->
 @contextmanager
 def _stops_in_order(output_file: Path | None) -> Iterator[None]:
     """A signal that stops runs ends the cell that runs, and the process with how to go on."""
-    from zeroinf.jobs.interrupts import interrupted
+    from zeroinf.runs.interrupts import interrupted
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise interrupted(number)

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from zeroinf.hardware.process import resident
-from zeroinf.jobs.compare import Compared
-from zeroinf.jobs.report import RunReport
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import plan_lines
+from zeroinf.runs.compare import Compared
+from zeroinf.runs.report import RunReport
 from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal
 from zeroinf.sizes import clock, gib

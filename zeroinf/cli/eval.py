@@ -51,8 +51,8 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
     refuse_unused_offload_options(ctx, engine="stream")
     from zeroinf.distributed.world import world_from_environment
     from zeroinf.generation.row import Sampling
-    from zeroinf.jobs.contradictions import refuse_early
-    from zeroinf.jobs.options import RunOptions
+    from zeroinf.options.contradictions import refuse_early
+    from zeroinf.options.options import RunOptions
 
     world = world_from_environment()
     if world.size > 1:
@@ -62,7 +62,7 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
     from rich.console import Console
 
     from zeroinf.cli.console import ConsoleObserver
-    from zeroinf.jobs.evaluate import evaluate
+    from zeroinf.runs.evaluate import evaluate
     from zeroinf.service.device import pick_device
 
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)

@@ -75,7 +75,7 @@ def plan(
     _refuse_early(asked)
     with waiting("starting: importing torch and transformers"):
         from zeroinf.cli.plan_view import print_plan, to_json
-        from zeroinf.jobs.ask import PlanOptions, ask
+        from zeroinf.options.ask import PlanOptions, ask
         from zeroinf.simulation.planning import answer
 
     if plot is not None and not plot.parent.is_dir():
@@ -101,8 +101,8 @@ def _refuse_early(asked: dict[str, Any]) -> None:
     """Names and folders that are not there, before torch is imported."""
     from zeroinf.hardware.disk import read_disk
     from zeroinf.hardware.presets import load_machine
-    from zeroinf.jobs.contradictions import check_folders
     from zeroinf.model.source import check_name
+    from zeroinf.options.contradictions import check_folders
 
     if asked["machine_name"] is not None:
         load_machine(asked["machine_name"])

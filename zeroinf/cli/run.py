@@ -38,8 +38,8 @@ from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
-    from zeroinf.jobs.report import Outcome, RunReport
     from zeroinf.jobs.shape import Shape
+    from zeroinf.runs.report import Outcome, RunReport
 
 _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
 
@@ -356,8 +356,8 @@ def _write_report(file: Path, report: RunReport) -> None:
 
 def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, quiet: bool, **asked: Any) -> int:
     from zeroinf.generation.row import Sampling
-    from zeroinf.jobs.contradictions import refuse_early
-    from zeroinf.jobs.options import RunOptions
+    from zeroinf.options.contradictions import refuse_early
+    from zeroinf.options.options import RunOptions
 
     keys = (
         *("max_new_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos"),
@@ -380,7 +380,7 @@ def _run_here(ctx: click.Context, world: World, *, report_file: Path | None, qui
 
     with waiting("starting: importing torch and transformers", quiet=quiet or not world.is_main):
         from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
-        from zeroinf.jobs.runner import run_job
+        from zeroinf.runs.runner import run_job
         from zeroinf.service.device import pick_device
 
     console, results = Console(stderr=True, soft_wrap=True), sys.stdout

@@ -1,5 +1,4 @@
-"""A job: requests in, results out.
+"""Job files: requests read from files of many formats, and results written so that no crash loses any.
 
-Here live the input formats, the queue from which every rank draws its own stream, the ordered output, and the function
-that carries one run from request to report. How tokens come about is not known here.
+In: paths and bytes. Out: requests, a journal, and output files. It knows no model, no plan and no GPU.
 """

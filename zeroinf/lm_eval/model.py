@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from zeroinf.distributed.world import world_from_environment
 from zeroinf.errors import DoesNotFitError, InputError, ModelError, UsageError
-from zeroinf.jobs.progress import ProgressObserver
-from zeroinf.jobs.session import Session, open_session
 from zeroinf.lm_eval.options import batch_size_of, options_of, refuse_idle, sampling_of
 from zeroinf.lm_eval.work import Prompt, answer, completed, grouped, scored_of
 from zeroinf.model.inspect import read_anatomy
@@ -30,6 +28,8 @@ from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.progress import ProgressObserver
+from zeroinf.runs.session import Session, open_session
 from zeroinf.service.device import pick_device
 
 _log = logging.getLogger("lm_eval.zeroinf")

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from zeroinf.api import Size, pipeline
 from zeroinf.errors import UsageError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.options import RunOptions
+from zeroinf.options.options import RunOptions
 from zeroinf.sizes import parse_size
 
 _OWN = frozenset({"model", "max_prompt_tokens", "max_new_tokens", "logprobs", "batch_size", "return"})

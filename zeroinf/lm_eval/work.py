@@ -19,7 +19,7 @@ from typing import Any
 from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.row import Sampling
 from zeroinf.generation.scoring import TokenScores
-from zeroinf.jobs.session import Session
+from zeroinf.runs.session import Session
 from zeroinf.service.handles import Handle
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 

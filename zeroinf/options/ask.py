@@ -13,11 +13,11 @@ from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.contradictions import choose_engine, refuse_idle_paths
-from zeroinf.jobs.planning import share_model
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import pick_dtype, resolve_model
+from zeroinf.options.contradictions import choose_engine, refuse_idle_paths
+from zeroinf.options.planning import share_model
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel

@@ -22,18 +22,18 @@ from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
-from zeroinf.jobs.contradictions import choose_engine
-from zeroinf.jobs.interrupts import Interrupts, interrupted
-from zeroinf.jobs.leaving import Leaving, reason_of
-from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Writer, errors_path, journal_path
-from zeroinf.jobs.prepare import Prepared, none_can_run, prepare, read_job
-from zeroinf.jobs.report import Outcome, Phases, RankReport, RunReport
 from zeroinf.jobs.sharing import share_work
-from zeroinf.jobs.stream import Output, Stream, WarmUp
 from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.options.contradictions import choose_engine
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
+from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.leaving import Leaving, reason_of
+from zeroinf.runs.prepare import Prepared, none_can_run, prepare, read_job
+from zeroinf.runs.report import Outcome, Phases, RankReport, RunReport
+from zeroinf.runs.stream import Output, Stream, WarmUp
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal, Work

@@ -9,9 +9,9 @@ from typing import cast
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
-from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import check_output
 from zeroinf.model.source import check_name
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
 from zeroinf.planner.wish import check_micro_batch_rows
 

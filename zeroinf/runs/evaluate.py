@@ -15,15 +15,15 @@ import torch
 from zeroinf.distributed.world import World
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.session import Session
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.session import Session
 from zeroinf.service.observer import Observer, Progress, rate
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 from zeroinf.service.text import TextCodec

@@ -24,13 +24,13 @@ from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.hardware.triton import why_no_kernels
-from zeroinf.jobs.contradictions import check_folders, choose_engine, given, refuse_contradictions
-from zeroinf.jobs.options import RunOptions
 from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.inspect import config_dtype
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
+from zeroinf.options.contradictions import check_folders, choose_engine, given, refuse_contradictions
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel

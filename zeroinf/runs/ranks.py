@@ -16,7 +16,7 @@ import torch
 from zeroinf.distributed.ports import free_port
 from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.errors import EnvironmentProblem, RankError, UsageError, ZeroinfError
-from zeroinf.jobs.options import RunOptions
+from zeroinf.options.options import RunOptions
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.environment import Environment
 
@@ -52,7 +52,7 @@ class Ranks:
         try:
             for rank in map(str, range(1, count)):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "zeroinf.jobs.ranks"],
+                    [sys.executable, "-m", "zeroinf.runs.ranks"],
                     env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
@@ -118,8 +118,8 @@ def main() -> int:
     """A rank: take what is asked from stdin, load, and work until rank 0 closes."""
     asked: Asked = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_rank_0, name="rank-0", daemon=True).start()
-    from zeroinf.jobs.progress import ProgressObserver
-    from zeroinf.jobs.session import open_session
+    from zeroinf.runs.progress import ProgressObserver
+    from zeroinf.runs.session import open_session
 
     try:
         with open_session(asked.options, asked.lengths, asked.requests, ProgressObserver(shown=False)) as session:

@@ -19,16 +19,16 @@ from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
-from zeroinf.jobs.contradictions import choose_engine
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.ranks import Asked, Ranks
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
+from zeroinf.options.contradictions import choose_engine
+from zeroinf.options.options import RunOptions
+from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.ranks import Asked, Ranks
 from zeroinf.service.core import Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
-from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
+from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
 from zeroinf.service.requests import Result, Work
 
 

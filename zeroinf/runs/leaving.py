@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroinf.errors import OutputError, RankError, ZeroinfError
-from zeroinf.jobs.interrupts import Interrupts, interrupted
 from zeroinf.jobs.output import journal_path
-from zeroinf.jobs.stream import Output
+from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.stream import Output
 from zeroinf.service.observer import Observer
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from small_models import small_config
 from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
-from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
-from zeroinf.jobs.report import Phases, RankReport, RunReport
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import Term, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.timing import Timing
+from zeroinf.runs.compare import Compared, compare_gpu, compare_host, compare_time
+from zeroinf.runs.report import Phases, RankReport, RunReport
 from zeroinf.service.gpu_memory import GpuUse
 
 GIB = 1 << 30

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from zeroinf.generation.row import Row
 from zeroinf.jobs.output import Saved, Writer
-from zeroinf.jobs.queue import ResultBox, TokenCount, WorkQueue
-from zeroinf.jobs.report import Phases
+from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue
+from zeroinf.runs.report import Phases
 from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Refusal, Result, Work
 
 if TYPE_CHECKING:
-    from zeroinf.jobs.prepare import Prepared
+    from zeroinf.runs.prepare import Prepared
     from zeroinf.service.loaded import LoadedModel
 
 _TELL_EVERY_S = 0.5

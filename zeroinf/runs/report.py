@@ -10,8 +10,8 @@ from typing import Any
 from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
-from zeroinf.jobs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.planner.plan import Plan
+from zeroinf.runs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.service.gpu_memory import GpuUse
 from zeroinf.service.observer import rate
 

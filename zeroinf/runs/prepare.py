@@ -12,14 +12,10 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.settings import notes, refuse_sampling
-from zeroinf.jobs.contradictions import choose_engine
 from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.matching import prompt_digest
-from zeroinf.jobs.options import RunOptions
 from zeroinf.jobs.output import Job, began_before, check_output
-from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.queue import shortest_last
 from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import request_bytes
@@ -27,8 +23,12 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
+from zeroinf.options.contradictions import choose_engine
+from zeroinf.options.options import RunOptions
+from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.queue import shortest_last
 from zeroinf.service.requests import Extra, Refusal, Request, Work
 from zeroinf.service.text import TextCodec
 

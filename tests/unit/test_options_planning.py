@@ -21,19 +21,19 @@ from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.rates import Rates
-from zeroinf.jobs import planning
-from zeroinf.jobs.contradictions import choose_engine
-from zeroinf.jobs.options import RunOptions
-from zeroinf.jobs.planning import plan_run
-from zeroinf.jobs.prepare import prepare, read_job
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.options import planning
+from zeroinf.options.contradictions import choose_engine
+from zeroinf.options.options import RunOptions
+from zeroinf.options.planning import plan_run
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.memory import pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.prepare import prepare, read_job
 
 BLOCKS = 12  # more than a ring of read buffers holds
 ALONE, TWO, APART = World(), World(size=2, local_size=2), World(size=2, local_size=1)
