@@ -1,4 +1,4 @@
-"""A whole job without torch: the project's own reading, queue, journal, export and leaving; only tokens are made up."""
+"""A whole job without torch: reading, queue, journal, export and shutdown are real, only tokens are made up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
 from zeroinf.runs import stream
 from zeroinf.runs.interrupts import Interrupts, interrupted
-from zeroinf.runs.leaving import Leaving
+from zeroinf.runs.shutdown import Shutdown
 from zeroinf.runs.stream import Output, Stream
 from zeroinf.service.observer import Observer, Progress
 from zeroinf.service.requests import Work
@@ -101,7 +101,7 @@ def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Outp
     def row(prompt: Sequence[int], sampling: Sampling, *, index: int) -> Row:
         return Row(index=index, prompt=prompt, sampling=sampling, decode=decode, piece=None)
 
-    model: Any = SimpleNamespace(engine=engine, part=control.part(1), row=row)
+    model: Any = SimpleNamespace(engine=engine, part=control.subgroup(1), row=row)
     return Stream(prepared, model, control.store, output, observer)
 
 
@@ -128,7 +128,7 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
         with Interrupts() as interrupts:
             output = JournalOutput(out, job, overwrite=False, resume=True, resume_anyway=False)
             held = Output(output)
-            leaving = Leaving(out, "zeroinf run --resume", held, ear, interrupts)
+            shutdown = Shutdown(out, "zeroinf run --resume", held, ear, interrupts)
             try:
                 if output.left:
                     output.begin(1)
@@ -141,9 +141,9 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
                         interrupts.deferred = False
                         flow.gather()
                 held.finish()
-                leaving.finished()
+                shutdown.finished()
             except BaseException as error:
-                leaving.because_of(error)
+                shutdown.on_error(error)
                 raise
     except ZeroinfError as error:
         ear.note(error.message)

@@ -18,7 +18,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.jobs.output import JournalOutput
 from zeroinf.runs.interrupts import Interrupts
-from zeroinf.runs.leaving import Leaving
+from zeroinf.runs.shutdown import Shutdown
 from zeroinf.runs.stream import Output
 
 
@@ -38,8 +38,8 @@ def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None)
             output.begin(control.world.size)
         work = control.broadcast(output and tuple(output.left))
         held = Output(output) if output is not None else None
-        leaving = Leaving(out, "zeroinf run --resume", held, Ear(), interrupts)
-        leaving.watch = PeerWatch(control, leaving.with_the_dead) if control.world.size > 1 else None
+        shutdown = Shutdown(out, "zeroinf run --resume", held, Ear(), interrupts)
+        shutdown.watch = PeerWatch(control, shutdown.on_peer_death) if control.world.size > 1 else None
         if die_after_s is not None:
             threading.Timer(die_after_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
         flow = open_stream(job, work, control, held, Ear())
@@ -47,11 +47,11 @@ def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None)
             generate(flow, interrupts, 0.01)
             flow.gather_all()
         except BaseException as error:
-            leaving.because_of(error)
+            shutdown.on_error(error)
             raise
-        control.gather(None)
-        if leaving.watch is not None:
-            leaving.watch.stop()
+        control.all_gather(None)
+        if shutdown.watch is not None:
+            shutdown.watch.stop()
         if held is not None:
             held.finish()
         control.close()

@@ -66,7 +66,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
         rows: list[Row] = []
         model.run(Feed(take=stream.take, done=rows.append, grew=stream.grew))
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())
-        control.gather(None)  # no rank removes its files while another counts
+        control.all_gather(None)  # no rank removes its files while another counts
         return {
             "tokens": {row.index: row.generated for row in rows},
             "finish": {row.index: row.finish_reason for row in rows},
@@ -95,7 +95,7 @@ def main(cells_file: str, result_file: str) -> None:
             mine = run_cell(cell, world, control)
         except Exception:
             mine = {"error": traceback.format_exc()}
-        parts = control.gather(mine)
+        parts = control.all_gather(mine)
         results[cell["name"]] = {"ranks": parts, "seconds": time.monotonic() - started}
         if world.is_main:  # written each time: a cell that hangs does not take the others with it
             partial = Path(result_file + ".partial")

@@ -215,7 +215,7 @@ def never(stream):
 if rank == "1":
     own.Stream.gather_all = never
 """
-    soon = "own._TICK_S, own._SAY_AFTER_S, own._NOBODY_COMES_S, own._GRACE_S = 0.1, 0.3, 1.0, 1.0"
+    soon = "own._TICK_S, own._REPORT_AFTER_S, own._DEADLOCK_AFTER_S, own._GRACE_S = 0.1, 0.3, 1.0, 1.0"
     env = changed(tmp_path, {"zeroinf.runs.stream": elsewhere, "zeroinf.distributed.waits": soon})
     (tmp_path / "few.txt").write_text("one\ntwo\nthree\nfour\n")
     out = tmp_path / "out.jsonl"

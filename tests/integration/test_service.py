@@ -102,7 +102,7 @@ def test_so_does_one_on_two_ranks_which_share_the_work(fetch: str, folder: Path,
             if control.world.is_main:
                 service.drain()
                 service.close()
-            control.gather(None)
+            control.all_gather(None)
             return found, passes, scheduler.reserved_pages, scheduler.free_rows, scheduler.counts.prefill_columns
 
     ranks, _ = on_ranks(2, body, seconds=150)

@@ -31,8 +31,8 @@ def heard_by(queue: Any) -> list[Any]:
 def test_alone_everything_is_answered_on_the_spot() -> None:
     control = Control(World(), "cpu")
     assert control.broadcast("x") == "x"
-    assert control.gather(3) == [3]
-    assert control.most(1, 7) == (1, 7)
+    assert control.all_gather(3) == [3]
+    assert control.all_reduce_max(1, 7) == (1, 7)
     assert control.store.add("count", 2) == 2
     control.close()
 
@@ -42,7 +42,7 @@ def test_ranks_agree() -> None:
         rank = control.world.rank
         counted = control.store.add("count", 1) in (1, 2, 3)
         told = control.broadcast({"from": rank} if rank == 0 else None)
-        return told, control.gather(f"r{rank}"), control.most(rank, 10 - rank), counted
+        return told, control.all_gather(f"r{rank}"), control.all_reduce_max(rank, 10 - rank), counted
 
     found, _ = on_ranks(3, body)
     assert found == [({"from": 0}, ["r0", "r1", "r2"], (2, 10), True)] * 3
@@ -63,7 +63,7 @@ def test_a_collective_with_a_rank_that_is_gone_is_a_rank_error() -> None:
     def body(control: Control) -> Any:
         if control.world.rank == 1:
             os._exit(9)
-        control.most(1)
+        control.all_reduce_max(1)
 
     found, _ = on_ranks(2, body)
     assert isinstance(found[0], RankError)
@@ -75,8 +75,8 @@ def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks
     told = FORK.SimpleQueue()  # its `put` is over when it returns
 
     def body(control: Control) -> None:
-        PeerWatch(control, lambda message, speak: told.put((control.world.rank, message, speak)))
-        control.gather(None)
+        PeerWatch(control, lambda message, reports: told.put((control.world.rank, message, reports)))
+        control.all_gather(None)
         if control.world.rank == dying:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(50)
@@ -88,7 +88,7 @@ def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks
     assert len(heard) == 2
     assert [rank for rank, _, _ in heard] == [rank for rank in range(3) if rank != dying]
     assert all(f"rank {dying} (process " in message and "killed from outside" in message for _, message, _ in heard)
-    assert [speak for _, _, speak in heard] == [True, False]
+    assert [reports for _, _, reports in heard] == [True, False]
     assert codes == [-signal.SIGKILL if rank == dying else RankError.exit_code for rank in range(3)]
 
 
@@ -96,9 +96,9 @@ def test_a_rank_that_confessed_is_quoted() -> None:
     told = FORK.SimpleQueue()  # its `put` is over when it returns
 
     def body(control: Control) -> None:
-        watch = PeerWatch(control, lambda message, speak: told.put(message))
+        watch = PeerWatch(control, lambda message, reports: told.put(message))
         if control.world.rank == 1:
-            watch.confess("the disk is on fire", 3)
+            watch.publish_exit_reason("the disk is on fire", 3)
             os._exit(3)
         time.sleep(50)
 
@@ -113,9 +113,9 @@ def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code() -> No
     told = FORK.SimpleQueue()
 
     def body(control: Control) -> None:
-        watch = PeerWatch(control, lambda message, speak: told.put((message, speak)))
+        watch = PeerWatch(control, lambda message, reports: told.put((message, reports)))
         if control.world.is_main:
-            watch.confess("the disk is on fire", 3)
+            watch.publish_exit_reason("the disk is on fire", 3)
             os._exit(3)
         time.sleep(50)
 
@@ -128,13 +128,13 @@ def test_a_rank_whose_collective_broke_lets_the_watch_name_the_one_that_died() -
     told = FORK.SimpleQueue()
 
     def body(control: Control) -> None:
-        watch = PeerWatch(control, lambda message, speak: told.put(message))
+        watch = PeerWatch(control, lambda message, reports: told.put(message))
         if control.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            control.most(1)
+            control.all_reduce_max(1)
         except RankError:
-            watch.give_way()
+            watch.defer_to_peer_failure()
         told.put("gave up waiting")
 
     on_ranks(2, body)
@@ -144,10 +144,10 @@ def test_a_rank_whose_collective_broke_lets_the_watch_name_the_one_that_died() -
 
 def test_after_stop_ranks_may_end_in_any_order() -> None:
     def body(control: Control) -> str:
-        watch = PeerWatch(control, lambda message, speak: os._exit(77))
-        control.gather(None)
+        watch = PeerWatch(control, lambda message, reports: os._exit(77))
+        control.all_gather(None)
         watch.stop()
-        control.gather(None)
+        control.all_gather(None)
         if control.world.rank == 0:
             time.sleep(1)
         return "alive"
@@ -179,7 +179,7 @@ def test_a_rank_that_dies_on_another_node_ends_all_ranks_on_all_nodes(
     def body(control: Control) -> None:
         own = control.world.rank
         monkeypatch.setattr("socket.gethostname", lambda: f"node-{own}")
-        PeerWatch(control, lambda message, speak: told.put((own, message, speak)))
+        PeerWatch(control, lambda message, reports: told.put((own, message, reports)))
         if own == dying:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
@@ -203,9 +203,9 @@ def test_ranks_on_nodes_of_one_name_are_not_looked_for_on_each_other(monkeypatch
         own = control.world.rank
         monkeypatch.setattr(os, "readlink", lambda path: f"pid:[{own}]")
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: float(own))
-        watching = PeerWatch(control, lambda message, speak: os._exit(77))
+        watching = PeerWatch(control, lambda message, reports: os._exit(77))
         time.sleep(1)
-        control.gather(None)
+        control.all_gather(None)
         watching.stop()
         return "alive"
 
@@ -218,12 +218,12 @@ def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypa
     def body(control: Control) -> str:
         own = control.world.rank
         monkeypatch.setattr("socket.gethostname", lambda: f"node-{own}")
-        watching = PeerWatch(control, lambda message, speak: os._exit(77))
+        watching = PeerWatch(control, lambda message, reports: os._exit(77))
         if own == 1:
             watching.stop()
         else:
             time.sleep(3)
-        control.gather(None)
+        control.all_gather(None)
         watching.stop()
         return "done"
 
@@ -232,13 +232,13 @@ def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypa
 
 def test_parts_of_the_ranks_talk_among_themselves_and_share_the_store() -> None:
     def body(control: Control) -> Any:
-        part = control.part(2)
+        part = control.subgroup(2)
         told = part.broadcast(control.world.rank)
-        together = part.gather(control.world.rank)
+        together = part.all_gather(control.world.rank)
         part.store.add("all", 1)
-        control.gather(None)
+        control.all_gather(None)
         counted = control.store.add("all", 0)
-        control.gather(None)  # the store goes with rank 0
+        control.all_gather(None)  # the store goes with rank 0
         return told, together, part.world.rank, part.world.size, counted
 
     assert on_ranks(4, body)[0] == [
@@ -251,4 +251,4 @@ def test_parts_of_the_ranks_talk_among_themselves_and_share_the_store() -> None:
 
 def test_a_part_of_one_rank_is_alone_and_a_part_of_all_is_the_whole() -> None:
     alone = Control(World(), "cpu")
-    assert alone.part(1) is alone
+    assert alone.subgroup(1) is alone

@@ -17,14 +17,14 @@ from zeroinf.errors import RankError
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What was said and how it ended, by all ranks; everything happens sooner than in a run."""
-    for name, seconds in {"_TICK_S": 0.1, "_SAY_AFTER_S": 0.4, "_NOBODY_COMES_S": 1.2, "_GRACE_S": 0.6}.items():
+    for name, seconds in {"_TICK_S": 0.1, "_REPORT_AFTER_S": 0.4, "_DEADLOCK_AFTER_S": 1.2, "_GRACE_S": 0.6}.items():
         monkeypatch.setattr(waits, name, seconds)
     return FORK.SimpleQueue()
 
 
 def watch(control: Control, told: Any) -> WaitWatch:
-    def ended(message: str, speak: bool) -> None:
-        told.put((control.world.rank, "speaks" if speak else "silent", message))
+    def ended(message: str, reports: bool) -> None:
+        told.put((control.world.rank, "speaks" if reports else "silent", message))
 
     return WaitWatch(control, lambda text: told.put((control.world.rank, "note", text)), ended)
 
@@ -40,12 +40,12 @@ def heard(told: Any) -> list[tuple[int, str, str]]:
 def test_ranks_that_wait_at_different_places_end_with_who_waits_for_whom(elsewhere: int, told: Any) -> None:
     def body(control: Control) -> None:
         watching = watch(control, told)
-        control.gather(None)
+        control.all_gather(None)
         try:
             if control.world.rank == elsewhere:
-                with control.place.waiting("the results of all ranks", range(3)):
+                with control.activity.waiting("the results of all ranks", range(3)):
                     time.sleep(50)
-            control.gather(None)
+            control.all_gather(None)
         except RankError:  # another rank has ended before this one
             watching.defer_to_deadlock()
 
@@ -69,11 +69,11 @@ def test_a_rank_that_works_is_waited_for_and_named_with_what_it_does(told: Any) 
     def body(control: Control) -> str:
         watching = watch(control, told)
         if control.world.rank == 1:
-            control.place.now("loads weights")
+            control.activity.now("loads weights")
             time.sleep(2.5)
-        control.gather(None)
+        control.all_gather(None)
         watching.stop()
-        control.gather(None)
+        control.all_gather(None)
         return "done"
 
     assert on_ranks(2, body) == (["done", "done"], [0, 0])
@@ -84,9 +84,9 @@ def test_a_rank_that_works_is_waited_for_and_named_with_what_it_does(told: Any) 
 
 
 def test_a_rank_that_nobody_joins_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "_SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(waits, "_REPORT_AFTER_S", 0.05)
     notes: list[str] = []
-    with waits.announced("all 2 ranks to start", notes.append):
+    with waits.report_long_wait("all 2 ranks to start", notes.append):
         deadline = time.monotonic() + 10
         while len(notes) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -95,13 +95,13 @@ def test_a_rank_that_nobody_joins_says_so_now_and_then(monkeypatch: pytest.Monke
 
 def test_ranks_of_several_groups_that_get_on_are_left_alone(told: Any) -> None:
     def body(control: Control) -> str:
-        watching, part = watch(control, told), control.part(2)
+        watching, part = watch(control, told), control.subgroup(2)
         for _ in range(20):  # longer than ranks may wait for each other
             time.sleep(0.1 * part.world.rank)
-            part.gather(None)
-        control.gather(None)
+            part.all_gather(None)
+        control.all_gather(None)
         watching.stop()
-        control.gather(None)
+        control.all_gather(None)
         return "done"
 
     assert on_ranks(4, body) == (["done"] * 4, [0] * 4)
@@ -112,22 +112,22 @@ def test_ranks_of_several_groups_that_get_on_are_left_alone(told: Any) -> None:
 def test_a_rank_in_a_pass_of_all_ranks_is_waited_for_as_long_as_its_layers_run(
     gets_on: bool, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "_NO_PASS_S", 1.5)
+    monkeypatch.setattr(waits, "_PASS_STALLED_AFTER_S", 1.5)
 
     def body(control: Control) -> str:
         watching = watch(control, told)
-        control.gather(None)
+        control.all_gather(None)
         if control.world.rank == 1:
-            control.place.now("is in pass 7", in_pass=True)
+            control.activity.now("is in pass 7", in_pass=True)
             for _ in range(30):
                 time.sleep(0.1)
-                control.place.step() if gets_on else None
+                control.activity.step() if gets_on else None
         try:
-            control.gather(None)
+            control.all_gather(None)
         except RankError:
             watching.defer_to_deadlock()
         watching.stop()
-        control.gather(None)
+        control.all_gather(None)
         return "done"
 
     found, codes = on_ranks(2, body)

@@ -36,7 +36,7 @@ class Ranks(Control):
         self.said: list[tuple[int, ...]] = []
         self._others = list(others)
 
-    def ask_most(self, *values: int) -> Callable[[], tuple[int, ...]]:
+    def start_all_reduce_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
         busy, *may_come, stop = values  # whether there may be more rows is asked only where it is asked for certain
         others_busy, others_stop = self._others[len(self.said)]
         self.said.append((busy, stop))

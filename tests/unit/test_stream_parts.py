@@ -175,7 +175,7 @@ control = Control(world, "cpu")
 memory = HostMemory(1000, control, pin=False)
 if world.is_main:
     memory.bytes.fill_(7)
-control.gather(None)
+control.all_gather(None)
 assert memory.bytes.sum() == 7000, memory.bytes.sum()
 assert "memfd:zeroinf-weights (deleted)" in open("/proc/self/maps").read(), "no file system holds it"
 control.close()

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.ports import free_port
-from zeroinf.distributed.waits import Place
+from zeroinf.distributed.waits import Activity
 from zeroinf.distributed.world import World
 from zeroinf.errors import RankError, ZeroinfError
 
 # Loading a large model can take one rank much longer than another, so nobody gives up early; a rank that dies is
 # noticed by PeerWatch, not by a timeout.
-_PATIENCE = timedelta(hours=24)
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ class OtherRankFailedError(ZeroinfError):
         return f"rank 0 failed: {self.reason}"
 
 
-class _OwnGroup:
+class _OwnProcessGroup:
     """The process group of torch.distributed, if it was started here: it goes with its last user."""
 
     users = 0
@@ -53,23 +53,25 @@ def join_process_group(world: World, device: str) -> Callable[[], None]:
     zeroinf had started is used and left as it is.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if not world.launched and not _OwnGroup.users:  # DeepSpeed reads it, too
+    if not world.launched and not _OwnProcessGroup.users:  # DeepSpeed reads it, too
         alone["MASTER_PORT"] = str(free_port())
         os.environ.update(alone)
-    if dist.is_initialized() and not _OwnGroup.users:
+    if dist.is_initialized() and not _OwnProcessGroup.users:
         return lambda: None
-    if not _OwnGroup.users:
+    if not _OwnProcessGroup.users:
         if device == "cuda":
-            dist.init_process_group("nccl", timeout=_PATIENCE, device_id=torch.device("cuda", world.local_rank))
+            dist.init_process_group(
+                "nccl", timeout=_COLLECTIVE_TIMEOUT, device_id=torch.device("cuda", world.local_rank)
+            )
         else:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
-    _OwnGroup.users += 1
+            dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
+    _OwnProcessGroup.users += 1
     return _leave_process_group
 
 
 def _leave_process_group() -> None:
-    _OwnGroup.users -= 1
-    if not _OwnGroup.users and dist.is_initialized():
+    _OwnProcessGroup.users -= 1
+    if not _OwnProcessGroup.users and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -82,7 +84,7 @@ class Control:
 
     def __init__(self, world: World, device: str) -> None:
         self.world = world
-        self.place = Place()
+        self.activity = Activity()
         self.store: dist.Store = dist.HashStore()
         self._first = 0
         self._calls = 0
@@ -90,7 +92,7 @@ class Control:
         self._leave: Callable[[], None] = lambda: None
         if world.size > 1:
             self._leave = join_process_group(world, device)
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
             self.store = self._shared_store()
 
     def _shared_store(self) -> dist.Store:
@@ -101,7 +103,7 @@ class Control:
             return server
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
 
-    def part(self, size: int) -> Control:
+    def subgroup(self, size: int) -> Control:
         """The channel among `size` neighbouring ranks, this one among them; `world` is theirs, the store everybody's.
 
         Every rank must call it. `size` divides the number of ranks.
@@ -113,7 +115,9 @@ class Control:
         part._calls = 0
         if size > 1:
             starts = range(0, self.world.size, size)
-            groups = [dist.new_group(range(at, at + size), backend="gloo", timeout=_PATIENCE) for at in starts]
+            groups = [
+                dist.new_group(range(at, at + size), backend="gloo", timeout=_COLLECTIVE_TIMEOUT) for at in starts
+            ]
             part._first = self.world.rank - rank
             part._group = groups[self.world.rank // size]
         return part
@@ -123,11 +127,11 @@ class Control:
         if self.world.size == 1:
             return value
         box = [value]
-        with self._meeting("broadcast"):
+        with self._collective("broadcast"):
             dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
 
-    def from_main(self, work: Callable[[], _T]) -> _T:
+    def run_on_main(self, work: Callable[[], _T]) -> _T:
         """What `work` returns on rank 0, which alone calls it, on every rank. Where it fails there, all ranks fail."""
         if not self.world.is_main:
             answer = self.broadcast(None)
@@ -143,30 +147,30 @@ class Control:
         self.broadcast(found)
         return found
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.world.size == 1:
             return [value]
         values: list[Any] = [None] * self.world.size
-        with self._meeting("gather"):
+        with self._collective("gather"):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def most(self, *values: int) -> tuple[int, ...]:
+    def all_reduce_max(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over all ranks. Every rank must call it the same number of times."""
-        return self.ask_most(*values)()
+        return self.start_all_reduce_max(*values)()
 
-    def ask_most(self, *values: int) -> Callable[[], tuple[int, ...]]:
+    def start_all_reduce_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
         """As `most`, but the answer is waited for only when the result is called: ranks exchange values meanwhile."""
         if self.world.size == 1:
             return lambda: values
         tensor = torch.tensor(values, dtype=torch.int64)
-        at = self._next("agreement")
-        with _lost_rank_named():
+        at = self._collective_name("agreement")
+        with _connection_errors_as_rank_errors():
             work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
         def answer() -> tuple[int, ...]:
-            with self.place.waiting(at, self._ranks), _lost_rank_named():
+            with self.activity.waiting(at, self._ranks), _connection_errors_as_rank_errors():
                 work.wait()
             return tuple(tensor.tolist())
 
@@ -177,27 +181,27 @@ class Control:
         """Those of this group, as all ranks count them."""
         return range(self._first, self._first + self.world.size)
 
-    def _next(self, kind: str) -> str:
+    def _collective_name(self, kind: str) -> str:
         """The name of the next collective, the same on every rank that comes to it."""
         self._calls += 1
         ranks = self._ranks
         return f"{kind} {self._calls} of ranks {ranks.start} to {ranks.stop - 1}"
 
     @contextmanager
-    def _meeting(self, kind: str) -> Iterator[None]:
-        with self.place.waiting(self._next(kind), self._ranks), _lost_rank_named():
+    def _collective(self, kind: str) -> Iterator[None]:
+        with self.activity.waiting(self._collective_name(kind), self._ranks), _connection_errors_as_rank_errors():
             yield
 
     def close(self) -> None:
         """Leave together, so that no rank finds the store gone while it still asks."""
         if self.world.size > 1:
             try:
-                with self._meeting("end"):
+                with self._collective("end"):
                     dist.barrier(group=self._group)
             finally:
-                self.abandon()
+                self.abort()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Leave at once, such as after an error: the others find that this rank is gone."""
         if self.world.size > 1:
             dist.destroy_process_group(self._group)
@@ -205,7 +209,7 @@ class Control:
 
 
 @contextmanager
-def _lost_rank_named() -> Iterator[None]:
+def _connection_errors_as_rank_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from zeroinf.distributed.control import Control
 
 _TICK_S = 1.0
-_SAY_AFTER_S = 45.0
+_REPORT_AFTER_S = 45.0
 """How long ranks may wait before it is said, and then for twice as long each time."""
-_NOBODY_COMES_S = 60.0
+_DEADLOCK_AFTER_S = 60.0
 """How long all ranks must have waited at different places before the job ends."""
-_NO_PASS_S = 1800.0
+_PASS_STALLED_AFTER_S = 1800.0
 """The same where some are in a pass that all ranks make together: no pass takes so long without running a layer."""
 _GRACE_S = 5.0
 """How long rank 0, which holds the store, goes on so that the others can read why the job ends."""
@@ -33,7 +33,7 @@ _ENDED = "waits/ended"
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class RankState:
     """Where a rank is, for others to read."""
 
     doing: str
@@ -53,21 +53,21 @@ class Spot:
         return range(self.first, self.first + self.ranks)
 
 
-class Place:
+class Activity:
     """Where this rank is. Costs next to nothing to change; `WaitWatch` reads it from its own thread."""
 
     def __init__(self) -> None:
-        self._spot = Spot("starts")
+        self._state = RankState("starts")
         self._steps = 0
 
     @property
-    def spot(self) -> Spot:
-        spot = self._spot
-        return Spot(spot.doing, spot.waits_at, spot.first, spot.ranks, spot.in_pass, self._steps)
+    def state(self) -> RankState:
+        state = self._state
+        return RankState(state.doing, state.waits_at, state.first, state.ranks, state.in_pass, self._steps)
 
     def now(self, doing: str, *, in_pass: bool = False) -> None:
         """What this rank does from here on, in words that go on "rank 3, which ..."."""
-        self._spot = Spot(doing, in_pass=in_pass)
+        self._state = RankState(doing, in_pass=in_pass)
         self._steps += 1
 
     def step(self) -> None:
@@ -77,23 +77,23 @@ class Place:
     @contextmanager
     def waiting(self, at: str, ranks: range) -> Iterator[None]:
         """Inside, this rank waits at a place to which each of `ranks` must come."""
-        before = self._spot
-        self._spot = Spot(before.doing, at, ranks.start, len(ranks))
+        before = self._state
+        self._state = RankState(before.doing, at, ranks.start, len(ranks))
         self._steps += 1
         try:
             yield
         finally:
-            self._spot = before
+            self._state = before
             self._steps += 1
 
 
 @contextmanager
-def announced(what: str, note: Callable[[str], None]) -> Iterator[None]:
+def report_long_wait(what: str, note: Callable[[str], None]) -> Iterator[None]:
     """Inside, `note` is told that this rank waits for `what`, where that takes as long as any wait that is told of."""
     over = threading.Event()
 
     def watch() -> None:
-        started, pause_s = time.monotonic(), _SAY_AFTER_S
+        started, pause_s = time.monotonic(), _REPORT_AFTER_S
         while not over.wait(pause_s):
             waited_s = time.monotonic() - started
             note(f"waits for {what} (for {waited_s:.0f} s)")
@@ -109,18 +109,18 @@ def announced(what: str, note: Callable[[str], None]) -> Iterator[None]:
 class WaitWatch:
     """A thread that publishes this rank's place in the store; that of rank 0 reads those of all.
 
-    `note` is told, on rank 0, who waits for whom. Where nobody will ever come, `on_end(message, speak)` is called on
-    every rank, with `speak` on rank 0, and the process ends as PeerWatch's does.
+    `note` is told, on rank 0, who waits for whom. Where nobody will ever come, `on_end(message, reports)` is called on
+    every rank, with `reports` on rank 0, and the process ends as PeerWatch's does.
     """
 
     def __init__(self, control: Control, note: Callable[[str], None], on_end: Callable[[str, bool], None]) -> None:
         self._control, self._note = control, note
         self.on_end = on_end
         self._stop, self._ending = threading.Event(), threading.Event()
-        self._published: Spot | None = None
-        self._seen: dict[int, tuple[Spot, float]] = {}
+        self._published: RankState | None = None
+        self._seen: dict[int, tuple[RankState, float]] = {}
         """Of each rank: where it is, and since when."""
-        self._say_after_s = _SAY_AFTER_S
+        self._say_after_s = _REPORT_AFTER_S
         self._thread = threading.Thread(target=self._watch, name="wait-watch", daemon=True)
         if control.world.size > 1:
             self._thread.start()
@@ -142,75 +142,75 @@ class WaitWatch:
             try:
                 self._publish()
                 if self._control.store.check([_ENDED]):
-                    self._end(self._control.store.get(_ENDED).decode(), speak=False)
+                    self._end(self._control.store.get(_ENDED).decode(), reports=False)
                 if self._control.world.is_main:
-                    self._look()
+                    self._check_for_deadlock()
             except RuntimeError:  # the store went with rank 0: that is PeerWatch's to tell
                 return
 
     def _publish(self) -> None:
-        spot = self._control.place.spot
-        if spot != self._published:
-            fields = [getattr(spot, name) for name in Spot.__slots__]
+        state = self._control.activity.state
+        if state != self._published:
+            fields = [getattr(state, name) for name in RankState.__slots__]
             self._control.store.set(_key(self._control.world.rank), json.dumps(fields))
-            self._published = spot
+            self._published = state
 
-    def _look(self) -> None:
+    def _check_for_deadlock(self) -> None:
         """Say who waits for whom, or end what nobody can go on with."""
         now = time.monotonic()
         for rank in range(self._control.world.size):
-            spot = self._read(rank)
-            if rank not in self._seen or self._seen[rank][0] != spot:
-                self._seen[rank] = spot, now
-        spots = [self._seen[rank][0] for rank in range(self._control.world.size)]
-        waited = {rank: now - since for rank, (spot, since) in self._seen.items() if spot.waits_at}
+            state = self._read(rank)
+            if rank not in self._seen or self._seen[rank][0] != state:
+                self._seen[rank] = state, now
+        states = [self._seen[rank][0] for rank in range(self._control.world.size)]
+        waited = {rank: now - since for rank, (state, since) in self._seen.items() if state.waits_at}
         longest = max(waited.values(), default=0.0)
-        if longest < _SAY_AFTER_S:
-            self._say_after_s = _SAY_AFTER_S
-        told = "; ".join(_told(spots, {rank for rank in waited if waited[rank] >= _SAY_AFTER_S}))
-        if told and now - max(since for _, since in self._seen.values()) >= _patience_s(spots):
-            self._end(f"ranks wait for each other, and none will come: {told}", speak=True)
-        if told and longest >= self._say_after_s:
-            self._note(f"{told} (for {longest:.0f} s)")
+        if longest < _REPORT_AFTER_S:
+            self._say_after_s = _REPORT_AFTER_S
+        waiting = "; ".join(_waiting_messages(states, {rank for rank in waited if waited[rank] >= _REPORT_AFTER_S}))
+        if waiting and now - max(since for _, since in self._seen.values()) >= _stalled_after_s(states):
+            self._end(f"ranks wait for each other, and none will come: {waiting}", reports=True)
+        if waiting and longest >= self._say_after_s:
+            self._note(f"{waiting} (for {longest:.0f} s)")
             self._say_after_s *= 2
 
-    def _read(self, rank: int) -> Spot:
+    def _read(self, rank: int) -> RankState:
         key = _key(rank)
         if not self._control.store.check([key]):
-            return Spot("starts")
-        return Spot(*json.loads(self._control.store.get(key)))
+            return RankState("starts")
+        return RankState(*json.loads(self._control.store.get(key)))
 
-    def _end(self, message: str, *, speak: bool) -> None:
+    def _end(self, message: str, *, reports: bool) -> None:
         if self._stop.is_set():
             return
         self._ending.set()
-        self.on_end(message, speak)
-        if speak:
+        self.on_end(message, reports)
+        if reports:
             self._control.store.set(_ENDED, message)
             time.sleep(_GRACE_S)
         os._exit(RankError.exit_code)
 
 
-def _told(spots: Sequence[Spot], waiting: set[int]) -> Iterator[str]:
+def _waiting_messages(states: Sequence[RankState], waiting: set[int]) -> Iterator[str]:
     """For each place at which ranks wait and to which others have not come: who waits there for whom."""
-    for at in dict.fromkeys(spots[rank].waits_at for rank in sorted(waiting)):
-        here = [rank for rank, spot in enumerate(spots) if spot.waits_at == at]
-        missing = [rank for rank in spots[here[0]].awaited if rank not in here]
+    for at in dict.fromkeys(states[rank].waits_at for rank in sorted(waiting)):
+        here = [rank for rank, state in enumerate(states) if state.waits_at == at]
+        missing = [rank for rank in states[here[0]].awaited if rank not in here]
         if missing:
-            who = ", ".join(f"rank {rank}, which {_where(spots[rank])}" for rank in missing)
+            who = ", ".join(f"rank {rank}, which {_describe(states[rank])}" for rank in missing)
             several = len(here) > 1
             yield f"rank{'s' * several} {', '.join(map(str, here))} wait{'s' * (not several)} at {at} for {who}"
 
 
-def _where(spot: Spot) -> str:
-    return f"waits at {spot.waits_at}" if spot.waits_at else spot.doing
+def _describe(state: RankState) -> str:
+    return f"waits at {state.waits_at}" if state.waits_at else state.doing
 
 
-def _patience_s(spots: Sequence[Spot]) -> float:
+def _stalled_after_s(states: Sequence[RankState]) -> float:
     """How long nothing may have changed on any rank before nobody will ever come."""
-    if all(spot.waits_at for spot in spots):
-        return _NOBODY_COMES_S
-    return _NO_PASS_S if all(spot.waits_at or spot.in_pass for spot in spots) else float("inf")
+    if all(state.waits_at for state in states):
+        return _DEADLOCK_AFTER_S
+    return _PASS_STALLED_AFTER_S if all(state.waits_at or state.in_pass for state in states) else float("inf")
 
 
 def _key(rank: int) -> str:

@@ -22,7 +22,7 @@ _POLL_S = 0.2
 _GRACE_S = 1.5
 """How long a rank that ends gives the others to notice why: several polls."""
 
-_BEAT_EVERY_S = 1.0
+_HEARTBEAT_EVERY_S = 1.0
 _SILENCE_S = 15.0
 """How long a rank on another node may say nothing before it is taken for dead: loading holds threads up."""
 
@@ -37,7 +37,7 @@ class Peer:
     host: str
     pid: int
     started: float
-    machine: tuple[str, ...] = ()
+    namespace: tuple[str, ...] = ()
     """What tells in which processes it can be looked for: hosts and containers may have the same name."""
 
     def is_alive(self) -> bool:
@@ -55,10 +55,10 @@ class PeerWatch:
     between two of them reaches rank 0 by their word or their silence, and through it everybody.
 
     A rank that is stuck in a collective cannot notice by itself that its peer is gone. The thread does: it calls
-    `on_death(message, speak)` to save what can be saved and ends the process; `speak` is true on one rank only, the
+    `on_death(message, reports)` to save what can be saved and ends the process; `reports` is true on one rank only, the
     lowest that lives.
-    A rank that fails on purpose leaves its reason and exit code with `confess`, so that the others can name the one and
-    end with the other. Rank 0, which holds the store, tells the user itself: then nobody else speaks.
+    A rank that fails on purpose leaves its reason and exit code with `publish_exit_reason`: the others report the
+    reason and end with the exit code. Rank 0, which holds the store, tells the user itself: then nobody else speaks.
     """
 
     def __init__(self, control: Control, on_death: Callable[[str, bool], None]) -> None:
@@ -67,17 +67,17 @@ class PeerWatch:
         self._stop = threading.Event()
         self._ending = threading.Event()
         process = psutil.Process()
-        own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time(), _machine())
-        peers: list[Peer] = control.gather(own)
-        self._near = [p for p in peers if p.machine == own.machine and p.rank != own.rank]
-        self._far = [p for p in peers if p.machine != own.machine]
-        heard = [p for p in self._far if own.rank == 0 or p.rank == 0]
-        self._beats = {peer: _Beat() for peer in heard}
-        self._beat_due = 0.0
+        own = Peer(control.world.rank, socket.gethostname(), process.pid, process.create_time(), _process_namespace())
+        peers: list[Peer] = control.all_gather(own)
+        self._local_peers = [p for p in peers if p.namespace == own.namespace and p.rank != own.rank]
+        self._remote_peers = [p for p in peers if p.namespace != own.namespace]
+        heard = [p for p in self._remote_peers if own.rank == 0 or p.rank == 0]
+        self._heartbeats = {peer: _Heartbeat() for peer in heard}
+        self._heartbeat_due = 0.0
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
         self._thread.start()
 
-    def give_way(self) -> None:
+    def defer_to_peer_failure(self) -> None:
         """To be called where a collective may have failed because a peer died: if one did, this does not return.
 
         The connection breaks before the thread has looked, and does not say whose end it was.
@@ -87,16 +87,16 @@ class PeerWatch:
 
     def has_lost_a_peer(self) -> bool:
         """Whether a rank is gone for a cause of its own: not because it, too, was asked to stop."""
-        words = [self._word_of(peer.rank) for peer in self._near if not peer.is_alive()]
-        return any(word is None or word[1] not in STOPPED_CODES for word in words)
+        reasons = [self._exit_reason_of(peer.rank) for peer in self._local_peers if not peer.is_alive()]
+        return any(reason is None or reason[1] not in STOPPED_CODES for reason in reasons)
 
-    def confess(self, reason: str, exit_code: int) -> None:
+    def publish_exit_reason(self, reason: str, exit_code: int) -> None:
         """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
         self.stop()
-        if self._leave_word(reason, exit_code) and self._control.world.is_main:
+        if self._publish_reason(reason, exit_code) and self._control.world.is_main:
             self._wait_for_peers()
 
-    def _leave_word(self, reason: str, exit_code: int) -> bool:
+    def _publish_reason(self, reason: str, exit_code: int) -> bool:
         """False where rank 0, which holds the store, is gone already."""
         try:
             self._control.store.set(_reason_key(self._control.world.rank), json.dumps([reason, exit_code]))
@@ -107,8 +107,10 @@ class PeerWatch:
     def _wait_for_peers(self) -> None:
         """Keep the store until the others have read from it, or have ended."""
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and (self._far or any(peer.is_alive() for peer in self._near)):
-            if self._control.store.add(_HEARD, 0) == len(self._near) + len(self._far):
+        while time.monotonic() < deadline and (
+            self._remote_peers or any(peer.is_alive() for peer in self._local_peers)
+        ):
+            if self._control.store.add(_HEARD, 0) == len(self._local_peers) + len(self._remote_peers):
                 return
             time.sleep(_POLL_S)
 
@@ -118,62 +120,62 @@ class PeerWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
-            silent = self._silent()
-            word = self._far_word() if self._control.world.is_main else self._word_of(0)
-            dead = [*(peer for peer in self._near if not peer.is_alive()), *silent]
-            if not (word or dead) or self._stop.is_set():
+            silent = self._silent_peers()
+            reason = self._remote_exit_reason() if self._control.world.is_main else self._exit_reason_of(0)
+            dead = [*(peer for peer in self._local_peers if not peer.is_alive()), *silent]
+            if not (reason or dead) or self._stop.is_set():
                 continue
             self._ending.set()
-            if word is not None:
-                self._on_death(word[0], self._control.world.is_main)
-                self._let_rank_0_speak()
-                os._exit(word[1])
-            words = [self._word_of(peer.rank) for peer in dead]
+            if reason is not None:
+                self._on_death(reason[0], self._control.world.is_main)
+                self._wait_for_rank_0_message()
+                os._exit(reason[1])
+            reasons = [self._exit_reason_of(peer.rank) for peer in dead]
             first_alive = min(set(range(self._control.world.size)) - {peer.rank for peer in dead})
-            texts = [f"rank {p.rank} (process {p.pid}) died: {_reason(w)}" for p, w in zip(dead, words, strict=True)]
-            exit_code = next((word[1] for word in words if word), RankError.exit_code)
-            if self._far:
-                self._leave_word("; ".join(texts), exit_code)
+            texts = [f"rank {p.rank} (process {p.pid}) died: {_reason(w)}" for p, w in zip(dead, reasons, strict=True)]
+            exit_code = next((reason[1] for reason in reasons if reason), RankError.exit_code)
+            if self._remote_peers:
+                self._publish_reason("; ".join(texts), exit_code)
             self._on_death("; ".join(texts), first_alive == self._control.world.rank)
             time.sleep(_GRACE_S)  # the others shall see who died first, not that this rank followed
             os._exit(exit_code)
-        while self._far and not time.sleep(_BEAT_EVERY_S):  # type: ignore[func-returns-value]
-            self._silent()
+        while self._remote_peers and not time.sleep(_HEARTBEAT_EVERY_S):  # type: ignore[func-returns-value]
+            self._silent_peers()
 
-    def _silent(self) -> list[Peer]:
+    def _silent_peers(self) -> list[Peer]:
         """Say that this rank lives, and find out who on other nodes does not."""
         now = time.monotonic()
-        if not self._far or now < self._beat_due:
+        if not self._remote_peers or now < self._heartbeat_due:
             return []
-        self._beat_due = now + _BEAT_EVERY_S
+        self._heartbeat_due = now + _HEARTBEAT_EVERY_S
         try:
-            self._control.store.add(_beat_key(self._control.world.rank), 1)
-            for peer, beat in self._beats.items():
-                count = self._control.store.add(_beat_key(peer.rank), 0)
+            self._control.store.add(_heartbeat_key(self._control.world.rank), 1)
+            for peer, beat in self._heartbeats.items():
+                count = self._control.store.add(_heartbeat_key(peer.rank), 0)
                 if count != beat.count:
                     beat.count, beat.since = count, now
         except RuntimeError:  # the store went with rank 0
-            return [peer for peer in self._beats if peer.rank == 0]
-        return [peer for peer, beat in self._beats.items() if now - beat.since > _SILENCE_S]
+            return [peer for peer in self._heartbeats if peer.rank == 0]
+        return [peer for peer, beat in self._heartbeats.items() if now - beat.since > _SILENCE_S]
 
-    def _far_word(self) -> tuple[str, int] | None:
+    def _remote_exit_reason(self) -> tuple[str, int] | None:
         """What a rank on another node says about its end."""
-        words = ((peer, self._word_of(peer.rank)) for peer in self._far)
-        return next(((f"rank {p.rank} on {p.host}: {w[0]}", w[1]) for p, w in words if w is not None), None)
+        reasons = ((peer, self._exit_reason_of(peer.rank)) for peer in self._remote_peers)
+        return next(((f"rank {p.rank} on {p.host}: {w[0]}", w[1]) for p, w in reasons if w is not None), None)
 
-    def _let_rank_0_speak(self) -> None:
+    def _wait_for_rank_0_message(self) -> None:
         """Outlive rank 0, if it is quick: a launcher that sees one rank end kills the others."""
         with suppress(RuntimeError):
             self._control.store.add(_HEARD, 1)
-        main = [peer for peer in self._near if peer.rank == 0]
+        main = [peer for peer in self._local_peers if peer.rank == 0]
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and any(peer.is_alive() for peer in main):
             time.sleep(_POLL_S)
 
-    def _word_of(self, rank: int) -> tuple[str, int] | None:
+    def _exit_reason_of(self, rank: int) -> tuple[str, int] | None:
         """What `rank` confessed: its reason and its exit code."""
         key = _reason_key(rank)
-        if rank == 0 and any(peer.rank == 0 and not peer.is_alive() for peer in self._near):
+        if rank == 0 and any(peer.rank == 0 and not peer.is_alive() for peer in self._local_peers):
             return None  # its store went with it
         try:
             if not self._control.store.check([key]):
@@ -185,20 +187,20 @@ class PeerWatch:
 
 
 @dataclass(slots=True)
-class _Beat:
+class _Heartbeat:
     """The last count heard of a rank, and since when it has not changed."""
 
     count: int = -1
     since: float = field(default_factory=time.monotonic)
 
 
-def _machine() -> tuple[str, ...]:
+def _process_namespace() -> tuple[str, ...]:
     """The same for all processes that see each other."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return socket.gethostname(), boot, str(Path("/proc/self/ns/pid").readlink())
 
 
-def _beat_key(rank: int) -> str:
+def _heartbeat_key(rank: int) -> str:
     return f"beat/{rank}"
 
 
@@ -206,7 +208,7 @@ def _reason_key(rank: int) -> str:
     return f"reason/{rank}"
 
 
-def _reason(word: tuple[str, int] | None) -> str:
-    if word is not None:
-        return word[0]
+def _reason(reason: tuple[str, int] | None) -> str:
+    if reason is not None:
+        return reason[0]
     return "it left no word, so it was killed from outside (out of host memory? see the system log)"

@@ -43,7 +43,7 @@ def _account_for_weights(source: ModelSource, control: Control, told: Listener) 
     if facts is None:
         if control.world.local_rank == 0:
             weight_files(source)  # one rank of a node fetches what has to be fetched
-        control.gather(None)
+        control.all_gather(None)
         files = weight_files(source)
         facts = read_facts(source.name, source.config, files, trust_remote_code=source.trust_remote_code)
         if set(facts.untied) != set(getattr(source.config, UNTIED, ())):

@@ -65,7 +65,7 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
             continue
         if ranks is not None:
             ranks.foretell(passes.likely_goes_on(groups), feed.stop_requested())
-            control.place.now(f"is in pass {ranks.passes}", in_pass=True)
+            control.activity.now(f"is in pass {ranks.passes}", in_pass=True)
         ran_out = False
         try:
             if groups or scored:
@@ -270,7 +270,7 @@ class _Agreement:
 
     def foretell(self, busy: bool, stop: int) -> None:
         """Say what this rank expects of the forward after the next. Every rank must call it after `agree`."""
-        self._expected = self._control.ask_most(busy, stop)
+        self._expected = self._control.start_all_reduce_max(busy, stop)
 
     def agree(self, busy: bool, is_open: bool, stop: int) -> tuple[bool, bool, int]:
         """Whether any rank has work, whether there may be more if none has, and a stop if one was requested on any:
@@ -279,7 +279,7 @@ class _Agreement:
         self._expected = _nothing_expected
         any_open = 1
         if not any_busy and not any_stop:
-            any_busy, any_open, any_stop = self._control.most(busy, is_open, stop)
+            any_busy, any_open, any_stop = self._control.all_reduce_max(busy, is_open, stop)
         self.passes += bool(any_busy)
         return bool(any_busy), bool(any_open), any_stop
 

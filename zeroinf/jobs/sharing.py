@@ -46,7 +46,7 @@ def share_work(control: Control, work: tuple[Work, ...] | None) -> tuple[Work, .
     if control.world.local_size < control.world.size:
         _to_other_nodes(control, tokens)
     bare = control.broadcast(None if work is None else tuple(replace(item, prompt=()) for item in work))
-    control.gather(None)  # nobody reads before all of it is there
+    control.all_gather(None)  # nobody reads before all of it is there
     starts = (end - count for end, count in zip(ends, counts, strict=True))
     return tuple(replace(item, prompt=tokens[start:end]) for item, start, end in zip(bare, starts, ends, strict=True))
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
-from zeroinf.distributed.waits import WaitWatch, announced
+from zeroinf.distributed.waits import WaitWatch, report_long_wait
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Stalls
@@ -30,9 +30,9 @@ from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.runs.interrupts import Interrupts, interrupted
-from zeroinf.runs.leaving import Leaving, reason_of
 from zeroinf.runs.prepare import Prepared, none_can_run, prepare, read_job
 from zeroinf.runs.report import Outcome, Phases, RankReport, RunReport
+from zeroinf.runs.shutdown import Shutdown, reason_of
 from zeroinf.runs.stream import Output, Stream, WarmUp
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
@@ -52,31 +52,31 @@ def run_job(
     """
     peak = PeakMemory()
     with Interrupts() as interrupts:
-        with announced(f"all {world.size} ranks to start", observer.note):
+        with report_long_wait(f"all {world.size} ranks to start", observer.note):
             control = Control(world, device.type)
         waits = WaitWatch(control, observer.note, lambda message, speak: observer.failed(message) if speak else None)
-        control.place.now("reads the job and plans")
+        control.activity.now("reads the job and plans")
         start = _start_together(options, control, device, results, observer)
         output = Output(start.writer) if start.writer is not None else None
-        leaving = Leaving(options.output_file, options.resume_command, output, observer, interrupts)
-        waits.on_end = leaving.in_deadlock
+        shutdown = Shutdown(options.output_file, options.resume_command, output, observer, interrupts)
+        waits.on_end = shutdown.on_deadlock
         report: RunReport | None = None
         failures: Sequence[Refusal] = ()
         try:
             if start.prepared is not None:
-                leaving.watch = PeerWatch(control, leaving.with_the_dead) if world.size > 1 else None
+                shutdown.watch = PeerWatch(control, shutdown.on_peer_death) if world.size > 1 else None
                 job = _Job(options, control, start.prepared, output, observer, interrupts)
-                report = job.run(start.source, device, leaving.watch, peak)
-            control.place.now("publishes the output")
+                report = job.run(start.source, device, shutdown.watch, peak)
+            control.activity.now("publishes the output")
             if output is not None:
                 failures = output.finish()
         except BaseException as error:
             if isinstance(error, RankError):
                 waits.defer_to_deadlock()
             waits.stop()
-            leaving.because_of(error)
+            shutdown.on_error(error)
             raise
-        leaving.finished()
+        shutdown.finished()
         waits.stop()
         control.close()
     if start.job is None:
@@ -125,7 +125,7 @@ def _start_together(
         prepared = started[0].prepared
         return None if prepared is None else replace(prepared, work=())
 
-    prepared = control.from_main(start)
+    prepared = control.run_on_main(start)
     mine = started[0] if started else _Start(source=_resolve(options, device.type), prepared=prepared)
     if prepared is None:
         return mine
@@ -243,7 +243,7 @@ class _Job:
             if watch is not None:
                 watch.stop()
             stats = model.engine.stats()
-            ranks = self._control.gather(self._rank_report(model, stream))
+            ranks = self._control.all_gather(self._rank_report(model, stream))
             # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
             streamed = (max if model.engine.in_step else sum)(rank.streamed_bytes for rank in ranks)
         finally:
@@ -280,7 +280,7 @@ class _Job:
             self._loop(model, Feed(take=warm_up.take, done=lambda row: None))
         for number in range(1, self._options.repetitions):
             self._run_once(number, model, None)
-            self._control.gather(None)  # ranks begin together
+            self._control.all_gather(None)  # ranks begin together
         model.scheduler.counts = Counts()
         self._stalls_before, self._moved_before = model.engine.stats().stalls, model.moved_bytes
         return self._run_once(0, model, self._output)
@@ -305,7 +305,7 @@ class _Job:
             stopped_by = model.run(replace(feed, stop_requested=lambda: self._interrupts.requested))
         finally:
             self._interrupts.deferred = False
-            self._control.place.now("has generated its tokens")
+            self._control.activity.now("has generated its tokens")
         if stopped_by:
             raise interrupted(stopped_by)
 

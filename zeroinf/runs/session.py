@@ -74,7 +74,7 @@ class Session:
                 self._closing.callback(ranks.close)
             self._control = Control(world, device.type)
             self._closing.callback(self._leave)
-            planned, own_config = self._control.from_main(
+            planned, own_config = self._control.run_on_main(
                 lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
             )
             self.model = LoadedModel(
@@ -201,7 +201,7 @@ class Session:
         if self._is_sound:
             self._control.close()
         else:
-            self._control.abandon()
+            self._control.abort()
 
     def __enter__(self) -> Session:
         return self

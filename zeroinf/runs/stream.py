@@ -95,7 +95,7 @@ class Stream:
         self._model = model
         self._part = model.part
         engine = model.engine
-        self._place = model.part.place
+        self._place = model.part.activity
         # Whoever draws much leaves nothing to the others in the end; rows of one draw are grouped by their length.
         plan = prepared.plan
         at_once = plan.world_size == 1 or plan.static_batches or not plan.anatomy.is_paged or not engine.shares_passes

@@ -274,7 +274,7 @@ def _open_board(model: LoadedModel, heard: Callable[[Told], None]) -> LocalBoard
         return LocalBoard(heard)
     store = dist.PrefixStore("service", control.store)
     board = SharedBoard(store, 0, ahead, heard) if control.world.is_main else None
-    control.gather(None)  # rank 0 has made it
+    control.all_gather(None)  # rank 0 has made it
     return board or SharedBoard(store, control.world.rank, ahead, heard)
 
 

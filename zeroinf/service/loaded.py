@@ -92,13 +92,13 @@ class LoadedModel:
         self._closing.callback(self._gpu.close)
         self._gpu.check()
         if plan.offload != "none" or plan.host is not None:
-            self.control.gather(None)  # all ranks at once, as they will stream
+            self.control.all_gather(None)  # all ranks at once, as they will stream
             self.link_gbps = measure_own_link(self.device.index)
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _load(self, plan: Plan, source: ModelSource, zero_config: dict[str, Any] | None) -> None:
         started = time.perf_counter()
-        self.control.place.now("loads weights")
+        self.control.activity.now("loads weights")
         try:
             self.engine: Engine = load_engine(plan, source, zero_config, self.control, self.device, self._observer)
         except torch.OutOfMemoryError as error:
@@ -109,16 +109,16 @@ class LoadedModel:
         self._closing.callback(self._drop)
         self._closing.callback(self.engine.close)
         self.load_s = time.perf_counter() - started
-        self.control.place.now("generates")
+        self.control.activity.now("generates")
         self._observer.loaded(self.load_s)
         self.loading: Resident = self.peak.so_far()
         """Resident memory of this process at its highest until weights were loaded."""
 
     def _make_room(self, planned: Plan, source: ModelSource) -> None:
         plan = planned if self._gpu is None else self._gpu.plan_that_fits()
-        self.part = self.control.part(plan.tensor_parallel.size)
+        self.part = self.control.subgroup(plan.tensor_parallel.size)
         """The channel among the ranks that hold this model together: alone, or all that run the same rows."""
-        fitting = min(self.part.gather(plan.batch_size))  # ranks of one stream run the same rows
+        fitting = min(self.part.all_gather(plan.batch_size))  # ranks of one stream run the same rows
         self.plan = plan = plan.with_rows(fitting) if fitting < plan.batch_size else plan
         if plan.batch_size < planned.batch_size:
             self._observer.note(

@@ -92,7 +92,7 @@ class _WholeModel:
             else ListedWeights(groups, self.model, listed, control, tally)
         )
         origin.fill(pieces)
-        control.gather(None)  # nobody reads before all of it is there
+        control.all_gather(None)  # nobody reads before all of it is there
         for index, piece in pieces:
             for tensor, view in groups[index].views(piece):
                 tensor.bind(tensor.like(view))

@@ -47,7 +47,7 @@ class StreamEngine:
         self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
     ) -> None:
         self._device = device
-        self._place = control.place
+        self._place = control.activity
         self._model = build_skeleton(source, plan.dtype)
         groups, outside = group_tensors(self._model, plan.wire)
         if expansions(self._model):

@@ -46,9 +46,9 @@ class HostMemory:
         if own >= 0:
             os.ftruncate(own, nbytes)
         # By rank, not by a host's name: nodes that were cloned may have the same.
-        pid, number = control.gather((os.getpid(), own))[control.world.rank - control.world.local_rank]
+        pid, number = control.all_gather((os.getpid(), own))[control.world.rank - control.world.local_rank]
         descriptor = own if own >= 0 else _opened(pid, number)
-        control.gather(None)  # nobody closes it before all have opened it
+        control.all_gather(None)  # nobody closes it before all have opened it
         return descriptor
 
     def pin(self) -> None:

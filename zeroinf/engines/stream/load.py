@@ -70,7 +70,7 @@ class Checkpoint:
         if control is not None:
             if self._part == 0:
                 weight_files(source)
-            control.gather(None)  # one rank of a node fetches what has to be fetched
+            control.all_gather(None)  # one rank of a node fetches what has to be fetched
         stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
         files = weight_files(source)
         self._read = _read_directly(stored, model, files)

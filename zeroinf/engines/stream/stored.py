@@ -50,7 +50,7 @@ class StoreInUse:
         try:
             if control.world.local_rank == 0:
                 self._find_or_write(contents, paths, origin, told, direct=direct)
-            control.gather(None)
+            control.all_gather(None)
             self._lock.share(lambda: None)
             store = open_store(paths, contents.name)
             assert store is not None

@@ -73,7 +73,7 @@ class Weights:
             for index, start in zip(groups, starts, strict=False)
         }
         self._origin.fill(list(pieces.items()))
-        self._control.gather(None)  # nobody reads before all of it is there
+        self._control.all_gather(None)  # nobody reads before all of it is there
         if self._pin:
             self._host.pin()  # only now: untouched pages would be made by this one thread, not by those that fill them
         return pieces
@@ -103,7 +103,7 @@ class Weights:
                     begin(turn)
                 for turn, index in enumerate(groups):
                     filling.popleft().result()
-                    self._control.gather(None)  # all ranks have filled this stage, and copied the piece before
+                    self._control.all_gather(None)  # all ranks have filled this stage, and copied the piece before
                     begin(turn + LOADING_STAGES - 1)
                     stage = stages[turn % LOADING_STAGES]
                     if self._pin and not stage.pinned_bytes:

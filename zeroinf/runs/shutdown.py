@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zeroinf.distributed.watch import PeerWatch
 
 
-class Leaving:
+class Shutdown:
     """A rank's end before its time: it saves what is finished, says so once, and tells the other ranks why."""
 
     def __init__(
@@ -32,15 +32,15 @@ class Leaving:
         self._file, self._resume_command = file, resume_command
         self._output, self._observer, self._interrupts = output, observer, interrupts
         self._saving, self._is_saved = threading.Lock(), False
-        self._has_spoken = self._has_told = False
-        interrupts.last_resort = lambda number: self.because_of(interrupted(number), speak=True)
+        self._has_reported = self._has_reported_saved = False
+        interrupts.last_resort = lambda number: self.on_error(interrupted(number), reports=True)
         interrupts.at_once = self._at_once
 
     def finished(self) -> None:
         """The output is published: whatever stops the run from here on has nothing to save."""
         self._interrupts.last_resort = self._interrupts.at_once = lambda number: None
 
-    def because_of(self, error: BaseException, *, speak: bool = False) -> None:
+    def on_error(self, error: BaseException, *, reports: bool = False) -> None:
         """End with `error`, which is said here if nobody else will."""
         # A launcher's signal that follows shall not take the place of the cause.
         self._interrupts.deferred, self._interrupts.last_resort = True, lambda number: None
@@ -48,48 +48,48 @@ class Leaving:
         # A broken collective, or the signal of a launcher that saw a rank die and stops the others: the cause is
         # elsewhere.
         if self.watch is not None and (isinstance(error, (RankError, RuntimeError)) or self.watch.has_lost_a_peer()):
-            self.watch.give_way()
-        if speak:
-            self._say(reason_of(error))
+            self.watch.defer_to_peer_failure()
+        if reports:
+            self._report(reason_of(error))
         if self._output is not None:
-            self._save(reason_of(error))
+            self._save_results(reason_of(error))
         if self.watch is not None:
-            self.watch.confess(
+            self.watch.publish_exit_reason(
                 reason_of(error), error.exit_code if isinstance(error, ZeroinfError) else ZeroinfError.exit_code
             )
 
-    def with_the_dead(self, death: str, speak: bool) -> None:
+    def on_peer_death(self, death: str, reports: bool) -> None:
         """End because another rank did."""
         self._observer.ended()
-        if speak:
+        if reports:
             self._observer.failed(death)
         if self._output is not None:
-            self._save(death)
-        elif speak and self._file is not None:
-            self._tell(f"results finished until then are saved in {journal_path(self._file)}")
+            self._save_results(death)
+        elif reports and self._file is not None:
+            self._report_saved(f"results finished until then are saved in {journal_path(self._file)}")
 
-    def in_deadlock(self, why: str, speak: bool) -> None:
+    def on_deadlock(self, why: str, reports: bool) -> None:
         """End because ranks wait for each other. All of them do, so that none is taken for dead."""
         if self.watch is not None:
             self.watch.stop()
-        self.with_the_dead(why, speak)
+        self.on_peer_death(why, reports)
 
     def _at_once(self, number: int) -> None:
         """Say what is saved, and wait for nobody: what saves it may be stuck in a write to a disk that hangs."""
-        if self._output is None or self._has_told:
+        if self._output is None or self._has_reported_saved:
             return
-        if not self._has_spoken:
-            self._say(reason_of(interrupted(number)))
+        if not self._has_reported:
+            self._report(reason_of(interrupted(number)))
         if self._file is not None:
             durable = self._output.durable
             count = "results finished until then" if durable == 0 else f"{durable} finished results, or more,"
-            self._tell(f"{count} are saved in {journal_path(self._file)}")
+            self._report_saved(f"{count} are saved in {journal_path(self._file)}")
 
-    def _say(self, why: str) -> None:
-        self._has_spoken = True
+    def _report(self, why: str) -> None:
+        self._has_reported = True
         self._observer.failed(why)
 
-    def _save(self, why: str) -> None:
+    def _save_results(self, why: str) -> None:
         """Once, whichever thread comes first; the other waits until it is said."""
         with self._saving:
             if not self._is_saved:
@@ -105,10 +105,10 @@ class Leaving:
             return
         if saved.path is not None:
             count = "1 finished result is" if saved.results == 1 else f"{saved.results} finished results are"
-            self._tell(f"{count} saved in {saved.path}")
+            self._report_saved(f"{count} saved in {saved.path}")
 
-    def _tell(self, what: str) -> None:
-        self._has_told = True
+    def _report_saved(self, what: str) -> None:
+        self._has_reported_saved = True
         self._observer.note(f"{what}; to go on: {self._resume_command}")
 
 
