@@ -15,8 +15,8 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import read_requests
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.source import ModelSource, load_tokenizer
-from zeroinf.options.ask import PlanOptions, ask
 from zeroinf.options.options import RunOptions
+from zeroinf.options.plan_input import PlanOptions, plan_input_of
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
@@ -28,7 +28,7 @@ from zeroinf.service.core import Priority
 from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result
 from zeroinf.service.text import TextCodec, encode_prompt
-from zeroinf.simulation.planning import answer
+from zeroinf.simulation.planning import make_plan
 from zeroinf.sizes import parse_size
 
 Engine: TypeAlias = Literal["auto", "stream", "zero", "resident", "accelerate", "tensor-parallel"]
@@ -122,7 +122,7 @@ def plan(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return answer(ask(options)).plan
+    return make_plan(plan_input_of(options)).plan
 
 
 def generate(

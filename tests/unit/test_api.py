@@ -22,8 +22,8 @@ from ranks import on_ranks
 import zeroinf
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, ModelError, RankError, UsageError
-from zeroinf.options.ask import PlanOptions
 from zeroinf.options.options import RunOptions
+from zeroinf.options.plan_input import PlanOptions
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]

@@ -102,9 +102,9 @@ def test_json_says_what_the_others_would_give_or_lack() -> None:
     found = document("--model", "llama-3-8b", *machine, "--input-len", "32", "--output-len", "8", "-b", "1")
     by_offload = {one["offload"]: one for one in found["alternatives"]}
     assert not by_offload["none"]["fits"]
-    (lack,) = by_offload["none"]["lacks"]
-    assert lack["place"] == "gpu"
-    assert lack["needed_bytes"] > lack["available_bytes"] == 6 << 30
+    (shortage,) = by_offload["none"]["shortages"]
+    assert shortage["place"] == "gpu"
+    assert shortage["needed_bytes"] > shortage["available_bytes"] == 6 << 30
     assert by_offload["none"]["reason"].startswith("1 sequence needs")
 
 

@@ -18,11 +18,11 @@ from zeroinf.generation.scheduler import Group, Limits, Scheduler
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import COMPUTED, peak_bytes
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Step
-from zeroinf.simulation.planning import Question, answer
+from zeroinf.simulation.planning import PlanInput, make_plan
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.workload import record_step
 
@@ -36,16 +36,16 @@ def plan_of(
 ) -> Plan:
     anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
     lengths = Lengths.of(anatomy, list(zip(prompts, new, strict=True)))
-    question = Question(
+    plan_input = PlanInput(
         config=catalog_config(model),
         anatomy=anatomy,
         machine=machine_of(gpu_bytes=gpu_bytes, host_bytes=64 * GIB),
         rates=Rates.of("given", link_gbps=10.0, matmul_tflops={"bfloat16": {8192: 600}}),
-        wish=Wish(offload="cpu", requests=len(prompts), batch_size=rows, host_share=host_share),
+        constraints=Constraints(offload="cpu", requests=len(prompts), batch_size=rows, host_share=host_share),
         lengths=lengths,
         device="cuda",
     )
-    return answer(question).plan
+    return make_plan(plan_input).plan
 
 
 def passes_of(plan: Plan, prompts: list[int], new: list[int]) -> Iterator[list[Group]]:

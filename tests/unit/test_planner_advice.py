@@ -13,10 +13,10 @@ from fake_machines import CHAIN, GIB, machine_of
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.planner.advice import alternatives, remedies, remedies_together
-from zeroinf.planner.wish import Wish
+from zeroinf.planner.constraints import Constraints
 
 MACHINE = machine_of(gpu_bytes=24 * GIB, host_bytes=64 * GIB)
-AUTO = Wish(host_share="auto")
+AUTO = Constraints(host_share="auto")
 
 
 def plan(*arguments: str) -> Any:
@@ -36,15 +36,15 @@ def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
         ("--wire int4 --kv-dtype int8", "lossy"),
         ("--nvme-path DIR", "exact"),
     ]
-    both = found[3].wish
+    both = found[3].constraints
     assert (both.wire, both.kv_dtype) == ("int4", "int8")
-    assert found[4].machine.disks and found[4].wish.nvme_space_bytes
+    assert found[4].machine.disks and found[4].constraints.nvme_space_bytes
 
 
 def test_what_the_user_fixed_already_is_not_advised() -> None:
     fixed = replace(AUTO, wire="int8", kv_dtype="int8", offload="none")
     assert flags(alternatives(fixed, MACHINE, CHAIN)) == []
-    assert flags(alternatives(Wish(engine="zero"), MACHINE, CHAIN)) == []
+    assert flags(alternatives(Constraints(engine="zero"), MACHINE, CHAIN)) == []
 
 
 def test_where_nothing_fits_settings_come_before_a_disk_and_single_changes_before_pairs() -> None:
@@ -54,7 +54,7 @@ def test_where_nothing_fits_settings_come_before_a_disk_and_single_changes_befor
         "--batch-size auto", "--offload auto", "--wire int8", "--wire int4", "--offload auto --nvme-path DIR",
     ]  # fmt: skip
     assert "--wire int8 --batch-size auto" in flags(remedies_together(fixed, MACHINE, CHAIN))
-    assert flags(remedies(Wish(engine="resident", offload="none"), MACHINE, CHAIN))[0] == "--engine stream"
+    assert flags(remedies(Constraints(engine="resident", offload="none"), MACHINE, CHAIN))[0] == "--engine stream"
 
 
 BOX = ("--model", "pythia-1b", "--gpu-memory", "2GiB", "--input-len", "128", "--output-len", "16")

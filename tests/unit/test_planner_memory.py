@@ -34,7 +34,7 @@ from zeroinf.planner.memory import (
     zero_host_terms,
 )
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.workload import Expansion, Workload, lock_step, repeated
+from zeroinf.planner.workload import ExpansionCost, Workload, lock_step, repeated
 
 MIB, GIB = 1 << 20, 1 << 30
 WIRES: tuple[Wire, ...] = ("model", "int8", "int4")
@@ -233,7 +233,7 @@ def test_zero_counts_live_weights_with_their_gaps_and_those_that_stay() -> None:
     assert named(terms)["weights that stay"] == 2 * GIB
     assert total(terms, "gpu") > 10 * GIB + sum(event.nbytes or 0 for event in workload.cache)
     assert total(terms, "host") == 0
-    expanding = replace(workload, expansion=Expansion(nbytes=GIB, kernels=()))
+    expanding = replace(workload, expansion=ExpansionCost(nbytes=GIB, kernels=()))
     coded = zero_gpu_terms(8 * GIB, 2 * GIB, expanding, overhead(False))
     assert named(coded)["a weight made of its codes"] == GIB
     assert total(coded, "gpu") == pytest.approx(total(terms, "gpu") + GIB, abs=20 * MIB)

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 from tiers import tiered
 
 from zeroinf.errors import DoesNotFitError
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
 from zeroinf.planner.search import MOST_MICRO_BATCH_ROWS, MOST_ROWS, Planner
 from zeroinf.planner.timing import Speeds
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape, Workload
 
 BLOCKS = len(CHAIN.blocks)
@@ -65,7 +65,7 @@ def choose(box: Box, *, prompt: int = PROMPT, rates: Speeds | None = None, **wis
         device="cuda" if box.gpu else "cpu",
         lengths=lengths_of(prompt),
     )
-    return planner.choose(Wish(world_size=box.ranks, nvme_space_bytes=box.disk, **wished))
+    return planner.choose(Constraints(world_size=box.ranks, nvme_space_bytes=box.disk, **wished))
 
 
 def fits(box: Box, **asked: Any) -> Decision | None:
@@ -118,7 +118,7 @@ def test_nothing_that_is_offered_needs_more_than_there_is(box: Box) -> None:
         assert total(candidate.terms, "host") <= box.host
         assert total(candidate.terms, "disk") <= (box.disk or 0)
     for rejected in decision.rejected if decision else ():
-        assert all(lack.needed_bytes > lack.available_bytes for lack in rejected.lacks)
+        assert all(shortage.needed_bytes > shortage.available_bytes for shortage in rejected.shortages)
 
 
 def test_where_memory_binds_what_is_left_is_less_than_a_hundredth_of_the_rows() -> None:
@@ -265,7 +265,7 @@ ROOMY = Box(gpu=8 * GIB, host=16 * GIB)
 def test_a_busy_neighbour_leaves_less() -> None:
     machine = machine_of(gpu_bytes=8 * GIB, free_bytes=2 * GIB, host_bytes=16 * GIB)
     planner = Planner(CHAIN, machine, speeds(), overhead, simulated, device="cuda", lengths=lengths_of())
-    decision = planner.choose(Wish())
+    decision = planner.choose(Constraints())
     assert decision.budgets["gpu"] == 2 * GIB
     assert rows(decision) == rows(choose(replace(ROOMY, gpu=2 * GIB)))
 
@@ -282,7 +282,7 @@ def test_the_fullest_gpu_decides_for_all() -> None:
         device="cuda",
         lengths=lengths_of(),
     )
-    assert planner.choose(Wish(world_size=2)).budgets["gpu"] == 3 * GIB
+    assert planner.choose(Constraints(world_size=2)).budgets["gpu"] == 3 * GIB
 
 
 def test_what_a_cgroup_leaves_is_all_there_is() -> None:
@@ -292,7 +292,7 @@ def test_what_a_cgroup_leaves_is_all_there_is() -> None:
         CHAIN, replace(machine, memory=limited), speeds(), overhead, simulated, device="cuda", lengths=lengths_of()
     )
     with pytest.raises(DoesNotFitError, match=r"host memory, 3\.00 GiB are there"):
-        planner.choose(Wish())
+        planner.choose(Constraints())
 
 
 def test_a_host_too_small_for_the_weights_keeps_some_of_them_on_the_gpu() -> None:

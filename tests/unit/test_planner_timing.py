@@ -13,10 +13,10 @@ from generating import rows_of
 
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate
 from zeroinf.planner.search import Planner
 from zeroinf.planner.timing import Timing, time_plan
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape
 
 PROMPT, NEW = 256, 24
@@ -174,8 +174,8 @@ def choose(*, requests: int, batch_size: int | None = None, gpu_gib: float = 2.0
         device="cuda",
         lengths=lengths_of(PROMPT, NEW),
     )
-    wish = Wish(offload="cpu", batch_size=batch_size, requests=requests)
-    return planner.choose(wish).chosen
+    constraints = Constraints(offload="cpu", batch_size=batch_size, requests=requests)
+    return planner.choose(constraints).chosen
 
 
 def test_a_batch_that_none_may_join_lasts_as_long_as_its_longest_row() -> None:

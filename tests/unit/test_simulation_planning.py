@@ -17,11 +17,11 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import total
 from zeroinf.planner.speeds import speeds_of
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import Answer, Question, answer
+from zeroinf.simulation.planning import PlanInput, PlanResult, make_plan
 
 MODEL = "pythia-70m"
 
@@ -37,41 +37,43 @@ def anatomy() -> Anatomy:
     return read_anatomy(catalog_config(MODEL), dtype="bfloat16")
 
 
-def ask(*, gpu: int, host: int = 16 * GIB, prompt: int = 256, new: int = 32, **wished: Any) -> Question:
-    return Question(
+def plan_input_of(*, gpu: int, host: int = 16 * GIB, prompt: int = 256, new: int = 32, **wished: Any) -> PlanInput:
+    return PlanInput(
         config=catalog_config(MODEL),
         anatomy=anatomy(),
         machine=machine_of(gpus=wished.get("world_size", 1), gpu_bytes=gpu, host_bytes=host),
         rates=Rates.of("given", link_gbps=25.0),
-        wish=Wish(**wished),
+        constraints=Constraints(**wished),
         lengths=Lengths(prompt_tokens=prompt, new_tokens=new),
         device="cuda",
     )
 
 
-def rows(question: Question) -> int:
-    return answer(question).plan.batch_size
+def rows(plan_input: PlanInput) -> int:
+    return make_plan(plan_input).plan.batch_size
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_more_memory_takes_more_rows_and_longer_prompts_fewer(offload: str) -> None:
-    by_memory = [rows(ask(gpu=size * MIB, offload=offload, resident_blocks=None)) for size in (1100, 1300, 1700)]
+    by_memory = [
+        rows(plan_input_of(gpu=size * MIB, offload=offload, resident_blocks=None)) for size in (1100, 1300, 1700)
+    ]
     assert by_memory == sorted(set(by_memory))
-    by_prompt = [rows(ask(gpu=1300 * MIB, offload=offload, prompt=tokens)) for tokens in (128, 256, 700)]
+    by_prompt = [rows(plan_input_of(gpu=1300 * MIB, offload=offload, prompt=tokens)) for tokens in (128, 256, 700)]
     assert by_prompt == sorted(set(by_prompt), reverse=True)
 
 
 def test_a_few_rows_more_than_the_plan_do_not_fit() -> None:
-    question = ask(gpu=1200 * MIB, offload="none")
-    most = max(tried.choice.batch_size for tried in answer(question).decision.tried)
+    plan_input = plan_input_of(gpu=1200 * MIB, offload="none")
+    most = max(tried.choice.batch_size for tried in make_plan(plan_input).decision.tried)
     more = most + most // 32 + 2
-    assert rows(replace(question, wish=replace(question.wish, batch_size=most))) == most
+    assert rows(replace(plan_input, constraints=replace(plan_input.constraints, batch_size=most))) == most
     with pytest.raises(DoesNotFitError, match=f"{more} sequences need"):
-        answer(replace(question, wish=replace(question.wish, batch_size=more)))
+        make_plan(replace(plan_input, constraints=replace(plan_input.constraints, batch_size=more)))
 
 
 def test_the_plan_is_the_chosen_candidate_with_all_its_terms() -> None:
-    found: Answer = answer(ask(gpu=1500 * MIB, world_size=2))
+    found: PlanResult = make_plan(plan_input_of(gpu=1500 * MIB, world_size=2))
     plan, chosen = found.plan, found.decision.chosen
     assert (plan.offload, plan.fetch, plan.batch_size) == (
         chosen.choice.offload,
@@ -85,12 +87,12 @@ def test_the_plan_is_the_chosen_candidate_with_all_its_terms() -> None:
 
 def test_lengths_that_the_hint_promises_do_fit() -> None:
     def needs(prompt: int, new: int) -> int:
-        question = ask(gpu=8 * GIB, offload="none", batch_size=1, prompt=prompt, new=new)
-        return total(answer(question).plan.terms, "gpu")
+        plan_input = plan_input_of(gpu=8 * GIB, offload="none", batch_size=1, prompt=prompt, new=new)
+        return total(make_plan(plan_input).plan.terms, "gpu")
 
-    long = ask(gpu=(needs(1800, 200) + needs(112, 12)) // 2, offload="none", prompt=1800, new=200)
+    long = plan_input_of(gpu=(needs(1800, 200) + needs(112, 12)) // 2, offload="none", prompt=1800, new=200)
     with pytest.raises(DoesNotFitError) as caught:
-        answer(long)
+        make_plan(long)
     found = re.search(r"prompts of (\d+) and (\d+) new tokens", caught.value.hint or "")
     assert found is not None, caught.value.hint
     prompt, new = int(found[1]), int(found[2])
@@ -100,36 +102,41 @@ def test_lengths_that_the_hint_promises_do_fit() -> None:
 
 def test_no_length_is_promised_where_none_would_do() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        answer(ask(gpu=256 * MIB))
+        make_plan(plan_input_of(gpu=256 * MIB))
     assert "prompts" not in (caught.value.hint or "")
     assert "GiB more GPU memory: " in (caught.value.hint or "")
 
 
 def test_a_rate_that_nobody_measured_is_named() -> None:
-    assert set(answer(ask(gpu=2 * GIB)).speeds.projected) >= {"link_gbps", "hbm_gbps", "matmul_tflops", "launch_s"}
-    measured = replace(ask(gpu=2 * GIB), rates=Rates.of("measured", link_gbps=25.0, hbm_gbps=900.0))
-    assert not {"link_gbps", "hbm_gbps"} & set(answer(measured).speeds.projected)
+    assert set(make_plan(plan_input_of(gpu=2 * GIB)).speeds.projected) >= {
+        "link_gbps",
+        "hbm_gbps",
+        "matmul_tflops",
+        "launch_s",
+    }
+    measured = replace(plan_input_of(gpu=2 * GIB), rates=Rates.of("measured", link_gbps=25.0, hbm_gbps=900.0))
+    assert not {"link_gbps", "hbm_gbps"} & set(make_plan(measured).speeds.projected)
 
 
 # About those of an H200.
 FAST = Rates.of("given", link_gbps=55.0, matmul_tflops={"bfloat16": {8192: 650}}, hbm_gbps=4000.0, model_launch_s=16e-6)
 
 
-def tokens_per_second(name: str, question: Question, **wished: Any) -> float:
+def tokens_per_second(name: str, plan_input: PlanInput, **wished: Any) -> float:
     config = catalog_config(name)
-    changed = replace(question, config=config, anatomy=read_anatomy(config, dtype="bfloat16"), rates=FAST)
-    return answer(replace(changed, wish=replace(question.wish, **wished))).decision.tokens_per_second
+    changed = replace(plan_input, config=config, anatomy=read_anatomy(config, dtype="bfloat16"), rates=FAST)
+    return make_plan(replace(changed, constraints=replace(plan_input.constraints, **wished))).decision.tokens_per_second
 
 
 def test_no_smaller_micro_batch_beats_what_is_chosen() -> None:
-    asked = ask(gpu=3500 * MIB, host=100 * GIB, prompt=512, offload="cpu", requests=64, host_share="auto")
+    asked = plan_input_of(gpu=3500 * MIB, host=100 * GIB, prompt=512, offload="cpu", requests=64, host_share="auto")
     best = tokens_per_second("opt-1.3b", asked)
     assert all(best > 0.99 * tokens_per_second("opt-1.3b", asked, micro_batch_rows=rows) for rows in (8, 32))
     assert best > 0.99 * tokens_per_second("opt-1.3b", asked, batch_size=64, resident_blocks=18)
 
 
 def test_no_other_batch_beats_what_is_chosen() -> None:
-    asked = ask(gpu=8 * GIB, host=64 * GIB, prompt=128, offload="cpu")
+    asked = plan_input_of(gpu=8 * GIB, host=64 * GIB, prompt=128, offload="cpu")
     best = tokens_per_second("pythia-2.8b", asked)
     assert all(best > 0.99 * tokens_per_second("pythia-2.8b", asked, batch_size=rows) for rows in (32, 44, 64))
 

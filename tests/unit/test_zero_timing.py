@@ -10,11 +10,11 @@ import pytest
 from fake_machines import CHAIN, speeds, workload_of
 
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.options.ask import PlanOptions, ask
+from zeroinf.options.plan_input import PlanOptions, plan_input_of
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.timing import Timing, time_plan
 from zeroinf.planner.workload import Shape
-from zeroinf.simulation.planning import answer
+from zeroinf.simulation.planning import make_plan
 
 SHAPE = Shape(4, 4, 1 << 20)
 PARAMETERS = sum(1 for _ in CHAIN.tensors())
@@ -126,6 +126,6 @@ def test_runs_took_about_as_long(
         num_gpus=gpus,
         machine_name=str(saved),
     )
-    timing = answer(ask(options)).plan.timing
+    timing = make_plan(plan_input_of(options)).plan.timing
     assert timing is not None
     assert timing.tokens_per_second == pytest.approx(tokens_per_second, rel=1 / 3)

@@ -8,9 +8,9 @@ from zeroinf.bench.matrix import Cell, Settings
 from zeroinf.bench.prompt import prompt_tokens
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.options.ask import PlanOptions, ask
+from zeroinf.options.plan_input import PlanOptions, plan_input_of
 from zeroinf.planner.traits import TRAITS
-from zeroinf.simulation.planning import answer
+from zeroinf.simulation.planning import make_plan
 
 # A process with its imports, a rank's start, and the way out: seconds seen on machines with and without GPUs.
 _START_S = 12.0
@@ -53,7 +53,7 @@ def predict(cell: Cell, settings: Settings) -> Prediction:
             options = replace(options, num_gpus=0)
         elif has_gpu:
             options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory_bytes)
-        timing = answer(ask(options)).plan.timing
+        timing = make_plan(plan_input_of(options)).plan.timing
     except ZeroinfError as error:
         return Prediction(seconds=_START_S, tokens_per_second=None, words=error.message)
     assert timing is not None

@@ -75,26 +75,26 @@ def plan(
     _refuse_early(asked)
     with waiting("starting: importing torch and transformers"):
         from zeroinf.cli.plan_view import print_plan, to_json
-        from zeroinf.options.ask import PlanOptions, ask
-        from zeroinf.simulation.planning import answer
+        from zeroinf.options.plan_input import PlanOptions, plan_input_of
+        from zeroinf.simulation.planning import make_plan
 
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
     with waiting("planning"):
-        question = ask(PlanOptions(aio=aio_of(asked), **asked))
-        found = answer(question, advise=not (as_json or emit_zero_config))
+        plan_input = plan_input_of(PlanOptions(aio=aio_of(asked), **asked))
+        found = make_plan(plan_input, advise=not (as_json or emit_zero_config))
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 
-        draw_plan(question, found, plot)
+        draw_plan(plan_input, found, plot)
     if emit_zero_config:
         from zeroinf.engines.zero.config import build_zero_config
 
         click.echo(json.dumps(build_zero_config(found.plan), indent=2))
     elif as_json:
-        click.echo(json.dumps(to_json(question, found), indent=2))
+        click.echo(json.dumps(to_json(plan_input, found), indent=2))
     else:
-        print_plan(question, found, explain=explain)
+        print_plan(plan_input, found, explain=explain)
 
 
 def _refuse_early(asked: dict[str, Any]) -> None:

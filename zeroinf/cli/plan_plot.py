@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.errors import EnvironmentProblem, OutputError
-from zeroinf.planner.memory import Place, total
-from zeroinf.simulation.planning import Answer, Question
+from zeroinf.planner.memory import MemoryPlace, total
+from zeroinf.simulation.planning import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
-_PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
+_PLACES: tuple[MemoryPlace, ...] = ("gpu", "host", "disk")
 
 
-def draw_plan(question: Question, found: Answer, path: Path) -> None:
+def draw_plan(plan_input: PlanInput, found: PlanResult, path: Path) -> None:
     """Write a PNG to `path`. Raises EnvironmentProblem without matplotlib, OutputError where it cannot be written."""
     if find_spec("matplotlib") is None:
         raise EnvironmentProblem("--plot needs matplotlib", hint="pip install 'zeroinf[plot]'")
     try:
-        plan_drawing(question, found).savefig(path, format="png", dpi=120)
+        plan_drawing(plan_input, found).savefig(path, format="png", dpi=120)
     except OSError as error:
         raise OutputError(f"--plot {path}: {error.strerror}", hint="choose another name") from error
 
 
-def plan_drawing(question: Question, found: Answer) -> Any:
+def plan_drawing(plan_input: PlanInput, found: PlanResult) -> Any:
     """matplotlib's figure: memory by place and term on the left, tokens/s against the batch on the right."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -54,5 +54,5 @@ def plan_drawing(question: Question, found: Answer) -> Any:
     right.set_xscale("log", base=2)
     right.set_xlabel("batch on each GPU (dashed: the plan)")
     right.set_ylabel("tokens/s" + (" (estimated)" if found.speeds.projected else ""))
-    figure.suptitle(f"{question.anatomy.architecture}, offload {found.plan.offload}")
+    figure.suptitle(f"{plan_input.anatomy.architecture}, offload {found.plan.offload}")
     return figure

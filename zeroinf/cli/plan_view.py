@@ -11,24 +11,24 @@ from rich.console import Console
 
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.decision import Candidate, Decision, Rejection
-from zeroinf.planner.memory import MARGIN, Place, Term, taken, total
+from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import job_duration, limited_by, plan_lines
 from zeroinf.planner.traits import TRAITS
-from zeroinf.simulation.planning import Answer, Question
+from zeroinf.simulation.planning import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
 JSON_SCHEMA = 1
 
-_PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
+_PLACES: tuple[MemoryPlace, ...] = ("gpu", "host", "disk")
 _BAR_WIDTH = 40
 _LARGE_TERMS = 4
 
 
-def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
+def print_plan(plan_input: PlanInput, found: PlanResult, *, explain: bool) -> None:
     """The plan on stdout, in a page; with `explain` every term and rate."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    for name, text in (("model", _model(question)), ("machine", _machine(question)), ("job", _job(question))):
+    for name, text in (("model", _model(plan_input)), ("machine", _machine(plan_input)), ("job", _job(plan_input))):
         console.print(f"{name:<8} {text}")
     for index, line in enumerate(plan_lines(found.plan)):
         console.print(f"{'' if index else 'plan':<8} {line}")
@@ -36,12 +36,12 @@ def print_plan(question: Question, found: Answer, *, explain: bool) -> None:
         if place in found.decision.budgets:
             _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
     _print_others(console, found)
-    _print_advice(console, question, found)
+    _print_advice(console, plan_input, found)
     _print_rates(console, found, explain=explain)
 
 
-def _model(question: Question) -> str:
-    anatomy = question.anatomy
+def _model(plan_input: PlanInput) -> str:
+    anatomy = plan_input.anatomy
     limit = f", context {anatomy.context_limit:,}" if anatomy.context_limit else ""
     computed = f"quantized with {anatomy.quantized.method}, computed " if anatomy.quantized is not None else ""
     return (
@@ -52,8 +52,8 @@ def _model(question: Question) -> str:
     )
 
 
-def _machine(question: Question) -> str:
-    machine = question.machine
+def _machine(plan_input: PlanInput) -> str:
+    machine = plan_input.machine
     host = f"{gib(machine.memory.available_bytes)} of host memory"
     if not machine.gpus:
         return f"no GPU: computes on the CPU, {host}"
@@ -63,13 +63,13 @@ def _machine(question: Question) -> str:
     return f"{gpus}, {host}{disks}"
 
 
-def _job(question: Question) -> str:
-    lengths, requests = question.lengths, question.wish.requests
+def _job(plan_input: PlanInput) -> str:
+    lengths, requests = plan_input.lengths, plan_input.constraints.requests
     count = "plenty of requests" if requests is None else f"{requests:,} requests"
     return f"{count}, up to {lengths.prompt_tokens} prompt and {lengths.new_tokens} new tokens"
 
 
-def _print_place(console: Console, place: Place, terms: Sequence[Term], budget: int, *, explain: bool) -> None:
+def _print_place(console: Console, place: MemoryPlace, terms: Sequence[Term], budget: int, *, explain: bool) -> None:
     needed = taken(terms, place)
     if not needed:
         return
@@ -87,7 +87,7 @@ def _print_place(console: Console, place: Place, terms: Sequence[Term], budget: 
         console.print(f"     {gib(margin):>12}  more stay free: {MARGIN} (assumed)")
 
 
-def _print_others(console: Console, found: Answer) -> None:
+def _print_others(console: Console, found: PlanResult) -> None:
     decision = found.decision
     if decision.alternatives or decision.rejected:
         console.print("\nother ways")
@@ -105,19 +105,19 @@ def _way(one: Choice | Rejection, plan: Plan) -> str:
     return f"offload {one.offload}" + (f", {one.fetch}" if plan.world_size > 1 else "")
 
 
-def _print_advice(console: Console, question: Question, found: Answer) -> None:
+def _print_advice(console: Console, plan_input: PlanInput, found: PlanResult) -> None:
     if not found.advice:
         return
     console.print("\nchanges, each planned with few candidates (a run expects as much or more)")
     width = max(len(one.flags) for one in found.advice)
     for one in found.advice:
-        job = job_duration(one.candidate.timing, question.wish.requests, question.lengths.new_tokens)
+        job = job_duration(one.candidate.timing, plan_input.constraints.requests, plan_input.lengths.new_tokens)
         console.print(f"     {one.flags:<{width}}  {one.speed:>14}, {job}, {one.change.quality}")
     if any(one.change.quality != "exact" for one in found.advice):
         console.print("     what that costs: zeroinf eval --model MODEL --text FILE --wire int4")
 
 
-def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
+def _print_rates(console: Console, found: PlanResult, *, explain: bool) -> None:
     speeds = found.speeds
     if explain:
         console.print(
@@ -131,9 +131,9 @@ def _print_rates(console: Console, found: Answer, *, explain: bool) -> None:
             console.print(f"not measured: {', '.join(speeds.projected)}")
 
 
-def to_json(question: Question, found: Answer) -> dict[str, Any]:
+def to_json(plan_input: PlanInput, found: PlanResult) -> dict[str, Any]:
     """The plan for programs. `schema` changes when a name or a meaning does; docs/guide/plan.md says what each is."""
-    anatomy, decision = question.anatomy, found.decision
+    anatomy, decision = plan_input.anatomy, found.decision
     return {
         "schema": JSON_SCHEMA,
         "model": {
@@ -147,14 +147,14 @@ def to_json(question: Question, found: Answer) -> dict[str, Any]:
             "context_limit": anatomy.context_limit,
         },
         "machine": {
-            "gpus": [{"name": gpu.name, "free_bytes": gpu.free_bytes} for gpu in question.machine.gpus],
-            "host_bytes": question.machine.memory.available_bytes,
-            "disk_bytes": question.wish.nvme_space_bytes,
+            "gpus": [{"name": gpu.name, "free_bytes": gpu.free_bytes} for gpu in plan_input.machine.gpus],
+            "host_bytes": plan_input.machine.memory.available_bytes,
+            "disk_bytes": plan_input.constraints.nvme_space_bytes,
         },
         "job": {
-            "requests": question.wish.requests,
-            "prompt_tokens": question.lengths.prompt_tokens,
-            "new_tokens": question.lengths.new_tokens,
+            "requests": plan_input.constraints.requests,
+            "prompt_tokens": plan_input.lengths.prompt_tokens,
+            "new_tokens": plan_input.lengths.new_tokens,
         },
         "plan": {"world_size": found.plan.world_size, **_candidate(decision.chosen, decision)},
         "alternatives": [

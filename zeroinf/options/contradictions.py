@@ -12,8 +12,8 @@ from zeroinf.hardware.machine import Disk
 from zeroinf.jobs.output import check_output
 from zeroinf.model.source import check_name
 from zeroinf.options.options import RunOptions
+from zeroinf.planner.constraints import check_micro_batch_rows
 from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
-from zeroinf.planner.wish import check_micro_batch_rows
 
 
 def refuse_early(options: RunOptions) -> None:

@@ -32,13 +32,13 @@ from zeroinf.model.weights import can_be_converted, weight_files
 from zeroinf.options.contradictions import check_folders, choose_engine, given, refuse_contradictions
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.choice import Offload
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.traits import possible_offload
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import Question, answer, asked
+from zeroinf.simulation.planning import PlanInput, make_plan, plan_as_requested
 from zeroinf.sizes import gib
 
 
@@ -85,7 +85,7 @@ def plan_run(
         # `override` takes a larger host for another machine's; here it is a limit.
         host_memory_bytes=None if cap is None else min(cap, machine.memory.total_bytes),
     )
-    wish = Wish(
+    constraints = Constraints(
         engine=engine,
         world_size=world.size,
         ranks_per_stream=parallel.size,
@@ -103,12 +103,12 @@ def plan_run(
         one_node=world.local_size == world.size,
         gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
     )
-    question = Question(
+    plan_input = PlanInput(
         config=source.config,
         anatomy=anatomy,
         machine=machine,
         rates=rates,
-        wish=wish,
+        constraints=constraints,
         lengths=lengths,
         device="cuda" if device == "cuda" else "cpu",
         nvme_paths=nvme_paths,
@@ -119,8 +119,8 @@ def plan_run(
         own_zero_config=own_config,
     )
     if own_config is not None:
-        check_user_config(own_config, asked(question))
-    plan = answer(question).plan
+        check_user_config(own_config, plan_as_requested(plan_input))
+    plan = make_plan(plan_input).plan
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why

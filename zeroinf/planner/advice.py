@@ -14,11 +14,11 @@ from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection
-from zeroinf.planner.memory import Place, total
+from zeroinf.planner.memory import MemoryPlace, total
 from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.wish import Wish
 
 Quality = Literal["exact", "near lossless", "lossy"]
 """What a change does to completions. The classes come from docs/benchmarks.md, "What wire formats cost in quality"."""
@@ -33,7 +33,7 @@ class Change:
     """One change: flags as the user writes them or, for hardware, words."""
 
     flags: str
-    wish: Wish
+    constraints: Constraints
     machine: Machine
     quality: Quality = "exact"
 
@@ -70,75 +70,84 @@ class Advice:
         return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
 
 
-def alternatives(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+def alternatives(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """Changes to a plan that fits: fewer bytes of weights, of keys and values, of both, and a disk."""
-    smaller = list(_smaller_weights(wish, machine, anatomy))
+    smaller = list(_smaller_weights(constraints, machine, anatomy))
     yield from smaller
-    cache = list(_smaller_cache(wish, machine, anatomy))
+    cache = list(_smaller_cache(constraints, machine, anatomy))
     yield from cache
     for change in smaller[-1:]:
-        yield from (change.then(more) for more in _smaller_cache(change.wish, machine, anatomy))
-    yield from _disk(wish, machine)
+        yield from (change.then(more) for more in _smaller_cache(change.constraints, machine, anatomy))
+    yield from _disk(constraints, machine)
 
 
-def remedies(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+def remedies(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """Single changes with which something may fit where nothing did, those that cost nothing first."""
-    yield from _freed(wish, machine)
-    yield from _smaller_weights(wish, machine, anatomy)
-    yield from _disk(wish, machine)
+    yield from _freed(constraints, machine)
+    yield from _smaller_weights(constraints, machine, anatomy)
+    yield from _disk(constraints, machine)
 
 
-def remedies_together(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+def remedies_together(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """The same, where a single change does not do: smaller weights with another one."""
-    for change in _smaller_weights(wish, machine, anatomy):
-        yield from (change.then(more) for more in (*_freed(change.wish, machine), *_disk(change.wish, machine)))
+    for change in _smaller_weights(constraints, machine, anatomy):
+        yield from (
+            change.then(more) for more in (*_freed(change.constraints, machine), *_disk(change.constraints, machine))
+        )
 
 
-def more_memory(wish: Wish, machine: Machine, nearest: Rejection) -> Change:
+def more_memory(constraints: Constraints, machine: Machine, nearest: Rejection) -> Change:
     """All that `nearest` lacks."""
-    missing = dict[Place, int]({lack.place: round(lack.missing_gib * 2**30) + 1 for lack in nearest.lacks})
+    missing = dict[MemoryPlace, int](
+        {shortage.place: round(shortage.missing_gib * 2**30) + 1 for shortage in nearest.shortages}
+    )
     gpus = tuple(replace(gpu, free_bytes=gpu.free_bytes + missing.get("gpu", 0)) for gpu in machine.gpus)
     available = machine.memory.available_bytes + missing.get("host", 0)
-    space = None if wish.nvme_space_bytes is None else wish.nvme_space_bytes + missing.get("disk", 0)
+    space = None if constraints.nvme_space_bytes is None else constraints.nvme_space_bytes + missing.get("disk", 0)
     return Change(
         flags=nearest.wanted,
-        wish=replace(wish, offload=nearest.offload, nvme_space_bytes=space),
+        constraints=replace(constraints, offload=nearest.offload, nvme_space_bytes=space),
         machine=replace(machine, gpus=gpus, memory=replace(machine.memory, available_bytes=available)),
     )
 
 
-def _freed(wish: Wish, machine: Machine) -> Iterator[Change]:
+def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
     """Settings that the user fixed, left to the planner instead."""
-    if wish.engine != "stream":
-        stream = replace(wish, engine="stream", offload="auto", ranks_per_stream=1, host_share=0.0)
-        yield Change(flags="--engine stream", wish=stream, machine=machine)
+    if constraints.engine != "stream":
+        stream = replace(constraints, engine="stream", offload="auto", ranks_per_stream=1, host_share=0.0)
+        yield Change(flags="--engine stream", constraints=stream, machine=machine)
         return
-    if wish.batch_size is not None:
-        rows = replace(wish, batch_size=None, micro_batch_rows=None)
-        yield Change(flags="--batch-size auto", wish=rows, machine=machine)
-    if wish.resident_blocks is not None:
-        blocks = replace(wish, resident_blocks=None)
-        yield Change(flags="--resident-blocks auto", wish=blocks, machine=machine)
-    if wish.offload != "auto":
-        yield Change(flags="--offload auto", wish=replace(wish, offload="auto"), machine=machine)
+    if constraints.batch_size is not None:
+        rows = replace(constraints, batch_size=None, micro_batch_rows=None)
+        yield Change(flags="--batch-size auto", constraints=rows, machine=machine)
+    if constraints.resident_blocks is not None:
+        blocks = replace(constraints, resident_blocks=None)
+        yield Change(flags="--resident-blocks auto", constraints=blocks, machine=machine)
+    if constraints.offload != "auto":
+        yield Change(flags="--offload auto", constraints=replace(constraints, offload="auto"), machine=machine)
 
 
-def _smaller_weights(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    if wish.engine == "stream" and wish.wire == "model" and anatomy.quantized is None:
+def _smaller_weights(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    if constraints.engine == "stream" and constraints.wire == "model" and anatomy.quantized is None:
         for wire, quality in _WIRES.items():
-            coded = replace(wish, wire=wire)
-            yield Change(flags=f"--wire {wire}", wish=coded, machine=machine, quality=quality)
+            coded = replace(constraints, wire=wire)
+            yield Change(flags=f"--wire {wire}", constraints=coded, machine=machine, quality=quality)
 
 
-def _smaller_cache(wish: Wish, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    if wish.host_share == "auto" and wish.kv_dtype == "model" and anatomy.can_rest_on_host and machine.gpus:
-        coded = replace(wish, kv_dtype="int8")
-        yield Change(flags="--kv-dtype int8", wish=coded, machine=machine, quality="near lossless")
+def _smaller_cache(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    if (
+        constraints.host_share == "auto"
+        and constraints.kv_dtype == "model"
+        and anatomy.can_rest_on_host
+        and machine.gpus
+    ):
+        coded = replace(constraints, kv_dtype="int8")
+        yield Change(flags="--kv-dtype int8", constraints=coded, machine=machine, quality="near lossless")
 
 
-def _disk(wish: Wish, machine: Machine) -> Iterator[Change]:
-    if wish.engine == "stream" and not machine.disks and wish.offload in ("auto", "cpu"):
+def _disk(constraints: Constraints, machine: Machine) -> Iterator[Change]:
+    if constraints.engine == "stream" and not machine.disks and constraints.offload in ("auto", "cpu"):
         with_disk, _ = override(machine, Rates(), nvme_space_bytes=_ENOUGH_DISK_BYTES)
-        flags = "--nvme-path DIR" if wish.offload == "auto" else "--offload auto --nvme-path DIR"
-        found = replace(wish, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)
-        yield Change(flags=flags, wish=found, machine=with_disk)
+        flags = "--nvme-path DIR" if constraints.offload == "auto" else "--offload auto --nvme-path DIR"
+        found = replace(constraints, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)
+        yield Change(flags=flags, constraints=found, machine=with_disk)

@@ -9,13 +9,13 @@ from math import ceil
 from zeroinf.errors import DoesNotFitError
 from zeroinf.model.anatomy import HostSize, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.memory import Place, Term
+from zeroinf.planner.memory import MemoryPlace, Term
 from zeroinf.planner.timing import Timing
 
 _HUNDREDTH = 2**30 / 100  # of a GiB, in bytes: sizes that are asked for are rounded up
-_NAMES: dict[Place, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk space"}
+_NAMES: dict[MemoryPlace, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk space"}
 # Of a byte, beside one of host memory.
-_PRICES: dict[Place, float] = {"gpu": 8.0, "host": 1.0, "disk": 0.05}
+_PRICES: dict[MemoryPlace, float] = {"gpu": 8.0, "host": 1.0, "disk": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +30,10 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lack:
+class Shortage:
     """A place that is too small."""
 
-    place: Place
+    place: MemoryPlace
     needed_bytes: int
     available_bytes: int
 
@@ -52,23 +52,25 @@ class Rejection:
     batch_size: int
     host_rows: int
     """Rows of which keys and values would rest in host memory."""
-    lacks: tuple[Lack, ...]
+    shortages: tuple[Shortage, ...]
 
     @classmethod
-    def of(cls, choice: Choice, *lacks: Lack) -> Rejection:
+    def of(cls, choice: Choice, *shortages: Shortage) -> Rejection:
         """That of `choice`."""
         return cls(
             offload=choice.offload,
             fetch=choice.fetch,
             batch_size=choice.batch_size,
             host_rows=choice.host_rows,
-            lacks=lacks,
+            shortages=shortages,
         )
 
     @property
     def price(self) -> float:
         """Of all that is missing, in bytes of host memory that cost about as much."""
-        return sum(_PRICES[lack.place] * (lack.needed_bytes - lack.available_bytes) for lack in self.lacks)
+        return sum(
+            _PRICES[shortage.place] * (shortage.needed_bytes - shortage.available_bytes) for shortage in self.shortages
+        )
 
     @property
     def reason(self) -> str:
@@ -76,14 +78,17 @@ class Rejection:
         kept = f", KV cache of {self.host_rows} in host memory," if self.host_rows else ""
         where = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the disk"}
         return f"{rows}{kept} {need} " + " and ".join(
-            f"{lack.needed_bytes / 2**30:.2f} GiB {where[lack.place]}, {lack.available_bytes / 2**30:.2f} GiB are there"
-            for lack in self.lacks
+            f"{short.needed_bytes / 2**30:.2f} GiB {where[short.place]}, "
+            f"{short.available_bytes / 2**30:.2f} GiB are there"
+            for short in self.shortages
         )
 
     @property
     def wanted(self) -> str:
         """What would have to be added, in words."""
-        return " and ".join(f"{lack.missing_gib:.2f} GiB more {_NAMES[lack.place]}" for lack in self.lacks)
+        return " and ".join(
+            f"{shortage.missing_gib:.2f} GiB more {_NAMES[shortage.place]}" for shortage in self.shortages
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +100,7 @@ class Decision:
     tried: tuple[Candidate, ...]
     """All that was tried the chosen way, by rows: how memory and speed grow."""
     rejected: tuple[Rejection, ...]
-    budgets: dict[Place, int]
+    budgets: dict[MemoryPlace, int]
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,7 +114,7 @@ class NothingFitsError(DoesNotFitError):
         """`rejected` has at least one."""
         self.nearest = min(rejected, key=lambda one: one.price)
         """The one whose lacks cost least."""
-        names = [_NAMES[lack.place] for lack in self.nearest.lacks]
+        names = [_NAMES[shortage.place] for shortage in self.nearest.shortages]
         short = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} short"
         ways = "; ".join(f"offload {one.offload}: {one.reason}" for one in rejected)
         super().__init__(

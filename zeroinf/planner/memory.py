@@ -14,8 +14,8 @@ from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Pass, Step, Workload, repeated
 
-Place = Literal["gpu", "host", "disk"]
-Origin = Literal["counted", "simulated", "measured", "data sheet", "given", "assumed"]
+MemoryPlace = Literal["gpu", "host", "disk"]
+TermOrigin = Literal["counted", "simulated", "measured", "data sheet", "given", "assumed"]
 
 ALIGNMENT = 512
 """A device allocation starts at 512 bytes, so a tensor at such an offset is aligned as if it had been allocated alone
@@ -63,7 +63,7 @@ _UNFORESEEN_GPU = 96 * _MIB
 # What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks.md).
 _SMALL_BESIDE = 8 * _MIB
 # The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks.md).
-_LOCKED_BYTES_PER_NOTED = 4096 // 8
+PINNED_BYTES_PER_PAGE_TABLE_BYTE = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
 MARGIN = "margin for the system"
@@ -73,10 +73,10 @@ MARGIN = "margin for the system"
 class Term:
     """One use of memory, in bytes."""
 
-    place: Place
+    place: MemoryPlace
     name: str
     nbytes: int
-    origin: Origin
+    origin: TermOrigin
 
     @property
     def grows(self) -> bool:
@@ -88,10 +88,10 @@ class Term:
 class Overhead:
     """What a process takes of its GPU beside tensors, and of host memory, in bytes, each with its origin."""
 
-    context: tuple[int, Origin] = (0, "counted")
-    workspace: tuple[int, Origin] = (0, "counted")
-    collectives: tuple[int, Origin] = (0, "counted")
-    process: tuple[int, Origin] = (768 * _MIB, "assumed")
+    context: tuple[int, TermOrigin] = (0, "counted")
+    workspace: tuple[int, TermOrigin] = (0, "counted")
+    collectives: tuple[int, TermOrigin] = (0, "counted")
+    process: tuple[int, TermOrigin] = (768 * _MIB, "assumed")
     """Host memory of a process with its libraries; the default is one without CUDA."""
 
 
@@ -198,7 +198,7 @@ def stream_gpu_terms(
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
-    counted += [Term("gpu", PAGE_TABLES, locked // _LOCKED_BYTES_PER_NOTED, "assumed")] if locked else []
+    counted += [Term("gpu", PAGE_TABLES, locked // PINNED_BYTES_PER_PAGE_TABLE_BYTE, "assumed")] if locked else []
     held = [nbytes for given in fixed.values() for nbytes in given]
     encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
@@ -376,11 +376,11 @@ def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     )
 
 
-def taken(terms: Iterable[Term], place: Place) -> int:
+def taken(terms: Iterable[Term], place: MemoryPlace) -> int:
     """Bytes of one place that the run takes: all terms but the margin, which stays free."""
     return total((term for term in terms if term.name != MARGIN), place)
 
 
-def total(terms: Iterable[Term], place: Place) -> int:
+def total(terms: Iterable[Term], place: MemoryPlace) -> int:
     """Bytes of all terms of one place: what must be there."""
     return sum(term.nbytes for term in terms if term.place == place)

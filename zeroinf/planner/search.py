@@ -11,8 +11,9 @@ from typing import Literal
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
-from zeroinf.planner.climb import climb
-from zeroinf.planner.decision import Candidate, Decision, Lack, NothingFitsError, Rejection
+from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection, Shortage
+from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
     GAPS,
@@ -21,8 +22,8 @@ from zeroinf.planner.memory import (
     SCORES,
     SLOTS,
     SMALL_PAGES,
+    MemoryPlace,
     Overhead,
-    Place,
     Term,
     pieces,
     scores_bytes,
@@ -31,10 +32,9 @@ from zeroinf.planner.memory import (
     stream_host_terms,
     total,
 )
+from zeroinf.planner.search_space import OFFLOADS, fetches_of, offloads_of
 from zeroinf.planner.timing import Speeds, time_plan
 from zeroinf.planner.traits import TRAITS, why_padded
-from zeroinf.planner.ways import OFFLOADS, fetches_of, offloads_of
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
 MOST_ROWS = 4096
@@ -60,7 +60,7 @@ _WORTHWHILE = 1.03
 
 
 @dataclass(frozen=True, slots=True)
-class _Spot:
+class _SearchPoint:
     """What a climb varies."""
 
     rows: int
@@ -68,7 +68,7 @@ class _Spot:
     prefill_tokens: int
 
     @classmethod
-    def of(cls, choice: Choice) -> _Spot:
+    def of(cls, choice: Choice) -> _SearchPoint:
         if choice.forward_tokens:
             tokens = choice.batch_size + choice.prefill_tokens
             return cls(choice.batch_size, -(-tokens // choice.forward_tokens), choice.prefill_tokens)
@@ -108,19 +108,19 @@ class Planner:
         self._gpu_bytes = min((gpu.free_bytes for gpu in machine.gpus), default=0)
         self._host_bytes = machine.memory.available_bytes
 
-    def choose(self, wish: Wish) -> Decision:
-        """The best plan for `wish`. Raises DoesNotFitError when there is none, with the nearest misses."""
-        if wish.host_share != "auto":
-            outcome = self._choose(wish)
+    def choose(self, constraints: Constraints) -> Decision:
+        """The best plan for `constraints`. Raises DoesNotFitError when there is none, with the nearest misses."""
+        if constraints.host_share != "auto":
+            outcome = self._choose(constraints)
             if not isinstance(outcome, Decision):
                 raise NothingFitsError(outcome)
             return outcome
         best: Decision | None = None
         rejected: list[Rejection] = []
         for share in _HOST_SHARES if self._device == "cuda" else _HOST_SHARES[:1]:
-            if best is not None and self._most_with_host(wish) <= _WORTHWHILE * best.tokens_per_second:
+            if best is not None and self._most_with_host(constraints) <= _WORTHWHILE * best.tokens_per_second:
                 break
-            found = self._choose(replace(wish, host_share=share), best.tokens_per_second if best else 0.0)
+            found = self._choose(replace(constraints, host_share=share), best.tokens_per_second if best else 0.0)
             if not isinstance(found, Decision):
                 rejected += found
             elif best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
@@ -130,28 +130,28 @@ class Planner:
             raise NothingFitsError(list(nearest.values()))
         return best
 
-    def _most_with_host(self, wish: Wish) -> float:
+    def _most_with_host(self, constraints: Constraints) -> float:
         """Tokens/s that no number of rows in host memory can exceed, however few weights stream beside them.
 
         With rows on the GPU as well, it is this or what those on the GPU reach alone, whichever is more.
         """
         prompt, new = self._lengths.mean_prompt_tokens, self._lengths.mean_new_tokens
         tokens = (prompt or self._lengths.prompt_tokens) + (new or self._lengths.new_tokens) / 2
-        row = fetched_bytes(self._anatomy, wish.kv_dtype, tokens)
-        return wish.world_size * self._speeds.link_gbps * 1e9 / row
+        row = fetched_bytes(self._anatomy, constraints.kv_dtype, tokens)
+        return constraints.world_size * self._speeds.link_gbps * 1e9 / row
 
-    def _choose(self, wish: Wish, speed: float = 0.0) -> Decision | list[Rejection]:
+    def _choose(self, constraints: Constraints, speed: float = 0.0) -> Decision | list[Rejection]:
         """The best plan for one share of rows in host memory, or why there is none. `speed` can be had elsewhere."""
-        budgets: dict[Place, int] = {"host": self._host_bytes}
+        budgets: dict[MemoryPlace, int] = {"host": self._host_bytes}
         if self._device == "cuda":
             budgets["gpu"] = self._gpu_bytes
-        if wish.nvme_space_bytes is not None:
-            budgets["disk"] = wish.nvme_space_bytes
+        if constraints.nvme_space_bytes is not None:
+            budgets["disk"] = constraints.nvme_space_bytes
         tried: dict[tuple[Offload, Fetch], list[Candidate]] = {}
         rejected: list[Rejection] = []
-        for offload in offloads_of(wish):
-            for fetch in fetches_of(wish, offload, has_encoder=self._anatomy.encoder is not None):
-                outcome = list(self._candidates(wish, offload, fetch, budgets))
+        for offload in offloads_of(constraints):
+            for fetch in fetches_of(constraints, offload, has_encoder=self._anatomy.encoder is not None):
+                outcome = list(self._candidates(constraints, offload, fetch, budgets))
                 fitting = [one for one in outcome if isinstance(one, Candidate)]
                 tried[offload, fetch] = fitting
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
@@ -160,7 +160,9 @@ class Planner:
         best = {way: max(fitting, key=self._merit) for way, fitting in tried.items() if fitting}
         near = _NEAR * max(speed, *(one.timing.tokens_per_second for one in best.values()))
         found = [
-            self._climbed(wish, tried[way], budgets) if self._thorough and one.timing.tokens_per_second >= near else one
+            self._climbed(constraints, tried[way], budgets)
+            if self._thorough and one.timing.tokens_per_second >= near
+            else one
             for way, one in best.items()
         ]
         found.sort(key=self._merit, reverse=True)
@@ -174,37 +176,44 @@ class Planner:
         )
 
     def _candidates(
-        self, wish: Wish, offload: Offload, fetch: Fetch, budgets: dict[Place, int]
+        self, constraints: Constraints, offload: Offload, fetch: Fetch, budgets: dict[MemoryPlace, int]
     ) -> Iterator[Candidate | Rejection]:
         """All that is worth comparing of one way to run, or why it does not fit."""
-        fewest = self._fewest_residents(wish, offload)
-        if offload == "nvme" and not self._choice(wish, offload, fetch, wish.batch_size or 1, fewest).nvme_blocks:
+        fewest = self._fewest_residents(constraints, offload)
+        if (
+            offload == "nvme"
+            and not self._choice(constraints, offload, fetch, constraints.batch_size or 1, fewest).nvme_blocks
+        ):
             return  # the host can hold all that streams
-        sizes = [wish.batch_size] if wish.batch_size else list(_doubling(_most_rows(wish)))
+        sizes = [constraints.batch_size] if constraints.batch_size else list(_doubling(_most_rows(constraints)))
         found: list[Candidate] = []
-        for outcome in self._growing(wish, self._choice(wish, offload, fetch, 1, fewest), sizes, budgets):
+        for outcome in self._growing(constraints, self._choice(constraints, offload, fetch, 1, fewest), sizes, budgets):
             if isinstance(outcome, Candidate):
-                found += [outcome, *self._with_more_residents(wish, outcome, budgets)]
+                found += [outcome, *self._with_more_residents(constraints, outcome, budgets)]
             elif not found:
-                yield self._true_shortage(wish, outcome, fewest, budgets)
+                yield self._true_shortage(constraints, outcome, fewest, budgets)
         if self._thorough:
-            found += self._in_other_parts(wish, found, budgets)
+            found += self._in_other_parts(constraints, found, budgets)
         yield from found
 
-    def _true_shortage(self, wish: Wish, rejected: Rejection, fewest: int, budgets: dict[Place, int]) -> Rejection:
+    def _true_shortage(
+        self, constraints: Constraints, rejected: Rejection, fewest: int, budgets: dict[MemoryPlace, int]
+    ) -> Rejection:
         """Why a way does not fit: what the host lacks, where blocks had to stay on the GPU for want of host memory."""
-        if rejected.offload != "cpu" or wish.resident_blocks is not None or not fewest:
+        if rejected.offload != "cpu" or constraints.resident_blocks is not None or not fewest:
             return rejected
         blocks, rows = len(self._anatomy.blocks), rejected.batch_size
-        choice = self._choice(wish, "cpu", rejected.fetch, rows, 0)
-        outcome = self._try(wish, choice, {**budgets, "host": sys.maxsize})
-        needed = self._host_bytes_beside_blocks(wish, 1) + blocks * max(pieces(self._anatomy, wish.wire))
+        choice = self._choice(constraints, "cpu", rejected.fetch, rows, 0)
+        outcome = self._try(constraints, choice, {**budgets, "host": sys.maxsize})
+        needed = self._host_bytes_beside_blocks(constraints, 1) + blocks * max(pieces(self._anatomy, constraints.wire))
         if isinstance(outcome, Candidate):
             needed = max(needed, total(outcome.terms, "host"))
-        short = Lack(place="host", needed_bytes=needed, available_bytes=self._host_bytes)
-        return Rejection.of(choice, short, *(outcome.lacks if isinstance(outcome, Rejection) else ()))
+        short = Shortage(place="host", needed_bytes=needed, available_bytes=self._host_bytes)
+        return Rejection.of(choice, short, *(outcome.shortages if isinstance(outcome, Rejection) else ()))
 
-    def _in_other_parts(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> list[Candidate]:
+    def _in_other_parts(
+        self, constraints: Constraints, found: Sequence[Candidate], budgets: dict[MemoryPlace, int]
+    ) -> list[Candidate]:
         """The most promising of `found` with passes in smaller parts, and what that leaves room for in resident blocks.
 
         Parts that are as large as fit come first elsewhere; where weights and rows in host memory share a link, blocks
@@ -213,83 +222,87 @@ class Planner:
         best = {one.choice.batch_size: one for one in sorted(found, key=self._merit)}
         tried: list[Candidate] = []
         for candidate in sorted(best.values(), key=self._merit)[-_PROMISING:]:
-            rows, fewest = candidate.choice.batch_size, self._fewest_residents(wish, candidate.choice.offload)
-            start = self._choice(wish, candidate.choice.offload, candidate.choice.fetch, rows, fewest)
-            for shape in self._shapes(wish, rows) if self._makes_parts(wish) else ():
-                outcome = self._try_shape(wish, start, shape, budgets)
+            rows, fewest = candidate.choice.batch_size, self._fewest_residents(constraints, candidate.choice.offload)
+            start = self._choice(constraints, candidate.choice.offload, candidate.choice.fetch, rows, fewest)
+            for shape in self._shapes(constraints, rows) if self._makes_parts(constraints) else ():
+                outcome = self._try_shape(constraints, start, shape, budgets)
                 if isinstance(outcome, Candidate):
-                    tried += [outcome, *self._with_more_residents(wish, outcome, budgets, shape)]
+                    tried += [outcome, *self._with_more_residents(constraints, outcome, budgets, shape)]
         return tried
 
-    def _climbed(self, wish: Wish, found: Sequence[Candidate], budgets: dict[Place, int]) -> Candidate:
+    def _climbed(
+        self, constraints: Constraints, found: Sequence[Candidate], budgets: dict[MemoryPlace, int]
+    ) -> Candidate:
         """The best that can be reached from the most promising of `found`, step by step."""
         way = found[0].choice
 
         @cache
-        def best_at(spot: _Spot) -> Candidate | None:
-            shape = self._shape_at(wish, spot)
-            fewest = self._fewest_residents(wish, way.offload)
-            choice = self._choice(wish, way.offload, way.fetch, spot.rows, fewest)
-            if shape is None or self._too_many_rows(wish, choice, budgets):
+        def best_at(point: _SearchPoint) -> Candidate | None:
+            shape = self._shape_at(constraints, point)
+            fewest = self._fewest_residents(constraints, way.offload)
+            choice = self._choice(constraints, way.offload, way.fetch, point.rows, fewest)
+            if shape is None or self._too_many_rows(constraints, choice, budgets):
                 return None
-            outcome = self._try_shape(wish, choice, shape, budgets)
+            outcome = self._try_shape(constraints, choice, shape, budgets)
             if not isinstance(outcome, Candidate):
                 return None
-            return max([outcome, *self._with_more_residents(wish, outcome, budgets, shape)], key=self._merit)
+            return max([outcome, *self._with_more_residents(constraints, outcome, budgets, shape)], key=self._merit)
 
-        def merit(spot: _Spot) -> tuple[float, ...]:
-            there = best_at(spot)
+        def merit(point: _SearchPoint) -> tuple[float, ...]:
+            there = best_at(point)
             return self._merit(there) if there else ()
 
         ranked = sorted(found, key=self._merit, reverse=True)
-        starts = list(dict.fromkeys(_Spot.of(one.choice) for one in ranked))[:_PROMISING]
-        tops = [best_at(climb(spot, partial(self._beside, wish), merit)) for spot in starts]
+        starts = list(dict.fromkeys(_SearchPoint.of(one.choice) for one in ranked))[:_PROMISING]
+        tops = [best_at(climb(point, partial(self._beside, constraints), merit)) for point in starts]
         return max((ranked[0], *filter(None, tops)), key=self._merit)
 
-    def _beside(self, wish: Wish, spot: _Spot, factor: float) -> Iterator[_Spot]:
+    def _beside(self, constraints: Constraints, point: _SearchPoint, factor: float) -> Iterator[_SearchPoint]:
         """Other rows, micro-batches and prompt tokens, one of them so many times as many, or one more or fewer."""
         for times in (factor, 1 / factor):
-            rows = spot.rows if wish.batch_size else _other(spot.rows, times)
-            yield replace(spot, rows=rows)
-            if not self._makes_parts(wish):
+            rows = point.rows if constraints.batch_size else _other(point.rows, times)
+            yield replace(point, rows=rows)
+            if not self._makes_parts(constraints):
                 continue
-            yield replace(spot, prefill_tokens=self._other_tokens(wish, spot.prefill_tokens, times))
+            yield replace(point, prefill_tokens=self._other_tokens(constraints, point.prefill_tokens, times))
             # What the one takes of memory, the other leaves.
-            yield replace(spot, rows=rows, prefill_tokens=self._other_tokens(wish, spot.prefill_tokens, 1 / times))
-            if not wish.micro_batch_rows:
-                yield replace(spot, micro_batches=_other(spot.micro_batches, times))
-        if wish.requests is not None and not wish.batch_size:  # waves of one size
-            requests = -(-wish.requests // wish.streams)
-            waves = -(-requests // spot.rows)
-            yield replace(spot, rows=-(-requests // waves))
+            yield replace(
+                point, rows=rows, prefill_tokens=self._other_tokens(constraints, point.prefill_tokens, 1 / times)
+            )
+            if not constraints.micro_batch_rows:
+                yield replace(point, micro_batches=_other(point.micro_batches, times))
+        if constraints.requests is not None and not constraints.batch_size:  # waves of one size
+            requests = -(-constraints.requests // constraints.streams)
+            waves = -(-requests // point.rows)
+            yield replace(point, rows=-(-requests // waves))
 
-    def _shape_at(self, wish: Wish, spot: _Spot) -> Shape | None:
+    def _shape_at(self, constraints: Constraints, point: _SearchPoint) -> Shape | None:
         """Passes like these, if there are any."""
-        if not (1 <= spot.rows <= _most_rows(wish) and 1 <= spot.micro_batches <= spot.rows):
+        if not (1 <= point.rows <= _most_rows(constraints) and 1 <= point.micro_batches <= point.rows):
             return None
-        on_host = _host_rows(wish, spot.rows)
-        sides = (spot.rows - on_host, on_host)
-        if not self._makes_parts(wish):
-            shape = next(self._shapes(wish, spot.rows))
+        on_host = _host_rows(constraints, point.rows)
+        sides = (point.rows - on_host, on_host)
+        if not self._makes_parts(constraints):
+            shape = next(self._shapes(constraints, point.rows))
         else:
-            together = max(-(-side // spot.micro_batches) for side in sides)
-            if wish.micro_batch_rows:
-                together = max(-(-side // -(-side // wish.micro_batch_rows)) for side in sides if side)
-            most = self._whole(wish, min(spot.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
+            together = max(-(-side // point.micro_batches) for side in sides)
+            if constraints.micro_batch_rows:
+                together = max(-(-side // -(-side // constraints.micro_batch_rows)) for side in sides if side)
+            most = self._whole(constraints, min(point.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
             least = self._lengths.prompt_tokens if self._lengths.whole else min(_SHORTEST_PART, most)
-            tokens = max(least, min(spot.prefill_tokens, most))
-            if self._packs(wish):
-                return self._packed(wish, spot.rows, spot.micro_batches, tokens)
-            shape = Shape(spot.rows, together, tokens, on_host, wish.kv_dtype)
-        return shape if shape.micro_batch_rows <= (wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS) else None
+            tokens = max(least, min(point.prefill_tokens, most))
+            if self._packs(constraints):
+                return self._packed(constraints, point.rows, point.micro_batches, tokens)
+            shape = Shape(point.rows, together, tokens, on_host, constraints.kv_dtype)
+        return shape if shape.micro_batch_rows <= (constraints.micro_batch_rows or MOST_MICRO_BATCH_ROWS) else None
 
     def _growing(
-        self, wish: Wish, start: Choice, sizes: Sequence[int], budgets: dict[Place, int]
+        self, constraints: Constraints, start: Choice, sizes: Sequence[int], budgets: dict[MemoryPlace, int]
     ) -> Iterator[Candidate | Rejection]:
         """`start` with more rows: each of `sizes` until one does not fit, then what lies between, by bisection."""
         fits, miss = 0, None
         for rows in sizes:
-            outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
+            outcome = self._try(constraints, self._with_rows(constraints, start, rows), budgets)
             yield outcome
             if isinstance(outcome, Rejection):
                 miss = rows
@@ -298,21 +311,29 @@ class Planner:
         close = _CLOSE_ENOUGH if self._thorough else _CLOSE_AT_FIRST
         while miss is not None and fits and miss - fits > 1 + fits // close:
             rows = (fits + miss) // 2
-            outcome = self._try(wish, self._with_rows(wish, start, rows), budgets)
+            outcome = self._try(constraints, self._with_rows(constraints, start, rows), budgets)
             yield outcome
             fits, miss = (rows, miss) if isinstance(outcome, Candidate) else (fits, rows)
 
-    def _with_rows(self, wish: Wish, choice: Choice, rows: int) -> Choice:
-        return self._choice(wish, choice.offload, choice.fetch, rows, choice.resident_blocks)
+    def _with_rows(self, constraints: Constraints, choice: Choice, rows: int) -> Choice:
+        return self._choice(constraints, choice.offload, choice.fetch, rows, choice.resident_blocks)
 
     def _with_more_residents(
-        self, wish: Wish, candidate: Candidate, budgets: dict[Place, int], shape: Shape | None = None
+        self,
+        constraints: Constraints,
+        candidate: Candidate,
+        budgets: dict[MemoryPlace, int],
+        shape: Shape | None = None,
     ) -> list[Candidate]:
         """The same with as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
         choice, blocks = candidate.choice, len(self._anatomy.blocks)
-        if wish.resident_blocks is not None or choice.offload == "none" or not TRAITS[wish.engine].places_blocks:
+        if (
+            constraints.resident_blocks is not None
+            or choice.offload == "none"
+            or not TRAITS[constraints.engine].places_blocks
+        ):
             return []
-        place: Place = "gpu" if "gpu" in budgets else "host"
+        place: MemoryPlace = "gpu" if "gpu" in budgets else "host"
         free = budgets[place] - total(candidate.terms, place)
         room, slots = free // max(pieces(self._anatomy, choice.wire)), SLOTS[choice.fetch]
         for residents in range(blocks - 1, choice.resident_blocks, -1):
@@ -320,26 +341,28 @@ class Planner:
             spared = min(slots, blocks - choice.resident_blocks) - min(slots, blocks - residents)
             if residents - choice.resident_blocks > room + spared:
                 continue
-            changed = self._choice(wish, choice.offload, choice.fetch, choice.batch_size, residents)
+            changed = self._choice(constraints, choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
             if is_another_way:
                 continue
             outcome = (
-                self._try(wish, changed, budgets) if shape is None else self._try_shape(wish, changed, shape, budgets)
+                self._try(constraints, changed, budgets)
+                if shape is None
+                else self._try_shape(constraints, changed, shape, budgets)
             )
             if isinstance(outcome, Candidate):
                 return [outcome]
         return []
 
-    def _choice(self, wish: Wish, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
+    def _choice(self, constraints: Constraints, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         blocks = len(self._anatomy.blocks)
         on_disk = 0
         if offload == "nvme":
             on_disk = blocks - residents
-            if wish.offload == "auto" and wish.engine == "stream":
-                on_disk -= min(on_disk, self._blocks_in_host(wish, rows))
+            if constraints.offload == "auto" and constraints.engine == "stream":
+                on_disk -= min(on_disk, self._blocks_in_host(constraints, rows))
         return Choice(
-            engine=wish.engine,
+            engine=constraints.engine,
             offload=offload,
             fetch=fetch,
             batch_size=rows,
@@ -347,35 +370,35 @@ class Planner:
             prefill_tokens=rows * self._lengths.prompt_tokens,
             resident_blocks=residents,
             nvme_blocks=on_disk,
-            wire=wish.wire,
-            host_rows=_host_rows(wish, rows),
-            kv_dtype=wish.kv_dtype,
+            wire=constraints.wire,
+            host_rows=_host_rows(constraints, rows),
+            kv_dtype=constraints.kv_dtype,
         )
 
-    def _shapes(self, wish: Wish, rows: int) -> Iterator[Shape]:
+    def _shapes(self, constraints: Constraints, rows: int) -> Iterator[Shape]:
         """Ways to make passes of `rows` rows, those that take most memory and least time first."""
-        if self._makes_parts(wish):
-            yield from dict.fromkeys(self._shape(wish, rows, *shares) for shares in _PARTS)
+        if self._makes_parts(constraints):
+            yield from dict.fromkeys(self._shape(constraints, rows, *shares) for shares in _PARTS)
         else:
             prompts = rows * self._lengths.prompt_tokens
-            yield Shape(rows, rows, prompts, _host_rows(wish, rows), wish.kv_dtype)
+            yield Shape(rows, rows, prompts, _host_rows(constraints, rows), constraints.kv_dtype)
 
-    def _makes_parts(self, wish: Wish) -> bool:
+    def _makes_parts(self, constraints: Constraints) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
-        return self._packs(wish) or (wish.engine == "stream" and self._anatomy.is_paged)
+        return self._packs(constraints) or (constraints.engine == "stream" and self._anatomy.is_paged)
 
-    def _packs(self, wish: Wish) -> bool:
+    def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
-        return not why_padded(self._anatomy, wish.engine, on_host=_host_rows(wish, MOST_ROWS) > 0)
+        return not why_padded(self._anatomy, constraints.engine, on_host=_host_rows(constraints, MOST_ROWS) > 0)
 
-    def _packed(self, wish: Wish, rows: int, forwards: int, tokens: int) -> Shape:
+    def _packed(self, constraints: Constraints, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""
-        together = min(rows, wish.micro_batch_rows or rows)
+        together = min(rows, constraints.micro_batch_rows or rows)
         least = self._lengths.prompt_tokens if self._lengths.whole else 1
         size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))
-        return Shape(rows, together, tokens, 0, wish.kv_dtype, size)
+        return Shape(rows, together, tokens, 0, constraints.kv_dtype, size)
 
-    def _shape(self, wish: Wish, rows: int, rows_share: int, tokens_share: int) -> Shape:
+    def _shape(self, constraints: Constraints, rows: int, rows_share: int, tokens_share: int) -> Shape:
         """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""
         # With as many prompt tokens as are computed in the time that the weights take, the link waits for nothing.
         link_s = self._anatomy.block_bytes / self._speeds.link_gbps / 1e9
@@ -384,42 +407,42 @@ class Planner:
         tokens = min(rows * self._lengths.prompt_tokens, most)
         part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
         part = max(part, self._lengths.prompt_tokens) if self._lengths.whole else part
-        if self._packs(wish):
-            return self._packed(wish, rows, rows_share, part)
-        on_host = _host_rows(wish, rows)
-        together = wish.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
+        if self._packs(constraints):
+            return self._packed(constraints, rows, rows_share, part)
+        on_host = _host_rows(constraints, rows)
+        together = constraints.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
         # No more than there are where all rows are live: fewer live rows would else run in larger micro-batches.
         together = max(-(-side // -(-side // together)) for side in (rows - on_host, on_host) if side)
-        return Shape(rows, together, self._whole(wish, part), on_host, wish.kv_dtype)
+        return Shape(rows, together, self._whole(constraints, part), on_host, constraints.kv_dtype)
 
-    def _whole(self, wish: Wish, tokens: int) -> int:
+    def _whole(self, constraints: Constraints, tokens: int) -> int:
         """As many prompt tokens as the longest prompts among `tokens` have, of which padded passes are simulated:
         shorter ones would use up what is left."""
         longest = self._lengths.prompt_tokens
-        return tokens - tokens % longest if tokens > longest and not self._packs(wish) else tokens
+        return tokens - tokens % longest if tokens > longest and not self._packs(constraints) else tokens
 
-    def _other_tokens(self, wish: Wish, tokens: int, times: float) -> int:
+    def _other_tokens(self, constraints: Constraints, tokens: int, times: float) -> int:
         """So many times as many prompt tokens, in whole prompts, and another number in any case."""
-        other, prompt = self._whole(wish, int(tokens * times)), self._lengths.prompt_tokens
+        other, prompt = self._whole(constraints, int(tokens * times)), self._lengths.prompt_tokens
         return other if other != tokens else tokens + (prompt if times > 1 else -prompt)
 
-    def _fewest_residents(self, wish: Wish, offload: Offload) -> int:
+    def _fewest_residents(self, constraints: Constraints, offload: Offload) -> int:
         """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""
         blocks = len(self._anatomy.blocks)
         if offload == "none":
             return blocks
-        if wish.resident_blocks is not None:
-            return min(wish.resident_blocks, blocks)
-        if offload == "cpu" and self._device == "cuda" and wish.engine == "stream":
-            return max(0, min(blocks - 1, blocks - self._blocks_in_host(wish, 1)))
+        if constraints.resident_blocks is not None:
+            return min(constraints.resident_blocks, blocks)
+        if offload == "cpu" and self._device == "cuda" and constraints.engine == "stream":
+            return max(0, min(blocks - 1, blocks - self._blocks_in_host(constraints, 1)))
         return 0
 
-    def _blocks_in_host(self, wish: Wish, rows: int) -> int:
+    def _blocks_in_host(self, constraints: Constraints, rows: int) -> int:
         """How many blocks the host can hold beside everything else there."""
-        free = self._host_bytes - self._host_bytes_beside_blocks(wish, rows)
-        return max(0, free // max(pieces(self._anatomy, wish.wire)))
+        free = self._host_bytes - self._host_bytes_beside_blocks(constraints, rows)
+        return max(0, free // max(pieces(self._anatomy, constraints.wire)))
 
-    def _host_bytes_beside_blocks(self, wish: Wish, rows: int) -> int:
+    def _host_bytes_beside_blocks(self, constraints: Constraints, rows: int) -> int:
         """What the host holds beside blocks, the stages of resident ones included."""
         blocks = len(self._anatomy.blocks)
         resident = min(LOADING_STAGES - 1, blocks) if self._device == "cuda" else 0
@@ -432,36 +455,40 @@ class Planner:
             prefill_tokens=rows,
             resident_blocks=resident,
             nvme_blocks=blocks - resident,
-            wire=wish.wire,
+            wire=constraints.wire,
         )
         terms = (
-            *stream_host_terms(self._anatomy, nothing, wish.world_size, self._overhead(False)),
+            *stream_host_terms(self._anatomy, nothing, constraints.world_size, self._overhead(False)),
             *self._request_terms(),
         )
         if self._device == "cpu":  # what computes lies there, too
-            terms = self._terms(wish, nothing, self._simulate(next(self._shapes(wish, rows))))
+            terms = self._terms(constraints, nothing, self._simulate(next(self._shapes(constraints, rows))))
         return total(terms, "host")
 
-    def _try(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Candidate | Rejection:
-        rejected = self._too_many_rows(wish, choice, budgets)
-        for shape in self._shapes(wish, choice.batch_size) if rejected is None else ():
-            outcome = self._try_shape(wish, choice, shape, budgets)
+    def _try(self, constraints: Constraints, choice: Choice, budgets: dict[MemoryPlace, int]) -> Candidate | Rejection:
+        rejected = self._too_many_rows(constraints, choice, budgets)
+        for shape in self._shapes(constraints, choice.batch_size) if rejected is None else ():
+            outcome = self._try_shape(constraints, choice, shape, budgets)
             if isinstance(outcome, Candidate):
                 return outcome
             rejected = outcome
         assert rejected is not None
         return rejected
 
-    def _too_many_rows(self, wish: Wish, choice: Choice, budgets: dict[Place, int]) -> Rejection | None:
+    def _too_many_rows(
+        self, constraints: Constraints, choice: Choice, budgets: dict[MemoryPlace, int]
+    ) -> Rejection | None:
         """What the KV cache alone says of more rows than one, which takes no simulation."""
-        place: Place = "gpu" if "gpu" in budgets else "host"
+        place: MemoryPlace = "gpu" if "gpu" in budgets else "host"
         pool = self._anatomy.pool_bytes(self._lengths.pool(self._anatomy, choice.batch_size, choice.host_rows))
-        if wish.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
+        if constraints.batch_size is not None or choice.batch_size == 1 or pool <= budgets[place]:
             return None
-        lack = Lack(place=place, needed_bytes=pool, available_bytes=budgets[place])
-        return Rejection.of(choice, lack)
+        shortage = Shortage(place=place, needed_bytes=pool, available_bytes=budgets[place])
+        return Rejection.of(choice, shortage)
 
-    def _try_shape(self, wish: Wish, choice: Choice, shape: Shape, budgets: dict[Place, int]) -> Candidate | Rejection:
+    def _try_shape(
+        self, constraints: Constraints, choice: Choice, shape: Shape, budgets: dict[MemoryPlace, int]
+    ) -> Candidate | Rejection:
         choice = replace(
             choice,
             micro_batch_rows=shape.micro_batch_rows,
@@ -469,17 +496,23 @@ class Planner:
             forward_tokens=shape.forward_tokens,
         )
         workload = self._simulate(shape)
-        terms = self._terms(wish, choice, workload)
+        terms = self._terms(constraints, choice, workload)
         needed = {place: total(terms, place) for place in budgets}
-        lacks = tuple(
-            Lack(place=place, needed_bytes=needed[place], available_bytes=available)
+        shortages = tuple(
+            Shortage(place=place, needed_bytes=needed[place], available_bytes=available)
             for place, available in budgets.items()
             if needed[place] > available
         )
-        if lacks:
-            return Rejection.of(choice, *lacks)
+        if shortages:
+            return Rejection.of(choice, *shortages)
         timing = time_plan(
-            self._anatomy, choice, workload, self._speeds, wish.streams, wish.requests, static=wish.static_batches
+            self._anatomy,
+            choice,
+            workload,
+            self._speeds,
+            constraints.streams,
+            constraints.requests,
+            static=constraints.static_batches,
         )
         return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
@@ -498,21 +531,25 @@ class Planner:
         held = self._lengths.request_bytes
         return (Term("host", REQUESTS, held, "counted"),) if held else ()
 
-    def _terms(self, wish: Wish, choice: Choice, workload: Workload) -> tuple[Term, ...]:
+    def _terms(self, constraints: Constraints, choice: Choice, workload: Workload) -> tuple[Term, ...]:
         if self._engine_terms is not None:
             terms = self._engine_terms(choice, workload)
         else:
             overhead = self._overhead(choice.fetch == "partitioned")
-            gpu = stream_gpu_terms(self._anatomy, choice, workload, wish.world_size, overhead)
-            host = stream_host_terms(self._anatomy, choice, wish.world_size, overhead, workload.host)
+            gpu = stream_gpu_terms(self._anatomy, choice, workload, constraints.world_size, overhead)
+            host = stream_host_terms(self._anatomy, choice, constraints.world_size, overhead, workload.host)
             terms = (*gpu, *host)
-        if choice.offload == "nvme" and choice.nvme_blocks and wish.engine != "accelerate":  # it reads the checkpoint
+        if (
+            choice.offload == "nvme" and choice.nvme_blocks and constraints.engine != "accelerate"
+        ):  # it reads the checkpoint
             terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
         terms = (*terms, *self._request_terms())
         if scored := scores_bytes(self._anatomy, self._lengths.scored_tokens):
             terms = (*terms, Term("gpu", SCORES, scored, "counted"))
         if self._device == "cpu":
-            terms = tuple(_on_host(term, wish.world_size) for term in terms if term.name not in (SMALL_PAGES, GAPS))
+            terms = tuple(
+                _on_host(term, constraints.world_size) for term in terms if term.name not in (SMALL_PAGES, GAPS)
+            )
         return terms
 
 
@@ -527,15 +564,17 @@ def _other(number: int, times: float) -> int:
     return other if other != number else number + (1 if times > 1 else -1)
 
 
-def _host_rows(wish: Wish, rows: int) -> int:
+def _host_rows(constraints: Constraints, rows: int) -> int:
     """Rows of which keys and values rest in host memory."""
-    assert wish.host_share != "auto"
-    return round(wish.host_share * rows)
+    assert constraints.host_share != "auto"
+    return round(constraints.host_share * rows)
 
 
-def _most_rows(wish: Wish) -> int:
+def _most_rows(constraints: Constraints) -> int:
     """As many as a stream has requests, within reason."""
-    return MOST_ROWS if wish.requests is None else min(MOST_ROWS, -(-wish.requests // wish.streams))
+    return (
+        MOST_ROWS if constraints.requests is None else min(MOST_ROWS, -(-constraints.requests // constraints.streams))
+    )
 
 
 def _doubling(cap: int) -> Iterator[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zeroinf.hardware.machine import Disk, Gpu, Machine
 from zeroinf.hardware.rates import Rates
-from zeroinf.planner.memory import Origin, Overhead
+from zeroinf.planner.memory import Overhead, TermOrigin
 from zeroinf.planner.timing import Speeds
 
 # GB/s of one lane by PCIe generation, and the part of it that page-locked copies reach (55.4 of 63 GB/s on an H200).
@@ -88,7 +88,7 @@ def overhead_of(machine: Machine, rates: Rates, *, world_size: int, gathers: boo
     if not machine.gpus:
         return Overhead()
     hopper = (machine.gpus[0].capability or (0, 0)) >= (9, 0)
-    collectives: tuple[int, Origin] = (0, "counted")
+    collectives: tuple[int, TermOrigin] = (0, "counted")
     if gathers:
         known = (rates.nccl_bytes or {}).get(world_size)
         collectives = (_COLLECTIVES_BYTES, "assumed") if known is None else (known, rates.origin("nccl_bytes"))
@@ -107,7 +107,7 @@ def _arithmetic(rates: Rates, card: _Card, dtype: str) -> float:
     return card.tflops / (4 if dtype == "float32" else 1)
 
 
-def _known(rates: Rates, name: str, otherwise: int) -> tuple[int, Origin]:
+def _known(rates: Rates, name: str, otherwise: int) -> tuple[int, TermOrigin]:
     value = rates.known.get(name)
     return (otherwise, "assumed") if value is None else (value, rates.origin(name))
 

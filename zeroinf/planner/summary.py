@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
-from zeroinf.planner.memory import Place, taken
+from zeroinf.planner.memory import MemoryPlace, taken
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.traits import TRAITS
 from zeroinf.sizes import clock, gib
@@ -14,7 +14,7 @@ from zeroinf.sizes import clock, gib
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
 
-_PLACES: dict[Place, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+_PLACES: dict[MemoryPlace, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
 _SOME_REQUESTS = 1000
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.kernels import kernel_s
+from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, piece_bytes, pieces, walks
 from zeroinf.planner.traits import TRAITS

@@ -136,7 +136,7 @@ class Kernels:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expansion:
+class ExpansionCost:
     """How a checkpoint that is quantized already becomes weights in full, a block at a time."""
 
     nbytes: int
@@ -237,7 +237,7 @@ class Workload:
     """Where between these two a step is on average: 0 is the first one, 1 the last."""
     host: HostSize | None = None
     """Room for the rows that rest in host memory."""
-    expansion: Expansion | None = None
+    expansion: ExpansionCost | None = None
     """None where weights are in full."""
     paged_prompts: Pass = ()
     """Prompts of rows on the GPU, where `prompts` are of rows in host memory and there are both."""

@@ -19,6 +19,7 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import build_meta
 from zeroinf.planner.advice import Advice, Change, alternatives, more_memory, remedies, remedies_together
+from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
@@ -26,8 +27,7 @@ from zeroinf.planner.search import Planner
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.traits import TRAITS, refuse_beside_codes
-from zeroinf.planner.wish import Wish
-from zeroinf.planner.workload import Expansion, Lengths, Simulate
+from zeroinf.planner.workload import ExpansionCost, Lengths, Simulate
 from zeroinf.simulation.workload import Simulator
 
 # Where no single change does, so many pairs of them are named.
@@ -35,7 +35,7 @@ _REMEDIES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class PlanInput:
     """All that a plan depends on."""
 
     config: Any
@@ -43,7 +43,7 @@ class Question:
     anatomy: Anatomy
     machine: Machine
     rates: Rates
-    wish: Wish
+    constraints: Constraints
     lengths: Lengths
     device: Literal["cuda", "cpu"]
     nvme_paths: tuple[Path, ...] = ()
@@ -56,7 +56,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class PlanResult:
     """The plan, what else was weighed, and the rates that it was timed with."""
 
     plan: Plan
@@ -66,40 +66,40 @@ class Answer:
     """What changes would give, where that was asked for."""
 
 
-def answer(question: Question, *, advise: bool = False) -> Answer:
+def make_plan(plan_input: PlanInput, *, advise: bool = False) -> PlanResult:
     """Plan; with `advise` also what changes would give.
 
     Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models with an
     encoder, or quantized already, do without.
     """
-    _refuse_beside_an_encoder(question)
-    refuse_beside_codes(question.anatomy, question.wish.engine, question.wish.wire)
-    speeds = _speeds(question)
-    streaming = replace(question, wish=replace(question.wish, engine="stream"))
+    _refuse_beside_an_encoder(plan_input)
+    refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
+    speeds = _speeds(plan_input)
+    streaming = replace(plan_input, constraints=replace(plan_input.constraints, engine="stream"))
     simulate = cache(lambda: _simulator(streaming, None))  # which every plan of the stream engine can use
     try:
-        decision = _planner(question, speeds, simulate).choose(question.wish)
+        decision = _planner(plan_input, speeds, simulate).choose(plan_input.constraints)
     except NothingFitsError as error:
-        raise DoesNotFitError(error.message, hint=_remedies(question, error, simulate)) from None
+        raise DoesNotFitError(error.message, hint=_remedies(plan_input, error, simulate)) from None
     advice: Iterable[Advice] = ()
     if advise:
-        changes = alternatives(question.wish, question.machine, question.anatomy)
-        advice = _planned(question, changes, simulate, rows=None if question.anatomy.is_paged else decision)
-    return Answer(plan=_plan(question, decision), decision=decision, speeds=speeds, advice=tuple(advice))
+        changes = alternatives(plan_input.constraints, plan_input.machine, plan_input.anatomy)
+        advice = _planned(plan_input, changes, simulate, rows=None if plan_input.anatomy.is_paged else decision)
+    return PlanResult(plan=_plan(plan_input, decision), decision=decision, speeds=speeds, advice=tuple(advice))
 
 
 def _planned(
-    question: Question, changes: Iterable[Change], simulate: Callable[[], Simulate], rows: Decision | None = None
+    plan_input: PlanInput, changes: Iterable[Change], simulate: Callable[[], Simulate], rows: Decision | None = None
 ) -> Iterator[Advice]:
     """Those of `changes` with which something fits, each planned with few candidates; with as many rows as in `rows`
     where simulating others takes long."""
     for change in changes:
-        wish = change.wish
+        constraints = change.constraints
         if rows is not None:
-            wish = replace(wish, batch_size=rows.chosen.choice.batch_size)
-        changed = replace(question, wish=wish, machine=change.machine)
+            constraints = replace(constraints, batch_size=rows.chosen.choice.batch_size)
+        changed = replace(plan_input, constraints=constraints, machine=change.machine)
         try:
-            decision = _planner(changed, _speeds(changed), simulate, thorough=False).choose(wish)
+            decision = _planner(changed, _speeds(changed), simulate, thorough=False).choose(constraints)
         except NothingFitsError:
             continue
         advice = Advice(change=change, candidate=decision.chosen)
@@ -107,128 +107,129 @@ def _planned(
             yield advice
 
 
-def _remedies(question: Question, error: NothingFitsError, simulate: Callable[[], Simulate]) -> str:
+def _remedies(plan_input: PlanInput, error: NothingFitsError, simulate: Callable[[], Simulate]) -> str:
     """The changes with which it would fit, as lines of a hint, cheapest first."""
-    asked = question.wish, question.machine
+    constraints, machine, anatomy = plan_input.constraints, plan_input.machine, plan_input.anatomy
     found: list[Advice] = []
-    if question.own_zero_config is None:  # whose settings are not flags
-        found += _planned(question, remedies(*asked, question.anatomy), simulate)
+    if plan_input.own_zero_config is None:  # whose settings are not flags
+        found += _planned(plan_input, remedies(constraints, machine, anatomy), simulate)
         if not found:
-            found += islice(_planned(question, remedies_together(*asked, question.anatomy), simulate), _REMEDIES)
-    hardware = list(_planned(question, [more_memory(*asked, error.nearest)], simulate))
+            found += islice(_planned(plan_input, remedies_together(constraints, machine, anatomy), simulate), _REMEDIES)
+    hardware = list(_planned(plan_input, [more_memory(constraints, machine, error.nearest)], simulate))
     lines = [f"{one.flags}: {one.speed} or more, {one.change.quality}" for one in (*found, *hardware)]
     if not hardware:
         lines.append(f"{error.nearest.wanted} for --offload {error.nearest.offload}")
-    lines[len(found) : len(found)] = filter(None, [_shorter(question)])
+    lines[len(found) : len(found)] = filter(None, [_shorter(plan_input)])
     return "\n  ".join(("any of these would do, cheapest first:", *lines))
 
 
-def _refuse_beside_an_encoder(question: Question) -> None:
-    wish, name = question.wish, question.anatomy.architecture
-    if question.anatomy.encoder is None:
+def _refuse_beside_an_encoder(plan_input: PlanInput) -> None:
+    constraints, name = plan_input.constraints, plan_input.anatomy.architecture
+    if plan_input.anatomy.encoder is None:
         return
-    if wish.engine != "stream":
+    if constraints.engine != "stream":
         raise UsageError(
-            f"the {wish.engine} engine does not run models with an encoder, such as {name}", hint="--engine stream"
+            f"the {constraints.engine} engine does not run models with an encoder, such as {name}",
+            hint="--engine stream",
         )
-    if wish.fetch == "partitioned":
+    if constraints.fetch == "partitioned":
         raise UsageError(
             f"--fetch partitioned: ranks do not step together for models with an encoder, such as {name}",
             hint="--fetch replicated",
         )
-    if wish.static_batches:
+    if constraints.static_batches:
         raise UsageError(
             f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
         )
 
 
-def _speeds(question: Question) -> Speeds:
-    machine = question.machine
+def _speeds(plan_input: PlanInput) -> Speeds:
+    machine = plan_input.machine
     return speeds_of(
         machine,
-        question.rates,
-        dtype=question.anatomy.dtype,
-        world_size=question.wish.world_size,
+        plan_input.rates,
+        dtype=plan_input.anatomy.dtype,
+        world_size=plan_input.constraints.world_size,
         disks=machine.disks,
     )
 
 
-def _simulator(question: Question, expanded: Expansion | None) -> Simulator:
+def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulator:
     return Simulator(
-        question.config,
-        question.anatomy,
-        question.lengths,
-        shares_passes=question.wish.engine == "stream",
-        trust_remote_code=question.trust_remote_code,
+        plan_input.config,
+        plan_input.anatomy,
+        plan_input.lengths,
+        shares_passes=plan_input.constraints.engine == "stream",
+        trust_remote_code=plan_input.trust_remote_code,
         expansion=expanded,
     )
 
 
 def _planner(
-    question: Question, speeds: Speeds, streaming: Callable[[], Simulate], *, thorough: bool = True
+    plan_input: PlanInput, speeds: Speeds, streaming: Callable[[], Simulate], *, thorough: bool = True
 ) -> Planner:
     """For one question; `streaming` gives what simulates its model under the stream engine."""
-    anatomy, lengths, wish = question.anatomy, question.lengths, question.wish
+    anatomy, lengths, constraints = plan_input.anatomy, plan_input.lengths, plan_input.constraints
     expanded = None
-    if codes := own_codes(question.own_zero_config or {}):
-        model = build_meta(question.config, anatomy.dtype, question.trust_remote_code)
+    if codes := own_codes(plan_input.own_zero_config or {}):
+        model = build_meta(plan_input.config, anatomy.dtype, plan_input.trust_remote_code)
         expanded = expansion(anatomy, model, codes)
         anatomy = with_codes(anatomy, model, codes)
-    simulate = streaming() if wish.engine == "stream" else _simulator(question, expanded)
+    simulate = streaming() if constraints.engine == "stream" else _simulator(plan_input, expanded)
 
     def overhead(gathers: bool) -> Overhead:
-        if question.device == "cpu":
+        if plan_input.device == "cpu":
             return Overhead()
-        return overhead_of(question.machine, question.rates, world_size=wish.world_size, gathers=gathers)
+        return overhead_of(plan_input.machine, plan_input.rates, world_size=constraints.world_size, gathers=gathers)
 
     terms = None
-    if wish.engine == "zero":
-        plan = replace(asked(question), anatomy=anatomy)
-        terms = zero_terms(plan, overhead(wish.world_size > 1), question.own_zero_config)
-    elif wish.engine != "stream":
-        terms = baseline_terms(asked(question), overhead(wish.ranks_per_stream > 1))
+    if constraints.engine == "zero":
+        plan = replace(plan_as_requested(plan_input), anatomy=anatomy)
+        terms = zero_terms(plan, overhead(constraints.world_size > 1), plan_input.own_zero_config)
+    elif constraints.engine != "stream":
+        terms = baseline_terms(plan_as_requested(plan_input), overhead(constraints.ranks_per_stream > 1))
     return Planner(
         anatomy,
-        question.machine,
+        plan_input.machine,
         speeds,
         overhead,
         simulate,
-        device=question.device,
+        device=plan_input.device,
         lengths=lengths,
         engine_terms=terms,
         thorough=thorough,
     )
 
 
-def asked(question: Question) -> Plan:
+def plan_as_requested(plan_input: PlanInput) -> Plan:
     """The plan before anything was chosen."""
-    wish = question.wish
+    constraints = plan_input.constraints
     return Plan(
-        anatomy=question.anatomy,
-        engine=wish.engine,
-        offload="cpu" if wish.offload == "auto" else wish.offload,
-        dtype=question.anatomy.dtype,
-        device=question.device,
-        world_size=wish.world_size,
-        batch_size=wish.batch_size or 1,
-        static_batches=wish.static_batches,
-        prompt_tokens=question.lengths.prompt_tokens,
-        new_tokens=question.lengths.new_tokens,
-        scored_tokens=question.lengths.scored_tokens,
-        requests=wish.requests,
-        nvme_paths=question.nvme_paths,
-        wire=wish.wire,
-        pin_memory=question.pin_memory,
-        aio=question.aio,
-        tensor_parallel=question.tensor_parallel,
+        anatomy=plan_input.anatomy,
+        engine=constraints.engine,
+        offload="cpu" if constraints.offload == "auto" else constraints.offload,
+        dtype=plan_input.anatomy.dtype,
+        device=plan_input.device,
+        world_size=constraints.world_size,
+        batch_size=constraints.batch_size or 1,
+        static_batches=constraints.static_batches,
+        prompt_tokens=plan_input.lengths.prompt_tokens,
+        new_tokens=plan_input.lengths.new_tokens,
+        scored_tokens=plan_input.lengths.scored_tokens,
+        requests=constraints.requests,
+        nvme_paths=plan_input.nvme_paths,
+        wire=constraints.wire,
+        pin_memory=plan_input.pin_memory,
+        aio=plan_input.aio,
+        tensor_parallel=plan_input.tensor_parallel,
     )
 
 
-def _plan(question: Question, decision: Decision) -> Plan:
+def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
     chosen = decision.chosen
     choice = chosen.choice
     return replace(
-        asked(question),
+        plan_as_requested(plan_input),
         offload=choice.offload,
         fetch=choice.fetch,
         batch_size=choice.batch_size,
@@ -245,22 +246,22 @@ def _plan(question: Question, decision: Decision) -> Plan:
     )
 
 
-def _shorter(question: Question) -> str:
+def _shorter(plan_input: PlanInput) -> str:
     """The longest prompts and completions with which one row would fit, as a hint; empty where none would."""
-    shares = _shares(question.lengths)
-    if not _fits_alone(question, shares[-1]):
+    shares = _shares(plan_input.lengths)
+    if not _fits_alone(plan_input, shares[-1]):
         return ""
-    share = next(share for share in shares if _fits_alone(question, share))
-    rows = "" if question.wish.batch_size in (None, 1) else "--batch-size 1 with "
+    share = next(share for share in shares if _fits_alone(plan_input, share))
+    rows = "" if plan_input.constraints.batch_size in (None, 1) else "--batch-size 1 with "
     shorter = f"{rows}prompts of {share.prompt_tokens} and {share.new_tokens} new tokens"
-    return shorter if share != question.lengths else ""
+    return shorter if share != plan_input.lengths else ""
 
 
-def _fits_alone(question: Question, lengths: Lengths) -> bool:
+def _fits_alone(plan_input: PlanInput, lengths: Lengths) -> bool:
     """Whether one row of `lengths` fits."""
-    other = replace(question, lengths=lengths, wish=replace(question.wish, batch_size=1))
+    other = replace(plan_input, lengths=lengths, constraints=replace(plan_input.constraints, batch_size=1))
     try:
-        _planner(other, _speeds(other), partial(_simulator, other, None), thorough=False).choose(other.wish)
+        _planner(other, _speeds(other), partial(_simulator, other, None), thorough=False).choose(other.constraints)
     except NothingFitsError:
         return False
     return True

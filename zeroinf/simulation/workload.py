@@ -23,7 +23,7 @@ from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
-from zeroinf.planner.workload import Events, Expansion, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
+from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
 from zeroinf.simulation.recorder import Recorder
@@ -60,7 +60,7 @@ class Simulator:
         *,
         shares_passes: bool = True,
         trust_remote_code: bool = False,
-        expansion: Expansion | None = None,
+        expansion: ExpansionCost | None = None,
     ) -> None:
         """`expansion`: how weights become whole where the engine makes codes of them."""
         self._anatomy, self._lengths = anatomy, lengths
@@ -288,7 +288,7 @@ def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times:
     return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
 
 
-def _expand(model: Any, blocks: ModuleList) -> Expansion:
+def _expand(model: Any, blocks: ModuleList) -> ExpansionCost:
     """Expand `blocks` one after the other, and then, for good, all of them: passes find them so, and no other does."""
     most, found = 0, list[Kernels]()
     for block in blocks:
@@ -303,7 +303,7 @@ def _expand(model: Any, blocks: ModuleList) -> Expansion:
                 expansion.close()
     for expansion in expansions(blocks):
         expansion.open()
-    return Expansion(nbytes=most, kernels=tuple(found))
+    return ExpansionCost(nbytes=most, kernels=tuple(found))
 
 
 _SAMPLED: dict[str, Any] = {"temperature": 0.5, "top_k": 50, "top_p": 0.9, "min_p": 0.1}

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
-from zeroinf.planner.workload import Expansion, Kernel, Kernels
+from zeroinf.planner.workload import ExpansionCost, Kernel, Kernels
 
 _CODED_MODULES = (nn.Linear, nn.Embedding)
 """`WEIGHT_QUANTIZATION_LAYERS` of deepspeed/inference/quantization/utils.py: these very types, no kinds of them."""
 
 
-def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> Expansion:
+def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> ExpansionCost:
     """How DeepSpeed makes the weights of `anatomy`, none of which is coded yet, of their codes: of the largest one
     itself is alive, and a byte an element where codes are of 4 bits. For `model` and `codes` see `with_codes`."""
     unpacked = 1 if codes["num_bits"] == 4 else 0
@@ -24,7 +24,7 @@ def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> E
     matrices = [tensor for tensor in anatomy.tensors() if len(tensor.shape) == 2 and not tensor.is_buffer]
     most = max((tensor.numel * (unpacked + DTYPE_BYTES[tensor.dtype]) for tensor in matrices), default=0)
     kernels = (kernel for tensor in matrices if tensor.name in names for kernel in _kernels(tensor, codes))
-    return Expansion(nbytes=most, kernels=(Kernels(1.0, tuple(kernels)),))
+    return ExpansionCost(nbytes=most, kernels=(Kernels(1.0, tuple(kernels)),))
 
 
 def _kernels(tensor: TensorSpec, codes: Mapping[str, Any]) -> Iterator[Kernel]:

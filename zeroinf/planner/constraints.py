@@ -13,7 +13,7 @@ from zeroinf.planner.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class Constraints:
     """Settings that the user fixed; None and "auto" leave a setting to the planner."""
 
     world_size: int = 1

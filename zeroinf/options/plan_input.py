@@ -19,13 +19,13 @@ from zeroinf.model.source import pick_dtype, resolve_model
 from zeroinf.options.contradictions import choose_engine, refuse_idle_paths
 from zeroinf.options.planning import share_model
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.constraints import Constraints, check_micro_batch_rows
 from zeroinf.planner.kv import Kv, host_share
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.traits import expands_once, needs_full_weights, possible_offload, refuse_settings
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.wish import Wish, check_micro_batch_rows
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import Question
+from zeroinf.simulation.planning import PlanInput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class PlanOptions:
     nvme_gbps: float | None = None
 
 
-def ask(options: PlanOptions) -> Question:
+def plan_input_of(options: PlanOptions) -> PlanInput:
     """The planner's question. Raises UsageError for what is without effect, or impossible, on that machine."""
     machine, rates = _machine(options)
     engine, _ = choose_engine(options.engine, own_zero_config=False)
@@ -80,7 +80,7 @@ def ask(options: PlanOptions) -> Question:
     _refuse_impossible(options, engine, machine, anatomy)
     ranks = max(1, len(machine.gpus))
     parallel = share_model(TensorParallel(size=options.tensor_parallel_size or 0), engine, anatomy, ranks)
-    wish = Wish(
+    constraints = Constraints(
         engine=engine,
         world_size=ranks,
         ranks_per_stream=parallel.size,
@@ -95,12 +95,12 @@ def ask(options: PlanOptions) -> Question:
         requests=options.requests,
         nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if machine.disks else None,
     )
-    return Question(
+    return PlanInput(
         config=source.config,
         anatomy=anatomy,
         machine=machine,
         rates=rates,
-        wish=wish,
+        constraints=constraints,
         lengths=Lengths(prompt_tokens=options.input_len, new_tokens=options.output_len),
         device=device,
         nvme_paths=options.nvme_paths or tuple(disk.path for disk in machine.disks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zeroinf.planner.kernels import kernel_s
+from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel
 
 TFLOPS, GBPS = 100.0, 1000.0

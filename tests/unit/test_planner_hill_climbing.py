@@ -10,31 +10,31 @@ import pytest
 from fake_machines import CHAIN, GIB, lengths_of, machine_of, overhead, speeds, workload_of
 
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.climb import climb
+from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.memory import stream_gpu_terms, total
 from zeroinf.planner.search import Planner
 from zeroinf.planner.timing import time_plan
-from zeroinf.planner.wish import Wish
 from zeroinf.planner.workload import Shape
 
 PROMPT, NEW = 256, 24
 RATES = speeds(link_gbps=4.0, tflops=20.0)
 
 
-def around(spot: tuple[int, int], factor: float) -> Iterator[tuple[int, int]]:
+def around(point: tuple[int, int], factor: float) -> Iterator[tuple[int, int]]:
     for times in (factor, 1 / factor):
-        yield round(spot[0] * times), spot[1]
-        yield spot[0], round(spot[1] * times)
+        yield round(point[0] * times), point[1]
+        yield point[0], round(point[1] * times)
 
 
 @pytest.mark.parametrize("start", [(1, 1), (1000, 1000), (3, 700)])
 def test_a_lone_peak_is_found_from_anywhere(start: tuple[int, int]) -> None:
-    rows, tokens = climb(start, around, lambda spot: -abs(spot[0] - 600) - abs(spot[1] - 90))
+    rows, tokens = climb(start, around, lambda point: -abs(point[0] - 600) - abs(point[1] - 90))
     assert (rows, tokens) == (pytest.approx(600, rel=0.015), pytest.approx(90, rel=0.015))
 
 
 def test_where_nothing_is_better_nothing_moves() -> None:
-    assert climb((5, 5), around, lambda spot: 0) == (5, 5)
+    assert climb((5, 5), around, lambda point: 0) == (5, 5)
 
 
 def all_speeds(gpu_bytes: int, requests: int | None, rows: range) -> Iterator[float]:
@@ -74,6 +74,6 @@ def test_nothing_that_fits_is_much_faster_than_what_is_chosen(gpu_gib: float, re
         device="cuda",
         lengths=lengths_of(PROMPT, NEW),
     )
-    chosen = planner.choose(Wish(offload="cpu", requests=requests)).chosen
+    chosen = planner.choose(Constraints(offload="cpu", requests=requests)).chosen
     rows = range(1, 1 + (requests or 2 * chosen.choice.batch_size), 3)
     assert chosen.timing.tokens_per_second > 0.97 * max(all_speeds(gpu_bytes, requests, rows))
