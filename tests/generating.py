@@ -12,7 +12,7 @@ from small_models import PAD
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
-from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache

@@ -20,11 +20,11 @@ import pytest
 from test_stream_tokens import plain_tokens, stream, tokens_of
 
 from zeroinf.engines.base import Silent
-from zeroinf.engines.stream import disk, stored, write
-from zeroinf.engines.stream.keep import list_stores, remove_store, verify_store
-from zeroinf.engines.stream.load import Checkpoint
-from zeroinf.engines.stream.lock import StoreLock
+from zeroinf.engines.stream import data_files, stored_weights, write_store
+from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.manage_stores import list_stores, remove_store, verify_store
 from zeroinf.engines.stream.store import digest_of, lock_file, of_other_formats, open_store, store_folder
+from zeroinf.engines.stream.store_lock import StoreLock
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.model.cache import build_once
 
@@ -276,19 +276,19 @@ def test_an_interrupted_write_goes_on_where_it_stopped(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[int] = []
-    fill, flush, flushes = Checkpoint.fill, disk.DataFiles.flush, iter(range(100))
+    fill, flush, flushes = Checkpoint.fill, data_files.DataFiles.flush, iter(range(100))
 
     def counting(self: Checkpoint, pieces: Any) -> None:
         filled.extend(index for index, _ in pieces)
         fill(self, pieces)
 
-    def interrupted(self: disk.DataFiles) -> None:
+    def interrupted(self: data_files.DataFiles) -> None:
         if next(flushes) == 2:
             raise KeyboardInterrupt
         flush(self)
 
     monkeypatch.setattr(Checkpoint, "fill", counting)
-    monkeypatch.setattr(disk.DataFiles, "flush", interrupted)
+    monkeypatch.setattr(data_files.DataFiles, "flush", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(model, tmp_path)
     (summary,) = list_stores([tmp_path])
@@ -356,7 +356,7 @@ def test_a_disk_that_fills_up_midway_keeps_what_is_done_for_the_next_run(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwritev(*args)
 
-    monkeypatch.setattr(disk.os, "pwritev", full)
+    monkeypatch.setattr(data_files.os, "pwritev", full)
     with pytest.raises(DoesNotFitError):
         start(model, tmp_path)
     monkeypatch.undo()
@@ -370,7 +370,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(write_store.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DoesNotFitError, match=r"has 3\.0 MiB free"):
         start(model, tmp_path)
     assert not any((folder / "data").exists() for folder in (tmp_path / "zeroinf-store").iterdir())
@@ -474,7 +474,7 @@ def test_a_disk_that_fails_under_a_run_ends_it_and_is_named(
     def fail(*args: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(disk.os, "preadv", fail)
+    monkeypatch.setattr(data_files.os, "preadv", fail)
     error = fails_promptly(engine)
     assert "Input/output error" in error.message
     assert str(tmp_path) in error.message
@@ -517,7 +517,7 @@ def test_closing_ends_the_readers_at_once(model: Path, tmp_path: Path) -> None:
 def test_an_engine_that_cannot_be_built_lets_go_of_the_store(
     written: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored.StoredWeights, "fill", lambda self, pieces: 1 / 0)
+    monkeypatch.setattr(stored_weights.StoredWeights, "fill", lambda self, pieces: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         start(model, tmp_path)
     remove_store([tmp_path], written.name)

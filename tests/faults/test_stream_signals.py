@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import has_results, run_zeroinf, started, wait_until
 
-from zeroinf.engines.stream.keep import list_stores, verify_store
+from zeroinf.engines.stream.manage_stores import list_stores, verify_store
 from zeroinf.engines.stream.store import open_store
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from zeroinf.cli.doctor import doctor
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.hardware.machine import Machine
-from zeroinf.hardware.measure.machine import measure_machine
+from zeroinf.hardware.measure.all_rates import measure_machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
 

@@ -138,7 +138,7 @@ def test_the_zero_engine_agrees_with_the_stream_engine(tmp_path: Path) -> None:
 
 
 def test_pinned_host_memory_is_exactly_the_weights(tmp_path: Path) -> None:
-    from zeroinf.engines.stream.host import HostMemory
+    from zeroinf.engines.stream.host_memory import HostMemory
 
     memory = HostMemory(5 << 20, Control(World(), "cuda"), pin=True)
     assert memory.bytes.is_pinned()

@@ -16,7 +16,7 @@ from serving import greedy, serving
 
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.row import Sampling

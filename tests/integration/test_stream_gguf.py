@@ -17,7 +17,7 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 from tiers import tiered
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.stream.keep import list_stores
+from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model

@@ -17,7 +17,7 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.keep import list_stores
+from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy

@@ -12,8 +12,8 @@ from test_stream_tokens import NEW_TOKENS, plain_tokens, stream, tokens_of
 from tiers import tiered
 
 from zeroinf.engines.base import Silent
-from zeroinf.engines.stream import disk, weights
-from zeroinf.engines.stream.tensors import group_tensors
+from zeroinf.engines.stream import data_files, weights
+from zeroinf.engines.stream.tensor_groups import group_tensors
 
 ARCHITECTURES = ("llama", "llama_tied", "gptj", "gpt_neo", "mixtral", "deepseek_v3", "lfm2", "mamba", "jamba", "bloom")
 DEFAULT = ("llama_tied", "mixtral", "deepseek_v3", "jamba")
@@ -95,13 +95,13 @@ def test_waits_for_the_disk_are_counted(
     folder = small_checkpoint("llama")
     engine = stream(folder, offload="nvme", nvme_blocks=3, nvme_paths=(tmp_path,))
     before = engine.stats().stalls
-    read, slow_once = disk.DataFiles.read, iter([0.5])  # much longer than a pass, however busy the machine is
+    read, slow_once = data_files.DataFiles.read, iter([0.5])  # much longer than a pass, however busy the machine is
 
-    def slow(self: disk.DataFiles, *more: Any) -> None:
+    def slow(self: data_files.DataFiles, *more: Any) -> None:
         time.sleep(next(slow_once, 0.0))
         read(self, *more)
 
-    monkeypatch.setattr(disk.DataFiles, "read", slow)
+    monkeypatch.setattr(data_files.DataFiles, "read", slow)
     tokens_of(engine)
     assert (engine.stats().stalls - before).disk_s > 0
     engine.close()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Listener
-from zeroinf.engines.stream import load as load_module
+from zeroinf.engines.stream import checkpoint_weights as load_module
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import resolve_model

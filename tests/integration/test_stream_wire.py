@@ -15,7 +15,7 @@ from tiers import tiered
 from wire_reference import save_through_codes
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.stream.keep import list_stores
+from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.planner.wire import Wire
 
 ARCHITECTURES = ("llama_tied", "mixtral", "gpt2", "gptj", "gpt_neox", "deepseek_v3", "gpt_oss")

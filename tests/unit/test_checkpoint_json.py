@@ -14,8 +14,8 @@ from small_models import HEADS, build_model
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights
-from zeroinf.engines.stream.origin import Tally
-from zeroinf.engines.stream.tensors import group_tensors
+from zeroinf.engines.stream.tensor_groups import group_tensors
+from zeroinf.engines.stream.weight_source import Tally
 from zeroinf.errors import ModelError
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource

@@ -16,8 +16,8 @@ from zeroinf.cli.doctor import doctor
 from zeroinf.cli.rates import rate_rows
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.disk import read_disk
-from zeroinf.hardware.measure import machine as measure_module
-from zeroinf.hardware.measure.disk import measure_disk
+from zeroinf.hardware.measure import all_rates as measure_module
+from zeroinf.hardware.measure.disk_rate import measure_disk
 from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.profile import keep_profile, read_profile
 from zeroinf.hardware.rates import Rates

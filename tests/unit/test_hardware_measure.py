@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Gpu
+from zeroinf.hardware.measure import all_rates as measure_module
 from zeroinf.hardware.measure import children
-from zeroinf.hardware.measure import machine as measure_module
+from zeroinf.hardware.measure.all_rates import gpu_counts, measure_machine
 from zeroinf.hardware.measure.children import run_children
-from zeroinf.hardware.measure.disk import REQUESTS_IN_FLIGHT, measure_disk
+from zeroinf.hardware.measure.disk_rate import REQUESTS_IN_FLIGHT, measure_disk
 from zeroinf.hardware.measure.footprint import _multiply, _use
-from zeroinf.hardware.measure.host import measure_host_copy
-from zeroinf.hardware.measure.kernels import kernels_of, measure_model_launch
-from zeroinf.hardware.measure.machine import gpu_counts, measure_machine
+from zeroinf.hardware.measure.gpu_rates import kernels_of, measure_model_launch
+from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
 from zeroinf.hardware.snapshot import read_machine
 
 GPU = Gpu(

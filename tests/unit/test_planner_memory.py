@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_models import SMALL_MODELS, build_model, small_config
 
 from zeroinf.engines.stream.layout import lay_out
-from zeroinf.engines.stream.tensors import group_tensors
+from zeroinf.engines.stream.tensor_groups import group_tensors
 from zeroinf.model.anatomy import TensorSpec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event

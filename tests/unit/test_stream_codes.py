@@ -14,7 +14,7 @@ from wire_reference import through_codes
 from zeroinf.engines.stream import codes as codes_module
 from zeroinf.engines.stream.codes import decode, encode
 from zeroinf.engines.stream.expand import Expander
-from zeroinf.engines.stream.tensors import group_tensors
+from zeroinf.engines.stream.tensor_groups import group_tensors
 from zeroinf.planner.wire import CODES, Wire
 
 WIRES: list[Wire] = ["int8", "int4"]

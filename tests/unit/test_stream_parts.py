@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream import host, stalls
+from zeroinf.engines.stream import host_memory, stalls
 from zeroinf.engines.stream import ring as ring_module
-from zeroinf.engines.stream.carrier import ComputeStream, Partitioned, Replicated
-from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.layout import lay_out
-from zeroinf.engines.stream.origin import Pieces
 from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.engines.stream.transfer import ComputeStream, Partitioned, Replicated
+from zeroinf.engines.stream.weight_source import Pieces
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.errors import EnvironmentProblem, StoreError
 from zeroinf.planner.memory import LOADING_STAGES
@@ -148,8 +148,8 @@ def test_memory_that_cannot_be_locked_is_refused_with_the_limit_to_set(monkeypat
         def cudaHostRegister(self, *args: int) -> int:  # noqa: N802
             return 304
 
-    monkeypatch.setattr(host, "_cudart", Refusing)
-    monkeypatch.setattr(host, "read_memlock", lambda: 8 << 20)
+    monkeypatch.setattr(host_memory, "_cudart", Refusing)
+    monkeypatch.setattr(host_memory, "read_memlock", lambda: 8 << 20)
     with pytest.raises(EnvironmentProblem, match=r"lock 10\.0 MiB .* the memlock limit is 8\.0 MiB") as caught:
         HostMemory(10 << 20, pin=True)
     assert caught.value.hint == "ulimit -l 10240 or more, or --no-pin-memory"
@@ -165,10 +165,10 @@ _RANK = """
 import torch
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import world_from_environment
-from zeroinf.engines.stream import host, stalls
+from zeroinf.engines.stream import host_memory, stalls
 from zeroinf.engines.stream import ring as ring_module
-from zeroinf.engines.stream.carrier import ComputeStream, Partitioned, Replicated
-from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.transfer import ComputeStream, Partitioned, Replicated
+from zeroinf.engines.stream.host_memory import HostMemory
 
 world = world_from_environment()
 control = Control(world, "cpu")

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroinf.cli.main import cli
-from zeroinf.engines.stream.disk import DataFiles
-from zeroinf.engines.stream.host import HostMemory, view_of
-from zeroinf.engines.stream.keep import list_stores
+from zeroinf.engines.stream.data_files import DataFiles
+from zeroinf.engines.stream.host_memory import HostMemory, view_of
+from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.engines.stream.store import (
     REQUEST_BYTES,
     STRIPE_BYTES,
@@ -29,7 +29,7 @@ from zeroinf.engines.stream.store import (
     padded,
     store_folder,
 )
-from zeroinf.engines.stream.write import write_store
+from zeroinf.engines.stream.write_store import write_store
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import resolve_model

@@ -83,7 +83,7 @@ def doctor(
 
 def _measure(machine: Machine) -> None:
     """Measure what applies and keep it; what is asked for in vain is told on stderr."""
-    from zeroinf.hardware.measure.machine import measure_machine
+    from zeroinf.hardware.measure.all_rates import measure_machine
     from zeroinf.hardware.profile import keep_profile
 
     rates = measure_machine(machine, lambda line: click.echo(line, err=True))

@@ -12,7 +12,7 @@ from zeroinf.cli.environment import option
 from zeroinf.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from zeroinf.engines.stream.keep import Summary
+    from zeroinf.engines.stream.manage_stores import Summary
 
 JSON_SCHEMA = 1
 
@@ -46,7 +46,7 @@ def _paths(command: _Command) -> _Command:
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_(paths: tuple[Path, ...], as_json: bool) -> None:
     """Show every store below the given folders."""
-    from zeroinf.engines.stream.keep import list_stores
+    from zeroinf.engines.stream.manage_stores import list_stores
 
     found = list_stores(paths)
     if as_json:
@@ -62,7 +62,7 @@ def list_(paths: tuple[Path, ...], as_json: bool) -> None:
 @_paths
 def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
     """Read stores (all, or those named) and compare every byte's digest. Exits with 1 if one is damaged."""
-    from zeroinf.engines.stream.keep import list_stores
+    from zeroinf.engines.stream.manage_stores import list_stores
 
     idle = ("unfinished", "unused")
     chosen = names or tuple(summary.name for summary in list_stores(paths) if summary.state not in idle)
@@ -77,7 +77,7 @@ def verify(names: tuple[str, ...], paths: tuple[Path, ...]) -> None:
 @option("--yes", is_flag=True, help="Do not ask.")
 def remove(names: tuple[str, ...], paths: tuple[Path, ...], yes: bool) -> None:
     """Remove stores. A later run that needs one writes it again."""
-    from zeroinf.engines.stream.keep import list_stores, remove_store
+    from zeroinf.engines.stream.manage_stores import list_stores, remove_store
     from zeroinf.sizes import gib
 
     known = {summary.name: summary for summary in list_stores(paths)}
@@ -94,7 +94,7 @@ def remove(names: tuple[str, ...], paths: tuple[Path, ...], yes: bool) -> None:
 def _verify_one(name: str, paths: tuple[Path, ...]) -> StoreError | None:
     import time
 
-    from zeroinf.engines.stream.keep import find_store, verify_store
+    from zeroinf.engines.stream.manage_stores import find_store, verify_store
     from zeroinf.sizes import gib
 
     started = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from zeroinf.engines.stream.host import HostMemory
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.generation.cache import Columns, SharedLayer, View
 from zeroinf.generation.link import Link, Run, Unit
 from zeroinf.generation.records import read, write

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.stream.carrier import new_event, new_stream
+from zeroinf.engines.stream.transfer import new_event, new_stream
 from zeroinf.model.anatomy import FETCHED_UNITS, SENT_UNITS
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.stream.host import HostMemory, view_of
+from zeroinf.engines.stream.host_memory import HostMemory, view_of
 from zeroinf.service.requests import Work
 
 _TOKEN_BYTES = array("i").itemsize

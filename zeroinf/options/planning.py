@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.stored import check_room, room_taken
+from zeroinf.engines.stream.stored_weights import check_room, room_taken
 from zeroinf.engines.zero.config import check_user_config, codes_of, nvme_pool_bytes
 from zeroinf.errors import DoesNotFitError, ModelError, UsageError
 from zeroinf.generation.micro_batch import TokenRules

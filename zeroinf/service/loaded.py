@@ -28,7 +28,7 @@ from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
-from zeroinf.hardware.measure.links import measure_own_link
+from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.model.source import ModelSource, load_tokenizer
 from zeroinf.planner.plan import Plan

@@ -22,8 +22,8 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.baselines.megatron import megatron_parts
-from zeroinf.engines.stream.origin import Pieces, Tally
-from zeroinf.engines.stream.tensors import Group, Tensor
+from zeroinf.engines.stream.tensor_groups import Group, Tensor
+from zeroinf.engines.stream.weight_source import Pieces, Tally
 from zeroinf.errors import ModelError, OutputError
 from zeroinf.model.inspect import find_blocks
 from zeroinf.planner.plan import Plan

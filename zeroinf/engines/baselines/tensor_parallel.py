@@ -17,10 +17,10 @@ from zeroinf.engines.base import Listener
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights, save_parts
 from zeroinf.engines.baselines.plain import PlainEngine
 from zeroinf.engines.quiet import quiet_deepspeed
-from zeroinf.engines.stream.host import HostMemory
-from zeroinf.engines.stream.load import Checkpoint
-from zeroinf.engines.stream.origin import Origin, Tally
-from zeroinf.engines.stream.tensors import group_tensors
+from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.host_memory import HostMemory
+from zeroinf.engines.stream.tensor_groups import group_tensors
+from zeroinf.engines.stream.weight_source import Origin, Tally
 from zeroinf.errors import UsageError
 from zeroinf.model.kv import cache_name
 from zeroinf.model.skeleton import build_skeleton

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.stream.tensors import Group, Tensor
+from zeroinf.engines.stream.tensor_groups import Group, Tensor
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 

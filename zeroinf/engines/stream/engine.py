@@ -10,13 +10,13 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
-from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.carrier import Carrier, ComputeStream, Partitioned, Replicated
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.lockstep import LockStep
+from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.stalls import StallMeter
-from zeroinf.engines.stream.tensors import Group, Tensor, group_tensors
+from zeroinf.engines.stream.tensor_groups import Group, Tensor, group_tensors
+from zeroinf.engines.stream.transfer import Carrier, ComputeStream, Partitioned, Replicated
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.quantized.expansion import expansions

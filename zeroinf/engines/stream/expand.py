@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.engines.stream.codes import decode
-from zeroinf.engines.stream.tensors import Group
+from zeroinf.engines.stream.tensor_groups import Group
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.planner.wire import Codes
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.carrier import Carrier, ComputeStream, new_event
+from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.stalls import StallMeter
+from zeroinf.engines.stream.transfer import Carrier, ComputeStream, new_event
 
 
 @dataclass(frozen=True, slots=True)

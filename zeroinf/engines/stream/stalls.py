@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.engines.base import Stalls
-from zeroinf.engines.stream.carrier import ComputeStream, new_event
+from zeroinf.engines.stream.transfer import ComputeStream, new_event
 
 # How many blocks may be unread before those that are over are read: a pass or so.
 _UNREAD = 64

@@ -12,12 +12,12 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Listener
-from zeroinf.engines.stream.host import HostMemory
-from zeroinf.engines.stream.load import Checkpoint
-from zeroinf.engines.stream.origin import Origin, Tally
+from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.store import in_order
-from zeroinf.engines.stream.stored import StoredWeights, StoreInUse, describe
-from zeroinf.engines.stream.tensors import Group
+from zeroinf.engines.stream.stored_weights import StoredWeights, StoreInUse, describe
+from zeroinf.engines.stream.tensor_groups import Group
+from zeroinf.engines.stream.weight_source import Origin, Tally
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import LOADING_STAGES
 from zeroinf.planner.plan import Plan

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module, Parameter
 
 from zeroinf.engines.stream.layout import Layout, lay_out
-from zeroinf.engines.stream.target import Target
+from zeroinf.engines.stream.write_target import Target
 from zeroinf.model.anatomy import TensorSpec
 from zeroinf.model.inspect import find_stacks, home_of
 from zeroinf.planner.wire import CODES, Codes, Wire, is_coded

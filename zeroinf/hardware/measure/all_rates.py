@@ -9,12 +9,12 @@ from typing import Any
 
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.machine import Disk, Gpu, Machine
-from zeroinf.hardware.measure.disk import measure_disk
+from zeroinf.hardware.measure.all_gather_rate import measure_all_gather
+from zeroinf.hardware.measure.disk_rate import measure_disk
 from zeroinf.hardware.measure.footprint import measure_footprint
-from zeroinf.hardware.measure.gathering import measure_all_gather
-from zeroinf.hardware.measure.host import measure_host_copy
-from zeroinf.hardware.measure.kernels import measure_hbm, measure_launch, measure_matmul, measure_model_launch
-from zeroinf.hardware.measure.links import measure_links, measure_page_lock
+from zeroinf.hardware.measure.gpu_rates import measure_hbm, measure_launch, measure_matmul, measure_model_launch
+from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
+from zeroinf.hardware.measure.link_rates import measure_links, measure_page_lock
 from zeroinf.hardware.rates import Rates
 
 _Measurement = Callable[[], dict[str, Any]]

@@ -13,9 +13,9 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.convert import Converter
-from zeroinf.engines.stream.origin import Pieces, Tally
-from zeroinf.engines.stream.target import Target
-from zeroinf.engines.stream.tensors import Group, Tensor
+from zeroinf.engines.stream.tensor_groups import Group, Tensor
+from zeroinf.engines.stream.weight_source import Pieces, Tally
+from zeroinf.engines.stream.write_target import Target
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import NUMBERS
 from zeroinf.model.gguf.tensors import open_tensors

@@ -13,12 +13,12 @@ import pytest
 import torch
 from test_stream_store import Numbered, contents_of
 
-from zeroinf.engines.stream import ahead
-from zeroinf.engines.stream.ahead import ReadAhead
-from zeroinf.engines.stream.disk import DataFiles
+from zeroinf.engines.stream import read_ahead
+from zeroinf.engines.stream.data_files import DataFiles
+from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.store import Store
-from zeroinf.engines.stream.write import write_store
+from zeroinf.engines.stream.write_store import write_store
 from zeroinf.planner.memory import CHUNK_BYTES
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_a_buffer_is_not_overwritten_before_its_copy_is_done(used: Any, monkeypa
         def synchronize(self) -> None:
             assert not self.recorded or self.done.wait(PATIENCE_S)
 
-    monkeypatch.setattr(ahead, "new_event", lambda device, **kind: Copy())
+    monkeypatch.setattr(read_ahead, "new_event", lambda device, **kind: Copy())
     reader = reading(used, [0, 3])
     first, copy = reader.take()
     copy.recorded = True

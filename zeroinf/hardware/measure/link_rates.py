@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.hardware.memory import map_memory
+from zeroinf.hardware.mapped_memory import map_memory
 
 # More than any processor caches.
 _COPY_BYTES = 1 << 30

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from zeroinf.hardware.memory import map_memory
+from zeroinf.hardware.mapped_memory import map_memory
 
 _THREADS = 8
 _ROUNDS = 5

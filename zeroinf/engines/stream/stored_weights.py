@@ -10,10 +10,8 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Listener
-from zeroinf.engines.stream.disk import DataFiles, direct_is_possible, read_pieces
-from zeroinf.engines.stream.host import view_of
-from zeroinf.engines.stream.lock import StoreLock
-from zeroinf.engines.stream.origin import Origin, Pieces, Tally
+from zeroinf.engines.stream.data_files import DataFiles, direct_is_possible, read_pieces
+from zeroinf.engines.stream.host_memory import view_of
 from zeroinf.engines.stream.store import (
     Contents,
     StoredPiece,
@@ -26,8 +24,10 @@ from zeroinf.engines.stream.store import (
     source_key,
     store_names,
 )
-from zeroinf.engines.stream.tensors import Group
-from zeroinf.engines.stream.write import require_room, taken_bytes, write_store
+from zeroinf.engines.stream.store_lock import StoreLock
+from zeroinf.engines.stream.tensor_groups import Group
+from zeroinf.engines.stream.weight_source import Origin, Pieces, Tally
+from zeroinf.engines.stream.write_store import require_room, taken_bytes, write_store
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import store_bytes

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.stream.carrier import new_event
-from zeroinf.engines.stream.disk import THREADS
-from zeroinf.engines.stream.host import HostMemory, view_of
+from zeroinf.engines.stream.data_files import THREADS
+from zeroinf.engines.stream.host_memory import HostMemory, view_of
 from zeroinf.engines.stream.store import Request
-from zeroinf.engines.stream.stored import StoreInUse
+from zeroinf.engines.stream.stored_weights import StoreInUse
+from zeroinf.engines.stream.transfer import new_event
 from zeroinf.planner.memory import PIECE_ALIGNMENT, READ_BUFFERS, round_up
 
 

@@ -10,7 +10,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.hardware.memory import map_memory
+from zeroinf.hardware.mapped_memory import map_memory
 from zeroinf.hardware.snapshot import read_memlock
 from zeroinf.sizes import gib
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from zeroinf.engines.stream.disk import THREADS, DataFiles
+from zeroinf.engines.stream.data_files import THREADS, DataFiles
 from zeroinf.engines.stream.store import Request, data_file
 
 

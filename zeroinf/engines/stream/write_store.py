@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from zeroinf.engines.stream.disk import THREADS, DataFiles
-from zeroinf.engines.stream.host import HostMemory, view_of
-from zeroinf.engines.stream.origin import Origin
+from zeroinf.engines.stream.data_files import THREADS, DataFiles
+from zeroinf.engines.stream.host_memory import HostMemory, view_of
 from zeroinf.engines.stream.store import (
     Contents,
     Request,
@@ -27,6 +26,7 @@ from zeroinf.engines.stream.store import (
     store_names,
     write_headers,
 )
+from zeroinf.engines.stream.weight_source import Origin
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.paths import GUARDED_FILE, flush, make_guarded
 from zeroinf.sizes import gib

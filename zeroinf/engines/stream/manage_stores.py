@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zeroinf.engines.stream.disk import THREADS, DataFiles, direct_is_possible
-from zeroinf.engines.stream.lock import StoreLock
+from zeroinf.engines.stream.data_files import THREADS, DataFiles, direct_is_possible
 from zeroinf.engines.stream.store import (
     REQUEST_BYTES,
     ForbiddenStoreError,
@@ -30,6 +29,7 @@ from zeroinf.engines.stream.store import (
     store_folder,
     store_names,
 )
+from zeroinf.engines.stream.store_lock import StoreLock
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.planner.wire import Wire
 
