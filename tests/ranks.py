@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty
 from typing import Any
 
@@ -39,14 +40,10 @@ def on_ranks(size: int, body: Callable[[Control], Any], *, seconds: float = 60) 
     found: list[Any] = [None] * size
     deadline = time.monotonic() + seconds
     try:
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            for process in processes:
-                process.join(0.05)
-        while True:
-            rank, answer = answers.get(timeout=0.2)
-            found[rank] = answer
-    except Empty:
-        pass
+        while (time.monotonic() < deadline and any(process.is_alive() for process in processes)) or not answers.empty():
+            with suppress(Empty):  # read while ranks live: one with a long answer ends when it has been read
+                rank, answer = answers.get(timeout=0.05)
+                found[rank] = answer
     finally:
         for process in processes:
             process.kill()
