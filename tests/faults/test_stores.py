@@ -21,7 +21,7 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 
 from zeroinf.engines.base import Silent
 from zeroinf.engines.stream import data_files, stored_weights, write_store
-from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.checkpoint_weights import CheckpointWeights
 from zeroinf.engines.stream.manage_stores import list_stores, remove_store, verify_store
 from zeroinf.engines.stream.store import digest_of, lock_file, of_other_formats, open_store, store_folder
 from zeroinf.engines.stream.store_lock import StoreLock
@@ -276,9 +276,9 @@ def test_an_interrupted_write_goes_on_where_it_stopped(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[int] = []
-    fill, flush, flushes = Checkpoint.fill, data_files.DataFiles.flush, iter(range(100))
+    fill, flush, flushes = CheckpointWeights.fill, data_files.DataFiles.flush, iter(range(100))
 
-    def counting(self: Checkpoint, pieces: Any) -> None:
+    def counting(self: CheckpointWeights, pieces: Any) -> None:
         filled.extend(index for index, _ in pieces)
         fill(self, pieces)
 
@@ -287,7 +287,7 @@ def test_an_interrupted_write_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         flush(self)
 
-    monkeypatch.setattr(Checkpoint, "fill", counting)
+    monkeypatch.setattr(CheckpointWeights, "fill", counting)
     monkeypatch.setattr(data_files.DataFiles, "flush", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(model, tmp_path)
@@ -298,7 +298,7 @@ def test_an_interrupted_write_goes_on_where_it_stopped(
     with journal.open("a") as file:
         file.write('[2, ["0a')  # the power went while this line was written
     monkeypatch.undo()
-    monkeypatch.setattr(Checkpoint, "fill", counting)
+    monkeypatch.setattr(CheckpointWeights, "fill", counting)
     filled.clear()
     engine = start(model, tmp_path)
     assert filled == [2, 3]
@@ -314,7 +314,7 @@ def test_a_second_start_neither_writes_nor_loads_the_checkpoint(
         raise AssertionError("the checkpoint is being loaded")
 
     before = {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in written.iterdir()}
-    monkeypatch.setattr(Checkpoint, "__init__", no_loading)
+    monkeypatch.setattr(CheckpointWeights, "__init__", no_loading)
     engine = start(model, tmp_path)
     assert tokens_of(engine) == plain_tokens(model)
     engine.close()
@@ -396,7 +396,7 @@ def test_a_second_writer_waits_says_so_and_uses_what_the_first_wrote(
     assert notes.texts == [f"another process writes the store {summary.name}: waiting for its end"]
     assert not engines
     shutil.copytree(store_folder(elsewhere, summary.name), here)  # the first one is done
-    monkeypatch.setattr(Checkpoint, "__init__", lambda *args: pytest.fail("written twice"))
+    monkeypatch.setattr(CheckpointWeights, "__init__", lambda *args: pytest.fail("written twice"))
     first.release()
     second.join(PROMPTLY_S)
     assert tokens_of(engines[0]) == plain_tokens(model)

@@ -15,7 +15,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights
 from zeroinf.engines.stream.tensor_groups import group_tensors
-from zeroinf.engines.stream.weight_source import Tally
+from zeroinf.engines.stream.weight_source import LoadProgress
 from zeroinf.errors import ModelError
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -50,7 +50,9 @@ def loaded(model: Any, listing: Path) -> dict[str, torch.Tensor]:
     blocks, outside = group_tensors(skeleton)
     groups = (*blocks, outside)
     pieces = [(i, torch.zeros(group.nbytes, dtype=torch.uint8)) for i, group in enumerate(groups)]
-    origin = ListedWeights(groups, skeleton, listing, Control(World(), "cpu"), Tally(1, lambda done, total: None))
+    origin = ListedWeights(
+        groups, skeleton, listing, Control(World(), "cpu"), LoadProgress(1, lambda done, total: None)
+    )
     origin.fill(pieces)
     return {
         name: view

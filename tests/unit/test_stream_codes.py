@@ -87,10 +87,10 @@ def test_what_is_written_in_a_piece_comes_out_of_the_expanded_slot(name: str, wi
     groups, _ = group_tensors(build_model(name), wire)
     expander = Expander(groups, torch.device("cpu"))
     for group in groups:
-        crossing = torch.full((group.nbytes,), 7, dtype=torch.uint8)
-        for tensor, target in group.targets(crossing, torch.device("cpu")):
+        wire_piece = torch.full((group.nbytes,), 7, dtype=torch.uint8)
+        for tensor, target in group.targets(wire_piece, torch.device("cpu")):
             target.write(tensor.value.detach())
-        expander.expand(group, crossing)
+        expander.expand(group, wire_piece)
         coded = 0
         for tensor, found in group.views(expander.slot):
             is_same = torch.equal(found, tensor.value)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from zeroinf.engines.stream.data_files import THREADS, DataFiles
-from zeroinf.engines.stream.store import Request, data_file
+from zeroinf.engines.stream.store import FileRange, data_file
 
 
 def test_no_more_reads_are_in_flight_than_serve_a_disk_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,9 +31,9 @@ def test_no_more_reads_are_in_flight_than_serve_a_disk_best(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "preadv", watched)
     targets = [bytearray(1) for _ in range(64)]
-    requests = [Request(part=0, at=at, start=0, nbytes=1) for at in range(64)]
+    file_ranges = [FileRange(part=0, at=at, start=0, nbytes=1) for at in range(64)]
     with ThreadPoolExecutor(4 * THREADS) as pool:
-        list(pool.map(files.read, requests, map(memoryview, targets)))
+        list(pool.map(files.read, file_ranges, map(memoryview, targets)))
     files.close()
     assert b"".join(targets) == bytes(range(64))
     assert most == [THREADS]

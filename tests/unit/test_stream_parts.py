@@ -24,7 +24,7 @@ from zeroinf.engines.stream import ring as ring_module
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.layout import lay_out
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.engines.stream.transfer import ComputeStream, Partitioned, Replicated
+from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer
 from zeroinf.engines.stream.weight_source import Pieces
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.errors import EnvironmentProblem, StoreError
@@ -49,7 +49,7 @@ def test_tensors_of_a_layout_are_aligned_and_do_not_touch(specs: list[tuple[list
 @pytest.mark.parametrize(("pieces", "slots"), [(5, 3), (3, 3), (2, 3), (1, 3), (7, 2)])
 def test_each_piece_is_in_its_slot_when_its_turn_comes(pieces: int, slots: int) -> None:
     values = [torch.full((16 + i,), i + 1, dtype=torch.uint8) for i in range(pieces)]
-    ring = Ring([Piece(len(value), value) for value in values], slots, CPU, Replicated(CPU), None)
+    ring = Ring([Piece(len(value), value) for value in values], slots, CPU, ReplicatedTransfer(CPU), None)
     for turn in range(3 * pieces):
         index = turn % pieces
         slot = ring.acquire(index)
@@ -81,7 +81,7 @@ def test_a_pass_under_another_stream_waits_for_its_weights_and_for_the_pass_befo
     compute.is_there, compute._stream = True, first
     for module in (ring_module, stalls):
         monkeypatch.setattr(module, "new_event", lambda device, **kind: FakeEvent())
-    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 2, 2, CPU, Replicated(CPU), None, compute)
+    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 2, 2, CPU, ReplicatedTransfer(CPU), None, compute)
     for current in (first, second):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
         compute.follow()
@@ -94,12 +94,12 @@ def test_a_pass_under_another_stream_waits_for_its_weights_and_for_the_pass_befo
 
 
 def test_the_ring_holds_no_more_slots_than_asked_for() -> None:
-    ring = Ring([Piece(100, torch.zeros(100, dtype=torch.uint8))] * 8, 3, CPU, Replicated(CPU), None)
+    ring = Ring([Piece(100, torch.zeros(100, dtype=torch.uint8))] * 8, 3, CPU, ReplicatedTransfer(CPU), None)
     assert [slot.numel() for slot in ring.slots] == [100, 100, 100]
 
 
 def test_a_block_out_of_order_is_an_error_and_never_wrong_weights() -> None:
-    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 3, 2, CPU, Replicated(CPU), None)
+    ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 3, 2, CPU, ReplicatedTransfer(CPU), None)
     ring.acquire(0)
     ring.release()
     with pytest.raises(RuntimeError, match="block 2 ran out of order: 1 is in the slot"):
@@ -117,7 +117,11 @@ def test_after_a_broken_pass_the_next_one_begins_with_its_first_piece(
     pieces: int, slots: int, whole: int, ran: int, held: bool
 ) -> None:
     ring = Ring(
-        [Piece(1, torch.full((1,), i, dtype=torch.uint8)) for i in range(pieces)], slots, CPU, Replicated(CPU), None
+        [Piece(1, torch.full((1,), i, dtype=torch.uint8)) for i in range(pieces)],
+        slots,
+        CPU,
+        ReplicatedTransfer(CPU),
+        None,
     )
     ran = min(ran, pieces - 1) if held else min(ran, pieces)
     for turn in range(whole * pieces + ran):
@@ -134,8 +138,8 @@ def test_after_a_broken_pass_the_next_one_begins_with_its_first_piece(
 @given(st.integers(1, 10_000), st.integers(1, 8), st.sampled_from([512, 4096]))
 def test_parts_of_a_piece_cover_it_once_and_their_gather_fits_its_slot(pages: int, ranks: int, unit: int) -> None:
     nbytes = 512 * pages
-    carriers = [Partitioned(CPU, rank, ranks, nbytes, unit) for rank in range(ranks)]
-    spans = [carrier.span(nbytes) for carrier in carriers]
+    carriers = [PartitionedTransfer(CPU, rank, ranks, nbytes, unit) for rank in range(ranks)]
+    spans = [transfer.span(nbytes) for transfer in carriers]
     assert [i for span in spans for i in range(span.start, span.stop, 512)] == list(range(0, nbytes, 512))
     slot = carriers[0].slot_bytes(nbytes)
     assert slot % ranks == 0
@@ -167,7 +171,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import world_from_environment
 from zeroinf.engines.stream import host_memory, stalls
 from zeroinf.engines.stream import ring as ring_module
-from zeroinf.engines.stream.transfer import ComputeStream, Partitioned, Replicated
+from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer
 from zeroinf.engines.stream.host_memory import HostMemory
 
 world = world_from_environment()
@@ -222,7 +226,7 @@ def placed(origin: Filler, sizes: list[int]) -> Iterator[tuple[int, torch.Tensor
     """Weights that come from `origin` alone."""
     weights: Any = SimpleNamespace(
         _groups=[SimpleNamespace(nbytes=size) for size in sizes],
-        _control=Control(World(), "cpu"), _device=torch.device("cpu"), _pin=False, _origin=origin,
+        _control=Control(World(), "cpu"), _device=torch.device("cpu"), _pin=False, _weight_source=origin,
     )  # fmt: skip
     return Weights.place(weights, range(len(sizes)))
 

@@ -39,7 +39,7 @@ class CopyOnly:
     def slot_bytes(self, nbytes: int) -> int:
         return nbytes
 
-    def carry(self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, *events: Any) -> None:
+    def transfer(self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, *events: Any) -> None:
         self.carried.append(nbytes)
         slot[:nbytes].copy_(mine)
 
@@ -140,15 +140,15 @@ def test_ranks_in_step_carry_the_same_pieces_however_fast_their_disks_are(
     def carried(delay_s: float) -> list[list[int]]:
         read = DataFiles.read
         monkeypatch.setattr(DataFiles, "read", lambda *args: (time.sleep(delay_s), read(*args)))
-        reader, carrier = reading(used, [1, 3]), CopyOnly(in_step=True)
+        reader, transfer = reading(used, [1, 3]), CopyOnly(in_step=True)
         pieces = [Piece(size, None if index in (1, 3) else torch.zeros(size)) for index, size in enumerate(SIZES)]
-        ring, found = Ring(pieces, 3, CPU, carrier, reader), []
+        ring, found = Ring(pieces, 3, CPU, transfer, reader), []
         for turn in range(8):
             ring.acquire(turn % 4)
             if not delay_s:
                 time.sleep(0.05)  # for the threads to read all they can
             ring.release()
-            found.append(list(carrier.carried))
+            found.append(list(transfer.carried))
         reader.close()
         monkeypatch.undo()
         return found

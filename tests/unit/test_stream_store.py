@@ -23,7 +23,7 @@ from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.engines.stream.store import (
     REQUEST_BYTES,
     STRIPE_BYTES,
-    Contents,
+    StoreContents,
     StoredPiece,
     data_file,
     padded,
@@ -36,7 +36,7 @@ from zeroinf.model.source import resolve_model
 from zeroinf.planner.memory import CHUNK_BYTES
 
 
-def contents_of(sizes: list[int], parts: int) -> Contents:
+def contents_of(sizes: list[int], parts: int) -> StoreContents:
     pieces, end = [], 0
     for nbytes in sizes:
         pieces.append(StoredPiece(offset=end, nbytes=nbytes, tensors=(("w", "torch.uint8", (nbytes,), 0),)))
@@ -50,7 +50,7 @@ def contents_of(sizes: list[int], parts: int) -> Contents:
         "source": "s",
         "made": "",
     }
-    return Contents(parts=parts, pieces=tuple(pieces), **named)  # type: ignore[arg-type]
+    return StoreContents(parts=parts, pieces=tuple(pieces), **named)  # type: ignore[arg-type]
 
 
 SIZES = st.lists(st.integers(1, 10 * STRIPE_BYTES // 4096).map(lambda pages: 4096 * pages), min_size=1, max_size=6)
@@ -62,7 +62,7 @@ def test_every_byte_lies_in_one_place_within_its_part(sizes: list[int], parts: i
     taken: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
     for index, piece in enumerate(contents.pieces):
         end = 0
-        for request in contents.requests(index, 0, piece.nbytes):
+        for request in contents.file_ranges(index, 0, piece.nbytes):
             assert request.start == end
             assert 0 < request.nbytes <= REQUEST_BYTES
             assert request.at % 4096 == 0
@@ -97,7 +97,7 @@ def test_what_is_written_over_several_paths_is_read_back(parts: int, tmp_path: P
     files = DataFiles(store.folders, direct=False)
     for index, piece in enumerate(contents.pieces):
         memory = HostMemory(piece.nbytes, pin=False).bytes
-        for request in contents.requests(index, 0, piece.nbytes):
+        for request in contents.file_ranges(index, 0, piece.nbytes):
             data = view_of(memory)[request.start : request.start + request.nbytes]
             files.read(request, data)
             store.check(index, request, data)

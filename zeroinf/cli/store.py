@@ -12,7 +12,7 @@ from zeroinf.cli.environment import option
 from zeroinf.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from zeroinf.engines.stream.manage_stores import Summary
+    from zeroinf.engines.stream.manage_stores import StoreSummary
 
 JSON_SCHEMA = 1
 
@@ -109,14 +109,14 @@ def _verify_one(name: str, paths: tuple[Path, ...]) -> StoreError | None:
     return None
 
 
-def _as_json(found: list[Summary]) -> str:
+def _as_json(found: list[StoreSummary]) -> str:
     import json
     from dataclasses import asdict
 
     return json.dumps({"schema": JSON_SCHEMA, "stores": [asdict(s) for s in found]}, indent=2, default=str)
 
 
-def _print_table(found: list[Summary]) -> None:
+def _print_table(found: list[StoreSummary]) -> None:
     from rich.console import Console
     from rich.table import Table
 

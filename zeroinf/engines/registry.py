@@ -25,19 +25,19 @@ def load_engine(
     zero_config: dict[str, Any] | None,
     control: Control,
     device: torch.device,
-    told: Listener,
+    listener: Listener,
 ) -> Engine:
-    """Load the plan's engine, and tell `told` how it goes. Only its own libraries are imported.
+    """Load the plan's engine, and tell `listener` how it goes. Only its own libraries are imported.
 
     Raises ModelError for weights that are damaged, incomplete, or that would run code, whichever engine reads them.
     """
     if not source.random_weights:
-        _account_for_weights(source, control, told)
+        _account_for_weights(source, control, listener)
     with reading_weights(source.name):
-        return _load(plan, source, zero_config, control, device, told)
+        return _load(plan, source, zero_config, control, device, listener)
 
 
-def _account_for_weights(source: ModelSource, control: Control, told: Listener) -> None:
+def _account_for_weights(source: ModelSource, control: Control, listener: Listener) -> None:
     """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
     facts = source.facts
     if facts is None:
@@ -54,7 +54,7 @@ def _account_for_weights(source: ModelSource, control: Control, told: Listener) 
             )
     if facts.unused and control.world.is_main:
         named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
-        told.note(f"not used, since the model does not have them: {len(facts.unused)} stored tensors, {named}")
+        listener.note(f"not used, since the model does not have them: {len(facts.unused)} stored tensors, {named}")
 
 
 def _load(
@@ -63,7 +63,7 @@ def _load(
     zero_config: dict[str, Any] | None,
     control: Control,
     device: torch.device,
-    told: Listener,
+    listener: Listener,
 ) -> Engine:
     match plan.engine:
         case "zero":
@@ -82,7 +82,7 @@ def _load(
         case "tensor-parallel":
             from zeroinf.engines.baselines.tensor_parallel import TensorParallelEngine
 
-            return TensorParallelEngine(plan, source, control, device, told)
+            return TensorParallelEngine(plan, source, control, device, listener)
     from zeroinf.engines.stream.engine import StreamEngine
 
-    return StreamEngine(plan, source, control, device, told)
+    return StreamEngine(plan, source, control, device, listener)

@@ -100,7 +100,7 @@ def piece_bytes(tensors: Iterable[TensorSpec]) -> int:
     return round_up(sum(round_up(tensor.nbytes, ALIGNMENT) for tensor in tensors), PIECE_ALIGNMENT)
 
 
-def crossing_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int:
+def wire_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int:
     """Bytes of `tensors` in one contiguous piece as it rests and crosses the link; `dtype` is the model's."""
     if wire == "model":
         return piece_bytes(tensors)
@@ -114,7 +114,7 @@ def crossing_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int
 @lru_cache(maxsize=16)
 def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     """The bytes of each block's piece as it rests and crosses the link."""
-    return tuple(crossing_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
+    return tuple(wire_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,8 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.baselines.megatron import megatron_parts
-from zeroinf.engines.stream.tensor_groups import Group, Tensor
-from zeroinf.engines.stream.weight_source import Pieces, Tally
+from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
+from zeroinf.engines.stream.weight_source import LoadProgress, Pieces
 from zeroinf.errors import ModelError, OutputError
 from zeroinf.model.inspect import find_blocks
 from zeroinf.planner.plan import Plan
@@ -48,9 +48,11 @@ class _Listing:
 class ListedWeights:
     """Fills pieces from a checkpoint JSON. One rank of a node does the work, for all of them."""
 
-    def __init__(self, groups: Sequence[Group], model: Any, listing: Path, control: Control, tally: Tally) -> None:
+    def __init__(
+        self, groups: Sequence[TensorGroup], model: Any, listing: Path, control: Control, load_progress: LoadProgress
+    ) -> None:
         """Raises ModelError for a listing that cannot be read, or files that are not there."""
-        self._groups, self._model, self._tally = groups, model, tally
+        self._groups, self._model, self._load_progress = groups, model, load_progress
         self._name = listing
         self._listing = _read_listing(listing)
         self._fills = control.world.local_rank == 0
@@ -65,7 +67,7 @@ class ListedWeights:
                     memory.copy_(tensor.value)
                 if tensor.stored and (found := self._find(tensor, parts)) is not None:
                     memory.copy_(self._together(tensor, found))
-                self._tally.add(memory.nbytes)
+                self._load_progress.add(memory.nbytes)
 
     def _parts(self) -> Parts:
         listing = self._listing

@@ -17,10 +17,10 @@ from zeroinf.engines.base import Listener
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights, save_parts
 from zeroinf.engines.baselines.plain import PlainEngine
 from zeroinf.engines.quiet import quiet_deepspeed
-from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.checkpoint_weights import CheckpointWeights
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.tensor_groups import group_tensors
-from zeroinf.engines.stream.weight_source import Origin, Tally
+from zeroinf.engines.stream.weight_source import LoadProgress, WeightSource
 from zeroinf.errors import UsageError
 from zeroinf.model.kv import cache_name
 from zeroinf.model.skeleton import build_skeleton
@@ -40,21 +40,25 @@ class TensorParallelEngine(PlainEngine):
     name = "tensor-parallel"
     in_step = True
 
-    def __init__(self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener) -> None:
+    def __init__(
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener
+    ) -> None:
         os.environ["DS_ACCELERATOR"] = plan.device
         self._leave_group = join_process_group(control.world, plan.device)
         try:
-            self._load(plan, source, control, device, told)
+            self._load(plan, source, control, device, listener)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener) -> None:
+    def _load(
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener
+    ) -> None:
         import deepspeed
 
         with quiet_deepspeed(), redirect_stdout(StringIO()):  # it prints what it found
             deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
-            whole = _WholeModel(plan, source, control, told)
+            whole = _WholeModel(plan, source, control, listener)
             try:
                 self.model = _split(whole.model, plan, source, control, device)
             finally:
@@ -74,7 +78,7 @@ class TensorParallelEngine(PlainEngine):
 class _WholeModel:
     """The model with its weights in host memory, one copy a node. Close the memory when nothing refers to it."""
 
-    def __init__(self, plan: Plan, source: ModelSource, control: Control, told: Listener) -> None:
+    def __init__(self, plan: Plan, source: ModelSource, control: Control, listener: Listener) -> None:
         self.model = build_skeleton(source, plan.dtype)
         blocks, outside = group_tensors(self.model)
         groups = (*blocks, outside)
@@ -84,12 +88,12 @@ class _WholeModel:
             (i, self.memory.bytes[at : at + group.nbytes])
             for i, (at, group) in enumerate(zip(starts, groups, strict=False))
         ]
-        tally = Tally(starts[-1], told.filled)
+        load_progress = LoadProgress(starts[-1], listener.filled)
         listed = plan.tensor_parallel.checkpoint
-        origin: Origin = (
-            Checkpoint(groups, self.model, source, control, torch.device("cpu"), tally)
+        origin: WeightSource = (
+            CheckpointWeights(groups, self.model, source, control, torch.device("cpu"), load_progress)
             if listed is None
-            else ListedWeights(groups, self.model, listed, control, tally)
+            else ListedWeights(groups, self.model, listed, control, load_progress)
         )
         origin.fill(pieces)
         control.all_gather(None)  # nobody reads before all of it is there

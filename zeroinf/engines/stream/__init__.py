@@ -1,8 +1,13 @@
-"""Our weight streaming: blocks rest in host memory, one copy a node, or on NVMe, and cross the link one by one.
+"""The stream engine: layers' weights are kept in host memory or on NVMe and copied to the GPU ahead of their use.
 
-`tensors` and `layout` say where each tensor of a block lies, `host` holds bytes. `weights` loads them, from a
-checkpoint (`load`) or from a store (`stored`), which `store` describes, `disk` reads and `write` writes under a `lock`,
-and which `keep` looks after for the user. `ahead` reads blocks before their turn, `carrier` moves them over one link or
-over all, `ring` does so ahead of use and `stalls` measures what it waits for. `engine` runs the unmodified transformers
-model.
+Loading: `tensor_groups` and `layout` place the tensors of each block in one contiguous piece of memory.
+`checkpoint_weights` fills pieces from a checkpoint through a `write_target`; `stored_weights` reads them from a store,
+which `write_store` writes once. `weights` chooses between the two, and `host_memory` allocates page-locked memory.
+
+Stores on disk: `store` defines the format, `data_files` reads and writes its files, `store_lock` guards it against
+other processes, and `manage_stores` lists, verifies and removes stores for the user.
+
+Running: `read_ahead` reads pieces from disk, `transfer` copies them to the GPU, `ring` schedules the copies ahead of
+the pass, `expand` turns codes back into weights, and `stalls` measures how long the GPU waits. `engine` runs the
+unmodified transformers model.
 """

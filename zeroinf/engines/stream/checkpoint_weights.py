@@ -13,9 +13,9 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.convert import Converter
-from zeroinf.engines.stream.tensor_groups import Group, Tensor
-from zeroinf.engines.stream.weight_source import Pieces, Tally
-from zeroinf.engines.stream.write_target import Target
+from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
+from zeroinf.engines.stream.weight_source import LoadProgress, Pieces
+from zeroinf.engines.stream.write_target import WriteTarget
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import NUMBERS
 from zeroinf.model.gguf.tensors import open_tensors
@@ -35,7 +35,7 @@ _Found = tuple[int, torch.Tensor, Path | str]
 _Read = Callable[[Tensor], Iterable[_Found]]
 
 
-class Checkpoint:
+class CheckpointWeights:
     """Fills pieces from a checkpoint, or with random values.
 
     The ranks of a node share the work, each filling its part of the tensors. Where transformers has to rename or fuse
@@ -45,12 +45,12 @@ class Checkpoint:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[TensorGroup],
         model: Any,
         source: ModelSource,
         control: Control | None,
         device: torch.device,
-        tally: Tally,
+        load_progress: LoadProgress,
     ) -> None:
         """`model` is the skeleton that the groups come from. Without a `control` this process does all the work. Codes
         are made on `device`: a GPU does that while the host reads."""
@@ -58,13 +58,13 @@ class Checkpoint:
         self._part, self._parts = (world.local_rank, world.local_size) if world is not None else (0, 1)
         self._groups, self._device = groups, device
         self._random = source.random_weights
-        self._tally = tally
+        self._load_progress = load_progress
         self._team = torch.get_num_threads()
         self._tiles: dict[torch.dtype, torch.Tensor] = {}
         self._read: _Read | None = None
         if self._random:
             tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
-            kinds = {place.dtype for group in groups for place in group.layout.places}
+            kinds = {place.dtype for group in groups for place in group.layout.locations}
             self._tiles = {kind: (tile if kind.is_floating_point else 120 + 100 * tile).to(kind) for kind in kinds}
             return
         if control is not None:
@@ -124,7 +124,7 @@ class Checkpoint:
         finally:
             torch.set_num_threads(self._team)  # that of threads to come; those that are there keep theirs
 
-    def _fill_one(self, tensor: Tensor, target: Target, read: _Read | None) -> None:
+    def _fill_one(self, tensor: Tensor, target: WriteTarget, read: _Read | None) -> None:
         if not tensor.is_parameter:
             target.write(tensor.value)
         if self._random:
@@ -132,16 +132,16 @@ class Checkpoint:
         elif tensor.stored:
             assert read is not None
             _copy(tensor, target, read(tensor))
-        self._tally.add(target.nbytes * self._parts)
+        self._load_progress.add(target.nbytes * self._parts)
 
-    def _fill_randomly(self, tensor: Tensor, target: Target) -> None:
+    def _fill_randomly(self, tensor: Tensor, target: WriteTarget) -> None:
         """Normal values that repeat after a while: they must not be zeros, and need not be good.
 
         Codes lie around 120, which is no power of two too large for MXFP4.
         """
         if not tensor.is_parameter:
             return
-        elements, tile = target.shape.numel(), self._tiles[target.place.dtype]
+        elements, tile = target.shape.numel(), self._tiles[target.location.dtype]
         for start in range(0, elements, _TILE):
             target.write_part(start, tile[: elements - start])
 
@@ -203,7 +203,7 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     return read
 
 
-def _copy(tensor: Tensor, target: Target, found: Iterable[_Found]) -> None:
+def _copy(tensor: Tensor, target: WriteTarget, found: Iterable[_Found]) -> None:
     """Write what was found of a tensor, part by part. Raises ModelError for what is not of its shape and dtype."""
     written = 0
     for start, value, origin in found:
@@ -211,9 +211,9 @@ def _copy(tensor: Tensor, target: Target, found: Iterable[_Found]) -> None:
         is_like = value.shape == target.shape if is_all else value.shape[1:][-1:] == target.shape[1:][-1:]
         if not is_like:
             raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
-        kinds = {value.dtype, target.place.dtype}
+        kinds = {value.dtype, target.location.dtype}
         if tensor.is_parameter and len(kinds) > 1 and kinds - set(NUMBERS):
-            raise _mismatch(tensor, origin, value.dtype, target.place.dtype)
+            raise _mismatch(tensor, origin, value.dtype, target.location.dtype)
         target.write_part(start, value.reshape(-1))
         written += value.numel()
     if written != target.shape.numel():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.stream.tensor_groups import Group, Tensor
+from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -36,7 +36,7 @@ class Converter:
                 number = _NUMBER.search(name)
                 self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
 
-    def convert(self, group: Group, number: int | None) -> dict[str, torch.Tensor] | None:
+    def convert(self, group: TensorGroup, number: int | None) -> dict[str, torch.Tensor] | None:
         """The stored tensors of `group` by their first names; `number` is its block's, None for what lies outside.
 
         None where the weights with that number do not make all of the group.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from zeroinf.engines.stream.store import Contents, Request, Store, damaged, data_file
+from zeroinf.engines.stream.store import FileRange, Store, StoreContents, damaged, data_file
 from zeroinf.errors import StoreError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.paths import GUARDED_FILE
@@ -38,7 +38,7 @@ class DataFiles:
             self.close()
             raise _failed("open", file, error) from error
 
-    def read(self, request: Request, target: memoryview) -> None:
+    def read(self, request: FileRange, target: memoryview) -> None:
         """Read the request's bytes into `target`, which is as long. Raises StoreError."""
         file = self._files[request.part]
         done = 0
@@ -52,13 +52,13 @@ class DataFiles:
                 raise damaged(file, f"it ends at byte {request.at + done}, before its time")
             done += count
 
-    def write(self, request: Request, source: memoryview) -> None:
+    def write(self, request: FileRange, source: memoryview) -> None:
         """Write the request's bytes from `source`, which is as long. Raises OSError."""
         done = 0
         while done < request.nbytes:
             done += os.pwritev(self._descriptors[request.part], [source[done:]], request.at + done)
 
-    def allocate(self, contents: Contents) -> None:
+    def allocate(self, contents: StoreContents) -> None:
         """Take all the room that the data will need. Raises OSError where there is too little."""
         for part, descriptor in enumerate(self._descriptors):
             try:
@@ -79,10 +79,10 @@ class DataFiles:
         self._descriptors = []
 
 
-def read_pieces(store: Store, files: DataFiles, reads: Iterable[tuple[int, Request, memoryview]]) -> None:
+def read_pieces(store: Store, files: DataFiles, reads: Iterable[tuple[int, FileRange, memoryview]]) -> None:
     """Read each (piece, request, target) and compare it with its digests. Raises the first StoreError."""
 
-    def one(piece: int, request: Request, target: memoryview) -> None:
+    def one(piece: int, request: FileRange, target: memoryview) -> None:
         files.read(request, target)
         store.check(piece, request, target)
 

@@ -15,8 +15,8 @@ from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.stalls import StallMeter
-from zeroinf.engines.stream.tensor_groups import Group, Tensor, group_tensors
-from zeroinf.engines.stream.transfer import Carrier, ComputeStream, Partitioned, Replicated
+from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
+from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer, WeightTransfer
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.quantized.expansion import expansions
@@ -44,7 +44,7 @@ class StreamEngine:
     shares_passes = True
 
     def __init__(
-        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, told: Listener | None = None
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener | None = None
     ) -> None:
         self._device = device
         self._place = control.activity
@@ -55,7 +55,7 @@ class StreamEngine:
         self._expander = Expander(groups, device) if plan.wire != "model" else None
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(
-            plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, told or Silent()
+            plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, listener or Silent()
         )
         self._before: dict[int, Callable[[], None]] = {}
         """What a block needs before its first use in a pass, by its index; most residents need nothing."""
@@ -89,7 +89,7 @@ class StreamEngine:
             self.close()
             raise
 
-    def _bind_residents(self, blocks: Sequence[int], groups: Sequence[Group], outside: Group) -> None:
+    def _bind_residents(self, blocks: Sequence[int], groups: Sequence[TensorGroup], outside: TensorGroup) -> None:
         for index, piece in self._weights.place([*blocks, len(groups)]):
             if self._expander is None or index == len(groups):
                 _bind(_ready((*groups, outside)[index].views(piece)))
@@ -102,32 +102,32 @@ class StreamEngine:
         plan: Plan,
         control: Control,
         streamed: Sequence[int],
-        groups: Sequence[Group],
+        groups: Sequence[TensorGroup],
         in_memory: Mapping[int, torch.Tensor],
     ) -> Ring:
         """Start a ring, and let the blocks `streamed` take their tensors from it."""
         device = self._device
         pieces = [Piece(groups[index].nbytes, in_memory.get(index)) for index in streamed]
-        carrier: Carrier = Replicated(device)
+        transfer: WeightTransfer = ReplicatedTransfer(device)
         if self.in_step:
             unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
             largest = max(piece.nbytes for piece in pieces)
-            carrier = Partitioned(device, control.world.rank, control.world.size, largest, unit)
-        self.link_stream = carrier.stream
+            transfer = PartitionedTransfer(device, control.world.rank, control.world.size, largest, unit)
+        self.link_stream = transfer.stream
         ahead: ReadAhead | None = None
         on_disk = [index for index, piece in zip(streamed, pieces, strict=True) if piece.memory is None]
         if on_disk:
             assert self._weights.used is not None
-            spans = [carrier.span(groups[index].nbytes) for index in on_disk]
+            spans = [transfer.span(groups[index].nbytes) for index in on_disk]
             pin = plan.pin_memory and device.type == "cuda"
             ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
             self._ahead.append(ahead)
-        ring = Ring(pieces, SLOTS[plan.fetch], device, carrier, ahead, self._compute, self._stalls)
+        ring = Ring(pieces, SLOTS[plan.fetch], device, transfer, ahead, self._compute, self._stalls)
         for turn, index in enumerate(streamed):
             self._before[index] = self._taking(ring, turn, groups[index])
         return ring
 
-    def _taking(self, ring: Ring, turn: int, group: Group) -> Callable[[], None]:
+    def _taking(self, ring: Ring, turn: int, group: TensorGroup) -> Callable[[], None]:
         """What gives a block the tensors of its `turn`."""
         slots = ring.slots if self._expander is None else [self._expander.slot]
         views = [_ready(group.views(slot)) for slot in slots]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zeroinf.engines.stream.codes import decode
-from zeroinf.engines.stream.tensor_groups import Group
+from zeroinf.engines.stream.tensor_groups import TensorGroup
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.planner.wire import Codes
 
@@ -22,19 +22,19 @@ class Expander:
     one is. So a piece may be overwritten as soon as what is enqueued by then is done.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[TensorGroup], device: torch.device) -> None:
         """Raises EnvironmentProblem where the GPU's kernel cannot be built."""
         self._decode = decode if device.type == "cpu" else _gpu_decode(device)
         self.slot = torch.empty(max(group.layout.nbytes for group in groups), dtype=torch.uint8, device=device)
 
-    def expand(self, group: Group, crossing: torch.Tensor) -> None:
-        """Fill the slot with the block that lies in `crossing` (uint8, on the device), laid out in full."""
+    def expand(self, group: TensorGroup, wire_piece: torch.Tensor) -> None:
+        """Fill the slot with the block that lies in `wire_piece` (uint8, on the device), laid out in full."""
         layout = group.layout
         if layout.coded is not None:
             self._decode(
-                layout.codes(crossing), layout.scales(crossing), layout.coded.kind, layout.weights(self.slot)
+                layout.codes(wire_piece), layout.scales(wire_piece), layout.coded.kind, layout.weights(self.slot)
             )  # fmt: skip
-        layout.rest(self.slot).copy_(layout.crossing_rest(crossing))
+        layout.rest(self.slot).copy_(layout.wire_rest(wire_piece))
 
 
 def _gpu_decode(device: torch.device) -> Decode:

@@ -13,7 +13,7 @@ from zeroinf.planner.wire import Codes
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorLocation:
     """A tensor's place: `offset` in bytes from the start of the piece."""
 
     offset: int
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
+class CodedWeights:
     """The weights at the start of a piece that cross as codes: so many `elements` of `dtype`, gaps included."""
 
     kind: Codes
@@ -51,49 +51,49 @@ class Layout:
     coded, as it is, then the scales. Without coded weights both are the same.
     """
 
-    places: tuple[Place, ...]
+    locations: tuple[TensorLocation, ...]
     end: int
-    coded: Coded | None = None
+    coded: CodedWeights | None = None
 
     @property
     def nbytes(self) -> int:
         return round_up(self.end, PIECE_ALIGNMENT)
 
     @property
-    def crossing_bytes(self) -> int:
+    def wire_bytes(self) -> int:
         """Bytes of the piece as it rests and crosses the link."""
         if self.coded is None:
             return self.nbytes
         kind, elements = self.coded.kind, self.coded.elements
         return round_up(self._scales_start + kind.scale_bytes(elements), PIECE_ALIGNMENT)
 
-    def codes(self, crossing: torch.Tensor) -> torch.Tensor:
+    def codes(self, wire_piece: torch.Tensor) -> torch.Tensor:
         """Of a piece as it crosses the link (uint8), the codes."""
         assert self.coded is not None
-        return crossing[: self.coded.kind.nbytes(self.coded.elements)]
+        return wire_piece[: self.coded.kind.nbytes(self.coded.elements)]
 
-    def scales(self, crossing: torch.Tensor) -> torch.Tensor:
+    def scales(self, wire_piece: torch.Tensor) -> torch.Tensor:
         """Of a piece as it crosses the link (uint8), the scales."""
         assert self.coded is not None
         start = self._scales_start
-        return crossing[start : start + self.coded.kind.scale_bytes(self.coded.elements)].view(SCALE_DTYPE)
+        return wire_piece[start : start + self.coded.kind.scale_bytes(self.coded.elements)].view(SCALE_DTYPE)
 
     def weights(self, piece: torch.Tensor) -> torch.Tensor:
         """Of a piece in full (uint8), what crosses as codes, in one dimension."""
         assert self.coded is not None
         return piece[: self.coded.nbytes].view(self.coded.dtype)
 
-    def crossing_place(self, place: Place) -> Place:
+    def wire_location(self, location: TensorLocation) -> TensorLocation:
         """Where a tensor that is not coded lies in a piece as it crosses the link."""
-        return replace(place, offset=place.offset - self._coded_bytes + self._rest_start)
+        return replace(location, offset=location.offset - self._coded_bytes + self._rest_start)
 
     def rest(self, piece: torch.Tensor) -> torch.Tensor:
         """Of a piece in full (uint8), the bytes that cross as they are."""
         return piece[self._coded_bytes : self.end]
 
-    def crossing_rest(self, crossing: torch.Tensor) -> torch.Tensor:
+    def wire_rest(self, wire_piece: torch.Tensor) -> torch.Tensor:
         """The same in a piece as it crosses the link."""
-        return crossing[self._rest_start : self._scales_start]
+        return wire_piece[self._rest_start : self._scales_start]
 
     @property
     def _coded_bytes(self) -> int:
@@ -114,12 +114,12 @@ def lay_out(tensors: Sequence[torch.Tensor], kind: Codes | None = None, coded: S
     Coded tensors are of one dtype. The whole is a multiple of PIECE_ALIGNMENT.
     """
     is_coded = coded or [False] * len(tensors)
-    places: dict[int, Place] = {}
+    locations: dict[int, TensorLocation] = {}
     end, first = 0, None
     for index in sorted(range(len(tensors)), key=lambda index: not is_coded[index]):
-        place = places[index] = Place(end, tensors[index].shape, tensors[index].dtype)
-        end += round_up(place.nbytes, ALIGNMENT)
+        location = locations[index] = TensorLocation(end, tensors[index].shape, tensors[index].dtype)
+        end += round_up(location.nbytes, ALIGNMENT)
         if is_coded[index]:
             assert kind is not None
-            first = Coded(kind, end // place.dtype.itemsize, place.dtype)
-    return Layout(tuple(places[index] for index in range(len(tensors))), end, first)
+            first = CodedWeights(kind, end // location.dtype.itemsize, location.dtype)
+    return Layout(tuple(locations[index] for index in range(len(tensors))), end, first)

@@ -16,8 +16,8 @@ from typing import Literal
 from zeroinf.engines.stream.data_files import THREADS, DataFiles, direct_is_possible
 from zeroinf.engines.stream.store import (
     REQUEST_BYTES,
+    FileRange,
     ForbiddenStoreError,
-    Request,
     Store,
     data_file,
     forbidden,
@@ -33,16 +33,16 @@ from zeroinf.engines.stream.store_lock import StoreLock
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.planner.wire import Wire
 
-State = Literal["whole", "unfinished", "damaged", "forbidden", "unused"]
+StoreState = Literal["whole", "unfinished", "damaged", "forbidden", "unused"]
 """Unused are those that another version of zeroinf wrote."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
+class StoreSummary:
     """One store, as far as the given paths hold it."""
 
     name: str
-    state: State
+    state: StoreState
     detail: str
     """What is wrong with it; empty if nothing is."""
     model: str | None
@@ -54,7 +54,7 @@ class Summary:
     paths: tuple[Path, ...]
 
 
-def list_stores(paths: Sequence[Path]) -> list[Summary]:
+def list_stores(paths: Sequence[Path]) -> list[StoreSummary]:
     """Every store of which at least one part lies below one of `paths`, by name. Reads headers, no data."""
     return [_summarise(name, _holding(paths, name)) for name in sorted({n for p in paths for n in store_names(p)})]
 
@@ -78,7 +78,7 @@ def verify_store(store: Store, read: Callable[[int], None]) -> None:
     files = DataFiles(store.folders, direct=direct_is_possible(store.folders))
     scratch = threading.local()
 
-    def one(job: tuple[int, Request]) -> None:
+    def one(job: tuple[int, FileRange]) -> None:
         piece, request = job
         if not hasattr(scratch, "memory"):
             scratch.memory = mmap.mmap(-1, REQUEST_BYTES)
@@ -88,7 +88,9 @@ def verify_store(store: Store, read: Callable[[int], None]) -> None:
         read(request.nbytes)
 
     pieces = store.contents.pieces
-    jobs = ((i, request) for i, piece in enumerate(pieces) for request in store.contents.requests(i, 0, piece.nbytes))
+    jobs = (
+        (i, request) for i, piece in enumerate(pieces) for request in store.contents.file_ranges(i, 0, piece.nbytes)
+    )
     pool = ThreadPoolExecutor(THREADS)
     try:
         for _ in pool.map(one, jobs):
@@ -134,9 +136,9 @@ def _holding(paths: Sequence[Path], name: str) -> list[Path]:
     return [path for path in in_order(paths) if store_folder(path, name).is_dir()]
 
 
-def _summarise(name: str, paths: Sequence[Path]) -> Summary:
+def _summarise(name: str, paths: Sequence[Path]) -> StoreSummary:
     store: Store | None = None
-    state: State = "unfinished"
+    state: StoreState = "unfinished"
     detail = "a run that needs it goes on writing it"
     try:
         if (store := open_store(paths, name)) is not None:
@@ -148,7 +150,7 @@ def _summarise(name: str, paths: Sequence[Path]) -> Summary:
         if any(name in of_other_formats(path) for path in paths):
             state = "unused"
     contents = store.contents if store is not None else None
-    return Summary(
+    return StoreSummary(
         name=name,
         state=state,
         detail=detail,

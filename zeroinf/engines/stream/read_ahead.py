@@ -12,7 +12,7 @@ import torch
 
 from zeroinf.engines.stream.data_files import THREADS
 from zeroinf.engines.stream.host_memory import HostMemory, view_of
-from zeroinf.engines.stream.store import Request
+from zeroinf.engines.stream.store import FileRange
 from zeroinf.engines.stream.stored_weights import StoreInUse
 from zeroinf.engines.stream.transfer import new_event
 from zeroinf.planner.memory import PIECE_ALIGNMENT, READ_BUFFERS, round_up
@@ -35,7 +35,7 @@ class ReadAhead:
         self._buffers = [self._memory.bytes[at * size : (at + 1) * size] for at in range(READ_BUFFERS)]
         self._copied = [new_event(device, blocking=True) for _ in range(READ_BUFFERS)]
         self._taken = self._given_back = self._begun = 0
-        self._queue: deque[tuple[int, Request]] = deque()
+        self._queue: deque[tuple[int, FileRange]] = deque()
         self._unread: dict[int, int] = {}
         self._error: Exception | None = None
         self._closed = False
@@ -100,7 +100,7 @@ class ReadAhead:
                 self._closed = True
                 self._changed.notify_all()
 
-    def _next(self) -> tuple[int, Request] | None:
+    def _next(self) -> tuple[int, FileRange] | None:
         with self._changed:
             while not self._queue:
                 self._changed.wait_for(
@@ -116,14 +116,14 @@ class ReadAhead:
         """Put the requests of one more turn into the queue."""
         turn, at = self._begun, self._begun % len(self._pieces)
         span = self._spans[at]
-        requests = list(self._used.store.contents.requests(self._pieces[at], span.start, span.stop))
-        self._queue.extend((turn, request) for request in requests)
-        self._unread[turn] = len(requests)
+        file_ranges = list(self._used.store.contents.file_ranges(self._pieces[at], span.start, span.stop))
+        self._queue.extend((turn, request) for request in file_ranges)
+        self._unread[turn] = len(file_ranges)
         self._unread.pop(turn - READ_BUFFERS, None)
         self._begun += 1
         self._changed.notify_all()
 
-    def _read(self, turn: int, request: Request) -> None:
+    def _read(self, turn: int, request: FileRange) -> None:
         copied = self._copied[turn % READ_BUFFERS]
         if copied is not None:
             copied.synchronize()

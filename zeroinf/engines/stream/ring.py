@@ -9,7 +9,7 @@ import torch
 
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.stalls import StallMeter
-from zeroinf.engines.stream.transfer import Carrier, ComputeStream, new_event
+from zeroinf.engines.stream.transfer import ComputeStream, WeightTransfer, new_event
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,15 @@ class Ring:
         pieces: Sequence[Piece],
         slots: int,
         device: torch.device,
-        carrier: Carrier,
+        transfer: WeightTransfer,
         ahead: ReadAhead | None,
         compute: ComputeStream | None = None,
         stalls: StallMeter | None = None,
     ) -> None:
         """Rings that take turns share `compute` (None: the current stream) and `stalls`, a meter of it."""
-        self._pieces, self._carrier, self._ahead = pieces, carrier, ahead
+        self._pieces, self._transfer, self._ahead = pieces, transfer, ahead
         self._compute = compute or ComputeStream(device)
-        largest = max(carrier.slot_bytes(piece.nbytes) for piece in pieces)
+        largest = max(transfer.slot_bytes(piece.nbytes) for piece in pieces)
         count = min(slots, len(pieces))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
         self.stalls = stalls or StallMeter(device, self._compute)
@@ -53,7 +53,7 @@ class Ring:
         self.is_held = False
         for event in self._released:  # the slots' memory may still be in use by what loading has enqueued
             self._compute.record(event)
-        self._carry()
+        self._transfer_ahead()
 
     def acquire(self, piece: int) -> int:
         """The number of the slot that holds `piece`, which must be the next in order."""
@@ -62,7 +62,7 @@ class Ring:
         slot = self._turn % len(self.slots)
         self.stalls.wanted()
         waited_s = self._ahead.waited_s if self._ahead is not None else 0.0
-        self._carry(needed=True)
+        self._transfer_ahead(needed=True)
         self._compute.wait(self._arrived[slot])
         self.is_held = True
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
@@ -74,7 +74,7 @@ class Ring:
         self.stalls.used()
         self.is_held = False
         self._turn += 1
-        self._carry()
+        self._transfer_ahead()
 
     def finish(self, passes: int) -> None:
         """Let the pieces that are left of so many passes go by unused: the last one broke, before or after it began."""
@@ -84,7 +84,7 @@ class Ring:
             self.acquire(self._turn % len(self._pieces))
             self.release()
 
-    def _carry(self, *, needed: bool = False) -> None:
+    def _transfer_ahead(self, *, needed: bool = False) -> None:
         """Carry what has a free slot and can be had without waiting; what is `needed`, the current turn's, with it.
 
         Where ranks must carry the same pieces, what they carry does not depend on what their disks have done so far.
@@ -94,20 +94,20 @@ class Ring:
             piece = self._pieces[turn % len(self._pieces)]
             if piece.memory is None and not (needed and turn == self._turn) and not self._may_take():
                 return
-            self._carry_one(turn % len(self.slots), piece)
+            self._transfer_one(turn % len(self.slots), piece)
             self._carried += 1
 
     def _may_take(self) -> bool:
         assert self._ahead is not None
-        return not self._carrier.in_step and self._ahead.is_ready()
+        return not self._transfer.in_step and self._ahead.is_ready()
 
-    def _carry_one(self, slot: int, piece: Piece) -> None:
+    def _transfer_one(self, slot: int, piece: Piece) -> None:
         if piece.memory is not None:
-            mine, pulled = piece.memory[self._carrier.span(piece.nbytes)], self._pulled
+            mine, pulled = piece.memory[self._transfer.span(piece.nbytes)], self._pulled
         else:
             assert self._ahead is not None
             mine, pulled = self._ahead.take()
-        self._carrier.carry(
+        self._transfer.transfer(
             mine, piece.nbytes, self.slots[slot], self._released[slot], self._arrived[slot], pulled
         )  # fmt: skip
         if piece.memory is None:

@@ -43,7 +43,7 @@ class StoredPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class FileRange:
     """A run of bytes that lies in one part: `at` in its file, `start` in its piece."""
 
     part: int
@@ -53,7 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
+class StoreContents:
     """What a store holds, known before it is written."""
 
     model: str
@@ -87,13 +87,13 @@ class Contents:
             rest if stripes % self.parts == part else 0
         )
 
-    def requests(self, piece: int, start: int, stop: int) -> Iterator[Request]:
+    def file_ranges(self, piece: int, start: int, stop: int) -> Iterator[FileRange]:
         """The bytes `start` (a multiple of CHUNK_BYTES) to `stop` of a piece, cut at multiples of REQUEST_BYTES."""
         base = self.pieces[piece].offset
         while start < stop:
             stripe, inside = divmod(base + start, STRIPE_BYTES)
             nbytes = min(stop - start, REQUEST_BYTES - (base + start) % REQUEST_BYTES)
-            yield Request(stripe % self.parts, stripe // self.parts * STRIPE_BYTES + inside, start, nbytes)
+            yield FileRange(stripe % self.parts, stripe // self.parts * STRIPE_BYTES + inside, start, nbytes)
             start += nbytes
 
 
@@ -101,11 +101,11 @@ class Contents:
 class Store:
     """A whole store. `folders` hold its parts in order; `digests` are those of each piece's chunks: hex."""
 
-    contents: Contents
+    contents: StoreContents
     folders: tuple[Path, ...]
     digests: tuple[tuple[str, ...], ...]
 
-    def check(self, piece: int, request: Request, data: memoryview) -> None:
+    def check(self, piece: int, request: FileRange, data: memoryview) -> None:
         """Compare what was read with its digests; `data` holds the request's bytes. Raises StoreError."""
         for at, found in zip(range(0, request.nbytes, CHUNK_BYTES), chunk_digests(data), strict=True):
             if found != self.digests[piece][(request.start + at) // CHUNK_BYTES]:
@@ -241,7 +241,7 @@ def _read_header(folders: tuple[Path, ...], part: int) -> Store:
         raise damaged(file, f"it is part {found}, not {part}")
     digests = tuple(map(tuple, body.pop("digests")))
     pieces = tuple(StoredPiece(**{**piece, "tensors": _tuples(piece["tensors"])}) for piece in body.pop("pieces"))
-    contents = Contents(pieces=pieces, **body)
+    contents = StoreContents(pieces=pieces, **body)
     if contents.name != folders[part].name:
         raise damaged(file, f"it belongs to another store, {contents.name}")
     _check_length(data_file(folders[part]), contents.part_bytes(part))

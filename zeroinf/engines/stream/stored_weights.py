@@ -13,7 +13,7 @@ from zeroinf.engines.base import Listener
 from zeroinf.engines.stream.data_files import DataFiles, direct_is_possible, read_pieces
 from zeroinf.engines.stream.host_memory import view_of
 from zeroinf.engines.stream.store import (
-    Contents,
+    StoreContents,
     StoredPiece,
     in_order,
     is_whole,
@@ -25,8 +25,8 @@ from zeroinf.engines.stream.store import (
     store_names,
 )
 from zeroinf.engines.stream.store_lock import StoreLock
-from zeroinf.engines.stream.tensor_groups import Group
-from zeroinf.engines.stream.weight_source import Origin, Pieces, Tally
+from zeroinf.engines.stream.tensor_groups import TensorGroup
+from zeroinf.engines.stream.weight_source import LoadProgress, Pieces, WeightSource
 from zeroinf.engines.stream.write_store import require_room, taken_bytes, write_store
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.source import ModelSource
@@ -40,16 +40,21 @@ class StoreInUse:
     """A whole store and its opened files. As long as it is held, nobody can remove the store."""
 
     def __init__(
-        self, contents: Contents, paths: Sequence[Path], control: Control, origin: Callable[[], Origin], told: Listener
+        self,
+        contents: StoreContents,
+        paths: Sequence[Path],
+        control: Control,
+        origin: Callable[[], WeightSource],
+        listener: Listener,
     ) -> None:
         """Open the store; one rank of each node writes it from `origin` first where it is not there."""
         self._lock = StoreLock([lock_file(path, contents.name) for path in paths])
         direct = direct_is_possible(paths)
         if not direct and control.world.is_main:
-            told.note(f"no O_DIRECT below {', '.join(map(str, paths))}: the store goes through the page cache")
+            listener.note(f"no O_DIRECT below {', '.join(map(str, paths))}: the store goes through the page cache")
         try:
             if control.world.local_rank == 0:
-                self._find_or_write(contents, paths, origin, told, direct=direct)
+                self._find_or_write(contents, paths, origin, listener, direct=direct)
             control.all_gather(None)
             self._lock.share(lambda: None)
             store = open_store(paths, contents.name)
@@ -61,10 +66,16 @@ class StoreInUse:
             raise
 
     def _find_or_write(
-        self, contents: Contents, paths: Sequence[Path], origin: Callable[[], Origin], told: Listener, *, direct: bool
+        self,
+        contents: StoreContents,
+        paths: Sequence[Path],
+        origin: Callable[[], WeightSource],
+        listener: Listener,
+        *,
+        direct: bool,
     ) -> None:
         def waiting() -> None:
-            told.note(f"another process writes the store {contents.name}: waiting for its end")
+            listener.note(f"another process writes the store {contents.name}: waiting for its end")
 
         self._lock.share(waiting)
         if open_store(paths, contents.name) is not None:
@@ -72,10 +83,10 @@ class StoreInUse:
         self._lock.take(waiting)
         if open_store(paths, contents.name) is None:
             where = ", ".join(map(str, paths))
-            told.note(f"writing {gib(contents.data_bytes)} of weights below {where}, once")
+            listener.note(f"writing {gib(contents.data_bytes)} of weights below {where}, once")
             if old := sorted({name for path in paths for name in of_other_formats(path)}):
                 words = " ".join([*old, *(f"--nvme-path {path}" for path in paths)])
-                told.note(
+                listener.note(
                     f"{len(old)} stores there were written by another version of zeroinf and are not used; "
                     f"to make room: zeroinf store remove {words}"
                 )
@@ -89,10 +100,10 @@ class StoreInUse:
 class StoredWeights:
     """Fills pieces from a store. The ranks of a node share the reading."""
 
-    def __init__(self, used: StoreInUse, control: Control, tally: Tally) -> None:
+    def __init__(self, used: StoreInUse, control: Control, load_progress: LoadProgress) -> None:
         self._used = used
         self._part, self._parts = control.world.local_rank, control.world.local_size
-        self._tally = tally
+        self._load_progress = load_progress
 
     def fill(self, pieces: Pieces) -> None:
         """Read this rank's part of the pieces, comparing it with its digests. Raises StoreError."""
@@ -100,11 +111,11 @@ class StoredWeights:
         reads = []
         for piece, memory in pieces:
             data = view_of(memory)
-            for request in store.contents.requests(piece, 0, len(data)):
+            for request in store.contents.file_ranges(piece, 0, len(data)):
                 reads.append((piece, request, data[request.start : request.start + request.nbytes]))
         mine = reads[self._part :: self._parts]
         read_pieces(store, self._used.files, mine)
-        self._tally.add(sum(request.nbytes for _, request, _ in mine) * self._parts)
+        self._load_progress.add(sum(request.nbytes for _, request, _ in mine) * self._parts)
 
 
 def check_room(plan: Plan, source: ModelSource) -> None:
@@ -126,15 +137,15 @@ def _pattern(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wire)
     return f"{source_key(weights_identity(source), dtype, wire, len(paths))}-*"
 
 
-def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Contents:
+def describe(groups: Sequence[TensorGroup], plan: Plan, source: ModelSource) -> StoreContents:
     """What the store of a model's groups holds."""
     pieces, end = [], 0
     for group in groups:
-        named = zip(group.tensors, group.layout.places, strict=True)
+        named = zip(group.tensors, group.layout.locations, strict=True)
         tensors = tuple((t.names[0], str(p.dtype), tuple(p.shape), p.offset) for t, p in named)
         pieces.append(StoredPiece(offset=end, nbytes=group.nbytes, tensors=tensors))
         end += padded(group.nbytes)
-    return Contents(
+    return StoreContents(
         model=source.name,
         revision=source.revision,
         architecture=plan.anatomy.architecture,
@@ -147,7 +158,7 @@ def describe(groups: Sequence[Group], plan: Plan, source: ModelSource) -> Conten
     )
 
 
-def _digest_of_buffers(groups: Sequence[Group]) -> str:
+def _digest_of_buffers(groups: Sequence[TensorGroup]) -> str:
     """Releases of libraries may compute a rotary embedding's frequencies differently: then the store is another."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (tensor for group in groups for tensor in group.tensors if not tensor.is_parameter):

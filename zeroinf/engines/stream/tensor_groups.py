@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module, Parameter
 
 from zeroinf.engines.stream.layout import Layout, lay_out
-from zeroinf.engines.stream.write_target import Target
+from zeroinf.engines.stream.write_target import WriteTarget
 from zeroinf.model.anatomy import TensorSpec
 from zeroinf.model.inspect import find_stacks, home_of
 from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
@@ -48,7 +48,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Tensors that move as one piece, and their places in it."""
 
     tensors: tuple[Tensor, ...]
@@ -57,34 +57,35 @@ class Group:
     @property
     def nbytes(self) -> int:
         """Bytes of the piece as it rests and crosses the link."""
-        return self.layout.crossing_bytes
+        return self.layout.wire_bytes
 
     def views(self, piece: torch.Tensor) -> list[tuple[Tensor, torch.Tensor]]:
         """Each tensor with its memory in `piece` (uint8, in full)."""
-        return [(t, place.view(piece)) for t, place in zip(self.tensors, self.layout.places, strict=True)]
+        return [(t, place.view(piece)) for t, place in zip(self.tensors, self.layout.locations, strict=True)]
 
-    def targets(self, crossing: torch.Tensor, device: torch.device) -> list[tuple[Tensor, Target]]:
+    def targets(self, wire_piece: torch.Tensor, device: torch.device) -> list[tuple[Tensor, WriteTarget]]:
         """Each tensor with where it is written in a piece as it crosses the link (uint8, `nbytes`).
 
         Codes are made on `device`.
         """
-        places = self.layout.places
+        places = self.layout.locations
         return [
-            (t, Target(self.layout, place, crossing, device)) for t, place in zip(self.tensors, places, strict=True)
+            (t, WriteTarget(self.layout, place, wire_piece, device))
+            for t, place in zip(self.tensors, places, strict=True)
         ]
 
 
-def group_tensors(model: Any, wire: Wire = "model") -> tuple[tuple[Group, ...], Group]:
+def group_tensors(model: Any, wire: Wire = "model") -> tuple[tuple[TensorGroup, ...], TensorGroup]:
     """A group for each block, whose weights cross in the format `wire`, and one of what lies outside, as it is."""
     inside, outside = _sort_tensors(model)
     dtype = str(model.dtype).removeprefix("torch.")
     coded = (is_coded([_spec(tensor) for tensor in tensors], dtype, wire) for tensors in inside)
-    blocks = (_group(tensors, CODES.get(wire), which) for tensors, which in zip(inside, coded, strict=True))
-    return tuple(blocks), _group(outside)
+    blocks = (_tensor_group(tensors, CODES.get(wire), which) for tensors, which in zip(inside, coded, strict=True))
+    return tuple(blocks), _tensor_group(outside)
 
 
-def _group(tensors: Sequence[Tensor], kind: Codes | None = None, coded: Sequence[bool] = ()) -> Group:
-    return Group(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded))
+def _tensor_group(tensors: Sequence[Tensor], kind: Codes | None = None, coded: Sequence[bool] = ()) -> TensorGroup:
+    return TensorGroup(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded))
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

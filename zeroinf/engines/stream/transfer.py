@@ -1,4 +1,9 @@
-"""How a block gets from host memory into a device slot: whole over this rank's link, or in parts over all links."""
+"""Copies of a block's weights from host memory into a device slot, either whole over this rank's link or in parts over
+the links of all ranks, joined by an all-gather.
+
+Input: this rank's bytes of a piece in page-locked memory, and CUDA events that order the copy. It knows neither tensors
+nor layers.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,13 @@ from zeroinf.planner.memory import STAGES, round_up
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Carrier(Protocol):
-    """Moves pieces in the order in which `carry` is called, without making the host wait."""
+class WeightTransfer(Protocol):
+    """Copies pieces to the device in the order in which `transfer` is called."""
 
     in_step: bool
-    """All ranks must carry the same pieces."""
+    """Whether all ranks must transfer the same pieces in the same order."""
     stream: Any
-    """On which what this rank pulls crosses its link; None on the CPU."""
+    """The CUDA stream of the copies over this rank's link; None on the CPU."""
 
     def span(self, nbytes: int) -> slice:
         """The bytes of a piece of `nbytes` that this rank pulls."""
@@ -29,18 +34,19 @@ class Carrier(Protocol):
         """What a piece of `nbytes` takes in a slot."""
         ...
 
-    def carry(
-        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    def transfer(
+        self, src: torch.Tensor, nbytes: int, slot: torch.Tensor, slot_free: Any, ready: Any, src_consumed: Any
     ) -> None:
-        """Bring a piece of `nbytes`, of which `mine` (uint8, in host memory) is this rank's span, into `slot`.
+        """Copy a piece of `nbytes` bytes into `slot` (uint8, on the device) without making the host wait.
 
-        Nothing is written before the event `released`. Records `pulled` when `mine` has been read, `arrived` when the
-        piece is whole. On the CPU there are no events, and the piece is there on return.
+        `src` (uint8, in host memory) is this rank's `span` of the piece. The copy waits for the event `slot_free`,
+        records `src_consumed` once `src` may be overwritten, and `ready` once the whole piece is in the slot. On the
+        CPU the events are None and the piece is in the slot on return.
         """
         ...
 
 
-class Replicated:
+class ReplicatedTransfer:
     """Each rank pulls every piece over its own link. Ranks need nothing of each other."""
 
     in_step = False
@@ -54,20 +60,20 @@ class Replicated:
     def slot_bytes(self, nbytes: int) -> int:
         return nbytes
 
-    def carry(
-        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    def transfer(
+        self, src: torch.Tensor, nbytes: int, slot: torch.Tensor, slot_free: Any, ready: Any, src_consumed: Any
     ) -> None:
         if self.stream is None:
-            slot[:nbytes].copy_(mine)
+            slot[:nbytes].copy_(src)
             return
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(released)
-            slot[:nbytes].copy_(mine, non_blocking=True)
-            pulled.record(self.stream)
-            arrived.record(self.stream)
+            self.stream.wait_event(slot_free)
+            slot[:nbytes].copy_(src, non_blocking=True)
+            src_consumed.record(self.stream)
+            ready.record(self.stream)
 
 
-class Partitioned:
+class PartitionedTransfer:
     """Each rank pulls 1/n over its own link, and an all-gather over the links between GPUs makes the piece whole.
 
     n ranks use n links for one walk over the weights. The part of the next piece crosses the link while the current
@@ -99,26 +105,26 @@ class Partitioned:
     def slot_bytes(self, nbytes: int) -> int:
         return self._ranks * self._part(nbytes)
 
-    def carry(
-        self, mine: torch.Tensor, nbytes: int, slot: torch.Tensor, released: Any, arrived: Any, pulled: Any
+    def transfer(
+        self, src: torch.Tensor, nbytes: int, slot: torch.Tensor, slot_free: Any, ready: Any, src_consumed: Any
     ) -> None:
         at = self._turn % STAGES
         self._turn += 1
         stage, whole = self._stages[at][: self._part(nbytes)], slot[: self.slot_bytes(nbytes)]
         if self.stream is None:
-            stage[: mine.numel()].copy_(mine)
+            stage[: src.numel()].copy_(src)
             _all_gather(whole, stage)
             return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._free[at])
-            stage[: mine.numel()].copy_(mine, non_blocking=True)
-            pulled.record(self.stream)
+            stage[: src.numel()].copy_(src, non_blocking=True)
+            src_consumed.record(self.stream)
             self._staged[at].record(self.stream)
         with torch.cuda.stream(self._gather):
             self._gather.wait_event(self._staged[at])
-            self._gather.wait_event(released)
+            self._gather.wait_event(slot_free)
             _all_gather(whole, stage)
-            arrived.record(self._gather)
+            ready.record(self._gather)
             self._free[at].record(self._gather)
 
 

@@ -12,7 +12,7 @@ Pieces = Sequence[tuple[int, torch.Tensor]]
 """Numbers of groups, each with the memory (uint8) that its piece shall lie in."""
 
 
-class Origin(Protocol):
+class WeightSource(Protocol):
     """Where weights come from when they are loaded."""
 
     def fill(self, pieces: Pieces) -> None:
@@ -20,19 +20,19 @@ class Origin(Protocol):
         ...
 
 
-class Tally:
-    """Counts bytes as several threads load them, and tells `told(done, total)` now and then.
+class LoadProgress:
+    """Counts bytes as several threads load them, and tells `on_progress(done, total)` now and then.
 
     Ranks that share the work do equal parts of it: each counts its own as often as there are ranks.
     """
 
-    def __init__(self, total: int, told: Callable[[int, int], None]) -> None:
+    def __init__(self, total: int, on_progress: Callable[[int, int], None]) -> None:
         self._total = total
-        self._told = told
+        self._on_progress = on_progress
         self._done = 0
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
-            self._told(min(self._done, self._total), self._total)
+            self._on_progress(min(self._done, self._total), self._total)

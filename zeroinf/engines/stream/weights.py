@@ -12,12 +12,12 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Listener
-from zeroinf.engines.stream.checkpoint_weights import Checkpoint
+from zeroinf.engines.stream.checkpoint_weights import CheckpointWeights
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.store import in_order
 from zeroinf.engines.stream.stored_weights import StoredWeights, StoreInUse, describe
-from zeroinf.engines.stream.tensor_groups import Group
-from zeroinf.engines.stream.weight_source import Origin, Tally
+from zeroinf.engines.stream.tensor_groups import TensorGroup
+from zeroinf.engines.stream.weight_source import LoadProgress, WeightSource
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import LOADING_STAGES
 from zeroinf.planner.plan import Plan
@@ -34,13 +34,13 @@ class Weights:
     def __init__(
         self,
         plan: Plan,
-        groups: Sequence[Group],
+        groups: Sequence[TensorGroup],
         where: Sequence[Tier],
         model: Any,
         source: ModelSource,
         control: Control,
         device: torch.device,
-        told: Listener,
+        listener: Listener,
     ) -> None:
         self._groups, self._control, self._device = groups, control, device
         self._pin = plan.pin_memory and device.type == "cuda"
@@ -50,17 +50,19 @@ class Weights:
 
         if plan.offload == "nvme":
             contents = describe(groups, plan, source)
-            written = Tally(sum(group.nbytes for group in groups), told.filled)
+            written = LoadProgress(sum(group.nbytes for group in groups), listener.filled)
             self.used = StoreInUse(
                 contents,
                 in_order(plan.nvme_paths),
                 control,
-                lambda: Checkpoint(groups, model, source, None, device, written),
-                told,
+                lambda: CheckpointWeights(groups, model, source, None, device, written),
+                listener,
             )
-            self._origin: Origin = StoredWeights(self.used, control, Tally(loaded, told.filled))
+            self._weight_source: WeightSource = StoredWeights(self.used, control, LoadProgress(loaded, listener.filled))
         else:
-            self._origin = Checkpoint(groups, model, source, control, device, Tally(loaded, told.filled))
+            self._weight_source = CheckpointWeights(
+                groups, model, source, control, device, LoadProgress(loaded, listener.filled)
+            )
 
     def keep(self, groups: Sequence[int]) -> Mapping[int, torch.Tensor]:
         """Load pieces into host memory (uint8), where they stay until `close`."""
@@ -72,7 +74,7 @@ class Weights:
             index: self._host.bytes[start : start + self._groups[index].nbytes]
             for index, start in zip(groups, starts, strict=False)
         }
-        self._origin.fill(list(pieces.items()))
+        self._weight_source.fill(list(pieces.items()))
         self._control.all_gather(None)  # nobody reads before all of it is there
         if self._pin:
             self._host.pin()  # only now: untouched pages would be made by this one thread, not by those that fill them
@@ -96,7 +98,7 @@ class Weights:
             def begin(turn: int) -> None:
                 if turn < len(groups):
                     memory = stages[turn % LOADING_STAGES].bytes[: sizes[turn]]
-                    filling.append(pool.submit(self._origin.fill, [(groups[turn], memory)]))
+                    filling.append(pool.submit(self._weight_source.fill, [(groups[turn], memory)]))
 
             try:
                 for turn in range(LOADING_STAGES - 1):

@@ -13,9 +13,9 @@ from pathlib import Path
 from zeroinf.engines.stream.data_files import THREADS, DataFiles
 from zeroinf.engines.stream.host_memory import HostMemory, view_of
 from zeroinf.engines.stream.store import (
-    Contents,
-    Request,
+    FileRange,
     Store,
+    StoreContents,
     chunk_digests,
     data_file,
     forbidden,
@@ -26,7 +26,7 @@ from zeroinf.engines.stream.store import (
     store_names,
     write_headers,
 )
-from zeroinf.engines.stream.weight_source import Origin
+from zeroinf.engines.stream.weight_source import WeightSource
 from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.paths import GUARDED_FILE, flush, make_guarded
 from zeroinf.sizes import gib
@@ -34,7 +34,7 @@ from zeroinf.sizes import gib
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_store(contents: Contents, paths: Sequence[Path], origin: Origin, *, direct: bool) -> Store:
+def write_store(contents: StoreContents, paths: Sequence[Path], origin: WeightSource, *, direct: bool) -> Store:
     """Write the pieces that are not there yet, and then say that the store is whole.
 
     Two pieces are in host memory at a time. Whatever ends the process, a later call goes on behind the last piece that
@@ -67,7 +67,7 @@ def write_store(contents: Contents, paths: Sequence[Path], origin: Origin, *, di
     return store
 
 
-def _write_pieces(contents: Contents, origin: Origin, files: DataFiles, journal: _Journal) -> None:
+def _write_pieces(contents: StoreContents, origin: WeightSource, files: DataFiles, journal: _Journal) -> None:
     """Fill one piece while the one before is digested and written."""
     missing = [piece for piece in range(len(contents.pieces)) if piece not in journal.digests]
     if not missing:
@@ -81,13 +81,13 @@ def _write_pieces(contents: Contents, origin: Origin, files: DataFiles, journal:
             if under_way is not None:
                 _finish(*under_way, files, journal)
             data = view_of(stage)
-            requests = contents.requests(piece, 0, len(data))
-            under_way = piece, [pool.submit(_write, files, request, data) for request in requests]
+            file_ranges = contents.file_ranges(piece, 0, len(data))
+            under_way = piece, [pool.submit(_write, files, request, data) for request in file_ranges]
         assert under_way is not None
         _finish(*under_way, files, journal)
 
 
-def _write(files: DataFiles, request: Request, piece: memoryview) -> list[str]:
+def _write(files: DataFiles, request: FileRange, piece: memoryview) -> list[str]:
     data = piece[request.start : request.start + request.nbytes]
     files.write(request, data)
     return chunk_digests(data)
@@ -102,7 +102,7 @@ def _finish(piece: int, writes: Iterable[Future[list[str]]], files: DataFiles, j
 class _Journal:
     """Which pieces are on the disks already: a line each, with their digests."""
 
-    def __init__(self, folders: Sequence[Path], contents: Contents) -> None:
+    def __init__(self, folders: Sequence[Path], contents: StoreContents) -> None:
         self._file = journal_file(folders[0])
         self.digests: dict[int, tuple[str, ...]] = {}
         lengths = [data_file(folder).stat().st_size if data_file(folder).exists() else 0 for folder in folders]

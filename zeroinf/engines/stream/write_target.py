@@ -7,30 +7,30 @@ from dataclasses import dataclass
 import torch
 
 from zeroinf.engines.stream.codes import encode
-from zeroinf.engines.stream.layout import Coded, Layout, Place
+from zeroinf.engines.stream.layout import CodedWeights, Layout, TensorLocation
 from zeroinf.planner.memory import round_up
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A tensor's part of the piece `crossing` (uint8), which is laid out by `layout`. Codes are made on `device`."""
+class WriteTarget:
+    """A tensor's part of the piece `wire_piece` (uint8), which is laid out by `layout`. Codes are made on `device`."""
 
     layout: Layout
-    place: Place
-    crossing: torch.Tensor
+    location: TensorLocation
+    wire_piece: torch.Tensor
     device: torch.device
 
     @property
     def shape(self) -> torch.Size:
-        return self.place.shape
+        return self.location.shape
 
     @property
     def nbytes(self) -> int:
         """What is written, gaps left out."""
-        coded, place = self._coded, self.place
+        coded, location = self._coded, self.location
         if coded is None:
-            return place.nbytes
-        elements = place.shape.numel()
+            return location.nbytes
+        elements = location.shape.numel()
         return coded.kind.nbytes(elements) + coded.kind.scale_bytes(elements)
 
     def write(self, value: torch.Tensor) -> None:
@@ -44,17 +44,17 @@ class Target:
         """
         coded = self._coded
         if coded is None:
-            memory = self.layout.crossing_place(self.place).view(self.crossing)
+            memory = self.layout.wire_location(self.location).view(self.wire_piece)
             memory.view(-1)[start : start + values.numel()] = values
             return
-        first = self.place.offset // coded.dtype.itemsize + start
+        first = self.location.offset // coded.dtype.itemsize + start
         last = first + round_up(values.numel(), coded.kind.group)
-        codes = self.layout.codes(self.crossing)[coded.kind.nbytes(first) : coded.kind.nbytes(last)]
-        scales = self.layout.scales(self.crossing)[first // coded.kind.group : last // coded.kind.group]
+        codes = self.layout.codes(self.wire_piece)[coded.kind.nbytes(first) : coded.kind.nbytes(last)]
+        scales = self.layout.scales(self.wire_piece)[first // coded.kind.group : last // coded.kind.group]
         encode(values, coded.dtype, coded.kind, codes, scales, self.device)
 
     @property
-    def _coded(self) -> Coded | None:
+    def _coded(self) -> CodedWeights | None:
         """The codes of which this tensor has a part; None if it crosses as it is."""
         coded = self.layout.coded
-        return coded if coded is not None and self.place.offset < coded.nbytes else None
+        return coded if coded is not None and self.location.offset < coded.nbytes else None
