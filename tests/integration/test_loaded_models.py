@@ -13,7 +13,6 @@ from generating import CPU
 from observers import Notes
 from ranks import on_ranks
 from serving import greedy, serving
-from zeroinf.service.file_ranges import FileRange
 
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
@@ -28,6 +27,7 @@ from zeroinf.planner.workload import Lengths
 from zeroinf.runs import session
 from zeroinf.runs.session import Session
 from zeroinf.service import loaded
+from zeroinf.service.requests import Request
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_an_error_of_rank_0s_planning_ends_all_ranks(folder: Path, monkeypatch: 
     assert (found[1].exit_code, str(found[1])) == (3, "rank 0 failed: nothing fits, the test says")
 
 
-def asked(index: int, prompt: str) -> FileRange:
+def asked(index: int, prompt: str) -> Request:
     sampling = Sampling(max_new_tokens=4, ignore_eos=True)
-    return FileRange(index=index, line=None, id=str(index), prompt=prompt, messages=None, sampling=sampling)
+    return Request(index=index, line=None, id=str(index), prompt=prompt, messages=None, sampling=sampling)
 
 
 def test_all_ranks_of_a_session_get_what_all_of_them_have_run(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_small_tensors_norms_buffers_and_short_rows_stay_as_they_are() -> None:
     ends = layout.coded.nbytes
     whole = {
         t.names[0].rpartition("mixer.")[2]
-        for t, p in zip(groups[0].tensors, layout.places, strict=True)
+        for t, p in zip(groups[0].tensors, layout.locations, strict=True)
         if p.offset >= ends
     }
     assert {"A_log", "D", "conv1d.weight", "conv1d.bias"} <= whole

@@ -39,10 +39,10 @@ def test_tensors_of_a_layout_are_aligned_and_do_not_touch(specs: list[tuple[list
     tensors = [(torch.rand(shape) * 2).to(dtype) for shape, dtype in specs]
     layout = lay_out(tensors)
     piece = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    for tensor, place in zip(tensors, layout.places, strict=True):
+    for tensor, place in zip(tensors, layout.locations, strict=True):
         assert place.offset % 512 == 0
         place.view(piece).copy_(tensor)
-    for tensor, place in zip(tensors, layout.places, strict=True):
+    for tensor, place in zip(tensors, layout.locations, strict=True):
         assert torch.equal(place.view(piece), tensor)
 
 
