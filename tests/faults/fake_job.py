@@ -19,10 +19,10 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs import journal
 from zeroinf.jobs.output import Job, JournalOutput
 from zeroinf.jobs.readers import read_requests
-from zeroinf.runs import stream
+from zeroinf.runs import request_feed
 from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.request_feed import Output, RequestFeed
 from zeroinf.runs.shutdown import Shutdown
-from zeroinf.runs.stream import Output, Stream
 from zeroinf.service.observer import Observer, Progress
 from zeroinf.service.requests import Work
 
@@ -36,7 +36,7 @@ pause = time.sleep
 def hurry() -> None:
     """Sync as often as can be, so that every write and every fsync of a long job is in a short one. For a child."""
     journal._SYNC_EVERY_S, journal._SYNC_SHARE = 0.0, float("inf")
-    stream._TELL_EVERY_S = 0.0
+    request_feed._TELL_EVERY_S = 0.0
 
 
 def entries(count: int) -> list[str]:
@@ -89,8 +89,10 @@ def decode(tokens: Sequence[int]) -> str:
     return " ".join(f"{token}é" for token in tokens)
 
 
-def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Output | None, observer: Any) -> Stream:
-    """The stream of a rank whose engine does nothing."""
+def open_stream(
+    job: Job, left: tuple[Work, ...], control: Control, output: Output | None, observer: Any
+) -> RequestFeed:
+    """The feed of a rank whose engine does nothing."""
     ranks = control.world.size
     anatomy = SimpleNamespace(is_paged=True, encoder=None)
     plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, streams=ranks, static_batches=False, anatomy=anatomy)
@@ -102,10 +104,10 @@ def open_stream(job: Job, left: tuple[Work, ...], control: Control, output: Outp
         return Row(index=index, prompt=prompt, sampling=sampling, decode=decode, piece=None)
 
     model: Any = SimpleNamespace(engine=engine, part=control.subgroup(1), row=row)
-    return Stream(prepared, model, control.store, output, observer)
+    return RequestFeed(prepared, model, control.store, output, observer)
 
 
-def generate(stream: Stream, interrupts: Interrupts, pause_s: float) -> None:
+def generate(stream: RequestFeed, interrupts: Interrupts, pause_s: float) -> None:
     """The decode loop, row by row."""
     while rows := stream.take():
         while live := [row for row in rows if not row.finished]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Silent
+from zeroinf.engines.base import SilentListener
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.generation.row import Sampling
@@ -65,7 +65,7 @@ def load(folder: Path, engine: str, offload: str, listing: Path | None = None) -
     reading = read_job(options, source, "cpu")
     prepared = prepare(options, source, reading, reading.job.work, world, "cpu")
     control = Control(world, "cpu")
-    load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), Silent()).close()
+    load_engine(prepared.plan, source, prepared.zero_config, control, torch.device("cpu"), SilentListener()).close()
 
 
 def refusal(folder: Path, engine: str, offload: str, listing: Path | None = None) -> str:

@@ -18,8 +18,8 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.jobs.output import JournalOutput
 from zeroinf.runs.interrupts import Interrupts
+from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import Shutdown
-from zeroinf.runs.stream import Output
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from test_stream_tokens import plain_tokens, stream, tokens_of
 
-from zeroinf.engines.base import Silent
+from zeroinf.engines.base import SilentListener
 from zeroinf.engines.stream import data_files, stored_weights, write_store
 from zeroinf.engines.stream.checkpoint_weights import CheckpointWeights
 from zeroinf.engines.stream.manage_stores import list_stores, remove_store, verify_store
@@ -37,7 +37,7 @@ def model(small_checkpoint: Callable[[str], Path]) -> Path:
     return small_checkpoint("llama")
 
 
-class Notes(Silent):
+class Notes(SilentListener):
     """A listener that remembers."""
 
     def __init__(self) -> None:

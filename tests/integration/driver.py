@@ -27,7 +27,7 @@ from zeroinf.model.source import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
 from zeroinf.runs.prepare import prepare, read_job
-from zeroinf.runs.stream import Stream
+from zeroinf.runs.request_feed import RequestFeed
 from zeroinf.service.loaded import LoadedModel
 
 
@@ -62,7 +62,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
     model = LoadedModel(prepared.plan, source, control, torch.device("cpu"), Deaf(), zero_config=prepared.zero_config)
     engine = model.engine
     try:
-        stream = Stream(prepared, model, control.store, None, Deaf())
+        stream = RequestFeed(prepared, model, control.store, None, Deaf())
         rows: list[Row] = []
         model.run(Feed(take=stream.take, done=rows.append, grew=stream.grew))
         on_disk = sum(file.stat().st_size for file in Path(cell["nvme_path"]).rglob("*") if file.is_file())

@@ -35,7 +35,7 @@ def test_plan_progress_report_json_and_status_of_a_run_agree(
     told: list[Progress] = []
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setattr(ConsoleObserver, "progress", lambda self, progress: told.append(progress))
-    monkeypatch.setattr("zeroinf.runs.stream._TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("zeroinf.runs.request_feed._TELL_EVERY_S", 0.0)
     out, file = tmp_path / "out.jsonl", tmp_path / "report.json"
     prompts = [word for row in range(ROWS) for word in ("--prompt", f"prompt {row}")]
     job = ["-m", model, *prompts, "--max-new-tokens", str(TOKENS), "--ignore-eos", "--offload", "cpu"]

@@ -31,7 +31,7 @@ PROMPTS = ("One", "A prompt of some length", "x")
 Checkpoint = Callable[..., Path]
 
 
-class Listener:
+class LoadListener:
     """An observer that keeps what it is told in words."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def checkpoint(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> Check
 
 def run(folder: Path, tmp_path: Path, *requests: dict[str, Any], engine: str = "stream") -> tuple[Any, list[str]]:
     """The outcome, and what the user was told."""
-    listener = Listener()
+    listener = LoadListener()
     options = RunOptions(
         model=str(folder),
         sampling=Sampling(max_new_tokens=NEW, logprobs=0),
@@ -148,7 +148,7 @@ def test_every_engine_refuses_before_weights_are_loaded_what_is_not_carried_out(
     (tmp_path / "text.txt").write_text("some text to predict")
     options = RunOptions(model=str(folder), sampling=Sampling(max_new_tokens=1), engine=engine)
     with pytest.raises(ModelError, match="guidance_scale"):
-        evaluate(options, tmp_path / "text.txt", None, CPU, Listener())
+        evaluate(options, tmp_path / "text.txt", None, CPU, LoadListener())
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ if rank == "{rank}":
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_while_generating_names_its_cause(rank: int, model: Path, many: Path, tmp_path: Path) -> None:
-    env = failing_on_rank(rank, tmp_path, "zeroinf.runs.stream:Stream.done")
+    env = failing_on_rank(rank, tmp_path, "zeroinf.runs.request_feed:RequestFeed.done")
     done = run_zeroinf(
         arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
     )  # fmt: skip
@@ -213,10 +213,10 @@ def never(stream):
         time.sleep(100)
 
 if rank == "1":
-    own.Stream.gather_all = never
+    own.RequestFeed.gather_all = never
 """
     soon = "own._TICK_S, own._REPORT_AFTER_S, own._DEADLOCK_AFTER_S, own._GRACE_S = 0.1, 0.3, 1.0, 1.0"
-    env = changed(tmp_path, {"zeroinf.runs.stream": elsewhere, "zeroinf.distributed.waits": soon})
+    env = changed(tmp_path, {"zeroinf.runs.request_feed": elsewhere, "zeroinf.distributed.waits": soon})
     (tmp_path / "few.txt").write_text("one\ntwo\nthree\nfour\n")
     out = tmp_path / "out.jsonl"
     done = run_zeroinf(

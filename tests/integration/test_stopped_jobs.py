@@ -24,7 +24,7 @@ from zeroinf.cli.main import cli, main
 from zeroinf.errors import RequestsFailedError
 from zeroinf.jobs.output import errors_path, journal_path
 from zeroinf.runs.interrupts import interrupted
-from zeroinf.runs.stream import Stream
+from zeroinf.runs.request_feed import RequestFeed
 from zeroinf.service import loaded
 
 ODD = "a $(touch trapped) `touch trapped` ;'\"&|*\\ b"
@@ -67,15 +67,15 @@ def job(small_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def stopped(job: Asked, zeroinf: Zeroinf, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the run said that was stopped after two results."""
-    done, count = Stream.done, iter(range(100))
+    done, count = RequestFeed.done, iter(range(100))
 
-    def stopping(self: Stream, row: Any) -> None:
+    def stopping(self: RequestFeed, row: Any) -> None:
         if next(count) == 2:
             raise interrupted(15)
         done(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, "done", stopping)
+        patch.setattr(RequestFeed, "done", stopping)
         code, said = zeroinf(*job.run)
     assert code == 143
     assert len(journalled(journal_path(job.out))) == 2
@@ -225,16 +225,16 @@ def failing(job: Asked) -> Asked:
 def test_a_request_that_fails_goes_to_the_errors_and_no_resume_does_it_again(
     failing: Asked, zeroinf: Zeroinf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done, seen, report = Stream.done, list[str](), failing.out.parent / "report.json"
+    done, seen, report = RequestFeed.done, list[str](), failing.out.parent / "report.json"
 
-    def stopping(self: Stream, row: Any) -> None:
+    def stopping(self: RequestFeed, row: Any) -> None:
         if len(seen) == 3:
             raise interrupted(15)
         seen.append(row.finish_reason)
         done(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stream, "done", stopping)
+        patch.setattr(RequestFeed, "done", stopping)
         assert zeroinf(*failing.run)[0] == 143
     assert seen.count("error") == 2, seen
     told = CliRunner().invoke(cli, ["status", str(failing.out)], catch_exceptions=False).stdout

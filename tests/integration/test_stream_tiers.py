@@ -11,7 +11,7 @@ import pytest
 from test_stream_tokens import NEW_TOKENS, plain_tokens, stream, tokens_of
 from tiers import tiered
 
-from zeroinf.engines.base import Silent
+from zeroinf.engines.base import SilentListener
 from zeroinf.engines.stream import data_files, weights
 from zeroinf.engines.stream.tensor_groups import group_tensors
 
@@ -112,7 +112,7 @@ def test_loading_says_how_far_it_is_and_reaches_all_of_it(
 ) -> None:
     told: list[tuple[int, int]] = []
 
-    class Ear(Silent):
+    class Ear(SilentListener):
         def filled(self, done_bytes: int, total_bytes: int) -> None:
             told.append((done_bytes, total_bytes))
 

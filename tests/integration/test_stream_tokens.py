@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Listener
+from zeroinf.engines.base import LoadListener
 from zeroinf.engines.stream import checkpoint_weights as load_module
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.model.inspect import read_anatomy
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def stream(
     folder: Path,
     dtype: str = "float32",
-    told: Listener | None = None,
+    told: LoadListener | None = None,
     control: Control | None = None,
     random_weights: bool = False,
     **where: Any,

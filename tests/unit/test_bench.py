@@ -11,13 +11,13 @@ import pytest
 
 from zeroinf.bench import results as bench_results
 from zeroinf.bench import runner
-from zeroinf.bench.matrix import PRESETS, PYTHIA, Cell, Matrix, Settings, with_preset
+from zeroinf.bench.matrix import PRESETS, PYTHIA, BenchmarkSettings, Cell, Matrix, with_preset
 from zeroinf.bench.results import (
+    CellResult,
     Figure,
-    Outcome,
     Results,
     alone,
-    outcome_of,
+    cell_result_of,
     ratio,
     read_results,
     start_or_resume,
@@ -47,16 +47,16 @@ REPORT: dict[str, Any] = {
 MACHINE = {"hostname": "here", "versions": {"torch": "2"}, "gpu_names": [], "driver": None}
 
 
-def results(*outcomes: Outcome) -> Results:
-    return Results(machine=MACHINE, settings=Settings().to_json(), outcomes=outcomes)
+def results(*outcomes: CellResult) -> Results:
+    return Results(machine=MACHINE, settings=BenchmarkSettings().to_json(), outcomes=outcomes)
 
 
-def ok(cell: Cell = CELL, **changed: Any) -> Outcome:
-    return outcome_of(cell, {**REPORT, **changed})
+def ok(cell: Cell = CELL, **changed: Any) -> CellResult:
+    return cell_result_of(cell, {**REPORT, **changed})
 
 
-def failed(cell: Cell) -> Outcome:
-    return Outcome(cell=cell, status="out of memory", message="out of GPU memory with 2 rows")
+def failed(cell: Cell) -> CellResult:
+    return CellResult(cell=cell, status="out of memory", message="out of GPU memory with 2 rows")
 
 
 # The matrix
@@ -95,7 +95,9 @@ def test_a_preset_is_what_is_left_unsaid() -> None:
 
 
 def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
-    settings = Settings(repetitions=5, random_weights=True, nvme_paths=(Path("/a"), Path("/b")), gpu_memory_bytes=7)
+    settings = BenchmarkSettings(
+        repetitions=5, random_weights=True, nvme_paths=(Path("/a"), Path("/b")), gpu_memory_bytes=7
+    )
 
     def words(**changed: Any) -> str:
         return " ".join(arguments(replace(CELL, **changed), settings, Path("/f")))
@@ -235,12 +237,12 @@ def test_any_other_file_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_file_of_other_settings_or_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results(ok()).save(path)
-    assert start_or_resume(path, Settings(), MACHINE, overwrite=False).outcomes
-    assert not start_or_resume(path, Settings(), MACHINE, overwrite=True).outcomes
+    assert start_or_resume(path, BenchmarkSettings(), MACHINE, overwrite=False).outcomes
+    assert not start_or_resume(path, BenchmarkSettings(), MACHINE, overwrite=True).outcomes
     with pytest.raises(UsageError, match="other settings: repetitions"):
-        start_or_resume(path, Settings(repetitions=9), MACHINE, overwrite=False)
+        start_or_resume(path, BenchmarkSettings(repetitions=9), MACHINE, overwrite=False)
     with pytest.raises(UsageError, match="other machines: hostname"):
-        start_or_resume(path, Settings(), {**MACHINE, "hostname": "there"}, overwrite=False)
+        start_or_resume(path, BenchmarkSettings(), {**MACHINE, "hostname": "there"}, overwrite=False)
 
 
 def test_two_benchmarks_do_not_write_one_file(tmp_path: Path) -> None:
@@ -253,10 +255,10 @@ def test_two_benchmarks_do_not_write_one_file(tmp_path: Path) -> None:
 
 
 def test_cells_that_took_too_long_run_again_once_they_may_take_longer(tmp_path: Path) -> None:
-    slow = Outcome(cell=replace(CELL, batch_size=64), status="timeout", message="more than 600 s")
+    slow = CellResult(cell=replace(CELL, batch_size=64), status="timeout", message="more than 600 s")
     results(ok(), slow).save(tmp_path / "r.json")
     for limit_s, kept in ((300.0, (ok(), slow)), (600.0, (ok(), slow)), (900.0, (ok(),))):
-        found = start_or_resume(tmp_path / "r.json", Settings(cell_limit_s=limit_s), MACHINE, overwrite=False)
+        found = start_or_resume(tmp_path / "r.json", BenchmarkSettings(cell_limit_s=limit_s), MACHINE, overwrite=False)
         assert found.outcomes == kept
         assert found.settings["cell_limit_s"] == limit_s
 
@@ -269,7 +271,7 @@ def test_cells_that_have_run_are_not_run_again(monkeypatch: pytest.MonkeyPatch) 
     kept: list[int] = []
     found = run_cells(
         cells,
-        Settings(prompt="x"),
+        BenchmarkSettings(prompt="x"),
         earlier,
         done=lambda outcome, so_far: kept.append(len(so_far.outcomes)),
         begins=lambda cell, number: None,
@@ -283,7 +285,7 @@ def test_no_cell_begins_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(runner, "run_cell", lambda cell, settings, prompt: ok(cell))
     limited = run_cells(
         [replace(CELL, input_len=None)],
-        Settings(prompt="x"),
+        BenchmarkSettings(prompt="x"),
         results(),
         done=lambda outcome, so_far: None,
         begins=lambda cell, number: None,

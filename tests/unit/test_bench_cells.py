@@ -16,8 +16,8 @@ import pytest
 from test_bench import CELL, REPORT, results
 
 from zeroinf.bench import runner
-from zeroinf.bench.matrix import Settings
-from zeroinf.bench.results import Outcome, read_results
+from zeroinf.bench.matrix import BenchmarkSettings
+from zeroinf.bench.results import CellResult, read_results
 from zeroinf.bench.runner import run_cell, run_cells
 from zeroinf.cli.main import main
 
@@ -63,7 +63,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 )
 def test_a_failure_is_a_cells_value(script: str, status: str, words: str, fake_python: FakePython) -> None:
     fake_python(script)
-    found = run_cell(CELL, Settings(cell_limit_s=0.5 if status == "timeout" else 60), "x")
+    found = run_cell(CELL, BenchmarkSettings(cell_limit_s=0.5 if status == "timeout" else 60), "x")
     assert found.status == status
     assert words in found.message
     assert not found.figures
@@ -72,15 +72,17 @@ def test_a_failure_is_a_cells_value(script: str, status: str, words: str, fake_p
 def test_a_model_that_cannot_be_read_is_its_cells_value_and_the_others_run(fake_python: FakePython) -> None:
     fake_python('cp report.json "$report"')
     cells = [replace(CELL, model="./nowhere"), replace(CELL, input_len=None)]
-    said: list[Outcome] = []
-    run_cells(cells, Settings(prompt="x"), results(), done=lambda one, _: said.append(one), begins=lambda *_: None)
+    said: list[CellResult] = []
+    run_cells(
+        cells, BenchmarkSettings(prompt="x"), results(), done=lambda one, _: said.append(one), begins=lambda *_: None
+    )
     assert [one.status for one in said] == ["refused", "ok"]
     assert "nowhere" in said[0].message
 
 
 def test_ranks_in_sessions_of_their_own_end_with_their_cell(fake_python: FakePython) -> None:
     folder = fake_python("setsid sh -c 'echo $$ > rank; while :; do sleep 0.1; done' - \"$report\" & wait")
-    assert run_cell(CELL, Settings(cell_limit_s=1.0), "x").status == "timeout"
+    assert run_cell(CELL, BenchmarkSettings(cell_limit_s=1.0), "x").status == "timeout"
     rank = int((folder / "rank").read_text())
     eventually(lambda: not psutil.pid_exists(rank))
 

@@ -10,7 +10,7 @@ import pytest
 from test_bench import CELL, failed, ok, results
 
 from zeroinf.bench.plot import draw, drawing
-from zeroinf.bench.results import Outcome, read_results
+from zeroinf.bench.results import CellResult, read_results
 from zeroinf.errors import OutputError
 
 pytest.importorskip("matplotlib")
@@ -44,7 +44,7 @@ def test_a_file_with_one_repetition_and_failed_cells_is_drawn(tmp_path: Path) ->
 
 
 def test_models_lie_at_their_size_and_lines_say_what_tells_them_apart() -> None:
-    def of(model: str, millions: int, rows: int) -> Outcome:
+    def of(model: str, millions: int, rows: int) -> CellResult:
         return ok(replace(CELL, model=model, batch_size=rows), parameters=millions * 10**6)
 
     figure = drawing(results(of("x/c", 300, 2), of("x/a", 70, 2), of("b", 160, 2), of("x/a", 70, 8)))

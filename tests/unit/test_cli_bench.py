@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from test_bench import CELL, MACHINE, failed, ok, results
 
 from zeroinf.bench import runner
-from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.results import Results, machine_record
 from zeroinf.cli.main import cli
 from zeroinf.hardware.profile import read_profile
@@ -102,7 +102,9 @@ def test_a_dry_run_says_which_cells_have_run(tmp_path: Path) -> None:
 def test_a_comparison_says_what_it_leaves_out_and_what_else_differs(tmp_path: Path) -> None:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     results(ok(), ok(replace(CELL, batch_size=64))).save(first)
-    other = Results(machine={**MACHINE, "driver": "7"}, settings=Settings(repetitions=9).to_json(), outcomes=(ok(),))
+    other = Results(
+        machine={**MACHINE, "driver": "7"}, settings=BenchmarkSettings(repetitions=9).to_json(), outcomes=(ok(),)
+    )
     other.save(second)
     found = bench("compare", str(first), str(second), "--format", "csv")
     assert found.stdout.splitlines()[1] == "m,stream,cpu,1,2,8,4,6.00 ± 2.83,6.00 ± 2.83,1.000 ± 0.667"

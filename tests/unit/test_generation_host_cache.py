@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from small_models import VOCABULARY, build_model
 from transformers import DynamicCache
 
-from zeroinf.generation.arena import Arena
 from zeroinf.generation.link import Link, Run, Unit
+from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Limits
@@ -180,7 +180,7 @@ def test_units_out_of_order_are_refused_and_a_new_pass_begins_anew() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 60), st.lists(st.tuples(st.booleans(), st.integers(1, 25)), max_size=60))
 def test_no_two_rows_share_a_place_and_none_is_lost(size: int, calls: list[tuple[bool, int]]) -> None:
-    arena, held = Arena(size), list[tuple[int, int]]()
+    arena, held = RangeAllocator(size), list[tuple[int, int]]()
     for takes, number in calls:
         if takes:
             start = arena.take(number)

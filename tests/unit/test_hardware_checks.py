@@ -9,7 +9,7 @@ import pytest
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.aio_op import AioOp
-from zeroinf.hardware.checks import Asked, Check, check_machine, require
+from zeroinf.hardware.checks import Check, Requirements, check_machine, require
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
 from zeroinf.hardware.snapshot import PACKAGES
 from zeroinf.sizes import gib
@@ -61,14 +61,14 @@ OP = AioOp(
     nvcc=Path("nvcc"),
     unreadable_architectures=(),
 )
-NVME = Asked(offload="nvme", engine="zero")
+NVME = Requirements(offload="nvme", engine="zero")
 
 
-def troubles(machine: Machine, op: AioOp = OP, asked: Asked = NVME) -> list[Check]:
+def troubles(machine: Machine, op: AioOp = OP, asked: Requirements = NVME) -> list[Check]:
     return [check for check in check_machine(machine, op, asked) if check.status != "ok"]
 
 
-def only_trouble(machine: Machine, op: AioOp = OP, asked: Asked = NVME) -> Check:
+def only_trouble(machine: Machine, op: AioOp = OP, asked: Requirements = NVME) -> Check:
     (check,) = troubles(machine, op, asked)
     assert check.advice, "whoever says that something is wrong says what to do"
     return check
@@ -84,7 +84,7 @@ def test_small_memlock_fails_for_deepspeeds_disk_io_and_warns_otherwise() -> Non
     check = only_trouble(small)
     assert (check.name, check.status) == ("memlock", "fail")
     assert "8.0 MiB" in check.value
-    for asked in (Asked(offload="cpu", engine="zero"), Asked(offload="nvme")):
+    for asked in (Requirements(offload="cpu", engine="zero"), Requirements(offload="nvme")):
         assert only_trouble(small, asked=asked).status == "warn"
     assert troubles(replace(MACHINE, memory=replace(MEMORY, memlock_bytes=4 * GIB))) == []
 
@@ -111,11 +111,11 @@ def test_each_fault_of_a_folder_is_told(change: dict[str, object], status: str, 
 
 
 def test_too_few_gpus_fail_only_when_a_number_was_asked_for() -> None:
-    check = only_trouble(MACHINE, asked=Asked(num_gpus=8))
+    check = only_trouble(MACHINE, asked=Requirements(num_gpus=8))
     assert (check.name, check.status, check.value) == ("GPUs", "fail", "8 asked for, 1 visible")
     bare = replace(MACHINE, gpus=())
     assert only_trouble(bare).status == "warn"
-    assert only_trouble(bare, asked=Asked(num_gpus=1)).status == "fail"
+    assert only_trouble(bare, asked=Requirements(num_gpus=1)).status == "fail"
 
 
 def test_gpu_that_others_use_warns_with_sizes_and_link() -> None:
@@ -140,7 +140,7 @@ def test_cgroup_limit_is_shown() -> None:
 
 def test_missing_package_fails_always() -> None:
     versions = {name: version for name, version in MACHINE.versions.items() if name != "greenlet"}
-    check = only_trouble(replace(MACHINE, versions=versions), asked=Asked())
+    check = only_trouble(replace(MACHINE, versions=versions), asked=Requirements())
     assert (check.name, check.status) == ("greenlet", "fail")
 
 
@@ -159,7 +159,7 @@ def test_op_that_cannot_be_built_fails_for_nvme_and_warns_otherwise(change: dict
     op = replace(OP, **change)  # type: ignore[arg-type]
     check = only_trouble(MACHINE, op)
     assert (check.name, check.status) == (name, "fail")
-    assert only_trouble(MACHINE, op, Asked()).status == "warn"
+    assert only_trouble(MACHINE, op, Requirements()).status == "warn"
 
 
 def test_unreadable_architectures_warn_where_no_gpu_needs_them() -> None:
@@ -179,7 +179,7 @@ def test_first_compile_is_announced_when_nvme_is_asked_for() -> None:
     check = only_trouble(MACHINE, op)
     assert (check.name, check.status) == ("async_io op", "warn")
     assert "minutes" in (check.advice or "")
-    assert troubles(MACHINE, op, Asked()) == []
+    assert troubles(MACHINE, op, Requirements()) == []
 
 
 def test_op_installed_with_deepspeed_is_enough() -> None:

@@ -13,7 +13,7 @@ import pytest
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.inputs import InputFile
-from zeroinf.jobs.readers import Read, read_inputs
+from zeroinf.jobs.readers import InputRequests, read_inputs
 from zeroinf.jobs.shape import Shape
 from zeroinf.service.requests import ChatOptions, Request
 
@@ -21,7 +21,7 @@ DEFAULTS = Sampling(max_new_tokens=16)
 HI = [{"role": "user", "content": "hi"}]
 
 
-def read(*entries: Any, name: str = "in.jsonl", prompts: tuple[str, ...] = (), **shape: Any) -> Read:
+def read(*entries: Any, name: str = "in.jsonl", prompts: tuple[str, ...] = (), **shape: Any) -> InputRequests:
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     source = io.BytesIO("\n".join(lines).encode())
     files = [InputFile(name, lambda: nullcontext(source))] if entries else []

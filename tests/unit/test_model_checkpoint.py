@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Silent
+from zeroinf.engines.base import SilentListener
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import read_facts
@@ -291,7 +291,7 @@ def test_weights_that_come_after_the_plan_are_accounted_for_before_they_load(
     control = Control(World(), "cpu")
 
     def load() -> None:
-        load_engine(plan_of(source), source, None, control, torch.device("cpu"), Silent()).close()
+        load_engine(plan_of(source), source, None, control, torch.device("cpu"), SilentListener()).close()
 
     load()
     tensors = load_file(folder / "model.safetensors")
@@ -317,7 +317,7 @@ def test_tensors_that_are_not_used_are_told_of(small_checkpoint: Callable[[str],
     def add(tensors: Tensors) -> None:
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
 
-    class Notes(Silent):
+    class Notes(SilentListener):
         texts: ClassVar[list[str]] = []
 
         def note(self, text: str) -> None:

@@ -113,7 +113,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class BenchmarkSettings:
     """Settings that every cell of a benchmark shares."""
 
     repetitions: int = 3

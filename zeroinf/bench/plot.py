@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.bench.matrix import label
-from zeroinf.bench.results import Outcome, Results
+from zeroinf.bench.results import CellResult, Results
 from zeroinf.errors import EnvironmentProblem, OutputError
 
 _PANELS = (("ms_per_token", "milliseconds a token"), ("tokens_per_second", "tokens/s"))
@@ -38,7 +38,7 @@ def drawing(results: Results) -> Any:
     drawn = [outcome for outcome in results.outcomes if outcome.figures]
     cells = [outcome.cell for outcome in drawn]
     varying, words = _varying(drawn)
-    lines: dict[str, list[Outcome]] = {}
+    lines: dict[str, list[CellResult]] = {}
     for outcome in drawn:
         lines.setdefault(label(outcome.cell, cells, "name", (varying,)), []).append(outcome)
     ticks = {_place(outcome, varying): Path(str(getattr(outcome.cell, varying))).name for outcome in drawn}
@@ -61,13 +61,13 @@ def drawing(results: Results) -> Any:
     return figure
 
 
-def _varying(outcomes: list[Outcome]) -> tuple[str, str]:
+def _varying(outcomes: list[CellResult]) -> tuple[str, str]:
     """The field of which the cells have most values."""
     counts = {name: len({getattr(outcome.cell, name) for outcome in outcomes}) for name, _ in _VARYING}
     return max(_VARYING, key=lambda one: counts[one[0]])
 
 
-def _place(outcome: Outcome, varying: str) -> float:
+def _place(outcome: CellResult, varying: str) -> float:
     if varying == "model":
         assert outcome.report is not None
         return float(outcome.report["parameters"]) / 1e6

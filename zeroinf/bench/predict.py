@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.prompt import prompt_tokens
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
@@ -26,7 +26,7 @@ class Prediction:
     words: str = ""
 
 
-def predict(cell: Cell, settings: Settings) -> Prediction:
+def predict(cell: Cell, settings: BenchmarkSettings) -> Prediction:
     """Predict the duration of `cell` in seconds, all repetitions and the warm-up included."""
     if not TRAITS[cell.engine_name].is_timed:
         return Prediction(seconds=None, tokens_per_second=None, words="the planner has no model of the engine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import load_tokenizer, resolve_model
@@ -12,7 +12,7 @@ from zeroinf.service.requests import Request
 from zeroinf.service.text import TextCodec
 
 
-def prompt_of(cell: Cell, settings: Settings) -> str:
+def prompt_of(cell: Cell, settings: BenchmarkSettings) -> str:
     """The prompt that was given, or a text of `cell.input_len` tokens: of nearly as many where no text has just that.
 
     Raises a ZeroinfError for a model that cannot be read.
@@ -26,12 +26,12 @@ def prompt_of(cell: Cell, settings: Settings) -> str:
     return _text(low)
 
 
-def prompt_tokens(cell: Cell, settings: Settings) -> int:
+def prompt_tokens(cell: Cell, settings: BenchmarkSettings) -> int:
     """Tokens of `prompt_of`, or as many as it should have. Raises as it does."""
     return cell.input_len if cell.input_len is not None else _tokens(cell, settings, settings.prompt or "")
 
 
-def _tokens(cell: Cell, settings: Settings, text: str) -> int:
+def _tokens(cell: Cell, settings: BenchmarkSettings, text: str) -> int:
     codec = _codec(cell.model, settings.trust_remote_code, settings.random_weights)
     sampling = Sampling(max_new_tokens=1)
     return len(codec.tokens(Request(index=0, line=None, id="", prompt=text, messages=None, sampling=sampling)))

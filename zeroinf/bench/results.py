@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.errors import InputError, OutputError, UsageError
 from zeroinf.jobs.files import LineFile, rename, write_lines, write_new
 
@@ -49,7 +49,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class CellResult:
     """One cell and what it came to: figures, or why there are none."""
 
     cell: Cell
@@ -69,7 +69,7 @@ class Outcome:
         return {"cell": asdict(self.cell), **own}
 
 
-def outcome_of(cell: Cell, report: Mapping[str, Any]) -> Outcome:
+def cell_result_of(cell: Cell, report: Mapping[str, Any]) -> CellResult:
     """The figures of a run's report: one sample a repetition where it says so much, one otherwise."""
     times = report["repetitions"]
     tokens, rows, prompt_tokens = (report[name] for name in ("completion_tokens", "requests", "prompt_tokens"))
@@ -92,7 +92,7 @@ def outcome_of(cell: Cell, report: Mapping[str, Any]) -> Outcome:
         if report["link_gbps"]:
             samples["link_share"] = [gbps / report["link_gbps"] for gbps in samples["streamed_gbps"]]
     figures = {name: Figure(tuple(values)) for name, values in samples.items() if values}
-    return Outcome(cell=cell, status="ok", figures=figures, report=report)
+    return CellResult(cell=cell, status="ok", figures=figures, report=report)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +101,12 @@ class Results:
 
     machine: Mapping[str, Any]
     settings: Mapping[str, Any]
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[CellResult, ...] = ()
 
-    def of(self, cell: Cell) -> Outcome | None:
+    def of(self, cell: Cell) -> CellResult | None:
         return next((outcome for outcome in self.outcomes if outcome.cell.key == cell.key), None)
 
-    def with_outcome(self, outcome: Outcome) -> Results:
+    def with_outcome(self, outcome: CellResult) -> Results:
         """The same with `outcome` in the place of an earlier one of its cell."""
         others = (other for other in self.outcomes if other.cell.key != outcome.cell.key)
         return replace(self, outcomes=(*others, outcome))
@@ -140,13 +140,15 @@ def read_results(path: Path) -> Results:
         raise InputError(f"{path} holds no results of `zeroinf bench`: {error!r}") from error
 
 
-def _outcome(data: Mapping[str, Any]) -> Outcome:
+def _outcome(data: Mapping[str, Any]) -> CellResult:
     figures = {name: Figure(tuple(figure["samples"])) for name, figure in data["figures"].items()}
     words = {name: data[name] for name in ("status", "message", "report")}
-    return Outcome(cell=Cell(**data["cell"]), figures=figures, **words)
+    return CellResult(cell=Cell(**data["cell"]), figures=figures, **words)
 
 
-def start_or_resume(path: Path | None, settings: Settings, machine: Mapping[str, Any], *, overwrite: bool) -> Results:
+def start_or_resume(
+    path: Path | None, settings: BenchmarkSettings, machine: Mapping[str, Any], *, overwrite: bool
+) -> Results:
     """Results so far: those in `path`, if it is there and was made with the same settings on the same machine.
 
     Where cells may take longer than before, those that took too long are to run again. Raises UsageError for a file of

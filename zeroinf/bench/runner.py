@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from zeroinf.bench.matrix import Cell, Settings
+from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.prompt import prompt_of
-from zeroinf.bench.results import Outcome, Results, outcome_of
+from zeroinf.bench.results import CellResult, Results, cell_result_of
 from zeroinf.errors import DoesNotFitError, InterruptedRunError, UsageError, ZeroinfError
 from zeroinf.runs.interrupts import interrupted
 from zeroinf.signals import STOP_SIGNALS
@@ -35,10 +35,10 @@ _LIBC = ctypes.CDLL(None)
 
 def run_cells(
     cells: Sequence[Cell],
-    settings: Settings,
+    settings: BenchmarkSettings,
     results: Results,
     *,
-    done: Callable[[Outcome, Results], None],
+    done: Callable[[CellResult, Results], None],
     begins: Callable[[Cell, int], None],
     time_limit_s: float = math.inf,
 ) -> Results:
@@ -58,19 +58,19 @@ def run_cells(
         except InterruptedRunError:
             raise
         except ZeroinfError as error:
-            outcome = Outcome(cell=cell, status=_STATUS.get(error.exit_code, "failed"), message=error.message)
+            outcome = CellResult(cell=cell, status=_STATUS.get(error.exit_code, "failed"), message=error.message)
         results = results.with_outcome(outcome)
         done(outcome, results)
     return results
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def _environment(settings: BenchmarkSettings) -> dict[str, str]:
     """That of a cell: the matrix says all of its options, and none comes from what is set for other runs."""
     own = {"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {}
     return {name: value for name, value in os.environ.items() if not name.startswith("ZEROINF_RUN_")} | own
 
 
-def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
+def run_cell(cell: Cell, settings: BenchmarkSettings, prompt: str) -> CellResult:
     """Run one cell and read its report. Raises InterruptedRunError where somebody else told the run to stop."""
     with tempfile.TemporaryDirectory(prefix="zeroinf-bench-") as name:
         folder = Path(name)
@@ -89,17 +89,17 @@ def run_cell(cell: Cell, settings: Settings, prompt: str) -> Outcome:
         try:
             code = process.wait(timeout=settings.cell_limit_s)
         except subprocess.TimeoutExpired:
-            return Outcome(cell=cell, status="timeout", message=f"more than {settings.cell_limit_s:g} s")
+            return CellResult(cell=cell, status="timeout", message=f"more than {settings.cell_limit_s:g} s")
         finally:
             _end(process, folder)
         if code == 0:
-            return outcome_of(cell, json.loads((folder / "report.json").read_text()))
+            return cell_result_of(cell, json.loads((folder / "report.json").read_text()))
         if code in _STOPPED:
             raise interrupted(_STOPPED[code])
         return _failure(cell, code, (folder / "stderr").read_text(errors="replace"))
 
 
-def arguments(cell: Cell, settings: Settings, folder: Path) -> list[str]:
+def arguments(cell: Cell, settings: BenchmarkSettings, folder: Path) -> list[str]:
     """Arguments of `zeroinf run` for `cell`; its input file and report are in `folder`."""
     engine, _, fetch = cell.engine.partition("/")
     words = ["-q", "--benchmark", "-r", settings.repetitions, "-m", cell.model, "--dtype", settings.dtype]
@@ -139,14 +139,14 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
     process.wait()
 
 
-def _failure(cell: Cell, code: int, said: str) -> Outcome:
+def _failure(cell: Cell, code: int, said: str) -> CellResult:
     lines = [line for line in said.strip().splitlines() if line.strip()]
     told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
     message = told or " / ".join(lines[-_MESSAGE_LINES:])
     if any(words in said for words in _OUT_OF_MEMORY):
-        return Outcome(cell=cell, status="out of memory", message=message)
+        return CellResult(cell=cell, status="out of memory", message=message)
     if code < 0:
         name = signal.Signals(-code).name
         hint = ": the system kills what takes the last of the host memory" if -code == signal.SIGKILL else ""
-        return Outcome(cell=cell, status="failed", message=f"killed by {name}{hint}")
-    return Outcome(cell=cell, status=_STATUS.get(code, "failed"), message=message or f"exit code {code}")
+        return CellResult(cell=cell, status="failed", message=f"killed by {name}{hint}")
+    return CellResult(cell=cell, status=_STATUS.get(code, "failed"), message=message or f"exit code {code}")

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 from zeroinf.bench.matrix import Cell, Layout, label
-from zeroinf.bench.results import FIGURES, Figure, Outcome, Results, ratio
+from zeroinf.bench.results import FIGURES, CellResult, Figure, Results, ratio
 
-Format = Literal["human", "md", "csv"]
+TableFormat = Literal["human", "md", "csv"]
 Rows = Sequence[Sequence[str]]
 
 _CELL_FIELDS = ("model", "engine", "offload", "num_gpus", "batch_size", "input_len", "output_len")
 _HEADS = {"num_gpus": "GPUs", "batch_size": "batch", "input_len": "prompt", "output_len": "new", "name": "engine"}
 
 
-def render(rows: Rows, form: Format) -> str:
+def render(rows: Rows, form: TableFormat) -> str:
     """`rows`, of which the first holds the heads."""
     if form == "csv":
         text = io.StringIO()
@@ -38,7 +38,7 @@ def table(results: Results) -> Rows:
     return [heads, *(_row(outcome, shown) for outcome in results.outcomes)]
 
 
-def _row(outcome: Outcome, shown: Sequence[str]) -> list[str]:
+def _row(outcome: CellResult, shown: Sequence[str]) -> list[str]:
     figures = [figure_text(outcome.figures[name]) if name in outcome.figures else "" for name in shown]
     status = outcome.status if outcome.status == "ok" else f"{outcome.status}: {outcome.message}"
     return [*fields_of(outcome.cell), *figures, status]
@@ -109,9 +109,9 @@ def fields_of(cell: Cell) -> list[str]:
     return ["given" if getattr(cell, name) is None else str(getattr(cell, name)) for name in _CELL_FIELDS]
 
 
-def _value(outcome: Outcome, figure: str) -> str:
+def _value(outcome: CellResult, figure: str) -> str:
     return figure_text(outcome.figures[figure]) if figure in outcome.figures else outcome.status
 
 
-def _at(outcome: Outcome, field: str) -> str:
+def _at(outcome: CellResult, field: str) -> str:
     return str(getattr(outcome.cell, field))

@@ -20,8 +20,8 @@ from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError,
 from zeroinf.signals import heeded_signals
 
 if TYPE_CHECKING:
-    from zeroinf.bench.matrix import Cell, Matrix, Settings
-    from zeroinf.bench.results import Outcome, Results
+    from zeroinf.bench.matrix import BenchmarkSettings, Cell, Matrix
+    from zeroinf.bench.results import CellResult, Results
 
 _FORMATS = click.Choice(["human", "md", "csv", "json"])
 
@@ -220,15 +220,15 @@ def _matrix(preset: str | None, models_dir: Path | None, asked: dict[str, Any]) 
     return with_preset(preset, lists)
 
 
-def _settings(asked: dict[str, Any]) -> Settings:
-    from zeroinf.bench.matrix import Settings
+def _settings(asked: dict[str, Any]) -> BenchmarkSettings:
+    from zeroinf.bench.matrix import BenchmarkSettings
 
     if not (asked["resident_blocks"] == "auto" or asked["resident_blocks"].isdecimal()):
         raise UsageError(f"--resident-blocks {asked['resident_blocks']}", hint="a whole number, or auto")
-    return Settings(**asked)
+    return BenchmarkSettings(**asked)
 
 
-def _so_far(settings: Settings, output_file: Path | None, *, overwrite: bool) -> Results:
+def _so_far(settings: BenchmarkSettings, output_file: Path | None, *, overwrite: bool) -> Results:
     """What an earlier call has left in `output_file`, with the record of this machine."""
     from zeroinf.bench.results import machine_record, start_or_resume
     from zeroinf.hardware.profile import read_profile
@@ -262,7 +262,11 @@ def _stops_in_order(output_file: Path | None) -> Iterator[None]:
 
 
 def _run(
-    cells: list[Cell], settings: Settings, results: Results, output_file: Path | None, time_limit_s: float | None
+    cells: list[Cell],
+    settings: BenchmarkSettings,
+    results: Results,
+    output_file: Path | None,
+    time_limit_s: float | None,
 ) -> Results:
     from dataclasses import replace
 
@@ -273,7 +277,7 @@ def _run(
         words = f"{cell.model}, {cell.name}, {cell.batch_size} rows, {cell.num_gpus} ranks"
         click.echo(f"{number + 1}/{len(cells)} {words} ...", err=True)
 
-    def done(outcome: Outcome, so_far: Results) -> None:
+    def done(outcome: CellResult, so_far: Results) -> None:
         rate = outcome.figures.get("tokens_per_second")
         click.echo(
             f"    {figure_text(rate)} tokens/s" if rate else f"    {outcome.status}: {outcome.message}", err=True

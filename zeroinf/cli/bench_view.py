@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zeroinf.bench.matrix import PRESETS, Cell, Settings
+from zeroinf.bench.matrix import PRESETS, BenchmarkSettings, Cell
 from zeroinf.bench.predict import predict
 from zeroinf.bench.results import Results
 from zeroinf.bench.table import fields_of, head_of, latencies, pivot, render, table
@@ -25,7 +25,7 @@ def shown(results: Results, preset: str | None, form: str) -> str:
     return render(latencies(results) if preset == "mii" else table(results), shape)
 
 
-def print_cells(cells: Sequence[Cell], settings: Settings, results: Results, form: Any) -> None:
+def print_cells(cells: Sequence[Cell], settings: BenchmarkSettings, results: Results, form: Any) -> None:
     """Every cell with how long it should take, or how it ended in `results`."""
     rows = [[*head_of(), "seconds", "tokens/s", "projected"]]
     total_s, unknown, left = 0.0, 0, 0

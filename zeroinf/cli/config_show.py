@@ -24,7 +24,7 @@ _SOURCES: dict[ParameterSource, Source] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class OptionValue:
     """An option of a command. `variable` is the one that set it, or the one that would."""
 
     flag: str
@@ -61,7 +61,7 @@ def show(ctx: click.Context, /, command: tuple[str, ...], as_json: bool) -> None
 
 def settings_of(
     root: click.Context, names: Sequence[str], command: click.Command, flags: Sequence[str]
-) -> list[Setting]:
+) -> list[OptionValue]:
     """The options of `command`, called by `names` with `flags`. Raises a usage error for a value that is none."""
     ctx = click.Context(command, info_name=names[-1], auto_envvar_prefix=prefix_of(*names), parent=root)
     ctx.resilient_parsing = True  # a command that would lack something is shown as well
@@ -69,7 +69,7 @@ def settings_of(
     return [_setting(ctx, one, given) for one in command.params if isinstance(one, Option) and not one.hidden]
 
 
-def _setting(ctx: click.Context, one: Option, given: dict[str, Any]) -> Setting:
+def _setting(ctx: click.Context, one: Option, given: dict[str, Any]) -> OptionValue:
     value, found = one.consume_value(ctx, given)
     ctx.set_parameter_source(one.name, found)
     source = _SOURCES.get(found, "default")
@@ -78,7 +78,7 @@ def _setting(ctx: click.Context, one: Option, given: dict[str, Any]) -> Setting:
     value = value if isinstance(value, (str, int, float, list, tuple)) else None  # click's mark of no default
     variables = one.variables(cast(str, ctx.auto_envvar_prefix))
     variable = one.variable_set(ctx) if source == "environment" else None
-    return Setting(
+    return OptionValue(
         next(flag for flag in one.opts if flag.startswith("--")), value, source, variable or next(iter(variables))
     )
 
@@ -104,7 +104,7 @@ def _all(command: click.Command, root: click.Context, *names: str) -> Iterator[t
             yield from _all(below, root, *names, name)
 
 
-def _lines(shown: dict[str, list[Setting]], others: dict[str, str | None]) -> Iterator[str]:
+def _lines(shown: dict[str, list[OptionValue]], others: dict[str, str | None]) -> Iterator[str]:
     for name, settings in shown.items():
         yield f"zeroinf {name}"
         rows = [(one.flag, _text(one.value), one.source, one.variable) for one in settings]
@@ -128,6 +128,6 @@ def _text(value: Any) -> str:
     return plain if plain and plain.isprintable() and " " not in plain else json.dumps(plain)
 
 
-def _as_json(shown: dict[str, list[Setting]], others: dict[str, str | None]) -> str:
+def _as_json(shown: dict[str, list[OptionValue]], others: dict[str, str | None]) -> str:
     commands = {name: [asdict(one) for one in settings] for name, settings in shown.items()}
     return json.dumps({"schema": JSON_SCHEMA, "commands": commands, "variables": others}, indent=2, default=str)

@@ -61,7 +61,7 @@ def doctor(
     What was asked for by a flag and cannot work fails, and the exit code is 4. All else warns at most.
     """
     from zeroinf.hardware.aio_op import read_aio_op
-    from zeroinf.hardware.checks import Asked, check_machine, check_profile, require
+    from zeroinf.hardware.checks import Requirements, check_machine, check_profile, require
     from zeroinf.hardware.profile import find_profile
     from zeroinf.hardware.snapshot import read_machine
 
@@ -70,7 +70,7 @@ def doctor(
         _measure(machine)
     profile = find_profile(machine)
     op = read_aio_op(with_gpu=bool(machine.gpus))
-    checks = check_machine(machine, op, Asked(offload=offload, num_gpus=num_gpus, engine=engine))
+    checks = check_machine(machine, op, Requirements(offload=offload, num_gpus=num_gpus, engine=engine))
     checks.append(check_profile(profile, datetime.now(UTC)))
     if as_json:
         click.echo(_as_json(checks, machine, profile))

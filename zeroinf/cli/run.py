@@ -39,7 +39,7 @@ from zeroinf.sizes import DEFAULT_NEW_TOKENS
 if TYPE_CHECKING:
     from zeroinf.distributed.world import World
     from zeroinf.jobs.shape import Shape
-    from zeroinf.runs.report import Outcome, RunReport
+    from zeroinf.runs.report import RunOutcome, RunReport
 
 _SAMPLING_ONLY = ("top_p", "top_k", "min_p", "seed")
 
@@ -421,7 +421,7 @@ def _shape_of(asked: dict[str, Any]) -> Shape:
     )
 
 
-def _incomplete(outcome: Outcome, output_file: Path | None) -> RequestsFailedError:
+def _incomplete(outcome: RunOutcome, output_file: Path | None) -> RequestsFailedError:
     from zeroinf.jobs.output import errors_path
     from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 

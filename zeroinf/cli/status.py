@@ -14,7 +14,7 @@ from zeroinf.cli.environment import option
 from zeroinf.sizes import clock
 
 if TYPE_CHECKING:
-    from zeroinf.jobs.status import Status
+    from zeroinf.jobs.status import JobStatus
 
 JSON_SCHEMA = 1
 
@@ -43,7 +43,7 @@ def status(file: Path, watch: bool, as_json: bool) -> None:
         time.sleep(_WATCH_EVERY_S)
 
 
-def _in_words(now: Status) -> str:
+def _in_words(now: JobStatus) -> str:
     counts = f"{now.state}: {now.done} done, {now.failed} failed, {now.left} left"
     rate = f", {now.tokens:,} tokens, {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
     if now.left_s is not None:
@@ -53,6 +53,6 @@ def _in_words(now: Status) -> str:
     return counts + rate + mixed + error
 
 
-def _as_json(now: Status) -> str:
+def _as_json(now: JobStatus) -> str:
     fields = {**asdict(now), "tokens_per_second": now.tokens_per_second, "left_s": now.left_s}
     return json.dumps({"schema": JSON_SCHEMA, **fields}, default=str)

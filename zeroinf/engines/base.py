@@ -54,7 +54,7 @@ class EngineStats:
         return self.passes * self.streamed_bytes_per_pass + self.encodings * self.streamed_bytes_per_encoding
 
 
-class Listener(Protocol):
+class LoadListener(Protocol):
     """Whoever wants to know how loading goes on."""
 
     def note(self, text: str) -> None: ...
@@ -64,7 +64,7 @@ class Listener(Protocol):
         ...
 
 
-class Silent:
+class SilentListener:
     """A listener for those who do not."""
 
     def note(self, text: str) -> None: ...

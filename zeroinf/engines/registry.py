@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Engine, Listener
+from zeroinf.engines.base import Engine, LoadListener
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.checkpoint import read_facts
@@ -25,7 +25,7 @@ def load_engine(
     zero_config: dict[str, Any] | None,
     control: Control,
     device: torch.device,
-    listener: Listener,
+    listener: LoadListener,
 ) -> Engine:
     """Load the plan's engine, and tell `listener` how it goes. Only its own libraries are imported.
 
@@ -37,7 +37,7 @@ def load_engine(
         return _load(plan, source, zero_config, control, device, listener)
 
 
-def _account_for_weights(source: ModelSource, control: Control, listener: Listener) -> None:
+def _account_for_weights(source: ModelSource, control: Control, listener: LoadListener) -> None:
     """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
     facts = source.facts
     if facts is None:
@@ -63,7 +63,7 @@ def _load(
     zero_config: dict[str, Any] | None,
     control: Control,
     device: torch.device,
-    listener: Listener,
+    listener: LoadListener,
 ) -> Engine:
     match plan.engine:
         case "zero":

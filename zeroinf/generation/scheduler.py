@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, pairwise
 
-from zeroinf.generation.arena import Arena
+from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.row import Row
 from zeroinf.planner.plan import Plan
 
@@ -222,7 +222,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._free = list(range(limits.rows - 1, -1, -1))
         self._pages = limits.pages
-        self._host = Arena(limits.host_tokens)
+        self._host = RangeAllocator(limits.host_tokens)
 
     @property
     def wants_rows(self) -> bool:

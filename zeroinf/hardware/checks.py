@@ -18,7 +18,7 @@ from zeroinf.hardware.profile import Profile
 from zeroinf.hardware.snapshot import PACKAGES
 from zeroinf.sizes import gib
 
-Status = Literal["ok", "warn", "fail"]
+CheckStatus = Literal["ok", "warn", "fail"]
 
 GIB = 1 << 30
 
@@ -42,13 +42,13 @@ class Check:
     """One finding. `value` is what was found, `advice` what to do if it is not ok."""
 
     name: str
-    status: Status
+    status: CheckStatus
     value: str
     advice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class Requirements:
     """The user's requirements; every disk of the snapshot counts as required."""
 
     offload: Literal["none", "cpu", "nvme"] = "none"
@@ -61,7 +61,7 @@ class Asked:
         return self.offload == "nvme" and self.engine == "zero"
 
 
-def check_machine(machine: Machine, op: AioOp, asked: Asked) -> list[Check]:
+def check_machine(machine: Machine, op: AioOp, asked: Requirements) -> list[Check]:
     """Every check, in the order a reader would want: software, GPUs, memory, NVMe."""
     return [
         *check_versions(machine.versions),
@@ -222,7 +222,7 @@ def _from_problem(problem: Problem, *, fatal: bool) -> Check:
 def check_disk(disk: Disk, *, needed_bytes: int = SMALLEST_STORE_BYTES) -> Check:
     """Whether the folder can hold `needed_bytes` of weights and serve them at the disk's speed."""
 
-    def finding(status: Status, value: str, advice: str | None) -> Check:
+    def finding(status: CheckStatus, value: str, advice: str | None) -> Check:
         return Check(name=f"NVMe {disk.path}", status=status, value=value, advice=advice)
 
     if not disk.exists:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from zeroinf.hardware.machine import Disk
 
-Origin = Literal["measured", "data sheet", "given"]
+RateOrigin = Literal["measured", "data sheet", "given"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class Rates:
     shared_copy_gbps: float | None = None
     """`host_copy_gbps` of such memory."""
 
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    origins: Mapping[str, RateOrigin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if strangers := sorted(set(self.origins) - set(self.known)):
@@ -85,7 +85,7 @@ class Rates:
                 raise ValueError(f"{name} cannot be {wrong[0]}")
 
     @classmethod
-    def of(cls, origin: Origin, **rates: Any) -> Rates:
+    def of(cls, origin: RateOrigin, **rates: Any) -> Rates:
         """Rates of one origin; None stays unknown."""
         known = {name: rate for name, rate in rates.items() if rate is not None}
         return cls(**known, origins=dict.fromkeys(known, origin))
@@ -96,7 +96,7 @@ class Rates:
         rates = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "origins"}
         return {name: rate for name, rate in rates.items() if rate is not None}
 
-    def origin(self, name: str) -> Origin:
+    def origin(self, name: str) -> RateOrigin:
         """The origin of the rate `name`: measured, published, given or assumed."""
         return self.origins.get(name, "given")
 
@@ -106,7 +106,7 @@ class Rates:
             name: {**(getattr(self, name) or {}), **rate} if isinstance(rate, Mapping) else rate
             for name, rate in newer.known.items()
         }
-        origins: dict[str, Origin] = {name: newer.origin(name) for name in known}
+        origins: dict[str, RateOrigin] = {name: newer.origin(name) for name in known}
         return replace(self, **known, origins={**self.origins, **origins})
 
     def without(self, *names: str) -> Rates:

@@ -46,7 +46,7 @@ mark; and at least four of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class FileContents:
     """What is in a file: `stream` gives it from its beginning on, `head` is its first 64 KiB, `name` lacks the ending
     of a compression."""
 
@@ -55,7 +55,7 @@ class Contents:
     head: bytes
 
 
-def open_contents(source: BinaryIO, name: str) -> Contents:
+def open_contents(source: BinaryIO, name: str) -> FileContents:
     """What `source` holds. Raises InputError for what is known not to be an input, and for other binary bytes."""
     stream, head = _with_head(source)
     ending = PurePosixPath(name.lower()).suffix
@@ -66,7 +66,7 @@ def open_contents(source: BinaryIO, name: str) -> Contents:
     if packed is not None:
         stream, head = _with_head(_decompressed(stream, packed, name))
     if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
-        return Contents(inner, stream, head)
+        return FileContents(inner, stream, head)
     foreign = next((what for magic, what in {**_FOREIGN, **dict.fromkeys(_COMPRESSED, "compressed twice")}.items()
                     if head.startswith(magic)), None)  # fmt: skip
     if foreign is not None:
@@ -75,10 +75,10 @@ def open_contents(source: BinaryIO, name: str) -> Contents:
         stream, head = _with_head(cast(BinaryIO, io.BufferedReader(_Recoded(stream, encoding), _CHUNK_BYTES)))
     elif _is_binary(head):
         raise InputError(f"{name} holds bytes that are no text", hint="text, JSONL, JSON, CSV, TSV, Parquet, Arrow")
-    return Contents(inner, stream, head)
+    return FileContents(inner, stream, head)
 
 
-def lines_of(contents: Contents) -> Iterator[tuple[int, bytes]]:
+def lines_of(contents: FileContents) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers from 1, without line ends and byte order marks.
 
     Lines end in LF or CR LF; in CR where no LF stands in the first 64 KiB.
@@ -89,7 +89,7 @@ def lines_of(contents: Contents) -> Iterator[tuple[int, bytes]]:
             yield number, text.rstrip(b"\r\n")
 
 
-def _lines(contents: Contents) -> Iterator[bytes]:
+def _lines(contents: FileContents) -> Iterator[bytes]:
     if b"\r" not in contents.head or b"\n" in contents.head:
         yield from contents.stream
         return

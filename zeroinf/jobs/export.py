@@ -16,10 +16,16 @@ from zeroinf.jobs.envelope import Envelope
 from zeroinf.jobs.files import write_lines
 from zeroinf.service.requests import Extra, Result
 
-Format = Literal["jsonl", "openai", "parquet", "csv"]
+ResultFormat = Literal["jsonl", "openai", "parquet", "csv"]
 OutputFormat = Literal["auto", "jsonl", "openai", "parquet", "csv"]
 OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
-_ENDINGS: dict[str, Format] = {"": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
+_ENDINGS: dict[str, ResultFormat] = {
+    "": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
 _COLUMNS: dict[str, type] = {
     "id": str,
     "completion": str,
@@ -32,7 +38,7 @@ _PARQUET_ROWS = 10_000
 """Rows of one row group: what is in memory at once."""
 
 
-def pick_format(path: Path, asked: OutputFormat, *, is_batch: bool) -> Format:
+def pick_format(path: Path, asked: OutputFormat, *, is_batch: bool) -> ResultFormat:
     """What `path` is to hold: what was asked for, or what its ending says; of JSON lines those of OpenAI's batches
     where the input was one. Raises OutputError for an ending that says nothing."""
     if asked != "auto":
@@ -75,7 +81,7 @@ def _common(types: set[type]) -> type:
 
 
 def writer_for(
-    form: Format, results: Iterator[Result], columns: Mapping[str, type], envelope: Envelope
+    form: ResultFormat, results: Iterator[Result], columns: Mapping[str, type], envelope: Envelope
 ) -> Callable[[int], None]:
     """A writer for `write_new`; `columns` are those that some results have beside their own."""
     if form == "parquet":

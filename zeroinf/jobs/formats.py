@@ -19,13 +19,13 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, cast, get_args
 
 from zeroinf.errors import EnvironmentProblem, InputError
-from zeroinf.jobs.contents import ARROW_FILE, ARROW_STREAM, PARQUET, Contents, lines_of, open_contents, seekable
+from zeroinf.jobs.contents import ARROW_FILE, ARROW_STREAM, PARQUET, FileContents, lines_of, open_contents, seekable
 
-Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+FileFormat = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 InputFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 FORMATS: tuple[str, ...] = get_args(InputFormat)
 
-_ENDINGS: dict[str, Format] = {
+_ENDINGS: dict[str, FileFormat] = {
     ".txt": "text",
     ".text": "text",
     ".jsonl": "jsonl",
@@ -40,7 +40,7 @@ _ENDINGS: dict[str, Format] = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
-_BINARY: dict[bytes, Format] = {PARQUET: "parquet", ARROW_FILE: "arrow", ARROW_STREAM: "arrow"}
+_BINARY: dict[bytes, FileFormat] = {PARQUET: "parquet", ARROW_FILE: "arrow", ARROW_STREAM: "arrow"}
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{\s*[\"}]")
 _ROWS = 1024
 _CHUNK = 1 << 18
@@ -74,7 +74,7 @@ def read_records(source: BinaryIO, name: str, input_format: InputFormat = "auto"
         raise InputError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _format(contents: Contents, asked: InputFormat) -> Format:
+def _format(contents: FileContents, asked: InputFormat) -> FileFormat:
     name, head = contents.name, contents.head
     binary = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None)
     said = _ENDINGS.get(PurePosixPath(name.lower()).suffix) if asked == "auto" else asked
@@ -90,7 +90,7 @@ def _format(contents: Contents, asked: InputFormat) -> Format:
     return said
 
 
-def _json_format(contents: Contents, said: Format | None) -> Format:
+def _json_format(contents: FileContents, said: FileFormat | None) -> FileFormat:
     """Text that may be JSON: an array, an object a line, or objects over several lines where the ending says JSON."""
     head = contents.head
     if _ARRAY.match(head) or (said == "json" and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")):
@@ -112,15 +112,15 @@ def _json_format(contents: Contents, said: Format | None) -> Format:
     return "text"
 
 
-def _text(contents: Contents) -> Iterator[Record]:
+def _text(contents: FileContents) -> Iterator[Record]:
     return (Record(number, "text", line) for number, line in lines_of(contents))
 
 
-def _jsonl(contents: Contents) -> Iterator[Record]:
+def _jsonl(contents: FileContents) -> Iterator[Record]:
     return (Record(number, "json", line) for number, line in lines_of(contents))
 
 
-def _json(contents: Contents) -> Iterator[Record]:
+def _json(contents: FileContents) -> Iterator[Record]:
     """The elements of an array, or objects one after the other, each as its JSON text."""
     text = io.TextIOWrapper(contents.stream, "utf-8", errors="surrogateescape", newline="")
     window = _Window(text, contents.name)
@@ -199,7 +199,7 @@ class _Window:
         )
 
 
-def _csv(contents: Contents, dialect: str = "excel") -> Iterator[Record]:
+def _csv(contents: FileContents, dialect: str = "excel") -> Iterator[Record]:
     text = io.TextIOWrapper(contents.stream, "utf-8", errors="surrogateescape", newline="")
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line.removeprefix("\ufeff") for line in text), dialect, strict=True)
@@ -222,7 +222,7 @@ def _csv(contents: Contents, dialect: str = "excel") -> Iterator[Record]:
         ) from error
 
 
-def _tsv(contents: Contents) -> Iterator[Record]:
+def _tsv(contents: FileContents) -> Iterator[Record]:
     return _csv(contents, "excel-tab")
 
 
@@ -231,12 +231,12 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         raise InputError(f"{name} has two columns {twice!r}", hint="name them differently")
 
 
-def _parquet(contents: Contents) -> Iterator[Record]:
+def _parquet(contents: FileContents) -> Iterator[Record]:
     parquet = _arrow_module("parquet", contents.name)
     return _rows(lambda stream: parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS), contents)
 
 
-def _arrow(contents: Contents) -> Iterator[Record]:
+def _arrow(contents: FileContents) -> Iterator[Record]:
     ipc = _arrow_module("ipc", contents.name)
     if not contents.head.startswith(ARROW_FILE):
         return _rows(ipc.open_stream, contents)
@@ -248,7 +248,7 @@ def _arrow(contents: Contents) -> Iterator[Record]:
     return _rows(batches, contents)
 
 
-def _rows(batches: Callable[[BinaryIO], Any], contents: Contents) -> Iterator[Record]:
+def _rows(batches: Callable[[BinaryIO], Any], contents: FileContents) -> Iterator[Record]:
     import pyarrow
 
     number = 0
@@ -272,7 +272,7 @@ def _arrow_module(which: str, name: str) -> Any:
         raise EnvironmentProblem(f"-i {name} needs pyarrow", hint="pip install 'zeroinf[data]'") from error
 
 
-_READERS: dict[Format, Callable[[Contents], Iterator[Record]]] = {
+_READERS: dict[FileFormat, Callable[[FileContents], Iterator[Record]]] = {
     "text": _text,
     "jsonl": _jsonl,
     "json": _json,

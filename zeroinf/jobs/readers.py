@@ -22,7 +22,7 @@ _NOTHING = Extra()
 _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 
 
-class Read(NamedTuple):
+class InputRequests(NamedTuple):
     """What an input holds. `unused`: columns that are neither used nor kept."""
 
     requests: list[Request]
@@ -37,7 +37,7 @@ def read_inputs(
     *,
     input_format: InputFormat = "auto",
     shape: Shape | None = None,
-) -> Read:
+) -> InputRequests:
     """All requests of a job in input order: `prompts` first, then the records of `files`, made as `shape` says.
 
     Requests and refusals share one count of indices, 0 to n - 1. An entry without an id is called `request-<n>`, n
@@ -59,7 +59,7 @@ def read_inputs(
 
     shaper = Shaper(Shape() if shape is None else shape)
     requests, refusals = _requests(prompts, records(), defaults, ", ".join(file.name for file in files), shaper)
-    return Read(requests, refusals, tuple(shaper.unused))
+    return InputRequests(requests, refusals, tuple(shaper.unused))
 
 
 def read_requests(

@@ -12,15 +12,15 @@ from zeroinf.jobs.journal import moved, read_records
 from zeroinf.jobs.output import journal_path
 from zeroinf.service.observer import left_s, rate
 
-State = Literal["running", "stopped", "finished"]
+JobState = Literal["running", "stopped", "finished"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Status:
+class JobStatus:
     """A moment of a job. Counts are of requests."""
 
     journal: Path
-    state: State = "stopped"
+    state: JobState = "stopped"
     done: int = 0
     failed: int = 0
     """Refused, or come to nothing."""
@@ -57,9 +57,9 @@ class StatusReader:
     _came: dict[int, bool] = field(default_factory=dict)
     """Whether it failed, of each result by its index."""
     _session: dict[str, Any] = field(default_factory=dict)
-    _status: Status | None = None
+    _status: JobStatus | None = None
 
-    def read(self) -> Status:
+    def read(self) -> JobStatus:
         """The job as it is now. Raises InputError where there is no journal."""
         try:
             held = is_held(self.journal)
@@ -70,9 +70,9 @@ class StatusReader:
             raise InputError(
                 f"cannot read {self.journal}: {error.strerror}", hint="name the output file that was given to -o"
             ) from error
-        status = self._status or Status(journal=self.journal)
+        status = self._status or JobStatus(journal=self.journal)
         left = max(self._session.get("requests", 0) - len(self._came), 0)
-        state: State = "running" if held else status.state
+        state: JobState = "running" if held else status.state
         self._status = status
         failed = sum(self._came.values())
         return replace(status, state=state, done=len(self._came) - failed, failed=status.failed + failed, left=left)
@@ -86,7 +86,7 @@ class StatusReader:
                 self._at = end
 
     def _take(self, record: dict[str, Any]) -> None:
-        status = self._status or Status(journal=self.journal)
+        status = self._status or JobStatus(journal=self.journal)
         if "session" in record:
             self._session = record["session"]
             if "kept" in self._session:
@@ -108,6 +108,6 @@ class StatusReader:
         self._status = status
 
 
-def read_status(output: Path) -> Status:
+def read_status(output: Path) -> JobStatus:
     """The status of the job whose output is `output`, or whose journal it is."""
     return StatusReader(output if output.suffix == ".journal" else journal_path(output)).read()

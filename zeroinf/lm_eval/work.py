@@ -29,7 +29,7 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ScoredContext:
     """Requests that one forward answers: their tokens are the same but for the last one."""
 
     packed: bytes
@@ -53,9 +53,9 @@ class Asked:
         return unpacked.tolist()
 
 
-def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int) -> list[Asked]:
+def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int) -> list[ScoredContext]:
     """What is to be computed for `requests`, the longest first; of what is too long, the beginning is left out."""
-    groups: dict[tuple[bytes, int], Asked] = {}
+    groups: dict[tuple[bytes, int], ScoredContext] = {}
     cut = 0
     for index, (_, context, continuation) in enumerate(requests):
         if not context or not continuation:
@@ -65,7 +65,7 @@ def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: in
         cut += len(context) + len(continuation) > max_length + 1
         tokens = [*context, *continuation][-max_length - 1 :]
         packed = array("I", tokens[:-1]).tobytes()
-        group = groups.setdefault((packed, len(continuation)), Asked(packed, len(continuation), [], []))
+        group = groups.setdefault((packed, len(continuation)), ScoredContext(packed, len(continuation), [], []))
         group.members.append((index, tokens[-1]))
         if tokens[-1] not in group.following:
             group.following.append(tokens[-1])
@@ -74,10 +74,10 @@ def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: in
     return sorted(groups.values(), key=lambda each: each.length, reverse=True)
 
 
-def scored_of(session: Session, asked: Sequence[Asked]) -> Iterator[tuple[Asked, TokenScores]]:
+def scored_of(session: Session, asked: Sequence[ScoredContext]) -> Iterator[tuple[ScoredContext, TokenScores]]:
     """Scores as they come; a few passes' worth is under way at a time."""
     room = _AHEAD * session.plan.streams * max(1, session.plan.prefill_tokens)
-    waiting: deque[tuple[Asked, Future[TokenScores]]] = deque()
+    waiting: deque[tuple[ScoredContext, Future[TokenScores]]] = deque()
     under_way = 0
     left = deque(asked)
     while left or waiting:

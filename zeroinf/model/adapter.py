@@ -116,8 +116,8 @@ def merge_adapter(model: Any) -> None:
         return
     from torch.nn import Linear
 
-    from zeroinf.model.parts import Part, parts_of, set_parts
     from zeroinf.model.quantized.linears import name_parts
+    from zeroinf.model.stored_parts import StoredPart, parts_of, set_parts
 
     name_parts(model)
     for layer, scale in scales.items():
@@ -134,7 +134,7 @@ def merge_adapter(model: Any) -> None:
         (stored,) = parts_of(weight) or (None,)
         assert stored is not None
         names = (*stored.names, f"{_PREFIX}{layer}{_A}", f"{_PREFIX}{layer}{_B}")
-        set_parts(weight, (Part(names, partial(_merged, stored.make, scale)),))
+        set_parts(weight, (StoredPart(names, partial(_merged, stored.make, scale)),))
 
 
 def _merged(

@@ -19,9 +19,9 @@ import torch
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.inspect import build_meta, config_dtype
-from zeroinf.model.parts import parts_of
 from zeroinf.model.quantized.linears import note_stored
 from zeroinf.model.source import DTYPES
+from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

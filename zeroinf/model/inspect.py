@@ -17,8 +17,8 @@ from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
-from zeroinf.model.parts import parts_of
 from zeroinf.model.quantized.registry import hold_quantized
+from zeroinf.model.stored_parts import parts_of
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.errors import ModelError
-from zeroinf.model import on_paper
+from zeroinf.model import meta_operators
 from zeroinf.model.anatomy import LayerCache, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
@@ -38,7 +38,7 @@ class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        return on_paper.call(func, args, kwargs or {})
+        return meta_operators.call(func, args, kwargs or {})
 
 
 def cache_name(model: Any) -> str:

@@ -37,7 +37,7 @@ _PART = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class JobInput:
     """What is known of a job before its output has been looked at."""
 
     job: Job
@@ -48,7 +48,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class PreparedRun:
     """What rank 0 settles and every rank is told."""
 
     plan: Plan
@@ -63,7 +63,7 @@ class Prepared:
     tokenize_s: float
 
 
-def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
+def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     """Read and tokenise the requests, cheap checks first. Raises the error of whatever does not hold."""
     if options.output_file is not None:
         check_output(
@@ -127,7 +127,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> Reading:
     )
     said = list(_notes_on_input(plain, unused, codec))
     said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
-    return Reading(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
+    return JobInput(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
 def none_can_run(refusals: Sequence[Refusal]) -> str:
@@ -136,8 +136,8 @@ def none_can_run(refusals: Sequence[Refusal]) -> str:
 
 
 def prepare(
-    options: RunOptions, source: ModelSource, reading: Reading, work: tuple[Work, ...], world: World, device: str
-) -> Prepared:
+    options: RunOptions, source: ModelSource, reading: JobInput, work: tuple[Work, ...], world: World, device: str
+) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
     rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
@@ -148,7 +148,7 @@ def prepare(
         request_bytes=request_bytes([len(item.prompt) for item in reading.job.work], world.local_size),
     )
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
-    return Prepared(
+    return PreparedRun(
         plan=plan,
         engine_choice=why,
         zero_config=own_config or build_zero_config(plan),

@@ -26,7 +26,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SessionSpec:
     """What every rank of a session is made from."""
 
     options: RunOptions
@@ -37,7 +37,7 @@ class Asked:
 class Ranks:
     """Ranks 1 to `count` - 1, each a process. This one is rank 0, and says so in its environment until `close`."""
 
-    def __init__(self, count: int, asked: Asked) -> None:
+    def __init__(self, count: int, asked: SessionSpec) -> None:
         """Raises UsageError where a launcher has started ranks, or torch.distributed runs already; EnvironmentProblem
         where there are fewer GPUs."""
         _check(count)
@@ -116,7 +116,7 @@ def _check(count: int) -> None:
 
 def main() -> int:
     """A rank: take what is asked from stdin, load, and work until rank 0 closes."""
-    asked: Asked = pickle.load(sys.stdin.buffer)
+    asked: SessionSpec = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_rank_0, name="rank-0", daemon=True).start()
     from zeroinf.runs.progress import ProgressObserver
     from zeroinf.runs.session import open_session

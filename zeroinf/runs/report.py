@@ -238,7 +238,7 @@ def _share(part: int, whole: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class RunOutcome:
     """What came of a job."""
 
     requests: int

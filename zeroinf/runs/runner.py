@@ -30,10 +30,10 @@ from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.runs.interrupts import Interrupts, interrupted
-from zeroinf.runs.prepare import Prepared, none_can_run, prepare, read_job
-from zeroinf.runs.report import Outcome, Phases, RankReport, RunReport
+from zeroinf.runs.prepare import PreparedRun, none_can_run, prepare, read_job
+from zeroinf.runs.report import Phases, RankReport, RunOutcome, RunReport
+from zeroinf.runs.request_feed import Output, RequestFeed, WarmUpFeed
 from zeroinf.runs.shutdown import Shutdown, reason_of
-from zeroinf.runs.stream import Output, Stream, WarmUp
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal, Work
@@ -44,7 +44,7 @@ _WARM_UP_TOKENS = 3
 
 def run_job(
     options: RunOptions, world: World, device: torch.device, results: TextIO, observer: Observer
-) -> Outcome | None:
+) -> RunOutcome | None:
     """Carry out one run. Every rank calls it; rank 0 gets the outcome, the others None.
 
     Results go to the options' output file, or to `results` where there is none. Raises a ZeroinfError; whatever was
@@ -89,7 +89,7 @@ def run_job(
     done = len(start.job.work) - len(failures)
     if done:  # else they have failed as one, and the command line says so once
         observer.left_out("failed", failures)
-    return Outcome(requests=done, refused=len(start.job.refusals), failed=len(failures), report=report)
+    return RunOutcome(requests=done, refused=len(start.job.refusals), failed=len(failures), report=report)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class _Start:
     """What a rank begins with; `writer` and `job` are there on rank 0 only."""
 
     source: ModelSource
-    prepared: Prepared | None
+    prepared: PreparedRun | None
     """None where there is nothing to run: all is done, or refused."""
     writer: Writer | None = None
     job: Job | None = None
@@ -120,7 +120,7 @@ def _start_together(
     """Rank 0 checks and plans; the others learn its answer, or that there is none."""
     started: list[_Start] = []
 
-    def start() -> Prepared | None:
+    def start() -> PreparedRun | None:
         started.append(_start(options, control.world, device.type, results, observer))
         prepared = started[0].prepared
         return None if prepared is None else replace(prepared, work=())
@@ -203,7 +203,7 @@ class _Job:
         self,
         options: RunOptions,
         control: Control,
-        prepared: Prepared,
+        prepared: PreparedRun,
         output: Output | None,
         observer: Observer,
         interrupts: Interrupts,
@@ -274,9 +274,9 @@ class _Job:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
-    def _generate(self, model: LoadedModel) -> tuple[Stream, float]:
+    def _generate(self, model: LoadedModel) -> tuple[RequestFeed, float]:
         if self._options.benchmark:
-            warm_up = WarmUp(self._prepared, model, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
+            warm_up = WarmUpFeed(self._prepared, model, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(model, Feed(take=warm_up.take, done=lambda row: None))
         for number in range(1, self._options.repetitions):
             self._run_once(number, model, None)
@@ -285,10 +285,10 @@ class _Job:
         self._stalls_before, self._moved_before = model.engine.stats().stalls, model.moved_bytes
         return self._run_once(0, model, self._output)
 
-    def _run_once(self, number: int, model: LoadedModel, output: Output | None) -> tuple[Stream, float]:
+    def _run_once(self, number: int, model: LoadedModel, output: Output | None) -> tuple[RequestFeed, float]:
         """All requests, from a queue of its own. Without `output` only the time counts."""
         store = dist.PrefixStore(f"repetition/{number}", self._control.store)
-        stream = Stream(self._prepared, model, store, output, self._observer)
+        stream = RequestFeed(self._prepared, model, store, output, self._observer)
         try:
             self._loop(model, Feed(take=stream.take, done=stream.done, grew=stream.grew))
             self._repetitions.append(stream.phases())
@@ -309,7 +309,7 @@ class _Job:
         if stopped_by:
             raise interrupted(stopped_by)
 
-    def _rank_report(self, model: LoadedModel, stream: Stream) -> RankReport:
+    def _rank_report(self, model: LoadedModel, stream: RequestFeed) -> RankReport:
         fetched, sent = (now - before for now, before in zip(model.moved_bytes, self._moved_before, strict=True))
         stats = model.engine.stats()
         return RankReport(

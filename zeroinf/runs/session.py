@@ -28,7 +28,7 @@ from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
-from zeroinf.runs.ranks import Asked, Ranks
+from zeroinf.runs.ranks import Ranks, SessionSpec
 from zeroinf.service.core import Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
@@ -237,7 +237,7 @@ def open_session(
     if not isinstance(lengths, Lengths):
         lengths = lengths(source, anatomy)
     if num_gpus is not None:
-        ranks = Ranks(num_gpus, Asked(options, lengths, requests))
+        ranks = Ranks(num_gpus, SessionSpec(options, lengths, requests))
         world = ranks.world
     session = Session(options, source, anatomy, lengths, requests, world, device, observer, ranks)
     for note in notes(session.model.engine.model.generation_config, sampled=False) if world.is_main else ():

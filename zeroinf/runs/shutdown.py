@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zeroinf.errors import OutputError, RankError, ZeroinfError
 from zeroinf.jobs.output import journal_path
 from zeroinf.runs.interrupts import Interrupts, interrupted
-from zeroinf.runs.stream import Output
+from zeroinf.runs.request_feed import Output
 from zeroinf.service.observer import Observer
 
 if TYPE_CHECKING:

@@ -20,9 +20,16 @@ from zeroinf.errors import InputError, RankError, UsageError, ZeroinfError
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scoring import ScoreBatch, Scored, TokenScores
-from zeroinf.service.boards import Board, Kind, LocalBoard, Posted, SharedBoard, Told
 from zeroinf.service.handles import Handle, TokenEvent
 from zeroinf.service.loaded import LoadedModel
+from zeroinf.service.request_queues import (
+    Kind,
+    LocalRequestQueue,
+    QueuedRequest,
+    RequestEvent,
+    RequestQueue,
+    SharedRequestQueue,
+)
 from zeroinf.service.streaming import TextStream
 
 Priority = Literal["interactive", "batch"]
@@ -52,12 +59,12 @@ class Service:
         self._error: BaseException | None = None
         self._is_closed = False
         self._is_stopping = False
-        self._board = _open_board(model, self._heard)
-        self._feed = _BoardFeed(model, self._board)
+        self._queue = _open_request_queue(model, self._heard)
+        self._feed = _QueueFeed(model, self._queue)
         self._loop = threading.Thread(target=self._run, name="zeroinf-loop", daemon=True)
         self._loop.start()
-        if isinstance(self._board, SharedBoard) and self._control.world.is_main:
-            threading.Thread(target=self._hear, args=(self._board,), name="zeroinf-hear", daemon=True).start()
+        if isinstance(self._queue, SharedRequestQueue) and self._control.world.is_main:
+            threading.Thread(target=self._hear, args=(self._queue,), name="zeroinf-hear", daemon=True).start()
         atexit.register(self._stop)
 
     def submit(
@@ -81,7 +88,7 @@ class Service:
         with self._lock:
             self._refuse_if_over()
             self._handles[handle.number] = handle
-        self._board.post("urgent" if urgent else "batch", Posted(handle.number, prompt, sampling, index, stream))
+        self._queue.post("urgent" if urgent else "batch", QueuedRequest(handle.number, prompt, sampling, index, stream))
         return handle
 
     def score(
@@ -95,7 +102,7 @@ class Service:
         no memory for scores.
         """
         asked = [
-            Posted(next(self._numbers), tokens, None, start, following=after)
+            QueuedRequest(next(self._numbers), tokens, None, start, following=after)
             for (tokens, start), after in zip(sequences, following or [()] * len(sequences), strict=True)
         ]
         for each in asked:
@@ -104,7 +111,7 @@ class Service:
         with self._lock:
             self._refuse_if_over()
             self._scores |= found
-        self._board.post("score", *asked)  # all at once, or the first would have a pass of its own
+        self._queue.post("score", *asked)  # all at once, or the first would have a pass of its own
         return list(found.values())
 
     def drain(self) -> None:
@@ -120,11 +127,11 @@ class Service:
             scored = list(self._scores)
         for handle in left:
             handle.cancel()
-        for number in filter(self._board.withdraw, scored):
+        for number in filter(self._queue.withdraw, scored):
             with self._lock:
                 self._scores.pop(number).cancel()
         if self._control.world.is_main:
-            self._board.close()
+            self._queue.close()
         self._loop.join()
         atexit.unregister(self._stop)
 
@@ -185,12 +192,12 @@ class Service:
             raise UsageError("requests go to rank 0, which hands them to the others", hint="submit there")
 
     def _cancel(self, number: int) -> None:
-        if self._board.withdraw(number):
-            self._heard(Told(number, finish_reason="cancelled"))
+        if self._queue.withdraw(number):
+            self._heard(RequestEvent(number, finish_reason="cancelled"))
         else:
-            self._board.cancel(number)
+            self._queue.cancel(number)
 
-    def _heard(self, told: Told) -> None:
+    def _heard(self, told: RequestEvent) -> None:
         """Tell whoever waits. From any thread of rank 0."""
         with self._lock:
             if told.scores is not None:
@@ -232,11 +239,11 @@ class Service:
         except BaseException as error:  # a thread has no caller: whoever waits for an answer gets it
             self.fail(error)
 
-    def _hear(self, board: SharedBoard) -> None:
+    def _hear(self, queue: SharedRequestQueue) -> None:
         """Take in what other ranks tell, as long as anything is under way."""
         try:
             while self._loop.is_alive() or self._handles or self._scores:
-                if not board.hear():
+                if not queue.hear():
                     self.fail(RankError("another rank has failed", hint="its own message says why"))
                     return
                 time.sleep(_HEAR_EVERY_S)
@@ -247,8 +254,8 @@ class Service:
         """Nothing can go on: whoever waits is told, and nothing more is taken."""
         known = error if isinstance(error, ZeroinfError) else ZeroinfError(f"the loop ended: {error!r}")
         known.__cause__ = None if known is error else error
-        if isinstance(self._board, SharedBoard):
-            self._board.fail()
+        if isinstance(self._queue, SharedRequestQueue):
+            self._queue.fail()
         with self._lock:
             if self._error is None:
                 self._error = known
@@ -264,36 +271,38 @@ class Service:
         """The process ends and nobody has closed: the loop must not run into its end."""
         self._is_stopping = True
         if self._control.world.is_main:
-            self._board.close()
+            self._queue.close()
         self._loop.join(_STOP_S)
 
 
-def _open_board(model: LoadedModel, heard: Callable[[Told], None]) -> LocalBoard | SharedBoard:
+def _open_request_queue(
+    model: LoadedModel, heard: Callable[[RequestEvent], None]
+) -> LocalRequestQueue | SharedRequestQueue:
     control, ahead = model.control, _AHEAD * model.plan.batch_size * model.plan.streams
     if control.world.size == 1:
-        return LocalBoard(heard)
+        return LocalRequestQueue(heard)
     store = dist.PrefixStore("service", control.store)
-    board = SharedBoard(store, 0, ahead, heard) if control.world.is_main else None
+    queue = SharedRequestQueue(store, 0, ahead, heard) if control.world.is_main else None
     control.all_gather(None)  # rank 0 has made it
-    return board or SharedBoard(store, control.world.rank, ahead, heard)
+    return queue or SharedRequestQueue(store, control.world.rank, ahead, heard)
 
 
 class _Running:
     """A request on this rank: its row, and how much of it has been told."""
 
-    def __init__(self, posted: Posted, row: Row, stops: Sequence[str]) -> None:
+    def __init__(self, posted: QueuedRequest, row: Row, stops: Sequence[str]) -> None:
         self.posted, self.row = posted, row
         self._told = 0
         self._text = TextStream(row.decode, (*row.sampling.stop, *stops))
 
-    def news(self) -> Told | None:
+    def news(self) -> RequestEvent | None:
         """What has come since the last time, if anything."""
         row = self.row
         if row.finish_reason is None and len(row.generated) == self._told:
             return None
         first, self._told = self._told, len(row.generated)
         ended = row.finish_reason is not None
-        return Told(
+        return RequestEvent(
             self.posted.number,
             self._text.finish(row.text) if ended else self._text.take(row.generated),
             row.generated[first:],
@@ -302,36 +311,36 @@ class _Running:
         )
 
 
-class _BoardFeed:
+class _QueueFeed:
     """The loop's feed of one rank: takes from a board what there is room for, and tells it what comes of it.
 
     Ranks that hold one model together take what the first of them takes.
     """
 
-    def __init__(self, model: LoadedModel, board: Board) -> None:
-        self._model, self._board, self._part = model, board, model.part
+    def __init__(self, model: LoadedModel, queue: RequestQueue) -> None:
+        self._model, self._queue, self._part = model, queue, model.part
         self._running: dict[int, _Running] = {}
         """By the request's number."""
         self._streamed: dict[int, _Running] = {}
         self._of_row: dict[int, int] = {}
         """A request's number by its row's id."""
-        self._told: list[Told] = []
-        self._held: list[Posted] = []
+        self._told: list[RequestEvent] = []
+        self._held: list[QueuedRequest] = []
         """Sequences to be scored that were taken, and turned out to be too long for the pass."""
         plan = model.plan
         self._shares = plan.streams > 1 and plan.anatomy.is_paged and model.engine.shares_passes
 
     def cancelled(self) -> list[Row]:
         self.flush()
-        numbers = self._from_first(self._board.look)
+        numbers = self._from_first(self._queue.look)
         return [self._running[number].row for number in numbers if number in self._running]
 
     def _from_first(self, ask: Callable[[], Sequence[int]]) -> Sequence[int]:
         return self._part.broadcast(ask() if self._part.world.is_main else None)  # type: ignore[no-any-return]
 
-    def _take(self, kind: Kind, most: int) -> list[Posted]:
-        taken: list[Posted] = self._part.broadcast(
-            self._board.take(kind, most) if self._part.world.is_main and most > 0 else []
+    def _take(self, kind: Kind, most: int) -> list[QueuedRequest]:
+        taken: list[QueuedRequest] = self._part.broadcast(
+            self._queue.take(kind, most) if self._part.world.is_main and most > 0 else []
         )
         return taken
 
@@ -343,10 +352,10 @@ class _BoardFeed:
         taken = self._take("batch", max(1, rows // _TAKES) if self._shares else rows)
         if taken:
             return self._rows(taken, urgent=False)
-        is_over: bool = self._part.broadcast(self._board.is_over if self._part.world.is_main else None)
+        is_over: bool = self._part.broadcast(self._queue.is_over if self._part.world.is_main else None)
         return [] if is_over else None
 
-    def _rows(self, taken: Sequence[Posted], *, urgent: bool) -> list[Row]:
+    def _rows(self, taken: Sequence[QueuedRequest], *, urgent: bool) -> list[Row]:
         found = []
         for posted in taken:
             assert posted.sampling is not None
@@ -368,15 +377,15 @@ class _BoardFeed:
         taken, self._held = taken[: max(1, fitting)], taken[max(1, fitting) :]
         return list(self._model.score_batches([self._scored(posted) for posted in taken]))
 
-    def _scored(self, posted: Posted) -> Scored:
+    def _scored(self, posted: QueuedRequest) -> Scored:
         def done(scores: TokenScores) -> None:
-            self._told.append(Told(posted.number, scores=scores))
+            self._told.append(RequestEvent(posted.number, scores=scores))
 
         return Scored(posted.tokens, posted.index, done, posted.following)
 
     def wait(self) -> None:
         self.flush()
-        self._board.wait()
+        self._queue.wait()
 
     def done(self, row: Row) -> None:
         running = self._running.pop(self._of_row.pop(id(row)))
@@ -395,4 +404,4 @@ class _BoardFeed:
         """Tell what there is to tell."""
         told, self._told = self._told, []
         if self._part.world.is_main:
-            self._board.tell(told)
+            self._queue.tell(told)

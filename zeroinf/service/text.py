@@ -14,9 +14,9 @@ from typing import Any
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Likelihood, Sampling
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.service.pieces import Pieces
 from zeroinf.service.requests import ChatOptions, Request
 from zeroinf.service.roles import Conversations, LostMessageError
+from zeroinf.service.token_bytes import TokenBytes
 
 _AT_A_TIME = 1024
 """Prompts that are tokenized together."""
@@ -33,7 +33,7 @@ class TextCodec:
         self._now = now
         self._anatomy = anatomy
         self._texts: dict[int, str] = {}
-        self._pieces: Pieces | None = None
+        self._pieces: TokenBytes | None = None
         self._conversations: dict[ChatOptions, Conversations] = {}
         self.templated = 0
         """Plain prompts so far with special tokens: a template has been applied to them."""
@@ -203,7 +203,7 @@ class TextCodec:
         if self._tokenizer is None:
             return f" {token}".encode()
         if self._pieces is None:
-            self._pieces = Pieces(self._tokenizer)
+            self._pieces = TokenBytes(self._tokenizer)
         return self._pieces(token)
 
     def told(self, token: int, likelihood: Likelihood) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from zeroinf.model import on_paper
+from zeroinf.model import meta_operators
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Events, Kernel, Kernels, Pattern
 
@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         if func is aten._to_copy.default and _leaves_for_the_host(args[0], kwargs):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
-        out = _grouped_product(*args) if func is aten._grouped_mm.default else on_paper.call(func, args, kwargs)
+        out = _grouped_product(*args) if func is aten._grouped_mm.default else meta_operators.call(func, args, kwargs)
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
             self._pass_through(out.numel() * _OWN_BYTES[func])

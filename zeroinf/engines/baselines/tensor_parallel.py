@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from zeroinf.distributed.control import Control, join_process_group
-from zeroinf.engines.base import Listener
+from zeroinf.engines.base import LoadListener
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights, save_parts
 from zeroinf.engines.baselines.plain import PlainEngine
 from zeroinf.engines.quiet import quiet_deepspeed
@@ -41,7 +41,7 @@ class TensorParallelEngine(PlainEngine):
     in_step = True
 
     def __init__(
-        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: LoadListener
     ) -> None:
         os.environ["DS_ACCELERATOR"] = plan.device
         self._leave_group = join_process_group(control.world, plan.device)
@@ -52,7 +52,7 @@ class TensorParallelEngine(PlainEngine):
             raise
 
     def _load(
-        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener
+        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: LoadListener
     ) -> None:
         import deepspeed
 
@@ -78,7 +78,7 @@ class TensorParallelEngine(PlainEngine):
 class _WholeModel:
     """The model with its weights in host memory, one copy a node. Close the memory when nothing refers to it."""
 
-    def __init__(self, plan: Plan, source: ModelSource, control: Control, listener: Listener) -> None:
+    def __init__(self, plan: Plan, source: ModelSource, control: Control, listener: LoadListener) -> None:
         self.model = build_skeleton(source, plan.dtype)
         blocks, outside = group_tensors(self.model)
         groups = (*blocks, outside)

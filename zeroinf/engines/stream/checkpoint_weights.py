@@ -20,9 +20,9 @@ from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import NUMBERS
 from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
-from zeroinf.model.parts import Part, as_stored, parts_of
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.source import ModelSource, quantization
+from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of
 from zeroinf.model.weights import can_be_converted, weight_files
 
 _THREADS = 8
@@ -158,12 +158,12 @@ def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path])
     if stored is None:
         return None
     prefix = f"{model.base_model_prefix}."
-    origins: dict[str, tuple[Part, ...]] = {}
+    origins: dict[str, tuple[StoredPart, ...]] = {}
     for tensor in tensors:
         parts = parts_of(tensor.value)
         if parts is None:
             candidates = (*tensor.names, *(name.removeprefix(prefix) for name in tensor.names))
-            parts = next(((Part((name,), as_stored),) for name in candidates if name in stored), None)
+            parts = next(((StoredPart((name,), as_stored),) for name in candidates if name in stored), None)
         if parts is None or any(name not in stored for part in parts for name in part.names):
             return None
         origins[tensor.names[0]] = parts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import EngineStats, Listener, Silent, Stalls
+from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.read_ahead import ReadAhead
@@ -44,7 +44,12 @@ class StreamEngine:
     shares_passes = True
 
     def __init__(
-        self, plan: Plan, source: ModelSource, control: Control, device: torch.device, listener: Listener | None = None
+        self,
+        plan: Plan,
+        source: ModelSource,
+        control: Control,
+        device: torch.device,
+        listener: LoadListener | None = None,
     ) -> None:
         self._device = device
         self._place = control.activity
@@ -55,7 +60,14 @@ class StreamEngine:
         self._expander = Expander(groups, device) if plan.wire != "model" else None
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(
-            plan, (*groups, outside), (*where, "gpu"), self._model, source, control, device, listener or Silent()
+            plan,
+            (*groups, outside),
+            (*where, "gpu"),
+            self._model,
+            source,
+            control,
+            device,
+            listener or SilentListener(),
         )
         self._before: dict[int, Callable[[], None]] = {}
         """What a block needs before its first use in a pass, by its index; most residents need nothing."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Listener
+from zeroinf.engines.base import LoadListener
 from zeroinf.engines.stream.data_files import DataFiles, direct_is_possible, read_pieces
 from zeroinf.engines.stream.host_memory import view_of
 from zeroinf.engines.stream.store import (
@@ -45,7 +45,7 @@ class StoreInUse:
         paths: Sequence[Path],
         control: Control,
         origin: Callable[[], WeightSource],
-        listener: Listener,
+        listener: LoadListener,
     ) -> None:
         """Open the store; one rank of each node writes it from `origin` first where it is not there."""
         self._lock = StoreLock([lock_file(path, contents.name) for path in paths])
@@ -70,7 +70,7 @@ class StoreInUse:
         contents: StoreContents,
         paths: Sequence[Path],
         origin: Callable[[], WeightSource],
-        listener: Listener,
+        listener: LoadListener,
         *,
         direct: bool,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Listener
+from zeroinf.engines.base import LoadListener
 from zeroinf.engines.stream.checkpoint_weights import CheckpointWeights
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.store import in_order
@@ -40,7 +40,7 @@ class Weights:
         source: ModelSource,
         control: Control,
         device: torch.device,
-        listener: Listener,
+        listener: LoadListener,
     ) -> None:
         self._groups, self._control, self._device = groups, control, device
         self._pin = plan.pin_memory and device.type == "cuda"

@@ -71,7 +71,7 @@ def _convert(packed: Path, parts: Sequence[Path], folder: Path) -> None:
 def _value(parameter: Any, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     import torch
 
-    from zeroinf.model.parts import parts_of
+    from zeroinf.model.stored_parts import parts_of
 
     value = torch.empty(parameter.shape, dtype=parameter.dtype)
     for part in parts_of(parameter) or ():

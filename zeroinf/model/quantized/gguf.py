@@ -16,9 +16,9 @@ import torch
 from torch.nn import Linear, Module
 
 from zeroinf.errors import ModelError
-from zeroinf.model.parts import Part, as_stored, set_parts
 from zeroinf.model.quantized.expansion import Expansion, Held, meta
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
+from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 
 _View = Callable[[torch.Tensor], torch.Tensor]
 _Change = Callable[[torch.Tensor], torch.Tensor]
@@ -96,7 +96,7 @@ def _hold(
             kind = QUANTIZED_TYPES[kinds[piece.name]]
             rows = piece.view(sample).shape
             blocks = meta((*rows[:-1], kind.row_bytes(rows[-1])), torch.uint8)
-            set_parts(blocks, (Part((piece.name,), piece.change),))
+            set_parts(blocks, (StoredPart((piece.name,), piece.change),))
             name = own if len(pieces) == 1 else f"{own}_{number}"
             module.register_parameter(name, blocks)
             plans.append((own, name, kind, piece.view))
@@ -118,7 +118,7 @@ def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[_Piece], names: _N
     if len(pieces) == 1 and pieces[0].change is as_stored and parameter.dim() == 2:
         rows = max(1, _AT_ONCE // shape[1])
         parts = tuple(
-            Part(
+            StoredPart(
                 (pieces[0].name,),
                 partial(_rows, kinds[0], dtype, slice(start, min(start + rows, shape[0]))),
                 start * shape[1],
@@ -126,7 +126,7 @@ def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[_Piece], names: _N
             for start in range(0, shape[0], rows)
         )
     else:
-        parts = (Part(tuple(piece.name for piece in pieces), partial(_whole, shape, dtype, kinds, pieces)),)
+        parts = (StoredPart(tuple(piece.name for piece in pieces), partial(_whole, shape, dtype, kinds, pieces)),)
     set_parts(parameter, parts)
 
 

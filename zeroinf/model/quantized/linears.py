@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Linear, Module
 
-from zeroinf.model.parts import Part, as_stored, parts_of, set_parts
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused
+from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of, set_parts
 
 STORED = "stored"
 """Key of a quantization config under which `note_stored` keeps what files hold."""
@@ -36,7 +36,7 @@ class Stored:
     shape: tuple[int, ...]
 
 
-class Format(Protocol):
+class MatrixFormat(Protocol):
     """How one matrix of (rows, columns) weights is stored. Tensors are named by what follows the layer's name."""
 
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
@@ -103,11 +103,11 @@ def name_parts(model: Any) -> None:
     _name_others(model, _origins(model, "weights that an adapter changes"))
     for name, parameter in model.named_parameters():
         if parts_of(parameter) is None:
-            set_parts(parameter, (Part((name,), as_stored),))
+            set_parts(parameter, (StoredPart((name,), as_stored),))
 
 
 def hold_linears(
-    model: Any, found: Mapping[str, Any], what: str, form: Format, key: str, is_kept: Callable[[str], bool]
+    model: Any, found: Mapping[str, Any], what: str, form: MatrixFormat, key: str, is_kept: Callable[[str], bool]
 ) -> None:
     """Let the modules of `model` hold their matrices as `form` has them.
 
@@ -148,7 +148,7 @@ class _Plan:
     stored: Mapping[str, Stored]
 
 
-def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: Format) -> None:
+def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: MatrixFormat) -> None:
     covered: dict[str, int] = defaultdict(int)
     for plan in plans:
         covered[plan.own] += plan.matrices.end - plan.matrices.first
@@ -174,14 +174,14 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: F
     Expansion(module, partial(_expand, form, shapes, steps))
 
 
-def _parts(form: Format, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[Part]:
+def _parts(form: MatrixFormat, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[StoredPart]:
     size = torch.Size(form.held(suffix, one).shape).numel()
     make = partial(_read, form, suffix, one.shape if matrices.is_stack else None)
     for number, name in enumerate(matrices.names):
-        yield Part((f"{name}.{suffix}",), make, number * size)
+        yield StoredPart((f"{name}.{suffix}",), make, number * size)
 
 
-def _read(form: Format, name: str, of_stack: tuple[int, ...] | None, stored: torch.Tensor) -> torch.Tensor:
+def _read(form: MatrixFormat, name: str, of_stack: tuple[int, ...] | None, stored: torch.Tensor) -> torch.Tensor:
     """What is held of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have."""
     if of_stack is None:
         return form.read(name, stored)
@@ -189,7 +189,7 @@ def _read(form: Format, name: str, of_stack: tuple[int, ...] | None, stored: tor
 
 
 def _expand(
-    form: Format,
+    form: MatrixFormat,
     shapes: Mapping[str, tuple[torch.Size, torch.dtype]],
     steps: Sequence[tuple[str, Mapping[str, str], _Matrices]],
     held: Held,
@@ -278,15 +278,15 @@ def _origins(model: Any, what: str) -> dict[str, _Origin]:
 def _name_others(model: Any, origins: Mapping[str, _Origin]) -> None:
     """Say what parameters that are not quantized are made of, where transformers renames or fuses them."""
     parameters = dict(model.named_parameters())
-    parts: dict[str, list[Part]] = defaultdict(list)
+    parts: dict[str, list[StoredPart]] = defaultdict(list)
     for name, origin in origins.items():
         parameter = parameters.get(origin.parameter)
         if parameter is not None and parts_of(parameter) is None and name != origin.parameter:
             start = origin.number * parameter[0].numel() + origin.first * parameter.shape[-1]
-            parts[origin.parameter].append(Part((name,), as_stored, start if parameter.dim() == 3 else 0))
+            parts[origin.parameter].append(StoredPart((name,), as_stored, start if parameter.dim() == 3 else 0))
     for own, made in parts.items():
         set_parts(parameters[own], tuple(made))
     if len(origins) != len(parameters) or parts:
         for own, parameter in parameters.items():
             if parts_of(parameter) is None:
-                set_parts(parameter, (Part((own,), as_stored),))
+                set_parts(parameter, (StoredPart((own,), as_stored),))

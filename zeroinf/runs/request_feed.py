@@ -18,7 +18,7 @@ from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Refusal, Result, Work
 
 if TYPE_CHECKING:
-    from zeroinf.runs.prepare import Prepared
+    from zeroinf.runs.prepare import PreparedRun
     from zeroinf.service.loaded import LoadedModel
 
 _TELL_EVERY_S = 0.5
@@ -79,14 +79,14 @@ class Output:
             return self._abandoned
 
 
-class Stream:
+class RequestFeed:
     """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results.
 
     `store` is that of all ranks, and fresh.
     """
 
     def __init__(
-        self, prepared: Prepared, model: LoadedModel, store: dist.Store, output: Output | None, observer: Observer
+        self, prepared: PreparedRun, model: LoadedModel, store: dist.Store, output: Output | None, observer: Observer
     ) -> None:
         self._prepared = prepared
         self._work = {work.index: work for work in prepared.work}
@@ -228,10 +228,10 @@ class Stream:
         self._observer.progress(progress)
 
 
-class WarmUp:
+class WarmUpFeed:
     """A few tokens of the first micro-batch, thrown away: first forwards pay for what later ones find ready."""
 
-    def __init__(self, prepared: Prepared, model: LoadedModel, tokens: int) -> None:
+    def __init__(self, prepared: PreparedRun, model: LoadedModel, tokens: int) -> None:
         first = prepared.work[: prepared.plan.batch_size]
         self._rows = [_row(work, model, tokens) for work in first]
 

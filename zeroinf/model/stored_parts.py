@@ -11,7 +11,7 @@ _ATTRIBUTE = "stored_parts"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredPart:
     """Elements of a parameter from `start` on, flat: what `make` returns for the stored tensors `names`."""
 
     names: tuple[str, ...]
@@ -19,14 +19,14 @@ class Part:
     start: int = 0
 
 
-def set_parts(parameter: torch.Tensor, parts: tuple[Part, ...]) -> None:
+def set_parts(parameter: torch.Tensor, parts: tuple[StoredPart, ...]) -> None:
     """Note that `parameter` of a skeleton is made of `parts`, which cover all of it."""
     setattr(parameter, _ATTRIBUTE, parts)
 
 
-def parts_of(parameter: torch.Tensor) -> tuple[Part, ...] | None:
+def parts_of(parameter: torch.Tensor) -> tuple[StoredPart, ...] | None:
     """What `parameter` is made of; None where it is one stored tensor of its own name."""
-    found: tuple[Part, ...] | None = getattr(parameter, _ATTRIBUTE, None)
+    found: tuple[StoredPart, ...] | None = getattr(parameter, _ATTRIBUTE, None)
     return found
 
 

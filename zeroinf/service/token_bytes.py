@@ -8,7 +8,7 @@ _BEFORE = "abcdef"
 """Text before a token, so that it is decoded as in the middle of a text; transformers takes the same."""
 
 
-class Pieces:
+class TokenBytes:
     """Maps a token id to its bytes, special tokens included; None for an id that the tokenizer does not have.
 
     The text of several tokens is their bytes joined: a token may hold a part of a character only. The rules are those

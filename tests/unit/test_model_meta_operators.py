@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from zeroinf.model import on_paper
+from zeroinf.model import meta_operators
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ CALLS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 def test_what_comes_out_is_what_the_operator_returns(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     func, args, kwargs = call
     for _ in range(2):
-        right, found = func(*args, **kwargs), on_paper.call(func, args, kwargs)
+        right, found = func(*args, **kwargs), meta_operators.call(func, args, kwargs)
         rights, founds = ((right,), (found,)) if isinstance(right, torch.Tensor) else (right, found)
         for one, other in zip(rights, founds, strict=True):
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
@@ -43,7 +43,7 @@ def test_what_comes_out_is_what_the_operator_returns(call: tuple[Any, tuple[Any,
 
 
 def test_every_result_has_a_storage_of_its_own() -> None:
-    one, other = (on_paper.call(aten.neg.default, (WIDE,), {}) for _ in range(2))
+    one, other = (meta_operators.call(aten.neg.default, (WIDE,), {}) for _ in range(2))
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
 
 
@@ -58,14 +58,14 @@ def test_every_result_has_a_storage_of_its_own() -> None:
 )
 def test_what_lies_in_an_argument_stays_there(func: Any, more: tuple[Any, ...]) -> None:
     for _ in range(2):
-        found = on_paper.call(func, (WIDE, *more), {})
+        found = meta_operators.call(func, (WIDE, *more), {})
         assert found.untyped_storage()._cdata == WIDE.untyped_storage()._cdata
 
 
 def test_tensors_elsewhere_are_computed() -> None:
-    found = on_paper.call(aten.add.Tensor, (torch.ones(2), torch.ones(2)), {})
+    found = meta_operators.call(aten.add.Tensor, (torch.ones(2), torch.ones(2)), {})
     assert found.tolist() == [2, 2]
-    assert on_paper.call(aten.add.Tensor, (torch.ones(2), torch.ones(2) * 2), {}).tolist() == [3, 3]
+    assert meta_operators.call(aten.add.Tensor, (torch.ones(2), torch.ones(2) * 2), {}).tolist() == [3, 3]
 
 
 def test_a_dtype_that_nobody_names_is_the_default_one() -> None:
@@ -73,6 +73,6 @@ def test_a_dtype_that_nobody_names_is_the_default_one() -> None:
     try:
         for dtype in (torch.float32, torch.float64):
             torch.set_default_dtype(dtype)
-            assert on_paper.call(aten.mul.Tensor, (COUNTS, 0.5), {}).dtype == dtype
+            assert meta_operators.call(aten.mul.Tensor, (COUNTS, 0.5), {}).dtype == dtype
     finally:
         torch.set_default_dtype(before)

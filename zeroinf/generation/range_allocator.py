@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 
 
-class Arena:
+class RangeAllocator:
     """`size` places in a line; whoever takes some gets them side by side, in the first hole that is wide enough."""
 
     def __init__(self, size: int) -> None:

@@ -29,7 +29,7 @@ _POLL_S = (0.002, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
+class QueuedRequest:
     """A request as ranks are given it."""
 
     number: int
@@ -44,7 +44,7 @@ class Posted:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RequestEvent:
     """What a rank has to say of a request."""
 
     number: int
@@ -55,7 +55,7 @@ class Told:
     scores: TokenScores | None = None
 
 
-class Board(Protocol):
+class RequestQueue(Protocol):
     """A board as ranks see it. `look` comes first in every pass: the others go by what it saw."""
 
     def look(self) -> Sequence[int]:
@@ -65,31 +65,31 @@ class Board(Protocol):
         """
         ...
 
-    def take(self, kind: Kind, most: int) -> list[Posted]: ...
+    def take(self, kind: Kind, most: int) -> list[QueuedRequest]: ...
 
     @property
     def is_over(self) -> bool:
         """Whether it is closed, and all that was posted has been taken."""
         ...
 
-    def tell(self, told: Sequence[Told]) -> None: ...
+    def tell(self, told: Sequence[RequestEvent]) -> None: ...
 
     def wait(self) -> None:
         """Return when there may be something new, or after a moment."""
         ...
 
 
-class LocalBoard:
+class LocalRequestQueue:
     """All in this process. `heard` receives what is told."""
 
-    def __init__(self, heard: Callable[[Told], None]) -> None:
+    def __init__(self, heard: Callable[[RequestEvent], None]) -> None:
         self._heard = heard
         self._changed = threading.Condition()
-        self._posted: dict[Kind, deque[Posted]] = {kind: deque() for kind in KINDS}
+        self._posted: dict[Kind, deque[QueuedRequest]] = {kind: deque() for kind in KINDS}
         self._cancelled: list[int] = []
         self._is_closed = self._is_new = False
 
-    def post(self, kind: Kind, *posted: Posted) -> None:
+    def post(self, kind: Kind, *posted: QueuedRequest) -> None:
         with self._changed:
             self._posted[kind] += posted
             self._wake()
@@ -129,7 +129,7 @@ class LocalBoard:
             cancelled, self._cancelled = self._cancelled, []
         return cancelled
 
-    def take(self, kind: Kind, most: int) -> list[Posted]:
+    def take(self, kind: Kind, most: int) -> list[QueuedRequest]:
         with self._changed:
             queue = self._posted[kind]
             return [queue.popleft() for _ in range(min(most, len(queue)))]
@@ -139,7 +139,7 @@ class LocalBoard:
         with self._changed:
             return self._is_closed and not any(self._posted.values())
 
-    def tell(self, told: Sequence[Told]) -> None:
+    def tell(self, told: Sequence[RequestEvent]) -> None:
         for one in told:
             self._heard(one)
 
@@ -148,20 +148,20 @@ class LocalBoard:
             self._changed.wait_for(lambda: self._is_new, _ASLEEP_S)
 
 
-class SharedBoard:
+class SharedRequestQueue:
     """Of several ranks, through the store of rank 0.
 
     Counters say how much has been posted and taken of each kind. Rank 0 posts a little more than ranks can take at a
     time, so that what waits is in its memory once, and hears what the others tell in a thread of its own.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ahead: int, heard: Callable[[Told], None]) -> None:
+    def __init__(self, store: dist.Store, rank: int, ahead: int, heard: Callable[[RequestEvent], None]) -> None:
         """Made on rank 0 first. `ahead`: requests of a kind that are posted before any rank has taken them."""
         self._store, self._rank, self._ahead, self._heard = store, rank, ahead, heard
         self._seen = dict.fromkeys((*KINDS, "cancels", "closed", "failed"), 0)
         self._cancels_seen = self._takes = 0
         self._idle_s = _POLL_S[0]
-        self._waiting = LocalBoard(heard)
+        self._waiting = LocalRequestQueue(heard)
         self._numbers = 0
         self._awaited: list[int] = []
         self._moving = threading.Lock()
@@ -173,7 +173,7 @@ class SharedBoard:
             for kind in KINDS:
                 store.set(f"taken/{kind}", "0")
 
-    def post(self, kind: Kind, *posted: Posted) -> None:
+    def post(self, kind: Kind, *posted: QueuedRequest) -> None:
         """On rank 0, as are `withdraw`, `cancel`, `close` and `hear`."""
         self._waiting.post(kind, *posted)
         self.move()
@@ -234,12 +234,12 @@ class SharedBoard:
         first, self._cancels_seen = self._cancels_seen + 1, self._seen["cancels"]
         return [int(self._store.get(f"cancel/{n}")) for n in range(first, self._cancels_seen + 1)]
 
-    def take(self, kind: Kind, most: int) -> list[Posted]:
+    def take(self, kind: Kind, most: int) -> list[QueuedRequest]:
         if self._taken_kinds[kind] >= self._seen[kind]:
             return []
         return list(self._taking(kind, most))
 
-    def _taking(self, kind: Kind, most: int) -> Iterator[Posted]:
+    def _taking(self, kind: Kind, most: int) -> Iterator[QueuedRequest]:
         known = self._store.get(f"taken/{kind}")
         while (start := int(known.partition(b"/")[0])) < self._seen[kind]:
             end = min(start + most, self._seen[kind])
@@ -259,7 +259,7 @@ class SharedBoard:
     def is_over(self) -> bool:
         return bool(self._seen["closed"]) and all(self._taken(kind) >= self._seen[kind] for kind in KINDS)
 
-    def tell(self, told: Sequence[Told]) -> None:
+    def tell(self, told: Sequence[RequestEvent]) -> None:
         if self._rank == 0:
             for one in told:
                 self._heard(one)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, StopStringCrite
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.model.demo import demo_file
 from zeroinf.model.gguf.convert import convert_gguf
-from zeroinf.service.pieces import Pieces
+from zeroinf.service.token_bytes import TokenBytes
 
 TEXT = "The fox — über 日本.\n\n<|im_end|>\n<|im_start|>user\nHi 🙂!! don't <s>[a]</s>, stop <|endoftext|> of it"
 
@@ -49,7 +49,7 @@ TOKENIZERS = pytest.mark.parametrize("make", [demo, build_tokenizer, with_byte_f
 @TOKENIZERS
 def test_a_token_has_the_bytes_that_transformers_gives_it(make: Callable[[], Any]) -> None:
     tokenizer = make()
-    piece, mode = Pieces(tokenizer), StopStringCriteria._get_stop_string_matching_mode(tokenizer)
+    piece, mode = TokenBytes(tokenizer), StopStringCriteria._get_stop_string_matching_mode(tokenizer)
     texts, ids = StopStringCriteria.clean_tokenizer_vocab(tokenizer, stop_string_matching_mode=mode)
     assert [piece(token) for token in ids] == [bytes(text) for text in texts]
     assert piece(len(tokenizer)) is None
@@ -58,7 +58,7 @@ def test_a_token_has_the_bytes_that_transformers_gives_it(make: Callable[[], Any
 @pytest.mark.parametrize(("make", "trials"), [(demo, 4), (build_tokenizer, 40), (with_byte_fallback, 40)])
 def test_rows_end_with_the_token_with_which_transformers_ends_them(make: Callable[[], Any], trials: int) -> None:
     tokenizer, rng = make(), random.Random(3)
-    piece, ids = Pieces(tokenizer), tokenizer(TEXT)["input_ids"]
+    piece, ids = TokenBytes(tokenizer), tokenizer(TEXT)["input_ids"]
 
     def decode(tokens: Any) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
