@@ -116,7 +116,8 @@ def host_of(model: Any, tokens: int, limits: Limits, dtype: KvDtype, stream: Any
     size = HostSize(
         tokens=limits.host_tokens,
         seen_columns=rows * tokens,
-        new_columns=max(limits.prefill_tokens, rows * (tokens if limits.together else 1), tokens),
+        new_columns=limits.forward_tokens
+        or max(limits.prefill_tokens, rows * (tokens if limits.together else 1), tokens),
         dtype=dtype,
     )
     on_gpu = model.device.type == "cuda"

@@ -1,14 +1,16 @@
-"""Rows whose keys and values come into pages part by part, and what they should attend to."""
+"""Rows whose keys and values come into pages, or into host memory, part by part, and what they should attend to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from zeroinf.generation.attention import Kernel, PackedLayer, PackedView, Scores, tokens_of
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.generation.attention import Kernel, PackedLayer, PackedView, Scores, StagedView, Tokens, tokens_of
+from zeroinf.generation.records import parts, read, write
+from zeroinf.model.anatomy import PAGE_TOKENS, KvDtype, Record, TokenState
 
 
 class PagedRows:
@@ -41,15 +43,45 @@ class PagedRows:
         """What the next `counts` tokens of rows, by seat, attend to, and what they should."""
         seats, starts = list(counts), [self.done[seat] for seat in counts]
         tokens = tokens_of(seats, starts, list(counts.values()), self.pages.device)
-        layer = PackedLayer(self.memory, PackedView(tokens, self.pages, self.window), kernel)
+        layer = self.layer(tokens, seats, kernel)
         whose = list(zip(seats, starts, tokens.firsts, strict=True))
-        parts = [[each[start : start + counts[seat]] for each in self.states[seat]] for seat, start, _ in whose]
-        query, keys, values = (torch.cat(each).transpose(0, 1) for each in zip(*parts, strict=True))
+        new = [[each[start : start + counts[seat]] for each in self.states[seat]] for seat, start, _ in whose]
+        query, keys, values = (torch.cat(each).transpose(0, 1) for each in zip(*new, strict=True))
         found = layer.attend(query, keys, values, scores)
         for seat, start, first in whose:
             end = self.done[seat] = start + counts[seat]
             expected = written_out(*(each[:end].float() for each in self.states[seat]), self.window, scores)
             yield found[first : first + counts[seat]], expected[start:]
+
+    def layer(self, tokens: Tokens, seats: list[int], kernel: Kernel) -> PackedLayer:
+        """The part of the cache that the rows of `seats` see and write."""
+        return PackedLayer(self.memory, PackedView(tokens, self.pages, self.window), kernel)
+
+
+class StagedRows(PagedRows):
+    """The same as records of `dtype`, of which each row's lie side by side, between some that nobody has written."""
+
+    def __init__(self, lengths: list[int], window: int | None, dtype: KvDtype = "model", **given: Any) -> None:
+        super().__init__(lengths, window, **given)
+        kinds = [
+            TokenState(heads=each.shape[1], width=each.shape[2], dtype=str(each.dtype).removeprefix("torch."))
+            for each in self.memory
+        ]
+        self.record = Record(keys=kinds[0], values=kinds[1], dtype=dtype)
+        self.records = []
+        for row, (query, keys, values) in enumerate(self.states):
+            states = [each.transpose(0, 1)[None] for each in (keys, values)]
+            self.records.append(torch.full((1, len(query), self.record.nbytes), 255, dtype=torch.uint8).to(keys.device))
+            write(self.record, self.records[-1], *states)
+            found = [each[0].transpose(0, 1) for each in read(self.record, self.records[-1])]
+            self.states[row] = [query, *found]  # what is attended to has gone through codes
+
+    def layer(self, tokens: Tokens, seats: list[int], kernel: Kernel) -> PackedLayer:
+        view = StagedView(tokens, self.window)
+        of_each = zip(seats, tokens.starts, strict=True)
+        seen = [self.records[seat][0, view.first_seen(start) : start] for seat, start in of_each]
+        held = torch.cat([*seen, torch.full_like(self.records[0][0, :1], 255)])
+        return PackedLayer(parts(self.record, held), view, kernel)
 
 
 def written_out(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paged_rows import PagedRows
+from paged_rows import PagedRows, StagedRows
 
 from zeroinf.generation.attention import Scores, attend, attend_in_torch
 
 HEADS = 4
 
 
+KINDS: dict[str, Callable[..., PagedRows]] = {
+    "pages": PagedRows,
+    "records": StagedRows,
+    "codes": partial(StagedRows, dtype="int8"),
+}
+
+
 @given(
+    kind=st.sampled_from(sorted(KINDS)),
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     window=st.sampled_from([None, 1, 7, 16, 33]),
     softcap=st.sampled_from([None, 2.0]),
@@ -21,10 +32,10 @@ HEADS = 4
     draw=st.data(),
 )
 def test_rows_attend_to_their_own_tokens_however_they_are_cut(
-    lengths: list[int], window: int | None, softcap: float | None, has_sinks: bool, draw: st.DataObject
+    kind: str, lengths: list[int], window: int | None, softcap: float | None, has_sinks: bool, draw: st.DataObject
 ) -> None:
     torch.manual_seed(0)
-    rows = PagedRows(lengths, window)
+    rows = KINDS[kind](lengths, window)
     scores = Scores(0.3, softcap, torch.randn(HEADS) if has_sinks else None)
     while left := {seat: length - rows.done[seat] for seat, length in enumerate(lengths) if length > rows.done[seat]}:
         seats = draw.draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))

@@ -10,7 +10,7 @@ import torch
 from generating import CPU, PlainEngine, greedy_by_transformers, rows_of, run_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import VOCABULARY, build_model
+from small_models import PACKED_MODELS, VOCABULARY, build_model
 from transformers import DynamicCache
 
 from zeroinf.generation.link import Link, Run, Unit
@@ -25,6 +25,8 @@ LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8), (18, 14))
 # They come and go, in small micro-batches, prompts in pieces; some find pages, the others rest on the host.
 MIXED = {"draw": 2, "rows": 5, "pages": 3, "host_tokens": 80, "micro_batch_rows": 2, "prefill_tokens": 8}
 ALL = {**MIXED, "rows": 3, "pages": 0}
+PACKED = {**MIXED, "forward_tokens": 9}
+ALL_PACKED = {**ALL, "forward_tokens": 5}
 TOGETHER = {"draw": 2, "rows": 3, "pages": 0, "host_tokens": 120}
 
 
@@ -40,10 +42,12 @@ def tokens_of(model: Any, limits: dict[str, int], **more: Any) -> list[Row]:
     return ran
 
 
-@pytest.mark.parametrize("limits", [ALL, MIXED], ids=["all", "mixed"])
+@pytest.mark.parametrize("limits", [ALL, MIXED, ALL_PACKED, PACKED], ids=["all", "mixed", "all packed", "packed"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "mistral", "exaone4", "deepseek_v3"])
 def test_tokens_are_those_of_plain_transformers(name: str, limits: dict[str, int]) -> None:
     model = build_model(name)
+    if limits.get("forward_tokens") and name not in PACKED_MODELS:
+        pytest.skip("it runs padded")
     ran = tokens_of(model, limits)
     assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
 
@@ -66,10 +70,13 @@ class Rounded(DynamicCache):  # type: ignore[misc]
         return super().update(rounded(keys), rounded(values), *args, **named)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
-def test_codes_of_a_byte_change_tokens_as_rounding_does_and_by_nothing_else(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [("deepseek_v3", ALL), *((name, limits) for name in ("llama", "gemma2") for limits in (ALL, ALL_PACKED))],
+)
+def test_codes_of_a_byte_change_tokens_as_rounding_does_and_by_nothing_else(name: str, limits: dict[str, int]) -> None:
     model = build_model(name)
-    ran = tokens_of(model, ALL, kv_dtype="int8")
+    ran = tokens_of(model, limits, kv_dtype="int8")
     for row in ran:
         cache = Rounded(config=model.config)
         with torch.no_grad():
@@ -124,12 +131,13 @@ class Breaking(PlainEngine):
         return super().forward(micro_batches)
 
 
+@pytest.mark.parametrize("limits", [ALL, PACKED], ids=["padded", "packed"])
 @pytest.mark.parametrize("breaks", [1, 4, 7])
-def test_a_pass_that_breaks_between_blocks_is_made_again(breaks: int) -> None:
+def test_a_pass_that_breaks_between_blocks_is_made_again(breaks: int, limits: dict[str, int]) -> None:
     model = build_model("llama")
     ran = rows()
     engine = Breaking(model, breaks)
-    run_rows(engine, ran, **{**ALL, "prefill_tokens": 40, "draw": 7})
+    run_rows(engine, ran, **{**limits, "prefill_tokens": 40, "draw": 7})
     assert len(engine.passes) > breaks
     engine._breaks = -1
     assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
@@ -146,9 +154,9 @@ def test_rows_of_one_micro_batch_lie_in_one_place() -> None:
 
 
 def units_of(count: int) -> list[Unit]:
-    """Each of two rows of three columns; rows of memory hold their own number."""
+    """Each of six records, of which the first holds anything; places of memory hold their own number."""
     memory = torch.arange(1, 21, dtype=torch.uint8).view(-1, 1).expand(-1, 16).contiguous()
-    return [Unit(layer, memory, 2, 3, [Run(0, 1, layer, 2), Run(1, 0, layer + 5, 3)]) for layer in range(count)]
+    return [Unit(layer, memory, 6, [Run(1, layer, 2), Run(3, layer + 5, 3)]) for layer in range(count)]
 
 
 def test_units_arrive_ahead_of_their_turn_and_in_order() -> None:
@@ -157,9 +165,8 @@ def test_units_arrive_ahead_of_their_turn_and_in_order() -> None:
         link.begin(units)
         before = link.fetched_bytes
         for turn, unit in enumerate(units):
-            found = link.take(unit)[..., 0]
-            assert found[0, 1:].tolist() == [turn + 1, turn + 2]
-            assert found[1].tolist() == [turn + 6, turn + 7, turn + 8]
+            found = link.take(unit)[1:, 0]
+            assert found.tolist() == [turn + 1, turn + 2, turn + 6, turn + 7, turn + 8]
             ahead = min(turn + FETCHED_UNITS, len(units))
             assert link.fetched_bytes - before == (ahead - FETCHED_UNITS) * 5 * 16
     assert link.fetched_bytes == 2 * len(units) * 5 * 16
@@ -174,7 +181,7 @@ def test_units_out_of_order_are_refused_and_a_new_pass_begins_anew() -> None:
         with pytest.raises(RuntimeError, match="out of order"):
             link.take(units[taken - 2])
     link.begin(units[3:5])
-    assert link.take(units[3])[1, :, 0].tolist() == [9, 10, 11]
+    assert link.take(units[3])[3:, 0].tolist() == [9, 10, 11]
 
 
 @settings(max_examples=150, deadline=None)

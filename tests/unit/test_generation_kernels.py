@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from paged_rows import PagedRows
+from paged_rows import PagedRows, StagedRows
 
 from zeroinf.generation.attention import Scores, attend_in_torch
 
@@ -16,29 +18,36 @@ pytestmark = pytest.mark.skipif(
     reason="needs TRITON_INTERPRET=1 and Triton",
 )
 HEADS = 4
+KINDS: dict[str, Callable[..., PagedRows]] = {
+    "pages": PagedRows,
+    "records": StagedRows,
+    "codes": partial(StagedRows, dtype="int8"),
+}
 PARTS = ({0: 20, 1: 1}, {0: 1, 1: 1, 2: 30}, {0: 17, 2: 1}, {0: 5, 1: 18, 2: 2}, {0: 1})
 
 
 @pytest.mark.parametrize(
     "scores", [Scores(0.3, None, None), Scores(0.3, 2.0, torch.randn(HEADS))], ids=["plain", "all"]
 )
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("window", [None, 7, 33])
-def test_rows_attend_to_their_own_tokens_however_they_are_cut(window: int | None, scores: Scores) -> None:
+def test_rows_attend_to_their_own_tokens_however_they_are_cut(kind: str, window: int | None, scores: Scores) -> None:
     from zeroinf.generation.kernels import attend_on_gpu
 
     torch.manual_seed(0)
-    rows = PagedRows([50, 20, 33], window)
+    rows = KINDS[kind]([50, 20, 33], window)
     for counts in PARTS:
         for found, expected in rows.attend(counts, scores, attend_on_gpu):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("window", [None, 700])
-def test_few_rows_with_long_contexts_share_their_keys_among_programs(window: int | None) -> None:
+def test_few_rows_with_long_contexts_share_their_keys_among_programs(kind: str, window: int | None) -> None:
     from zeroinf.generation.kernels import attend_on_gpu
 
     torch.manual_seed(0)
-    rows, scores = PagedRows([1200, 900, 40], window), Scores(0.3, None, torch.randn(HEADS))
+    rows, scores = KINDS[kind]([1200, 900, 40], window), Scores(0.3, None, torch.randn(HEADS))
     for counts in ({0: 1198, 1: 899, 2: 39}, {0: 1, 1: 1}, {0: 1, 2: 1}):
         kernel = attend_in_torch if counts[0] > 1 else attend_on_gpu
         for found, expected in rows.attend(counts, scores, kernel):

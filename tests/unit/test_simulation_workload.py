@@ -279,26 +279,33 @@ class AsOnAGpu:
         return out
 
 
-@pytest.mark.parametrize("name", tiered(PACKED_MODELS, set(REPRESENTATIVES) & set(PACKED_MODELS)))
-def test_bytes_alive_in_a_packed_forward_follow_from_its_tokens_and_choices(name: str) -> None:
+PLACES: tuple[KvDtype | None, ...] = (None, "model", "int8")
+"""Keys and values lie on the GPU, or in host memory in one of two ways."""
+IN_PLACES = [(name, None) for name in PACKED_MODELS] + [(name, kv) for name in ("llama", "gemma2") for kv in PLACES[1:]]
+
+
+@pytest.mark.parametrize(("name", "kv"), tiered(IN_PLACES, [each for each in IN_PLACES if each[0] in REPRESENTATIVES]))
+def test_bytes_alive_in_a_packed_forward_follow_from_its_tokens_and_choices(name: str, kv: KvDtype | None) -> None:
     config = eager(name)
     model, anatomy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), anatomy_of(name)
-    shape = Shape(4, 4, 100, forward_tokens=104)
+    shape = Shape(4, 4, 100, 4 if kv else 0, kv or "model", forward_tokens=104)
     simulate = simulator(config, anatomy)
     workload = simulate(shape)
     run = Run(model, anatomy, workload)
     run.open()
+    run.open_host()
     run.desk.kernel = AsOnAGpu()
     for counts, choices in (([1, 1, 1, 1], 4), ([1, 1, 37], 3), ([1, 30, 7], 2)):
         rows = [Row(index=i, prompt=[5] * 40, sampling=Sampling(max_new_tokens=9), decode=str) for i in range(4)]
         seats = [Seat(rows[at], at, 1 + count + (at >= choices)) for at, count in enumerate(counts)]
         for seat in seats:
-            seat.computed = 1
-        run.desk.pool.open(dict.fromkeys(range(len(seats)), PROMPT + NEW))
+            seat.computed, seat.host_start = 1, 60 * seat.number if kv else None
+        paged = () if kv else range(len(seats))
+        run.desk.pool.open(dict.fromkeys(paged, PROMPT + NEW))
         group = Group.packed([RowPart(seat, 1, count) for seat, count in zip(seats, counts, strict=True)])
         _, real = measured(lambda group=group: run.make([group]))
-        run.desk.pool.close(list(range(len(seats))))
-        step = simulate._forwards.step(sum(counts), choices)
+        run.desk.pool.close(paged)
+        step = simulate._forwards(kv).step(sum(counts), choices)
         paper = peaks([changes(lock_step((step,)), {})])
         assert paper[0] == pytest.approx(peaks([real])[0], abs=2 * SCALARS_BYTES)
     assert max(len(each) for each in workload.passes) == 1

@@ -7,6 +7,7 @@ or masked. Kernels do that work: the one here for the CPU, another one for GPUs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,36 +92,38 @@ class Kernel(Protocol):
         ...
 
 
-class PackedView:
-    """What layers of one window read and write in one forward."""
+class View:
+    """What layers of one window read and write in one forward; see its two kinds."""
 
-    def __init__(self, tokens: Tokens, pages: torch.Tensor, window: int | None) -> None:
-        """pages: (seats, pages of a row), int64; token i lies in page i // PAGE_TOKENS of its row, in a ring."""
-        self.tokens, self.pages, self.window = tokens, pages, window
-        self.ring_tokens = pages.shape[1] * PAGE_TOKENS
-        slots = tokens.positions % self.ring_tokens
-        flat = (tokens.seats * pages.shape[1]).add_(slots // PAGE_TOKENS)
-        self.places = pages.view(-1).index_select(0, flat).mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
-        """(tokens,), int64: where new keys and values go."""
-        if window is not None:  # a page is written once, by the token that stays there
-            self.places.masked_fill_(tokens.positions < tokens.lengths - self.ring_tokens, _NOWHERE)
-        self.overwrites = window is not None and any(
-            start and count > 1 for start, count in zip(tokens.starts, tokens.counts, strict=True)
-        )
-        """Whether new keys may take the places of some that new queries still see."""
+    places: torch.Tensor | None = None
+    """(tokens,), int64: where new keys and values go among those of before; None: they go elsewhere."""
+    overwrites = False
+    """Whether new keys may take the places of some that new queries still see."""
+
+    ring_tokens = 0
+    """0: keys of a row lie side by side."""
+
+    def __init__(self, tokens: Tokens, window: int | None) -> None:
+        self.tokens, self.window = tokens, window
+
+    @property
+    def where(self) -> torch.Tensor:
+        """Where keys and values of rows lie, as the view's kind has it."""
+        raise NotImplementedError
+
+    @property
+    def has_new(self) -> bool:
+        """Whether new keys and values lie among those of before while queries attend."""
+        return self.places is not None and not self.overwrites
 
     @cached_property
     def held(self) -> list[torch.Tensor]:
-        """Where the keys lie that each row sees of those in its pages: (keys,), int64, on the CPU alone."""
-        found = []
-        for seat, start in zip(self.tokens.rows[0].tolist(), self.tokens.starts, strict=True):
-            slots = torch.arange(self.first_seen(start), start) % self.ring_tokens
-            found.append(self.pages[seat].index_select(0, slots // PAGE_TOKENS) * PAGE_TOKENS + slots % PAGE_TOKENS)
-        return found
+        """Where the keys of before lie that each row sees: (keys,), int64, on the CPU alone."""
+        raise NotImplementedError
 
     @cached_property
     def longest_step(self) -> int:
-        """The most keys that a row with one new token reads from its pages, its own included."""
+        """The most keys that a row with one new token sees, its own included."""
         steps = [start + 1 for start, count in zip(self.tokens.starts, self.tokens.counts, strict=True) if count == 1]
         longest = max(steps, default=0)
         return longest if self.window is None else min(longest, self.window)
@@ -130,11 +133,63 @@ class PackedView:
         return 0 if self.window is None else max(0, start - self.window + 1)
 
 
+class PackedView(View):
+    """Keys and values lie in pages, new ones beside those of before."""
+
+    def __init__(self, tokens: Tokens, pages: torch.Tensor, window: int | None) -> None:
+        """pages: (seats, pages of a row), int64; token i lies in page i // PAGE_TOKENS of its row, in a ring."""
+        super().__init__(tokens, window)
+        self.pages = pages
+        self.ring_tokens = pages.shape[1] * PAGE_TOKENS
+        slots = tokens.positions % self.ring_tokens
+        flat = (tokens.seats * pages.shape[1]).add_(slots // PAGE_TOKENS)
+        self.places = pages.view(-1).index_select(0, flat).mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
+        if window is not None:  # a page is written once, by the token that stays there
+            self.places.masked_fill_(tokens.positions < tokens.lengths - self.ring_tokens, _NOWHERE)
+        self.overwrites = window is not None and any(
+            start and count > 1 for start, count in zip(tokens.starts, tokens.counts, strict=True)
+        )
+
+    @property
+    def where(self) -> torch.Tensor:
+        """The pages, as they are given."""
+        return self.pages
+
+    @cached_property
+    def held(self) -> list[torch.Tensor]:
+        found = []
+        for seat, start in zip(self.tokens.rows[0].tolist(), self.tokens.starts, strict=True):
+            slots = torch.arange(self.first_seen(start), start) % self.ring_tokens
+            found.append(self.pages[seat].index_select(0, slots // PAGE_TOKENS) * PAGE_TOKENS + slots % PAGE_TOKENS)
+        return found
+
+
+class StagedView(View):
+    """What a row sees of before lies side by side where it was fetched to; new keys and values go elsewhere."""
+
+    def __init__(self, tokens: Tokens, window: int | None) -> None:
+        super().__init__(tokens, window)
+        firsts = [self.first_seen(start) for start in tokens.starts]
+        *at, self.total = accumulate(map(operator.sub, tokens.starts, firsts), initial=0)
+        self._begins = [place - first for place, first in zip(at, firsts, strict=True)]
+
+    @cached_property
+    def where(self) -> torch.Tensor:
+        """(rows,), int64: where a row's first token lies, or would lie if it were seen."""
+        return to_device(self._begins, self.tokens.seats.device)
+
+    @cached_property
+    def held(self) -> list[torch.Tensor]:
+        of_each = zip(self._begins, self.tokens.starts, strict=True)
+        return [torch.arange(begin + self.first_seen(start), begin + start) for begin, start in of_each]
+
+
 class PackedLayer(DynamicLayer):  # type: ignore[misc]
     """A layer's part of the cache in one forward; it hands new keys and values on as they are, and knows them again."""
 
-    def __init__(self, memory: tuple[torch.Tensor, ...], view: PackedView, kernel: Kernel) -> None:
-        """memory: keys and values, (places, heads, width) each."""
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: Kernel) -> None:
+        """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
+        their scales beside them, (places, heads, 1) each, float32."""
         super().__init__()
         self.memory, self.view, self._kernel = memory, view, kernel
         self.is_sliding, self.sliding_window = view.window is not None, view.window
@@ -150,9 +205,17 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
         return self._kernel(self, query, keys, values, scores)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows."""
-        for memory, states in zip(self.memory, (keys, values), strict=True):
-            memory.index_copy_(0, self.view.places, states.transpose(0, 1))
+        """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows, if they have any."""
+        if (places := self.view.places) is not None:
+            for memory, states in zip(self.memory, (keys, values), strict=True):
+                memory.index_copy_(0, places, states.transpose(0, 1))
+
+    def held(self, row: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Keys and values of before that a row sees: (kv heads, keys, width) each, on the CPU alone."""
+        parts = [memory.index_select(0, self.view.held[row]).transpose(0, 1) for memory in self.memory]
+        if len(parts) == 2:
+            return parts
+        return [(codes * scales).to(dtype) for codes, scales in zip(parts[:2], parts[2:], strict=True)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -206,15 +269,15 @@ def attend_in_torch(
     layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
     """Row by row, with torch's own attention: for the CPU."""
-    tokens, view = layer.view.tokens, layer.view
+    tokens = layer.view.tokens
     out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
-    for held, first, count in zip(view.held, tokens.firsts, tokens.counts, strict=True):
+    for row, (first, count) in enumerate(zip(tokens.firsts, tokens.counts, strict=True)):
         end = first + count
         seen = [
-            torch.cat((memory.index_select(0, held).transpose(0, 1), new[:, first:end]), dim=1)
-            for memory, new in zip(layer.memory, (keys, values), strict=True)
+            torch.cat((held, new[:, first:end]), dim=1)
+            for held, new in zip(layer.held(row, keys.dtype), (keys, values), strict=True)
         ]
-        sees = _sees(count, held.numel(), view.window)
+        sees = _sees(count, seen[0].shape[1] - count, layer.view.window)
         out[first:end] = _attend_row(query[:, first:end], seen[0], seen[1], sees, scores).transpose(0, 1)
     layer.write(keys, values)
     return out

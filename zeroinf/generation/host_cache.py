@@ -9,9 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from zeroinf.engines.stream.host_memory import HostMemory
+from zeroinf.generation.attention import Kernel, PackedLayer, Scores, StagedView, Tokens
 from zeroinf.generation.cache import Columns, SharedLayer, View
 from zeroinf.generation.link import Link, Run, Unit
-from zeroinf.generation.records import read, write
+from zeroinf.generation.records import parts, read, write
 from zeroinf.generation.scheduler import Group
 from zeroinf.model.anatomy import Anatomy, HostSize, Record
 from zeroinf.model.packing import windows_of
@@ -69,6 +70,21 @@ class HostCache:
         cache.layers = layers
         return found
 
+    def pack(self, tokens: Tokens, group: Group, kernel: Kernel) -> tuple[DynamicCache, list[Unit]]:
+        """A cache for one packed forward of `tokens`, those of `group`, and what it will fetch, for `begin`."""
+        found: list[Unit] = []
+        views: dict[int | None, _PackedHostView] = {}
+        cache = DynamicCache()
+        cache.layers = []
+        for index, record in self._records.items():
+            window = self._windows[index]
+            if window not in views:
+                views[window] = _PackedHostView(tokens, group, window)
+            fetched, sent = views[window].units(index, self._memory[index])
+            found += [] if fetched is None else [fetched]
+            cache.layers.append(_PackedHostLayer(self.link, record, views[window], kernel, fetched, sent))
+        return cache, found
+
     def begin(self, batches: Sequence[Sequence[Unit]]) -> None:
         """The next pass runs micro-batches that fetch `batches`, in this order in each block."""
         units = [unit for batch in batches for unit in batch]
@@ -96,8 +112,8 @@ class _HostView(View):
             first = max(0, start + count - self.seen)
             if first < start:
                 column = self.seen - start - count + first
-                self._fetched.append(Run(row, column, seat.host_start + first, start - first))
-            self._sent.append(Run(row, columns.new - count, seat.host_start + start, count))
+                self._fetched.append(Run(row * self.seen + column, seat.host_start + first, start - first))
+            self._sent.append(Run((row + 1) * columns.new - count, seat.host_start + start, count))
         self.empty: torch.Tensor | None = None
         """(rows, seen, 1), bool: columns without a token; None where there is none."""
         if self._fetched and (columns.is_padded or any(seat.has_left for seat in group.seats)):
@@ -108,8 +124,8 @@ class _HostView(View):
 
     def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
         """What is fetched of a layer, if anything, and what is sent."""
-        fetched = Unit(layer, memory, self._rows, self.seen, self._fetched) if self._fetched else None
-        return fetched, Unit(layer, memory, self._rows, self._new, self._sent)
+        fetched = Unit(layer, memory, self._rows * self.seen, self._fetched) if self._fetched else None
+        return fetched, Unit(layer, memory, self._rows * self._new, self._sent)
 
 
 class _HostLayer(SharedLayer):
@@ -121,14 +137,57 @@ class _HostLayer(SharedLayer):
         self._fetched, self._sent = fetched, sent
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        view, record = self._view, self._record
-        with self._link.sending(self._sent) as new:
+        view, record, rows = self._view, self._record, keys.shape[0]
+        with self._link.sending(self._sent) as records:
+            new = records.view(rows, -1, records.shape[1])
             write(record, new, keys, values)
             if self._fetched is None:  # codes are attended to as codes at once: how prompts are cut changes nothing
                 return (keys, values) if record.dtype == "model" else read(record, new)
-            seen = self._link.take(self._fetched)
+            seen = self._link.take(self._fetched).view(rows, -1, records.shape[1])
             if view.empty is not None:  # what is masked is multiplied by 0, which NaN would survive
                 seen.masked_fill_(view.empty, 0)
             tail = seen[:, view.seen - new.shape[1] :]
             tail.copy_(new if view.fresh is None else torch.where(view.fresh[:, :, None], new, tail))
         return read(record, seen)
+
+
+class _PackedHostView(StagedView):
+    """Which records layers of one window fetch and send back, those of a row side by side."""
+
+    def __init__(self, tokens: Tokens, group: Group, window: int | None) -> None:
+        super().__init__(tokens, window)
+        self._fetched, self._sent = list[Run](), list[Run]()
+        at = 0
+        of_each = zip(group.seats, tokens.starts, tokens.counts, tokens.firsts, strict=True)
+        for seat, start, count, new in of_each:
+            assert seat.host_start is not None
+            first = self.first_seen(start)
+            if first < start:
+                self._fetched.append(Run(at, seat.host_start + first, start - first))
+            at += start - first
+            self._sent.append(Run(new, seat.host_start + start, count))
+
+    def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
+        """What is fetched of a layer, if anything, and what is sent."""
+        fetched = Unit(layer, memory, self.total, self._fetched) if self._fetched else None
+        return fetched, Unit(layer, memory, self.tokens.total, self._sent)
+
+
+class _PackedHostLayer(PackedLayer):
+    """Rows attend to what was fetched of them, and to new keys and values as they will rest in host memory."""
+
+    def __init__(
+        self, link: Link, record: Record, view: _PackedHostView, kernel: Kernel, fetched: Unit | None, sent: Unit
+    ) -> None:
+        super().__init__((), view, kernel)
+        self._link, self._record, self._fetched, self._sent = link, record, fetched, sent
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+        record = self._record
+        with self._link.sending(self._sent) as new:
+            write(record, new[None], keys[None], values[None])
+            if record.dtype != "model":  # codes are attended to as codes at once: how prompts are cut changes nothing
+                keys, values = (each[0] for each in read(record, new[None]))
+            held = new if self._fetched is None else self._link.take(self._fetched)
+            self.memory = parts(record, held)
+            return super().attend(query, keys, values, scores)

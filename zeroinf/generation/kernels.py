@@ -3,8 +3,9 @@ CUDA alone.
 
 A block of queries, of one row and of all heads that share keys, fills the rows of one product: the next token of a row
 is a block of its own, prompts come in larger ones. Keys are read where they lie: those that were there before in pages,
-those of a prompt's new tokens among the forward's own. Where few rows have long contexts, several programs share the
-keys of a block, and another kernel puts their parts together. Sums are in float32, products of float32 are exact.
+or, fetched from host memory, side by side, codes of a byte with their scales; those of a prompt's new tokens among the
+forward's own. Where few rows have long contexts, several programs share the keys of a block, and another kernel puts
+their parts together. Sums are in float32, products of float32 are exact.
 """
 
 # ruff: noqa: N803  constants of a kernel are written large
@@ -79,12 +80,13 @@ def _scored(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, new_keys, new_values, keys, values, out, parts, part_sums, pages, rows, blocks, sinks,
-    scale, softcap, window, ring, count_rows, split_keys,
+    query, new_keys, new_values, keys, values, key_scales, value_scales, out, parts, part_sums, pages, rows, blocks,
+    sinks, scale, softcap, window, ring, count_rows, split_keys,
     query_t, query_h, key_t, key_h, value_t, value_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SUNK: tl.constexpr,
+    KEYS: tl.constexpr, KEY_PLACE: tl.constexpr, VALUE_PLACE: tl.constexpr, SCALE_PLACE: tl.constexpr,
+    PAGE: tl.constexpr, CODED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SUNK: tl.constexpr,
     NEW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
@@ -108,36 +110,46 @@ def _attend(  # type: ignore[no-untyped-def]
         highest = tl.load(sinks + heads, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
         total += 1.0
     position = start + mine
-    paged = start if NEW else start + count  # so many keys are read from pages
+    held = start if NEW else start + count  # so many keys lie where those of before do
     low = tl.zeros_like(start)
     if WINDOWED:
         low = tl.maximum(start + offset - window + 1, 0)
-    end = paged
+    end = held
     if SPLIT:
         low += tl.program_id(2) * split_keys
-        end = tl.minimum(paged, low + split_keys)
+        end = tl.minimum(held, low + split_keys)
+    begin = tl.load(pages + row) if PAGE == 0 else 0
     for tile_start in range(low, end, KEYS):
         key = tile_start + tile
         there = key < end
-        slot = key % ring
-        page = tl.load(pages + seat * (ring // PAGE) + slot // PAGE, mask=there, other=0)
-        place = page * PAGE + slot % PAGE
+        if PAGE == 0:
+            place = begin + key
+        else:
+            slot = key % ring
+            page = tl.load(pages + seat * (ring // PAGE) + slot // PAGE, mask=there, other=0)
+            place = page * PAGE + slot % PAGE
         k = tl.load(
-            keys + place[None, :] * (HEADS * WIDTH) + head * WIDTH + width[:, None],
-            mask=there[None, :] & is_width[:, None], other=0.0,
+            keys + place[None, :] * KEY_PLACE + head * WIDTH + width[:, None],
+            mask=there[None, :] & is_width[:, None], other=0,
         )  # fmt: skip
         v = tl.load(
-            values + place[:, None] * (HEADS * VALUE_WIDTH) + head * VALUE_WIDTH + value_width[None, :],
-            mask=there[:, None] & is_value[None, :], other=0.0,
+            values + place[:, None] * VALUE_PLACE + head * VALUE_WIDTH + value_width[None, :],
+            mask=there[:, None] & is_value[None, :], other=0,
         )  # fmt: skip
+        if CODED:
+            key_scale = tl.load(key_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
+            value_scale = tl.load(value_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
+            k = (k.to(tl.float32) * key_scale[None, :]).to(q.dtype)
+            v = (v.to(tl.float32) * value_scale[:, None]).to(q.dtype)
         sees = there[None, :] & (key[None, :] <= position[:, None])
         if WINDOWED:
             sees = sees & (key[None, :] > position[:, None] - window)
         acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, PRECISION)
     if NEW:
-        begin = tl.maximum(low - start, 0) // KEYS * KEYS
         last = tl.minimum(count, offset + QUERIES)
-        for tile_start in range(begin, last, KEYS):
+        if SPLIT:  # one program takes them
+            last = tl.where(tl.program_id(2) == 0, last, 0)
+        for tile_start in range(tl.maximum(low - start, 0) // KEYS * KEYS, last, KEYS):
             key = tile_start + tile
             there = key < last
             k = tl.load(
@@ -211,7 +223,7 @@ def attend_on_gpu(
     tokens, view = layer.view.tokens, layer.view
     query, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values))
     out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
-    if not view.overwrites:
+    if view.has_new:
         _write_all(layer, keys, values)
     group = query.shape[0] // keys.shape[0]
     for steps in (True, False):
@@ -227,7 +239,7 @@ def attend_on_gpu(
 def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
     heads, count, width = keys.shape
     _write[(count,)](
-        keys, values, *layer.memory, layer.view.places,
+        keys, values, *layer.memory[:2], layer.view.places,
         *(each.stride(dim) for each in (keys, values) for dim in (1, 0, 2)),
         HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=triton.next_power_of_2(heads * width),
         VALUE_BLOCK=triton.next_power_of_2(heads * values.shape[2]),
@@ -282,7 +294,7 @@ def _launch(
     view, heads, group = layer.view, keys.shape[0], query.shape[0] // keys.shape[0]
     window, width, value_width = view.window, query.shape[2], values.shape[2]
     longest = view.longest_step if steps else 0
-    splits = _splits(blocks.shape[0] * heads, longest, tiles.keys) if steps and not view.overwrites else 1
+    splits = _splits(blocks.shape[0] * heads, longest) if steps else 1
     parts = sums = out
     if splits > 1:
         count = blocks.shape[0] * heads * splits
@@ -292,15 +304,18 @@ def _launch(
     shape: dict[str, Any] = {"HEADS": heads, "GROUP": group, "VALUE_WIDTH": value_width}
     shape |= {"VALUE_BLOCK": max(16, triton.next_power_of_2(value_width)), "SUNK": scores.sinks is not None}
     rows = view.tokens.rows
+    held_keys, held_values, *scales = layer.memory
     _attend[(blocks.shape[0], heads, splits)](
-        query, keys, values, *layer.memory, out, parts, sums, view.pages, rows, blocks, sinks,
-        scores.scale, scores.softcap or 0.0, window or 0, view.ring_tokens, rows.shape[1],
+        query, keys, values, held_keys, held_values, *(scales or (out, out)), out, parts, sums, view.where,
+        rows, blocks, sinks, scores.scale, scores.softcap or 0.0, window or 0, view.ring_tokens, rows.shape[1],
         -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0,
         *(each.stride(dim) for each in (query, keys, values) for dim in (1, 0)),
         **shape, WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), QUERIES=max(1, tiles.rows // group),
-        ROWS=tiles.rows, KEYS=tiles.keys, PAGE=PAGE_TOKENS, CAPPED=scores.softcap is not None,
-        WINDOWED=window is not None, NEW=not steps or view.overwrites, SPLIT=splits > 1,
-        PRECISION="ieee", num_warps=tiles.warps, num_stages=tiles.stages,
+        ROWS=tiles.rows, KEYS=tiles.keys, KEY_PLACE=held_keys.stride(0), VALUE_PLACE=held_values.stride(0),
+        SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.ring_tokens else 0,
+        CODED=bool(scales), CAPPED=scores.softcap is not None, WINDOWED=window is not None,
+        NEW=not steps or not view.has_new, SPLIT=splits > 1, PRECISION="ieee", num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         _combine[(blocks.shape[0], heads, group)](
@@ -308,6 +323,6 @@ def _launch(
         )
 
 
-def _splits(programs: int, longest: int, tile: int) -> int:
+def _splits(programs: int, longest: int) -> int:
     """How many programs share the keys of a block."""
     return max(1, min(MOST_PARTS // programs, longest // _SHORTEST_SPLIT))

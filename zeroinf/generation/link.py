@@ -16,16 +16,15 @@ from zeroinf.model.anatomy import FETCHED_UNITS, SENT_UNITS
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`count` records side by side: of a row of a unit from `column` on, in host memory from `place` on."""
+    """`count` records side by side: in a unit from `at` on, in host memory from `place` on."""
 
-    row: int
-    column: int
+    at: int
     place: int
     count: int
 
     def within(self, records: torch.Tensor) -> torch.Tensor:
-        """Its part of a unit's records (rows, columns, bytes)."""
-        return records[self.row, self.column : self.column + self.count]
+        """Its part of a unit's records (records, bytes)."""
+        return records[self.at : self.at + self.count]
 
     def of(self, unit: Unit) -> torch.Tensor:
         """Its part of the unit's host memory."""
@@ -38,8 +37,7 @@ class Unit:
 
     layer: int
     memory: torch.Tensor
-    rows: int
-    columns: int
+    records: int
     runs: Sequence[Run]
 
     @property
@@ -82,9 +80,9 @@ class Link:
         self._fetch()
 
     def take(self, unit: Unit) -> torch.Tensor:
-        """The records of `unit` (rows, columns, bytes), uint8, for what is enqueued until the next call.
+        """The records of `unit` (records, bytes), uint8, for what is enqueued until the next call.
 
-        Columns that none of its runs covers hold anything. Raises RuntimeError when it is not the next unit's turn.
+        Records that none of its runs covers hold anything. Raises RuntimeError when it is not the next unit's turn.
         """
         self._let_go()
         self._fetch()
@@ -96,7 +94,7 @@ class Link:
 
     @contextmanager
     def sending(self, unit: Unit) -> Iterator[torch.Tensor]:
-        """Room for the new records of `unit` (rows, columns, bytes), uint8; they leave when the context ends."""
+        """Room for the new records of `unit` (records, bytes), uint8; they leave when the context ends."""
         records = _shaped(self._sent.claim(), unit)
         yield records
         self._sent.full()
@@ -174,7 +172,7 @@ class _Slots:
 
 def _shaped(slot: torch.Tensor, unit: Unit) -> torch.Tensor:
     nbytes = unit.memory.shape[1]
-    return slot[: unit.rows * unit.columns * nbytes].view(unit.rows, unit.columns, nbytes)
+    return slot[: unit.records * nbytes].view(unit.records, nbytes)
 
 
 def _on(stream: Any) -> Any:

@@ -298,11 +298,19 @@ class PackedBatch(MicroBatch):
             **desk.always,
             "input_ids": desk.ids.view(-1).index_select(0, places)[None],
             "position_ids": tokens.positions[None],
-            desk.cache_name: desk.pool.pack(tokens, desk.kernel),
+            desk.cache_name: self._cache(),
         }
         if desk.keeps_logits:
             inputs["logits_to_keep"] = self._last
         return inputs
+
+    def _cache(self) -> DynamicCache:
+        desk = self._desk
+        if not self.group.on_host:
+            return desk.pool.pack(self._tokens, desk.kernel)
+        assert desk.host is not None
+        cache, self.fetched = desk.host.pack(self._tokens, self.group, desk.kernel)
+        return cache
 
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scores = output.logits[0] if self._desk.keeps_logits else output.logits[0].index_select(0, self._last)

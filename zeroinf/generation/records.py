@@ -43,6 +43,14 @@ def read(record: Record, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return found[0], found[1]
 
 
+def parts(record: Record, held: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values (records, heads, width) in `held` (records, bytes), views of it; of codes (int8), their scales
+    (records, heads, 1) behind them."""
+    if record.dtype == "model":
+        return _part(record, held, 0, record.keys.dtype), _part(record, held, 1, record.values.dtype)
+    return tuple(_part(record, held, number, "int8" if number < 2 else "float32") for number in range(4))
+
+
 def _part(record: Record, of: torch.Tensor, number: int, dtype: str) -> torch.Tensor:
     """Keys, values or the scales of one of them, by `number`: (rows, tokens, heads, width), of scales (.., 1)."""
     kind = (record.keys, record.values)[number % 2]

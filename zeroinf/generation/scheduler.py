@@ -415,12 +415,14 @@ class Scheduler:
 
     def _parts(self) -> Iterator[list[Part]]:
         """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
-        order in which they were admitted: in one list, or, beyond a break and before it, in two."""
-        left, is_whole = self.limits.prefill_tokens, self.limits.breaks_at is not None
+        order in which they were admitted: in one list, or in several, for rows beyond a break and before it, and with
+        keys and values on the GPU and in host memory."""
+        limits = self.limits
+        left, is_whole = limits.prefill_tokens, limits.breaks_at is not None
         parts = [Part(seat, seat.computed, 1) for seat in self.seats if seat.due == 1]
         steps = len(parts)
         for seat in (seat for seat in self.seats if seat.due > 1):
-            count = seat.due if is_whole else min(seat.due, left)
+            count = seat.due if is_whole else min(seat.due, left, *([limits.forward_tokens] if seat.on_host else []))
             if not count or (count > left and len(parts) > steps):
                 break
             left -= count
@@ -432,15 +434,16 @@ class Scheduler:
 
     def _packed(self, parts: Sequence[Part]) -> Iterator[Group]:
         """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
-        computes it later."""
+        computes it later. Not those in host memory, from which the next one fetches before it has them all."""
         limits, tokens = self.limits, sum(part.count for part in parts)
         forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
         size, rest = -(-tokens // forwards), deque(parts)
+        may_split = limits.breaks_at is None and not parts[0].seat.on_host
         while rest:
             left, taken = size, list[Part]()
             while rest and left > 0 and len(taken) < limits.micro_batch_rows:
                 part = rest.popleft()
-                if part.count > left and limits.breaks_at is None:
+                if part.count > left and may_split:
                     part, more = part.split(left)
                     rest.appendleft(more)
                 elif part.count > left and taken:

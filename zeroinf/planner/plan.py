@@ -108,7 +108,7 @@ class Plan:
     @property
     def padded_because(self) -> str:
         """Why rows of a forward are padded to one length; empty where they are packed."""
-        return why_padded(self.anatomy, self.engine, on_host=self.host_rows > 0)
+        return why_padded(self.anatomy, self.engine)
 
     @property
     def row_tokens(self) -> int:

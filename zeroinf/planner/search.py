@@ -389,14 +389,17 @@ class Planner:
 
     def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
-        return not why_padded(self._anatomy, constraints.engine, on_host=_host_rows(constraints, MOST_ROWS) > 0)
+        return not why_padded(self._anatomy, constraints.engine)
 
     def _packed(self, constraints: Constraints, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""
-        together = min(rows, constraints.micro_batch_rows or rows)
+        on_host = _host_rows(constraints, rows)
+        # What is fetched for a forward takes room by its rows; nothing else of a forward does.
+        most = max(-(-side // forwards) for side in (rows - on_host, on_host)) if on_host else rows
+        together = min(most, constraints.micro_batch_rows or most)
         least = self._lengths.prompt_tokens if self._lengths.whole else 1
         size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))
-        return Shape(rows, together, tokens, 0, constraints.kv_dtype, size)
+        return Shape(rows, together, tokens, on_host, constraints.kv_dtype, size)
 
     def _shape(self, constraints: Constraints, rows: int, rows_share: int, tokens_share: int) -> Shape:
         """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""

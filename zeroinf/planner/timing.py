@@ -123,7 +123,7 @@ def time_plan(
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     _, fetched = _fetched_bytes(anatomy, choice, workload)
-    cost = _packed(workload, speeds) if workload.packed is not None else _padded(anatomy, choice, workload, speeds)
+    cost = (_padded if workload.packed is None else _packed)(anatomy, choice, workload, speeds)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
     overlaps = TRAITS[choice.engine].overlaps
     work = count(workload, cost, expansion, prompt_waits, waits, overlaps)
@@ -220,6 +220,12 @@ _Cost = Callable[[float, float, float], dict[Resource, float]]
 """Seconds of each resource that the forwards of a pass take, by the arguments of `_Work.passing`."""
 
 
+def _copies_s(anatomy: Anatomy, choice: Choice, speeds: Speeds) -> float:
+    """Seconds that the host takes for copies to and from host memory in a step of all rows: what a row has, and its new
+    token, are one each for each block, without a model's Python around it."""
+    return len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+
+
 def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
     """Micro-batches of prompts and others of steps: one of few rows launches as much as one of many."""
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -228,8 +234,7 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     of_decode["link"] += fetched / speeds.link_gbps / 1e9
     batches = -(-choice.host_rows // choice.micro_batch_rows)
     of_decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
-    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
-    copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+    copies_s = _copies_s(anatomy, choice, speeds)
 
     def cost(prompts: float, decode: float, forwards: float) -> dict[Resource, float]:
         both = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in of_prompts}
@@ -243,17 +248,26 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     return cost
 
 
-def _packed(workload: Workload, speeds: Speeds) -> _Cost:
-    """Forwards of which each takes steps and parts of prompts, as many as there is room for."""
+def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
+    """Forwards of which each takes steps and parts of prompts, as many as there is room for; rows on the GPU and rows
+    in host memory have forwards of their own."""
     assert workload.packed is not None
     shape, forwards = workload.shape, workload.packed.forwards
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     by_tokens, by_choices = _forward_times(forwards, speeds)
-    least = -(-shape.rows // shape.micro_batch_rows)
+    link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
+    copies_s = _copies_s(anatomy, choice, speeds)
+
+    def count_of(prompts: float, decode: float, rows: int) -> int:
+        """Forwards of the rows of one side, which have so large a share of the prompts."""
+        tokens = prompts * shape.prefill_tokens * rows / shape.rows + decode * rows
+        least = -(-rows // shape.micro_batch_rows)
+        return max(1, ceil(tokens / shape.forward_tokens - _FEW), ceil(decode * least - _FEW)) if rows else 0
 
     def cost(prompts: float, decode: float, _: float) -> dict[Resource, float]:
         tokens = prompts * shape.prefill_tokens + decode * shape.rows
-        count = max(1, ceil(tokens / shape.forward_tokens - _FEW), ceil(decode * least - _FEW))
+        on_host = count_of(prompts, decode, shape.host_rows)
+        count = on_host + count_of(prompts, decode, shape.rows - shape.host_rows)
         choices = (decode * shape.rows + prompts * workload.prompts_rows) / count
         one = by_tokens(tokens / count)
         more, none = by_choices(max(1.0, choices)), by_choices(1.0)
@@ -262,6 +276,8 @@ def _packed(workload: Workload, speeds: Speeds) -> _Cost:
         kinds = (of_prompts if prompts else {}, of_decode if decode else {})
         launched = sum(kind.get("kernel launches", 0.0) for kind in kinds)
         attention["kernel launches"] = count * _ATTENTION_LAUNCHES * launched + decode * shape.rows * _ROW_S
+        attention["kernel launches"] += on_host * len(anatomy.cache) * _HOST_LAYER_S + decode * copies_s
+        attention["link"] += prompts * link_s[0] + decode * link_s[1]
         return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
 
     return cost

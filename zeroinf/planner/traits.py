@@ -80,13 +80,10 @@ def refuse_settings(engine: str, given: Iterable[str]) -> None:
         )
 
 
-def why_padded(anatomy: Anatomy, engine: str, *, on_host: bool) -> str:
-    """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `on_host`: keys
-    and values of some rows rest in host memory."""
+def why_padded(anatomy: Anatomy, engine: str) -> str:
+    """Why rows of a forward are padded to one length; empty where they are packed into one sequence."""
     if not TRAITS[engine].packs:
         return f"the {engine} engine runs transformers' own batches"
-    if on_host:
-        return "keys and values rest in host memory"
     return anatomy.padded_because
 
 

@@ -106,7 +106,7 @@ class Lengths:
         return HostSize(
             tokens=max(tokens, ceil(shape.host_rows * mean) + left_over),
             seen_columns=together * tokens,
-            new_columns=max(shape.prefill_tokens, together, whole),
+            new_columns=max(shape.forward_tokens or shape.prefill_tokens, together, whole),
             dtype=shape.kv_dtype,
         )
 

@@ -7,9 +7,10 @@ rows are and however long their contexts. What attention reads and multiplies is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -131,19 +132,26 @@ def _sizes(events: Iterable[Event]) -> Iterator[int]:
     return (event.nbytes for event in events if event.nbytes is not None)
 
 
-def fullest(steps: ByTokens, shape: Shape) -> tuple[Pass, ...]:
+def fullest(sides: Sequence[tuple[ByTokens, int]], shape: Shape) -> tuple[Pass, ...]:
     """Passes of `shape` of which one has the most memory in use: all that a pass may hold, evenly shared out, and as
-    many forwards of the most tokens as that may come to."""
-    tokens = shape.rows + shape.prefill_tokens
-    most = min(shape.forward_tokens, tokens)
-    forwards = max(-(-tokens // most), -(-shape.rows // shape.micro_batch_rows))
-    sizes = [[-(-tokens // forwards)] * forwards, [most] * (tokens // most)]
-    return tuple(dict.fromkeys(tuple(_choosing(steps, each, shape)) for each in sizes))
+    many forwards of the most tokens as that may come to. `sides`: rows whose keys and values rest in one place, by
+    their forwards; the prompts may be those of any."""
+    found: dict[Pass, None] = {}
+    for prompts, _ in sides:
+        of_sides = []
+        for steps, rows in sides:
+            tokens = rows + (shape.prefill_tokens if steps is prompts else 0)
+            most = min(shape.forward_tokens, tokens)
+            forwards = max(-(-tokens // most), -(-rows // shape.micro_batch_rows))
+            sizes = [-(-tokens // forwards)] * forwards, [most] * (tokens // most)
+            of_sides.append([tuple(_choosing(steps, each, rows, shape)) for each in sizes])
+        found |= dict.fromkeys(tuple(chain(*each)) for each in zip(*of_sides, strict=True))
+    return tuple(found)
 
 
-def _choosing(steps: ByTokens, sizes: Iterable[int], shape: Shape) -> Iterator[Step]:
-    """Forwards of such sizes, in the first of which as many rows as can be have their next token chosen."""
-    left = shape.rows
+def _choosing(steps: ByTokens, sizes: Iterable[int], rows: int, shape: Shape) -> Iterator[Step]:
+    """Forwards of such sizes, in the first of which as many of the `rows` as can be have their next token chosen."""
+    left = rows
     for size in sizes:
         choices = min(left, size, shape.micro_batch_rows)
         left -= choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -74,6 +74,7 @@ class Simulator:
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
+        self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
         if anatomy.is_paged:
             self._keep_kinds()
 
@@ -106,7 +107,9 @@ class Simulator:
         """Passes of packed forwards: what they allocate follows from their tokens."""
         lengths = self._lengths
         mean, tokens = lengths.mean_prompt_tokens or lengths.prompt_tokens, shape.prefill_tokens
-        steps, whole = self._forwards, self._breaks_at is not None
+        whole, kinds = self._breaks_at is not None, (None, shape.kv_dtype)
+        rows = shape.rows - shape.host_rows, shape.host_rows
+        sides = [(self._forwards(kv), count) for kv, count in zip(kinds, rows, strict=True) if count]
         attention = partial(attention_of, self._anatomy, self._config)
         new = lengths.new_tokens > 1
         return self._workload(
@@ -117,25 +120,27 @@ class Simulator:
             first_decode=(),
             last_decode=(),
             packed=Packed(
-                forwards=steps.forwards,
+                forwards=sides[0][0].forwards,
                 prompts=attention(tokens / mean, 0, mean),
                 decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
-                fullest=fullest(steps, shape),
+                fullest=fullest(sides, shape),
             ),
         )
 
-    @cached_property
-    def _forwards(self) -> ByTokens:
-        return ByTokens(self._simulate_packed)
+    def _forwards(self, kv: KvDtype | None) -> ByTokens:
+        """Packed forwards of rows that rest in host memory as `kv`, or on the GPU."""
+        if kv not in self._packed_forwards:
+            self._packed_forwards[kv] = ByTokens(partial(self._simulate_packed, kv))
+        return self._packed_forwards[kv]
 
-    def _simulate_packed(self, tokens: int, choices: int) -> Step:
+    def _simulate_packed(self, kv: KvDtype | None, tokens: int, choices: int) -> Step:
         """A forward with a step of all rows but one, and the end of its prompt."""
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            desk = self._desk(self._lengths.pool(self._anatomy, choices))
+            desk = self._desk(self._lengths.pool(self._anatomy, choices), kv, parts)
             recorder.cut()
-            seats = _group(parts, self._lengths, (), on_host=False).seats
+            seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             rows = [RowPart(seat, part.start, part.count) for seat, part in zip(seats, parts, strict=True)]
             return record_step(self._model, desk, Group.packed(rows), recorder, self._times)
 
