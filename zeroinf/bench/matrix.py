@@ -1,4 +1,7 @@
-"""The benchmark matrix: presets, cells (one run each) and the layout of the resulting table."""
+"""Defines the benchmark matrix: presets, cells (one run each), and the layout of the resulting table.
+
+Input: the lists given on the command line. Output: `Cell`s and `BenchmarkSettings`. Nothing is run here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Results as a picture: latency and throughput against what varies most."""
+"""Draws benchmark results as a PNG: latency and throughput against the cell field that varies most.
+
+Input: `Results`. Output: a file. Needs matplotlib, which `check_plot` looks for before the long work.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Predicted duration of benchmark cells, before any has run."""
+"""Predicts the duration of benchmark cells before any has run, from the planner's timing.
+
+Input: a cell and the benchmark's settings. Output: seconds and tokens/s. No weights are loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The text that every row of a cell begins with."""
+"""Makes the prompt of a cell: the user's text, or a text of the requested number of tokens.
+
+Input: a cell and the benchmark's settings. Output: text, or its number of tokens. It loads a tokenizer, never a model.
+"""
 
 from __future__ import annotations
 

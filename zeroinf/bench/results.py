@@ -1,4 +1,7 @@
-"""Benchmark results: figures with their samples, the machine, and the JSON file that holds them."""
+"""Holds benchmark results: figures with their samples, the machine, and the JSON file that stores them.
+
+Input: reports of runs. Output: `Results`, which are saved after each cell so that a stopped benchmark can be resumed.
+"""
 
 from __future__ import annotations
 

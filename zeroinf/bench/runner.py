@@ -1,4 +1,7 @@
-"""Running cells: each is `zeroinf run` in a process of its own."""
+"""Runs benchmark cells, each as `zeroinf run` in a process of its own, and reads the report that it writes.
+
+Input: cells and settings. Output: a `CellResult` for each: figures, or the reason why there are none.
+"""
 
 from __future__ import annotations
 

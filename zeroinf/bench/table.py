@@ -1,4 +1,4 @@
-"""Results as text: aligned columns, markdown or CSV."""
+"""Formats benchmark results as text: aligned columns, markdown or CSV."""
 
 from __future__ import annotations
 

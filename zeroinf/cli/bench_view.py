@@ -1,4 +1,4 @@
-"""A benchmark as text: what came of its cells, or which there will be."""
+"""Formats benchmark results, or the list of cells that will run, for the terminal."""
 
 from __future__ import annotations
 

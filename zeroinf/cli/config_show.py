@@ -1,4 +1,6 @@
-"""`zeroinf config show`: the options of a command, each with its value and where that came from."""
+"""Implements `zeroinf config show`: the options of a command, each with its value and its source (flag, environment or
+default).
+"""
 
 from __future__ import annotations
 

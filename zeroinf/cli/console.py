@@ -1,4 +1,7 @@
-"""How a run looks while it happens and when it is over. Everything here goes to stderr: stdout belongs to results."""
+"""Shows a run on the terminal: progress while it runs and the report at its end.
+
+Everything here is written to stderr, since stdout is reserved for results.
+"""
 
 from __future__ import annotations
 

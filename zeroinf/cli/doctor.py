@@ -1,4 +1,6 @@
-"""`zeroinf doctor`: what this machine has, what it lacks, and what to do about it."""
+"""Implements `zeroinf doctor`: checks this machine's GPUs, memory, disks and software, and measures its rates on
+request.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Options by environment: every option of every command can be set by a variable that is named after its flag.
+"""Lets environment variables set the options of every command: each option has a variable named after its flag.
 
-`zeroinf run --batch-size 16` is ZEROINF_RUN_BATCH_SIZE=16: the command, then the flag, dashes as underscores. A value
-is taken whole: an option that may be given many times takes one value from the environment. An empty variable counts as
-not set. A flag on the command line comes before the environment, and that before the default.
+`zeroinf run --batch-size 16` is ZEROINF_RUN_BATCH_SIZE=16: the command, then the flag, with dashes as underscores. A
+value is taken whole: an option that may be given several times takes one value from the environment. An empty variable
+counts as not set. A flag on the command line overrides the environment, and the environment overrides the default.
 """
 
 from __future__ import annotations

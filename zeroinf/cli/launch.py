@@ -1,4 +1,8 @@
-"""Ranks of the same command: `--num-gpus N` starts them here, `--hostfile FILE` through DeepSpeed's launcher."""
+"""Starts the ranks of a command: `--num-gpus N` starts them on this machine, `--hostfile FILE` through DeepSpeed's
+launcher.
+
+Input: the command's arguments. Output: an exit code. No rank outlives the call.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Option groups and value types that several commands share."""
+"""Defines value types and groups of options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`zeroinf plan`: what fits, how fast it would be, and why, before anything is downloaded or allocated."""
+"""Implements `zeroinf plan`: memory, speed and advice for a model on a machine, before anything is downloaded or
+allocated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as a picture: memory by term, and tokens/s against the batch."""
+"""Draws a plan as a PNG: memory by term, and tokens/s against the batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as people and programs read it."""
+"""Prints a plan: a page of text for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A rank on another node: its arguments come as one word, in which no shell finds anything to interpret."""
+"""Encodes the arguments of a rank on another node as one word of letters, digits, `-`, `_` and `=`.
+
+DeepSpeed's launcher passes arguments through a shell on the other node. The encoded word contains nothing that a shell
+would interpret. Environment variables that ranks need travel in the same word.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates as a reader sees them: a name and a value with its unit."""
+"""Formats measured rates for the terminal: a name and a value with its unit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Standard streams that cannot end a job: a display that fails is done without, closed streams are there again.
+"""Makes standard streams that cannot end a job: failed writes to stderr are dropped, failed writes to stdout are
+reported.
 
-Standard error is a display. It may be a terminal that was closed, a pipe without a reader, or a full disk: what cannot
-be written there is dropped. Standard output carries results: a failed write there is an error that says what is lost.
+Stderr shows progress and may be a closed terminal, a pipe without a reader, or a file on a full disk. Stdout carries
+results, so a failed write there becomes an error that says what is lost. Streams that were closed are opened again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Words for a wait of seconds, on terminals only: a log needs none."""
+"""Shows a message with a spinner during a wait of seconds. It is shown on terminals only, not in logs."""
 
 from __future__ import annotations
 

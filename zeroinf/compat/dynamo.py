@@ -1,8 +1,8 @@
-"""Importing transformers without executing torch's compiler, which zeroinf never calls.
+"""Defers the import of torch's compiler: transformers imports it, and zeroinf never calls it.
 
 `transformers.masking_utils` takes one class out of the package `torch._dynamo`, and decorators of that package mark
-functions for it. Python executes all of TorchDynamo first, and parts of Inductor: a fifth of a start's CPU time. After
-`defer_dynamo` the package is there, but is executed only when something of it is used.
+functions for it. Without this module Python would execute all of TorchDynamo and parts of Inductor, a fifth of a
+start's CPU time. After `defer_dynamo` the package can be imported, and is executed only when something of it is used.
 """
 
 from __future__ import annotations

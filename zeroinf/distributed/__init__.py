@@ -1,4 +1,5 @@
-"""Ranks: who we are among them, the control channel between them, noticing a death, and saying who waits for whom.
+"""Ranks: the process's rank and world size, the control channel between ranks, detection of dead ranks and of
+deadlocks.
 
-Tensors of the model never pass through here; engines talk to each other in their own way.
+Tensors of the model never pass through here; engines communicate in their own way.
 """

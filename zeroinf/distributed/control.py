@@ -1,4 +1,8 @@
-"""The control channel between ranks: small facts over CPU sockets, never tensors of the model."""
+"""The control channel between ranks: collectives on small Python objects over CPU sockets, and a shared key-value
+store.
+
+Input and output: picklable values. It is never used for tensors of the model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class OtherRankFailedError(ZeroinfError):
-    """Rank 0 has failed and says what is wrong; this rank only leaves, in silence and with the same exit code."""
+    """Rank 0 has failed and reports the error. This rank ends without a message, with the same exit code."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__("")
@@ -49,8 +53,8 @@ class _OwnProcessGroup:
 def join_process_group(world: World, device: str) -> Callable[[], None]:
     """Start torch.distributed unless it runs, over NCCL where `device` is cuda and over gloo where it is cpu.
 
-    Returns what leaves it again: the last to leave ends what was started here. A process group that the caller of
-    zeroinf had started is used and left as it is.
+    Returns a function that leaves the process group; the last user to leave destroys it. A process group that the
+    caller of zeroinf had started is used and left as it is.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if not world.launched and not _OwnProcessGroup.users:  # DeepSpeed reads it, too
@@ -76,10 +80,11 @@ def _leave_process_group() -> None:
 
 
 class Control:
-    """What ranks tell each other, over a gloo group of its own. Alone, everything is answered on the spot.
+    """Collectives on small objects between ranks, over a gloo group of its own. With one rank every call returns at
+    once.
 
-    `store` holds shared counters and results; it answers from the process of rank 0. `place` says where this rank is,
-    for the others to know whom they wait for.
+    `store` holds shared counters and results; its server is rank 0's process. `activity` says what this rank does now,
+    so that other ranks can name it while they wait.
     """
 
     def __init__(self, world: World, device: str) -> None:
@@ -104,7 +109,8 @@ class Control:
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
 
     def subgroup(self, size: int) -> Control:
-        """The channel among `size` neighbouring ranks, this one among them; `world` is theirs, the store everybody's.
+        """The channel among `size` neighbouring ranks, including this one; its `world` is theirs, its store is shared
+        by all.
 
         Every rank must call it. `size` divides the number of ranks.
         """
@@ -132,7 +138,7 @@ class Control:
         return box[0]
 
     def run_on_main(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns on rank 0, which alone calls it, on every rank. Where it fails there, all ranks fail."""
+        """Call `work` on rank 0 only and return its result on every rank. If it fails there, every rank raises."""
         if not self.world.is_main:
             answer = self.broadcast(None)
             if isinstance(answer, OtherRankFailedError):
@@ -161,7 +167,9 @@ class Control:
         return self.start_all_reduce_max(*values)()
 
     def start_all_reduce_max(self, *values: int) -> Callable[[], tuple[int, ...]]:
-        """As `most`, but the answer is waited for only when the result is called: ranks exchange values meanwhile."""
+        """Start `all_reduce_max` without waiting. The returned function waits for the result; ranks exchange values
+        meanwhile.
+        """
         if self.world.size == 1:
             return lambda: values
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -193,7 +201,7 @@ class Control:
             yield
 
     def close(self) -> None:
-        """Leave together, so that no rank finds the store gone while it still asks."""
+        """Leave together with all other ranks, so that no rank loses the store while it still uses it."""
         if self.world.size > 1:
             try:
                 with self._collective("end"):
@@ -202,7 +210,7 @@ class Control:
                 self.abort()
 
     def abort(self) -> None:
-        """Leave at once, such as after an error: the others find that this rank is gone."""
+        """Leave at once, for example after an error. The other ranks notice that this one is gone."""
         if self.world.size > 1:
             dist.destroy_process_group(self._group)
             self._leave()

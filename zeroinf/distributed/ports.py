@@ -1,4 +1,4 @@
-"""Network ports for ranks to meet at."""
+"""Finds a free TCP port on which ranks can meet."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Who waits for whom: each rank tells where it is, rank 0 says which ranks are waited for, and ends what cannot go on.
+"""Reports long waits between ranks and ends deadlocks.
 
-A rank that loads, plans or computes may take its time, and the others wait for it as long as it takes. Only where every
-rank waits for others, at different places, will nobody ever come: then the job ends with an error.
+Each rank publishes what it does in the store (`Activity`). Rank 0 reads all of them and reports which ranks wait for
+which. A rank that loads, plans or computes may take any time, and the others wait. Only if every rank waits for others
+at different collectives is the job in a deadlock: then it ends with an error.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ _ENDED = "waits/ended"
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """Where a rank is, for others to read."""
+    """What a rank does at the moment, as other ranks read it."""
 
     doing: str
-    """In words that go on "which ..."."""
+    """What the rank does, in words that can follow "rank 3, which"."""
     waits_at: str = ""
-    """The place at which it waits for other ranks; empty where it does not."""
+    """The collective at which the rank waits for others; empty if it does not wait."""
     first: int = 0
     ranks: int = 0
-    """The ranks that must come there: so many from `first` on."""
+    """The ranks that take part in that collective: `ranks` of them from rank `first` on."""
     in_pass: bool = False
-    """It makes a pass that ranks make together, in which it may wait for them."""
+    """Whether the rank is in a pass that ranks make together, in which it may wait for them."""
     steps: int = 0
-    """Grows as the rank gets on."""
+    """A counter that grows as the rank makes progress."""
 
     @property
     def awaited(self) -> range:
@@ -54,7 +55,7 @@ class RankState:
 
 
 class Activity:
-    """Where this rank is. Costs next to nothing to change; `WaitWatch` reads it from its own thread."""
+    """What this rank does at the moment. Changing it is cheap; `WaitWatch` reads it from its own thread."""
 
     def __init__(self) -> None:
         self._state = RankState("starts")
@@ -66,17 +67,17 @@ class Activity:
         return RankState(state.doing, state.waits_at, state.first, state.ranks, state.in_pass, self._steps)
 
     def now(self, doing: str, *, in_pass: bool = False) -> None:
-        """What this rank does from here on, in words that go on "rank 3, which ..."."""
+        """Set what this rank does from here on, in words that can follow "rank 3, which"."""
         self._state = RankState(doing, in_pass=in_pass)
         self._steps += 1
 
     def step(self) -> None:
-        """It gets on with what it does."""
+        """Count one step of progress."""
         self._steps += 1
 
     @contextmanager
     def waiting(self, at: str, ranks: range) -> Iterator[None]:
-        """Inside, this rank waits at a place to which each of `ranks` must come."""
+        """Inside the block, this rank waits at the collective `at`, in which each of `ranks` must take part."""
         before = self._state
         self._state = RankState(before.doing, at, ranks.start, len(ranks))
         self._steps += 1
@@ -89,7 +90,7 @@ class Activity:
 
 @contextmanager
 def report_long_wait(what: str, note: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `note` is told that this rank waits for `what`, where that takes as long as any wait that is told of."""
+    """Inside the block, call `note` from time to time if waiting for `what` takes long."""
     over = threading.Event()
 
     def watch() -> None:
@@ -107,10 +108,10 @@ def report_long_wait(what: str, note: Callable[[str], None]) -> Iterator[None]:
 
 
 class WaitWatch:
-    """A thread that publishes this rank's place in the store; that of rank 0 reads those of all.
+    """A thread that publishes this rank's activity in the store. Rank 0's thread also reads those of all ranks.
 
-    `note` is told, on rank 0, who waits for whom. Where nobody will ever come, `on_end(message, reports)` is called on
-    every rank, with `reports` on rank 0, and the process ends as PeerWatch's does.
+    On rank 0 `note` is called with messages about long waits. In a deadlock `on_end(message, reports)` is called on
+    every rank, with `reports` true on rank 0, and the process ends with the exit code of a RankError.
     """
 
     def __init__(self, control: Control, note: Callable[[str], None], on_end: Callable[[str, bool], None]) -> None:
@@ -126,8 +127,9 @@ class WaitWatch:
             self._thread.start()
 
     def defer_to_deadlock(self) -> None:
-        """To be called where a collective broke: if it did because ranks end that wait for each other, this does not
-        return."""
+        """To be called after a collective failed: if it failed because the job ends in a deadlock, this does not
+        return.
+        """
         if self._ending.wait(3 * _TICK_S if self._thread.is_alive() else 0):
             self._thread.join()
 
@@ -156,7 +158,7 @@ class WaitWatch:
             self._published = state
 
     def _check_for_deadlock(self) -> None:
-        """Say who waits for whom, or end what nobody can go on with."""
+        """Report long waits, or end the job if all ranks wait for each other."""
         now = time.monotonic()
         for rank in range(self._control.world.size):
             state = self._read(rank)
@@ -192,7 +194,7 @@ class WaitWatch:
 
 
 def _waiting_messages(states: Sequence[RankState], waiting: set[int]) -> Iterator[str]:
-    """For each place at which ranks wait and to which others have not come: who waits there for whom."""
+    """For each collective at which ranks wait and others are missing: a message that names both."""
     for at in dict.fromkeys(states[rank].waits_at for rank in sorted(waiting)):
         here = [rank for rank, state in enumerate(states) if state.waits_at == at]
         missing = [rank for rank in states[here[0]].awaited if rank not in here]
@@ -207,7 +209,7 @@ def _describe(state: RankState) -> str:
 
 
 def _stalled_after_s(states: Sequence[RankState]) -> float:
-    """How long nothing may have changed on any rank before nobody will ever come."""
+    """Seconds without any change on any rank after which the job counts as deadlocked; infinite while a rank works."""
     if all(state.waits_at for state in states):
         return _DEADLOCK_AFTER_S
     return _PASS_STALLED_AFTER_S if all(state.waits_at or state.in_pass for state in states) else float("inf")

@@ -1,4 +1,8 @@
-"""Noticing that a rank has died, within a fraction of a second on one node, wherever the others are stuck."""
+"""Detects that a rank has died, within a fraction of a second on one node, even while other ranks are stuck in a
+collective.
+
+Input: the control channel. Output: a callback with a message, then the end of this process.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ _HEARD = "reason/heard"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another rank's process; `started` tells it from a later process of the same pid."""
+    """Another rank's process; `started` distinguishes it from a later process with the same pid."""
 
     rank: int
     host: str
@@ -49,16 +53,16 @@ class Peer:
 
 
 class PeerWatch:
-    """A thread that watches the processes of all ranks on this host, and listens for those on others.
+    """A thread that watches the processes of all ranks on this host, and the heartbeats of those on other hosts.
 
-    Each rank lets a counter in the store grow. Rank 0 listens to all other nodes, they listen to rank 0: what happens
-    between two of them reaches rank 0 by their word or their silence, and through it everybody.
+    Each rank increments a counter in the store as its heartbeat. Rank 0 watches the ranks on other nodes, and those
+    watch rank 0: a failure between two other nodes reaches rank 0 through them, and every rank through rank 0.
 
     A rank that is stuck in a collective cannot notice by itself that its peer is gone. The thread does: it calls
-    `on_death(message, reports)` to save what can be saved and ends the process; `reports` is true on one rank only, the
-    lowest that lives.
-    A rank that fails on purpose leaves its reason and exit code with `publish_exit_reason`: the others report the
-    reason and end with the exit code. Rank 0, which holds the store, tells the user itself: then nobody else speaks.
+    `on_death(message, reports)`, which saves what can be saved, and ends the process. `reports` is true on one rank
+    only, the lowest that lives. A rank that fails on purpose stores its reason and exit code with
+    `publish_exit_reason`: the other ranks report the reason and end with the exit code. Rank 0 holds the store and
+    reports its own error: then no other rank does.
     """
 
     def __init__(self, control: Control, on_death: Callable[[str, bool], None]) -> None:
@@ -80,24 +84,24 @@ class PeerWatch:
     def defer_to_peer_failure(self) -> None:
         """To be called where a collective may have failed because a peer died: if one did, this does not return.
 
-        The connection breaks before the thread has looked, and does not say whose end it was.
+        The connection breaks before the thread has looked at the processes, and does not say whose end it was.
         """
         if self._ending.wait(_GRACE_S):
             self._thread.join()
 
     def has_lost_a_peer(self) -> bool:
-        """Whether a rank is gone for a cause of its own: not because it, too, was asked to stop."""
+        """Whether a rank on this host has ended by itself, and not because it was asked to stop as well."""
         reasons = [self._exit_reason_of(peer.rank) for peer in self._local_peers if not peer.is_alive()]
         return any(reason is None or reason[1] not in STOPPED_CODES for reason in reasons)
 
     def publish_exit_reason(self, reason: str, exit_code: int) -> None:
-        """Tell the other ranks why this one is about to end. Stops watching: they may end first."""
+        """Tell the other ranks why this one is about to end. Stops watching, since the others may end first."""
         self.stop()
         if self._publish_reason(reason, exit_code) and self._control.world.is_main:
             self._wait_for_peers()
 
     def _publish_reason(self, reason: str, exit_code: int) -> bool:
-        """False where rank 0, which holds the store, is gone already."""
+        """Store the reason. False if rank 0, which holds the store, is gone already."""
         try:
             self._control.store.set(_reason_key(self._control.world.rank), json.dumps([reason, exit_code]))
         except RuntimeError:
@@ -115,7 +119,7 @@ class PeerWatch:
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Stop watching: from here on ranks may end in any order. Other nodes still hear that this one lives."""
+        """Stop watching: from here on ranks may end in any order. Heartbeats for other nodes continue."""
         self._stop.set()
 
     def _watch(self) -> None:
@@ -143,7 +147,7 @@ class PeerWatch:
             self._silent_peers()
 
     def _silent_peers(self) -> list[Peer]:
-        """Say that this rank lives, and find out who on other nodes does not."""
+        """Send this rank's heartbeat, and return the peers on other nodes whose heartbeat has stopped."""
         now = time.monotonic()
         if not self._remote_peers or now < self._heartbeat_due:
             return []
@@ -159,12 +163,12 @@ class PeerWatch:
         return [peer for peer, beat in self._heartbeats.items() if now - beat.since > _SILENCE_S]
 
     def _remote_exit_reason(self) -> tuple[str, int] | None:
-        """What a rank on another node says about its end."""
+        """The reason and exit code that a rank on another node has published."""
         reasons = ((peer, self._exit_reason_of(peer.rank)) for peer in self._remote_peers)
         return next(((f"rank {p.rank} on {p.host}: {w[0]}", w[1]) for p, w in reasons if w is not None), None)
 
     def _wait_for_rank_0_message(self) -> None:
-        """Outlive rank 0, if it is quick: a launcher that sees one rank end kills the others."""
+        """Stay alive until rank 0 has reported its error: a launcher that sees one rank end kills the others."""
         with suppress(RuntimeError):
             self._control.store.add(_HEARD, 1)
         main = [peer for peer in self._local_peers if peer.rank == 0]
@@ -173,7 +177,7 @@ class PeerWatch:
             time.sleep(_POLL_S)
 
     def _exit_reason_of(self, rank: int) -> tuple[str, int] | None:
-        """What `rank` confessed: its reason and its exit code."""
+        """The reason and exit code that `rank` has published; None if it has not."""
         key = _reason_key(rank)
         if rank == 0 and any(peer.rank == 0 and not peer.is_alive() for peer in self._local_peers):
             return None  # its store went with it
@@ -188,14 +192,14 @@ class PeerWatch:
 
 @dataclass(slots=True)
 class _Heartbeat:
-    """The last count heard of a rank, and since when it has not changed."""
+    """The last counter value seen of a rank, and the time since which it has not changed."""
 
     count: int = -1
     since: float = field(default_factory=time.monotonic)
 
 
 def _process_namespace() -> tuple[str, ...]:
-    """The same for all processes that see each other."""
+    """Identifies the processes that can see each other by pid: the same host, boot and pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return socket.gethostname(), boot, str(Path("/proc/self/ns/pid").readlink())
 

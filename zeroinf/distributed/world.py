@@ -1,4 +1,4 @@
-"""This process's rank and world size, read from the environment variables that every launcher sets."""
+"""Reads this process's rank and world size from the environment variables that every launcher sets."""
 
 from __future__ import annotations
 

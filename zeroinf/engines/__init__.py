@@ -1,5 +1,4 @@
-"""What can run a model: a small protocol, and one folder for each engine.
+"""Engines: everything that can run a model, behind one small protocol, with one folder for each engine.
 
-An engine loads weights where the plan says and runs forwards. It does not sample, does not batch, and does not read
-requests.
+An engine loads weights where the plan says and runs forwards. It does not sample, batch, or read requests.
 """

@@ -1,4 +1,4 @@
-"""The protocol between whatever generates tokens and whatever runs a model."""
+"""Defines the protocol between the generation loop and the engines that run a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stalls:
-    """Where this rank's time went, seen from its compute stream, in seconds.
-
-    Without a GPU only the waits for the disk are known.
-    """
+    """Where this rank's time went, in seconds, as measured on its compute stream."""
 
     link_s: float = 0.0
     """Waits for a block that was crossing the links."""
@@ -29,7 +26,7 @@ class Stalls:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """What an engine did on this rank since it was loaded."""
+    """Counters of one engine on this rank since it was loaded."""
 
     passes: int
     """Walks over all blocks, warm-up included."""
@@ -55,7 +52,7 @@ class EngineStats:
 
 
 class LoadListener(Protocol):
-    """Whoever wants to know how loading goes on."""
+    """Receives notes and progress while an engine loads."""
 
     def note(self, text: str) -> None: ...
 
@@ -65,7 +62,7 @@ class LoadListener(Protocol):
 
 
 class SilentListener:
-    """A listener for those who do not."""
+    """A LoadListener that does nothing."""
 
     def note(self, text: str) -> None: ...
 
@@ -73,7 +70,7 @@ class SilentListener:
 
 
 class Engine(Protocol):
-    """A loaded model that runs forwards. Sampling, batching and caches belong to the caller."""
+    """A loaded model that runs forwards. Sampling, batching and KV caches belong to the caller."""
 
     name: str
     in_step: bool

@@ -1,4 +1,4 @@
-"""DeepSpeed without what it prints."""
+"""Silences DeepSpeed: its logs and prints would mix with results on stdout."""
 
 from __future__ import annotations
 

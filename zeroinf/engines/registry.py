@@ -1,4 +1,4 @@
-"""Which engine runs a plan."""
+"""Loads the engine that a plan names. Only that engine's libraries are imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Folders that last as long as a run: what killed runs have left is found by its lock, which goes with its process.
+"""Temporary folders that last as long as a run. Folders that killed runs left behind are removed by the next run.
 
-A process number or a host's name would not do: containers on one host may have the same, and not see each other.
+A file lock marks a folder as used: the system drops it with its process. A process number or host name would not do,
+since containers on one host may share either and not see each other.
 """
 
 from __future__ import annotations

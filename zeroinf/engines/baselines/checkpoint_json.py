@@ -1,11 +1,11 @@
-"""Weights that a DeepSpeed checkpoint JSON lists: whole files, or parts as a number of ranks saved them.
+"""Loads the weights that a DeepSpeed checkpoint JSON lists: whole files, or shards as a number of ranks saved them.
 
     {"type": "BLOOM" | "ds_model" | "Megatron", "version": 1.0, "checkpoints": [FILE, ...],
      "base_dir": FOLDER, "parallelization": "pp" | "tp", "tp_size": N}
 
-"pp" lists files that hold whole tensors; "tp" lists those of rank 0 to N-1, over and over; `checkpoints` may also be
-`{"tp": [...], "non_tp": [...]}`, as DeepSpeed itself saves them. Megatron's are one file a rank. Whatever the number of
-ranks that saved them, parts are put together again tensor by tensor.
+"pp" lists files that hold whole tensors; "tp" lists the files of rank 0 to N-1, repeatedly. `checkpoints` may also be
+`{"tp": [...], "non_tp": [...]}`, as DeepSpeed itself saves them. Megatron saves one file for each rank. Shards are
+joined tensor by tensor, whatever the number of ranks that saved them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Megatron-LM's names and layouts as transformers spells them."""
+"""Converts Megatron-LM's names and layouts of weights to those of transformers."""
 
 from __future__ import annotations
 

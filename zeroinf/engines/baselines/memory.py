@@ -1,4 +1,4 @@
-"""What the baselines take of each memory: weights, KV cache and simulated activations."""
+"""Memory terms of the baselines: weights, KV cache and simulated activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accelerate's device map: what does not stay on the GPU is copied there by a hook, layer by layer, as it runs."""
+"""Runs a model with accelerate's device map: hooks copy each layer that is not on the GPU there when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the baselines share: transformers' model as it is, and forwards one after the other."""
+"""Base class of the baselines: an unmodified transformers model whose forwards run one after the other."""
 
 from __future__ import annotations
 

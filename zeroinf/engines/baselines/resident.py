@@ -1,4 +1,4 @@
-"""The whole model on one GPU, or on the CPU: plain transformers."""
+"""Runs the whole model on one GPU, or on the CPU, with plain transformers."""
 
 from __future__ import annotations
 

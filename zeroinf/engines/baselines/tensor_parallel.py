@@ -1,4 +1,4 @@
-"""DeepSpeed-Inference: each rank of a group holds a part of every large layer, and their results are summed."""
+"""Runs a model with DeepSpeed-Inference's tensor parallelism: each rank of a group holds a part of every large weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weights as a checkpoint holds them: straight from safetensors where names match, else through transformers."""
+"""Reads weights from a checkpoint: directly from safetensors where names match, otherwise through transformers'
+conversion.
+"""
 
 from __future__ import annotations
 

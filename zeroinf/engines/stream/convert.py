@@ -1,4 +1,6 @@
-"""Weights that transformers renames, splits or fuses as it loads them, converted a group at a time."""
+"""Runs transformers' own conversion (renaming, splitting, fusing of weights) for one group of tensors at a time, so
+that no more than that is in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing a store's data files, past the page cache where the file system lets us."""
+"""Reads and writes the data files of a store, with O_DIRECT where the file system supports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The stream engine: an unmodified transformers model whose decoder layers are handed their weights as they run."""
+"""The stream engine: an unmodified transformers model whose layers get their weights from a ring of device slots as
+they run.
+
+Input: a plan and a model source. Output: forwards of micro-batches, all of which run through a layer while it is in its
+slot.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Host memory of exactly the size asked for, page-locked for the GPU, of one process or of all ranks of a node."""
+"""Allocates host memory of exactly the requested size, page-locked for the GPU, for one process or for all ranks of a
+node.
+"""
 
 from __future__ import annotations
 

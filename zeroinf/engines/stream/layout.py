@@ -1,4 +1,4 @@
-"""Where the tensors of a block lie in its one contiguous piece of memory, in full and as it crosses the link."""
+"""Computes where the tensors of a block lie in its contiguous piece of memory, both in full and in the wire format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zeroinf.planner.wire import Codes
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """A tensor's place: `offset` in bytes from the start of the piece."""
+    """The location of a tensor: `offset` in bytes from the start of the piece, with its shape and dtype."""
 
     offset: int
     shape: torch.Size

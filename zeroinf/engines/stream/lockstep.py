@@ -1,4 +1,7 @@
-"""Many forwards through one walk over the blocks: each runs as it is, and waits before every block for the others."""
+"""Runs several forwards in lock-step: every forward runs block i before any forward runs block i + 1.
+
+Forward pre-hooks switch between greenlets at block boundaries. The forwards themselves are unmodified.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking after stores: what there is, whether it is sound, and removing it."""
+"""Lists, verifies and removes stores for the user."""
 
 from __future__ import annotations
 

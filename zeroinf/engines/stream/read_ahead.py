@@ -1,4 +1,8 @@
-"""Reading pieces from a store ahead of their turn, pass after pass, into a ring of page-locked buffers."""
+"""Reads pieces from a store ahead of their use, pass after pass, into a ring of page-locked buffers.
+
+Input: an open store and the byte ranges that this rank needs. Output: host buffers in the order of use. It knows no GPU
+beyond the event that says that a buffer has been copied.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,11 @@ from zeroinf.planner.memory import PIECE_ALIGNMENT, READ_BUFFERS, round_up
 
 
 class ReadAhead:
-    """Threads that read this rank's `spans` of `pieces` in order, again and again, as long as buffers are free.
+    """Threads that read this rank's `spans` of `pieces` in order, repeatedly, as long as buffers are free.
 
-    What is read in the first pass is compared with its digests. The caller takes the pieces in the same order: `take`,
-    then enqueue a copy that records the event, then `give_back`. Buffers are reused when that copy is done; only the
-    threads wait for it. What goes wrong in a thread is raised by the next `is_ready` or `take`.
+    Data read in the first pass is compared with its digests. The caller takes the pieces in the same order: `take`,
+    then enqueue a copy that records the returned event, then `give_back`. A buffer is reused once its copy is done;
+    only the threads wait for that. An error in a thread is raised by the next `is_ready` or `take`.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Device slots in a ring: blocks cross the link ahead of their turn, without end and without the host waiting."""
+"""A ring of device slots: copies blocks to the GPU ahead of their use, across pass boundaries, without making the host
+wait.
+"""
 
 from __future__ import annotations
 

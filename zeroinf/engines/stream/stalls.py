@@ -1,4 +1,4 @@
-"""Measuring what the compute stream waits for, without making the host wait."""
+"""Measures how long the compute stream waits for weights, without making the host wait."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""The store: a model's pieces in files on one disk or striped over several, written once and found again.
+"""Defines the format of a store: a model's pieces in files on one disk or striped over several, written once and
+reused.
 
-Below each `--nvme-path` lies `zeroinf-store/NAME/` with `data` and, once the store is whole, `header.json`. While it is
-being written, a `journal` beside the first data file says which pieces are done. NAME is made of the weights' identity
-and of how they are laid out, so that what is found under it is what was asked for. This module knows the format; it
-reads and writes no weights.
+Below each `--nvme-path` lies `zeroinf-store/NAME/` with `data` and, once the store is complete, `header.json`. While it
+is being written, a `journal` beside the first data file lists the pieces that are done. NAME is derived from the
+weights' identity and from their layout, so a store with the right name has the right contents. This module knows the
+format; it reads and writes no weights.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class StoredPiece:
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A run of bytes that lies in one part: `at` in its file, `start` in its piece."""
+    """A contiguous range of bytes in one part of a store: `at` is its offset in the file, `start` its offset in the
+    piece.
+    """
 
     part: int
     at: int

@@ -1,4 +1,4 @@
-"""Who may read, write or remove a store: a lock that the system drops with the process that holds it."""
+"""A lock on a store, shared by readers and exclusive for a writer. The system drops it when its process ends."""
 
 from __future__ import annotations
 

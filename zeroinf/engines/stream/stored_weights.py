@@ -1,4 +1,4 @@
-"""Weights from a store: found or written when a run starts, read into place, and read ahead of their turn."""
+"""Weights from a store: finds or writes the store when a run starts, and reads pieces from it."""
 
 from __future__ import annotations
 

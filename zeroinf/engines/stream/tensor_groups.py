@@ -1,4 +1,4 @@
-"""Which tensors move with which block, and where in the model each is used."""
+"""Groups a model's tensors: one group for each block, and one for everything outside the blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
 
 @dataclass(slots=True)
 class Tensor:
-    """One parameter or buffer, however many modules share it."""
+    """One parameter or buffer, which several modules may share."""
 
     value: torch.Tensor
     """Parameters are on the meta device, buffers hold what the model made."""
@@ -49,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors that move as one piece, and their places in it."""
+    """Tensors that are stored and transferred as one contiguous piece, and their locations in it."""
 
     tensors: tuple[Tensor, ...]
     layout: Layout

@@ -1,4 +1,4 @@
-"""What fills pieces of memory with weights: the checkpoint, or a store that was written from it."""
+"""The interface of everything that fills memory with weights, and a thread-safe counter of loading progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pieces = Sequence[tuple[int, torch.Tensor]]
 
 
 class WeightSource(Protocol):
-    """Where weights come from when they are loaded."""
+    """Fills pieces of memory with weights: a checkpoint, or a store that was written from one."""
 
     def fill(self, pieces: Pieces) -> None:
         """Write this rank's part of each piece; together the ranks of a node write all of it."""
@@ -21,10 +21,7 @@ class WeightSource(Protocol):
 
 
 class LoadProgress:
-    """Counts bytes as several threads load them, and tells `on_progress(done, total)` now and then.
-
-    Ranks that share the work do equal parts of it: each counts its own as often as there are ranks.
-    """
+    """A thread-safe counter of loaded bytes that calls `on_progress(done, total)` from time to time."""
 
     def __init__(self, total: int, on_progress: Callable[[int, int], None]) -> None:
         self._total = total

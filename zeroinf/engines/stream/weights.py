@@ -1,4 +1,4 @@
-"""Loading: every piece goes once from where weights come from to where it rests."""
+"""Loads every piece of a model once, from its checkpoint or store, to the tier that the plan assigns to it."""
 
 from __future__ import annotations
 

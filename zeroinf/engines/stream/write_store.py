@@ -1,4 +1,6 @@
-"""Writing a store: piece by piece from the checkpoint, resumable, whole or not there."""
+"""Writes a store from a checkpoint, piece by piece. An interrupted write is resumed; a store counts only once it is
+complete.
+"""
 
 from __future__ import annotations
 

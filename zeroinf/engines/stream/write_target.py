@@ -1,4 +1,4 @@
-"""Where a tensor is written in a piece that will cross the link, as itself or as codes."""
+"""The destination of a tensor within a piece in the wire format: written as it is, or encoded as codes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Weights as DeepSpeed's own codes (its `weight_quantization.quantized_initialization`): how much smaller they are, and
-what makes weights of them again."""
+"""Sizes and expansion costs of DeepSpeed's own quantized weights (`weight_quantization.quantized_initialization`)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The DeepSpeed JSON of ZeRO-3 inference: every number follows from the model's real shapes.
+"""Builds the DeepSpeed JSON for ZeRO-3 inference: every number follows from the model's real shapes.
 
-DeepSpeed counts in elements, not bytes, and its defaults fit no model in particular. What its source does with each
-number (0.19.8; paths are below `deepspeed/runtime`) decides the rule here:
+DeepSpeed counts in elements, not bytes, and its defaults fit no model in particular. The use that its source makes of
+each number (0.19.8; paths are below `deepspeed/runtime`) decides the rule here:
 
 `stage3_prefetch_bucket_size`: two blocks. The coordinator gathers parameters ahead of use until this many elements are
-    under way (`zero/partitioned_param_coordinator.py`, `_fetch_sub_module_impl`).
+    in flight (`zero/partitioned_param_coordinator.py`, `_fetch_sub_module_impl`).
 `stage3_max_live_parameters`: the largest module outside the blocks + the block that runs + the prefetch. The same
     function prefetches no more than this less what is live: a number below one large weight stops all prefetch.
 `stage3_max_reuse_distance`: 0. A pass uses a weight once; one kept for reuse takes the room of a prefetch.
@@ -12,8 +12,8 @@ number (0.19.8; paths are below `deepspeed/runtime`) decides the rule here:
     each is some KiB, and fetching one costs as many calls as fetching a matrix.
 `stage3_model_persistence_threshold`: the sum of just those, times the ranks, since `zero/partition_parameters.py`
     (`_update_persist_config`) divides it by them. It bounds what stays.
-`offload_param.buffer_size`: the largest *partition*, what one rank holds of the largest parameter. The swapper refuses
-    a larger one (`swap_tensor/partitioned_param_swapper.py`, `get_buffer`).
+`offload_param.buffer_size`: the largest *partition*, the part of the largest parameter that one rank holds. The swapper
+    refuses a larger one (`swap_tensor/partitioned_param_swapper.py`, `get_buffer`).
 `offload_param.buffer_count`: the widest fetch + two blocks of read-ahead, fewer where the pool would grow past
     `NVME_POOL_TARGET_BYTES`. A fetch that finds fewer free buffers than it needs fails (`swap_in`, same file).
 `aio`: the plan's settings. The key for threads is `intra_op_parallelism`; `thread_count` is never read

@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO-3 engine: parameters partitioned over the ranks, at rest on the GPU, in host memory or on NVMe."""
+"""Runs a model under DeepSpeed's ZeRO stage 3: parameters are partitioned over the ranks and kept on the GPU, in host
+memory or on NVMe.
+"""
 
 from __future__ import annotations
 

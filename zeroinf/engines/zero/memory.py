@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO-3 engine takes of each memory, from the settings that it is given."""
+"""Memory terms of DeepSpeed's ZeRO-3 engine, from the settings that it is given."""
 
 from __future__ import annotations
 
