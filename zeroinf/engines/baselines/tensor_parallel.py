@@ -1,4 +1,6 @@
-"""Runs a model with DeepSpeed-Inference's tensor parallelism: each rank of a group holds a part of every large weight."""
+"""Runs a model with DeepSpeed-Inference's tensor parallelism: each rank of a group holds a part of every large
+weight.
+"""
 
 from __future__ import annotations
 
