@@ -1,4 +1,8 @@
-"""What crosses the link beside weights: copies of keys and values in both directions, in the order of their use."""
+"""Copies keys and values between host memory and the GPU, in both directions, in the order of their use.
+
+Input: units (one layer's keys and values of one micro-batch). Output: staging buffers on the device. The host never
+waits. It knows nothing of weights, which share the link.
+"""
 
 from __future__ import annotations
 

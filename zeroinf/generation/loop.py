@@ -1,4 +1,8 @@
-"""The decode loop: take rows, make passes, hand finished rows back."""
+"""The generation loop: takes rows from a feed, runs passes, and returns finished rows.
+
+Input: an engine, a scheduler and a feed of rows. Output: rows with their generated tokens. It knows nothing of files,
+plans or where weights are kept.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from zeroinf.generation.scoring import ScoreBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """Where rows come from and go to."""
+    """The interface through which the loop takes rows and returns them."""
 
     take: Callable[[], Sequence[Row] | None]
     """More rows, each of which finds room in the pool. Empty: there will be no more. None: there are none now."""

@@ -1,4 +1,4 @@
-"""Masks of padded rows, made without asking the device whether anything is padded."""
+"""Attention masks of padded rows, made without asking the device whether anything is padded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that an encoder reads: what it leaves for the decoder, as long as their rows run."""
+"""Keeps the encoder's output of encoder-decoder models for as long as their rows run."""
 
 from __future__ import annotations
 

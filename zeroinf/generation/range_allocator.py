@@ -1,4 +1,4 @@
-"""Room in one long stretch of memory, shared out among rows. Knows of places, and of no memory."""
+"""A first-fit range allocator. It hands out ranges of offsets and touches no memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import insort
 
 
 class RangeAllocator:
-    """`size` places in a line; whoever takes some gets them side by side, in the first hole that is wide enough."""
+    """Allocates contiguous ranges out of `size` offsets, each in the first free range that is wide enough."""
 
     def __init__(self, size: int) -> None:
         self._holes = [(0, size)] if size else []

@@ -1,4 +1,6 @@
-"""Keys and values of a token as one record of bytes: as the model has them, or as codes of a byte with their scales."""
+"""The layout of a token's keys and values in host memory: one record of bytes, in the model's dtype or as int8 with
+scales.
+"""
 
 from __future__ import annotations
 

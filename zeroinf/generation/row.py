@@ -1,4 +1,4 @@
-"""One sequence on its way: what was asked, what has been generated, and why it ended."""
+"""The state of one sequence: its prompt, its sampling settings, the tokens generated so far, and why it ended."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is chosen and when a row ends.
-
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 do not filter; `seed` makes a row's sample its own, whatever its
-    neighbours. Raises ValueError naming the field.
-    """
+    """Sampling settings of one sequence: how the next token is chosen and when the sequence ends."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -102,7 +98,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """What the model thought of a token before it was chosen."""
+    """The log-probability of a generated token, and of the likeliest alternatives."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]

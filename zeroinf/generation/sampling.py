@@ -1,4 +1,4 @@
-"""Choosing the next token of each row."""
+"""Chooses the next token of each row from the scores of its last position."""
 
 from __future__ import annotations
 

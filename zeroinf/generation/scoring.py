@@ -1,4 +1,6 @@
-"""Log-likelihoods of given tokens: sequences that run through one forward, whose scores become one number a token."""
+"""Computes log-likelihoods of given tokens: sequences run through one forward, whose logits are reduced to one number a
+token before they take memory.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What becomes of each setting of a model's generation config: applied, without effect here, or refused by name.
+"""Checks a model's generation config: each setting is applied, has no effect here, or is refused by name.
 
-The reference is transformers' greedy search with the same config. A request says itself how long it is, whether it is
-sampled and how; `notes` names settings of the config that therefore do nothing. Nothing is ignored in silence: a
-setting that is not in the table is refused where transformers knows it, and noted where transformers does not.
+The reference is transformers' greedy search with the same config. Length and sampling come from each request; `notes`
+names settings of the config that therefore have no effect. Nothing is ignored silently: a setting that is not in the
+table is refused if transformers knows it, and noted if transformers does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small things that a pass needs on the device, past the weights that are on their way to it."""
+"""Small host-to-device copies that bypass the copy queue, which weights in flight may fill for tens of milliseconds."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Requirements of DeepSpeed's asynchronous disk I/O op (`async_io`): compiler, libaio, a finished build.
+"""Checks the requirements of DeepSpeed's asynchronous disk I/O op (`async_io`): compiler, libaio, a finished build.
 
-DeepSpeed compiles its `async_io` op, and `pin_memory` which that op links to, when they are first used, and on every
-later start still asks for compiler, libaio and ninja. A build that was killed leaves a `lock` file on which all later
-runs wait for ever, without a word. All of it can be seen beforehand, without importing torch or deepspeed.
+DeepSpeed compiles its `async_io` op, and `pin_memory` which that op links to, on first use, and still asks for
+compiler, libaio and ninja on every later start. A killed build leaves a `lock` file on which all later runs wait for
+ever without a message. All of this is checked here without importing torch or deepspeed.
 """
 
 from __future__ import annotations

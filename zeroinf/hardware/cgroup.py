@@ -1,4 +1,4 @@
-"""The memory limit that a container or a batch system puts on this process: cgroup v1, v2, or both side by side."""
+"""Reads the memory limit that a container or a batch system puts on this process: cgroup v1, v2, or both."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The checks of `zeroinf doctor`, computed from a snapshot of the machine.
 
-What the user asked for and the machine cannot give fails; what may matter some other day warns.
+A check fails if the machine cannot do something that the user asked for. It warns about what may matter in other runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEMORY_FILESYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One finding. `value` is what was found, `advice` what to do if it is not ok."""
+    """The result of one check: `value` is what was found, `advice` what to do if the status is not ok."""
 
     name: str
     status: CheckStatus

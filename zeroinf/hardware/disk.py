@@ -1,4 +1,6 @@
-"""A folder to keep weights in: room, rights, file system, and whether O_DIRECT works there, found by doing it."""
+"""Reads the properties of a folder for weights: free space, permissions, file system, and whether O_DIRECT works, which
+is tried.
+"""
 
 from __future__ import annotations
 

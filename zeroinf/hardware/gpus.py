@@ -1,4 +1,4 @@
-"""GPUs as NVML sees them: no CUDA context is made, so looking costs no GPU memory."""
+"""Reads the GPUs through NVML. No CUDA context is made, so it takes no GPU memory."""
 
 from __future__ import annotations
 

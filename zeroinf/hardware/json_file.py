@@ -1,4 +1,4 @@
-"""JSON files at the edge: written whole or not at all, and what is wrong with one in a few words."""
+"""Writes JSON files atomically, and describes the first problem of an invalid one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine as numbers: what a plan needs to know of it, whether it is here or not."""
+"""The description of a machine that a plan needs. The machine may be this one or another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory as the kernel gives it."""
+"""Maps host memory from the kernel, private or shared between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine and its rates as the user says they are, in place of what was found."""
+"""Replaces properties of a machine by values that the user gives (`--gpu-memory`, `--link-gbps`, ...)."""
 
 from __future__ import annotations
 

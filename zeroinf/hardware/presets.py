@@ -1,4 +1,4 @@
-"""Machines that are not here: presets in `configs/machines/`, and files saved elsewhere by `zeroinf doctor --json`."""
+"""Loads descriptions of other machines: presets in `configs/machines/`, and files saved by `zeroinf doctor --json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory of this process: resident now, and at its peak."""
+"""Reads the host memory of this process: resident now, and at its peak."""
 
 from __future__ import annotations
 

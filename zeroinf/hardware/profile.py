@@ -1,4 +1,6 @@
-"""Measured rates, kept in the user's cache directory: one JSON file a host, for the hardware that was measured."""
+"""Keeps measured rates in the user's cache directory: one JSON file for each host, valid for the hardware that was
+measured.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine's rates and its software's overheads as numbers: measured, published, or given by the user."""
+"""A machine's rates and its software's overheads as numbers: measured, from a data sheet, or given by the user."""
 
 from __future__ import annotations
 

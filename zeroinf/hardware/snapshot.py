@@ -1,4 +1,4 @@
-"""Takes the snapshot: this machine, now, as a `Machine`."""
+"""Reads this machine's present state into a `Machine`. Neither torch nor a GPU is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether Triton can compile kernels here: what it needs beside a GPU, looked for without importing it."""
+"""Checks whether Triton can compile kernels here, without importing it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a file holds, told by its first bytes: compression, encoding, and bytes that are no text at all.
+"""Recognizes the contents of an input file from its first bytes: compression, encoding, and binary data.
 
-`open_contents` takes a stream of bytes as it comes and gives one of what is in it: decompressed, and text as UTF-8.
+`open_contents` takes a stream of bytes and returns one of its contents: decompressed, and text as UTF-8.
 """
 
 from __future__ import annotations

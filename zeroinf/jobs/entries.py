@@ -1,8 +1,8 @@
-"""What an entry of the input asks for: a prompt of text, an object of JSON, an OpenAI batch line or a row of a table.
+"""Parses entries of the input: a prompt of text, a JSON object, an OpenAI batch line or a row of a table.
 
-Each becomes a `Draft`, or a `LineError` that says in one sentence why not. No setting is ignored in silence: what
-zeroinf does not do is refused by name, unless the value asks for nothing (`"tools": []`) or the key cannot change the
-output (`"user"`).
+Output: a `Draft` for each, or a `LineError` with one sentence that says why not. No setting is ignored silently:
+settings that zeroinf does not support are refused by name, unless the value has no effect (`"tools": []`) or the key
+cannot change the output (`"user"`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Results in the form of OpenAI's batches: a line for each line of the input, with the body that the API would give."""
+"""Formats results as OpenAI's batch output: one line for each line of the input, with the body that the API would
+return.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Results in the form that the user asked for: JSON lines, OpenAI's batches, Parquet or CSV, by the name's ending."""
+"""Writes results in the requested format: JSON lines, OpenAI's batches, Parquet or CSV, chosen by the file name's
+ending.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys of a request, and what their values must be."""
+"""Defines the keys of a request and validates their values."""
 
 from __future__ import annotations
 

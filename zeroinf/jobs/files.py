@@ -1,4 +1,6 @@
-"""Files that are whole lines or not there at all, whatever happens to the process or the machine that writes them."""
+"""Durable files: each write of a line or a whole file either succeeds completely or leaves nothing, whatever happens to
+the process or the machine.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What the results of a job depend on, field by field, so that a resumed run can be told from another one.
+"""Computes a job's fingerprint: everything that can change a completion, field by field.
 
-Not in it is what only moves work about: ranks, batches, offload, fetch.
+A job is resumed only with the same fingerprint. Settings that only move work about are not in it: ranks, batches,
+offload, fetch.
 """
 
 from __future__ import annotations

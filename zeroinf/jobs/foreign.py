@@ -1,7 +1,7 @@
-"""Settings and names of other programs in requests: OpenAI's API, and what vLLM, transformers and llama.cpp add to it.
+"""Settings of other programs in requests: OpenAI's API, and the additions of vLLM, transformers and llama.cpp.
 
-What cannot change a completion passes, and so does every setting at a value that asks for nothing. What asks for
-something that zeroinf does not do is refused by name, and an unknown key with the name that means the same here.
+A setting that cannot change a completion, or has a value without effect, is accepted. A setting that zeroinf does not
+support is refused by name, and an unknown key is refused with the name that has the same meaning here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Records of an input file: prompts of text, objects of JSON, rows of tables, one after the other.
+"""Reads the records of an input file one after the other: prompts of text, JSON objects, rows of tables.
 
-What a file holds follows from `--input-format`, else from its ending, else from its first bytes. An ending that says
-nothing is refused by name: a prompt a line would be a guess.
+The format follows from `--input-format`, otherwise from the file name's ending, otherwise from the first bytes. An
+unknown ending is refused by name, because reading a prompt a line would be a guess.
 """
 
 from __future__ import annotations

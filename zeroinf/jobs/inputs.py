@@ -1,7 +1,7 @@
-"""Finds the files that `-i` names: paths, folders, patterns, standard input and URLs that fsspec opens.
+"""Resolves the values of `-i`: paths, folders, patterns, standard input, and URLs that fsspec opens.
 
-A folder stands for all files in it and below, in the order of their names, but hidden ones (`.x`, `_SUCCESS`). Nothing
-is read here.
+A folder stands for all files below it in the order of their names, except hidden ones (`.x`, `_SUCCESS`). No file is
+read here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The journal of a job: what it is, and every result as it comes, so that it can stop at any moment and go on.
+"""The journal of a job: its manifest and every result as soon as it exists, so that the job can stop at any moment and
+be resumed.
 
-One JSON object a line, then a tab and the CRC-32 of what stands before it: `cut -f1 out.jsonl.journal | jq` reads it.
-The first line is the manifest. A line counts if it is whole and its checksum holds, whatever stands around it.
+Each line is a JSON object, a tab and the CRC-32 of the object: `cut -f1 out.jsonl.journal | jq` reads it. The first
+line is the manifest. A line counts if it is complete and its checksum holds, whatever surrounds it.
 """
 
 from __future__ import annotations

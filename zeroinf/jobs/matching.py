@@ -1,7 +1,8 @@
-"""Which results of an earlier run a changed job keeps: those of requests that it still has, wherever they now stand.
+"""Matches results of an earlier run with the requests of a changed job: a result is kept if its request is still there,
+at any position.
 
-A request is known again by its prompt and by its id. Ids that the input does not give count lines, so a line that was
-inserted changes all that follow: such requests are known by their prompts alone, equal ones in the order of the input.
+A request is matched by its prompt and its id. Ids that the input does not give are line numbers, which change when a
+line is inserted; such requests are matched by their prompts alone, equal prompts in the order of the input.
 """
 
 from __future__ import annotations

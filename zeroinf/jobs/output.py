@@ -1,4 +1,6 @@
-"""Results on their way out, in input order whatever the order in which they arrive."""
+"""Writes results in input order, whatever the order in which they arrive, to a file with a journal or to standard
+output.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ _DASHES = "-" * 60  # as DeepSpeed's and the BLOOM inference scripts print
 
 
 class Saved(NamedTuple):
-    """What an abandoned output keeps: the number of results, and the file that holds them, if it is a file."""
+    """Results kept by an output that was abandoned: their number, and the file that holds them, if it is a file."""
 
     path: Path | None
     results: int
@@ -62,9 +64,8 @@ class Job:
 
 
 class Writer(Protocol):
-    """Where results go, in any order, each once. All but `begin` raise OutputError when it cannot be written.
-
-    After `begin` come results, now and then `settle`, and in the end `finish`; `abandon` may come at any time.
+    """The interface of outputs: results in any order, each once. All methods but `begin` raise OutputError on a failed
+    write.
     """
 
     left: Sequence[Work]

@@ -1,6 +1,7 @@
-"""Requests of a job, from `--prompt` and input files.
+"""Reads the requests of a job from `--prompt` and input files.
 
-An entry that cannot be run becomes a `Refusal` and never stops the job; a file that cannot be read as what it is does.
+An entry that cannot be run becomes a `Refusal` and never stops the job. A file that cannot be read in its format raises
+InputError.
 """
 
 from __future__ import annotations

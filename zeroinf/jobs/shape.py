@@ -1,6 +1,6 @@
-"""How entries of the input become prompts: which columns hold what, templates, system messages, and columns to keep.
+"""Turns entries of the input into prompts: columns, templates, system messages, and columns to keep.
 
-A template is Jinja2, run in its sandbox; a name in it that an entry lacks is an error, never an empty text.
+A template is Jinja2 and runs in its sandbox. A name in it that an entry does not have is an error, never an empty text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Prompts of a job in memory: tokens of 4 bytes, once a node however many ranks it has."""
+"""Shares the tokens of a job's prompts between the ranks of a node: 4 bytes a token, stored once however many ranks
+there are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a job is, read from its journal while it runs or after."""
+"""Reads the progress of a job from its journal, while it runs or after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JobState = Literal["running", "stopped", "finished"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobStatus:
-    """A moment of a job. Counts are of requests."""
+    """The progress of a job at one moment. Counts are of requests."""
 
     journal: Path
     state: JobState = "stopped"

@@ -1,4 +1,4 @@
-"""The model that lm-evaluation-harness knows as `zeroinf` once this is imported. Needs the extra `eval`."""
+"""Registers the model `zeroinf` with lm-evaluation-harness when imported. Needs the extra `eval`."""
 
 from zeroinf.lm_eval.model import ZeroinfLM
 

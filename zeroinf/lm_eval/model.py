@@ -1,8 +1,8 @@
-"""A model of lm-evaluation-harness that runs on zeroinf: `zeroinf` in its registry, for tasks with large models.
+"""The model `zeroinf` of lm-evaluation-harness, for tasks with large models.
 
-The harness asks for everything of a kind at once: log-likelihoods of all tasks, then rolling ones, then generations.
-A model is planned and loaded for what is asked, when it is asked; what is asked next and still fits uses the same one,
-else it is planned and loaded again. Needs the package lm-eval (the extra `eval`); `import zeroinf` does not import it.
+The harness asks for all requests of a kind at once: log-likelihoods of all tasks, then rolling ones, then generations.
+The model is planned and loaded when it is first needed; later requests that fit use the same one, otherwise it is
+planned and loaded again. Needs the package lm-eval (the extra `eval`); `import zeroinf` does not import it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Options of the harness's model: those of `zeroinf.pipeline` by their names, and what tasks ask of generations.
+"""Options of the harness's model: those of `zeroinf.pipeline` under the same names, and the generation settings of
+tasks.
 
-What is unknown, or would have no effect, is refused by its name.
+Unknown options, and options without effect, are refused by name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Work of the harness on its way through a session: contexts that are scored, and prompts that are completed.
+"""Runs the harness's requests through a session: contexts that are scored, and prompts that are completed.
 
 Contexts that differ in their last token only are computed once. A few passes' worth of work is submitted at a time, the
-longest first, so that lists of any length take little memory beside themselves.
+longest first, so that long lists take little memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AHEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class ScoredContext:
-    """Requests that one forward answers: their tokens are the same but for the last one."""
+    """Requests that one forward answers: their tokens are the same except for the last one."""
 
     packed: bytes
     """All but the last token."""

@@ -1,4 +1,6 @@
-"""Requests that no model could make right: refused before a model is looked for, and before torch is imported."""
+"""Refuses options that contradict each other or have no effect, before a model is looked up and before torch is
+imported.
+"""
 
 from __future__ import annotations
 

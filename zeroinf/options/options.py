@@ -1,4 +1,4 @@
-"""What the user asked of a run."""
+"""The options of a run, as a frozen dataclass."""
 
 from __future__ import annotations
 

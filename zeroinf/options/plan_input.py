@@ -1,4 +1,6 @@
-"""A plan asked for without a run: what the user said, with a machine that may be elsewhere."""
+"""Builds the planner's input for `zeroinf plan`: the user's options, the model, and a machine that may be another
+one.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from zeroinf.simulation.planning import PlanInput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What `zeroinf plan` can be told; None leaves it to the machine or the planner."""
+    """Options of `zeroinf plan`; None leaves a setting to the machine or the planner."""
 
     model: str
     revision: str | None = None

@@ -1,4 +1,4 @@
-"""The plan of a run: what was asked, put to the planner with this machine as it is now."""
+"""Plans a run: resolves the options, reads this machine's present state, and asks the planner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan beside what happened, term by term."""
+"""Compares a plan with the run that followed it, term by term."""
 
 from __future__ import annotations
 

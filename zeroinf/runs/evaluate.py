@@ -1,4 +1,6 @@
-"""How well a model predicts a text, through the same plan and engine as a run: what a wire format costs in quality."""
+"""Evaluates how well a model predicts a text (perplexity), with the same plan and engine as a run: the quality cost of
+a wire format.
+"""
 
 from __future__ import annotations
 

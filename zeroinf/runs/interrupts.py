@@ -1,4 +1,4 @@
-"""Signals that stop a run: the first in order and within seconds, the second at once."""
+"""Handles signals that stop a run: the first one stops it in order within seconds, the second one at once."""
 
 from __future__ import annotations
 

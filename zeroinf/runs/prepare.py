@@ -1,4 +1,4 @@
-"""All that can be settled before weights are loaded: input, output, model, plan, and whether this machine can do it."""
+"""Prepares a run before weights are loaded: input, output, model, plan, and whether this machine can run it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PART = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobInput:
-    """What is known of a job before its output has been looked at."""
+    """The input of a job, as known before its output has been looked at."""
 
     job: Job
     anatomy: Anatomy
@@ -49,7 +49,7 @@ class JobInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedRun:
-    """What rank 0 settles and every rank is told."""
+    """Rank 0's decisions for a run, as sent to every rank."""
 
     plan: Plan
     engine_choice: str | None

@@ -1,4 +1,4 @@
-"""Progress of loading and generating from Python: bars on a terminal's stderr, and in notebooks."""
+"""Progress bars of loading and generating for the Python API: on a terminal's stderr, and in notebooks."""
 
 from __future__ import annotations
 

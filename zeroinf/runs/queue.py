@@ -1,4 +1,4 @@
-"""One queue for all ranks, and the way of results back to rank 0."""
+"""The work queue that all ranks share, and the transport of results to rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other ranks of a Python session: processes of this machine that load the same model, and work until it closes."""
+"""Starts and ends the other ranks of a Python session: processes of this machine that load the same model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """What every rank of a session is made from."""
+    """The options from which every rank of a session is made."""
 
     options: RunOptions
     lengths: Lengths

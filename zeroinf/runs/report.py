@@ -1,4 +1,4 @@
-"""What happened in a run."""
+"""The report of a run: times, bytes, memory and the comparison with the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zeroinf.service.observer import rate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phases:
-    """Where the time of one rank's generation went."""
+    """Times of one rank's generation, in seconds."""
 
     generate_s: float
     first_token_s: float
@@ -239,7 +239,7 @@ def _share(part: int, whole: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOutcome:
-    """What came of a job."""
+    """The number of requests that were completed, refused and failed, and the report."""
 
     requests: int
     """Results in the output, those of earlier runs included."""

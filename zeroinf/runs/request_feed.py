@@ -1,4 +1,4 @@
-"""A rank's own stream: requests drawn from the shared queue, results on their way to rank 0."""
+"""A rank's feed for the generation loop: takes requests from the shared queue and sends results to rank 0."""
 
 from __future__ import annotations
 
@@ -80,9 +80,8 @@ class Output:
 
 
 class RequestFeed:
-    """What the decode loop takes rows from and gives them back to. On rank 0 it also gathers everybody's results.
-
-    `store` is that of all ranks, and fresh.
+    """The feed of one rank: the generation loop takes rows from it and returns them to it. On rank 0 it also gathers
+    the results of all ranks.
     """
 
     def __init__(
@@ -229,7 +228,7 @@ class RequestFeed:
 
 
 class WarmUpFeed:
-    """A few tokens of the first micro-batch, thrown away: first forwards pay for what later ones find ready."""
+    """A few tokens of the first micro-batch, whose results are discarded: first forwards are slower than later ones."""
 
     def __init__(self, prepared: PreparedRun, model: LoadedModel, tokens: int) -> None:
         first = prepared.work[: prepared.plan.batch_size]

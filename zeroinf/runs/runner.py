@@ -1,4 +1,4 @@
-"""One run from request to report, on every rank."""
+"""Executes one run from request to report. Every rank calls `run_job`."""
 
 from __future__ import annotations
 

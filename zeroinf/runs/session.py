@@ -1,4 +1,4 @@
-"""A model that is planned, loaded and ready for any number of calls: what Python and evaluations keep open."""
+"""A session: a model that is planned, loaded and open for any number of calls, for the Python API and evaluations."""
 
 from __future__ import annotations
 

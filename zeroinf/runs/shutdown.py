@@ -1,4 +1,7 @@
-"""How a run ends before its time."""
+"""Ends a run early: after an error, a signal, the death of another rank, or a deadlock.
+
+Finished results are saved, the cause is reported once, and the other ranks are told the reason.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Shutdown:
-    """A rank's end before its time: it saves what is finished, says so once, and tells the other ranks why."""
+    """The early end of a run on one rank: saves finished results, reports the cause once, and tells the other ranks."""
 
     def __init__(
         self,
@@ -37,11 +40,13 @@ class Shutdown:
         interrupts.at_once = self._at_once
 
     def finished(self) -> None:
-        """The output is published: whatever stops the run from here on has nothing to save."""
+        """The output is published: a run that is stopped from here on has nothing left to save."""
         self._interrupts.last_resort = self._interrupts.at_once = lambda number: None
 
     def on_error(self, error: BaseException, *, reports: bool = False) -> None:
-        """End with `error`, which is said here if nobody else will."""
+        """End with `error`. With `reports` it is reported here, since no exception will carry it to the command
+        line.
+        """
         # A launcher's signal that follows shall not take the place of the cause.
         self._interrupts.deferred, self._interrupts.last_resort = True, lambda number: None
         self._observer.ended()
@@ -59,7 +64,7 @@ class Shutdown:
             )
 
     def on_peer_death(self, death: str, reports: bool) -> None:
-        """End because another rank did."""
+        """End because another rank died."""
         self._observer.ended()
         if reports:
             self._observer.failed(death)
@@ -69,7 +74,7 @@ class Shutdown:
             self._report_saved(f"results finished until then are saved in {journal_path(self._file)}")
 
     def on_deadlock(self, why: str, reports: bool) -> None:
-        """End because ranks wait for each other. All of them do, so that none is taken for dead."""
+        """End because ranks wait for each other. All of them end, so that none is taken for dead."""
         if self.watch is not None:
             self.watch.stop()
         self.on_peer_death(why, reports)

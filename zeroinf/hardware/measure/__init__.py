@@ -1,4 +1,5 @@
-"""Measures what `Rates` holds, here and now: one idea a file, seconds a figure. Nothing of it runs beside other work.
+"""Measures this machine's rates (`Rates`): one module for each kind of rate, seconds for each figure.
 
-`machine.measure_machine` does all that applies. What a process takes of a GPU is seen in fresh processes.
+`all_rates.measure_machine` runs all that apply. Memory that a process takes of a GPU is measured in fresh processes.
+Nothing else should run on the machine at the same time.
 """

@@ -1,4 +1,4 @@
-"""NCCL's all-gather, and what NCCL takes of each GPU. Run as a program, it is one rank."""
+"""Measures NCCL's all-gather rate and the GPU memory that NCCL takes. Run as a program, it is one rank."""
 
 from __future__ import annotations
 

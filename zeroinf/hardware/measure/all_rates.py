@@ -1,4 +1,4 @@
-"""All of a machine's rates, one measurement after the other."""
+"""Runs all measurements of a machine's rates, one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that only a fresh process can give: each is a module of this package that prints one JSON object."""
+"""Runs measurements that need a fresh process: each is a module of this package that prints one JSON object."""
 
 from __future__ import annotations
 

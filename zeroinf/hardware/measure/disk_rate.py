@@ -1,4 +1,4 @@
-"""A disk's read rate past the page cache, by the number of requests in flight."""
+"""Measures a disk's read rate with O_DIRECT, by the number of requests in flight."""
 
 from __future__ import annotations
 

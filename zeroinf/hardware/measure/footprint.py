@@ -1,4 +1,4 @@
-"""Measures the memory that a process takes of a GPU and of its host beside tensors.
+"""Measures the memory that a process takes of a GPU and of host memory besides tensors.
 
 Run as a program, it uses the GPU as a model would.
 """

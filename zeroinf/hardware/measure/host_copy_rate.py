@@ -1,4 +1,4 @@
-"""Filling host memory."""
+"""Measures how fast host memory is filled, both new memory and memory that was used before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The links that feed the GPUs, and how fast memory can be made ready for them."""
+"""Measures the links that feed the GPUs, and the rate of page-locking host memory."""
 
 from __future__ import annotations
 
