@@ -28,6 +28,9 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
+PACKED = {"forward_tokens": 50}
+
+
 def tokens_of(folder: Path, streams: bool, **limits: Any) -> list[list[int]]:
     """Forty rows of many lengths that come and go, with weights that stream or stay."""
     source = resolve_model(str(folder))
@@ -52,6 +55,14 @@ def tokens_of(folder: Path, streams: bool, **limits: Any) -> list[list[int]]:
     return [row.generated for row in rows]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral"])
+def test_packed_rows_give_the_same_tokens(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    expected = tokens_of(folder, True)
+    for limits in PLACES.values():
+        assert tokens_of(folder, True, **PACKED, **limits) == expected
+
+
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize("place", sorted(PLACES))
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "mixtral"])
@@ -63,7 +74,9 @@ def test_tokens_are_those_of_a_cache_on_the_gpu(name: str, place: str, streams: 
 def test_codes_give_the_same_tokens_however_prompts_are_cut(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path / "llama")
     limits = {**PLACES["all"], "kv_dtype": "int8"}
-    assert tokens_of(folder, True, **limits) == tokens_of(folder, False, **limits)
+    expected = tokens_of(folder, False, **limits)
+    assert tokens_of(folder, True, **limits) == expected
+    assert tokens_of(folder, True, **PACKED, **limits) == expected
 
 
 def test_a_run_takes_the_memory_that_its_plan_said(tmp_path: Path) -> None:

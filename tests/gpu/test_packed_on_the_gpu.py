@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from generating import PlainEngine, greedy_by_transformers, rows_of, run_rows
-from paged_rows import PagedRows
+from paged_rows import PagedRows, StagedRows
 from small_models import PACKED_MODELS, VOCABULARY, build_model
 
 from zeroinf.generation.attention import Scores, kernel_for
+from zeroinf.model.anatomy import KvDtype
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +47,26 @@ def test_the_kernel_computes_what_is_written_out(
     rows = PagedRows(LENGTHS, window, heads=heads, widths=widths, device="cuda", dtype=dtype)
     scores = Scores(widths[0] ** -0.5, softcap, torch.randn(heads[0], device="cuda") if has_sinks else None)
     for counts in PARTS:
+        for found, expected in rows.attend(counts, scores, kernel_for(CUDA)):
+            assert ((found.float() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "widths", "window", "softcap", "has_sinks"), SHAPES[:6:2], ids=str)
+def test_it_reads_what_was_fetched_from_host_memory(
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    dtype: torch.dtype,
+    kv_dtype: KvDtype,
+) -> None:
+    torch.manual_seed(0)
+    rows = StagedRows(LENGTHS, window, kv_dtype, heads=heads, widths=widths, device="cuda", dtype=dtype)
+    scores = Scores(widths[0] ** -0.5, softcap, torch.randn(heads[0], device="cuda") if has_sinks else None)
+    for counts in (*PARTS, {2: 1}):
         for found, expected in rows.attend(counts, scores, kernel_for(CUDA)):
             assert ((found.float() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
 
