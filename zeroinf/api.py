@@ -42,7 +42,7 @@ Prompt: TypeAlias = str | Chat | Mapping[str, Any]
 
 
 class CallSettings(TypedDict, total=False):
-    """What a call of a pipeline can be told."""
+    """Settings of one call of a pipeline."""
 
     return_full_text: bool | None
     max_new_tokens: int | None

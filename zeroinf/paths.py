@@ -1,4 +1,6 @@
-"""Folders that are the user's or the project's own, wherever zeroinf is installed, and files that last."""
+"""Folders of the user and of the project, and file system operations that are durable and safe to share between
+users.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop in order: Ctrl-C, and what a system, a terminal that closes or a batch queue sends."""
+"""Signals that stop a run in order: Ctrl-C, and those that the system, a closed terminal or a batch queue sends."""
 
 from __future__ import annotations
 

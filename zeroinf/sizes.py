@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them, and the length of completions that is assumed."""
+"""Parses and formats sizes and durations, and defines the default length of completions."""
 
 from __future__ import annotations
 

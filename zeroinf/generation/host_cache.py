@@ -1,4 +1,6 @@
-"""Keys and values in host memory: those of rows there cross the link before their turn, new ones go back."""
+"""The KV cache in host memory: keys and values are transferred to the GPU before their use, new ones are transferred
+back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that run one forward together: what goes into it, and the tokens chosen from what comes out."""
+"""Micro-batches: prepares the inputs of one forward and chooses tokens from its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows run in the next pass, and in which micro-batches. Knows of tokens and pages, and of no tensor."""
+"""Decides which rows run in the next pass and in which micro-batches. It knows tokens and pages, and no tensors."""
 
 from __future__ import annotations
 

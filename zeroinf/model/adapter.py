@@ -1,7 +1,8 @@
-"""LoRA adapters as PEFT saves them: merged with the weights of their base model as these are read, a matrix at a time.
+"""LoRA adapters as PEFT saves them, merged into the weights of their base model while these are read, one matrix at a
+time.
 
-A merged weight is `W + scale * (B @ A)`, computed in float32 and rounded once. Whatever else an adapter may hold is
-refused by name.
+A merged weight is `W + scale * (B @ A)`, computed in float32 and rounded once. Anything else in an adapter is refused
+by name.
 """
 
 from __future__ import annotations

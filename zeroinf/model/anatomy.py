@@ -1,4 +1,4 @@
-"""What a model is made of, counted on the meta device: no weights, no memory."""
+"""The anatomy of a model: every tensor, KV cache size and layer, counted on the meta device without loading weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders in the user's cache that exist whole or not at all, and digests of files."""
+"""Folders in the user's cache that are complete or absent, and digests of files."""
 
 from __future__ import annotations
 

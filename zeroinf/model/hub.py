@@ -1,4 +1,4 @@
-"""The model hub: whether it can be asked at all, and what its answers mean in the user's words."""
+"""Checks whether the model hub can be reached, and explains its errors to the user."""
 
 from __future__ import annotations
 

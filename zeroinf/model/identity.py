@@ -1,4 +1,4 @@
-"""Telling one model's weights from another's without reading them all."""
+"""Computes a digest that identifies a model's weights without reading all of them."""
 
 from __future__ import annotations
 

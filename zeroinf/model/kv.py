@@ -1,4 +1,4 @@
-"""How a model's cache grows, read off the caches that its own forward fills on the meta device."""
+"""Determines how a model's KV cache grows, from the caches that its own forward fills on the meta device."""
 
 from __future__ import annotations
 

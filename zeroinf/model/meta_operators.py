@@ -1,7 +1,7 @@
-"""Operators on the meta device, each computed once for arguments of the same shapes.
+"""Runs operators on the meta device, computing each result once for arguments of the same shapes.
 
-Torch works out the shapes of most results in Python, in a quarter of a millisecond, and the blocks of a model ask for
-the same ones over and over. What comes out there follows from shapes, strides and types alone.
+Torch computes the shapes of most results in Python, in a quarter of a millisecond, and the blocks of a model need the
+same ones repeatedly. Results depend on shapes, strides and dtypes only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Whether forwards of a model can be packed: rows side by side as one sequence, without padding and without a mask.
+"""Determines whether forwards of a model can be packed: rows joined to one sequence, without padding and without a
+mask.
 
-The model is asked: a forward on the meta device shows whether all of its attention reaches a function that is
-registered with transformers, with arguments that attention over pages understands, and which keys each layer sees.
+A forward on the meta device shows whether all attention of the model reaches a function that is registered with
+transformers, with arguments that attention over pages supports, and which keys each layer sees.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads weights through transformers' own loader, for engines that run its models as they are."""
+"""Loads weights with transformers' own loader, for engines that run its models unmodified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with files that hold no weights, in the user's words: damage, and pickles that would run code."""
+"""Explains errors of damaged checkpoint files, and of pickles that would run code, in the user's terms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model ready to be given its weights: parameters on the meta device, buffers for real."""
+"""Builds a model without its weights: parameters on the meta device, buffers in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a `.gguf` file, the model hub, the demo package, or the catalog of shapes."""
+"""Resolves the name of a model: a folder, a `.gguf` file, a hub id, the demo model, or a name of the catalog."""
 
 from __future__ import annotations
 

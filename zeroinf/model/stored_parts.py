@@ -1,4 +1,4 @@
-"""What a parameter is made of where that is not one tensor of the checkpoint under the parameter's own name."""
+"""Describes parameters that consist of other stored tensors than one with the parameter's own name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ATTRIBUTE = "stored_parts"
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """Elements of a parameter from `start` on, flat: what `make` returns for the stored tensors `names`."""
+    """A part of a parameter: the elements from `start` on (flattened) are `make` of the stored tensors `names`."""
 
     names: tuple[str, ...]
     make: Callable[..., torch.Tensor]

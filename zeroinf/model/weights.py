@@ -1,4 +1,6 @@
-"""The files a checkpoint's weights lie in, checked to be complete, and the names and shapes of what they hold."""
+"""Finds the weight files of a checkpoint, checks that they are complete, and reads the names and shapes of their
+tensors.
+"""
 
 from __future__ import annotations
 

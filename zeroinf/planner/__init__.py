@@ -1,4 +1,4 @@
 """Chooses a run's settings and predicts its memory and time: pure functions and frozen dataclasses, no I/O, no torch.
 
-The request says what the user asked for, the plan says what happens, byte by byte.
+Input: an anatomy, a machine and the user's constraints. Output: a plan that accounts for every byte.
 """

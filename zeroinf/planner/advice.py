@@ -1,7 +1,7 @@
-"""Advice: what a user could change about a plan, or about one that does not fit, with the flags that say so.
+"""Suggests changes to a plan, or to one that does not fit, with the flags that make them.
 
-The functions yield changes in the order in which they cost least: settings before a disk, a disk before memory. They
-only name changes; whoever asks plans each of them, so that no figure of advice is guessed.
+The functions yield changes in order of their cost: settings before a disk, a disk before memory. They only name
+changes; the caller plans each of them, so that no figure is guessed.
 """
 
 from __future__ import annotations

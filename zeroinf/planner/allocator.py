@@ -1,9 +1,10 @@
-"""torch's CUDA caching allocator on paper: what it takes from the driver for an order of allocations and frees.
+"""Simulates torch's CUDA caching allocator: the memory that it takes from the driver for a sequence of allocations and
+frees.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp` with `expandable_segments:True`, which zeroinf runs with:
-sizes are rounded up to 512 bytes; requests up to 1 MiB and larger ones have a pool each; a pool is one range of
-addresses that grows by whole pages at its end, splits its free blocks at will and joins free neighbours; the smallest
-free block that is large enough is taken, the one at the end last. Pages are not given back while a run goes on.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp` with `expandable_segments:True`, which zeroinf sets: sizes
+are rounded up to 512 bytes; requests up to 1 MiB and larger ones have separate pools; a pool is one range of addresses
+that grows by whole pages at its end, splits its free blocks freely and joins free neighbours; the smallest free block
+that is large enough is taken, the one at the end last. Pages are not given back during a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys and values in host memory: who may have them there, and what crosses the link for them."""
+"""The KV cache in host memory: the models that support it, and the bytes that it transfers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where every byte of a run goes: terms with a name, a value and an origin, for the GPU, the host and the disk."""
+"""Accounts for every byte of a run: terms with a name, a size and an origin, for the GPU, the host and the disk.
+
+Input: an anatomy, a choice of settings and simulated workloads. Output: `Term`s. Nothing is allocated or measured here.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,9 @@ _UNFORESEEN_GPU = 96 * _MIB
 _SMALL_BESIDE = 8 * _MIB
 # The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks.md).
 PINNED_BYTES_PER_PAGE_TABLE_BYTE = 4096 // 8
+"""A GPU's page tables take one byte of its memory for this many bytes of page-locked memory: 8 bytes for each page of
+4096.
+"""
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
 MARGIN = "margin for the system"
@@ -71,7 +77,7 @@ MARGIN = "margin for the system"
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One use of memory, in bytes."""
+    """One named amount of memory, in bytes. `origin` says how it was determined."""
 
     place: MemoryPlace
     name: str
@@ -86,7 +92,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overhead:
-    """What a process takes of its GPU beside tensors, and of host memory, in bytes, each with its origin."""
+    """Memory that a process takes of its GPU besides tensors, and of host memory, in bytes, each with its origin."""
 
     context: tuple[int, TermOrigin] = (0, "counted")
     workspace: tuple[int, TermOrigin] = (0, "counted")

@@ -1,4 +1,4 @@
-"""The plan: what a run will do, decided before anything is allocated."""
+"""The plan: all decisions of a run, made before anything is allocated."""
 
 from __future__ import annotations
 

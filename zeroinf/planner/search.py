@@ -1,4 +1,7 @@
-"""The choice: where weights rest, what stays on the GPU, how ranks fetch and how many rows run, for most tokens/s."""
+"""Searches for the settings with the highest tokens/s that fit: offload, resident layers, fetch mode and batch sizes.
+
+Input: an anatomy, a machine, the user's constraints and a function that simulates workloads. Output: a `Decision`.
+"""
 
 from __future__ import annotations
 

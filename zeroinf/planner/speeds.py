@@ -1,4 +1,4 @@
-"""The rates a plan is timed with, and what takes their place where nobody measured them."""
+"""Determines the rates with which a plan is timed: measured ones, or estimates where nothing was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a plan takes: the roofline of links, disk, arithmetic, GPU memory and kernel launches."""
+"""Predicts the duration of a plan: a roofline over links, disk, arithmetic, GPU memory and kernel launches."""
 
 from __future__ import annotations
 
@@ -55,10 +55,7 @@ _ENCODE_GBPS = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speeds:
-    """The rates that a plan is timed with: GB/s (10^9 bytes), 10^12 operations a second, seconds.
-
-    `link_gbps` is that of one rank while all pull at once; `projected` names those that nobody measured.
-    """
+    """The rates of one rank that a plan is timed with: GB/s (10^9 bytes), 10^12 operations/s, seconds."""
 
     link_gbps: float
     disk_gbps: float

@@ -1,4 +1,6 @@
-"""Wire formats: which weights of a block cross the link as codes of a few bits, and how many bytes that takes."""
+"""Wire formats: the weights of a block that are stored and transferred as codes of a few bits, and their size in
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What micro-batches do to a GPU, step by step, as it was recorded: the planner's raw material."""
+"""Describes the work of micro-batches on a GPU, step by step, as the simulation recorded it.
+
+Input: recorded allocations and kernels. Output: workloads from which the planner computes memory and time.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpansionCost:
-    """How a checkpoint that is quantized already becomes weights in full, a block at a time."""
+    """The cost of expanding a quantized checkpoint's weights, one block at a time."""
 
     nbytes: int
     """The most that is alive beside what the block holds, while one is expanded and computes."""

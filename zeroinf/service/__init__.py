@@ -1,5 +1,5 @@
-"""A loaded model that takes requests as they come: what a run, a Python session, an evaluation and a server share.
+"""A loaded model that accepts requests at any time: the common base of runs, Python sessions, evaluations and servers.
 
-Here live the model's loading and closing, its KV cache, the guard of its GPU memory, and the requests that run through
-it. Files, formats and journals live above, in `zeroinf.jobs`; forwards, sampling and caches below.
+This package holds loading and closing of a model, its KV cache, the guard of its GPU memory, and the requests that run
+through it. Files, formats and journals belong to `zeroinf.jobs`; forwards, sampling and caches to the packages below.
 """

@@ -1,6 +1,8 @@
-"""A loaded model with a standing feed: requests come at any time, from any thread, and are told of as they run.
+"""A loaded model with a permanent feed: requests are accepted at any time, from any thread, and report events as they
+run.
 
-Each rank has one. Requests are given to that of rank 0, which hands them to the others; the others only work.
+Each rank has one `Service`. Requests are submitted to that of rank 0, which distributes them; the other ranks only
+work.
 """
 
 from __future__ import annotations

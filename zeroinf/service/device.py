@@ -1,4 +1,4 @@
-"""The device of a rank."""
+"""Chooses the device of a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment's variables, set for libraries that read them and taken back afterwards."""
+"""Sets environment variables that libraries read, and restores them afterwards."""
 
 from __future__ import annotations
 

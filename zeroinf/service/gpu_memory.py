@@ -1,4 +1,6 @@
-"""A rank's GPU memory: the limit, the look before each large allocation, and what was used in the end."""
+"""Guards a rank's GPU memory: enforces the limit, checks for free memory before each large allocation, and records what
+was used.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from zeroinf.planner.traits import TRAITS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuUse:
-    """What a run took of a GPU, in bytes."""
+    """GPU memory that a run used, in bytes."""
 
     loaded: int
     """Allocated by loading weights, slots among them."""

@@ -1,4 +1,4 @@
-"""What is given for a request: its tokens as they come, and what it came to. For threads and for asyncio."""
+"""Handles of submitted requests, with which callers wait for text, tokens and completions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A loaded model: its engine, the room for keys and values, the guard of its GPU, and the loop over the rows it is fed.
+"""A loaded model: its engine, its KV cache, the guard of its GPU memory, and the generation loop.
 
-Everything that a run, a session and an evaluation take of the machine is taken here, in one order, and given back in
-the reverse one, whatever fails in between: page-locked memory, GPU memory and its limit, process groups, and variables
-of the environment that libraries want. What rows there are, and where their results go, is the caller's.
+Everything that a run, a session or an evaluation takes of the machine is acquired here in one order and released in the
+reverse order, even after a failure: page-locked memory, GPU memory and its limit, process groups, and environment
+variables. Where rows come from and where results go is the caller's task.
 """
 
 from __future__ import annotations

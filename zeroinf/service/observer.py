@@ -1,4 +1,4 @@
-"""What is told while a run happens."""
+"""Progress callbacks of a run: notes, loading, generated tokens, and the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """A moment of a run."""
+    """The progress of a run at one moment."""
 
     rows_done: int
     """Results that would survive the machine, those of earlier runs of the same job included."""
@@ -61,14 +61,14 @@ def tokens_left(rows: int, most: int, tokens: int, ended_early: int) -> float:
 
 
 class Observer(Protocol):
-    """Whoever shows a run to the user. Only rank 0 has one that speaks."""
+    """Receives the progress of a run and shows it to the user. On ranks other than 0 it shows nothing."""
 
     def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
     def failed(self, text: str) -> None:
-        """Say what went wrong where no exception can carry it to the command line."""
+        """Report an error that no exception can carry to the command line."""
         ...
 
     def loading(self, plan: Plan) -> None: ...
@@ -82,5 +82,5 @@ class Observer(Protocol):
     def progress(self, progress: Progress) -> None: ...
 
     def ended(self) -> None:
-        """Generation is over, well or badly: clear whatever is being redrawn."""
+        """Generation has ended, with or without success: stop redrawing the display."""
         ...

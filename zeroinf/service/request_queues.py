@@ -1,6 +1,7 @@
-"""Where requests wait for the ranks that run them, and what ranks tell of them: in this process, or between processes.
+"""Queues of requests for the ranks that run them, and the events that ranks send back, within a process or between
+processes.
 
-Requests are posted by rank 0 and taken by whichever rank has room. Nothing here knows of tensors or passes.
+Rank 0 posts requests; any rank that has room takes them. Nothing here knows of tensors or passes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _POLL_S = (0.002, 0.05)
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
-    """A request as ranks are given it."""
+    """A request as ranks receive it."""
 
     number: int
     tokens: Sequence[int]
@@ -45,7 +46,7 @@ class QueuedRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """What a rank has to say of a request."""
+    """An event of a request: new text and tokens, or its end."""
 
     number: int
     text: str = ""
@@ -56,7 +57,7 @@ class RequestEvent:
 
 
 class RequestQueue(Protocol):
-    """A board as ranks see it. `look` comes first in every pass: the others go by what it saw."""
+    """A queue as ranks use it. Each pass begins with `look`; the other methods use the state that it read."""
 
     def look(self) -> Sequence[int]:
         """See what there is; numbers of requests that were cancelled since the last look.
@@ -80,7 +81,7 @@ class RequestQueue(Protocol):
 
 
 class LocalRequestQueue:
-    """All in this process. `heard` receives what is told."""
+    """A queue within one process. `heard` receives the events."""
 
     def __init__(self, heard: Callable[[RequestEvent], None]) -> None:
         self._heard = heard
@@ -149,11 +150,7 @@ class LocalRequestQueue:
 
 
 class SharedRequestQueue:
-    """Of several ranks, through the store of rank 0.
-
-    Counters say how much has been posted and taken of each kind. Rank 0 posts a little more than ranks can take at a
-    time, so that what waits is in its memory once, and hears what the others tell in a thread of its own.
-    """
+    """A queue of several ranks, in the store of rank 0."""
 
     def __init__(self, store: dist.Store, rank: int, ahead: int, heard: Callable[[RequestEvent], None]) -> None:
         """Made on rank 0 first. `ahead`: requests of a kind that are posted before any rank has taken them."""

@@ -1,4 +1,4 @@
-"""What goes into a job and what comes out of it: requests, results and refusals."""
+"""Requests, results and refusals: the input and output of a job, without any file format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ NOT_NUMBERS_HINT = "float16 overflows in many models, --dtype bfloat16 does not;
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatOptions:
-    """What a chat template is told beside the messages. Raises ValueError for a variable that it sets itself."""
+    """Variables for a chat template besides the messages. Raises ValueError for a variable that every template gets
+    anyway.
+    """
 
     variables: tuple[tuple[str, str], ...] = ()
     """Names and values, these as JSON, of variables of the template, such as enable_thinking."""
@@ -48,7 +50,7 @@ NO_OPTIONS = ChatOptions()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extra:
-    """What the output says of a request beside its result; the decode loop knows nothing of it."""
+    """Fields of a request that only the output needs; the generation loop ignores them."""
 
     columns: Mapping[str, Any] | None = None
     """What of its entry goes to the output as it is."""
@@ -66,7 +68,7 @@ class Extra:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One row of work: one of `prompt`, `tokens` and `messages` (role and content, both text) is set."""
+    """One request: exactly one of `prompt`, `tokens` and `messages` (role and content, both text) is set."""
 
     index: int  # position in the input, counted from 0, refused entries included
     line: int | None  # counted from 1; None when the prompt did not come from a file
@@ -86,7 +88,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """One request, ready for a row."""
+    """One tokenized request, ready to become a row."""
 
     index: int
     line: int | None
@@ -103,10 +105,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a request came to. Token counts leave out padding; `completion` leaves out the prompt.
-
-    Where `finish_reason` is "error" it came to nothing, `completion` is empty, and `reason` says why.
-    """
+    """The result of a request. Token counts exclude padding; `completion` excludes the prompt."""
 
     index: int
     id: str
@@ -170,7 +169,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """An entry of the input that is not run, or came to nothing, and why."""
+    """An entry of the input that was not run or failed, with the reason."""
 
     index: int
     line: int | None

@@ -1,8 +1,9 @@
-"""Finds chat messages of which a template renders nothing, and says what to do about them.
+"""Finds chat messages that a template drops, and explains what to do about them.
 
 Templates are programs of the models' authors, and many skip a role that they do not know. So a conversation is rendered
-once more with a mark in place of each text: a message whose mark is missing is lost. Conversations with the same roles
-share one look. What a template does to a text (strip it, take thoughts out) loses no mark.
+once more with a mark in place of each text: a message whose mark is missing was dropped. The check is done once for
+conversations with the same roles. Changes that a template makes to a text (stripping it, removing thoughts) keep the
+mark.
 """
 
 from __future__ import annotations

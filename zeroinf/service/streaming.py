@@ -1,4 +1,4 @@
-"""Text of a row as it grows: only what later tokens cannot change or take back."""
+"""Emits the text of a row while it grows: only text that later tokens cannot change or take back."""
 
 from __future__ import annotations
 

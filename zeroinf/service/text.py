@@ -1,4 +1,4 @@
-"""Between text and token ids."""
+"""Converts between text and token ids with a model's tokenizer and chat template."""
 
 from __future__ import annotations
 

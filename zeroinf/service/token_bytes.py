@@ -1,4 +1,4 @@
-"""The bytes that each token of a tokenizer adds to a text, as transformers' stop strings are matched against them."""
+"""The bytes that each token of a tokenizer adds to a text, for matching stop strings as transformers does."""
 
 from __future__ import annotations
 

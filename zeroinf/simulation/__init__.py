@@ -1,4 +1,4 @@
-"""A run on paper: real models and the real decode loop on the meta device, which has shapes but no memory.
+"""Simulates a run: real models and the real generation loop on the meta device, which has shapes but no memory.
 
-What is recorded here (allocations in their order, arithmetic, traffic) feeds the planner's memory and time models.
+Output: allocations in their order, arithmetic and memory traffic, from which the planner computes memory and time.
 """

@@ -1,8 +1,8 @@
-"""What attention allocates on a GPU, where the meta device would take it apart into matrix products.
+"""Simulates the allocations of attention kernels on a GPU, which the meta device would decompose into matrix products.
 
-After the choice and the preparations in torch's `aten/src/ATen/native/transformers/attention.cpp` and
-`cuda/sdp_utils.cpp`: a mask keeps the flash kernel out, and is turned into a bias whose rows are padded to 16 elements
-for the memory-efficient one, which takes heads of any size; grouped queries that flash does not take are products.
+It follows the choice of kernels and the preparations in torch's `aten/src/ATen/native/transformers/attention.cpp` and
+`cuda/sdp_utils.cpp`: a mask excludes the flash kernel, and becomes a bias whose rows are padded to 16 elements for the
+memory-efficient kernel, which takes heads of any size; grouped queries that flash does not support are matrix products.
 """
 
 from __future__ import annotations

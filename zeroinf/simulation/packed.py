@@ -1,7 +1,7 @@
-"""Packed forwards on paper: a few are simulated, and what others allocate and compute follows from their tokens.
+"""Predicts packed forwards of any size from a few that are simulated.
 
-All of it beside attention is a plane over the tokens of a forward and the rows whose next token is chosen, whoever the
-rows are and however long their contexts. What attention reads and multiplies is counted.
+Everything besides attention is linear in the tokens of a forward and in the rows whose next token is chosen, whichever
+rows they are and however long their contexts. What attention reads and multiplies is counted.
 """
 
 from __future__ import annotations

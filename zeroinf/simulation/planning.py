@@ -1,4 +1,4 @@
-"""From a model, a machine and a wish to a plan: puts the simulation and the planner together."""
+"""Plans a run from a model, a machine and the user's constraints, by connecting the simulation and the planner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _REMEDIES = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanInput:
-    """All that a plan depends on."""
+    """Everything that a plan depends on."""
 
     config: Any
     """The transformers config."""
@@ -57,7 +57,7 @@ class PlanInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanResult:
-    """The plan, what else was weighed, and the rates that it was timed with."""
+    """The plan, the alternatives, the rates it was timed with, and advice."""
 
     plan: Plan
     decision: Decision
@@ -67,10 +67,8 @@ class PlanResult:
 
 
 def make_plan(plan_input: PlanInput, *, advise: bool = False) -> PlanResult:
-    """Plan; with `advise` also what changes would give.
-
-    Raises DoesNotFitError, with what would have to change, when nothing fits, and UsageError for what models with an
-    encoder, or quantized already, do without.
+    """Plan; with `advise` also evaluate changes to the settings or the machine. Raises DoesNotFitError if nothing
+    fits.
     """
     _refuse_beside_an_encoder(plan_input)
     refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
@@ -202,7 +200,7 @@ def _planner(
 
 
 def plan_as_requested(plan_input: PlanInput) -> Plan:
-    """The plan before anything was chosen."""
+    """The plan with the user's own settings, before any other setting is chosen."""
     constraints = plan_input.constraints
     return Plan(
         anatomy=plan_input.anatomy,

@@ -1,4 +1,4 @@
-"""Records what code on the meta device would do to a GPU: every allocation and free in order, and every kernel."""
+"""Records what code on the meta device would do on a GPU: every allocation and free in order, and every kernel."""
 
 from __future__ import annotations
 

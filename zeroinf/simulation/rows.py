@@ -1,4 +1,4 @@
-"""Micro-batches of any number of rows, from a few that were simulated."""
+"""Interpolates micro-batches of any number of rows from a few that were simulated."""
 
 from __future__ import annotations
 

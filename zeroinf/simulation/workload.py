@@ -1,4 +1,4 @@
-"""Runs a micro-batch on paper: the decode loop's own steps over the model on the meta device."""
+"""Simulates micro-batches with the generation loop's own steps over the model on the meta device."""
 
 from __future__ import annotations
 

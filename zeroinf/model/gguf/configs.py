@@ -1,7 +1,7 @@
-"""The transformers config that a GGUF file's metadata describes.
+"""Derives the transformers config from a GGUF file's metadata.
 
-What a file says of its architecture is used or refused by name: a key that is not known may change what a model
-computes. Keys and their meaning are those of llama.cpp's `conversion/` and `src/llama-model.cpp`.
+Every key of the file's architecture is used or refused by name, since an unknown key may change what a model computes.
+Keys and their meaning are those of llama.cpp's `conversion/` and `src/llama-model.cpp`.
 """
 
 from __future__ import annotations

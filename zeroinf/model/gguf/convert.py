@@ -1,4 +1,6 @@
-"""Writes a GGUF file's weights in full, layer by layer, once: a checkpoint folder for engines that run no others."""
+"""Converts a GGUF file once to a checkpoint folder with full weights, layer by layer, for engines that run no packed
+ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with the config and the tokenizer of a GGUF file, made once; the weights stay where they are."""
+"""Makes a folder with the config and the tokenizer of a GGUF file, once. The weights stay in the file."""
 
 from __future__ import annotations
 

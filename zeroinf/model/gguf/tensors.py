@@ -1,4 +1,4 @@
-"""The tensors of GGUF files, mapped into memory: nothing is read before it is used."""
+"""Maps the tensors of GGUF files into memory. No data is read before it is used."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Checkpoints that are quantized already: modules hold what the checkpoint holds, and expand it as they run.
+"""Checkpoints that are already quantized: modules hold the quantized tensors, and expand them when they run.
 
-`registry` finds the format, each of which has a file; `expansion` is what they share. Reading weights is the engines'
-work.
+`registry` finds the format; each format has a module; `expansion` is common to all. Reading weights is the engines'
+task.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints of bitsandbytes: codes of 4 bits (NF4, FP4) in blocks of a matrix row by row, or int8 with a scale a row.
+"""Checkpoints of bitsandbytes: 4-bit codes (NF4, FP4) in blocks along matrix rows, or int8 with a scale for each row.
 
 Layouts are those of `bitsandbytes.functional` (`QuantState`, `dequantize_4bit`, `int8_vectorwise_dequant`): the first
-of two codes lies in a byte's high bits; the scales of blocks may be codes themselves, of which 256 share a scale.
+of two codes is in a byte's high bits; the scales of blocks may be codes themselves, of which 256 share a scale.
 """
 
 from __future__ import annotations

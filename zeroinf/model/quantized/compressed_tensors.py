@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors: the library names the modules and what each holds."""
+"""Checkpoints of compressed-tensors, whose library names the quantized modules and their tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expanding weights: a module holds what its checkpoint holds, and has its weights in full while it runs."""
+"""Expands quantized weights: a module holds the tensors of its checkpoint, and has full weights only while it runs."""
 
 from __future__ import annotations
 

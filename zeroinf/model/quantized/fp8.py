@@ -1,4 +1,6 @@
-"""Checkpoints in FP8 as DeepSeek and others publish them: a scale for each block of a weight, each row, or all."""
+"""Checkpoints in FP8 as DeepSeek and others publish them: a scale for each block of a weight, each row, or the
+whole.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Operators of torch that expand a matrix, or a stack of them, at once: on a GPU by one kernel.
+"""Operators of torch that expand a matrix, or a stack of matrices, in one call: on a GPU by one kernel.
 
-On paper (the meta device) an operator does nothing, and is seen as one kernel that reads codes and writes weights. Its
-first argument, `whole` (..., rows, columns; strided), is what it fills.
+On the meta device an operator does nothing, and counts as one kernel that reads codes and writes weights. Its first
+argument, `whole` (..., rows, columns; strided), is its output.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tensor types of GGUF files: how many bytes hold how many weights, and what these bytes stand for.
+"""The tensor types of GGUF files: the bytes of a block of weights, and their conversion to numbers.
 
 Layouts are those of ggml's `ggml-common.h` and the reference decoders of the package gguf (`gguf.quants`). A weight is
-computed in float32, to the same bits as there, and rounded once to the dtype that is asked for.
+computed in float32, to the same bits as there, and rounded once to the requested dtype.
 """
 
 from __future__ import annotations

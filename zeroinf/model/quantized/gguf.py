@@ -1,7 +1,7 @@
-"""Models of GGUF files: linear layers and experts hold the file's blocks, everything else its weights in full.
+"""Models of GGUF files: linear layers and experts hold the file's quantized blocks, everything else full weights.
 
-Names are those of the package gguf. Where llama.cpp writes weights in another order than transformers has them, rows
-are put back as they are read, and columns and experts as they are expanded.
+Names are those of the package gguf. Where llama.cpp stores weights in another order than transformers, rows are
+reordered when they are read, and columns and experts when they are expanded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checkpoints of GPTQ (versions 1 and 2, also with `desc_act`) and AWQ (`gemm`), and AutoRound's, packed like either.
+"""Checkpoints of GPTQ (versions 1 and 2, also with `desc_act`), AWQ (`gemm`), and AutoRound, which packs like either.
 
 Layouts: AutoGPTQ's `qlinear_cuda`, GPTQModel's `checkpoint_format`, AutoAWQ's `WQLinear_GEMM`. Words of 32 bits hold
-codes along the inputs (GPTQ) or along the outputs (AWQ), in an order of its own; scales and zero points belong to
+codes along the inputs (GPTQ) or along the outputs (AWQ, in an order of its own); scales and zero points belong to
 groups of inputs. GPTQ's version 1 stores zero points less one.
 """
 

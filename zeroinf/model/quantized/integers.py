@@ -1,4 +1,4 @@
-"""Integer codes: unpacking them from words, and weights of codes, scales and zero points that groups share.
+"""Integer codes: unpacking from words, and conversion to weights with scales and zero points that groups share.
 
 A weight is `(code - zero) * scale`, computed in float32, where it is exact, and rounded once.
 """

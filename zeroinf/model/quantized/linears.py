@@ -1,7 +1,7 @@
-"""Quantized linear layers of a checkpoint, wherever transformers has them: as layers, or fused into stacks of experts.
+"""Quantized linear layers of a checkpoint, as layers of the model or fused into stacks of experts.
 
-A format says which tensors stand for one matrix and what they mean. This module finds the matrices, lets modules hold
-these tensors, stacked where there are experts, and expands all matrices of a stack together.
+A `MatrixFormat` says which tensors represent one matrix and how they are expanded. This module finds the matrices in a
+model, lets modules hold their tensors (stacked for experts), and expands all matrices of a stack together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of gpt-oss: experts as codes of 4 bits, of which 32 share a power of two."""
+"""Checkpoints of gpt-oss: experts as 4-bit codes (MXFP4), of which 32 share a power of two."""
 
 from __future__ import annotations
 

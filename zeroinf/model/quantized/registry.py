@@ -1,4 +1,4 @@
-"""The formats of quantized checkpoints that run, by the names that configs give them."""
+"""Maps the names of quantization methods in configs to the modules that support them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights of compressed-tensors and of NVIDIA's ModelOpt, whatever their codes: integers, FP8 or FP4, with scales.
+"""Checkpoints of compressed-tensors and of NVIDIA's ModelOpt: integer, FP8 or FP4 codes with scales.
 
-Layouts are those of the package compressed-tensors (`compressors`) and of ModelOpt's exported checkpoints. What a layer
-has says how it is to be read; what belongs to activations is left alone, which stay as they are: weights are exact.
+Layouts are those of the package compressed-tensors (`compressors`) and of ModelOpt's exported checkpoints. The stored
+tensors of a layer determine how it is read. Scales of activations are ignored: activations stay in the model's dtype.
 """
 
 from __future__ import annotations
