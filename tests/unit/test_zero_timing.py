@@ -90,7 +90,7 @@ def test_a_tied_weight_crosses_for_each_of_its_uses() -> None:
 def test_runs_took_about_as_long(
     model: str, gpus: int, rows: int, link_gbps: float, tokens_per_second: float, tmp_path: Path
 ) -> None:
-    """Runs of docs/benchmarks.md on H200s, with a usual rate of their hosts for a model's launch: within a third."""
+    """Runs of docs/benchmarks-archive.md on H200s, with a usual launch time of their hosts: within a third."""
     gpu = {
         "name": "NVIDIA H200",
         "total_bytes": 141 << 30,

@@ -16,7 +16,7 @@ from zeroinf.service.requests import Work
 _TOKEN_BYTES = array("i").itemsize
 _WORK_BYTES = 2300
 """Of a request beside its tokens: its fields, id and digest, what the queue and the journal keep of it, and what the
-process keeps of its text (measured for a thousand characters: docs/benchmarks.md)."""
+process keeps of its text (measured for a thousand characters: docs/benchmarks-archive.md)."""
 _CHUNK_BYTES = 64 << 20
 
 

@@ -21,7 +21,7 @@ from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.wire import Wire
 
 Quality = Literal["exact", "near lossless", "lossy"]
-"""What a change does to completions. The classes come from docs/benchmarks.md, "What wire formats cost in quality"."""
+"""The effect of a change on completions, as measured in docs/benchmarks.md, "What wire formats cost in quality"."""
 
 # More than any store takes: what it really takes stands in the plan.
 _ENOUGH_DISK_BYTES = 1 << 50

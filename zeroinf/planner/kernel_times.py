@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from zeroinf.planner.workload import Kernel, Pattern
 
-# Fitted to one set of runs of `scripts/bench-kernels` on an H200; whole runs beside them stand in docs/benchmarks.md.
+# Fitted by hand to runs of `scripts/bench-kernels` on an H200 (docs/benchmarks-archive.md, "Kernels, operator
+# by operator").
 _PRODUCT_SHARES = (1.05, 0.8)  # of arithmetic, of memory
 _OWN_PRODUCT_SHARES = {
     "efficient attention": (0.17, 0.48),

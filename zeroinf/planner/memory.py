@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 20
 
 SLOTS: dict[Fetch, int] = {"replicated": 3, "partitioned": 6}
 """On one link: one slot computes, one has arrived, one is on its way. Gathered pieces arrive less evenly: six slots and
-four stages moved 15 % more than three and three on four GPUs (docs/benchmarks.md)."""
+four stages moved 15 % more than three and three on four GPUs (docs/benchmarks-archive.md)."""
 
 STAGES = 4
 
@@ -63,9 +63,9 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
 _UNFORESEEN_GPU = 96 * _MIB
-# What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks.md).
+# What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks-archive.md).
 _SMALL_BESIDE = 8 * _MIB
-# The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks.md).
+# The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks-archive.md).
 PINNED_BYTES_PER_PAGE_TABLE_BYTE = 4096 // 8
 """A GPU's page tables take one byte of its memory for this many bytes of page-locked memory: 8 bytes for each page of
 4096.

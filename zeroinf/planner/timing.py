@@ -21,16 +21,16 @@ from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Work
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
 
-# DeepSpeed's engine takes this for each parameter to fetch it and let it go again, in times of a model's launch: on one
-# GPU, and where a parameter is gathered from several (docs/benchmarks.md, "What DeepSpeed's engine takes a pass").
+# Host time of DeepSpeed's engine to fetch and release a parameter, in kernel launches of a model: on one GPU, and with
+# an all-gather over several (docs/benchmarks-archive.md, "What DeepSpeed's engine takes a pass").
 _ZERO_LAUNCHES = 10
 _ZERO_LAUNCHES_GATHERED = 20
 # accelerate copies from memory that is not page-locked, and waits for each copy: six runs reached 0.09 to 0.14 of the
-# link (docs/benchmarks.md, "Engines side by side").
+# link (docs/benchmarks-archive.md, "Engines side by side").
 _ACCELERATE_SHARE = 0.11
 
 # What launching attention over pages costs the host, in times of a model's launch, and what each row does in a pass:
-# 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks.md, "Packed forwards").
+# 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks-archive.md, "Packed forwards").
 _ATTENTION_LAUNCHES = 5
 _ROW_S = 5e-6
 
@@ -49,7 +49,7 @@ _NEXT_TO_NOTHING = 1.005
 _NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
 
 # Making codes of weights in a checkpoint, GB/s of the weights: an H200 beside 16 cores. Eight threads of those by
-# themselves made 0.4 (docs/benchmarks.md, "Pages, micro-batches and codes").
+# themselves made 0.4 (docs/benchmarks-archive.md, "Pages, micro-batches and codes").
 _ENCODE_GBPS = 2.0
 
 
@@ -451,7 +451,7 @@ def _pass(
     does not overlap them, kernels alone beside their launches.
 
     Where keys and values cross the link, it waits for the host now and then, and the host for it: 21 runs on H200s took
-    about the root of the sum of both squares (docs/benchmarks.md, "A sweep").
+    about the root of the sum of both squares (docs/benchmarks-archive.md, "A sweep of settings").
     """
     both = {name: work[name] + more[name] for name in work}
     on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")

@@ -38,9 +38,10 @@ def measure_links(devices: Sequence[int]) -> float:
 
 
 def measure_own_link(device: int) -> float:
-    """Page-locked host memory to one GPU, GB/s, in a moment and with little memory: what a run does before it loads.
+    """The rate of copies from page-locked host memory to one GPU, in GB/s. A run calls it before it loads.
 
-    The best of several rounds: one by itself came out up to 5 % below what the run then reached (docs/benchmarks.md).
+    It is brief and takes little memory. The result is the best of several rounds: single rounds were up to 5 % below
+    what the run then reached (docs/benchmarks-archive.md).
     """
     import torch
 
