@@ -15,8 +15,9 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import read_requests
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.source import ModelSource, load_tokenizer
-from zeroinf.options.options import RunOptions
-from zeroinf.options.plan_input import PlanOptions, plan_input_of
+from zeroinf.options.definition import from_keywords
+from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
+from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
@@ -29,7 +30,6 @@ from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result
 from zeroinf.service.text import TextCodec, encode_prompt
 from zeroinf.simulation.planning import make_plan
-from zeroinf.sizes import parse_size
 
 Engine: TypeAlias = Literal["auto", "stream", "zero", "resident", "accelerate", "tensor-parallel"]
 Chat: TypeAlias = Sequence[Mapping[str, str]]
@@ -95,34 +95,7 @@ def plan(
     --json`; without one it is this machine. No weights are loaded. Raises DoesNotFitError when nothing fits, UsageError
     for what would have no effect.
     """
-    options = PlanOptions(
-        model=model,
-        engine=engine,
-        offload=offload,
-        fetch=fetch,
-        batch_size=batch_size,
-        micro_batch_rows=micro_batch_rows,
-        wire=wire,
-        kv=kv,
-        kv_dtype=kv_dtype,
-        resident_blocks=resident_blocks,
-        tensor_parallel_size=tensor_parallel_size,
-        input_len=input_len,
-        output_len=output_len,
-        requests=requests,
-        machine_name=machine,
-        num_gpus=num_gpus,
-        gpu_memory=_bytes(gpu_memory),
-        host_memory=_bytes(host_memory),
-        nvme_space=_bytes(nvme_space),
-        link_gbps=link_gbps,
-        nvme_gbps=nvme_gbps,
-        nvme_paths=tuple(map(Path, nvme_paths)),
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    return make_plan(plan_input_of(options)).plan
+    return make_plan(plan_input_of(from_keywords(PlanOptions, locals()))).plan
 
 
 def generate(
@@ -171,11 +144,7 @@ def generate(
     sampling = _sampling(
         max_new_tokens, do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs
     )
-    options = _options(
-        model, sampling, engine, offload, nvme_paths, fetch, batch_size, micro_batch_rows, wire, kv, kv_dtype,
-        resident_blocks, tensor_parallel, gpu_memory, host_memory, pin_memory, aio, zero_config, dtype, revision,
-        trust_remote_code, random_weights,
-    )  # fmt: skip
+    options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
     requests = _requests(prompts, sampling)
     if not requests:
         return []
@@ -237,11 +206,7 @@ def pipeline(
     prompts, and get the results.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    options = _options(
-        model, sampling, engine, offload, nvme_paths, fetch, batch_size, micro_batch_rows, wire, kv, kv_dtype,
-        resident_blocks, tensor_parallel, gpu_memory, host_memory, pin_memory, aio, zero_config, dtype, revision,
-        trust_remote_code, random_weights,
-    )  # fmt: skip
+    options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
     lengths = Lengths(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, logprobs=logprobs)
     observer = ProgressObserver(progress)
     return Pipeline(open_session(options, lengths, None, observer, num_gpus), max_new_tokens, observer)
@@ -414,56 +379,6 @@ class Pipeline:
         self.close()
 
 
-def _options(
-    model: str,
-    sampling: Sampling,
-    engine: Engine,
-    offload: Offload | Literal["auto"],
-    nvme_paths: Iterable[str | Path],
-    fetch: Fetch | Literal["auto"],
-    batch_size: int | None,
-    micro_batch_rows: int | None,
-    wire: Wire,
-    kv: Kv,
-    kv_dtype: KvDtype,
-    resident_blocks: int | None,
-    tensor_parallel: TensorParallel | None,
-    gpu_memory: Size | None,
-    host_memory: Size | None,
-    pin_memory: bool,
-    aio: AioSettings | None,
-    zero_config: str | Path | None,
-    dtype: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    random_weights: bool,
-) -> RunOptions:
-    return RunOptions(
-        model=model,
-        sampling=sampling,
-        engine=engine,
-        offload=offload,
-        nvme_paths=tuple(map(Path, nvme_paths)),
-        fetch=fetch,
-        batch_size=batch_size,
-        micro_batch_rows=micro_batch_rows,
-        wire=wire,
-        kv=kv,
-        kv_dtype=kv_dtype,
-        resident_blocks=resident_blocks,
-        tensor_parallel=TensorParallel(size=0) if tensor_parallel is None else tensor_parallel,
-        gpu_memory_bytes=_bytes(gpu_memory),
-        host_memory_bytes=_bytes(host_memory),
-        pin_memory=pin_memory,
-        aio=AioSettings() if aio is None else aio,
-        zero_config=None if zero_config is None else Path(zero_config),
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        random_weights=random_weights,
-    )
-
-
 def _sampling(
     max_new_tokens: int,
     do_sample: bool | None,
@@ -543,15 +458,6 @@ def _generated(asked: Any, result: Result, full: bool) -> Generated:
     if isinstance(asked, str):
         return {"generated_text": asked + result.completion}
     return {"generated_text": [*(dict(m) for m in asked), {"role": "assistant", "content": result.completion}]}
-
-
-def _bytes(size: Size | None) -> int | None:
-    if not isinstance(size, str):
-        return size
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 __all__ = [

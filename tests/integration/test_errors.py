@@ -253,7 +253,10 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing"),
         (["--offload", "cpu", "--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),
         (["--offload", "cpu", "--aio-threads", "4"], "--aio-threads has no effect with --offload cpu"),
-        (["--offload", "nvme", "--nvme-path", ".", "--aio-threads", "4"], "--aio-threads configures DeepSpeed's disk"),
+        (
+            ["--offload", "nvme", "--nvme-path", ".", "--aio-threads", "4"],
+            "no effect with the stream engine",
+        ),
         (["--offload", "nvme", "--nvme-path", ".", "--nvme-path", "./"], "names the same folder twice"),
         (["--engine", "zero", "--offload", "nvme", "--nvme-path", ".", "--nvme-path", "/"], "one --nvme-path"),
         (["--engine", "zero", "--aio-threads", "4"], "--aio-threads has no effect without --nvme-path"),

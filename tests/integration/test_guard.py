@@ -228,7 +228,7 @@ def test_a_run_that_was_stopped_goes_on_in_other_batches_and_ends_with_the_same_
 def test_the_report_puts_every_place_beside_what_was_measured(job: Job) -> None:
     job.gpu.most_reserved = 3 << 30
     job.while_loading = lambda plan: setattr(job.gpu, "most_allocated", 2 << 30)
-    report = job.run(gpu_memory_bytes=8 << 30)
+    report = job.run(gpu_memory=8 << 30)
     outside = planned(report.plan, *OUTSIDE_TORCH)
     assert job.gpu.limits == [pytest.approx(((8 << 30) - outside) / job.gpu.total), 1.0], "the limit is lifted again"
     data = json.loads(json.dumps(report.to_json()))

@@ -59,7 +59,7 @@ def too_little_without_a_disk(model: Path, requests: Path, nvme: Path) -> int:
     size = total(plan.terms, "host")
     while plan.offload != "nvme":
         size -= max(pieces(plan.anatomy))
-        plan = plan_of(replace(options, host_memory_bytes=size))
+        plan = plan_of(replace(options, host_memory=size))
     return size
 
 

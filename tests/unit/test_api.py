@@ -7,11 +7,11 @@ import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import psutil
 import pytest
@@ -20,10 +20,12 @@ import transformers
 from ranks import on_ranks
 
 import zeroinf
+from zeroinf.api import Engine, Size
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, ModelError, RankError, UsageError
-from zeroinf.options.options import RunOptions
-from zeroinf.options.plan_input import PlanOptions
+from zeroinf.options.definition import Options, definitions
+from zeroinf.options.options import LoadOptions, PlanOptions
+from zeroinf.planner.plan import AioSettings, TensorParallel
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]
@@ -97,14 +99,56 @@ def test_signatures_are_frozen_and_typed(function: Any, names: tuple[str, ...]) 
     assert all(each.annotation is not each.empty for each in own)
 
 
-def test_all_that_a_run_can_be_told_of_how_to_run_can_be_told_here() -> None:
-    of_jobs = {
-        *("model", "sampling", "prompts", "input_files", "input_format", "output_file", "overwrite", "benchmark"),
-        *("repetitions", "sampling_only", "resume", "resume_anyway", "resume_command", "max_error_rate"),
-        *("static_batches", "shape", "output_format", "to_stdout"),
+@pytest.mark.parametrize(
+    ("function", "options", "left_out", "own"),
+    [
+        (zeroinf.generate, LoadOptions, set(), {"prompts", "logprobs", "num_gpus", "progress", *SAMPLING}),
+        (
+            zeroinf.pipeline,
+            LoadOptions,
+            set(),
+            {"max_prompt_tokens", "max_new_tokens", "logprobs", "num_gpus", "progress"},
+        ),
+        (zeroinf.plan, PlanOptions, {"aio", "pin_memory"}, set()),
+    ],
+)
+def test_keywords_are_the_options_of_the_command_line_with_their_types_and_defaults(
+    function: Any, options: type[Options], left_out: set[str], own: set[str]
+) -> None:
+    keywords, hints, known = inspect.signature(function).parameters, get_type_hints(function), get_type_hints(options)
+    named = {field.name: field for field in fields(options) if field.metadata}
+    assert keywords.keys() - own == named.keys() - left_out
+    sizes = {one.path[0] for one in definitions(options) if one.option.is_size}
+    wider = {
+        **dict.fromkeys(sizes, Size | None),
+        "engine": Engine,
+        "nvme_paths": Iterable[str | Path],
+        "zero_config": str | Path | None,
+        "tensor_parallel": TensorParallel | None,
+        "aio": AioSettings | None,
     }
-    options = {field.name.removesuffix("_bytes") for field in fields(RunOptions)}
-    assert options - of_jobs == set(HOW_TO_RUN) - {"num_gpus", "progress"}
+    for name in named.keys() - left_out:
+        assert hints[name] == wider.get(name, known[name]), name
+        default = keywords[name].default
+        if name in ("tensor_parallel", "aio"):
+            assert default is None
+        elif name != "model":
+            assert default == named[name].default, name
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"offload": "disk"}, "offload='disk': no such choice"),
+        ({"engine": "fast"}, "engine='fast': no such choice"),
+        ({"batch_size": 0}, "batch_size=0: at least 1"),
+        ({"link_gbps": 0.0}, "link_gbps=0.0: above 0"),
+        ({"gpu_memory": "much"}, "gpu_memory: "),
+    ],
+)
+def test_values_that_the_command_line_refuses_are_refused_by_their_keywords(how: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        zeroinf.plan("pythia-70m", **how)
 
 
 @pytest.mark.parametrize("full", [True, False, None])
@@ -323,11 +367,6 @@ def test_a_plan_prints_in_a_few_lines_and_in_notebooks_with_its_terms() -> None:
     assert all(escape(term.name) in html for term in plan.terms)
 
 
-def test_a_plan_can_be_told_all_that_the_command_line_can_but_deepspeeds_own_settings() -> None:
-    options = {field.name for field in fields(PlanOptions)} - {"aio", "pin_memory", "machine_name"}
-    assert inspect.signature(zeroinf.plan).parameters.keys() == options | {"machine"}
-
-
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -337,7 +376,7 @@ def test_a_plan_can_be_told_all_that_the_command_line_can_but_deepspeeds_own_set
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size has no effect with the stream engine"),
         ({"offload": "none", "resident_blocks": 1}, "--resident-blocks has no effect with --offload none"),
         ({"offload": "cpu", "nvme_paths": ["."]}, "--nvme-path has no effect with --offload cpu"),
-        ({"engine": "resident", "nvme_paths": ["."]}, "--nvme-path has no effect with --offload none"),
+        ({"engine": "resident", "nvme_paths": ["."]}, "--nvme-path has no effect with the resident engine"),
     ],
 )
 def test_a_plan_refuses_what_would_have_no_effect_by_name(how: dict[str, Any], words: str) -> None:

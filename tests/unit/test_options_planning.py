@@ -26,7 +26,7 @@ from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.source import ModelSource, resolve_model
 from zeroinf.options import planning
-from zeroinf.options.contradictions import choose_engine
+from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.kv import host_share
@@ -97,6 +97,11 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
 # Engine and fetch
 
 
+def options_with(engine: str, own_config: bool) -> RunOptions:
+    zero_config = Path("zero.json") if own_config else None
+    return RunOptions(model="m", sampling=Sampling(max_new_tokens=1), engine=engine, zero_config=zero_config)
+
+
 @pytest.mark.parametrize(
     ("asked", "own_config", "engine", "why"),
     [
@@ -111,12 +116,12 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
 def test_auto_takes_the_stream_engine_unless_it_says_why(
     asked: str, own_config: bool, engine: str, why: str | None
 ) -> None:
-    assert choose_engine(asked, own_zero_config=own_config) == (engine, why)
+    assert engine_of(options_with(asked, own_config)) == (engine, why)
 
 
 def test_the_stream_engine_is_refused_by_name_for_what_it_does_not_do() -> None:
     with pytest.raises(UsageError, match="--engine stream: --zero-config configures DeepSpeed"):
-        choose_engine("stream", own_zero_config=True)
+        engine_of(options_with("stream", own_config=True))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"batch_size": 4, "micro_batch_rows": 5}, ALONE, "--micro-batch-rows 5, but with --batch-size 4"),
         ({"fetch": "replicated"}, ALONE, "--fetch replicated has no effect with one rank"),
         ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
-        ({"resident_blocks": BLOCKS, "offload": "nvme"}, ALONE, "--offload and --fetch have no effect"),
+        ({"resident_blocks": BLOCKS, "offload": "cpu"}, ALONE, "--offload and --fetch have no effect"),
         ({"resident_blocks": BLOCKS, "fetch": "replicated"}, TWO, "--offload and --fetch have no effect"),
         ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} blocks"),
     ],
@@ -160,7 +165,7 @@ def test_settings_of_the_stream_engine_are_refused_where_they_would_mean_nothing
         ask(world=world, **options)
 
 
-@pytest.mark.parametrize("options", [{"gpu_memory_bytes": GIB}, {"pin_memory": False}])
+@pytest.mark.parametrize("options", [{"gpu_memory": GIB}, {"pin_memory": False}])
 def test_settings_of_gpus_are_refused_on_the_cpu_and_used_elsewhere(options: dict[str, Any], ask: Ask) -> None:
     with pytest.raises(UsageError, match="has no effect: this run computes on the CPU"):
         ask(device="cpu", **options)
@@ -211,19 +216,19 @@ def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
 
 def test_gpu_memory_is_a_limit_on_what_is_planned(ask: Ask) -> None:
     limit = total(ask(requests=4096).terms, "gpu") - 1
-    assert total(ask(requests=4096, gpu_memory_bytes=limit).terms, "gpu") <= limit
+    assert total(ask(requests=4096, gpu_memory=limit).terms, "gpu") <= limit
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_host_memory_is_a_limit_that_is_refused_with_what_would_do(device: str, ask: Ask) -> None:
     with pytest.raises(DoesNotFitError, match=r"0\.50 GiB are there") as caught:
-        ask(device=device, host_memory_bytes=GIB // 2)
+        ask(device=device, host_memory=GIB // 2)
     assert "GiB more host memory: " in (caught.value.hint or "")
 
 
 def test_host_memory_beyond_what_there_is_adds_none(ask: Ask) -> None:
     with pytest.raises(DoesNotFitError, match=r"1\.00 GiB are there"):
-        ask(on=machine_of(gpu_of(), host_bytes=GIB), offload="cpu", host_memory_bytes=1000 * GIB)
+        ask(on=machine_of(gpu_of(), host_bytes=GIB), offload="cpu", host_memory=1000 * GIB)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -276,7 +281,7 @@ def _shrinking(asked: Callable[[int], Plan], host_bytes: int, anatomy: Anatomy) 
 def test_the_users_own_json_says_where_weights_rest(device: str, ask: Ask, tmp_path: Path) -> None:
     own = tmp_path / "zero.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": device}}}))
-    plan = ask(zero_config=own, gpu_memory_bytes=8 * GIB)
+    plan = ask(zero_config=own, gpu_memory=8 * GIB)
     assert (plan.engine, plan.offload) == ("zero", device)
     assert total(plan.terms, "gpu") <= 8 * GIB
 
@@ -285,7 +290,7 @@ def test_the_users_own_json_is_refused_where_it_does_not_fit(ask: Ask, tmp_path:
     own = tmp_path / "zero.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     with pytest.raises(DoesNotFitError, match="of GPU memory"):
-        ask(zero_config=own, gpu_memory_bytes=GIB // 2)
+        ask(zero_config=own, gpu_memory=GIB // 2)
 
 
 # Keys and values

@@ -421,9 +421,9 @@ def known_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]
         asked.update(rest, name=name)
         return type("Source", (), {"config": None})
 
-    monkeypatch.setattr("zeroinf.model.source.resolve_model", resolve_model)
-    monkeypatch.setattr("zeroinf.model.source.pick_dtype", lambda requested, source, device: "bfloat16")
-    monkeypatch.setattr("zeroinf.model.inspect.read_anatomy", lambda config, **rest: LLAMA_13B)
+    monkeypatch.setattr("zeroinf.options.model.resolve_model", resolve_model)
+    monkeypatch.setattr("zeroinf.options.model.pick_dtype", lambda requested, source, device: "bfloat16")
+    monkeypatch.setattr("zeroinf.options.model.read_anatomy", lambda config, **rest: LLAMA_13B)
     return lambda: asked
 
 
@@ -463,7 +463,7 @@ def test_a_revision_is_never_answered_from_the_catalog(
         (["--nvme-path", "disk"], "--nvme-path has no effect with --offload cpu"),
         (["--offload", "none", "--aio-threads", "8"], "--aio-threads has no effect with --offload none"),
         (["--aio-block-size", "1MiB", "--aio-queue-depth", "32"], "--aio-block-size, --aio-queue-depth has no effect"),
-        (["--offload", "none", "--no-pin-memory"], "--pin-memory/--no-pin-memory has no effect with --offload none"),
+        (["--offload", "none", "--no-pin-memory"], "--no-pin-memory has no effect with --offload none"),
     ],
 )
 def test_options_without_effect_are_refused(arguments: list[str], message: str) -> None:

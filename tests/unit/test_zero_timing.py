@@ -10,7 +10,8 @@ import pytest
 from fake_machines import CHAIN, speeds, workload_of
 
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.options.plan_input import PlanOptions, plan_input_of
+from zeroinf.options.options import PlanOptions
+from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.timing import Timing, time_plan
 from zeroinf.planner.workload import Shape
@@ -124,7 +125,7 @@ def test_runs_took_about_as_long(
         output_len=16 if rows > 1 else 8,
         requests=rows * gpus,
         num_gpus=gpus,
-        machine_name=str(saved),
+        machine=str(saved),
     )
     timing = make_plan(plan_input_of(options)).plan.timing
     assert timing is not None

@@ -11,7 +11,8 @@ from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.prompt import prompt_tokens
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
-from zeroinf.options.plan_input import PlanOptions, plan_input_of
+from zeroinf.options.options import PlanOptions
+from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.planning import make_plan
 

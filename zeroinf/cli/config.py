@@ -9,33 +9,17 @@ import click
 
 from zeroinf.cli.config_show import show
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import (
-    model_options,
-    offload_options,
-    refuse_group_options,
-    refuse_unused_offload_options,
-)
+from zeroinf.cli.params import asked_of, options_of, refuse_group_options
 from zeroinf.errors import OutputError
+from zeroinf.options.contradictions import refuse_idle_offload
+from zeroinf.options.options import ConfigOptions, ModelOptions, TransferOptions, ZeroRankOptions, ZeroRestOptions
 
 
 @click.group(invoke_without_command=True, short_help="DeepSpeed JSON for a model; where options come from (`show`).")
-@lambda command: model_options(command, required=False)
-@offload_options
-@option(
-    "--num-gpus",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Ranks that share the weights; the numbers hold for just that many.",
-)
-@option(
-    "-b",
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Rows that run together on each GPU.",
-)
+@options_of(ModelOptions, required=False)
+@options_of(ZeroRestOptions)
+@options_of(TransferOptions)
+@options_of(ZeroRankOptions)
 @option("-o", "--output-file", type=click.Path(path_type=Path), help="Write a new file instead of stdout.")
 @click.pass_context
 def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> None:
@@ -57,42 +41,33 @@ def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> Non
         return
     if asked["model"] is None:
         raise click.MissingParameter(ctx=ctx, param=next(p for p in config.params if p.name == "model"))
-    refuse_unused_offload_options(ctx)
-    text = json.dumps(build_zero_config(_plan(**asked)), indent=2) + "\n"
+    options = asked_of(ctx, ConfigOptions, asked)
+    refuse_idle_offload(options, "zero")
+    text = json.dumps(build_zero_config(_plan(options)), indent=2) + "\n"
     if output_file is None:
         click.echo(text, nl=False)
     else:
         _write_new(output_file, text)
 
 
-def _plan(*, model: str, revision: str | None, dtype: str, trust_remote_code: bool, num_gpus: int, **asked: Any) -> Any:
-    from zeroinf.model.inspect import read_anatomy
-    from zeroinf.model.source import pick_dtype, resolve_model
-    from zeroinf.planner.plan import AioSettings, Plan
+def _plan(options: ConfigOptions) -> Any:
+    from zeroinf.options.model import anatomy_of, source_of
+    from zeroinf.planner.plan import Plan
     from zeroinf.planner.traits import refuse_beside_codes
 
-    # Only shapes are wanted, so the catalog's will do; it knows no revisions.
-    catalog_will_do = revision is None
-    source = resolve_model(
-        model, revision=revision, trust_remote_code=trust_remote_code, random_weights=catalog_will_do, in_full=True
-    )
-    anatomy = read_anatomy(source.config, dtype=pick_dtype(dtype, source, "cuda"), trust_remote_code=trust_remote_code)
+    anatomy = anatomy_of(options, source_of(options, "cuda"), "cuda")
     refuse_beside_codes(anatomy, "zero")
     return Plan(
         anatomy=anatomy,
         engine="zero",
-        offload=asked["offload"],
+        offload=options.offload,
         dtype=anatomy.dtype,
         device="cuda",
-        world_size=num_gpus,
-        batch_size=asked["batch_size"],
-        nvme_paths=asked["nvme_paths"],
-        pin_memory=asked["pin_memory"],
-        aio=AioSettings(
-            block_size_bytes=asked["aio_block_size"],
-            queue_depth=asked["aio_queue_depth"],
-            threads=asked["aio_threads"],
-        ),
+        world_size=options.num_gpus,
+        batch_size=options.batch_size,
+        nvme_paths=options.nvme_paths,
+        pin_memory=options.pin_memory,
+        aio=options.aio,
     )
 
 

@@ -9,20 +9,16 @@ from typing import Any
 import click
 
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import (
-    SizeType,
-    model_options,
-    refuse_unused_offload_options,
-    rest_options,
-    wire_option,
-)
+from zeroinf.cli.params import asked_of, options_of
 from zeroinf.errors import UsageError
+from zeroinf.options.contradictions import refuse_early, refuse_idle
+from zeroinf.options.options import EngineOptions, EvaluationLimits, ModelOptions, RestOptions, RunOptions
 
 
 @click.command(name="eval", short_help="Measure how well a model predicts a text.")
-@model_options
-@wire_option
-@rest_options
+@options_of(ModelOptions)
+@options_of(EngineOptions, only=("wire",))
+@options_of(RestOptions)
 @option(
     "--text",
     required=True,
@@ -34,8 +30,7 @@ from zeroinf.errors import UsageError
     type=click.IntRange(min=2),
     help="Tokens that run together. [default: 512, or as many as the model can]",
 )
-@option("--gpu-memory", "gpu_memory_bytes", type=SizeType(), help="The most that may be taken of the GPU; enforced.")
-@option("--host-memory", "host_memory_bytes", type=SizeType(), help="The most host memory that may be taken.")
+@options_of(EvaluationLimits)
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, **asked: Any) -> None:
@@ -48,16 +43,14 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
       zeroinf eval --model demo --text book.txt
       zeroinf eval --model demo --text book.txt --wire int4
     """
-    refuse_unused_offload_options(ctx, engine="stream")
     from zeroinf.distributed.world import world_from_environment
     from zeroinf.generation.row import Sampling
-    from zeroinf.options.contradictions import refuse_early
-    from zeroinf.options.options import RunOptions
 
+    options = asked_of(ctx, RunOptions, asked, sampling=Sampling(max_new_tokens=1), engine="stream")
+    refuse_idle(options)
     world = world_from_environment()
     if world.size > 1:
         raise UsageError(f"zeroinf eval runs alone, not on {world.size} ranks", hint="start it without a launcher")
-    options = RunOptions(sampling=Sampling(max_new_tokens=1), engine="stream", **asked)
     refuse_early(options)
     from rich.console import Console
 

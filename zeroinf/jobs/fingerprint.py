@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,6 @@ from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
-from zeroinf.planner.plan import TensorParallel
 from zeroinf.service.requests import Refusal, Request, Work
 
 _DIGEST_BYTES = 8
@@ -34,22 +33,17 @@ def fingerprint(
     refusals: Sequence[Refusal],
     *,
     engine: str,
-    dtype: str,
-    wire: str,
-    kv_dtype: str,
+    options: Mapping[str, Any],
     device: str,
-    parallel: TensorParallel,
-    zero_config: Path | None,
 ) -> dict[str, str]:
     """Name and value of everything that can change a completion; long values as digests.
 
-    `prompts` is the digest of all requests (`request_value`), those refused by the model included.
+    `prompts` is the digest of all requests (`request_value`), those refused by the model included; `options` are those
+    that change completions, of which files count with what they hold.
     """
     libraries = ("torch", "transformers", *_LIBRARIES.get(engine, ()))
-    files = {"checkpoint listing": parallel.checkpoint, "ZeRO config": zero_config}
     return {
-        **{name: file_digest(file) for name, file in files.items() if file is not None},
-        "injection policy": _digest(parallel.injection_policy),
+        **{name: _option(value) for name, value in options.items() if value is not None},
         "code of the model": _code_digest(source),
         "model": weights_identity(source),
         "revision": str(source.revision),
@@ -60,14 +54,16 @@ def fingerprint(
         "tokens": _digest_of_all([w.index, list(w.prompt)] for w in work),
         "refused requests": _digest([r.index for r in refusals]),
         "sampling": _digest_of_all(asdict(w.sampling) for w in work),
-        "engine": engine,
-        "dtype": dtype,
-        "wire": wire,
-        "keys and values": kv_dtype,
         "device": device,
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},
     }
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, Path):
+        return file_digest(value)
+    return value if isinstance(value, str) else _digest(value)
 
 
 def request_value(request: Request) -> list[Any]:

@@ -23,8 +23,8 @@ from zeroinf.distributed.world import world_from_environment
 from zeroinf.errors import DoesNotFitError, InputError, ModelError, UsageError
 from zeroinf.lm_eval.options import batch_size_of, options_of, refuse_idle, sampling_of
 from zeroinf.lm_eval.work import Prompt, answer, completed, grouped, scored_of
-from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
+from zeroinf.model.source import load_tokenizer
+from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
@@ -82,12 +82,9 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
         if world.launched:
             raise UsageError("a launcher has started ranks", hint="zeroinf starts them itself: num_gpus in model_args")
         asked = self._options
-        source = resolve_model(
-            asked.model, revision=asked.revision, trust_remote_code=asked.trust_remote_code,
-            random_weights=asked.random_weights,
-        )  # fmt: skip
-        dtype = pick_dtype(asked.dtype, source, pick_device(world).type)
-        self._anatomy = read_anatomy(source.config, dtype=dtype, trust_remote_code=asked.trust_remote_code)
+        device_type = pick_device(world).type
+        source = source_of(asked, device_type)
+        self._anatomy = anatomy_of(asked, source, device_type)
         if self._anatomy.encoder is not None:
             raise UsageError(
                 f"{self._anatomy.architecture} has an encoder: `zeroinf` evaluates decoder-only models",

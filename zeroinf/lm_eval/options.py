@@ -13,11 +13,11 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from zeroinf.api import Size, pipeline
+from zeroinf.api import pipeline
 from zeroinf.errors import UsageError
 from zeroinf.generation.row import Sampling
-from zeroinf.options.options import RunOptions
-from zeroinf.sizes import parse_size
+from zeroinf.options.definition import from_keywords
+from zeroinf.options.options import LoadOptions, RunOptions
 
 _OWN = frozenset({"model", "max_prompt_tokens", "max_new_tokens", "logprobs", "batch_size", "return"})
 """Of the names of `zeroinf.pipeline`, those that mean nothing here or are said otherwise."""
@@ -40,15 +40,11 @@ def options_of(model: str, batch_size: int | None, given: Mapping[str, Any]) -> 
             )
     checked = {name: _checked(name, value, hints[name]) for name, value in given.items()}
     num_gpus, progress = checked.pop("num_gpus", None), checked.pop("progress", None)
-    for name in ("gpu_memory", "host_memory"):
-        if name in checked:
-            checked[f"{name}_bytes"] = _bytes(checked.pop(name))
-    if checked.get("zero_config") is not None:
-        checked["zero_config"] = Path(checked["zero_config"])
-    options = {name: value for name, value in checked.items() if value is not None}
-    return num_gpus, progress, RunOptions(
-        model=model, sampling=Sampling(max_new_tokens=1), batch_size=batch_size, **options
-    )  # fmt: skip
+    asked = {"model": model, "batch_size": batch_size, **checked}
+    try:
+        return num_gpus, progress, from_keywords(RunOptions, asked, LoadOptions, sampling=Sampling(max_new_tokens=1))
+    except UsageError as error:
+        raise UsageError(f"model_args: {error.message}", hint=error.hint) from error
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -61,15 +57,6 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise UsageError(f"model_args: {name}={value!r}: {error.errors()[0]['msg']}") from error
-
-
-def _bytes(size: Size | None) -> int | None:
-    if not isinstance(size, str):
-        return size
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise UsageError(f"model_args: {error}") from error
 
 
 def batch_size_of(asked: int | str | None) -> int | None:

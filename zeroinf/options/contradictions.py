@@ -1,11 +1,12 @@
-"""Refuses options that contradict each other or have no effect, before a model is looked up and before torch is
-imported.
+"""Refuses options that contradict each other or have no effect, by name, for runs and plans alike.
+
+`refuse_idle` needs nothing but the options, so it comes before a model is looked for and before torch is imported;
+`refuse_beside_model` knows the model and how many ranks there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import cast
 
 from zeroinf.errors import UsageError
@@ -13,66 +14,123 @@ from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
 from zeroinf.jobs.output import check_output
 from zeroinf.model.source import check_name
-from zeroinf.options.options import RunOptions
+from zeroinf.options.definition import Options, definitions
+from zeroinf.options.options import EngineOptions, PlanOptions, RestOptions, RunOptions, TransferOptions
 from zeroinf.planner.constraints import check_micro_batch_rows
-from zeroinf.planner.traits import EngineName, possible_offload, refuse_settings
+from zeroinf.planner.traits import TRAITS, EngineName, possible_offload
 
 
 def refuse_early(options: RunOptions) -> None:
     """Raise the error of whatever does not hold, as far as the options, files and this machine's disks say it."""
     if options.output_file is not None:
-        check_output(options.output_file, overwrite=options.overwrite, resume=options.resume)
-    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
+        check_output(
+            options.output_file,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            output_format=options.output_format,
+        )
     if options.zero_config is None:  # else the JSON says where weights rest
-        refuse_contradictions(options, engine, regroups=True)
         check_folders([read_disk(path) for path in options.nvme_paths])
     check_name(options.model, options.revision, random_weights=options.random_weights)
 
 
-def choose_engine(asked: str, *, own_zero_config: bool) -> tuple[EngineName, str | None]:
+def engine_of(options: RunOptions | PlanOptions) -> tuple[EngineName, str | None]:
     """The engine's name, and why `auto` did not take the stream engine.
 
     Raises UsageError when another engine than DeepSpeed's is asked to use its configuration.
     """
+    own_zero_config = isinstance(options, RunOptions) and options.zero_config is not None
     obstacle = "--zero-config configures DeepSpeed's ZeRO" if own_zero_config else None
-    if asked == "auto":
+    if options.engine == "auto":
         return ("zero", obstacle) if obstacle else ("stream", None)
-    if asked != "zero" and obstacle:
-        raise UsageError(f"--engine {asked}: {obstacle}", hint="--engine zero, or --engine auto")
-    return cast(EngineName, asked), None
+    if options.engine != "zero" and obstacle:
+        raise UsageError(f"--engine {options.engine}: {obstacle}", hint="--engine zero, or --engine auto")
+    return cast(EngineName, options.engine), None
 
 
-def refuse_contradictions(options: RunOptions, engine: str, regroups: bool) -> None:
-    """Refuse settings that would mean nothing with this engine, for a model whose rows can be regrouped or not."""
-    parallel = options.tensor_parallel
-    flags = {
-        "--no-pin-memory": not options.pin_memory,
-        "--static-batches": options.static_batches,
-        "--wire": options.wire != "model",
-        "several of --nvme-path": len(options.nvme_paths) > 1,
-        "--tensor-parallel-size": parallel.size > 0,
-        "--injection-policy": bool(parallel.injection_policy),
-        "--checkpoint-json": parallel.checkpoint is not None,
-        "--save-mp-checkpoint-path": parallel.save_to is not None,
-    }
-    refuse_settings(engine, given(flags))
-    named = given({"--fetch": options.fetch != "auto", "--resident-blocks": options.resident_blocks is not None})
-    refuse_settings(engine, named)
-    if named and options.offload == "none":
-        raise UsageError(f"{', '.join(named)} has no effect with --offload none: all blocks stay", hint="drop it")
-    refuse_idle_paths(possible_offload(engine, options.offload), options.nvme_paths)
+def refuse_idle(options: RunOptions | PlanOptions) -> None:
+    """Raise UsageError for options that mean nothing beside the others, whatever the model and the machine."""
+    engine, _ = engine_of(options)
+    if isinstance(options, RunOptions) and options.zero_config is not None:
+        if named := options.asked("offload", "nvme_paths", "pin_memory", "aio"):
+            raise UsageError(f"{', '.join(named)} and --zero-config contradict each other", hint="set it in the JSON")
+        refuse_other_engines(options, engine)
+        return
+    elsewhere = isinstance(options, PlanOptions) and bool(options.machine or options.nvme_space)
+    refuse_idle_offload(options, engine, has_disk=elsewhere)
+    if isinstance(options, PlanOptions):
+        _refuse_idle_figures(options, engine)
+    elif not options.nvme_paths and (unused := options.asked("aio")):
+        raise UsageError(f"{', '.join(unused)} has no effect without --nvme-path", hint="add it, or drop the flag")
+    if (named := options.asked("fetch", "resident_blocks")) and options.offload == "none":
+        raise UsageError(f"{', '.join(named)} has no effect with --offload none: all layers stay", hint="drop it")
+    check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups=True)
+
+
+def refuse_idle_offload(options: RestOptions | TransferOptions, engine: str, *, has_disk: bool = False) -> None:
+    """Raise UsageError for settings of offload that would have no effect with `engine`, and for NVMe offload without a
+    folder, unless there is a disk elsewhere."""
+    assert isinstance(options, RestOptions)
+    if options.offload == "nvme" and not options.nvme_paths and not has_disk:
+        raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
+    if options.offload not in ("nvme", "auto") and (unused := options.asked("nvme_paths", "aio")):
+        raise UsageError(
+            f"{', '.join(unused)} has no effect with --offload {options.offload}", hint="add --offload nvme, or drop it"
+        )
+    refuse_other_engines(options, engine)
+    possible_offload(engine, options.offload)
+    if options.nvme_paths and "nvme" not in TRAITS[engine].offloads:
+        raise UsageError(f"--nvme-path has no effect with the {engine} engine", hint="drop it")
+    if len(options.nvme_paths) > 1 and not TRAITS[engine].stripes:
+        raise UsageError(f"the {engine} engine uses one --nvme-path", hint="--engine stream, or name one folder")
+    if options.offload == "none" and (unused := options.asked("pin_memory")):
+        raise UsageError(f"{unused[0]} has no effect with --offload none", hint="add --offload cpu, or drop it")
+
+
+def refuse_other_engines(options: Options, engine: str) -> None:
+    """Raise UsageError for options of other engines than `engine`."""
+    own = [one for one in definitions(type(options)) if one.option.engine_specific and options.is_asked(one.name)]
+    if idle := [one for one in own if one.path[0] not in TRAITS[engine].options]:
+        others = [name for name in sorted(TRAITS) if any(one.path[0] in TRAITS[name].options for one in idle)]
+        raise UsageError(
+            f"{', '.join(map(options.flag_of, idle))} has no effect with the {engine} engine",
+            hint=f"drop it, or --engine {' or '.join(others)}",
+        )
+
+
+def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
+    """Figures of a machine that a plan has no use for."""
+    if engine != "zero" and not options.pin_memory:
+        raise UsageError(
+            "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"
+        )
+    without_disk = ("nvme_space", "nvme_gbps") if options.offload in ("none", "cpu") else ()
+    without_link = ("link_gbps",) if options.offload == "none" else ()
+    if named := options.asked(*without_disk, *without_link):
+        raise UsageError(f"{', '.join(named)} has no effect with --offload {options.offload}", hint="drop it")
+    if options.machine is not None and options.nvme_paths:
+        raise UsageError("--nvme-path names a folder of this machine, --machine another one", hint="drop one")
+
+
+def refuse_beside_model(options: EngineOptions, engine: str, ranks: int, layers: int, *, regroups: bool) -> None:
+    """Raise UsageError for what means nothing for a model of so many layers, whose sequences can be regrouped or not,
+    on so many ranks."""
+    assert isinstance(options, RestOptions)
     check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups)
-
-
-def refuse_idle_paths(offload: str, nvme_paths: Sequence[Path]) -> None:
-    """Raise UsageError for folders where nothing would rest."""
-    if nvme_paths and offload not in ("auto", "nvme"):
-        raise UsageError(f"--nvme-path has no effect with --offload {offload}", hint="add --offload nvme, or drop it")
-
-
-def given(flags: Mapping[str, bool]) -> list[str]:
-    """Those of `flags` that are given."""
-    return [flag for flag, is_given in flags.items() if is_given]
+    if options.fetch != "auto" and ranks == 1:
+        raise UsageError(
+            f"--fetch {options.fetch} has no effect with one rank", hint="drop it, or start several (--num-gpus)"
+        )
+    if options.resident_blocks is not None and options.resident_blocks > layers:
+        raise UsageError(
+            f"--resident-blocks {options.resident_blocks}, but the model has {layers} blocks",
+            hint="choose fewer, or --offload none to keep all of them on the GPU",
+        )
+    if options.resident_blocks == layers and (options.offload != "auto" or options.fetch != "auto"):
+        raise UsageError(
+            f"with --resident-blocks {layers} all blocks stay, and --offload and --fetch have no effect",
+            hint="choose fewer, or --offload none alone",
+        )
 
 
 def check_folders(disks: Sequence[Disk]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from zeroinf.generation.prompts import decoder_start
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.checks import check_aio_op, check_memlock, require
 from zeroinf.hardware.gpus import gpus_are_linked
-from zeroinf.hardware.machine import Disk
+from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
+from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, Loading
@@ -29,14 +30,14 @@ from zeroinf.model.inspect import config_dtype
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
-from zeroinf.options.contradictions import check_folders, choose_engine, given, refuse_contradictions
-from zeroinf.options.options import RunOptions
+from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
+from zeroinf.options.definition import definitions
+from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.traits import possible_offload
-from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.planning import PlanInput, make_plan, plan_as_requested
 from zeroinf.sizes import gib
@@ -59,63 +60,34 @@ def plan_run(
     """
     _check_generation(source, anatomy)
     own_config = None if options.zero_config is None else _read_zero_config(options.zero_config)
-    offload, nvme_paths = options.offload, options.nvme_paths
+    engine, why = engine_of(options)
+    _refuse_idle(options, engine, world, device, anatomy)
     if own_config is not None:
         offload, nvme_paths = _offload_of(own_config)
-    engine, why = choose_engine(options.engine, own_zero_config=own_config is not None)
-    _refuse_idle(options, engine, world, device, len(anatomy.blocks), anatomy.is_paged)
-    offload = possible_offload(engine, offload)
+        options = replace(options, offload=offload, nvme_paths=nvme_paths)
     parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
-    anatomy = replace(anatomy, loads=_loading(source, anatomy))
-    if lengths.scored_tokens:
-        anatomy = replace(anatomy, padded_because="prompts are scored, each as a whole")
-    elif device == "cuda":
-        anatomy = replace(anatomy, padded_because=anatomy.padded_because or why_no_kernels())
-    machine = read_machine(nvme_paths)
-    check_folders(machine.disks)
-    # What requests hold is not free any more, and a term of every plan.
-    available = machine.memory.available_bytes + lengths.request_bytes
-    machine = replace(machine, memory=replace(machine.memory, available_bytes=available))
-    rates = read_profile(machine)
-    cap = options.host_memory_bytes
-    machine, rates = override(
-        replace(machine, gpus=machine.gpus[: world.local_size] if device == "cuda" else ()),
-        rates,
-        gpu_memory_bytes=options.gpu_memory_bytes,
-        # `override` takes a larger host for another machine's; here it is a limit.
-        host_memory_bytes=None if cap is None else min(cap, machine.memory.total_bytes),
-    )
-    constraints = Constraints(
-        engine=engine,
-        world_size=world.size,
-        ranks_per_stream=parallel.size,
-        offload=offload,
-        fetch=options.fetch,
-        batch_size=options.batch_size,
-        micro_batch_rows=options.micro_batch_rows,
-        static_batches=options.static_batches,
-        resident_blocks=options.resident_blocks,
-        wire=options.wire,
-        host_share=host_share(options.kv, options.kv_dtype, engine, anatomy),
-        kv_dtype=options.kv_dtype,
-        requests=requests,
-        nvme_space_bytes=_nvme_space(machine.disks, source, anatomy.dtype, options.wire) if offload == "auto" else None,
-        one_node=world.local_size == world.size,
-        gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
-    )
-    plan_input = PlanInput(
-        config=source.config,
-        anatomy=anatomy,
+    anatomy = _as_run(anatomy, source, lengths, device)
+    machine, rates = _machine(options, lengths, world, device)
+    plan_input = plan_input_from(
+        options,
+        source,
+        anatomy,
+        constraints_of(
+            options,
+            engine,
+            anatomy,
+            world_size=world.size,
+            ranks_per_stream=parallel.size,
+            requests=requests,
+            nvme_space_bytes=_nvme_space(options, machine.disks, source, anatomy.dtype, engine),
+            one_node=world.local_size == world.size,
+            gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
+        ),
         machine=machine,
         rates=rates,
-        constraints=constraints,
         lengths=lengths,
         device="cuda" if device == "cuda" else "cpu",
-        nvme_paths=nvme_paths,
-        pin_memory=options.pin_memory,
-        aio=options.aio,
         tensor_parallel=parallel,
-        trust_remote_code=options.trust_remote_code,
         own_zero_config=own_config,
     )
     if own_config is not None:
@@ -124,6 +96,64 @@ def plan_run(
     if plan.offload == "nvme":
         _check_nvme(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why
+
+
+def constraints_of(options: RunOptions | PlanOptions, engine: str, anatomy: Anatomy, **facts: Any) -> Constraints:
+    """The planner's constraints: options of the same names as they are, and `facts` about ranks and disks.
+
+    Raises UsageError for what the engine or the model cannot do."""
+    names = {each.name for each in fields(Constraints)} & {one.path[0] for one in definitions(type(options))}
+    chosen = {name: getattr(options, name) for name in names} | facts
+    return Constraints(
+        **chosen
+        | {
+            "engine": engine,
+            "offload": possible_offload(engine, options.offload),
+            "host_share": host_share(options.kv, options.kv_dtype, engine, anatomy),
+        }
+    )
+
+
+def plan_input_from(
+    options: RunOptions | PlanOptions, source: ModelSource, anatomy: Anatomy, constraints: Constraints, **more: Any
+) -> PlanInput:
+    """What the planner is asked, of which `more` is what neither options nor the model say."""
+    return PlanInput(
+        config=source.config,
+        anatomy=anatomy,
+        constraints=constraints,
+        pin_memory=options.pin_memory,
+        aio=options.aio,
+        trust_remote_code=options.trust_remote_code,
+        **{"nvme_paths": options.nvme_paths} | more,
+    )
+
+
+def _as_run(anatomy: Anatomy, source: ModelSource, lengths: Lengths, device: str) -> Anatomy:
+    """The anatomy, with how the weights of this checkpoint are loaded and whether its forwards can be packed here."""
+    padded_because = anatomy.padded_because
+    if lengths.scored_tokens:
+        padded_because = "prompts are scored, each as a whole"
+    elif device == "cuda":
+        padded_because = padded_because or why_no_kernels()
+    return replace(anatomy, loads=_loading(source, anatomy), padded_because=padded_because)
+
+
+def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -> tuple[Machine, Rates]:
+    """This machine as it is now and its rates, within the limits of the options."""
+    machine = read_machine(options.nvme_paths)
+    check_folders(machine.disks)
+    # What requests hold is not free any more, and a term of every plan.
+    available = machine.memory.available_bytes + lengths.request_bytes
+    machine = replace(machine, memory=replace(machine.memory, available_bytes=available))
+    cap = options.host_memory
+    return override(
+        replace(machine, gpus=machine.gpus[: world.local_size] if device == "cuda" else ()),
+        read_profile(machine),
+        gpu_memory_bytes=options.gpu_memory,
+        # `override` takes a larger host for another machine's; here it is a limit.
+        host_memory_bytes=None if cap is None else min(cap, machine.memory.total_bytes),
+    )
 
 
 class _Unloaded(GenerationMixin):  # type: ignore[misc]
@@ -185,11 +215,14 @@ def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int
     return replace(asked, size=size)
 
 
-def _nvme_space(disks: Sequence[Disk], source: ModelSource, dtype: str, wire: Wire) -> int | None:
-    """What a store can take of the disks, None without any; one that is there already has its room."""
-    if not disks:
+def _nvme_space(options: RunOptions, disks: Sequence[Disk], source: ModelSource, dtype: str, engine: str) -> int | None:
+    """What a store can take of the disks, None without any or where the user says where weights rest; a store that is
+    there already has its room."""
+    if not disks or possible_offload(engine, options.offload) != "auto":
         return None
-    return sum(disk.free_bytes for disk in disks) + room_taken([disk.path for disk in disks], source, dtype, wire)
+    return sum(disk.free_bytes for disk in disks) + room_taken(
+        [disk.path for disk in disks], source, dtype, options.wire
+    )
 
 
 def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
@@ -201,27 +234,14 @@ def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
     return anatomy.loads
 
 
-def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, blocks: int, regroups: bool) -> None:
-    """Refuse settings that would mean nothing on this device, with this engine, for a model of so many blocks whose
-    rows can be regrouped or not."""
-    of_gpus = {"--gpu-memory": options.gpu_memory_bytes is not None, "--no-pin-memory": not options.pin_memory}
-    if device == "cpu" and (idle := given(of_gpus)):
+def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, anatomy: Anatomy) -> None:
+    """Refuse options that would mean nothing on this device, with this engine, for this model."""
+    if device == "cpu" and (idle := options.asked("gpu_memory", "pin_memory")):
         raise UsageError(f"{', '.join(idle)} has no effect: this run computes on the CPU", hint="drop it")
-    refuse_contradictions(options, engine, regroups)
-    if options.fetch != "auto" and world.size == 1:
-        raise UsageError(f"--fetch {options.fetch} has no effect with one rank", hint="drop it")
+    refuse_idle(options)
+    refuse_beside_model(options, engine, world.size, len(anatomy.blocks), regroups=anatomy.is_paged)
     if options.fetch == "partitioned" and world.local_size != world.size:
         raise UsageError("--fetch partitioned needs all ranks on one node", hint="--fetch replicated")
-    if options.resident_blocks is not None and options.resident_blocks > blocks:
-        raise UsageError(
-            f"--resident-blocks {options.resident_blocks}, but the model has {blocks} blocks",
-            hint="choose fewer, or --offload none to keep all of them on the GPU",
-        )
-    if options.resident_blocks == blocks and (options.offload != "auto" or options.fetch != "auto"):
-        raise UsageError(
-            f"with --resident-blocks {blocks} all blocks stay, and --offload and --fetch have no effect",
-            hint="choose fewer, or --offload none alone",
-        )
 
 
 def _read_zero_config(path: Path) -> dict[str, Any]:

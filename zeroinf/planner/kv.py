@@ -6,7 +6,6 @@ from typing import Literal
 
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.planner.traits import refuse_settings
 
 Kv = Literal["gpu", "host", "auto"]
 """Where keys and values rest: all on the GPU, all in host memory, or as many rows there as make the most tokens/s."""
@@ -18,10 +17,8 @@ HostShare = float | Literal["auto"]
 def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostShare:
     """The share of sequences whose KV cache is in host memory, as `kv` and `dtype` ask.
 
-    Raises UsageError for a setting that `engine` or the model does not support.
+    Raises UsageError for a setting that the model does not support.
     """
-    given = {"--kv": kv != "auto", "--kv-dtype": dtype != "model"}
-    refuse_settings(engine, [flag for flag, is_given in given.items() if is_given])
     if kv == "gpu" and dtype != "model":
         raise UsageError(f"--kv-dtype {dtype} is for keys and values in host memory", hint="drop it, or --kv host")
     if not anatomy.can_rest_on_host and (kv == "host" or dtype != "model"):

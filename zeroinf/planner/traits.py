@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,8 +20,10 @@ class Traits:
 
     offloads: tuple[Offload, ...]
     """Where it can leave weights."""
-    settings: frozenset[str] = frozenset()
-    """Those of the flags that not every engine has a use for."""
+    options: frozenset[str] = frozenset()
+    """Those of the options for some engines only that it takes, by their names in Python."""
+    stripes: bool = False
+    """It spreads weights over several disks."""
     places_blocks: bool = False
     """It is told how many blocks stay on the GPU."""
     overlaps: bool = True
@@ -35,49 +36,29 @@ class Traits:
     """The planner replays all that it allocates on a GPU, which is for one stream of kernels."""
 
 
-_PARALLEL = {
-    "--tensor-parallel-size",
-    "--injection-policy",
-    "--kernel-inject",
-    "--checkpoint-json",
-    "--save-mp-checkpoint-path",
-}
-
 TRAITS: dict[str, Traits] = {
     "stream": Traits(
         offloads=("none", "cpu", "nvme"),
-        settings=frozenset(
-            {
-                *("--fetch", "--resident-blocks", "--no-pin-memory", "several of --nvme-path"),
-                *("--wire", "--static-batches", "--kv", "--kv-dtype"),
-            }
-        ),
+        options=frozenset({"fetch", "resident_blocks", "pin_memory", "wire", "static_batches", "kv", "kv_dtype"}),
+        stripes=True,
         places_blocks=True,
         packs=True,
         is_replayed=True,
     ),
     "zero": Traits(
-        offloads=("none", "cpu", "nvme"), settings=frozenset({"--no-pin-memory", "--zero-config"}), overlaps=False
+        offloads=("none", "cpu", "nvme"), options=frozenset({"pin_memory", "aio", "zero_config"}), overlaps=False
     ),
     "resident": Traits(offloads=("none",), packs=True, is_replayed=True),
     "accelerate": Traits(
         offloads=("none", "cpu", "nvme"),
-        settings=frozenset({"--resident-blocks"}),
+        options=frozenset({"resident_blocks"}),
         places_blocks=True,
         overlaps=False,
     ),
-    "tensor-parallel": Traits(offloads=("none",), settings=frozenset(_PARALLEL), is_timed=False),
+    "tensor-parallel": Traits(
+        offloads=("none",), options=frozenset({"tensor_parallel", "tensor_parallel_size"}), is_timed=False
+    ),
 }
-
-
-def refuse_settings(engine: str, given: Iterable[str]) -> None:
-    """Raise UsageError for flags among `given` that would have no effect with `engine`."""
-    if idle := [flag for flag in given if flag not in TRAITS[engine].settings]:
-        others = sorted({name for name in ENGINE_NAMES for flag in idle if flag in TRAITS[name].settings})
-        raise UsageError(
-            f"{', '.join(idle)} has no effect with the {engine} engine",
-            hint=f"drop it, or --engine {' or '.join(others)}",
-        )
 
 
 def why_padded(anatomy: Anatomy, engine: str) -> str:

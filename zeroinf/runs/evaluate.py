@@ -18,12 +18,11 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import load_tokenizer, pick_dtype, resolve_model
+from zeroinf.model.source import load_tokenizer
+from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.session import Session
 from zeroinf.service.observer import Observer, Progress, rate
@@ -85,20 +84,10 @@ def evaluate(
     whatever planning and loading raise.
     """
     content = _read(text)
-    source = resolve_model(
-        options.model,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        in_full=needs_full_weights("stream", options.wire),
-        expands_once=expands_once(device.type, options.offload),
-    )
+    source = source_of(options, device.type)
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None  # only random weights come without one
-    anatomy = read_anatomy(
-        source.config,
-        dtype=pick_dtype(options.dtype, source, device.type),
-        trust_remote_code=options.trust_remote_code,
-    )
+    anatomy = anatomy_of(options, source, device.type)
     if anatomy.encoder is not None:
         raise UsageError(
             f"{anatomy.architecture} has an encoder: it answers a text and does not predict it",
@@ -168,9 +157,9 @@ def _check_scores_fit(options: RunOptions, anatomy: Anatomy, window: int, device
     """Raise DoesNotFitError where the scores of a window, of which a run has only the last, alone take all there is."""
     machine = read_machine()
     if device.type == "cuda":
-        where, free, asked = "GPU memory", min(gpu.free_bytes for gpu in machine.gpus), options.gpu_memory_bytes
+        where, free, asked = "GPU memory", min(gpu.free_bytes for gpu in machine.gpus), options.gpu_memory
     else:
-        where, free, asked = "host memory", machine.memory.available_bytes, options.host_memory_bytes
+        where, free, asked = "host memory", machine.memory.available_bytes, options.host_memory
     limit, needed = min(asked or free, free), scores_bytes(anatomy, window)
     if needed >= limit:
         smaller = max(2, 2 ** int(math.log2(max(1, limit // (2 * scores_bytes(anatomy, 1))))))

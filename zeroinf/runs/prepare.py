@@ -20,10 +20,11 @@ from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import request_bytes
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.skeleton import read_generation_config
-from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype
-from zeroinf.options.contradictions import choose_engine
+from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.options.contradictions import engine_of
+from zeroinf.options.definition import fingerprint_of
+from zeroinf.options.model import anatomy_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
@@ -74,7 +75,6 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
         )
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
-    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     requests, refusals, unused = read_inputs(
         options.prompts,
         find_inputs(options.input_files),
@@ -83,11 +83,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
         shape=options.shape,
     )
     tokenizer = load_tokenizer(source)
-    anatomy = read_anatomy(
-        source.config,
-        dtype=pick_dtype(options.dtype, source, device),
-        trust_remote_code=options.trust_remote_code,
-    )
+    anatomy = anatomy_of(options, source, device)
     started = time.perf_counter()
     codec = TextCodec(tokenizer, anatomy, began)
     generation = read_generation_config(source)
@@ -108,13 +104,9 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
         read.prompts,
         work,
         refused,
-        engine=engine,
-        dtype=anatomy.dtype,
-        wire=options.wire,
-        kv_dtype=options.kv_dtype,
+        engine=engine_of(options)[0],
+        options=fingerprint_of(options) | {"engine": engine_of(options)[0], "dtype": anatomy.dtype},
         device=device,
-        parallel=options.tensor_parallel,
-        zero_config=options.zero_config,
     )
     job = Job(
         work=work,
@@ -223,6 +215,8 @@ def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iter
 
 
 def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:
-    if options.sampling_only and work and all(item.sampling.is_greedy for item in work):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.sampling_only)
-        raise UsageError(f"{flags} would change nothing: every request is greedy", hint="add --temperature, or drop it")
+    idle = options.asked("top_p", "top_k", "min_p", "seed")
+    if idle and work and all(item.sampling.is_greedy for item in work):
+        raise UsageError(
+            f"{', '.join(idle)} would change nothing: every request is greedy", hint="add --temperature, or drop it"
+        )

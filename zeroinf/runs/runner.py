@@ -24,11 +24,10 @@ from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
 from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Writer, errors_path, journal_path
 from zeroinf.jobs.sharing import share_work
-from zeroinf.model.source import ModelSource, resolve_model
-from zeroinf.options.contradictions import choose_engine
+from zeroinf.model.source import ModelSource
+from zeroinf.options.model import source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.runs.interrupts import Interrupts, interrupted
 from zeroinf.runs.prepare import PreparedRun, none_can_run, prepare, read_job
 from zeroinf.runs.report import Phases, RankReport, RunOutcome, RunReport
@@ -126,7 +125,7 @@ def _start_together(
         return None if prepared is None else replace(prepared, work=())
 
     prepared = control.run_on_main(start)
-    mine = started[0] if started else _Start(source=_resolve(options, device.type), prepared=prepared)
+    mine = started[0] if started else _Start(source=source_of(options, device.type), prepared=prepared)
     if prepared is None:
         return mine
     whole = mine.prepared.work if started and mine.prepared is not None else None
@@ -134,7 +133,7 @@ def _start_together(
 
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
-    source = _resolve(options, device)
+    source = source_of(options, device)
     reading = read_job(options, source, device)
     job = reading.job
     observer.left_out("refused", job.refusals)
@@ -184,18 +183,6 @@ def _check_error_rate(options: RunOptions, job: Job) -> None:
         )
 
 
-def _resolve(options: RunOptions, device: str) -> ModelSource:
-    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
-    return resolve_model(
-        options.model,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        random_weights=options.random_weights,
-        in_full=needs_full_weights(engine, options.wire),
-        expands_once=expands_once(device, options.offload),
-    )
-
-
 class _Job:
     """The part of a run that needs the model."""
 
@@ -233,7 +220,7 @@ class _Job:
             device,
             observer,
             zero_config=self._prepared.zero_config,
-            gpu_memory_bytes=self._options.gpu_memory_bytes,
+            gpu_memory_bytes=self._options.gpu_memory,
             peak=peak,
         )
         try:

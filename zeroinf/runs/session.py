@@ -20,13 +20,11 @@ from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
-from zeroinf.options.contradictions import choose_engine
+from zeroinf.model.source import ModelSource
+from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import expands_once, needs_full_weights
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.ranks import Ranks, SessionSpec
 from zeroinf.service.core import Priority, Service
@@ -84,7 +82,7 @@ class Session:
                 device,
                 observer,
                 zero_config=own_config or build_zero_config(planned),
-                gpu_memory_bytes=options.gpu_memory_bytes,
+                gpu_memory_bytes=options.gpu_memory,
             )
             self._closing.callback(self.model.close)
             self.service = Service(self.model)
@@ -219,21 +217,9 @@ def open_session(
 ) -> Session:
     """A session on this rank, or on `num_gpus` ranks that are started for it. `lengths` may need the model."""
     world, ranks = world_from_environment(), None
-    engine, _ = choose_engine(options.engine, own_zero_config=options.zero_config is not None)
     device = pick_device(world)
-    source = resolve_model(
-        options.model,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        random_weights=options.random_weights,
-        in_full=needs_full_weights(engine, options.wire),
-        expands_once=expands_once(device.type, options.offload),
-    )
-    anatomy = read_anatomy(
-        source.config,
-        dtype=pick_dtype(options.dtype, source, device.type),
-        trust_remote_code=options.trust_remote_code,
-    )
+    source = source_of(options, device.type)
+    anatomy = anatomy_of(options, source, device.type)
     if not isinstance(lengths, Lengths):
         lengths = lengths(source, anatomy)
     if num_gpus is not None:

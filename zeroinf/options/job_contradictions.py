@@ -1,0 +1,47 @@
+"""Refuses contradictions among the options for a job's input and output."""
+
+from __future__ import annotations
+
+from zeroinf.errors import InputError, UsageError
+from zeroinf.options.options import RunOptions
+
+
+def refuse_idle_files(options: RunOptions, *, on_nodes: bool) -> None:
+    """Raise UsageError for what contradicts itself, or would have no effect, and InputError where there is no input.
+
+    `on_nodes`: ranks are started through a launcher that writes to standard output.
+    """
+    if options.repetitions > 1 and not options.benchmark:
+        raise UsageError("--repetitions has no effect without --benchmark", hint="add --benchmark, or drop it")
+    if options.to_stdout:
+        _refuse_beside_stdout(options, on_nodes=on_nodes)
+    elif options.output_file is None:
+        _refuse_without_output(options, on_nodes=on_nodes)
+    elif options.overwrite and (resuming := options.asked("resume_anyway", "resume")):
+        raise UsageError(f"{resuming[0]} and --overwrite contradict each other", hint="drop one of them")
+    if not options.input_files and options.is_asked("input_format"):
+        raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
+    if not options.prompts and not options.input_files:
+        raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
+
+
+def _refuse_beside_stdout(options: RunOptions, *, on_nodes: bool) -> None:
+    if kept := options.asked("overwrite", "resume_anyway", "resume"):
+        raise UsageError(f"{kept[0]} with -o -: nothing of it is kept", hint="name a file")
+    if on_nodes:
+        raise UsageError("--hostfile with -o -", hint="add -o FILE: launchers write to standard output")
+    if options.output_format in ("parquet", "csv"):
+        raise UsageError(f"--output-format {options.output_format} with -o -", hint="name a file, or drop it")
+
+
+def _refuse_without_output(options: RunOptions, *, on_nodes: bool) -> None:
+    if options.overwrite:
+        raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
+    if resuming := options.asked("resume_anyway", "resume"):
+        raise UsageError(f"{resuming[0]} without --output-file", hint="add -o FILE, whose journal shall go on")
+    if on_nodes:
+        raise UsageError("--hostfile without --output-file", hint="add -o FILE: launchers write to standard output")
+    if options.is_asked("output_format"):
+        raise UsageError("--output-format without --output-file", hint="add -o FILE, or -o - for standard output")
+    if options.shape.keep:
+        raise UsageError("--keep-columns without --output-file", hint="add -o FILE, or drop it")
