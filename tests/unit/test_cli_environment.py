@@ -213,3 +213,11 @@ def test_config_without_show_is_what_it_was() -> None:
     assert "Missing option '-m' / '--model'" in zeroinf_with({}, "config").stderr
     refused = zeroinf_with({}, "config", "-b", "8", "show")
     assert "-b/--batch-size means nothing before `show`" in str(refused.exception)
+
+
+def test_a_variable_of_kubernetes_is_told_from_ours() -> None:
+    """A pod beside a service named zeroinf-serve gets these, whoever asked for them."""
+    given = {"ZEROINF_SERVE_PORT": "tcp://10.0.0.1:8000", "ZEROINF_SERVE_SERVICE_HOST": "10.0.0.1"}
+    done = zeroinf_with(given, "serve", "-m", "x")
+    assert done.exit_code == 2
+    assert "set by Kubernetes" in done.stderr

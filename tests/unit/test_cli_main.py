@@ -69,6 +69,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
     assert {line.split()[0]: len(line.split()) > 2 for line in listed if line.strip()} == {
         "run": True,
         "status": True,
+        "serve": True,
         "plan": True,
         "eval": True,
         "lm-eval": True,

@@ -81,6 +81,11 @@ def variables_of(command: click.Command, prefix: str) -> Iterator[str]:
 
 def refuse_unknown(command: click.Command, prefix: str) -> None:
     """Raise a usage error for a variable that begins as those of `command` do and sets none of its options."""
+    if os.environ.get(f"{prefix}_PORT", "").startswith("tcp://"):
+        raise click.UsageError(
+            f"{prefix}_PORT was set by Kubernetes for a service of that name, and is this command's --port as well: "
+            "give the service another name, or set enableServiceLinks: false in the pod"
+        )
     known = sorted(variables_of(command, prefix))
     unknown = sorted(name for name in os.environ if name.startswith(f"{prefix}_") and name not in known)
     if not unknown:

@@ -75,7 +75,7 @@ def draft_of(record: Record, defaults: Sampling, shaper: Shaper | None = None) -
     text = _decode(value)
     if record.kind == "text":
         return _parse_text(text, defaults, shaper)
-    return _parse_entry(_parse_object(text), defaults, shaper)
+    return _parse_entry(parse_object(text), defaults, shaper)
 
 
 def _of_cells(row: Mapping[str, str]) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def _settings_of(entry: Mapping[str, Any], shaper: Shaper) -> dict[str, Any]:
     return settings
 
 
-def _parse_object(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises LineError for another value, for NaN, and for a key that stands twice."""
     try:
         entry = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:

@@ -28,12 +28,16 @@ class Envelope:
 
     def line(self, choices: Sequence[Result]) -> str:
         """The line of one entry, whose completions are `choices`."""
+        return self._wrapped(choices[0].id, 200, self.body(choices))
+
+    def body(self, choices: Sequence[Result]) -> dict[str, Any]:
+        """What the API answers to one entry, whose completions are `choices`."""
         first = choices[0]
         extra = first.extra or Extra()
         chat = extra.endpoint == "chat" or (extra.endpoint is None and first.prompt is None)
         prompt_tokens = sum(one.prompt_tokens for one in choices if (one.extra or Extra()).first)
         completion_tokens = sum(one.completion_tokens for one in choices)
-        body = {
+        return {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._digest(first.id)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self.created,
@@ -45,7 +49,6 @@ class Envelope:
                 "total_tokens": prompt_tokens + completion_tokens,
             },
         }
-        return self._wrapped(first.id, 200, body)
 
     def error(self, refusal: Refusal, *, failed: bool) -> str:
         """The line of an entry that was refused, or that `failed` while it ran."""
@@ -64,14 +67,16 @@ class Envelope:
         return hashlib.blake2b(f"{self.created}/{name}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
+def chat_logprobs(told: Sequence[dict[str, Any]] | None) -> dict[str, Any] | None:
+    """Log-probabilities of tokens (`TextCodec.told`) as chats have them."""
+    return None if told is None else {"content": [_chat_logprob(one) for one in told], "refusal": None}
+
+
 def _chat_choice(result: Result) -> dict[str, Any]:
-    logprobs = None
-    if result.logprobs is not None:
-        logprobs = {"content": [_chat_logprob(one) for one in result.logprobs], "refusal": None}
     return {
         "index": (result.extra or Extra()).choice or 0,
         "message": {"role": "assistant", "content": result.completion, "refusal": None},
-        "logprobs": logprobs,
+        "logprobs": chat_logprobs(result.logprobs),
         "finish_reason": result.finish_reason,
     }
 
@@ -85,13 +90,16 @@ def _text_choice(result: Result) -> dict[str, Any]:
     return {
         "index": (result.extra or Extra()).choice or 0,
         "text": result.text,
-        "logprobs": None if result.logprobs is None else _text_logprobs(result.logprobs),
+        "logprobs": text_logprobs(result.logprobs),
         "finish_reason": result.finish_reason,
     }
 
 
-def _text_logprobs(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    offsets, offset = [], 0
+def text_logprobs(told: Sequence[dict[str, Any]] | None, offset: int = 0) -> dict[str, Any] | None:
+    """The same as text completions have them; the first token begins at character `offset`."""
+    if told is None:
+        return None
+    offsets = []
     for one in told:
         offsets.append(offset)
         offset += len(one["token"])

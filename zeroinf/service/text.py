@@ -235,11 +235,13 @@ def encode_prompt(codec: TextCodec, request: Request) -> list[int]:
 @contextmanager
 def _clock_at(now: float | None) -> Iterator[None]:
     """Let chat templates that ask for the date find that of `now`; transformers takes it from the clock alone."""
+    if now is None:  # other threads may be rendering: leave the clock alone
+        yield
+        return
     from transformers.utils import chat_template_utils as templates
 
     clock = templates.datetime
-    if now is not None:
-        templates.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(now))
+    templates.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(now))
     try:
         yield
     finally:

@@ -1,0 +1,253 @@
+"""`zeroinf serve` over HTTP: what OpenAI's own client sees, errors, limits, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from http_serving import MODEL, server
+from serving import NEW_TOKENS, PROMPT_TOKENS, plain
+
+from zeroinf.serve.gateway import Gateway
+
+PROMPT = "in the beginning"
+
+
+@pytest.fixture(scope="module")
+def folder(small_checkpoint: Callable[[str], Path]) -> Path:
+    return small_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[tuple[httpx.Client, Gateway]]:
+    with server(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def client(served: tuple[httpx.Client, Gateway]) -> httpx.Client:
+    return served[0]
+
+
+@pytest.fixture
+def official(client: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", max_retries=0)
+
+
+def expected(folder: Path, prompt: str, new: int) -> str:
+    """The greedy text of plain transformers."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = plain(folder, "llama").generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(out, skip_special_tokens=True))
+
+
+def test_completions_are_those_of_transformers_whole_and_streamed(folder: Path, official: openai.OpenAI) -> None:
+    text = expected(folder, PROMPT, 8)
+    whole = official.completions.create(model=MODEL, prompt=PROMPT, max_tokens=8)
+    assert whole.choices[0].text == text
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None and whole.usage.completion_tokens == 8
+    assert whole.usage.prompt_tokens == len(PROMPT)
+    stream = official.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=8, stream=True, stream_options={"include_usage": True}
+    )
+    pieces = list(stream)
+    assert "".join(choice.text for piece in pieces for choice in piece.choices) == text
+    assert pieces[-1].usage == whole.usage
+    assert len(pieces) > 3
+
+
+def test_echo_several_prompts_and_token_ids(folder: Path, official: openai.OpenAI) -> None:
+    first, second = (expected(folder, prompt, 4) for prompt in (PROMPT, "other"))
+    found = official.completions.create(model=MODEL, prompt=[PROMPT, "other"], max_tokens=4, echo=True)
+    assert [one.text for one in found.choices] == [PROMPT + first, f"other{second}"]
+    assert [one.index for one in found.choices] == [0, 1]
+    ids = official.post("../tokenize", body={"prompt": PROMPT}, cast_to=httpx.Response).json()
+    assert (ids["count"], ids["max_model_len"]) == (len(PROMPT), PROMPT_TOKENS + NEW_TOKENS)
+    again = official.completions.create(model=MODEL, prompt=ids["tokens"], max_tokens=4)
+    assert again.choices[0].text == first
+    text = official.post("../detokenize", body={"tokens": ids["tokens"]}, cast_to=httpx.Response).json()
+    assert text == {"prompt": PROMPT}
+
+
+def test_chats_stream_with_logprobs_and_choices(official: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 5,
+        "temperature": 0.8,
+        "n": 2,
+        "seed": 7,
+        "logprobs": 2,
+    }
+    whole = official.completions.create(**asked)
+    texts = ["", ""]
+    logprobs: list[list[float]] = [[], []]
+    for piece in official.completions.create(**asked, stream=True):
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs is not None:
+                logprobs[choice.index] += choice.logprobs.token_logprobs or []
+    assert texts == [one.text for one in whole.choices]
+    assert texts[0] != texts[1]
+    assert logprobs == [one.logprobs.token_logprobs for one in whole.choices if one.logprobs is not None]
+    without_seed = [official.completions.create(**{**asked, "seed": None, "n": 1}).choices[0].text for _ in range(4)]
+    assert len(set(without_seed)) > 1
+
+
+def test_a_chat_is_answered(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    own = tmp_path / "chatty"
+    shutil.copytree(folder, own)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (own / "chat_template.jinja").write_text(template)
+    with server(own) as (client, _):
+        official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", max_retries=0)
+        asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 6}
+        whole = official.chat.completions.create(**asked, logprobs=True)
+        assert whole.choices[0].message.content == expected(folder, PROMPT, 6)
+        assert whole.choices[0].logprobs is not None and len(whole.choices[0].logprobs.content or ()) == 6
+        pieces = list(official.chat.completions.create(**asked, stream=True))
+        assert pieces[0].choices[0].delta.role == "assistant"
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+        assert pieces[-1].choices[0].finish_reason == "length"
+
+
+def test_models_health_version_and_figures(client: httpx.Client, official: openai.OpenAI) -> None:
+    assert [model.id for model in official.models.list()] == [MODEL]
+    assert official.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        official.models.retrieve("other")
+    assert client.get("/health").json() == {"status": "ready"}
+    assert set(client.get("/version").json()) == {"version"}
+    assert client.get("/tokenizer_info").json()["eos_token"] == "</s>"
+    official.completions.create(model=MODEL, prompt=PROMPT, max_tokens=2)
+    figures = client.get("/metrics").text
+    for name in ("num_requests_running", "passes_total", "streamed_bytes_total", "time_to_first_token_seconds_count"):
+        assert f"zeroinf_{name}" in figures
+    assert 'zeroinf_request_success_total{finished_reason="length"}' in figures
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"prompt": ""}, 400, "must not be empty"),
+        ({"prompt": "x", "temprature": 1}, 400, "did you mean 'temperature'"),
+        ({"prompt": "x", "tools": [{"type": "function"}]}, 400, "not supported"),
+        ({"prompt": "x", "max_tokens": NEW_TOKENS + 1}, 400, "--max-new-tokens"),
+        ({"prompt": "x" * (PROMPT_TOKENS + 1)}, 400, "--max-prompt-tokens"),
+        ({"prompt": [999]}, 400, "token 999"),
+        ({"prompt": "x", "model": "other"}, 404, "no model 'other'"),
+        ({"prompt": "x", "stream": "yes"}, 400, "stream must be true or false"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "needs stream=true"),
+        ({"prompt": "x", "echo": True, "logprobs": 1}, 400, "is not supported"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(
+    client: httpx.Client, body: dict[str, Any], status: int, said: str
+) -> None:
+    found = client.post("/v1/completions", json={"model": MODEL, **body})
+    assert found.status_code == status
+    assert said in found.json()["error"]["message"]
+    assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_no_request_is_refused(client: httpx.Client) -> None:
+    typed = {"content-type": "application/json"}
+    for content in (b"", b"[]", b"{", b'{"prompt": "a", "prompt": "b"}', b'{"prompt": NaN}', b"\xff", b"[" * 9999):
+        found = client.post("/v1/completions", content=content, headers=typed)
+        assert found.status_code == 400, content
+    assert client.post("/v1/completions", content=b"{}").status_code == 415
+    assert client.post("/v1/completions", content=b"x" * (5 << 20), headers=typed).status_code == 413
+    assert client.get("/v1/nothing").json()["error"]["message"] == "there is nothing at /v1/nothing"
+    assert client.get("/v1/completions").status_code == 405
+    assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/health", headers={"origin": "http://evil.example"}).status_code == 403
+
+
+def test_a_key_is_asked_for(folder: Path) -> None:
+    with server(folder, api_key="s3cret") as (client, _):
+        assert client.get("/health").status_code == 200
+        for given in ({}, {"authorization": "Bearer other"}, {"authorization": "s3cret"}):
+            found = client.get("/v1/models", headers=given)
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+        official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="s3cret")
+        assert [model.id for model in official.models.list()] == [MODEL]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_slow_model_keeps_its_clients_and_lets_those_go_that_leave(folder: Path) -> None:
+    """With a time-out far below an answer's time, OpenAI's client sends one request; one that leaves frees its row."""
+    with server(folder, slow_s=0.15, heartbeat_s=0.05, max_queue=2) as (client, gateway):
+        official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", timeout=0.5)
+        asked: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+        seen = gateway.metrics
+        began = seen.prompt_tokens._value.get()
+        found = official.completions.create(**asked)
+        assert found.usage is not None and found.usage.completion_tokens == 8
+        assert len(list(official.completions.create(**asked, stream=True))) >= 2
+        assert seen.prompt_tokens._value.get() - began == 2 * len(PROMPT), "asked twice, and once more by a retry"
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        scheduler = gateway.service.model.scheduler
+        free = scheduler.free_rows
+        for streamed in (False, True):
+            with client.stream("POST", "/v1/completions", json={**body, "stream": streamed}) as left:
+                assert left.status_code == 200
+                wait_until(lambda: scheduler.free_rows < free)
+            wait_until(lambda: not gateway.under_way and scheduler.free_rows == free)
+        ended = gateway.metrics.text().decode()
+        assert 'finished_reason="length"} 2.0' in ended, "those that left were not run to their end"
+
+
+def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
+    with server(folder, slow_s=0.1, heartbeat_s=0.02, max_queue=2) as (client, gateway):
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        two = {**body, "temperature": 1, "n": 2}
+        with client.stream("POST", "/v1/completions", json=two) as first:
+            assert first.status_code == 200
+            refused = client.post("/v1/completions", json=body)
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 120
+        wait_until(lambda: not gateway.under_way)
+        assert client.post("/v1/completions", json={**two, "n": 3}).status_code == 400
+
+
+def test_a_server_that_stops_or_failed_says_so(folder: Path) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+    with server(folder, slow_s=0.1, heartbeat_s=0.02) as (client, gateway):
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as under_way:
+            lines = under_way.iter_lines()
+            next(lines)
+            gateway.drain()
+            refused = client.post("/v1/completions", json=body)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert client.get("/health").json() == {"status": "draining"}
+            said = [line for line in lines if line.startswith("data")]
+        assert said[-1] == "data: [DONE]", "what was under way came to its end"
+    with server(folder, slow_s=0.1, heartbeat_s=0.02) as (client, gateway):
+        for streamed in (True, False):
+            with client.stream("POST", "/v1/completions", json={**body, "stream": streamed}) as failing:
+                wait_until(lambda: gateway.under_way > 0)
+                if not streamed:
+                    gateway.service.fail(RuntimeError("the disk is gone"))
+                    told = json.loads(failing.read())
+                    assert told["error"]["type"] == "server_error"
+        assert client.get("/health").json() == {"status": "failed"}

@@ -1,0 +1,172 @@
+"""`zeroinf serve`: OpenAI's API over HTTP, in front of a model whose weights do not live on the GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from zeroinf.cli.environment import option
+from zeroinf.cli.params import FiniteFloat, asked_of, options_of
+from zeroinf.cli.waiting import waiting
+from zeroinf.errors import EnvironmentProblem, UsageError
+from zeroinf.options.contradictions import refuse_early, refuse_idle
+from zeroinf.options.options import (
+    EngineOptions,
+    LaunchOptions,
+    LimitOptions,
+    ModelOptions,
+    ParallelOptions,
+    RandomWeightsOptions,
+    RestOptions,
+    RunOptions,
+    TransferOptions,
+    ZeroOptions,
+)
+from zeroinf.serve.settings import Settings
+from zeroinf.sizes import DEFAULT_NEW_TOKENS
+
+
+@click.command(short_help="Serve OpenAI's API over HTTP.")
+@options_of(ModelOptions)
+@options_of(RandomWeightsOptions)
+@options_of(EngineOptions)
+@options_of(RestOptions)
+@options_of(TransferOptions)
+@options_of(ParallelOptions)
+@options_of(LimitOptions)
+@options_of(ZeroOptions)
+@options_of(LaunchOptions, only=("num_gpus",))
+@option(
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    help="Longest prompt that is taken: memory is planned for it. [default: 2048, or what the model's context holds]",
+)
+@option(
+    "--max-new-tokens",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=DEFAULT_NEW_TOKENS,
+    help="Most tokens of a completion, and of those that do not say how many.",
+)
+@option("--host", default="127.0.0.1", help="Address to listen on; any but this machine's own needs an API key.")
+@option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes any that is free.")
+@option(
+    "--api-key",
+    help="Key that clients must send. Taken from the environment (ZEROINF_SERVE_API_KEY), never from the command line.",
+)
+@option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File whose first line is the key that clients must send.",
+)
+@option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="Host header that is answered, such as llm.example.org; may be given many times. [default: on loopback its "
+    "names, elsewhere any]",
+)
+@option("--served-model-name", help="What clients call the model. [default: --model]")
+@option(
+    "--max-queue",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Interactive completions under way at once; more are answered 429.",
+)
+@option(
+    "--heartbeat-seconds",
+    type=FiniteFloat(min=0.01),
+    default=1.0,
+    help="Longest silence towards a client that waits, so that none with a short time-out asks twice.",
+)
+@option(
+    "--drain-seconds",
+    type=FiniteFloat(min=0),
+    default=600.0,
+    help="Longest wait for answers under way when the server is stopped.",
+)
+@option("-q", "--quiet", is_flag=True, help="No plan and no progress; errors and notes stay.")
+@click.pass_context
+def serve(ctx: click.Context, /, **asked: Any) -> None:
+    """Serve OpenAI's API over HTTP with a model that need not fit the GPU.
+
+    Chat and text completions, streamed or whole. It listens at once, and /health answers 503 until weights are loaded.
+    SIGTERM and Ctrl-C let what is under way come to its end; a second one does not wait.
+
+    \b
+      zeroinf serve --model HuggingFaceTB/SmolLM2-135M-Instruct
+      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "The capital of France is", "max_tokens": 8}'
+    """
+    _refuse_launcher()
+    key = _api_key(ctx, asked)
+    settings = Settings(
+        model_name=asked.pop("served_model_name") or asked["model"],
+        api_key=key,
+        heartbeat_s=asked.pop("heartbeat_seconds"),
+        drain_s=asked.pop("drain_seconds"),
+        **{name: asked.pop(name) for name in ("host", "port", "allowed_hosts", "max_queue")},
+    )
+    _serve(ctx, settings, asked)
+
+
+def _serve(ctx: click.Context, settings: Settings, asked: dict[str, Any]) -> None:
+    from zeroinf.generation.row import Sampling
+
+    quiet, num_gpus = asked.pop("quiet"), asked.pop("num_gpus")
+    prompt_tokens = asked.pop("max_prompt_tokens")
+    sampling = Sampling(max_new_tokens=asked.pop("max_new_tokens"))
+    options = asked_of(ctx, RunOptions, asked, sampling=sampling)
+    refuse_idle(options)
+    refuse_early(options)
+    with waiting("starting: importing torch and transformers", quiet=quiet):
+        from rich.console import Console
+
+        from zeroinf.cli.console import ConsoleObserver
+
+        try:
+            from zeroinf.serve.server import run_server
+        except ImportError as error:
+            raise _lacking(error) from error
+
+    console = Console(stderr=True, soft_wrap=True)
+    run_server(
+        settings,
+        options,
+        prompt_tokens,
+        num_gpus,
+        ConsoleObserver(console, quiet=quiet),
+        listening=lambda address: click.echo(f"listening on {address}", err=True),
+        ready=lambda address: click.echo(f"ready: {settings.model_name} at {address}/v1", err=True),
+    )
+
+
+def _api_key(ctx: click.Context, asked: dict[str, Any]) -> str | None:
+    key, file = asked.pop("api_key"), asked.pop("api_key_file")
+    if ctx.get_parameter_source("api_key") is ParameterSource.COMMANDLINE:
+        raise UsageError(
+            "--api-key on the command line: every user of this machine can read it there",
+            hint="set ZEROINF_SERVE_API_KEY in the environment, or pass --api-key-file",
+        )
+    if key is not None and file is not None:
+        raise UsageError("ZEROINF_SERVE_API_KEY and --api-key-file are both given", hint="drop one of them")
+    if file is None:
+        return None if key is None else str(key)
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --api-key-file {file}: {error}") from error
+    return lines[0].strip() if lines else ""
+
+
+def _refuse_launcher() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("zeroinf serve starts its own ranks", hint="start it without a launcher, with --num-gpus N")
+
+
+def _lacking(error: ImportError) -> EnvironmentProblem:
+    return EnvironmentProblem(f"zeroinf serve needs {error.name}", hint="pip install 'zeroinf[serve]'")

@@ -1,0 +1,175 @@
+"""A server from start to end: its address is taken first, then the model is loaded, and what is under way ends it.
+
+HTTP is answered by a thread of its own, so that health can be asked for while weights load, and signals come to the
+main thread, which loads the model and closes it.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import uvicorn
+from fastapi import FastAPI
+
+from zeroinf.errors import InterruptedRunError, UsageError
+from zeroinf.generation.row import MOST_LOGPROBS
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.source import ModelSource
+from zeroinf.options.options import RunOptions
+from zeroinf.planner.workload import Lengths
+from zeroinf.runs.session import open_session
+from zeroinf.serve.app import make_app
+from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.settings import Settings
+from zeroinf.service.observer import Observer
+from zeroinf.signals import heeded_signals
+
+_PROMPT_TOKENS = 2048
+"""Longest prompt where nothing is said of it."""
+_POLL_S = 0.2
+_CLOSE_S = 5
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A socket that listens where `settings` say. Raises UsageError where another program does, or nobody can."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}",
+            hint="choose another --port; 0 takes any that is free",
+        ) from error
+    return listener
+
+
+@contextmanager
+def answering(app: FastAPI, listener: socket.socket) -> Iterator[str]:
+    """Answer HTTP in a thread until the block ends; gives the address. What is still under way then is cut off."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_S,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name="zeroinf-http", daemon=True)
+    thread.start()
+    try:
+        yield address_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where a server can be reached from this machine."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    settings: Settings,
+    options: RunOptions,
+    max_prompt_tokens: int | None,
+    num_gpus: int | None,
+    observer: Observer,
+    listening: Callable[[str], None],
+    ready: Callable[[str], None],
+) -> None:
+    """Serve until a signal ends it. `listening` and `ready` are told the address, before and after weights are loaded.
+
+    Raises what loading raises, InterruptedRunError for a signal before the model is there, and the error with which the
+    model failed.
+    """
+    signals = _Signals()
+    with ExitStack() as closing:
+        closing.callback(signals.restore)
+        gateway = Gateway(settings, options.sampling)
+        app = make_app(gateway)
+        listener = bind(settings)
+        address = closing.enter_context(answering(app, listener))
+        listening(address)
+        session = open_session(options, partial(_lengths, options, max_prompt_tokens), None, observer, num_gpus)
+        closing.callback(session.close)
+        with signals.noted():
+            gateway.open(session.service)
+            ready(address)
+            while not signals.count and not session.service.has_failed:
+                signals.wait(_POLL_S)
+            _drain(gateway, signals)
+        session.service.check()
+
+
+def _lengths(options: RunOptions, prompt_tokens: int | None, source: ModelSource, anatomy: Anatomy) -> Lengths:
+    """What memory is planned for. Raises UsageError where no prompt would have room in the model's context."""
+    new_tokens, limit = options.sampling.max_new_tokens, anatomy.context_limit
+    room = _PROMPT_TOKENS if limit is None else min(_PROMPT_TOKENS, limit - new_tokens)
+    if (prompt_tokens or room) < 1:
+        raise UsageError(
+            f"--max-new-tokens {new_tokens}, and the model's context holds {limit}: no prompt has room beside them",
+            hint="lower it",
+        )
+    return Lengths(
+        prompt_tokens=prompt_tokens or room,
+        new_tokens=new_tokens,
+        logprobs=MOST_LOGPROBS,
+        sampled=True,
+        penalized=True,
+    )
+
+
+def _drain(gateway: Gateway, signals: _Signals) -> None:
+    """Let what is under way come to its end; a second signal, or the time for it, cuts it short."""
+    asked, until = signals.count, time.monotonic() + gateway.settings.drain_s
+    gateway.drain()
+    while gateway.under_way and signals.count == asked and time.monotonic() < until:
+        signals.wait(_POLL_S)
+    gateway.cancel_all()
+
+
+class _Signals:
+    """Stop signals, while it lives: at first they raise InterruptedRunError, within `noted` they are counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_noted = False
+        self._came = threading.Event()
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded_signals()}
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._is_noted:
+            raise InterruptedRunError("stopped before the model was loaded", signal_number=number)
+        self.count += 1
+        self._came.set()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        self._is_noted = True
+        try:
+            yield
+        finally:
+            self._is_noted = False
+
+    def wait(self, most_s: float) -> None:
+        """Until one comes."""
+        self._came.wait(most_s)
+        self._came.clear()
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
