@@ -91,19 +91,23 @@ def test_int4_weights_give_the_figures_of_the_expanded_model(folder: Path, tmp_p
 def test_equal_contexts_are_computed_once_and_many_to_a_pass(folder: Path) -> None:
     draw = random.Random(3)
     contexts = [words(draw, draw.randint(20, 90)) + "?" for _ in range(150)]
-    asked = [(context, letter) for context in contexts for letter in "ABCD"]
+    endings = ("A", "one of them", "two", "none at all")
+    asked = [(context, ending) for context in contexts for ending in endings]
     with ZeroinfLM(str(folder), dtype="float32", offload="cpu") as own:
         own.loglikelihood(requests("loglikelihood", asked[0]), disable_tqdm=True)  # another plan, for less
         found = own.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
         assert own.plan is not None and own._session is not None
         room, passes = own.plan.prefill_tokens, own._session.model.engine.stats().passes
-    lengths = sorted((len(own.tok_encode(context)) for context in contexts), reverse=True)
+    whole = [
+        [len(own.tok_encode(context)), *(len(own.tok_encode(context + e)) for e in endings)] for context in contexts
+    ]
+    lengths = sorted((alone + sum(each - alone - 1 for each in more) for alone, *more in whole), reverse=True)
     assert passes <= computed(lengths, room) < len(contexts) / 4
     assert len(found) == 600
 
 
 def computed(lengths: Sequence[int], room: int) -> int:
-    """Passes over sequences of these lengths, the longest first, each of as many as fit, padded to the first."""
+    """Passes over sequences of these lengths, the longest first, each of as many as surely fit."""
     for passes in count():
         if not lengths:
             return passes

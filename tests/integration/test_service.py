@@ -15,6 +15,8 @@ import torch
 from observers import Notes
 from ranks import on_ranks
 from serving import NEW_TOKENS, PROMPT_TOKENS, greedy, is_greedy, plain, serving, some_prompts
+from small_models import PACKED_MODELS
+from tiers import tiered
 
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, UsageError, ZeroinfError
@@ -195,6 +197,43 @@ def test_scores_are_those_of_transformers_many_to_a_pass_and_beside_rows(
         wanted = likelihoods(model, tokens, start)
         assert scores.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
         assert scores.is_greedy == is_greedy(model, tokens[:start], tokens[start:])
+
+
+@pytest.mark.parametrize("name", tiered(PACKED_MODELS, ["llama", "gemma2", "gpt_oss", "qwen3_moe"]))
+def test_continuations_share_what_they_follow(name: str, small_checkpoint: Callable[[str], Path]) -> None:
+    folder, draw = small_checkpoint(name), random.Random(5)
+    model = plain(folder, name)
+    contexts = [tokens[: PROMPT_TOKENS // 2] for tokens in some_prompts(12, seed=6) if len(tokens) > 2]
+    following = [
+        [[draw.randrange(3, 250) for _ in range(draw.randint(1, 4))] for _ in range(number % 4)]
+        for number in range(1, len(contexts) + 1)
+    ]
+    sequences = [
+        (context, len(context) if after else len(context) - 1)
+        for context, after in zip(contexts, following, strict=True)
+    ]
+    with serving(folder) as service:
+        assert service.model.shares_scores
+        found = [future.result(60) for future in service.score(sequences, following)]
+    for (context, start), after, scores in zip(sequences, following, found, strict=True):
+        texts = [(context, start), *(([*context, *each], len(context)) for each in after)]
+        for (tokens, first), told in zip(texts, [scores, *scores.following], strict=True):
+            wanted = likelihoods(model, tokens, first)
+            assert told.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+            assert told.is_greedy == is_greedy(model, tokens[:first], tokens[first:])
+
+
+def test_padded_forwards_do_not_share_what_continuations_follow(small_checkpoint: Callable[[str], Path]) -> None:
+    folder = small_checkpoint("bloom")
+    model = plain(folder, "bloom")
+    with serving(folder) as service:
+        (scores,) = (future.result(60) for future in service.score([([5, 6, 7], 1)], [[[8], [9]]]))
+        with pytest.raises(UsageError, match="forwards of this model are padded"):
+            service.score([([5, 6, 7], 3)], [[[8, 9]]])
+    for last, told in zip((8, 9), scores.following, strict=True):
+        *wanted, behind = likelihoods(model, [5, 6, 7, last], 1).tolist()
+        assert scores.logprobs == pytest.approx(wanted, abs=1e-4)
+        assert told.logprobs == pytest.approx([behind], abs=1e-4)
 
 
 @pytest.mark.parametrize("fetch", ["replicated", "partitioned"])

@@ -184,21 +184,38 @@ class StagedView(View):
         return [torch.arange(begin + self.first_seen(start), begin + start) for begin, start in of_each]
 
 
-class PackedLayer(DynamicLayer):  # type: ignore[misc]
+class MarkingLayer(DynamicLayer):  # type: ignore[misc]
     """A layer's part of the cache in one forward; it hands new keys and values on as they are, and knows them again."""
 
-    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: Kernel) -> None:
-        """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
-        their scales beside them, (places, heads, 1) each, float32."""
+    def __init__(self, window: int | None) -> None:
         super().__init__()
-        self.memory, self.view, self._kernel = memory, view, kernel
-        self.is_sliding, self.sliding_window = view.window is not None, view.window
+        self.is_sliding, self.sliding_window = window is not None, window
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """As a kernel does."""
+        raise NotImplementedError
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         setattr(key_states, _LAYER, self)
         return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class PackedLayer(MarkingLayer):
+    """A layer whose keys and values of before are kept: in pages, or where they were fetched to."""
+
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: Kernel) -> None:
+        """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
+        their scales beside them, (places, heads, 1) each, float32."""
+        super().__init__(view.window)
+        self.memory, self.view, self._kernel = memory, view, kernel
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """As a kernel does."""
@@ -217,12 +234,6 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
             return parts
         return [(codes * scales).to(dtype) for codes, scales in zip(parts[:2], parts[2:], strict=True)]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
 
 def attend(
     module: Any,
@@ -240,7 +251,7 @@ def attend(
     Returns (1, tokens, heads, width of values). Raises RuntimeError where anything is handed over that it does not
     understand, which `zeroinf.model.packing` would have found.
     """
-    layer: PackedLayer | None = getattr(key, _LAYER, None)
+    layer: MarkingLayer | None = getattr(key, _LAYER, None)
     if layer is None or attention_mask is not None or (more and not_understood(more)):
         raise RuntimeError(f"{type(module).__name__} hands attention what packed forwards do not understand")
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
@@ -278,7 +289,7 @@ def attend_in_torch(
             for held, new in zip(layer.held(row, keys.dtype), (keys, values), strict=True)
         ]
         sees = _sees(count, seen[0].shape[1] - count, layer.view.window)
-        out[first:end] = _attend_row(query[:, first:end], seen[0], seen[1], sees, scores).transpose(0, 1)
+        out[first:end] = attend_row(query[:, first:end], seen[0], seen[1], sees, scores).transpose(0, 1)
     layer.write(keys, values)
     return out
 
@@ -293,7 +304,7 @@ def _sees(new: int, held: int, window: int | None) -> torch.Tensor | None:
     return sees if window is None else sees.logical_and_(distance < window)
 
 
-def _attend_row(
+def attend_row(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
     """query: (heads, new, width); keys, values: (kv heads, keys, width). Returns (heads, new, width of values)."""

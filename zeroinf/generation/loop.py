@@ -119,7 +119,7 @@ class _Passes:
             self._fill()
             is_again = bool(self._scores_again)
             scored = self._next_scores()
-            alone = bool(scored) and (is_again or not self._scores_ride)
+            alone = bool(scored) and (is_again or self._scheduler.limits.scores_alone)
             groups = [] if alone else self._scheduler.next_pass(prompts=not scored)
             if self._has_room(groups, scored):
                 return groups, scored
@@ -129,7 +129,7 @@ class _Passes:
         """What is scored in the next pass. It takes the place of prompts, or of all rows, which have the one after."""
         scheduler, has_scored = self._scheduler, self._has_scored
         self._has_scored = False
-        waits = scheduler.has_prompts if self._scores_ride else bool(scheduler.seats)
+        waits = bool(scheduler.seats) if scheduler.limits.scores_alone else scheduler.has_prompts
         if (scheduler.seats and scheduler.limits.together) or (has_scored and waits):
             return ()
         found = self._scores_again[:1] or list(self._feed.scores())
@@ -139,11 +139,6 @@ class _Passes:
             found, self._scores_again = found[:1], found[1:]
         self._has_scored = bool(found)
         return found
-
-    @property
-    def _scores_ride(self) -> bool:
-        """Whether a pass may score and run rows. Packed rows are attended to in their own way, all of a pass alike."""
-        return self._engine.shares_passes and not self._scheduler.limits.forward_tokens
 
     def _has_room(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> bool:
         """Make the inputs of a pass, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
@@ -172,7 +167,8 @@ class _Passes:
         """One pass, and the choice of the tokens that follow."""
         batches, inputs = self._batches, self._inputs
         self._batches, self._inputs = [], []
-        with running(self._engine.model, batches):
+        packed = any(batch.group.is_packed for batch in batches) or any(batch.is_packed for batch in scored)
+        with running(self._engine.model, packed=packed):
             outputs = self._engine.forward(inputs)
         del inputs
         self.accept()

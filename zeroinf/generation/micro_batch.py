@@ -156,9 +156,8 @@ class Desk:
 
 
 @contextmanager
-def running(model: Any, batches: Sequence[MicroBatch]) -> Iterator[None]:
-    """While it lasts, forwards of `batches` attend as they were made to: all of them packed, or all padded."""
-    packed = bool(batches) and batches[0].group.is_packed
+def running(model: Any, *, packed: bool) -> Iterator[None]:
+    """While it lasts, forwards attend as their batches were made to: all of them packed, or all padded."""
     with attention_by(model, IMPLEMENTATION) if packed else padding_is_known():
         yield
 

@@ -43,6 +43,8 @@ class Limits:
     """Tokens of one packed forward, in which rows lie side by side; 0: rows of a forward are padded to one length."""
     entering_rows: int = 1
     """Rows wait until there is room for so many, where a forward for the prompt of each would take longer."""
+    scores_alone: bool = False
+    """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -65,6 +67,7 @@ class Limits:
             evenly=plan.anatomy.encoder is not None,
             forward_tokens=plan.forward_tokens,
             entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
+            scores_alone=not shares_passes or packs or plan.packs_scores,
         )
 
 

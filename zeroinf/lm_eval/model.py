@@ -21,12 +21,16 @@ from tqdm import tqdm
 
 from zeroinf.distributed.world import world_from_environment
 from zeroinf.errors import DoesNotFitError, InputError, ModelError, UsageError
+from zeroinf.generation.micro_batch import breaks_at
 from zeroinf.lm_eval.options import batch_size_of, options_of, refuse_idle, sampling_of
 from zeroinf.lm_eval.work import Prompt, answer, completed, grouped, scored_of
 from zeroinf.model.source import load_tokenizer
+from zeroinf.options.contradictions import engine_of
 from zeroinf.options.model import anatomy_of, source_of
+from zeroinf.options.planning import packed_on
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.traits import packs_scores
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.progress import ProgressObserver
 from zeroinf.runs.session import Session, open_session
@@ -85,6 +89,8 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
         device_type = pick_device(world).type
         source = source_of(asked, device_type)
         self._anatomy = anatomy_of(asked, source, device_type)
+        anatomy = packed_on(self._anatomy, device_type)
+        self._shares_contexts = packs_scores(anatomy, engine_of(asked)[0]) and breaks_at(source.config) is None
         if self._anatomy.encoder is not None:
             raise UsageError(
                 f"{self._anatomy.architecture} has an encoder: `zeroinf` evaluates decoder-only models",
@@ -188,15 +194,15 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
         continuation, and whether it is what greedy decoding gives."""
         if not requests:
             return []
-        asked = grouped(requests, self.max_length)
-        session = self._opened_for_scores([(each.length, each.scored) for each in asked])
+        asked = grouped(requests, self.max_length, shares_contexts=self._shares_contexts)
+        session = self._opened_for_scores([(each.length, each.scores) for each in asked])
         found: list[tuple[float, bool] | None] = [None] * len(requests)
         tokens = sum(each.length for each in asked)
         with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc="log-likelihoods", disable=disable_tqdm) as bar:
             for each, scores in scored_of(session, asked):
                 bar.update(each.length)
-                for index, token in each.members:
-                    told = found[index] = answer(scores, each.following.index(token))
+                for index, number in each.members:
+                    told = found[index] = answer(scores, number)
                     if (texts := requests[index][0]) is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, told)
         return [each for each in found if each is not None]

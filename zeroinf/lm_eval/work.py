@@ -1,6 +1,7 @@
 """Runs the harness's requests through a session: contexts that are scored, and prompts that are completed.
 
-Contexts that differ in their last token only are computed once. A few passes' worth of work is submitted at a time, the
+Continuations of one context share its forward where the model's forwards are packed; where they are padded, those do
+that differ in their last token only. A few passes' worth of work is submitted at a time, the
 longest first, so that long lists take little memory.
 """
 
@@ -28,23 +29,37 @@ _AHEAD = 4
 """Passes' worth of work that is submitted and has not ended."""
 
 
+_MOST_TOGETHER = 2
+"""A context with its continuations takes at most so many times the tokens of the longest request alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredContext:
-    """Requests that one forward answers: their tokens are the same except for the last one."""
+    """Requests that share one forward: the tokens of all of them begin alike."""
 
     packed: bytes
-    """All but the last token."""
+    """The tokens that they share."""
     scored: int
-    """Tokens of the continuation."""
+    """How many of those belong to the continuation, and are scored."""
     members: list[tuple[int, int]]
-    """Which requests, and the last token of each."""
-    following: list[int]
-    """The last tokens, each once."""
+    """Which requests, and which of the `following` is theirs."""
+    following: list[tuple[int, ...]]
+    """What comes behind, each once."""
+
+    @property
+    def shared(self) -> int:
+        """Tokens that they share."""
+        return len(self.packed) // array("I").itemsize
 
     @property
     def length(self) -> int:
         """Tokens of the forward."""
-        return len(self.packed) // array("I").itemsize
+        return self.shared + sum(len(each) - 1 for each in self.following)
+
+    @property
+    def scores(self) -> int:
+        """Tokens that are scored."""
+        return self.scored + sum(map(len, self.following))
 
     @property
     def tokens(self) -> list[int]:
@@ -53,9 +68,16 @@ class ScoredContext:
         return unpacked.tolist()
 
 
-def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int) -> list[ScoredContext]:
-    """What is to be computed for `requests`, the longest first; of what is too long, the beginning is left out."""
+def grouped(
+    requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int, *, shares_contexts: bool
+) -> list[ScoredContext]:
+    """What is to be computed for `requests`, the longest first; of what is too long, the beginning is left out.
+
+    With `shares_contexts` requests share their context, else all but their last token.
+    """
     groups: dict[tuple[bytes, int], ScoredContext] = {}
+    found: list[ScoredContext] = []
+    most = _MOST_TOGETHER * max((min(len(c) + len(t), max_length) for _, c, t in requests), default=0)
     cut = 0
     for index, (_, context, continuation) in enumerate(requests):
         if not context or not continuation:
@@ -64,14 +86,19 @@ def grouped(requests: Sequence[tuple[Any, list[int], list[int]]], max_length: in
             raise InputError(f"a continuation of {len(continuation)} tokens, but the context holds {max_length}")
         cut += len(context) + len(continuation) > max_length + 1
         tokens = [*context, *continuation][-max_length - 1 :]
-        packed = array("I", tokens[:-1]).tobytes()
-        group = groups.setdefault((packed, len(continuation)), ScoredContext(packed, len(continuation), [], []))
-        group.members.append((index, tokens[-1]))
-        if tokens[-1] not in group.following:
-            group.following.append(tokens[-1])
+        behind = len(continuation) if shares_contexts else 1
+        packed, following = array("I", tokens[:-behind]).tobytes(), tuple(tokens[-behind:])
+        key = packed, len(continuation) - behind
+        group = groups.get(key)
+        if group is None or (following not in group.following and group.length + behind - 1 > most):
+            group = groups[key] = ScoredContext(packed, key[1], [], [])
+            found.append(group)
+        if following not in group.following:
+            group.following.append(following)
+        group.members.append((index, group.following.index(following)))
     if cut:
         _log.warning("%d contexts are longer than %d tokens and lose their beginnings", cut, max_length)
-    return sorted(groups.values(), key=lambda each: each.length, reverse=True)
+    return sorted(found, key=lambda each: each.length, reverse=True)
 
 
 def scored_of(session: Session, asked: Sequence[ScoredContext]) -> Iterator[tuple[ScoredContext, TokenScores]]:
@@ -86,7 +113,7 @@ def scored_of(session: Session, asked: Sequence[ScoredContext]) -> Iterator[tupl
             part.append(left.popleft())
             under_way += part[-1].length
         if part:
-            sequences = [(each.tokens, each.length - each.scored + 1) for each in part]
+            sequences = [(each.tokens, each.shared - each.scored) for each in part]
             futures = session.service.score(sequences, [each.following for each in part])
             waiting += zip(part, futures, strict=True)
         each, future = waiting.popleft()
@@ -95,11 +122,11 @@ def scored_of(session: Session, asked: Sequence[ScoredContext]) -> Iterator[tupl
 
 
 def answer(scores: TokenScores, number: int) -> tuple[float, bool]:
-    log, is_likeliest = scores.following[number]
-    total = math.fsum((*scores.logprobs, log))
+    following = scores.following[number]
+    total = math.fsum((*scores.logprobs, *following.logprobs))
     if math.isnan(total):
         raise ZeroinfError(NOT_NUMBERS, hint=NOT_NUMBERS_HINT)
-    return total, scores.is_greedy and is_likeliest
+    return total, scores.is_greedy and following.is_greedy
 
 
 @dataclass(frozen=True, slots=True)

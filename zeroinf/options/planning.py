@@ -66,7 +66,7 @@ def plan_run(
         offload, nvme_paths = _offload_of(own_config)
         options = replace(options, offload=offload, nvme_paths=nvme_paths)
     parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
-    anatomy = _as_run(anatomy, source, lengths, device)
+    anatomy = _as_run(anatomy, source, device)
     machine, rates = _machine(options, lengths, world, device)
     plan_input = plan_input_from(
         options,
@@ -129,14 +129,9 @@ def plan_input_from(
     )
 
 
-def _as_run(anatomy: Anatomy, source: ModelSource, lengths: Lengths, device: str) -> Anatomy:
+def _as_run(anatomy: Anatomy, source: ModelSource, device: str) -> Anatomy:
     """The anatomy, with how the weights of this checkpoint are loaded and whether its forwards can be packed here."""
-    padded_because = anatomy.padded_because
-    if lengths.scored_tokens:
-        padded_because = "prompts are scored, each as a whole"
-    elif device == "cuda":
-        padded_because = padded_because or why_no_kernels()
-    return replace(anatomy, loads=_loading(source, anatomy), padded_because=padded_because)
+    return replace(packed_on(anatomy, device), loads=_loading(source, anatomy))
 
 
 def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -> tuple[Machine, Rates]:
@@ -264,6 +259,13 @@ def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
     if device == "nvme" and not path:
         raise UsageError("zero_optimization.offload_param has device nvme, but no nvme_path")
     return device, (Path(path),) if path else ()
+
+
+def packed_on(anatomy: Anatomy, device: str) -> Anatomy:
+    """`anatomy` with what keeps forwards from being packed on `device`, if not the model itself."""
+    if device != "cuda":
+        return anatomy
+    return replace(anatomy, padded_because=anatomy.padded_because or why_no_kernels())
 
 
 def _check_nvme(plan: Plan, source: ModelSource, disks: Sequence[Disk], own_config: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.memory import Term
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
-from zeroinf.planner.traits import why_padded
+from zeroinf.planner.traits import packs_scores, why_padded
 from zeroinf.planner.wire import Wire
 
 
@@ -108,7 +108,12 @@ class Plan:
     @property
     def padded_because(self) -> str:
         """Why rows of a forward are padded to one length; empty where they are packed."""
-        return why_padded(self.anatomy, self.engine)
+        return why_padded(self.anatomy, self.engine, scored=self.scored_tokens > 0)
+
+    @property
+    def packs_scores(self) -> bool:
+        """Whether sequences that are scored lie side by side in one forward."""
+        return self.scored_tokens > 0 and packs_scores(self.anatomy, self.engine)
 
     @property
     def row_tokens(self) -> int:

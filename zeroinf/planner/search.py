@@ -392,7 +392,7 @@ class Planner:
 
     def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
-        return not why_padded(self._anatomy, constraints.engine)
+        return not why_padded(self._anatomy, constraints.engine, scored=self._lengths.scored_tokens > 0)
 
     def _packed(self, constraints: Constraints, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""

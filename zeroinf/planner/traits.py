@@ -61,11 +61,19 @@ TRAITS: dict[str, Traits] = {
 }
 
 
-def why_padded(anatomy: Anatomy, engine: str) -> str:
-    """Why rows of a forward are padded to one length; empty where they are packed into one sequence."""
+def why_padded(anatomy: Anatomy, engine: str, *, scored: bool = False) -> str:
+    """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `scored`: given
+    tokens are scored, each prompt as a whole."""
     if not TRAITS[engine].packs:
         return f"the {engine} engine runs transformers' own batches"
+    if scored:
+        return "prompts are scored, each as a whole"
     return anatomy.padded_because
+
+
+def packs_scores(anatomy: Anatomy, engine: str) -> bool:
+    """Whether sequences that are scored lie side by side in one forward, which their continuations share."""
+    return TRAITS[engine].packs and not anatomy.padded_because
 
 
 def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload | Literal["auto"]:

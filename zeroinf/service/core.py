@@ -94,12 +94,13 @@ class Service:
         return handle
 
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], int]], following: Sequence[Sequence[int]] | None = None
+        self, sequences: Sequence[tuple[Sequence[int], int]], following: Sequence[Sequence[Sequence[int]]] | None = None
     ) -> list[Future[TokenScores]]:
         """For each sequence of token ids, what the model thinks of those from the given place on, many to a pass.
 
-        `following` has tokens for each sequence that may come behind its last one, and are scored there, each by
-        itself. Like-long sequences should be neighbours. The first token of all has nothing before it, so the place is
+        `following` has continuations for each sequence, token ids, which are scored behind its last token, each as if
+        it were the only one; of one token each unless the model `shares_scores`. Like-long sequences should be
+        neighbours. The first token of all has nothing before it, so the place is
         at least 1. Raises InputError for sequences that are longer than was planned for, UsageError where the plan has
         no memory for scores.
         """
@@ -108,7 +109,7 @@ class Service:
             for (tokens, start), after in zip(sequences, following or [()] * len(sequences), strict=True)
         ]
         for each in asked:
-            self._check_scored(len(each.tokens), each.index, len(each.following))
+            self._check_scored(each)
         found = {each.number: Future[TokenScores]() for each in asked}
         with self._lock:
             self._refuse_if_over()
@@ -173,15 +174,23 @@ class Service:
                 hint="shorten one of them",
             )
 
-    def _check_scored(self, tokens: int, start: int, following: int) -> None:
-        plan = self.model.plan
-        if not 1 <= start < tokens + bool(following):
-            raise InputError(f"scores from token {start} on, of {tokens}", hint="score at least one, behind another")
+    def _check_scored(self, posted: QueuedRequest) -> None:
+        plan, count, start = self.model.plan, len(posted.tokens), posted.index
+        if not 1 <= start < count + bool(posted.following):
+            raise InputError(f"scores from token {start} on, of {count}", hint="score at least one, behind another")
+        if not all(posted.following):
+            raise InputError("a continuation holds no tokens", hint="give at least one")
+        if not self.model.shares_scores and any(len(each) > 1 for each in posted.following):
+            raise UsageError(
+                "continuations of several tokens do not share what they follow: forwards of this model are padded",
+                hint="score each with what it follows",
+            )
+        tokens, scored = posted.length, count - start + sum(map(len, posted.following))
         if not plan.scored_tokens:
             raise UsageError("the plan has no memory for scores", hint="plan with scored_tokens")
-        if tokens > plan.prompt_tokens or tokens - start > plan.scored_tokens:
+        if tokens > plan.prompt_tokens or scored > plan.scored_tokens:
             raise InputError(
-                f"{tokens - start} of {tokens} tokens to be scored, but the plan was made for up to "
+                f"{scored} of {tokens} tokens to be scored, but the plan was made for up to "
                 f"{plan.scored_tokens} of {plan.prompt_tokens}",
                 hint="plan for longer ones",
             )
@@ -370,14 +379,22 @@ class _QueueFeed:
         return found
 
     def scores(self) -> list[ScoreBatch]:
-        """As many sequences as a pass has memory for in the place of prompts, padded to the longest of them."""
-        room, taken, self._held = self._model.scheduler.limits.prefill_tokens, self._held, []
-        fitting = max(1, room // max(1, self._model.plan.prompt_tokens))
-        while more := self._take("score", fitting - len(taken)):
+        """As many sequences as a pass has memory for in the place of prompts."""
+        taken, self._held = self._held, []
+        while more := self._take("score", self._room_for(taken, self._model.plan.prompt_tokens)):
             taken += more
-            fitting = room // max(len(posted.tokens) for posted in taken)
-        taken, self._held = taken[: max(1, fitting)], taken[max(1, fitting) :]
+        while len(taken) > 1 and self._room_for(taken, 1) < 0:
+            self._held.insert(0, taken.pop())
         return list(self._model.score_batches([self._scored(posted) for posted in taken]))
+
+    def _room_for(self, taken: Sequence[QueuedRequest], longest: int) -> int:
+        """How many more sequences fit a pass beside those that were `taken`, if they are as long as the longest of
+        them, or as `longest` where there are none; below 0 where those that were taken do not fit."""
+        room, lengths = self._model.scheduler.limits.prefill_tokens, [posted.length for posted in taken]
+        if not lengths:
+            return max(1, room // max(1, longest))
+        used = sum(lengths) if self._model.shares_scores else len(lengths) * max(lengths)
+        return (room - used) // max(lengths)
 
     def _scored(self, posted: QueuedRequest) -> Scored:
         def done(scores: TokenScores) -> None:

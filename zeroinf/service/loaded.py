@@ -143,7 +143,7 @@ class LoadedModel:
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
         self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
-        self._scorer = Scorer(model, rules.pad_token, self.device)
+        self._scorer = Scorer(model, rules.pad_token, self.device, packs=plan.packs_scores and limits.breaks_at is None)
 
     def row(self, prompt: Sequence[int], sampling: Sampling, *, index: int = 0, urgent: bool = False) -> Row:
         """A row that completes `prompt`. `index` tells its random numbers from those of rows with the same seed."""
@@ -157,6 +157,11 @@ class LoadedModel:
             piece=self.codec.piece,
             urgent=urgent,
         )
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether continuations of several tokens share what they follow, and nothing is padded, in scoring."""
+        return self._scorer.packs
 
     def score_batches(self, sequences: Sequence[Scored]) -> Iterator[ScoreBatch]:
         """`sequences` in forwards as large as the plan has memory for."""

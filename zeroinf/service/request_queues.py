@@ -40,8 +40,13 @@ class QueuedRequest:
     index: int
     """What tells its random numbers from those of requests with the same seed; or from where on tokens are scored."""
     is_streamed: bool = False
-    following: Sequence[int] = ()
-    """Tokens to be scored behind the last one."""
+    following: Sequence[Sequence[int]] = ()
+    """Continuations to be scored behind the last token."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that are computed for scores."""
+        return len(self.tokens) + sum(len(each) - 1 for each in self.following)
 
 
 @dataclass(frozen=True, slots=True)

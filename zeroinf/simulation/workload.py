@@ -281,7 +281,7 @@ def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times:
     with ExitStack() as stack:
         stack.enter_context(_META)
         stack.enter_context(GpuAttention(recorder))
-        stack.enter_context(running(model, [batch]))
+        stack.enter_context(running(model, packed=batch.group.is_packed))
         output = model(**inputs)
     sections = recorder.cut()
     del inputs
