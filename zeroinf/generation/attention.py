@@ -62,6 +62,8 @@ def tokens_of(seats: Sequence[int], starts: Sequence[int], counts: Sequence[int]
     """Rows side by side in the order of `seats`. Nothing here waits for the device."""
     *firsts, total = accumulate(counts, initial=0)
     rows = to_device([*seats, *starts, *counts, *firsts], device).view(4, -1)
+    if total == len(firsts):  # a token of each row
+        return Tokens(tuple(starts), tuple(counts), tuple(firsts), rows, rows[0], rows[1], rows[1] + 1)
     at = torch.arange(total, device=device)
     of_each = rows.index_select(1, torch.bucketize(at, rows[3], right=True).sub_(1))
     positions = at.sub_(of_each[3]).add_(of_each[1])

@@ -190,8 +190,7 @@ class _Passes:
             rows, ended = each.accept(self._desk.rules)
             grown += rows
             early = [seat for seat in ended if not seat.has_left]
-            for seat in early:
-                self._scheduler.release(seat)
+            self._scheduler.release(early)
             self._desk.close(early)
             for seat in ended:
                 self._feed.done(seat.row)
@@ -231,13 +230,17 @@ class _Passes:
             for seat, chooses in zip(group.seats, group.chooses, strict=True)
             if not seat.has_left and seat.known + chooses < seat.total
         ]
-        sure = any(not self._desk.rules.may_end_early(seat.row) for seat in after)
+        sure = any(not seat.may_end_early for seat in after)
         return sure or len(after) > 1 or bool(self._scores_again) or self._scheduler.has_more_than(groups)
 
     def _surely_goes_on(self) -> bool:
         """Whether some row needs another pass, whatever tokens have been chosen."""
-        open_ended = {seat for each in self._chosen for seat in each.seats if self._desk.rules.may_end_early(seat.row)}
-        return any(seat not in open_ended and not seat.has_left for seat in self._scheduler.seats)
+        live = 0
+        for seat in self._scheduler.seats:
+            if not (seat.may_end_early or seat.has_left):
+                return True
+            live += not seat.has_left
+        return live > sum([not seat.has_left for each in self._chosen for seat in each.seats])
 
     def _fill(self) -> None:
         """Admit rows as long as there are rows and room."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from zeroinf.errors import ModelError
 from zeroinf.generation.attention import IMPLEMENTATION, kernel_for, tokens_of
 from zeroinf.generation.cache import PagePool, columns_of
+from zeroinf.generation.ends import Ends
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.masks import padding_is_known
@@ -57,11 +59,20 @@ class TokenRules:
         of_prompts = (config.min_new_tokens, config.begin_suppress_tokens, config.exponential_decay_length_penalty)
         self._counts_prompt = any(setting is not None for setting in of_prompts)
         self._processors: dict[tuple[int, int], LogitsProcessorList] = {}
+        self._ends = Ends(self.eos_tokens, self.stops)
+
+    def ends(self, row: Row) -> Container[int]:
+        """Tokens after which `row` may have ended: after any other it goes on, unless it has all its tokens."""
+        return self._ends.of(row)
 
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
         own = bool(row.sampling.stop or row.sampling.stop_token_ids)
         return own or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
+
+    def alters_scores(self, device: torch.device) -> bool:
+        """Whether the model's scores may be altered before a token is chosen by them."""
+        return self._forces_end or self._counts_prompt or bool(self.processors((1, 0), device))
 
     def kind(self, row: Row) -> tuple[int, int]:
         """What a row's processors depend on: its prompt's length and, where its last token is forced, its own; 1 and 0
@@ -126,11 +137,14 @@ class Desk:
         """Write the tokens of rows that enter, and give them pages."""
         if not seats:
             return
-        tokens = [[*seat.row.prompt, *seat.row.generated] for seat in seats]
-        width = max(map(len, tokens))
-        flat = [token for row in tokens for token in (*row, *[self.rules.pad_token] * (width - len(row)))]
+        ids = np.full((len(seats), max(seat.known for seat in seats)), self.rules.pad_token)
+        for tokens, seat in zip(ids, seats, strict=True):
+            prompt, generated = len(seat.row.prompt), seat.row.generated
+            tokens[:prompt] = seat.row.prompt
+            tokens[prompt : prompt + len(generated)] = generated
+            seat.ends, seat.may_end_early = self.rules.ends(seat.row), self.rules.may_end_early(seat.row)
         numbers = to_device([seat.number for seat in seats], self.device)
-        self.ids[:, :width].index_copy_(0, numbers, to_device(flat, self.device).view(-1, width))
+        self.ids[:, : ids.shape[1]].index_copy_(0, numbers, to_device(ids.reshape(-1), self.device).view(ids.shape))
         self.pool.open({seat.number: seat.total for seat in seats if not seat.on_host})
 
     def close(self, seats: Sequence[Seat]) -> None:
@@ -173,7 +187,11 @@ class MicroBatch(ABC):
 
     def __init__(self, desk: Desk, group: Group) -> None:
         self.group, self._desk = group, desk
-        self._choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
+        self._choosing: Sequence[int] = range(len(group.seats))
+        self._chosen: Sequence[Seat] = group.seats
+        if not all(group.chooses):
+            self._choosing = [index for index, chooses in enumerate(group.chooses) if chooses]
+            self._chosen = [group.seats[index] for index in self._choosing]
 
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
@@ -193,16 +211,17 @@ class MicroBatch(ABC):
         if not self._choosing:
             return None
         scores, seats, lengths = self._scores(output)
-        chosen = [self.group.seats[index] for index in self._choosing]
-        rows = [seat.row for seat in chosen]
+        chosen = self._chosen
         processed = self._processed(scores, chosen)
+        rows = [] if all(seat.is_plain for seat in chosen) else [seat.row for seat in chosen]
         if any(row.sampling.alters_scores for row in rows):
             known = [seat.known for seat in chosen]
             of_rows = desk.ids.index_select(0, seats)
             processed = alter_scores(processed, rows, of_rows, known, desk.rules.eos_tokens)
         judged = processed if desk.rules.mends_scores else scores
-        is_broken = judged.amax(dim=-1).isfinite().logical_not_()  # a NaN is the highest of all
-        tokens = choose_tokens(processed, rows, _numbers(chosen)).masked_fill_(is_broken, 0)
+        highest = judged.amax(dim=-1)  # a NaN is the highest of all
+        is_broken = highest.sub(highest).ne(0)  # an infinite one less itself is a NaN
+        tokens = choose_tokens(processed, rows, _numbers(chosen) if rows else ()).masked_fill_(is_broken, 0)
         desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
         likelihoods = likelihoods_of(scores, tokens, rows)
         return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
@@ -210,12 +229,12 @@ class MicroBatch(ABC):
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
         desk = self._desk
+        if not desk.rules.alters_scores(desk.device):
+            greedy = all(seat.is_plain or seat.row.sampling.is_greedy for seat in seats)
+            return scores if greedy else scores.to(torch.float32, copy=True)
         alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for number, seat in enumerate(seats):
             alike.setdefault((desk.rules.kind(seat.row), seat.known), []).append(number)
-        if not any(desk.rules.processors(kind, desk.device) for kind, _ in alike):
-            greedy = all(seat.row.sampling.is_greedy for seat in seats)
-            return scores if greedy else scores.to(torch.float32, copy=True)
         scores = scores.to(torch.float32, copy=True)
         for (kind, known), members in alike.items():
             index = to_device(members, desk.device)
@@ -285,7 +304,13 @@ class PackedBatch(MicroBatch):
         super().__init__(desk, group)
         seats = [seat.number for seat in group.seats]
         self._tokens = tokens_of(seats, group.starts, group.counts, desk.device)
-        last = [self._tokens.firsts[row] + group.counts[row] - 1 for row in self._choosing]
+        self._are_steps = self._tokens.total == len(self._choosing)
+        """Whether each token is that of a row whose next one is chosen."""
+        if self._are_steps:
+            self._last = self._tokens.rows[3]
+            return
+        firsts, counts = self._tokens.firsts, group.counts
+        last = [firsts[row] + counts[row] - 1 for row in self._choosing]
         self._last = to_device(last or [self._tokens.total - 1], desk.device)
         """Where the last tokens of rows lie whose next one is chosen; of some token, the model is asked in any case."""
 
@@ -312,6 +337,8 @@ class PackedBatch(MicroBatch):
         return cache
 
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._are_steps:
+            return output.logits[0], self._tokens.seats, self._tokens.lengths
         scores = output.logits[0] if self._desk.keeps_logits else output.logits[0].index_select(0, self._last)
         return scores, self._tokens.seats.index_select(0, self._last), self._tokens.lengths.index_select(0, self._last)
 
@@ -336,11 +363,20 @@ class Chosen:
         for place, likelihood in told.items():
             if not self.seats[place].row.finished:
                 self.seats[place].row.likelihoods.append(likelihood)
-        live = [(seat, token) for seat, token in zip(self.seats, self._tokens.tolist(), strict=True)]
-        live = [(seat, token) for seat, token in live if not seat.row.finished]
-        for seat, token in live:
-            seat.row.accept(token, rules.eos_tokens, rules.stops)
-        return sum(token != NO_TOKEN for _, token in live), [seat for seat, _ in live if seat.row.finished]
+        grown, ended = 0, list[Seat]()
+        for seat, token in zip(self.seats, self._tokens.tolist(), strict=True):
+            row = seat.row
+            if row.finish_reason is not None:
+                continue
+            if token not in seat.ends and seat.known < seat.total:
+                row.generated.append(token)
+                grown += 1
+                continue
+            row.accept(token, rules.eos_tokens, rules.stops)
+            grown += token != NO_TOKEN
+            if row.finish_reason is not None:
+                ended.append(seat)
+        return grown, ended
 
 
 def _numbers(seats: Sequence[Seat]) -> list[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, pairwise
+from operator import attrgetter
 
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.row import Row
@@ -84,33 +85,28 @@ class Seat:
     has_left: bool = False
     host_start: int | None = None
     """Where its keys and values begin in host memory, in tokens; None where they lie on the GPU."""
+    ends: Container[int] = frozenset()
+    """Tokens after which the row may have ended; after any other it goes on, unless it has all its tokens."""
+    may_end_early: bool = False
+    """Whether one of them may be chosen by the model."""
+    total: int = field(init=False)
+    """Tokens at the most."""
+    is_plain: bool = field(init=False)
+    """Each token is that of the highest score, and nothing but the token is told of it."""
+
+    def __post_init__(self) -> None:
+        self.total = _most_tokens(self.row)
+        how = self.row.sampling
+        self.is_plain = how.is_greedy and not how.alters_scores and how.logprobs is None
 
     @property
     def on_host(self) -> bool:
         return self.host_start is not None
 
     @property
-    def total(self) -> int:
-        """Tokens at the most."""
-        return _most_tokens(self.row)
-
-    @property
     def due(self) -> int:
         """Tokens to be computed before the next one can be chosen."""
         return self.known - self.computed
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some tokens of a row that one forward computes: `count` of them, behind the `start` that are in the cache."""
-
-    seat: Seat
-    start: int
-    count: int
-
-    def split(self, count: int) -> tuple[Part, Part]:
-        """The first `count` tokens, and the others."""
-        return replace(self, count=count), replace(self, start=self.start + count, count=self.count - count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,31 +123,23 @@ class Group:
     """Its tokens lie side by side; else rows are padded to one length."""
 
     @classmethod
-    def packed(cls, parts: Sequence[Part]) -> Group:
-        """`parts` side by side."""
-        return cls(
-            tuple(part.seat for part in parts),
-            tuple(part.start for part in parts),
-            tuple(part.count for part in parts),
-            tuple(part.start + part.count == part.seat.known for part in parts),
-            is_packed=True,
-        )
+    def packed(cls, seats: Sequence[Seat], starts: Sequence[int], counts: Sequence[int]) -> Group:
+        """Of each seat the next so many tokens behind those in the cache, side by side."""
+        chooses = [seat.known == start + count for seat, start, count in zip(seats, starts, counts, strict=True)]
+        return cls(tuple(seats), tuple(starts), tuple(counts), tuple(chooses), is_packed=True)
 
     @classmethod
     def of(cls, seats: Sequence[Seat], most: int | None = None) -> Group:
         """All that is due of each row, or `most` tokens of it."""
-        counts = tuple(seat.due if most is None else min(seat.due, most) for seat in seats)
-        return cls(
-            tuple(seats),
-            tuple(seat.computed for seat in seats),
-            counts,
-            tuple(count == seat.due for seat, count in zip(seats, counts, strict=True)),
-        )
+        due = [seat.known - seat.computed for seat in seats]
+        counts = due if most is None else [min(each, most) for each in due]
+        chooses = [count == each for count, each in zip(counts, due, strict=True)]
+        return cls(tuple(seats), tuple([seat.computed for seat in seats]), tuple(counts), tuple(chooses))
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each row in the cache afterwards."""
-        return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
+        return tuple([start + count for start, count in zip(self.starts, self.counts, strict=True)])
 
     @property
     def on_host(self) -> bool:
@@ -194,10 +182,9 @@ class Counts:
         for group in groups:
             rows = len(group.seats)
             if group.is_packed:
-                self.prefill_columns += sum(count for count in group.counts if count > 1)
-                self.decode_columns += sum(
-                    length for length, count in zip(group.lengths, group.counts, strict=True) if count == 1
-                )
+                steps = [start for start, count in zip(group.starts, group.counts, strict=True) if count == 1]
+                self.prefill_columns += sum(group.counts) - len(steps)
+                self.decode_columns += sum(steps) + len(steps)
                 continue
             if not any(group.starts) and any(sources := [len(seat.row.source) for seat in group.seats]):
                 self.prefill_columns += rows * max(sources)
@@ -269,7 +256,7 @@ class Scheduler:
         """Nobody wants more of `row`, which lives or waits: its place is free. Returns its seat, if it had one."""
         for seat in self.seats:
             if seat.row is row:
-                self.release(seat)
+                self.release([seat])
                 return seat
         self._waiting.remove(row)
         return None
@@ -326,18 +313,20 @@ class Scheduler:
         """Whether rows wait, or are live without being in `groups`."""
         return bool(self._waiting) or len(self.seats) > len({seat for group in groups for seat in group.seats})
 
-    def release(self, seat: Seat) -> None:
-        """`seat` has ended: its place is free."""
-        seat.has_left = True
-        self._leave_place(seat)
-        if not self.limits.keeps_ended:
-            self._vacate([seat])
-        elif all(other.has_left for other in self.seats):
+    def release(self, seats: Sequence[Seat]) -> None:
+        """`seats` have ended: their places are free."""
+        for seat in seats:
+            seat.has_left = True
+            self._leave_place(seat)
+        if seats and not self.limits.keeps_ended:
+            self._vacate(seats)
+        elif seats and all(other.has_left for other in self.seats):
             self._vacate(self.seats)
 
     def _vacate(self, seats: Sequence[Seat]) -> None:
         self._free += [seat.number for seat in seats]
-        self.seats = [seat for seat in self.seats if seat not in seats]
+        gone = set(seats)
+        self.seats = [seat for seat in self.seats if seat not in gone]
 
     @property
     def has_prompts(self) -> bool:
@@ -347,13 +336,14 @@ class Scheduler:
     def next_pass(self, *, prompts: bool = True) -> list[Group]:
         """The micro-batches of the next pass, with `prompts` or without; none when there is nothing for it."""
         limits, broken = self.limits, self.limits.breaks_at
-        for seat in self.seats:
-            if broken is not None and seat.known > broken >= seat.computed:
-                seat.computed = 0
+        if broken is not None:
+            for seat in self.seats:
+                if seat.known > broken >= seat.computed:
+                    seat.computed = 0
         if limits.together:
             groups = [Group.of(self.seats)] if self.seats else []
         elif limits.forward_tokens:
-            groups = [group for side in self._parts() for group in self._packed(side)]
+            groups = [group for seats, counts in self._parts() for group in self._packed(seats, counts)]
         else:
             groups = [*(self._prompts() if prompts else ()), *self._decodes()]
         if groups:
@@ -369,10 +359,11 @@ class Scheduler:
         ended = []
         for seat, count, chooses in zip(group.seats, group.counts, group.chooses, strict=True):
             seat.computed += count
-            seat.known += chooses
-            if seat.known == seat.total and not seat.has_left:
-                self.release(seat)
-                ended.append(seat)
+            if chooses:
+                seat.known += 1
+                if seat.known == seat.total and not seat.has_left:
+                    ended.append(seat)
+        self.release(ended)
         return ended
 
     def can_halve(self, groups: Sequence[Group]) -> bool:
@@ -416,50 +407,58 @@ class Scheduler:
         self._vacate(self.seats)
         return given_up
 
-    def _parts(self) -> Iterator[list[Part]]:
+    def _parts(self) -> Iterator[tuple[list[Seat], list[int]]]:
         """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
-        order in which they were admitted: in one list, or in several, for rows beyond a break and before it, and with
-        keys and values on the GPU and in host memory."""
-        limits = self.limits
-        left, is_whole = limits.prefill_tokens, limits.breaks_at is not None
-        parts = [Part(seat, seat.computed, 1) for seat in self.seats if seat.due == 1]
-        steps = len(parts)
+        order in which they were admitted: seats and their tokens, all together or, beyond a break and before it, or
+        with keys on the GPU and in host memory, each by themselves."""
+        limits, seats = self.limits, [seat for seat in self.seats if seat.known - seat.computed == 1]
+        steps, left, is_whole = len(seats), limits.prefill_tokens, limits.breaks_at is not None
+        counts = [1] * steps
         for seat in (seat for seat in self.seats if seat.due > 1):
-            count = seat.due if is_whole else min(seat.due, left, *([limits.forward_tokens] if seat.on_host else []))
-            if not count or (count > left and len(parts) > steps):
+            most = min(left, limits.forward_tokens) if seat.on_host else left
+            count = seat.due if is_whole else min(seat.due, most)
+            if not count or (count > left and len(seats) > steps):
                 break
             left -= count
-            parts.append(Part(seat, seat.computed, count))
-        for _, side in groupby(
-            sorted(parts, key=lambda part: self._side(part.seat)), lambda part: self._side(part.seat)
-        ):
-            yield list(side)
+            seats.append(seat)
+            counts.append(count)
+        if not (is_whole or limits.host_tokens):
+            yield from [(seats, counts)] if seats else []
+            return
+        for side in sorted(set(map(self._side, seats))):
+            alike = [place for place, seat in enumerate(seats) if self._side(seat) == side]
+            yield [seats[place] for place in alike], [counts[place] for place in alike]
 
-    def _packed(self, parts: Sequence[Part]) -> Iterator[Group]:
-        """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
-        computes it later. Not those in host memory, from which the next one fetches before it has them all."""
-        limits, tokens = self.limits, sum(part.count for part in parts)
-        forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
-        size, rest = -(-tokens // forwards), deque(parts)
-        may_split = limits.breaks_at is None and not parts[0].seat.on_host
+    def _packed(self, seats: Sequence[Seat], counts: Sequence[int]) -> Iterator[Group]:
+        """`counts` tokens of `seats` in forwards of about as many each, whose prompts may go on in the next one: each
+        layer computes it later. Not those in host memory, from which the next one fetches before it has them all."""
+        limits, tokens, starts = self.limits, sum(counts), [seat.computed for seat in seats]
+        may_split = limits.breaks_at is None and not seats[0].on_host
+        forwards = max(-(-tokens // limits.forward_tokens), -(-len(seats) // limits.micro_batch_rows))
+        if forwards == 1:
+            yield Group.packed(seats, starts, counts)
+            return
+        size, rest = -(-tokens // forwards), deque(zip(seats, starts, counts, strict=True))
         while rest:
-            left, taken = size, list[Part]()
+            left, taken = size, list[tuple[Seat, int, int]]()
             while rest and left > 0 and len(taken) < limits.micro_batch_rows:
-                part = rest.popleft()
-                if part.count > left and may_split:
-                    part, more = part.split(left)
-                    rest.appendleft(more)
-                elif part.count > left and taken:
-                    rest.appendleft(part)
+                seat, start, count = rest.popleft()
+                if count > left and may_split:
+                    rest.appendleft((seat, start + left, count - left))
+                    count = left
+                elif count > left and taken:
+                    rest.appendleft((seat, start, count))
                     break
-                taken.append(part)
-                left -= part.count
-            yield Group.packed(taken)
+                taken.append((seat, start, count))
+                left -= count
+            yield Group.packed(*zip(*taken, strict=True))
 
     def _decodes(self) -> Iterator[Group]:
         """Rows of which one token is due, the like-long ones together."""
-        due = sorted((seat for seat in self.seats if seat.due == 1), key=lambda seat: (self._side(seat), seat.known))
-        for _, side in groupby(due, self._side):
+        due = sorted((seat for seat in self.seats if seat.known - seat.computed == 1), key=attrgetter("known"))
+        has_sides = self.limits.host_tokens or self.limits.breaks_at is not None
+        sides = groupby(sorted(due, key=self._side), self._side) if has_sides else [(None, due)]
+        for _, side in sides if due else ():
             seats = list(side)
             parts = -(-len(seats) // self.limits.micro_batch_rows)
             edges = [len(seats) * part // parts for part in range(parts + 1)]

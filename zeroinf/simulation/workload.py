@@ -18,7 +18,6 @@ from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at, running
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
-from zeroinf.generation.scheduler import Part as RowPart
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
@@ -141,8 +140,8 @@ class Simulator:
             desk = self._desk(self._lengths.pool(self._anatomy, choices), kv, parts)
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
-            rows = [RowPart(seat, part.start, part.count) for seat, part in zip(seats, parts, strict=True)]
-            return record_step(self._model, desk, Group.packed(rows), recorder, self._times)
+            group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
+            return record_step(self._model, desk, group, recorder, self._times)
 
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
