@@ -11,9 +11,14 @@ import httpx
 from serving import NEW_TOKENS, serving
 
 from zeroinf.generation.row import Sampling
+from zeroinf.model.source import resolve_model
+from zeroinf.options.options import RunOptions
 from zeroinf.serve.app import make_app
+from zeroinf.serve.batch_routes import add_batches, add_no_batches
+from zeroinf.serve.batches import Batches
+from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
-from zeroinf.serve.server import answering, bind
+from zeroinf.serve.server import answering, bind, job_reader
 from zeroinf.serve.settings import Settings
 
 MODEL = "small"
@@ -40,7 +45,17 @@ def server(
             slow_down(service.model, slow_s)
         gateway = Gateway(Settings(**{"model_name": MODEL, "port": 0, **settings}), Sampling(max_new_tokens=NEW_TOKENS))
         gateway.open(service)
-        yield closing.enter_context(answered(gateway)), gateway
+        more = []
+        if gateway.settings.state is not None:
+            files = FileStore(gateway.settings.state / "files", gateway.settings.max_state_bytes)
+            batches = Batches(gateway.settings.state / "batches", files, gateway)
+            options = RunOptions(model=str(folder), sampling=gateway.defaults)
+            batches.start(service, job_reader(options, resolve_model(str(folder)), "cpu"))
+            closing.callback(batches.stop)
+            more.append(lambda app, gateway: add_batches(app, gateway, files, batches))
+        else:
+            more.append(lambda app, gateway: add_no_batches(app))
+        yield closing.enter_context(answered(gateway, *more)), gateway
 
 
 def slow_down(model: Any, seconds: float) -> None:

@@ -28,6 +28,8 @@ _IMPORTED = (
     "zeroinf.cli.run",
     "zeroinf.cli.console",
     "zeroinf.cli.eval",
+    "zeroinf.cli.serve",
+    "zeroinf.serve.server",
     "zeroinf.engines.registry",
     "transformers.models.llama.modeling_llama",
 )

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import FiniteFloat, asked_of, options_of
+from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, options_of
 from zeroinf.cli.waiting import waiting
 from zeroinf.errors import EnvironmentProblem, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
@@ -28,6 +28,8 @@ from zeroinf.options.options import (
 )
 from zeroinf.serve.settings import Settings
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
+
+_SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_bytes", "max_file_bytes")
 
 
 @click.command(short_help="Serve OpenAI's API over HTTP.")
@@ -70,6 +72,25 @@ from zeroinf.sizes import DEFAULT_NEW_TOKENS
     help="Host header that is answered, such as llm.example.org; may be given many times. [default: on loopback its "
     "names, elsewhere any]",
 )
+@option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of files and batches, which survive the server. [default: there are none]",
+)
+@option(
+    "--max-state",
+    "max_state_bytes",
+    type=SizeType(),
+    default="64GiB",
+    help="The most that clients' files may take in --state.",
+)
+@option(
+    "--max-file",
+    "max_file_bytes",
+    type=SizeType(),
+    default="512MiB",
+    help="The largest file that a client may upload.",
+)
 @option("--served-model-name", help="What clients call the model. [default: --model]")
 @option(
     "--max-queue",
@@ -94,7 +115,8 @@ from zeroinf.sizes import DEFAULT_NEW_TOKENS
 def serve(ctx: click.Context, /, **asked: Any) -> None:
     """Serve OpenAI's API over HTTP with a model that need not fit the GPU.
 
-    Chat and text completions, streamed or whole. It listens at once, and /health answers 503 until weights are loaded.
+    Chat and text completions, streamed or whole, and batches that survive with --state. It listens at once; /health
+    answers 503 until weights are loaded.
     SIGTERM and Ctrl-C let what is under way come to its end; a second one does not wait.
 
     \b
@@ -109,7 +131,7 @@ def serve(ctx: click.Context, /, **asked: Any) -> None:
         api_key=key,
         heartbeat_s=asked.pop("heartbeat_seconds"),
         drain_s=asked.pop("drain_seconds"),
-        **{name: asked.pop(name) for name in ("host", "port", "allowed_hosts", "max_queue")},
+        **{name: asked.pop(name) for name in _SETTINGS},
     )
     _serve(ctx, settings, asked)
 

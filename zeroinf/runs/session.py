@@ -62,6 +62,7 @@ class Session:
         fast what is to come will be, where it is no generation.
 
         Raises what a run raises before its first token, on every rank if on rank 0."""
+        self.source = source
         self._calls = 0
         self._ranks = ranks
         self._is_sound = False

@@ -89,6 +89,12 @@ class Gateway:
         return self.service.model.codec
 
     @property
+    def codec_of_model(self) -> TextCodec:
+        """The same, also while nothing more is taken in."""
+        assert self._service is not None
+        return self._service.model.codec
+
+    @property
     def max_model_len(self) -> int:
         """Most tokens of prompt and completion."""
         plan = self.service.model.plan

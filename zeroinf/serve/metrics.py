@@ -36,6 +36,12 @@ class Metrics:
         """All of it in Prometheus's text format."""
         return bytes(generate_latest(self.registry))
 
+    def batch_done(self, prompt_tokens: int, tokens: int, finish_reason: str) -> None:
+        """A request of a batch has ended."""
+        self.prompt_tokens.inc(prompt_tokens)
+        self.generation_tokens.inc(tokens)
+        self.success.labels(finished_reason=finish_reason).inc()
+
     def watch(self, prompt_tokens: int) -> Watch:
         """Follow a completion that begins now."""
         self.prompt_tokens.inc(prompt_tokens)

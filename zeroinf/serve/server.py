@@ -6,25 +6,35 @@ main thread, which loads the model and closes it.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
 from zeroinf.errors import InterruptedRunError, UsageError
 from zeroinf.generation.row import MOST_LOGPROBS
+from zeroinf.jobs.output import Job
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.source import ModelSource
 from zeroinf.options.options import RunOptions
+from zeroinf.paths import open_lock
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.prepare import read_job
 from zeroinf.runs.session import open_session
 from zeroinf.serve.app import make_app
+from zeroinf.serve.batch_routes import add_batches, add_no_batches
+from zeroinf.serve.batches import Batches, ReadJob
+from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
 from zeroinf.serve.settings import Settings
 from zeroinf.service.observer import Observer
@@ -101,6 +111,9 @@ def run_server(
         closing.callback(signals.restore)
         gateway = Gateway(settings, options.sampling)
         app = make_app(gateway)
+        batches = closing.enter_context(_state(app, gateway)) if settings.state is not None else None
+        if batches is None:
+            add_no_batches(app)
         listener = bind(settings)
         address = closing.enter_context(answering(app, listener))
         listening(address)
@@ -108,11 +121,58 @@ def run_server(
         closing.callback(session.close)
         with signals.noted():
             gateway.open(session.service)
+            if batches is not None:
+                batches.start(session.service, job_reader(options, session.source, session.model.device.type))
+                closing.callback(batches.stop)
             ready(address)
-            while not signals.count and not session.service.has_failed:
+            while not signals.count and gateway.state == "ready":
                 signals.wait(_POLL_S)
+            failed = gateway.why
             _drain(gateway, signals)
         session.service.check()
+        if failed is not None:
+            raise failed
+
+
+@contextmanager
+def _state(app: FastAPI, gateway: Gateway) -> Iterator[Batches]:
+    """Files and batches in the folder of the server, which one server holds at a time. Raises UsageError."""
+    settings = gateway.settings
+    assert settings.state is not None
+    try:
+        settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open_lock(settings.state / "lock")
+    except OSError as error:
+        raise UsageError(f"--state {settings.state}: {error.strerror}", hint="name a folder of your own") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(f"another server uses --state {settings.state}", hint="name another folder") from None
+    try:
+        files = FileStore(settings.state / "files", settings.max_state_bytes)
+        batches = Batches(settings.state / "batches", files, gateway)
+        add_batches(app, gateway, files, batches)
+        yield batches
+    finally:
+        os.close(lock)
+
+
+def job_reader(options: RunOptions, source: ModelSource, device: str) -> ReadJob:
+    """Reads jobs of batches as `zeroinf run` would with these options."""
+
+    def read(input_file: Path, output_file: Path, model: str) -> Job:
+        own = replace(
+            options,
+            input_files=(str(input_file),),
+            input_format="jsonl",
+            output_file=output_file,
+            output_format="openai",
+            resume=True,
+        )
+        return replace(read_job(own, source, device).job, model=model)
+
+    return read
 
 
 def _lengths(options: RunOptions, prompt_tokens: int | None, source: ModelSource, anatomy: Anatomy) -> Lengths:
