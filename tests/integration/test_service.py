@@ -174,11 +174,16 @@ def test_events_are_the_completion_in_pieces(stop: tuple[str, ...], folder: Path
                 assert text == service.model.codec.decode(completion.tokens)
 
 
+def all_likelihoods(model: Any, tokens: Sequence[int], start: int) -> torch.Tensor:
+    """Log-probabilities of every token in the places from `start` on."""
+    with torch.no_grad():
+        logs: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
+    return logs[start - 1 : -1]
+
+
 def likelihoods(model: Any, tokens: Sequence[int], start: int) -> torch.Tensor:
     """Log-probabilities of the tokens from `start` on."""
-    with torch.no_grad():
-        logs = model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
-    return logs[start - 1 : -1].gather(1, torch.tensor(tokens[start:])[:, None])[:, 0]
+    return all_likelihoods(model, tokens, start).gather(1, torch.tensor(tokens[start:])[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("forward_tokens", [0, 40])
@@ -197,6 +202,9 @@ def test_scores_are_those_of_transformers_many_to_a_pass_and_beside_rows(
         wanted = likelihoods(model, tokens, start)
         assert scores.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
         assert scores.is_greedy == is_greedy(model, tokens[:start], tokens[start:])
+        likeliest = all_likelihoods(model, tokens, start).max(dim=-1)
+        assert [token for token, _ in scores.likeliest] == likeliest.indices.tolist()
+        assert [log for _, log in scores.likeliest] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", tiered(PACKED_MODELS, ["llama", "gemma2", "gpt_oss", "qwen3_moe"]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -38,6 +38,8 @@ class TokenScores:
     """Whether each of them is the likeliest in its place."""
     following: tuple[TokenScores, ...] = ()
     """Of each continuation."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """In the place of each token, the likeliest one and its log-probability."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,18 +65,22 @@ class Scored:
         """Tokens that are scored."""
         return len(self.tokens) - self.start + sum(map(len, self.following))
 
-    def received(self, scores: Sequence[tuple[float, float]]) -> None:
-        """Hand on the scores of all its tokens, in order: log-probability, and 1 for the likeliest."""
+    def received(self, scores: Sequence[Sequence[float]]) -> None:
+        """Hand on the scores of all its tokens, in order, as `Scorer` leaves them."""
         ends, start = [], 0
         for count in (len(self.tokens) - self.start, *map(len, self.following)):
             ends.append((start, start + count))
             start += count
         own, *following = (_token_scores(scores[first:end]) for first, end in ends)
-        self.done(TokenScores(own.logprobs, own.is_greedy, tuple(following)))
+        self.done(replace(own, following=tuple(following)))
 
 
-def _token_scores(scores: Sequence[tuple[float, float]]) -> TokenScores:
-    return TokenScores(tuple(log for log, _ in scores), all(best for _, best in scores))
+def _token_scores(scores: Sequence[Sequence[float]]) -> TokenScores:
+    return TokenScores(
+        tuple(log for log, *_ in scores),
+        all(best for _, best, *_ in scores),
+        likeliest=tuple((int(token), log) for *_, token, log in scores),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +109,8 @@ class Scorer:
         self._hook = model.register_forward_hook(self._reduce, with_kwargs=True)
 
     def expect(self, ids: torch.Tensor, wanted: _Wanted) -> None:
-        """The forward of `ids` (rows, tokens) shall end in (scored, 2), float32: each token's log-probability, and 1
-        where it is the likeliest."""
+        """The forward of `ids` (rows, tokens) shall end in (scored, 4), float32: each token's log-probability, 1 where
+        it is the likeliest, the likeliest token and its log-probability."""
         self._wanted[ids.data_ptr()] = wanted
 
     def forget(self, ids: torch.Tensor) -> None:
@@ -121,13 +127,14 @@ class Scorer:
 
 
 def _scores(logits: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
-    """Of logits (rows, columns, vocabulary): (scored, 2)."""
+    """Of logits (rows, columns, vocabulary): (scored, 4)."""
     found = []
     for start in range(0, len(wanted.tokens), _TOKENS):
         part = slice(start, start + _TOKENS)
         of_each, tokens = logits[wanted.rows[part], wanted.columns[part]], wanted.tokens[part, None]
-        log = of_each.log_softmax(dim=-1, dtype=torch.float32).gather(1, tokens)
-        found.append(torch.cat((log, (of_each.argmax(dim=-1, keepdim=True) == tokens).float()), dim=1))
+        best = of_each.argmax(dim=-1, keepdim=True)
+        logs = of_each.log_softmax(dim=-1, dtype=torch.float32).gather(1, torch.cat((tokens, best), dim=1))
+        found.append(torch.cat((logs[:, :1], (best == tokens).float(), best.float(), logs[:, 1:]), dim=1))
     return torch.cat(found)
 
 
