@@ -17,7 +17,8 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import ZeroinfError
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.jobs import journal
-from zeroinf.jobs.output import Job, JournalOutput
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output import Job
 from zeroinf.jobs.readers import read_requests
 from zeroinf.runs import request_feed
 from zeroinf.runs.interrupts import Interrupts, interrupted

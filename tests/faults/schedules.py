@@ -27,7 +27,7 @@ from crashes import CRASHES, DIED, FAILURES, Failure, Fault, Faults
 from fake_job import Ear, entries, exit_code, in_child, run_job
 
 from zeroinf.jobs.journal import read_records
-from zeroinf.jobs.output import errors_path, journal_path
+from zeroinf.jobs.output_files import errors_path, journal_path
 
 _MESSAGE = struct.Struct("cq")
 _REPORTED, _EVENTS = b"r", b"e"

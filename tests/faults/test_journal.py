@@ -23,7 +23,8 @@ from schedules import Bench, Tally, journalled, scratch
 from zeroinf.errors import OutputError
 from zeroinf.jobs.files import LineFile
 from zeroinf.jobs.journal import Journal
-from zeroinf.jobs.output import JournalOutput, journal_path
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output_files import journal_path
 from zeroinf.runs.interrupts import Interrupts
 
 PROMPTLY_S = 2.0

@@ -16,7 +16,7 @@ from tiers import tiered
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
-from zeroinf.jobs.output import JournalOutput
+from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.runs.interrupts import Interrupts
 from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import Shutdown

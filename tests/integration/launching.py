@@ -19,7 +19,7 @@ from forked import CHANGES, RANK_NAME, Forked
 
 from zeroinf.distributed.ports import free_port
 from zeroinf.jobs.journal import read_records
-from zeroinf.jobs.output import journal_path
+from zeroinf.jobs.output_files import journal_path
 
 Launcher = Literal["none", "num-gpus", "deepspeed", "torchrun"]
 Process = subprocess.Popen[str] | Forked

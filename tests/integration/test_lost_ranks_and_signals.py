@@ -23,7 +23,7 @@ from launching import (
 )
 from tiers import full
 
-from zeroinf.jobs.output import journal_path
+from zeroinf.jobs.output_files import journal_path
 
 PROMPTLY_S = 15
 

@@ -22,7 +22,7 @@ from zeroinf import generate, pipeline
 from zeroinf.cli import run as command
 from zeroinf.cli.main import cli, main
 from zeroinf.errors import RequestsFailedError
-from zeroinf.jobs.output import errors_path, journal_path
+from zeroinf.jobs.output_files import errors_path, journal_path
 from zeroinf.runs.interrupts import interrupted
 from zeroinf.runs.request_feed import RequestFeed
 from zeroinf.service import loaded

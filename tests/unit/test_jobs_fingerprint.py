@@ -15,7 +15,8 @@ import pytest
 from zeroinf.errors import OutputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs import fingerprint as marks
-from zeroinf.jobs.output import Job, JournalOutput
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output import Job
 from zeroinf.model.source import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel

@@ -21,17 +21,11 @@ from hypothesis import strategies as st
 from zeroinf.errors import EnvironmentProblem, OutputError
 from zeroinf.generation.row import FinishReason, Sampling
 from zeroinf.jobs import export
-from zeroinf.jobs.output import (
-    Job,
-    JournalOutput,
-    LinesOutput,
-    PairsOutput,
-    check_output,
-    errors_path,
-    journal_path,
-    partial_path,
-)
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output import Job
+from zeroinf.jobs.output_files import check_output, errors_path, journal_path, partial_path
 from zeroinf.jobs.status import read_status
+from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
 from zeroinf.service.requests import Extra, Refusal, Result, Work
 
 

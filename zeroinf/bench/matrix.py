@@ -14,7 +14,6 @@ from typing import Any, Literal
 from zeroinf.errors import UsageError
 from zeroinf.planner.traits import ENGINE_NAMES, TRAITS
 
-Preset = Literal["bloom-table", "pythia-hf-vs-ds", "mii"]
 PYTHIA = ("pythia-70m", "pythia-160m", "pythia-410m", "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b")
 
 

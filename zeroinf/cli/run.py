@@ -20,7 +20,7 @@ from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.cli.waiting import waiting
 from zeroinf.errors import OutputError, RequestsFailedError, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
-from zeroinf.options.job_contradictions import refuse_idle_files
+from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files
 from zeroinf.options.options import (
     EngineOptions,
     JobOptions,
@@ -101,7 +101,7 @@ def run(
     if world.launched:
         _refuse_another_world(num_gpus, hostfile, world)
     elif hostfile is not None or num_gpus is not None:
-        _check_output(options)
+        check_output_of(options)
         code = _launch(arguments, num_gpus, hostfile)
         if code is not None:
             return code
@@ -146,7 +146,7 @@ def _launch(arguments: Sequence[str], num_gpus: int | None, hostfile: Path | Non
 
 def _check_files(input_files: Sequence[str], output_file: Path | None, report_file: Path | None) -> None:
     from zeroinf.jobs.inputs import local_paths
-    from zeroinf.jobs.output import errors_path, journal_path, partial_path
+    from zeroinf.jobs.output_files import errors_path, journal_path, partial_path
 
     written = [of(output_file) for of in (Path, journal_path, partial_path, errors_path) if output_file is not None]
     read = {path.resolve(): path for path in local_paths(input_files)}
@@ -173,24 +173,12 @@ def _refuse_another_world(num_gpus: int | None, hostfile: Path | None, world: Wo
         raise UsageError("--hostfile inside a launcher", hint="drop --hostfile, or start zeroinf by itself")
 
 
-def _check_output(options: RunOptions) -> None:
-    from zeroinf.jobs.output import check_output
-
-    if options.output_file is not None:
-        check_output(
-            options.output_file,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            output_format=options.output_format,
-        )
-
-
 def _offers_to_resume(options: RunOptions) -> bool:
     """Whether there is something to go on with, the user has not said what to do about it, and now says yes."""
     path = options.output_file
     if path is None or options.resume or options.overwrite or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    from zeroinf.jobs.output import journal_path
+    from zeroinf.jobs.output_files import journal_path
     from zeroinf.jobs.status import read_status
 
     if not journal_path(path).is_file() or not (done := read_status(path).done):
@@ -243,7 +231,7 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
 
 
 def _incomplete(outcome: RunOutcome, output_file: Path | None) -> RequestsFailedError:
-    from zeroinf.jobs.output import errors_path
+    from zeroinf.jobs.output_files import errors_path
     from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 
     refused, failed, count = outcome.refused, outcome.failed, outcome.requests + outcome.refused + outcome.failed

@@ -31,7 +31,7 @@ def status(file: Path, watch: bool, as_json: bool) -> None:
     \b
       zeroinf status out.jsonl --watch
     """
-    from zeroinf.jobs.output import journal_path
+    from zeroinf.jobs.output_files import journal_path
     from zeroinf.jobs.status import StatusReader
 
     reader = StatusReader(file if file.suffix == ".journal" else journal_path(file))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from zeroinf.errors import InputError
 from zeroinf.jobs.files import is_held
 from zeroinf.jobs.journal import moved, read_records
-from zeroinf.jobs.output import journal_path
+from zeroinf.jobs.output_files import journal_path
 from zeroinf.service.observer import left_s, rate
 
 JobState = Literal["running", "stopped", "finished"]

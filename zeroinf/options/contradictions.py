@@ -12,9 +12,9 @@ from typing import cast
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
-from zeroinf.jobs.output import check_output
 from zeroinf.model.source import check_name
 from zeroinf.options.definition import Options, definitions
+from zeroinf.options.job_contradictions import check_output_of
 from zeroinf.options.options import EngineOptions, PlanOptions, RestOptions, RunOptions, TransferOptions
 from zeroinf.planner.constraints import check_micro_batch_rows
 from zeroinf.planner.traits import TRAITS, EngineName, possible_offload
@@ -22,13 +22,7 @@ from zeroinf.planner.traits import TRAITS, EngineName, possible_offload
 
 def refuse_early(options: RunOptions) -> None:
     """Raise the error of whatever does not hold, as far as the options, files and this machine's disks say it."""
-    if options.output_file is not None:
-        check_output(
-            options.output_file,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            output_format=options.output_format,
-        )
+    check_output_of(options)
     if options.zero_config is None:  # else the JSON says where weights rest
         check_folders([read_disk(path) for path in options.nvme_paths])
     check_name(options.model, options.revision, random_weights=options.random_weights)

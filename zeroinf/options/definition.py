@@ -167,11 +167,6 @@ def _definitions(options: Any) -> tuple[Definition, ...]:
     return tuple(found)
 
 
-def definition_of(options: type[Any], name: str) -> Definition:
-    """The option `name`."""
-    return next(one for one in definitions(options) if one.name == name)
-
-
 def _definition(known: Option, path: tuple[str, ...], hint: Any, default: Any) -> Definition:
     name = path[0]
     if len(path) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zeroinf.errors import InputError, UsageError
+from zeroinf.jobs.output_files import check_output
 from zeroinf.options.options import RunOptions
 
 
@@ -23,6 +24,18 @@ def refuse_idle_files(options: RunOptions, *, on_nodes: bool) -> None:
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not options.prompts and not options.input_files:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
+
+
+def check_output_of(options: RunOptions) -> None:
+    """Raise OutputError for an output file that cannot be written, or whose place is taken; EnvironmentProblem where
+    this machine does not write such files."""
+    if options.output_file is not None:
+        check_output(
+            options.output_file,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            output_format=options.output_format,
+        )
 
 
 def _refuse_beside_stdout(options: RunOptions, *, on_nodes: bool) -> None:

@@ -15,7 +15,8 @@ from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.matching import prompt_digest
-from zeroinf.jobs.output import Job, began_before, check_output
+from zeroinf.jobs.output import Job
+from zeroinf.jobs.output_files import began_before
 from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import request_bytes
@@ -24,6 +25,7 @@ from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource, load_tokenizer
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.definition import fingerprint_of
+from zeroinf.options.job_contradictions import check_output_of
 from zeroinf.options.model import anatomy_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
@@ -66,13 +68,7 @@ class PreparedRun:
 
 def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     """Read and tokenise the requests, cheap checks first. Raises the error of whatever does not hold."""
-    if options.output_file is not None:
-        check_output(
-            options.output_file,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            output_format=options.output_format,
-        )
+    check_output_of(options)
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
     requests, refusals, unused = read_inputs(

@@ -22,8 +22,11 @@ from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
-from zeroinf.jobs.output import Job, JournalOutput, LinesOutput, PairsOutput, Writer, errors_path, journal_path
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output import Job, Writer
+from zeroinf.jobs.output_files import errors_path, journal_path
 from zeroinf.jobs.sharing import share_work
+from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import source_of
 from zeroinf.options.options import RunOptions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroinf.errors import OutputError, RankError, ZeroinfError
-from zeroinf.jobs.output import journal_path
+from zeroinf.jobs.output_files import journal_path
 from zeroinf.runs.interrupts import Interrupts, interrupted
 from zeroinf.runs.request_feed import Output
 from zeroinf.service.observer import Observer

@@ -23,7 +23,9 @@ from typing import Any, Literal
 
 from zeroinf.errors import ZeroinfError
 from zeroinf.jobs.files import rename, write_lines, write_new
-from zeroinf.jobs.output import Job, JournalOutput, errors_path
+from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.output import Job
+from zeroinf.jobs.output_files import errors_path
 from zeroinf.serve.batch_records import Batch, Status, check_input, new_batch
 from zeroinf.serve.errors import ApiError
 from zeroinf.serve.files import FileStore
