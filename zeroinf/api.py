@@ -281,7 +281,7 @@ class Pipeline:
         if failed:
             raise RequestsFailedError(
                 f"{len(failed)} of {len(results)} prompts failed; prompt {failed[0].index}: {failed[0].reason}",
-                hint="zeroinf.generate returns what the others came to",
+                hint="zeroinf.generate returns the results of the others",
             )
         found = [[_generated(one, result, full)] for one, result in zip(inputs, results, strict=True)]
         return found[0] if single else found
@@ -411,7 +411,7 @@ def _sampling(
         raise UsageError(str(error)) from error
     if sampling.is_greedy and given:
         raise UsageError(
-            f"{', '.join(given)} would change nothing: it is greedy", hint="add do_sample=True, or drop it"
+            f"{', '.join(given)} has no effect: the request is greedy", hint="add do_sample=True, or drop it"
         )
     return sampling
 
@@ -426,10 +426,10 @@ def _requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
     source = BytesIO("\n".join(lines).encode())
     requests, refusals = read_requests((), source, sampling, input_format="jsonl", name="prompts")
     if refusals:
-        raise InputError(f"prompt {refusals[0].index}: {refusals[0].reason}", hint="mend it, or leave it out")
+        raise InputError(f"prompt {refusals[0].index}: {refusals[0].reason}", hint="correct it, or leave it out")
     for request in requests:
         if request.extra is not None and (request.extra.choice is not None or request.extra.echo):
-            raise InputError(f"prompt {request.id}: n and echo are for jobs", hint="give the prompt several times")
+            raise InputError(f"prompt {request.id}: n and echo work in jobs only", hint="give the prompt several times")
     return [replace(request, line=None) for request in requests]
 
 

@@ -212,7 +212,7 @@ def test_config_without_show_is_what_it_was() -> None:
     assert (done.exit_code, json.loads(done.stdout)["zero_optimization"]["stage"]) == (0, 3)
     assert "Missing option '-m' / '--model'" in zeroinf_with({}, "config").stderr
     refused = zeroinf_with({}, "config", "-b", "8", "show")
-    assert "-b/--batch-size means nothing before `show`" in str(refused.exception)
+    assert "-b/--batch-size has no effect before `show`" in str(refused.exception)
 
 
 def test_a_variable_of_kubernetes_is_told_from_ours() -> None:

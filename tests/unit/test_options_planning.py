@@ -155,7 +155,7 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
         ({"resident_blocks": BLOCKS, "offload": "cpu"}, ALONE, "--offload and --fetch have no effect"),
         ({"resident_blocks": BLOCKS, "fetch": "replicated"}, TWO, "--offload and --fetch have no effect"),
-        ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} blocks"),
+        ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} layers"),
     ],
 )
 def test_settings_of_the_stream_engine_are_refused_where_they_would_mean_nothing(

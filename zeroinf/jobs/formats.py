@@ -195,7 +195,7 @@ class _Window:
     def error(self, what: str) -> InputError:
         return InputError(
             f"{self._name} is no JSON: {what} at character {self._before + self._at + 1}",
-            hint="mend it; one object a line is `.jsonl`",
+            hint="correct it; a file with one object a line ends in `.jsonl`",
         )
 
 

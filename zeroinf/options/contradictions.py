@@ -117,12 +117,12 @@ def refuse_beside_model(options: EngineOptions, engine: str, ranks: int, layers:
         )
     if options.resident_blocks is not None and options.resident_blocks > layers:
         raise UsageError(
-            f"--resident-blocks {options.resident_blocks}, but the model has {layers} blocks",
+            f"--resident-blocks {options.resident_blocks}, but the model has {layers} layers",
             hint="choose fewer, or --offload none to keep all of them on the GPU",
         )
     if options.resident_blocks == layers and (options.offload != "auto" or options.fetch != "auto"):
         raise UsageError(
-            f"with --resident-blocks {layers} all blocks stay, and --offload and --fetch have no effect",
+            f"with --resident-blocks {layers} all layers stay on the GPU, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
 

@@ -90,8 +90,8 @@ def evaluate(
     anatomy = anatomy_of(options, source, device.type)
     if anatomy.encoder is not None:
         raise UsageError(
-            f"{anatomy.architecture} has an encoder: it answers a text and does not predict it",
-            hint="zeroinf eval wants a causal model",
+            f"{anatomy.architecture} has an encoder: perplexity needs a decoder-only model",
+            hint="choose a decoder-only model",
         )
     limit = anatomy.context_limit or sys.maxsize
     if window is not None and window > limit:

@@ -214,5 +214,5 @@ def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> No
     idle = options.asked("top_p", "top_k", "min_p", "seed")
     if idle and work and all(item.sampling.is_greedy for item in work):
         raise UsageError(
-            f"{', '.join(idle)} would change nothing: every request is greedy", hint="add --temperature, or drop it"
+            f"{', '.join(idle)} has no effect: every request is greedy", hint="add --temperature, or drop it"
         )

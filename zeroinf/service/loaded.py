@@ -122,7 +122,7 @@ class LoadedModel:
         self.plan = plan = plan.with_rows(fitting) if fitting < plan.batch_size else plan
         if plan.batch_size < planned.batch_size:
             self._observer.note(
-                f"another process has taken GPU memory since the plan: {plan.batch_size} rows instead of "
+                f"another process has taken GPU memory since the plan: batch {plan.batch_size} instead of "
                 f"{planned.batch_size}"
             )
         engine, model = self.engine, self.engine.model
@@ -194,9 +194,8 @@ class LoadedModel:
         """An error of the planner: say so, with what it had counted on."""
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self.plan.terms if t.place == "gpu")
         self._observer.note(
-            f"out of GPU memory, against the plan: micro-batches of {rows} row{'s' * (rows > 1)} from here on, "
-            "the pass is made again. "
-            f"Please report it with the planned terms: {terms}"
+            f"out of GPU memory, although the plan fits: the pass is repeated with micro-batches of {rows} "
+            f"sequence{'s' * (rows > 1)}. Please report this with the planned terms: {terms}"
         )
 
     @property
@@ -232,7 +231,7 @@ class LoadedModel:
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
     return DoesNotFitError(
         f"out of GPU memory with {'1 row' if rows == 1 else f'{rows} rows'}: {str(error).splitlines()[0]}",
-        hint="shorten the prompts, lower --max-new-tokens, or let fewer blocks stay on the GPU"
+        hint="shorten the prompts, lower --max-new-tokens, or keep fewer layers on the GPU (--resident-blocks)"
         if rows == 1
         else "choose a smaller --batch-size",
     )

@@ -137,7 +137,7 @@ def _refuse_beside_an_encoder(plan_input: PlanInput) -> None:
         )
     if constraints.static_batches:
         raise UsageError(
-            f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
+            f"--static-batches has no effect: sequences of {name} always start and end together", hint="drop it"
         )
 
 

@@ -154,7 +154,9 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
         covered[plan.own] += plan.matrices.end - plan.matrices.first
     for plan in plans:
         if covered[plan.own] != plan.shape[-2]:
-            raise refused(model, what, f"{plan.matrices.names[0]} is quantized, what it is fused with is not")
+            raise refused(
+                model, what, f"{plan.matrices.names[0]} is quantized, but the weights that it is fused with are not"
+            )
         module._parameters.pop(plan.own, None)
     steps = []
     for number, plan in enumerate(plans):
