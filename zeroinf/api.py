@@ -29,7 +29,7 @@ from zeroinf.service.core import Priority
 from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result
 from zeroinf.service.text import TextCodec, encode_prompt
-from zeroinf.simulation.planning import make_plan
+from zeroinf.simulation.make_plan import make_plan
 
 Engine: TypeAlias = Literal["auto", "stream", "zero", "resident", "accelerate", "tensor-parallel"]
 Chat: TypeAlias = Sequence[Mapping[str, str]]

@@ -69,11 +69,13 @@ class Job:
 
     def _put_the_cpu_in_its_place(self, patch: pytest.MonkeyPatch) -> None:
         self.gpu.install(patch)
-        pool, desk = loaded.PagePool, loaded.Desk
+        pool, batch_state = loaded.PagePool, loaded.BatchState
         patch.setattr(loaded, "load_engine", self._load)
         patch.setattr(loaded, "measure_own_link", lambda device: LINK_GBPS)
         patch.setattr(loaded, "PagePool", lambda *given: pool(*given[:-1], CPU))
-        patch.setattr(loaded, "Desk", lambda model, rules, pool, device, host: desk(model, rules, pool, CPU, host))
+        patch.setattr(
+            loaded, "BatchState", lambda model, rules, pool, device, host: batch_state(model, rules, pool, CPU, host)
+        )
 
     def _load(self, plan: Plan, source: Any, config: Any, control: Any, device: Any, told: Any) -> StreamEngine:
         self.while_loading(plan)

@@ -59,7 +59,7 @@ def fail(*given: Any, **how: Any) -> Any:
     raise RuntimeError("the test fails here")
 
 
-@pytest.mark.parametrize("where", ["PagePool", "HostCache", "Desk", "Scheduler", "TextCodec", "Scorer"])
+@pytest.mark.parametrize("where", ["PagePool", "HostCache", "BatchState", "Scheduler", "TextCodec", "Scorer"])
 def test_a_failure_after_loading_gives_back_all_that_was_taken(
     where: str, folder: Path, held: set[HostMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:

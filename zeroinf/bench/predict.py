@@ -14,7 +14,7 @@ from zeroinf.hardware.snapshot import read_machine
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.traits import TRAITS
-from zeroinf.simulation.planning import make_plan
+from zeroinf.simulation.make_plan import make_plan
 
 # A process with its imports, a rank's start, and the way out: seconds seen on machines with and without GPUs.
 _START_S = 12.0

@@ -273,7 +273,7 @@ def kernel_for(device: torch.device) -> Kernel:
     """The kernel of `device`."""
     if device.type != "cuda":
         return attend_in_torch
-    from zeroinf.generation.kernels import attend_on_gpu
+    from zeroinf.generation.attention_kernels import attend_on_gpu
 
     return attend_on_gpu
 

@@ -39,7 +39,7 @@ from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.traits import possible_offload
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import PlanInput, make_plan, plan_as_requested
+from zeroinf.simulation.make_plan import PlanInput, make_plan, plan_as_requested
 from zeroinf.sizes import gib
 
 

@@ -23,7 +23,7 @@ from zeroinf.errors import DoesNotFitError
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
@@ -139,7 +139,7 @@ class LoadedModel:
                 pin = plan.pin_memory and self.device.type == "cuda"
                 self._host = HostCache(model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin)
                 self._closing.callback(self._host.close)
-            self._desk = Desk(model, rules, pool, self.device, self._host)
+            self._batch_state = BatchState(model, rules, pool, self.device, self._host)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
         self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
@@ -185,7 +185,7 @@ class LoadedModel:
             torch.cuda.set_device(self.device)  # threads have one each
         try:
             return generate(
-                self.engine, control, self._desk, self.scheduler, replace(feed, shrank=self._tell_of_shrinking)
+                self.engine, control, self._batch_state, self.scheduler, replace(feed, shrank=self._tell_of_shrinking)
             )
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, self.scheduler.limits.micro_batch_rows) from error
@@ -214,7 +214,7 @@ class LoadedModel:
         if self._gpu is None:
             return None
         staging = self._host.link.staging_bytes if self._host is not None else 0
-        return self._gpu.use(self.engine.stats().slot_bytes, self._desk.pool.nbytes + staging)
+        return self._gpu.use(self.engine.stats().slot_bytes, self._batch_state.pool.nbytes + staging)
 
     def close(self) -> None:
         """Give everything back. No loop may run."""
@@ -222,7 +222,7 @@ class LoadedModel:
 
     def _drop(self) -> None:
         """Let go of what holds device memory."""
-        for name in ("_desk", "_scorer", "engine"):
+        for name in ("_batch_state", "_scorer", "engine"):
             self.__dict__.pop(name, None)
         self._host = None
         gc.collect()  # hooks and the models that they belong to refer to each other

@@ -40,7 +40,7 @@ class Expander:
 def _gpu_decode(device: torch.device) -> Decode:
     """The kernel, built by using it once on next to nothing."""
     try:
-        from zeroinf.engines.stream.kernels import decode_on_gpu
+        from zeroinf.engines.stream.wire_kernels import decode_on_gpu
 
         for bits in (4, 8):
             kind = Codes(bits, 32)

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from zeroinf.engines.baselines.memory import baseline_terms
+from zeroinf.engines.baselines.baseline_memory import baseline_terms
 from zeroinf.engines.zero.codes import expansion, with_codes
 from zeroinf.engines.zero.config import own_codes
-from zeroinf.engines.zero.memory import zero_terms
+from zeroinf.engines.zero.zero_memory import zero_terms
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates

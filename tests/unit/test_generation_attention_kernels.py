@@ -32,7 +32,7 @@ PARTS = ({0: 20, 1: 1}, {0: 1, 1: 1, 2: 30}, {0: 17, 2: 1}, {0: 5, 1: 18, 2: 2},
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("window", [None, 7, 33])
 def test_rows_attend_to_their_own_tokens_however_they_are_cut(kind: str, window: int | None, scores: Scores) -> None:
-    from zeroinf.generation.kernels import attend_on_gpu
+    from zeroinf.generation.attention_kernels import attend_on_gpu
 
     torch.manual_seed(0)
     rows = KINDS[kind]([50, 20, 33], window)
@@ -44,7 +44,7 @@ def test_rows_attend_to_their_own_tokens_however_they_are_cut(kind: str, window:
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("window", [None, 700])
 def test_few_rows_with_long_contexts_share_their_keys_among_programs(kind: str, window: int | None) -> None:
-    from zeroinf.generation.kernels import attend_on_gpu
+    from zeroinf.generation.attention_kernels import attend_on_gpu
 
     torch.manual_seed(0)
     rows, scores = KINDS[kind]([1200, 900, 40], window), Scores(0.3, None, torch.randn(HEADS))
