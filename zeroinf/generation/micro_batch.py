@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
+from zeroinf.compat.masks import padding_is_known
+from zeroinf.compat.models import attention_by, greedy_processors
 from zeroinf.errors import ModelError
 from zeroinf.generation.attention import IMPLEMENTATION, kernel_for, tokens_of
 from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.ends import Ends
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
-from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
@@ -27,7 +28,6 @@ from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
 from zeroinf.generation.upload import to_device
 from zeroinf.model.kv import cache_name
-from zeroinf.model.packing import attention_by
 
 
 def breaks_at(config: Any) -> int | None:
@@ -85,10 +85,12 @@ class TokenRules:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
         if kind not in self._processors:
             prompt_length, self._config.max_length = kind
-            ends = sorted(self.eos_tokens)
-            self._config._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
-            self._processors[kind] = self._model._get_logits_processor(
-                generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
+            self._processors[kind] = greedy_processors(
+                self._model,
+                self._config,
+                prompt_tokens=prompt_length,
+                eos_tokens=sorted(self.eos_tokens),
+                device=device,
             )
         return self._processors[kind]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zeroinf.compat.allocator import set_allocator
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
@@ -62,7 +63,7 @@ class GpuMemory:
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
         self._used_before = self._used()
         # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        set_allocator("expandable_segments:True")
         torch.cuda.set_device(device)
         self._used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         _start_libraries(plan, device)
