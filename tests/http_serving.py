@@ -11,7 +11,7 @@ import httpx
 from serving import NEW_TOKENS, serving
 
 from zeroinf.generation.row import Sampling
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.serve.app import make_app
 from zeroinf.serve.batch_routes import add_batches, add_no_batches

@@ -14,7 +14,8 @@ from zeroinf.errors import InputError, RequestsFailedError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import read_requests
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.definition import from_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
 from zeroinf.options.plan_input import plan_input_of

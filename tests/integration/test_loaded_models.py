@@ -21,7 +21,7 @@ from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs import session

@@ -24,7 +24,8 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import read_facts
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource, pick_dtype
 from zeroinf.model.weights import local_weight_files
 from zeroinf.planner.plan import Plan
 

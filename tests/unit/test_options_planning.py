@@ -24,7 +24,8 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource
 from zeroinf.options import planning
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import RunOptions

@@ -15,7 +15,7 @@ from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.waiting import waiting
 from zeroinf.errors import OutputError, UsageError
 from zeroinf.hardware.disk import read_disk
-from zeroinf.model.source import check_name
+from zeroinf.model.resolve import check_name
 from zeroinf.options.contradictions import check_folders, refuse_idle
 from zeroinf.options.options import (
     EngineOptions,

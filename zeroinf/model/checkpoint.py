@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from zeroinf.compat.loading import conversions, convert_and_load, converted_name
 from zeroinf.compat.models import leave_out_ignored
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
-from zeroinf.model.inspect import build_meta, config_dtype
+from zeroinf.model.config import DTYPES, config_dtype
+from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.linears import note_stored
-from zeroinf.model.source import DTYPES
+from zeroinf.model.source import CheckpointFacts
 from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -37,18 +37,6 @@ _WRAPPERS = {
     "module.": "DistributedDataParallel",
     "base_model.model.": "peft",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointFacts:
-    """Facts of a complete checkpoint that its config may not say, or may say otherwise."""
-
-    dtype: str | None
-    """The dtype of most of its weights; None where that is none of DTYPES."""
-    untied: tuple[str, ...]
-    """Parameters that the model's class ties to others, which the config marks or the files store as their own."""
-    unused: tuple[str, ...]
-    """Stored tensors that the model does not have, but for those that transformers drops silently."""
 
 
 def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_code: bool = False) -> CheckpointFacts:

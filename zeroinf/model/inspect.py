@@ -17,6 +17,7 @@ from zeroinf.compat.models import modules_in_float32
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
+from zeroinf.model.config import config_dtype
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
@@ -68,12 +69,6 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         quantized=quantized,
         padded_because=why_padded(model, cache, len(blocks), limit),
     )
-
-
-def config_dtype(config: Any) -> str:
-    """The dtype that the config says its weights have, float32 when it says nothing."""
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    return str(found or "float32").removeprefix("torch.")
 
 
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:

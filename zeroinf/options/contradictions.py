@@ -12,7 +12,7 @@ from typing import cast
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
-from zeroinf.model.source import check_name
+from zeroinf.model.resolve import check_name
 from zeroinf.options.definition import Options, definitions
 from zeroinf.options.job_contradictions import check_output_of
 from zeroinf.options.options import EngineOptions, PlanOptions, RestOptions, RunOptions, TransferOptions

@@ -26,7 +26,7 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, Loading
-from zeroinf.model.inspect import config_dtype
+from zeroinf.model.config import config_dtype
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files

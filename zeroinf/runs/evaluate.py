@@ -18,7 +18,7 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.source import load_tokenizer
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import scores_bytes

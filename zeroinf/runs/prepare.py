@@ -22,7 +22,8 @@ from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.definition import fingerprint_of
 from zeroinf.options.job_contradictions import check_output_of

@@ -30,7 +30,8 @@ from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.planner.plan import Plan
 from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
