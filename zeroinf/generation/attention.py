@@ -81,7 +81,7 @@ class Scores:
     """(heads,): a score that takes its share of the weights and has no value."""
 
 
-class Kernel(Protocol):
+class AttentionKernel(Protocol):
     """Writes new keys and values into pages and attends."""
 
     def __call__(
@@ -213,7 +213,7 @@ class MarkingLayer(DynamicLayer):  # type: ignore[misc]
 class PackedLayer(MarkingLayer):
     """A layer whose keys and values of before are kept: in pages, or where they were fetched to."""
 
-    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: Kernel) -> None:
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: AttentionKernel) -> None:
         """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
         their scales beside them, (places, heads, 1) each, float32."""
         super().__init__(view.window)
@@ -269,7 +269,7 @@ def parts_elements(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return parts * (query.shape[0] // keys.shape[0]) * (values.shape[2] + 2)
 
 
-def kernel_for(device: torch.device) -> Kernel:
+def kernel_for(device: torch.device) -> AttentionKernel:
     """The kernel of `device`."""
     if device.type != "cuda":
         return attend_in_torch

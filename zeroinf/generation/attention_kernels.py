@@ -219,7 +219,7 @@ class _Tiles:
 def attend_on_gpu(
     layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """As a `Kernel`, on the current stream, without waiting for the GPU."""
+    """As a `AttentionKernel`, on the current stream, without waiting for the GPU."""
     tokens, view = layer.view.tokens, layer.view
     query, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values))
     out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from zeroinf.engines.stream.host_memory import HostMemory
-from zeroinf.generation.attention import Kernel, PackedLayer, Scores, StagedView, Tokens
-from zeroinf.generation.cache import Columns, SharedLayer, View
+from zeroinf.generation.attention import AttentionKernel, PackedLayer, Scores, StagedView, Tokens
+from zeroinf.generation.cache import CacheView, Columns, SharedLayer
 from zeroinf.generation.link import Link, Run, Unit
 from zeroinf.generation.records import parts, read, write
 from zeroinf.generation.scheduler import Group
@@ -72,7 +72,7 @@ class HostCache:
         cache.layers = layers
         return found
 
-    def pack(self, tokens: Tokens, group: Group, kernel: Kernel) -> tuple[DynamicCache, list[Unit]]:
+    def pack(self, tokens: Tokens, group: Group, kernel: AttentionKernel) -> tuple[DynamicCache, list[Unit]]:
         """A cache for one packed forward of `tokens`, those of `group`, and what it will fetch, for `begin`."""
         found: list[Unit] = []
         views: dict[int | None, _PackedHostView] = {}
@@ -100,7 +100,7 @@ class HostCache:
             self._host.close()
 
 
-class _HostView(View):
+class _HostView(CacheView):
     """Which records layers of one window fetch and send back."""
 
     def __init__(self, columns: Columns, group: Group, window: int | None) -> None:
@@ -179,7 +179,13 @@ class _PackedHostLayer(PackedLayer):
     """Rows attend to what was fetched of them, and to new keys and values as they will rest in host memory."""
 
     def __init__(
-        self, link: Link, record: Record, view: _PackedHostView, kernel: Kernel, fetched: Unit | None, sent: Unit
+        self,
+        link: Link,
+        record: Record,
+        view: _PackedHostView,
+        kernel: AttentionKernel,
+        fetched: Unit | None,
+        sent: Unit,
     ) -> None:
         super().__init__((), view, kernel)
         self._link, self._record, self._fetched, self._sent = link, record, fetched, sent
