@@ -64,7 +64,7 @@ class CallSettings(TypedDict, total=False):
 
 
 class Generated(TypedDict):
-    """What a text-generation pipeline returns for one sequence: text, or the chat with the answer at its end."""
+    """The result of a text-generation pipeline for one sequence: text, or the chat with the answer at its end."""
 
     generated_text: str | list[dict[str, str]]
 

@@ -23,7 +23,9 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """Of one cell, in seconds; None where the planner does not know, with the reason in `words`."""
+    """The predicted duration of one cell, in seconds; None if the planner cannot predict it, with the reason in
+    `words`.
+    """
 
     seconds: float | None
     tokens_per_second: float | None

@@ -20,7 +20,7 @@ from zeroinf.model.packing import windows_of
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Where the tokens of left-padded rows lie in one forward: the last `new` of all columns are computed."""
+    """The columns of left-padded rows in one forward: the last `new` of all columns are computed."""
 
     seats: torch.Tensor
     """(rows,), int64: each row's number among the live ones."""
@@ -171,7 +171,7 @@ class _Table:
 
 
 class CacheView:
-    """What layers of one window see in one forward."""
+    """The part of the KV cache that layers of one window use in one forward."""
 
     def __init__(self, columns: Columns, window: int | None) -> None:
         self.columns = columns

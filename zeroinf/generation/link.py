@@ -37,7 +37,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """What one layer keeps of the rows of one micro-batch: `memory` (places, bytes) of the layer, on the host."""
+    """The keys and values of one layer for the rows of one micro-batch: `memory` (places, bytes) of the layer, on the
+    host.
+    """
 
     layer: int
     memory: torch.Tensor

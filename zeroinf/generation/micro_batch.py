@@ -37,7 +37,7 @@ def breaks_at(config: Any) -> int | None:
 
 
 class TokenRules:
-    """What a model's generation config says about tokens: which end a row, which pads, which scores are altered."""
+    """The rules of a model's generation config about tokens: which end a row, which pads, which scores are altered."""
 
     def __init__(self, model: Any, pad_token: int | None, eos_tokens: Sequence[int]) -> None:
         """Raises ModelError for settings that are not carried out (`zeroinf.generation.settings`)."""

@@ -24,7 +24,7 @@ _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 
 
 class InputRequests(NamedTuple):
-    """What an input holds. `unused`: columns that are neither used nor kept."""
+    """The requests and refusals of an input. `unused`: columns that are neither used nor kept."""
 
     requests: list[Request]
     refusals: list[Refusal]

@@ -30,7 +30,7 @@ class LineError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntryShape:
-    """What the user says of the entries; nothing is read or compiled yet."""
+    """Options that say how entries become prompts; nothing is read or compiled yet."""
 
     prompt_column: str | None = None
     messages_column: str | None = None

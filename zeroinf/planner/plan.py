@@ -26,7 +26,7 @@ class AioSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorParallel:
-    """How DeepSpeed-Inference splits a model over ranks."""
+    """Settings with which DeepSpeed-Inference splits a model over ranks."""
 
     size: int = 1
     """Ranks that hold one model together, and run the same rows. 0 asks for all there are."""
@@ -41,7 +41,9 @@ class TensorParallel:
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
-    """Where the weights rest, how many rows run together, on what. Prints in a few lines, in notebooks as a table."""
+    """All decisions of a run: engine, tiers of the weights, batch, and memory terms. Prints in a few lines, in
+    notebooks as a table.
+    """
 
     anatomy: Anatomy
     engine: str

@@ -39,7 +39,9 @@ class Stored:
 
 
 class MatrixFormat(Protocol):
-    """How one matrix of (rows, columns) weights is stored. Tensors are named by what follows the layer's name."""
+    """The storage format of one matrix of (rows, columns) weights. Tensors are named by what follows the layer's
+    name.
+    """
 
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         """Its tensors, as the config lets expect them where files are not at hand."""
