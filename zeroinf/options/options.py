@@ -465,5 +465,5 @@ class ZeroRankOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigOptions(ModelOptions, ZeroRestOptions, TransferOptions, ZeroRankOptions):
+class ConfigOptions(ModelOptions, ZeroRestOptions, OffloadOptions, ZeroRankOptions):
     """A configuration of DeepSpeed's ZeRO for a model."""
