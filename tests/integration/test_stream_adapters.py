@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.identity import weights_identity
-from zeroinf.model.resolve import resolve_model
-from zeroinf.model.tokenizer import load_tokenizer
+from zeroinf.model.source import load_tokenizer, resolve_model
 
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj")
 RANK = 4

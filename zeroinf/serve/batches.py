@@ -288,8 +288,7 @@ class Batches:
             return
         found = handle.result(0)
         if found.finish_reason != "cancelled":
-            assert self._gateway.model is not None
-            codec = self._gateway.model.codec
+            codec = self._gateway.codec_of_model
             tells = work.sampling.logprobs is not None and found.finish_reason != "error"
             result = Result(
                 index=work.index,

@@ -26,7 +26,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """The result of a request."""
+    """What a request came to."""
 
     tokens: Sequence[int]
     """Generated ones, an end-of-sequence token included."""
