@@ -91,7 +91,7 @@ def _import_all(model: str) -> None:
     import transformers
 
     from zeroinf.model.inspect import read_anatomy
-    from zeroinf.model.source import resolve_model
+    from zeroinf.model.resolve import resolve_model
     from zeroinf.planner.workload import Lengths, Shape
     from zeroinf.simulation.workload import Simulator
 

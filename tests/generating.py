@@ -17,7 +17,7 @@ from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
@@ -97,7 +97,7 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
 
 def desk_of(
     model: Any, rows: Sequence[Row], limits: Limits, pad: int = PAD, kv_dtype: KvDtype = "model", stream: Any = None
-) -> Desk:
+) -> BatchState:
     """Tokens and pages for as many of `rows` as `limits` says; memory that nobody has written is NaN."""
     tokens = max(len(row.prompt) for row in rows) + max(row.sampling.max_new_tokens for row in rows)
     pool = PagePool(
@@ -107,7 +107,7 @@ def desk_of(
         for memory in states:
             memory[1:] = float("nan")
     host = host_of(model, tokens, limits, kv_dtype, stream) if limits.host_tokens else None
-    return Desk(model, TokenRules(model, pad, ()), pool, model.device, host)
+    return BatchState(model, TokenRules(model, pad, ()), pool, model.device, host)
 
 
 def host_of(model: Any, tokens: int, limits: Limits, dtype: KvDtype, stream: Any) -> HostCache:
@@ -147,12 +147,12 @@ def run_rows(
     known = rows or rows_of([[1]], 1)
     limits = limits_of(engine.model, known, shares_passes=engine.shares_passes, **given)
     scheduler = Scheduler(limits, anatomy_of(engine.model).row_pages)
-    desk = desk_of(engine.model, known, limits, kv_dtype=kv_dtype, stream=engine.link_stream)
+    batch_state = desk_of(engine.model, known, limits, kv_dtype=kv_dtype, stream=engine.link_stream)
     try:
-        return generate(engine, control or Control(World(), "cpu"), desk, scheduler, Feed(**feed)), scheduler
+        return generate(engine, control or Control(World(), "cpu"), batch_state, scheduler, Feed(**feed)), scheduler
     finally:
-        if desk.host is not None:
-            desk.host.close()
+        if batch_state.host is not None:
+            batch_state.host.close()
 
 
 def greedy_by_transformers(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:

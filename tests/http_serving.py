@@ -11,13 +11,14 @@ import httpx
 from serving import NEW_TOKENS, serving
 
 from zeroinf.generation.row import Sampling
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.serve.app import make_app
 from zeroinf.serve.batch_routes import add_batches, add_no_batches
 from zeroinf.serve.batches import Batches
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.page_routes import add_page
 from zeroinf.serve.server import answering, bind, job_reader
 from zeroinf.serve.settings import Settings
 
@@ -45,7 +46,7 @@ def server(
             slow_down(service.model, slow_s)
         gateway = Gateway(Settings(**{"model_name": MODEL, "port": 0, **settings}), Sampling(max_new_tokens=NEW_TOKENS))
         gateway.open(service)
-        more = []
+        more: list[Any] = [add_page]
         if gateway.settings.state is not None:
             files = FileStore(gateway.settings.state / "files", gateway.settings.max_state_bytes)
             batches = Batches(gateway.settings.state / "batches", files, gateway)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.generation.attention import Kernel, PackedLayer, PackedView, Scores, StagedView, Tokens, tokens_of
+from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedView, Scores, StagedView, Tokens, tokens_of
 from zeroinf.generation.records import parts, read, write
 from zeroinf.model.anatomy import PAGE_TOKENS, KvDtype, Record, TokenState
 
@@ -38,7 +38,7 @@ class PagedRows:
         self.states = [[torch.randn(length, *size).to(device, dtype) for size in sizes] for length in lengths]
 
     def attend(
-        self, counts: dict[int, int], scores: Scores, kernel: Kernel
+        self, counts: dict[int, int], scores: Scores, kernel: AttentionKernel
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What the next `counts` tokens of rows, by seat, attend to, and what they should."""
         seats, starts = list(counts), [self.done[seat] for seat in counts]
@@ -53,7 +53,7 @@ class PagedRows:
             expected = written_out(*(each[:end].float() for each in self.states[seat]), self.window, scores)
             yield found[first : first + counts[seat]], expected[start:]
 
-    def layer(self, tokens: Tokens, seats: list[int], kernel: Kernel) -> PackedLayer:
+    def layer(self, tokens: Tokens, seats: list[int], kernel: AttentionKernel) -> PackedLayer:
         """The part of the cache that the rows of `seats` see and write."""
         return PackedLayer(self.memory, PackedView(tokens, self.pages, self.window), kernel)
 
@@ -76,7 +76,7 @@ class StagedRows(PagedRows):
             found = [each[0].transpose(0, 1) for each in read(self.record, self.records[-1])]
             self.states[row] = [query, *found]  # what is attended to has gone through codes
 
-    def layer(self, tokens: Tokens, seats: list[int], kernel: Kernel) -> PackedLayer:
+    def layer(self, tokens: Tokens, seats: list[int], kernel: AttentionKernel) -> PackedLayer:
         view = StagedView(tokens, self.window)
         of_each = zip(seats, tokens.starts, strict=True)
         seen = [self.records[seat][0, view.first_seen(start) : start] for seat, start in of_each]

@@ -18,7 +18,7 @@ from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
 from zeroinf.model.anatomy import HostSize
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
 from zeroinf.service.core import Service
 from zeroinf.service.loaded import LoadedModel

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from zeroinf.simulation import planning
+from zeroinf.simulation import make_plan
 from zeroinf.simulation.workload import Simulator
 
 
@@ -30,5 +30,5 @@ def shared_simulations() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "Simulator", simulator)
+        patch.setattr(make_plan, "Simulator", simulator)
         yield

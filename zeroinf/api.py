@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from zeroinf.errors import InputError, RequestsFailedError, UsageError
+from zeroinf.errors import InputError, RequestsFailedError
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.readers import read_requests
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.definition import from_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
 from zeroinf.options.plan_input import plan_input_of
@@ -23,13 +22,14 @@ from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.calls import is_chat, requests_of, sampling_of
 from zeroinf.runs.progress import ProgressObserver
 from zeroinf.runs.session import Session, open_session
 from zeroinf.service.core import Priority
 from zeroinf.service.handles import Completion, Handle, TokenEvent
 from zeroinf.service.requests import Request, Result
 from zeroinf.service.text import TextCodec, encode_prompt
-from zeroinf.simulation.planning import make_plan
+from zeroinf.simulation.make_plan import make_plan
 
 Engine: TypeAlias = Literal["auto", "stream", "zero", "resident", "accelerate", "tensor-parallel"]
 Chat: TypeAlias = Sequence[Mapping[str, str]]
@@ -53,10 +53,18 @@ class CallSettings(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     ignore_eos: bool
+    min_p: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int
+    stop_token_ids: Sequence[int]
+    n: int
 
 
 class Generated(TypedDict):
-    """What a text-generation pipeline returns for one sequence: text, or the chat with the answer at its end."""
+    """The result of a text-generation pipeline for one sequence: text, or the chat with the answer at its end."""
 
     generated_text: str | list[dict[str, str]]
 
@@ -110,6 +118,15 @@ def generate(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
+    min_p: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    min_tokens: int = 0,
+    stop_token_ids: Sequence[int] = (),
+    n: int = 1,
+    echo: bool = False,
     logprobs: int | None = None,
     engine: Engine = "auto",
     offload: Offload | Literal["auto"] = "auto",
@@ -137,15 +154,14 @@ def generate(
     """Load `model`, complete each of `prompts`, and free it again: a result for each, in order.
 
     A prompt is text, a chat, or what a line of `zeroinf run -i` may be: `{"prompt": ..., "max_new_tokens": 8}`, whose
-    settings hold for it alone. Sampling is as in calls of a `Pipeline`, how to run as in `pipeline`. Memory is planned
-    for these prompts. Where the model's scores for a prompt are not numbers, the `finish_reason` of its result is
+    settings hold for it alone. Sampling is as in calls of a `Pipeline`, how to run as in `pipeline`; `n` completions
+    a prompt are so many results, and with `echo` the `text` of each begins with its prompt. Memory is planned for these
+    prompts. Where the model's scores for a prompt are not numbers, the `finish_reason` of its result is
     "error". Raises InputError for prompts that cannot be run, and whatever else a run raises, with message and hint.
     """
-    sampling = _sampling(
-        max_new_tokens, do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs
-    )
+    sampling = sampling_of(locals(), max_new_tokens)
     options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
-    requests = _requests(prompts, sampling)
+    requests = requests_of(prompts, sampling, n=n, echo=echo)
     if not requests:
         return []
 
@@ -153,7 +169,11 @@ def generate(
         codec = TextCodec(load_tokenizer(source), anatomy)
         rows = [(len(encode_prompt(codec, request)), request.sampling.max_new_tokens) for request in requests]
         asked = [count for request in requests if (count := request.sampling.logprobs) is not None]
-        return Lengths.of(anatomy, rows, max(asked, default=None))
+        return replace(
+            Lengths.of(anatomy, rows, max(asked, default=None)),
+            sampled=any(not request.sampling.is_greedy for request in requests),
+            penalized=any(request.sampling.alters_scores for request in requests),
+        )
 
     observer = ProgressObserver(progress)
     with open_session(options, lengths, len(requests), observer, num_gpus) as session:
@@ -207,7 +227,9 @@ def pipeline(
     """
     sampling = Sampling(max_new_tokens=max_new_tokens)
     options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
-    lengths = Lengths(prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, logprobs=logprobs)
+    lengths = Lengths(
+        prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, logprobs=logprobs, sampled=True, penalized=True
+    )
     observer = ProgressObserver(progress)
     return Pipeline(open_session(options, lengths, None, observer, num_gpus), max_new_tokens, observer)
 
@@ -260,30 +282,37 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        n: int = 1,
     ) -> Any:
         """Complete a prompt or a chat, or each of several.
 
-        One input gives a list with one `{"generated_text": ...}`, several give a list of such lists. The text begins
+        One input gives a list with a `{"generated_text": ...}` for each of its `n` completions, several give a list of
+        such lists. The text begins
         with the prompt unless `return_full_text` is False; a chat comes back with the answer as its last message.
         Greedy unless `do_sample` is set or a `temperature` above 0 is given. Raises UsageError for settings that mean
         nothing, InputError for a prompt longer than was planned for, RequestsFailedError where the model's scores for a
         prompt are not numbers.
         """
-        sampling = _sampling(
-            max_new_tokens or self._max_new_tokens,
-            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=None,
-        )  # fmt: skip
-        single = isinstance(text_inputs, (str, Mapping)) or _is_chat(text_inputs)
+        sampling = sampling_of(locals(), self._max_new_tokens)
+        single = isinstance(text_inputs, (str, Mapping)) or is_chat(text_inputs)
         inputs = [text_inputs] if single else list(text_inputs)
         full = True if return_full_text is None else return_full_text
-        results = self._all(_requests(inputs, sampling))
+        results = self._all(requests_of(inputs, sampling, n=n))
         failed = [result for result in results if result.failed]
         if failed:
             raise RequestsFailedError(
                 f"{len(failed)} of {len(results)} prompts failed; prompt {failed[0].index}: {failed[0].reason}",
-                hint="zeroinf.generate returns what the others came to",
+                hint="zeroinf.generate returns the results of the others",
             )
-        found = [[_generated(one, result, full)] for one, result in zip(inputs, results, strict=True)]
+        of_each = groupby(results, lambda result: result.id)
+        found = [[_generated(one, each, full) for each in own] for one, (_, own) in zip(inputs, of_each, strict=True)]
         return found[0] if single else found
 
     def _all(self, requests: Sequence[Request]) -> list[Result]:
@@ -302,14 +331,21 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        n: int = 1,
+        echo: bool = False,
         logprobs: int | None = None,
     ) -> list[Result]:
-        """A result for each prompt, in order, with finish reasons, token counts and log-probabilities."""
-        sampling = _sampling(
-            max_new_tokens or self._max_new_tokens,
-            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
-        )  # fmt: skip
-        return self._all(_requests(prompts, sampling))
+        """A result for each of the `n` completions of each prompt, in order, with finish reasons, token counts and
+        log-probabilities. With `echo` the `text` of a result begins with its prompt."""
+        sampling = sampling_of(locals(), self._max_new_tokens)
+        return self._all(requests_of(prompts, sampling, n=n, echo=echo))
 
     def as_finished(
         self,
@@ -323,15 +359,21 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        n: int = 1,
+        echo: bool = False,
         logprobs: int | None = None,
     ) -> Iterator[Result]:
         """The same results as they finish; `index` says whose each is. What is left is cancelled where the caller
         stops."""
-        sampling = _sampling(
-            max_new_tokens or self._max_new_tokens,
-            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
-        )  # fmt: skip
-        return self._session.results(_requests(prompts, sampling))
+        sampling = sampling_of(locals(), self._max_new_tokens)
+        return self._session.results(requests_of(prompts, sampling, n=n, echo=echo))
 
     def submit(
         self,
@@ -346,6 +388,13 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        min_p: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
         logprobs: int | None = None,
     ) -> Handle:
         """Let one prompt be completed beside all others, and return at once.
@@ -361,11 +410,11 @@ class Pipeline:
 
         Under a launcher only rank 0 submits.
         """
-        sampling = _sampling(
-            max_new_tokens or self._max_new_tokens,
-            do_sample, temperature, top_p, top_k, seed, stop, ignore_eos=ignore_eos, logprobs=logprobs,
-        )  # fmt: skip
-        (request,) = _requests([prompt], sampling)
+        sampling = sampling_of(locals(), self._max_new_tokens)
+        requests = requests_of([prompt], sampling)
+        if len(requests) > 1 or (requests[0].extra is not None and requests[0].extra.echo):
+            raise InputError("n and echo are for calls", hint="submit the prompt several times")
+        (request,) = requests
         return self._session.submit(request, priority=priority, stream=True)
 
     def close(self) -> None:
@@ -377,77 +426,6 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def _sampling(
-    max_new_tokens: int,
-    do_sample: bool | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    stop: str | Sequence[str],
-    *,
-    ignore_eos: bool,
-    logprobs: int | None,
-) -> Sampling:
-    """Greedy unless `do_sample` is set or a temperature above 0 is given."""
-    if do_sample is False and temperature:
-        raise UsageError("temperature has no effect with do_sample=False", hint="drop one of them")
-    if do_sample and temperature is None:
-        temperature = 1.0
-    only = {"top_p": top_p, "top_k": top_k, "seed": seed}
-    given = {name: value for name, value in only.items() if value is not None}
-    try:
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature or 0.0,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            **given,  # type: ignore[arg-type]
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    if sampling.is_greedy and given:
-        raise UsageError(
-            f"{', '.join(given)} would change nothing: it is greedy", hint="add do_sample=True, or drop it"
-        )
-    return sampling
-
-
-def _requests(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
-    """What `prompts` ask for, read as lines of JSONL are. Raises InputError for one that cannot be run."""
-    if isinstance(prompts, (str, Mapping)) or _is_chat(prompts):
-        raise InputError("one prompt where several were expected", hint="give a list of prompts")
-    lines = [json.dumps(_entry(number, prompt)) for number, prompt in enumerate(prompts)]
-    if not lines:
-        return []
-    source = BytesIO("\n".join(lines).encode())
-    requests, refusals = read_requests((), source, sampling, input_format="jsonl", name="prompts")
-    if refusals:
-        raise InputError(f"prompt {refusals[0].index}: {refusals[0].reason}", hint="mend it, or leave it out")
-    for request in requests:
-        if request.extra is not None and (request.extra.choice is not None or request.extra.echo):
-            raise InputError(f"prompt {request.id}: n and echo are for jobs", hint="give the prompt several times")
-    return [replace(request, line=None) for request in requests]
-
-
-def _entry(number: int, prompt: Any) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"id": str(number), "prompt": prompt}
-    if isinstance(prompt, Mapping):
-        return {"id": str(number), **prompt}
-    if _is_chat(prompt):
-        return {"id": str(number), "messages": [dict(message) for message in prompt]}
-    raise InputError(f"prompt {number} is {type(prompt).__name__}", hint="give text, a list of messages, or a dict")
-
-
-def _is_chat(value: Any) -> bool:
-    """Whether it is a list of messages, and not one of prompts with settings."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        return False
-    return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def _generated(asked: Any, result: Result, full: bool) -> Generated:

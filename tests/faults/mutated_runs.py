@@ -25,7 +25,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import build_meta
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 
 ENGINES = (("stream", "cpu"), ("stream", "nvme"), ("zero", "cpu"), ("accelerate", "nvme"), ("resident", "none"))
 MUTATIONS = ("removed", "renamed", "cut", "doubled")

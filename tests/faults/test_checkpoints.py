@@ -19,7 +19,7 @@ from zeroinf.engines.base import SilentListener
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.generation.row import Sampling
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
 from zeroinf.runs.prepare import prepare, read_job

@@ -24,7 +24,7 @@ WIRES: list[Wire] = ["int8", "int4"]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("groups", [1, 777, 1 << 16])
 def test_the_kernel_computes_what_the_cpu_does(groups: int, dtype: torch.dtype, wire: Wire) -> None:
-    from zeroinf.engines.stream.kernels import decode_on_gpu
+    from zeroinf.engines.stream.wire_kernels import decode_on_gpu
 
     kind, generator = CODES[wire], torch.Generator().manual_seed(groups)
     weights = torch.randn(groups, kind.group, generator=generator) * torch.rand(groups, 1, generator=generator)

@@ -16,7 +16,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
 
 pytestmark = pytest.mark.gpu

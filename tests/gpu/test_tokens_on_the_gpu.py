@@ -19,7 +19,7 @@ from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.sampling import choose_tokens
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
 from zeroinf.runs.prepare import prepare, read_job

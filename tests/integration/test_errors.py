@@ -263,7 +263,7 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--offload", "none", "--no-pin-memory"], "no effect with --offload none"),
         (["--no-pin-memory"], "--no-pin-memory has no effect: this run computes on the CPU"),
         (["--gpu-memory", "8GiB"], "--gpu-memory has no effect: this run computes on the CPU"),
-        (["--resident-blocks", "4"], "--resident-blocks 4, but the model has 3 blocks"),
+        (["--resident-blocks", "4"], "--resident-blocks 4, but the model has 3 layers"),
         (["--offload", "none", "--resident-blocks", "1"], "--resident-blocks has no effect with --offload none"),
         (["--engine", "zero", "--resident-blocks", "1"], "--resident-blocks has no effect with the zero engine"),
         (["--fetch", "replicated"], "--fetch replicated has no effect with one rank"),

@@ -69,11 +69,13 @@ class Job:
 
     def _put_the_cpu_in_its_place(self, patch: pytest.MonkeyPatch) -> None:
         self.gpu.install(patch)
-        pool, desk = loaded.PagePool, loaded.Desk
+        pool, batch_state = loaded.PagePool, loaded.BatchState
         patch.setattr(loaded, "load_engine", self._load)
         patch.setattr(loaded, "measure_own_link", lambda device: LINK_GBPS)
         patch.setattr(loaded, "PagePool", lambda *given: pool(*given[:-1], CPU))
-        patch.setattr(loaded, "Desk", lambda model, rules, pool, device, host: desk(model, rules, pool, CPU, host))
+        patch.setattr(
+            loaded, "BatchState", lambda model, rules, pool, device, host: batch_state(model, rules, pool, CPU, host)
+        )
 
     def _load(self, plan: Plan, source: Any, config: Any, control: Any, device: Any, told: Any) -> StreamEngine:
         self.while_loading(plan)
@@ -148,7 +150,7 @@ def test_a_neighbour_that_comes_while_weights_are_loaded_costs_rows_and_no_resul
 
     job.while_loading = taken
     job.run()
-    assert job.ear.notes == ["another process has taken GPU memory since the plan: 2 rows instead of 4"]
+    assert job.ear.notes == ["another process has taken GPU memory since the plan: batch 2 instead of 4"]
     assert max(job.forwards) == 2
     assert read_jsonl(job.out) == expected
 
@@ -177,7 +179,9 @@ def test_a_plan_that_was_wrong_costs_rows_and_is_reported_with_its_terms(
     job.after_pass = fail
     report = job.run()
     (note,) = job.ear.notes
-    assert re.match(r"out of GPU memory, against the plan: micro-batches of \d rows? from here on", note)
+    assert re.match(
+        r"out of GPU memory, although the plan fits: the pass is repeated with micro-batches of \d sequence", note
+    )
     terms = [term for term in report.plan.terms if term.place == "gpu"]
     assert {"KV cache", "slots", "activations, logits, states"} <= {term.name for term in terms}
     assert all(f"{term.name} {term.nbytes / 2**30:.2f} GiB" in note for term in terms)

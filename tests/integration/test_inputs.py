@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.shape import Shape
+from zeroinf.jobs.shape import EntryShape
 from zeroinf.options.options import RunOptions
 from zeroinf.runs.runner import run_job
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
@@ -64,7 +64,7 @@ def test_columns_of_the_input_are_in_the_output(model: Path, tmp_path: Path) -> 
         {"id": "b", "text": "two words", "label": 2.5, "tags": [], "when": "now"},
     ]
     requests = write_jsonl(tmp_path / "in.jsonl", [*entries, {"id": "c", "label": 3}])
-    shape = Shape(template="word {{ text }}", keep=("label", "tags", "when"))
+    shape = EntryShape(template="word {{ text }}", keep=("label", "tags", "when"))
     for out in (tmp_path / "out.jsonl", tmp_path / "out.parquet"):
         outcome = run(model, requests, out, shape=shape)
         assert (outcome.requests, outcome.refused) == (2, 1)

@@ -21,7 +21,7 @@ from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs import session
@@ -59,7 +59,7 @@ def fail(*given: Any, **how: Any) -> Any:
     raise RuntimeError("the test fails here")
 
 
-@pytest.mark.parametrize("where", ["PagePool", "HostCache", "Desk", "Scheduler", "TextCodec", "Scorer"])
+@pytest.mark.parametrize("where", ["PagePool", "HostCache", "BatchState", "Scheduler", "TextCodec", "Scorer"])
 def test_a_failure_after_loading_gives_back_all_that_was_taken(
     where: str, folder: Path, held: set[HostMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,5 +116,5 @@ def test_a_job_on_two_nodes_of_torchrun_ends_with_a_killed_rank_and_goes_on_on_o
     assert not out.exists()
     done: Finished = run_zeroinf([*arguments(model, prompts, out), "--resume"])
     assert done.code == 0, done.err
-    assert "going on with" in done.err
+    assert "resuming with" in done.err
     assert [line["id"] for line in read_jsonl(out)] == [f"r{i}" for i in range(300)]

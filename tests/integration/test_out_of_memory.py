@@ -18,7 +18,7 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.micro_batch import PaddedBatch
 from zeroinf.model.inspect import find_blocks, read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, total
 from zeroinf.planner.plan import Plan

@@ -22,7 +22,7 @@ from zeroinf.errors import UsageError
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.model.inspect import find_blocks, read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces
 from zeroinf.planner.plan import Plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +188,16 @@ def test_a_key_is_asked_for(folder: Path) -> None:
         assert [model.id for model in official.models.list()] == [MODEL]
 
 
+def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
+    page, script = client.get("/"), client.get("/page.js")
+    assert page.status_code == script.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "//" not in page.text.partition("</style>")[2], "no address"
+    status = client.get("/status").json()
+    assert (status["model"], status["state"], status["keeps_batches"]) == (MODEL, "ready", False)
+    assert {one["place"] for one in status["memory"]} == {"host"}
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
     while not holds():
@@ -251,3 +262,12 @@ def test_a_server_that_stops_or_failed_says_so(folder: Path) -> None:
                     told = json.loads(failing.read())
                     assert told["error"]["type"] == "server_error"
         assert client.get("/health").json() == {"status": "failed"}
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(client: httpx.Client) -> None:
+    dashboard = (Path(__file__).parents[2] / "configs" / "grafana" / "serve.json").read_text()
+    asked = set(re.findall(r"zeroinf_\w+", dashboard.replace("label_values(", "")))
+    figures = client.get("/metrics").text
+    assert len(asked) > 10
+    lacking = {name for name in asked if name not in figures}
+    assert lacking == {"zeroinf_plan_tokens_per_second"}, "a plan that was made by hand has no rates"

@@ -97,7 +97,7 @@ def test_the_command_that_a_stopped_run_prints_goes_on_when_it_is_pasted_into_a_
     assert words == [*job.run, "--resume"]
     code, said = zeroinf(*words)
     assert code == 0
-    assert "going on with 2 of 6 results" in said
+    assert "resuming with 2 of 6 results" in said
     complete(job)
 
 
@@ -115,7 +115,7 @@ def test_the_same_command_offers_to_go_on_where_somebody_can_answer_and_else_say
     assert questions == ([] if answer is None else [f"{holds}: go on with it?"])
     if answer:
         assert code == 0
-        assert "going on with 2 of 6 results" in said
+        assert "resuming with 2 of 6 results" in said
         complete(job)
     else:
         assert code == 2
@@ -129,7 +129,7 @@ def test_a_forced_resume_is_on_record_in_the_journal_and_told_by_status(
     code, said = zeroinf(*job.run, "--dtype", "bfloat16", "--resume")
     assert (code, "of another job: dtype was float32, is bfloat16" in said) == (2, True)
     code, said = zeroinf(*job.run, "--dtype", "bfloat16", "--resume-anyway")
-    assert (code, "results of two jobs in one output, which differ in dtype" in said) == (0, True)
+    assert (code, "this output mixes results of two jobs, which differ in dtype" in said) == (0, True)
     complete(job)
     told = CliRunner().invoke(cli, ["status", str(job.out)], catch_exceptions=False).stdout
     assert told.startswith("finished: 6 done")
@@ -144,7 +144,7 @@ def test_a_finished_job_whose_input_has_grown_runs_the_new_lines_and_replaces_it
     requests = Path(job.run[job.run.index("-i") + 1])
     write_jsonl(requests, [*ENTRIES, {"id": "r5", "prompt": "word 5", "max_new_tokens": 1}])
     code, said = zeroinf(*job.run, "--resume-anyway")
-    assert (code, "going on with 6 of 7 results" in said) == (0, True), said
+    assert (code, "resuming with 6 of 7 results" in said) == (0, True), said
     after = read_jsonl(job.out)
     assert (after[:-1], after[-1]["id"]) == (before, "r5")
 

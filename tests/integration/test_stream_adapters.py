@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.identity import weights_identity
-from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.tokenizer import load_tokenizer
 
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj")
 RANK = 4

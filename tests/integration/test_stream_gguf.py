@@ -20,7 +20,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 
 SMALL_BLOCKS = ["Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"]
 LARGE_BLOCKS = ["Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"]

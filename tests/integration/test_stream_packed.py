@@ -20,7 +20,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.memory import pieces
 
 Packed = Callable[[str, str], Path]

@@ -21,7 +21,7 @@ from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, store_bytes
 from zeroinf.runs.prepare import prepare, read_job

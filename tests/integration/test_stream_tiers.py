@@ -21,7 +21,7 @@ DEFAULT = ("llama_tied", "mixtral", "deepseek_v3", "jamba")
 
 def blocks_of(folder: Path) -> int:
     from zeroinf.model.inspect import read_anatomy
-    from zeroinf.model.source import resolve_model
+    from zeroinf.model.resolve import resolve_model
 
     return len(read_anatomy(resolve_model(str(folder)).config).blocks)
 

@@ -23,7 +23,7 @@ from zeroinf.engines.base import LoadListener
 from zeroinf.engines.stream import checkpoint_weights as load_module
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
 
 PROMPTS = ([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [16])

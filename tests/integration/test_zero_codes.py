@@ -15,7 +15,7 @@ from launching import run_zeroinf
 from zeroinf.cli.main import cli
 from zeroinf.engines.zero.codes import with_codes
 from zeroinf.model.inspect import build_meta, read_anatomy
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 
 CODES = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
 

@@ -75,18 +75,22 @@ HOW_TO_RUN = (
     *("resident_blocks", "tensor_parallel", "num_gpus", "gpu_memory", "host_memory", "pin_memory", "aio"),
     *("zero_config", "dtype", "revision", "trust_remote_code", "random_weights", "progress"),
 )
-SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+ONE = (
+    *("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids"),
+)
+SAMPLING = (*ONE, "n")
 
 
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        (zeroinf.generate, ("model", "prompts", *SAMPLING, "logprobs", *HOW_TO_RUN)),
+        (zeroinf.generate, ("model", "prompts", *SAMPLING, "echo", "logprobs", *HOW_TO_RUN)),
         (zeroinf.pipeline, ("model", "max_prompt_tokens", "max_new_tokens", "logprobs", *HOW_TO_RUN)),
         (zeroinf.Pipeline.__call__, ("self", "text_inputs", "return_full_text", *SAMPLING)),
-        (zeroinf.Pipeline.generate, ("self", "prompts", *SAMPLING, "logprobs")),
-        (zeroinf.Pipeline.as_finished, ("self", "prompts", *SAMPLING, "logprobs")),
-        (zeroinf.Pipeline.submit, ("self", "prompt", "priority", *SAMPLING, "logprobs")),
+        (zeroinf.Pipeline.generate, ("self", "prompts", *SAMPLING, "echo", "logprobs")),
+        (zeroinf.Pipeline.as_finished, ("self", "prompts", *SAMPLING, "echo", "logprobs")),
+        (zeroinf.Pipeline.submit, ("self", "prompt", "priority", *ONE, "logprobs")),
         (zeroinf.Handle.result, ("self", "timeout_s")),
         (zeroinf.Handle.cancel, ("self",)),
     ],
@@ -102,7 +106,7 @@ def test_signatures_are_frozen_and_typed(function: Any, names: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("function", "options", "left_out", "own"),
     [
-        (zeroinf.generate, LoadOptions, set(), {"prompts", "logprobs", "num_gpus", "progress", *SAMPLING}),
+        (zeroinf.generate, LoadOptions, set(), {"prompts", "echo", "logprobs", "num_gpus", "progress", *SAMPLING}),
         (
             zeroinf.pipeline,
             LoadOptions,
@@ -151,6 +155,33 @@ def test_values_that_the_command_line_refuses_are_refused_by_their_keywords(how:
         zeroinf.plan("pythia-70m", **how)
 
 
+def test_settings_of_requests_are_keywords(model: str) -> None:
+    with zeroinf.pipeline(model, batch_size=2, max_prompt_tokens=32, max_new_tokens=16) as pipe:
+        (free,) = pipe.generate(["One"], max_new_tokens=4, ignore_eos=True)
+        assert free.finish_reason == "length"
+        tokens = list(pipe.submit("One", max_new_tokens=4, ignore_eos=True).result().tokens)
+        ended = pipe.submit("One", max_new_tokens=4, stop_token_ids=[tokens[1]], ignore_eos=True).result()
+        assert (ended.finish_reason, list(ended.tokens)) == ("stop", tokens[: tokens.index(tokens[1]) + 1])
+        longer = pipe.submit(
+            "One", max_new_tokens=4, stop_token_ids=[tokens[0]], min_tokens=2, ignore_eos=True
+        ).result()
+        assert len(longer.tokens) >= 2
+        forced = pipe.submit("One", max_new_tokens=3, logit_bias={7: 100.0}, ignore_eos=True).result()
+        assert set(forced.tokens) == {7}
+        moved = pipe.submit("One", max_new_tokens=3, logit_bias={7: 50.0, 8: 49.0}, presence_penalty=2.0).result()
+        assert set(moved.tokens[:2]) == {7, 8}
+        several = pipe.generate(["One", {"prompt": "Two", "n": 1}], n=3, do_sample=True, seed=1, echo=True)
+        assert [result.id for result in several] == ["0", "0", "0", "1"]
+        assert [result.extra and result.extra.choice for result in several[:3]] == [0, 1, 2]
+        assert all(result.text == f"One{result.completion}" for result in several[:3])
+        assert len({result.completion for result in several[:3]}) > 1
+        assert [len(found) for found in pipe(["One", "Two"], n=2, do_sample=True)] == [2, 2]
+        with pytest.raises(UsageError, match="presence_penalty must lie between"):
+            pipe("One", presence_penalty=3.0)
+        with pytest.raises(InputError, match="n and echo are for calls"):
+            pipe.submit({"prompt": "One", "n": 2, "temperature": 1.0})
+
+
 @pytest.mark.parametrize("full", [True, False, None])
 @pytest.mark.parametrize("prompts", [PROMPTS[1], [PROMPTS[1]], PROMPTS], ids=["text", "list of one", "list"])
 def test_a_pipeline_returns_what_transformers_pipeline_returns(
@@ -194,7 +225,7 @@ def test_sampling_repeats_with_its_seed(ours: zeroinf.Pipeline) -> None:
     ("how", "words"),
     [
         ({"do_sample": False, "temperature": 1.0}, "temperature has no effect"),
-        ({"top_k": 5}, "top_k would change nothing"),
+        ({"top_k": 5}, "top_k has no effect"),
         ({"top_p": 2.0, "do_sample": True}, "top_p must lie above 0"),
     ],
 )

@@ -40,7 +40,7 @@ def bench(*words: str) -> Result:
         (["-m", "m", "--nvme-path", "."], "--nvme-path has no effect"),
         (["-m", "m", "--engines", "zero", "--resident-blocks", "1"], "--resident-blocks has no effect"),
         (["-m", "m", "--dry-run", "--format", "json"], "--dry-run has none"),
-        (["-b", "2", "compare", __file__, __file__], "--batch-size means nothing before `compare`"),
+        (["-b", "2", "compare", __file__, __file__], "--batch-size has no effect before `compare`"),
     ],
 )
 def test_what_cannot_be_benchmarked_is_refused_before_anything_runs(words: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import zeroinf
-from zeroinf.cli.environment import VARIABLES, Option, prefix_of, variables_of
+from zeroinf.cli.environment import VARIABLES, EnvironmentOption, prefix_of, variables_of
 from zeroinf.cli.main import cli
 from zeroinf.cli.params import AutoIntType, InjectionPolicyType, JsonObjectType, SizeType
 
@@ -34,7 +34,7 @@ OWN_OPTIONS = [names for names in COMMANDS if names != ("lm-eval",)]
 """Commands with options of ours: those of lm-eval are the harness's."""
 
 
-def sample(option: Option) -> str:
+def sample(option: EnvironmentOption) -> str:
     """A value that `option` takes, and that is not its default."""
     kind = option.type
     if isinstance(kind, click.Choice):
@@ -61,7 +61,7 @@ def parsed(names: tuple[str, ...], arguments: list[str], patch: dict[str, str] |
     needed = [
         word
         for one in command.params
-        if isinstance(one, Option) and one.required and one.opts[-1] not in arguments
+        if isinstance(one, EnvironmentOption) and one.required and one.opts[-1] not in arguments
         and not any((patch or {}).get(variable) for variable in one.variables(prefix_of(*names)))
         for word in (one.opts[-1], sample(one))
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def test_each_flags_variable_has_the_effect_of_the_flag(names: tuple[str, ...]) 
     for option in COMMANDS[names].params:
         if isinstance(option, click.Argument):
             continue
-        assert isinstance(option, Option), f"{option.opts} cannot be set in the environment"
+        assert isinstance(option, EnvironmentOption), f"{option.opts} cannot be set in the environment"
         for flag in (flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")):
             variable = f"{prefix}_{flag[2:].replace('-', '_').upper()}"
             if option.is_flag:
@@ -212,7 +212,7 @@ def test_config_without_show_is_what_it_was() -> None:
     assert (done.exit_code, json.loads(done.stdout)["zero_optimization"]["stage"]) == (0, 3)
     assert "Missing option '-m' / '--model'" in zeroinf_with({}, "config").stderr
     refused = zeroinf_with({}, "config", "-b", "8", "show")
-    assert "-b/--batch-size means nothing before `show`" in str(refused.exception)
+    assert "-b/--batch-size has no effect before `show`" in str(refused.exception)
 
 
 def test_a_variable_of_kubernetes_is_told_from_ours() -> None:

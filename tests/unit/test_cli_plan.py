@@ -153,7 +153,7 @@ def test_explain_prints_every_term_and_every_rate(plan: dict[str, Any]) -> None:
         (["--nvme-gbps", "3"], "--nvme-gbps"),
         (["--no-pin-memory"], "--no-pin-memory"),
         (["--fetch", "partitioned"], "--fetch partitioned"),
-        (["--resident-blocks", "7"], "--resident-blocks 7, but the model has 6 blocks"),
+        (["--resident-blocks", "7"], "--resident-blocks 7, but the model has 6 layers"),
         (["--input-len", "2000", "--output-len", "49"], "2049 positions, the model's context is 2048"),
         (["--machine", "1xH200", "--nvme-path", "."], "--nvme-path"),
         (["--nvme-path", "no/such/folder"], "--nvme-path no/such/folder"),

@@ -12,7 +12,7 @@ from small_models import PAD, VOCABULARY, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from zeroinf.generation.masks import padding_is_known
+from zeroinf.compat.masks import padding_is_known
 from zeroinf.generation.row import Row, Sampling
 
 _READS = [torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default]

@@ -17,7 +17,7 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs import fingerprint as marks
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import TensorParallel
 from zeroinf.runs.prepare import read_job

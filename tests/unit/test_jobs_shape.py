@@ -14,7 +14,7 @@ from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.inputs import InputFile
 from zeroinf.jobs.readers import InputRequests, read_inputs
-from zeroinf.jobs.shape import Shape
+from zeroinf.jobs.shape import EntryShape
 from zeroinf.service.requests import ChatOptions, Request
 
 DEFAULTS = Sampling(max_new_tokens=16)
@@ -25,7 +25,7 @@ def read(*entries: Any, name: str = "in.jsonl", prompts: tuple[str, ...] = (), *
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     source = io.BytesIO("\n".join(lines).encode())
     files = [InputFile(name, lambda: nullcontext(source))] if entries else []
-    return read_inputs(prompts, files, DEFAULTS, shape=Shape(**shape))
+    return read_inputs(prompts, files, DEFAULTS, shape=EntryShape(**shape))
 
 
 def one(entry: Any, **how: Any) -> Request:

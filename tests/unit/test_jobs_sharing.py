@@ -15,7 +15,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.sharing import request_bytes, share_work
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import REQUESTS
 from zeroinf.runs.prepare import prepare, read_job

@@ -24,7 +24,8 @@ from zeroinf.engines.registry import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import read_facts
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource, pick_dtype
 from zeroinf.model.weights import local_weight_files
 from zeroinf.planner.plan import Plan
 
@@ -325,7 +326,7 @@ def test_tensors_that_are_not_used_are_told_of(small_checkpoint: Callable[[str],
 
     source = resolve_model(str(rewritten(small_checkpoint("llama"), tmp_path / "m", add)))
     load_engine(plan_of(source), source, None, Control(World(), "cpu"), torch.device("cpu"), Notes()).close()
-    said = "not used, since the model does not have them: 1 stored tensors, model.layers.0.self_attn.q_proj.bias"
+    said = "the model does not use 1 stored tensors: model.layers.0.self_attn.q_proj.bias"
     assert Notes.texts == [said]
 
 

@@ -29,7 +29,8 @@ from zeroinf.model.gguf import convert, folder
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
-from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.model.weights import weight_files
 from zeroinf.planner.traits import expands_once
 

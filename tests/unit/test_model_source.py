@@ -19,7 +19,9 @@ from small_models import EOS, PAD, make_checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from zeroinf.errors import ModelError, UsageError
-from zeroinf.model.source import ModelSource, load_tokenizer, pick_dtype, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource, pick_dtype
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.model.weights import weight_files
 
 

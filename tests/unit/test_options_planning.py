@@ -24,7 +24,8 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource
 from zeroinf.options import planning
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import RunOptions
@@ -155,7 +156,7 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"fetch": "partitioned"}, APART, "--fetch partitioned needs all ranks on one node"),
         ({"resident_blocks": BLOCKS, "offload": "cpu"}, ALONE, "--offload and --fetch have no effect"),
         ({"resident_blocks": BLOCKS, "fetch": "replicated"}, TWO, "--offload and --fetch have no effect"),
-        ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} blocks"),
+        ({"resident_blocks": BLOCKS + 1}, ALONE, f"--resident-blocks {BLOCKS + 1}, but the model has {BLOCKS} layers"),
     ],
 )
 def test_settings_of_the_stream_engine_are_refused_where_they_would_mean_nothing(

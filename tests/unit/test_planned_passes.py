@@ -13,7 +13,7 @@ from torch.nn import ModuleList
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
-from zeroinf.generation.micro_batch import Desk, TokenRules
+from zeroinf.generation.micro_batch import BatchState, TokenRules
 from zeroinf.generation.scheduler import Group, Limits, Scheduler
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.catalog import catalog_config
@@ -22,7 +22,7 @@ from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import COMPUTED, peak_bytes
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths, Step
-from zeroinf.simulation.planning import PlanInput, make_plan
+from zeroinf.simulation.make_plan import PlanInput, make_plan
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.workload import record_step
 
@@ -82,9 +82,9 @@ class Paper:
         with torch.no_grad(), recorder:
             pool = PagePool(self._model, plan.anatomy, lengths.pool(plan.anatomy, plan.batch_size), META)
             host = plan.host and HostCache(self._model, plan.anatomy, plan.host, META, None, pin=False)
-            desk = Desk(self._model, TokenRules(self._model, None, ()), pool, META, host)
+            batch_state = BatchState(self._model, TokenRules(self._model, None, ()), pool, META, host)
             recorder.cut()
-            return record_step(self._model, desk, group, recorder, [1.0] * len(self._blocks))
+            return record_step(self._model, batch_state, group, recorder, [1.0] * len(self._blocks))
 
 
 @pytest.mark.parametrize("host_share", [0.0, 1.0], ids=["keys on the GPU", "keys in host memory"])

@@ -21,7 +21,7 @@ from zeroinf.generation.attention import MOST_PARTS, parts_elements
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, _Passes
-from zeroinf.generation.micro_batch import Desk, TokenRules
+from zeroinf.generation.micro_batch import BatchState, TokenRules
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
 from zeroinf.model.anatomy import Anatomy, KvDtype
@@ -137,18 +137,18 @@ class Run:
 
     def open(self) -> None:
         pool = PagePool(self.engine.model, self.anatomy, self.workload.pool, CPU)
-        self.desk = Desk(self.engine.model, TokenRules(self.engine.model, None, ()), pool, CPU)
+        self.batch_state = BatchState(self.engine.model, TokenRules(self.engine.model, None, ()), pool, CPU)
 
     def open_host(self) -> None:
         """Room in host memory, and staging, which plans count by themselves."""
         if self.workload.host is not None:
-            self.desk.host = HostCache(self.engine.model, self.anatomy, self.workload.host, CPU, None, pin=False)
+            self.batch_state.host = HostCache(self.engine.model, self.anatomy, self.workload.host, CPU, None, pin=False)
 
     def make(self, groups: Sequence[Group]) -> None:
         limits = Limits(rows=self.shape.rows, pages=10**6, micro_batch_rows=self.shape.rows, prefill_tokens=10**6)
         scheduler = Scheduler(limits, self.anatomy.row_pages)
         feed = Feed(take=list, done=lambda row: None)
-        passes = _Passes(self.engine, self.desk, scheduler, feed)
+        passes = _Passes(self.engine, self.batch_state, scheduler, feed)
         assert passes._has_room(groups, ())
         passes.run(groups, ())
         self.engine.asked.clear()
@@ -259,7 +259,7 @@ def _compare_model(
         in_decode = any(seat in group.seats for group in decode)
         if seat.number >= (shape.rows - shape.host_rows if in_decode else 0) and on_host:
             seat.host_start = max(0, seat.number - (shape.rows - shape.host_rows)) * on_host
-    run.desk.pool.open(dict.fromkeys(range(shape.rows - shape.host_rows), PROMPT + NEW))
+    run.batch_state.pool.open(dict.fromkeys(range(shape.rows - shape.host_rows), PROMPT + NEW))
     real = [making, *(measured(lambda groups=groups: run.make(groups))[1] for groups in (prompts, decode))]
     real.append(measured(lambda: run.make([*prompts, *decode]))[1])
     paper = simulated(workload, (workload.prompts, workload.first_decode, (*workload.prompts, *workload.first_decode)))
@@ -292,17 +292,17 @@ def test_bytes_alive_in_a_packed_forward_follow_from_its_tokens_and_choices(name
     run = Run(model, anatomy, workload)
     run.open()
     run.open_host()
-    run.desk.kernel = AsOnAGpu()
+    run.batch_state.kernel = AsOnAGpu()
     for counts, choices in (([1, 1, 1, 1], 4), ([1, 1, 37], 3), ([1, 30, 7], 2)):
         rows = [Row(index=i, prompt=[5] * 40, sampling=Sampling(max_new_tokens=9), decode=str) for i in range(4)]
         seats = [Seat(rows[at], at, 1 + count + (at >= choices)) for at, count in enumerate(counts)]
         for seat in seats:
             seat.computed, seat.host_start = 1, 60 * seat.number if kv else None
         paged = () if kv else range(len(seats))
-        run.desk.pool.open(dict.fromkeys(paged, PROMPT + NEW))
+        run.batch_state.pool.open(dict.fromkeys(paged, PROMPT + NEW))
         group = Group.packed(seats, [1] * len(seats), counts)
         _, real = measured(lambda group=group: run.make([group]))
-        run.desk.pool.close(paged)
+        run.batch_state.pool.close(paged)
         step = simulate._forwards(kv).step(sum(counts), choices)
         paper = peaks([changes(lock_step((step,)), {})])
         spared = 80 * len(counts) if max(counts) == 1 else 0  # a token of each row: figures of rows are those of tokens

@@ -32,7 +32,7 @@ from zeroinf.engines.stream.store import (
 from zeroinf.engines.stream.write_store import write_store
 from zeroinf.errors import StoreError, UsageError
 from zeroinf.model.identity import weights_identity
-from zeroinf.model.source import resolve_model
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.memory import CHUNK_BYTES
 
 

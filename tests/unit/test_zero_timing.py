@@ -15,7 +15,7 @@ from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.timing import Timing, time_plan
 from zeroinf.planner.workload import Shape
-from zeroinf.simulation.planning import make_plan
+from zeroinf.simulation.make_plan import make_plan
 
 SHAPE = Shape(4, 4, 1 << 20)
 PARAMETERS = sum(1 for _ in CHAIN.tensors())

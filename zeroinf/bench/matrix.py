@@ -136,7 +136,7 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TableLayout:
     """A table's layout: the cell fields that name its rows and columns, and the figure it shows."""
 
     rows: str
@@ -147,7 +147,7 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class _Preset:
     matrix: dict[str, Any]
-    layout: Layout | None
+    layout: TableLayout | None
 
 
 # Prompts and completions have the lengths of the originals: a sentence and 100 tokens, two words and 50.
@@ -159,7 +159,7 @@ PRESETS: dict[str, _Preset] = {
             "input_lens": (10,),
             "output_lens": (100,),
         },
-        Layout("name", "batch_size", "ms_per_token"),
+        TableLayout("name", "batch_size", "ms_per_token"),
     ),
     "pythia-hf-vs-ds": _Preset(
         {
@@ -169,7 +169,7 @@ PRESETS: dict[str, _Preset] = {
             "input_lens": (4,),
             "output_lens": (50,),
         },
-        Layout("model", "name", "ms_per_token"),
+        TableLayout("model", "name", "ms_per_token"),
     ),
     "mii": _Preset({"engines": ("resident", "tensor-parallel", "stream"), "offloads": ("none",)}, None),
 }

@@ -14,7 +14,7 @@ from zeroinf.hardware.snapshot import read_machine
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.traits import TRAITS
-from zeroinf.simulation.planning import make_plan
+from zeroinf.simulation.make_plan import make_plan
 
 # A process with its imports, a rank's start, and the way out: seconds seen on machines with and without GPUs.
 _START_S = 12.0
@@ -23,7 +23,9 @@ _WARM_UP_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """Of one cell, in seconds; None where the planner does not know, with the reason in `words`."""
+    """The predicted duration of one cell, in seconds; None if the planner cannot predict it, with the reason in
+    `words`.
+    """
 
     seconds: float | None
     tokens_per_second: float | None

@@ -10,7 +10,8 @@ from functools import cache
 from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import load_tokenizer, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.service.requests import Request
 from zeroinf.service.text import TextCodec
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Literal
 
-from zeroinf.bench.matrix import Cell, Layout, label
+from zeroinf.bench.matrix import Cell, TableLayout, label
 from zeroinf.bench.results import FIGURES, CellResult, Figure, Results, ratio
 
 TableFormat = Literal["human", "md", "csv"]
@@ -44,7 +44,7 @@ def _row(outcome: CellResult, shown: Sequence[str]) -> list[str]:
     return [*fields_of(outcome.cell), *figures, status]
 
 
-def pivot(results: Results, layout: Layout) -> Rows:
+def pivot(results: Results, layout: TableLayout) -> Rows:
     """One figure, by two fields of the cells; a cell that failed shows how. What else differs stands with the rows."""
     cells = [outcome.cell for outcome in results.outcomes]
     values = {

@@ -196,7 +196,7 @@ def _refuse_unused(ctx: click.Context, cells: list[Cell]) -> None:
         raise UsageError("--nvme-path has no effect without --offload nvme", hint="add it, or drop the flag")
     places = any(TRAITS[cell.engine_name].places_blocks and cell.offload != "none" for cell in cells)
     if given(ctx, "resident_blocks") and not places:
-        raise UsageError("--resident-blocks has no effect: no cell leaves blocks elsewhere", hint="drop it")
+        raise UsageError("--resident-blocks has no effect: every cell keeps all layers on the GPU", hint="drop it")
 
 
 def _matrix(preset: str | None, models_dir: Path | None, asked: dict[str, Any]) -> Matrix:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import click
 from click.core import ParameterSource
 
-from zeroinf.cli.environment import VARIABLES, Option, option, prefix_of, refuse_unknown
+from zeroinf.cli.environment import VARIABLES, EnvironmentOption, option, prefix_of, refuse_unknown
 
 JSON_SCHEMA = 1
 
@@ -68,10 +68,12 @@ def settings_of(
     ctx = click.Context(command, info_name=names[-1], auto_envvar_prefix=prefix_of(*names), parent=root)
     ctx.resilient_parsing = True  # a command that would lack something is shown as well
     given, _, _ = command.make_parser(ctx).parse_args(args=list(flags))
-    return [_setting(ctx, one, given) for one in command.params if isinstance(one, Option) and not one.hidden]
+    return [
+        _setting(ctx, one, given) for one in command.params if isinstance(one, EnvironmentOption) and not one.hidden
+    ]
 
 
-def _setting(ctx: click.Context, one: Option, given: dict[str, Any]) -> OptionValue:
+def _setting(ctx: click.Context, one: EnvironmentOption, given: dict[str, Any]) -> OptionValue:
     value, found = one.consume_value(ctx, given)
     ctx.set_parameter_source(one.name, found)
     source = _SOURCES.get(found, "default")

@@ -30,7 +30,7 @@ VARIABLES: Mapping[str, str] = {
 """What else is read from the environment, and what it means."""
 
 
-class Option(click.Option):
+class EnvironmentOption(click.Option):
     """An option that the environment can set."""
 
     def variables(self, prefix: str) -> dict[str, bool]:
@@ -66,13 +66,13 @@ class Option(click.Option):
 
 def option(*flags: str, **attributes: Any) -> Callable[[_Command], _Command]:
     """What click's `option` is, for an option that the environment can set as well."""
-    return click.option(*flags, cls=Option, **attributes)
+    return click.option(*flags, cls=EnvironmentOption, **attributes)
 
 
 def variables_of(command: click.Command, prefix: str) -> Iterator[str]:
     """Every variable that sets an option of `command`, or of one below it."""
     for parameter in command.params:
-        if isinstance(parameter, Option):
+        if isinstance(parameter, EnvironmentOption):
             yield from parameter.variables(prefix)
     if isinstance(command, click.Group):
         for name, below in command.commands.items():

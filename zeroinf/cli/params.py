@@ -193,7 +193,8 @@ def refuse_group_options(ctx: click.Context) -> None:
     named = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if named:
         raise UsageError(
-            f"{flags(ctx, named)} means nothing before `{ctx.invoked_subcommand}`", hint="write it behind, or drop it"
+            f"{flags(ctx, named)} has no effect before `{ctx.invoked_subcommand}`",
+            hint="write it after the command, or drop it",
         )
 
 

@@ -15,7 +15,7 @@ from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.waiting import waiting
 from zeroinf.errors import OutputError, UsageError
 from zeroinf.hardware.disk import read_disk
-from zeroinf.model.source import check_name
+from zeroinf.model.resolve import check_name
 from zeroinf.options.contradictions import check_folders, refuse_idle
 from zeroinf.options.options import (
     EngineOptions,
@@ -61,7 +61,7 @@ def plan(
     with waiting("starting: importing torch and transformers"):
         from zeroinf.cli.plan_view import print_plan, to_json
         from zeroinf.options.plan_input import plan_input_of
-        from zeroinf.simulation.planning import make_plan
+        from zeroinf.simulation.make_plan import make_plan
 
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")

@@ -8,7 +8,7 @@ from typing import Any
 
 from zeroinf.errors import EnvironmentProblem, OutputError
 from zeroinf.planner.memory import MemoryPlace, total
-from zeroinf.simulation.planning import PlanInput, PlanResult
+from zeroinf.simulation.make_plan import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
 _PLACES: tuple[MemoryPlace, ...] = ("gpu", "host", "disk")

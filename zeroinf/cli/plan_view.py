@@ -15,7 +15,7 @@ from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import job_duration, limited_by, plan_lines
 from zeroinf.planner.traits import TRAITS
-from zeroinf.simulation.planning import PlanInput, PlanResult
+from zeroinf.simulation.make_plan import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
 JSON_SCHEMA = 1

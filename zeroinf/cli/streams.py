@@ -56,7 +56,7 @@ class Display(_Steady):
         return Display(self._stream.buffer)
 
 
-class Results(_Steady):
+class ResultStream(_Steady):
     """A stream that remembers why a write failed."""
 
     trouble: OSError | None = None
@@ -84,13 +84,13 @@ def steady_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if not isinstance(sys.stderr, Display):
         sys.stderr = Display(sys.stderr)
-    if not isinstance(sys.stdout, Results):
-        sys.stdout = Results(sys.stdout)
+    if not isinstance(sys.stdout, ResultStream):
+        sys.stdout = ResultStream(sys.stdout)
 
 
 def trouble_with_stdout() -> OSError | None:
     """Why what was printed cannot be written, None where it was. What is left of it is dropped."""
-    assert isinstance(sys.stdout, Results)
+    assert isinstance(sys.stdout, ResultStream)
     with suppress(OSError):
         sys.stdout.flush()
     if sys.stdout.trouble is not None:

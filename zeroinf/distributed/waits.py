@@ -35,7 +35,7 @@ _ENDED = "waits/ended"
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What a rank does at the moment, as other ranks read it."""
+    """The present activity of a rank, as other ranks read it."""
 
     doing: str
     """What the rank does, in words that can follow "rank 3, which"."""
@@ -55,7 +55,7 @@ class RankState:
 
 
 class Activity:
-    """What this rank does at the moment. Changing it is cheap; `WaitWatch` reads it from its own thread."""
+    """The present activity of this rank. Changing it is cheap; `WaitWatch` reads it from its own thread."""
 
     def __init__(self) -> None:
         self._state = RankState("starts")

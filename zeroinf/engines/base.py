@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stalls:
-    """Where this rank's time went, in seconds, as measured on its compute stream."""
+    """Time of this rank by cause, in seconds, as measured on its compute stream."""
 
     link_s: float = 0.0
     """Waits for a block that was crossing the links."""

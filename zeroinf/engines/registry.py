@@ -48,13 +48,13 @@ def _account_for_weights(source: ModelSource, control: Control, listener: LoadLi
         facts = read_facts(source.name, source.config, files, trust_remote_code=source.trust_remote_code)
         if set(facts.untied) != set(getattr(source.config, UNTIED, ())):
             raise ModelError(
-                f"{source.name} stores {', '.join(facts.untied) or 'all tied weights'} otherwise than its config says: "
-                "the plan counted something else",
-                hint="run the same command again: its files are here now, and are looked at first",
+                f"{source.name} stores {', '.join(facts.untied) or 'all tied weights'} otherwise than its config says, "
+                "so its plan is wrong",
+                hint="run the same command again: its files are in the cache now, and are read before planning",
             )
     if facts.unused and control.world.is_main:
         named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
-        listener.note(f"not used, since the model does not have them: {len(facts.unused)} stored tensors, {named}")
+        listener.note(f"the model does not use {len(facts.unused)} stored tensors: {named}")
 
 
 def _load(

@@ -81,7 +81,7 @@ class Scores:
     """(heads,): a score that takes its share of the weights and has no value."""
 
 
-class Kernel(Protocol):
+class AttentionKernel(Protocol):
     """Writes new keys and values into pages and attends."""
 
     def __call__(
@@ -192,6 +192,8 @@ class MarkingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.is_sliding, self.sliding_window = window is not None, window
+        self.scores: Scores | None = None
+        """Those of the last attention."""
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """As a kernel does."""
@@ -213,15 +215,15 @@ class MarkingLayer(DynamicLayer):  # type: ignore[misc]
 class PackedLayer(MarkingLayer):
     """A layer whose keys and values of before are kept: in pages, or where they were fetched to."""
 
-    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: Kernel) -> None:
+    def __init__(self, memory: tuple[torch.Tensor, ...], view: View, kernel: AttentionKernel) -> None:
         """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
         their scales beside them, (places, heads, 1) each, float32."""
         super().__init__(view.window)
-        self.memory, self.view, self._kernel = memory, view, kernel
+        self.memory, self.view, self.kernel = memory, view, kernel
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """As a kernel does."""
-        return self._kernel(self, query, keys, values, scores)
+        return self.kernel(self, query, keys, values, scores)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows, if they have any."""
@@ -257,7 +259,8 @@ def attend(
     if layer is None or attention_mask is not None or (more and not_understood(more)):
         raise RuntimeError(f"{type(module).__name__} hands attention what packed forwards do not understand")
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
-    return layer.attend(query[0], key[0], value[0], Scores(scale, softcap, s_aux))[None], None
+    layer.scores = Scores(scale, softcap, s_aux)
+    return layer.attend(query[0], key[0], value[0], layer.scores)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
@@ -269,11 +272,11 @@ def parts_elements(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return parts * (query.shape[0] // keys.shape[0]) * (values.shape[2] + 2)
 
 
-def kernel_for(device: torch.device) -> Kernel:
+def kernel_for(device: torch.device) -> AttentionKernel:
     """The kernel of `device`."""
     if device.type != "cuda":
         return attend_in_torch
-    from zeroinf.generation.kernels import attend_on_gpu
+    from zeroinf.generation.attention_kernels import attend_on_gpu
 
     return attend_on_gpu
 

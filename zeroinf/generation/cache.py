@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from zeroinf.generation.attention import Kernel, PackedLayer, PackedView, Tokens
+from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedView, Tokens
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
 from zeroinf.model.packing import windows_of
@@ -20,7 +20,7 @@ from zeroinf.model.packing import windows_of
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Where the tokens of left-padded rows lie in one forward: the last `new` of all columns are computed."""
+    """The columns of left-padded rows in one forward: the last `new` of all columns are computed."""
 
     seats: torch.Tensor
     """(rows,), int64: each row's number among the live ones."""
@@ -123,7 +123,7 @@ class PagePool:
         cache.layers = layers
         return cache
 
-    def pack(self, tokens: Tokens, kernel: Kernel) -> DynamicCache:
+    def pack(self, tokens: Tokens, kernel: AttentionKernel) -> DynamicCache:
         """A cache for one packed forward of `tokens`, whose layers are all in pages: `kernel` writes and reads them."""
         views: dict[tuple[int | None, int | None], PackedView] = {}
         cache = DynamicCache()
@@ -170,8 +170,8 @@ class _Table:
         return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
 
 
-class View:
-    """What layers of one window see in one forward."""
+class CacheView:
+    """The part of the KV cache that layers of one window use in one forward."""
 
     def __init__(self, columns: Columns, window: int | None) -> None:
         self.columns = columns
@@ -184,7 +184,7 @@ class View:
             self.fresh = self.positions[:, -columns.new :] >= columns.starts[:, None]
 
 
-class _PagedView(View):
+class _PagedView(CacheView):
     """What they read and write."""
 
     def __init__(self, table: _Table, columns: Columns, window: int | None) -> None:
@@ -205,7 +205,7 @@ class _PagedView(View):
 class SharedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one forward's rows, as DynamicCache would give them: left-padded, in order."""
 
-    def __init__(self, view: View, window: int | None) -> None:
+    def __init__(self, view: CacheView, window: int | None) -> None:
         super().__init__()
         self.is_sliding, self.sliding_window = window is not None, window
         self._seen, self._total = view.seen, view.columns.total

@@ -1,4 +1,4 @@
-"""Which tokens may end a row, so that the loop looks closely at the few tokens that do, and only counts the others."""
+"""Determines the tokens that may end a row, so that the generation loop examines only those and counts all others."""
 
 from __future__ import annotations
 

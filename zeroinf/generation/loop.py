@@ -15,7 +15,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
-from zeroinf.generation.micro_batch import Chosen, Desk, MicroBatch, running
+from zeroinf.generation.micro_batch import BatchState, Chosen, MicroBatch, running
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Scheduler
 from zeroinf.generation.scoring import ScoreBatch
@@ -44,7 +44,7 @@ class Feed:
     """Told the most rows of a micro-batch from now on, after one ran out of GPU memory."""
 
 
-def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler, feed: Feed) -> int:
+def generate(engine: Engine, control: Control, batch_state: BatchState, scheduler: Scheduler, feed: Feed) -> int:
     """Run rows until `feed` has none left on any rank, or a stop is requested on one of them.
 
     Where an engine's ranks must step together, a rank without rows keeps the others company with forwards of one token.
@@ -54,7 +54,7 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
 
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
-    passes = _Passes(engine, desk, scheduler, feed)
+    passes = _Passes(engine, batch_state, scheduler, feed)
     ranks = _Agreement(control) if engine.in_step else None
     while True:
         groups, scored = passes.next()
@@ -75,7 +75,7 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
             if groups or scored:
                 passes.run(groups, scored)
             else:
-                engine.forward([_company(desk.device)])
+                engine.forward([_company(batch_state.device)])
         except torch.OutOfMemoryError:
             keeps_company = not (groups or scored)
             if not (keeps_company or passes.can_halve(groups, scored)) or not engine.recover():
@@ -88,8 +88,8 @@ def generate(engine: Engine, control: Control, desk: Desk, scheduler: Scheduler,
 class _Passes:
     """Passes over the rows of one rank. The tokens of each are read while the next one runs, wherever they may be."""
 
-    def __init__(self, engine: Engine, desk: Desk, scheduler: Scheduler, feed: Feed) -> None:
-        self._engine, self._desk, self._scheduler, self._feed = engine, desk, scheduler, feed
+    def __init__(self, engine: Engine, batch_state: BatchState, scheduler: Scheduler, feed: Feed) -> None:
+        self._engine, self._batch_state, self._scheduler, self._feed = engine, batch_state, scheduler, feed
         self._chosen: list[Chosen] = []
         self._batches: list[MicroBatch] = []
         self._inputs: list[dict[str, Any]] = []
@@ -144,9 +144,9 @@ class _Passes:
         """Make the inputs of a pass, if there is room. Raises torch.OutOfMemoryError where no pass is smaller."""
         try:
             for group in groups:
-                self._batches.append(self._desk.batch(group))
+                self._batches.append(self._batch_state.batch(group))
                 self._inputs.append(self._batches[-1].inputs())
-            self._desk.begin(self._batches)
+            self._batch_state.begin(self._batches)
             self._inputs += [batch.inputs() for batch in scored]
         except torch.OutOfMemoryError:
             if not self.can_halve(groups, scored):
@@ -159,7 +159,7 @@ class _Passes:
         if not self._scheduler.holds(row):  # it has ended, or its last token is on its way
             return
         seat = self._scheduler.withdraw(row)
-        self._desk.close([seat] if seat is not None else [])
+        self._batch_state.close([seat] if seat is not None else [])
         row.cancel()
         self._feed.done(row)
 
@@ -176,7 +176,7 @@ class _Passes:
         while batches:
             batch = batches.pop(0)
             chosen = batch.choose(outputs.pop(0))
-            self._desk.close(self._scheduler.advance(batch.group))
+            self._batch_state.close(self._scheduler.advance(batch.group))
             if chosen is not None:
                 self._chosen.append(chosen)
         for sequences, output in zip(scored, outputs, strict=True):
@@ -187,11 +187,11 @@ class _Passes:
         grown, chosen = 0, self._chosen
         self._chosen = []
         for each in chosen:
-            rows, ended = each.accept(self._desk.rules)
+            rows, ended = each.accept(self._batch_state.rules)
             grown += rows
             early = [seat for seat in ended if not seat.has_left]
             self._scheduler.release(early)
-            self._desk.close(early)
+            self._batch_state.close(early)
             for seat in ended:
                 self._feed.done(seat.row)
         if chosen:
@@ -219,7 +219,7 @@ class _Passes:
         self.accept()
         self._scores_again += [half for batch in scored for half in batch.halves()]
         if groups and not scored:
-            self._desk.close(self._scheduler.halve(groups))
+            self._batch_state.close(self._scheduler.halve(groups))
             self._feed.shrank(self._scheduler.limits.micro_batch_rows)
 
     def likely_goes_on(self, groups: Sequence[Group]) -> bool:
@@ -247,7 +247,7 @@ class _Passes:
         if self._scheduler.wants_urgent:
             self._scheduler.add(self._feed.urgent())
         while True:
-            self._desk.open(self._scheduler.admit())
+            self._batch_state.open(self._scheduler.admit())
             if self.is_dry or not self._scheduler.wants_rows:
                 return
             rows = self._feed.take()

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
+from zeroinf.compat.masks import padding_is_known
+from zeroinf.compat.models import attention_by, greedy_processors
 from zeroinf.errors import ModelError
 from zeroinf.generation.attention import IMPLEMENTATION, kernel_for, tokens_of
 from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.ends import Ends
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
-from zeroinf.generation.masks import padding_is_known
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
@@ -27,7 +28,6 @@ from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
 from zeroinf.generation.upload import to_device
 from zeroinf.model.kv import cache_name
-from zeroinf.model.packing import attention_by
 
 
 def breaks_at(config: Any) -> int | None:
@@ -37,7 +37,7 @@ def breaks_at(config: Any) -> int | None:
 
 
 class TokenRules:
-    """What a model's generation config says about tokens: which end a row, which pads, which scores are altered."""
+    """The rules of a model's generation config about tokens: which end a row, which pads, which scores are altered."""
 
     def __init__(self, model: Any, pad_token: int | None, eos_tokens: Sequence[int]) -> None:
         """Raises ModelError for settings that are not carried out (`zeroinf.generation.settings`)."""
@@ -85,10 +85,12 @@ class TokenRules:
         """The processors that transformers' greedy search would use for this model, such as a repetition penalty."""
         if kind not in self._processors:
             prompt_length, self._config.max_length = kind
-            ends = sorted(self.eos_tokens)
-            self._config._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
-            self._processors[kind] = self._model._get_logits_processor(
-                generation_config=self._config, input_ids_seq_length=prompt_length, device=str(device)
+            self._processors[kind] = greedy_processors(
+                self._model,
+                self._config,
+                prompt_tokens=prompt_length,
+                eos_tokens=sorted(self.eos_tokens),
+                device=device,
             )
         return self._processors[kind]
 
@@ -107,8 +109,10 @@ def _texts(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-class Desk:
-    """The live rows of one job on the device: their tokens, and their pages in the cache; `host` holds the others."""
+class BatchState:
+    """The live rows of one job on the device: their tokens, and their pages in the KV cache. `host` holds the KV cache
+    of the others.
+    """
 
     def __init__(
         self, model: Any, rules: TokenRules, pool: PagePool, device: torch.device, host: HostCache | None = None
@@ -185,8 +189,8 @@ class MicroBatch(ABC):
     fetched: Sequence[Unit] = ()
     """What the forward will fetch from host memory, once the inputs are made."""
 
-    def __init__(self, desk: Desk, group: Group) -> None:
-        self.group, self._desk = group, desk
+    def __init__(self, batch_state: BatchState, group: Group) -> None:
+        self.group, self._batch_state = group, batch_state
         self._choosing: Sequence[int] = range(len(group.seats))
         self._chosen: Sequence[Seat] = group.seats
         if not all(group.chooses):
@@ -207,7 +211,7 @@ class MicroBatch(ABC):
         A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN, unless the generation
         config has `remove_invalid_values`.
         """
-        desk = self._desk
+        batch_state = self._batch_state
         if not self._choosing:
             return None
         scores, seats, lengths = self._scores(output)
@@ -216,30 +220,32 @@ class MicroBatch(ABC):
         rows = [] if all(seat.is_plain for seat in chosen) else [seat.row for seat in chosen]
         if any(row.sampling.alters_scores for row in rows):
             known = [seat.known for seat in chosen]
-            of_rows = desk.ids.index_select(0, seats)
-            processed = alter_scores(processed, rows, of_rows, known, desk.rules.eos_tokens)
-        judged = processed if desk.rules.mends_scores else scores
+            of_rows = batch_state.ids.index_select(0, seats)
+            processed = alter_scores(processed, rows, of_rows, known, batch_state.rules.eos_tokens)
+        judged = processed if batch_state.rules.mends_scores else scores
         highest = judged.amax(dim=-1)  # a NaN is the highest of all
         is_broken = highest.sub(highest).ne(0)  # an infinite one less itself is a NaN
         tokens = choose_tokens(processed, rows, _numbers(chosen) if rows else ()).masked_fill_(is_broken, 0)
-        desk.ids.index_put_((seats, lengths.clamp(max=desk.last)), tokens)
+        batch_state.ids.index_put_((seats, lengths.clamp(max=batch_state.last)), tokens)
         likelihoods = likelihoods_of(scores, tokens, rows)
         return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
 
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
-        desk = self._desk
-        if not desk.rules.alters_scores(desk.device):
+        batch_state = self._batch_state
+        if not batch_state.rules.alters_scores(batch_state.device):
             greedy = all(seat.is_plain or seat.row.sampling.is_greedy for seat in seats)
             return scores if greedy else scores.to(torch.float32, copy=True)
         alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for number, seat in enumerate(seats):
-            alike.setdefault((desk.rules.kind(seat.row), seat.known), []).append(number)
+            alike.setdefault((batch_state.rules.kind(seat.row), seat.known), []).append(number)
         scores = scores.to(torch.float32, copy=True)
         for (kind, known), members in alike.items():
-            index = to_device(members, desk.device)
-            ids = desk.ids.index_select(0, to_device([seats[i].number for i in members], desk.device))[:, :known]
-            processed = desk.rules.processors(kind, desk.device)(ids, scores.index_select(0, index))
+            index = to_device(members, batch_state.device)
+            ids = batch_state.ids.index_select(0, to_device([seats[i].number for i in members], batch_state.device))[
+                :, :known
+            ]
+            processed = batch_state.rules.processors(kind, batch_state.device)(ids, scores.index_select(0, index))
             scores.index_copy_(0, index, processed)
         return scores
 
@@ -247,52 +253,54 @@ class MicroBatch(ABC):
 class PaddedBatch(MicroBatch):
     """Left-padded rows, as transformers' `generate` would make a batch of them."""
 
-    def __init__(self, desk: Desk, group: Group) -> None:
-        super().__init__(desk, group)
-        self._columns = columns_of([seat.number for seat in group.seats], group.starts, group.counts, desk.device)
+    def __init__(self, batch_state: BatchState, group: Group) -> None:
+        super().__init__(batch_state, group)
+        self._columns = columns_of(
+            [seat.number for seat in group.seats], group.starts, group.counts, batch_state.device
+        )
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward."""
-        desk, columns = self._desk, self._columns
+        batch_state, columns = self._batch_state, self._columns
         positions = columns.positions[:, columns.total - columns.new :].clamp(min=0)
-        ids = desk.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=desk.last))
-        if desk.has_encoder:
+        ids = batch_state.ids.index_select(0, columns.seats).gather(1, positions.clamp(max=batch_state.last))
+        if batch_state.has_encoder:
             encoded = self._encoded()
-            own = {"decoder_input_ids": ids, desk.cache_name: encoded.cache(self._cache())}
-            return {**desk.always, **own, **encoded.inputs()}
-        inputs = {**desk.always, "input_ids": ids, desk.cache_name: self._cache()}
-        if desk.takes_positions:
+            own = {"decoder_input_ids": ids, batch_state.cache_name: encoded.cache(self._cache())}
+            return {**batch_state.always, **own, **encoded.inputs()}
+        inputs = {**batch_state.always, "input_ids": ids, batch_state.cache_name: self._cache()}
+        if batch_state.takes_positions:
             inputs["position_ids"] = positions
-        if columns.is_padded and (columns.is_first or desk.pool.grows):
+        if columns.is_padded and (columns.is_first or batch_state.pool.grows):
             inputs["attention_mask"] = (columns.positions >= 0).long()
         return inputs
 
     def _cache(self) -> DynamicCache:
-        desk, columns = self._desk, self._columns
-        cache = desk.cache(anew=columns.is_first)
+        batch_state, columns = self._batch_state, self._columns
+        cache = batch_state.cache(anew=columns.is_first)
         if not self.group.on_host:
-            return desk.pool.page(cache, columns)
-        assert desk.host is not None
-        self.fetched = desk.host.page(cache, columns, self.group)
+            return batch_state.pool.page(cache, columns)
+        assert batch_state.host is not None
+        self.fetched = batch_state.host.page(cache, columns, self.group)
         return cache
 
     def _encoded(self) -> EncodedPrompts:
-        desk = self._desk
-        if self._columns.is_first or desk.encoded is None:
+        batch_state = self._batch_state
+        if self._columns.is_first or batch_state.encoded is None:
             rows = [seat.row for seat in self.group.seats]
-            desk.encoded = EncodedPrompts(rows, desk.rules.pad_token, desk.device)
-        return desk.encoded
+            batch_state.encoded = EncodedPrompts(rows, batch_state.rules.pad_token, batch_state.device)
+        return batch_state.encoded
 
     def choose(self, output: Any) -> Chosen | None:
-        if self._desk.encoded is not None:
-            self._desk.encoded.keep(output)
+        if self._batch_state.encoded is not None:
+            self._batch_state.encoded.keep(output)
         return super().choose(output)
 
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = output.logits[:, -1], self._columns.seats, self._columns.lengths
         if len(self._choosing) == len(self.group.seats):
             return found
-        index = to_device(self._choosing, self._desk.device)
+        index = to_device(self._choosing, self._batch_state.device)
         scores, seats, lengths = (each.index_select(0, index) for each in found)
         return scores, seats, lengths
 
@@ -300,10 +308,10 @@ class PaddedBatch(MicroBatch):
 class PackedBatch(MicroBatch):
     """Rows side by side as one sequence, prompts and decode steps alike, with neither padding nor a mask."""
 
-    def __init__(self, desk: Desk, group: Group) -> None:
-        super().__init__(desk, group)
+    def __init__(self, batch_state: BatchState, group: Group) -> None:
+        super().__init__(batch_state, group)
         seats = [seat.number for seat in group.seats]
-        self._tokens = tokens_of(seats, group.starts, group.counts, desk.device)
+        self._tokens = tokens_of(seats, group.starts, group.counts, batch_state.device)
         self._are_steps = self._tokens.total == len(self._choosing)
         """Whether each token is that of a row whose next one is chosen."""
         if self._are_steps:
@@ -311,35 +319,35 @@ class PackedBatch(MicroBatch):
             return
         firsts, counts = self._tokens.firsts, group.counts
         last = [firsts[row] + counts[row] - 1 for row in self._choosing]
-        self._last = to_device(last or [self._tokens.total - 1], desk.device)
+        self._last = to_device(last or [self._tokens.total - 1], batch_state.device)
         """Where the last tokens of rows lie whose next one is chosen; of some token, the model is asked in any case."""
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward."""
-        desk, tokens = self._desk, self._tokens
-        places = tokens.positions.clamp(max=desk.last).add_(tokens.seats * desk.ids.shape[1])
+        batch_state, tokens = self._batch_state, self._tokens
+        places = tokens.positions.clamp(max=batch_state.last).add_(tokens.seats * batch_state.ids.shape[1])
         inputs = {
-            **desk.always,
-            "input_ids": desk.ids.view(-1).index_select(0, places)[None],
+            **batch_state.always,
+            "input_ids": batch_state.ids.view(-1).index_select(0, places)[None],
             "position_ids": tokens.positions[None],
-            desk.cache_name: self._cache(),
+            batch_state.cache_name: self._cache(),
         }
-        if desk.keeps_logits:
+        if batch_state.keeps_logits:
             inputs["logits_to_keep"] = self._last
         return inputs
 
     def _cache(self) -> DynamicCache:
-        desk = self._desk
+        batch_state = self._batch_state
         if not self.group.on_host:
-            return desk.pool.pack(self._tokens, desk.kernel)
-        assert desk.host is not None
-        cache, self.fetched = desk.host.pack(self._tokens, self.group, desk.kernel)
+            return batch_state.pool.pack(self._tokens, batch_state.kernel)
+        assert batch_state.host is not None
+        cache, self.fetched = batch_state.host.pack(self._tokens, self.group, batch_state.kernel)
         return cache
 
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self._are_steps:
             return output.logits[0], self._tokens.seats, self._tokens.lengths
-        scores = output.logits[0] if self._desk.keeps_logits else output.logits[0].index_select(0, self._last)
+        scores = output.logits[0] if self._batch_state.keeps_logits else output.logits[0].index_select(0, self._last)
         return scores, self._tokens.seats.index_select(0, self._last), self._tokens.lengths.index_select(0, self._last)
 
 

@@ -19,7 +19,7 @@ _CHEAP_PADDING_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a pass may hold."""
+    """The limits of a pass."""
 
     rows: int
     """Rows that are live at once."""
@@ -159,7 +159,7 @@ class Group:
 
 @dataclass(slots=True)
 class Counts:
-    """What the passes so far were filled with; padding counts among the columns."""
+    """Counters of the passes so far: columns that were computed, and how many of them were padding."""
 
     passes: int = 0
     prefill_columns: int = 0

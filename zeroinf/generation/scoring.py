@@ -30,7 +30,7 @@ _TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a model thinks of given tokens."""
+    """Log-likelihoods of given tokens."""
 
     logprobs: tuple[float, ...]
     """Of each token, given those before it: natural logarithms. NaN where the model's scores are not numbers."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_TYPES = {torch.int64: "<i8", torch.float32: "<f4"}
+_TYPES = {torch.int64: "<i8", torch.float32: "<f4", torch.uint8: "|u1"}
 _CODES = {torch.int64: "q", torch.float32: "f"}
 """Of `array`, which takes numbers out of Python's objects several times faster than torch."""
 
@@ -37,13 +37,18 @@ def to_device(
     if device.type != "cuda":
         return host.to(device)
     pinned = host.pin_memory()
-    moved = torch.as_tensor(_Mapped(pinned), device=device) + 0
+    moved = mapped(pinned, device) + 0
     while _unread and _unread[0][0].query():
         _unread.popleft()
     read = torch.cuda.Event()  # type: ignore[no-untyped-call]
     read.record(torch.cuda.current_stream(device))
     _unread.append((read, pinned))
     return moved
+
+
+def mapped(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Page-locked host memory as a tensor of the GPU `device`, whose kernels then read and write it over the link."""
+    return torch.as_tensor(_Mapped(pinned), device=device)
 
 
 class _Mapped:

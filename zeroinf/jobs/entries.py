@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.fields import BatchLine, Body, Line, as_id, as_text, reason_of
 from zeroinf.jobs.foreign import Endpoint, asks_for_nothing, is_foreign, meant_by
-from zeroinf.jobs.formats import Record
+from zeroinf.jobs.formats import InputRecord
 from zeroinf.jobs.shape import LineError, Shaper, chat_of
 from zeroinf.service.requests import NO_OPTIONS, ChatOptions
 
@@ -59,7 +59,7 @@ class Draft:
         return self.count * max(1, len(self.prompts))
 
 
-def draft_of(record: Record, defaults: Sampling, shaper: Shaper | None = None) -> Draft:
+def draft_of(record: InputRecord, defaults: Sampling, shaper: Shaper | None = None) -> Draft:
     """What `record` asks for; `defaults` holds for every setting that it leaves out.
 
     Without a `shaper`, an entry is a request as it stands, and a key that requests do not have is an error. Raises

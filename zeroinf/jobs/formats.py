@@ -48,7 +48,7 @@ _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class InputRecord:
     """An entry of a file. `line` counts lines, rows of a table or elements of an array from 1. `value` is a prompt
     ("text"), a JSON text ("json"), a row of cells that are text ("cells"), or one of typed values ("row"); None where
     there is none, and `problem` says why."""
@@ -59,7 +59,7 @@ class Record:
     problem: str | None = None
 
 
-def read_records(source: BinaryIO, name: str, input_format: InputFormat = "auto") -> Iterator[Record]:
+def read_records(source: BinaryIO, name: str, input_format: InputFormat = "auto") -> Iterator[InputRecord]:
     """All records of `source`, read as they are asked for.
 
     Raises InputError for a file that is not what its ending or `input_format` says, EnvironmentProblem where reading it
@@ -112,15 +112,15 @@ def _json_format(contents: FileContents, said: FileFormat | None) -> FileFormat:
     return "text"
 
 
-def _text(contents: FileContents) -> Iterator[Record]:
-    return (Record(number, "text", line) for number, line in lines_of(contents))
+def _text(contents: FileContents) -> Iterator[InputRecord]:
+    return (InputRecord(number, "text", line) for number, line in lines_of(contents))
 
 
-def _jsonl(contents: FileContents) -> Iterator[Record]:
-    return (Record(number, "json", line) for number, line in lines_of(contents))
+def _jsonl(contents: FileContents) -> Iterator[InputRecord]:
+    return (InputRecord(number, "json", line) for number, line in lines_of(contents))
 
 
-def _json(contents: FileContents) -> Iterator[Record]:
+def _json(contents: FileContents) -> Iterator[InputRecord]:
     """The elements of an array, or objects one after the other, each as its JSON text."""
     text = io.TextIOWrapper(contents.stream, "utf-8", errors="surrogateescape", newline="")
     window = _Window(text, contents.name)
@@ -130,7 +130,7 @@ def _json(contents: FileContents) -> Iterator[Record]:
         if in_array and number:
             window.expect(",")
         number += 1
-        yield Record(number, "json", window.value())
+        yield InputRecord(number, "json", window.value())
     if window.rest():
         raise window.error("more stands behind its end")
 
@@ -195,11 +195,11 @@ class _Window:
     def error(self, what: str) -> InputError:
         return InputError(
             f"{self._name} is no JSON: {what} at character {self._before + self._at + 1}",
-            hint="mend it; one object a line is `.jsonl`",
+            hint="correct it; a file with one object a line ends in `.jsonl`",
         )
 
 
-def _csv(contents: FileContents, dialect: str = "excel") -> Iterator[Record]:
+def _csv(contents: FileContents, dialect: str = "excel") -> Iterator[InputRecord]:
     text = io.TextIOWrapper(contents.stream, "utf-8", errors="surrogateescape", newline="")
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line.removeprefix("\ufeff") for line in text), dialect, strict=True)
@@ -211,10 +211,10 @@ def _csv(contents: FileContents, dialect: str = "excel") -> Iterator[Record]:
         first = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
-                yield Record(first, "cells", dict(zip(header, cells, strict=True)))
+                yield InputRecord(first, "cells", dict(zip(header, cells, strict=True)))
             elif cells:
                 problem = f"{len(cells)} cells, but the header has {len(header)}"
-                yield Record(first, "cells", None, problem)
+                yield InputRecord(first, "cells", None, problem)
             first = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
@@ -222,7 +222,7 @@ def _csv(contents: FileContents, dialect: str = "excel") -> Iterator[Record]:
         ) from error
 
 
-def _tsv(contents: FileContents) -> Iterator[Record]:
+def _tsv(contents: FileContents) -> Iterator[InputRecord]:
     return _csv(contents, "excel-tab")
 
 
@@ -231,12 +231,12 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         raise InputError(f"{name} has two columns {twice!r}", hint="name them differently")
 
 
-def _parquet(contents: FileContents) -> Iterator[Record]:
+def _parquet(contents: FileContents) -> Iterator[InputRecord]:
     parquet = _arrow_module("parquet", contents.name)
     return _rows(lambda stream: parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS), contents)
 
 
-def _arrow(contents: FileContents) -> Iterator[Record]:
+def _arrow(contents: FileContents) -> Iterator[InputRecord]:
     ipc = _arrow_module("ipc", contents.name)
     if not contents.head.startswith(ARROW_FILE):
         return _rows(ipc.open_stream, contents)
@@ -248,7 +248,7 @@ def _arrow(contents: FileContents) -> Iterator[Record]:
     return _rows(batches, contents)
 
 
-def _rows(batches: Callable[[BinaryIO], Any], contents: FileContents) -> Iterator[Record]:
+def _rows(batches: Callable[[BinaryIO], Any], contents: FileContents) -> Iterator[InputRecord]:
     import pyarrow
 
     number = 0
@@ -258,7 +258,7 @@ def _rows(batches: Callable[[BinaryIO], Any], contents: FileContents) -> Iterato
             for start in range(0, batch.num_rows, _ROWS):
                 for row in batch.slice(start, _ROWS).to_pylist():
                     number += 1
-                    yield Record(number, "row", cast(dict[str, Any], row))
+                    yield InputRecord(number, "row", cast(dict[str, Any], row))
     except pyarrow.ArrowException as error:
         raise InputError(f"cannot read {contents.name}: {str(error).splitlines()[0]}") from error
 
@@ -272,7 +272,7 @@ def _arrow_module(which: str, name: str) -> Any:
         raise EnvironmentProblem(f"-i {name} needs pyarrow", hint="pip install 'zeroinf[data]'") from error
 
 
-_READERS: dict[FileFormat, Callable[[FileContents], Iterator[Record]]] = {
+_READERS: dict[FileFormat, Callable[[FileContents], Iterator[InputRecord]]] = {
     "text": _text,
     "jsonl": _jsonl,
     "json": _json,

@@ -80,14 +80,17 @@ def _local(argument: str) -> list[Path]:
         if not path.exists() and _MAGIC.search(argument):
             matches = sorted(map(Path, glob.glob(argument, recursive=True)))  # noqa: PTH207 - it takes absolute ones
             if not matches:
-                raise InputError(f"no input file matches {argument}", hint="`ls` it; quote it to keep the shell away")
+                raise InputError(
+                    f"no input file matches {argument}",
+                    hint="check it with `ls`; quote it so that the shell does not expand it",
+                )
             return [path for match in matches for path in _local(str(match))]
         if not path.exists():
             raise InputError(f"no such input file: {argument}")
     except OSError as error:
         raise InputError(f"cannot read {argument}: {error.strerror}") from error
     if not path.is_file():
-        raise InputError(f"-i {argument} is no regular file", hint="a pipe goes in by `-i -`")
+        raise InputError(f"-i {argument} is no regular file", hint="`-i -` reads from a pipe")
     return [path]
 
 
@@ -101,7 +104,7 @@ def _remote(url: str) -> Iterator[InputFile]:
     try:
         files, path = url_to_fs(url)
     except ImportError as error:
-        raise EnvironmentProblem(f"cannot read {url}: {error}", hint="install what it names beside zeroinf") from error
+        raise EnvironmentProblem(f"cannot read {url}: {error}", hint="install the package that it names") from error
     except ValueError as error:
         raise InputError(f"cannot read {url}: {error}") from error
     try:

@@ -232,5 +232,5 @@ class JournalOutput:
                 self._is_lost = True
                 return OutputError(f"{what}, and it cannot be written again: {again.strerror}")
         return OutputError(
-            f"{what}; {journal.durable} results are saved there", hint="make room or mend it, then --resume"
+            f"{what}; {journal.durable} results are saved there", hint="free space or fix the problem, then --resume"
         )

@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a job consists of, and what its results depend on."""
+    """The requests of a job, and everything that its results depend on."""
 
     work: tuple[Work, ...]
     refusals: tuple[Refusal, ...]

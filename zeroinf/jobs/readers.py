@@ -14,9 +14,9 @@ from typing import BinaryIO, NamedTuple
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.entries import Draft, draft_of
-from zeroinf.jobs.formats import InputFormat, Record, read_records
+from zeroinf.jobs.formats import InputFormat, InputRecord, read_records
 from zeroinf.jobs.inputs import InputFile
-from zeroinf.jobs.shape import LineError, Shape, Shaper
+from zeroinf.jobs.shape import EntryShape, LineError, Shaper
 from zeroinf.service.requests import Extra, Refusal, Request
 
 _NOTHING = Extra()
@@ -24,7 +24,7 @@ _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 
 
 class InputRequests(NamedTuple):
-    """What an input holds. `unused`: columns that are neither used nor kept."""
+    """The requests and refusals of an input. `unused`: columns that are neither used nor kept."""
 
     requests: list[Request]
     refusals: list[Refusal]
@@ -37,7 +37,7 @@ def read_inputs(
     defaults: Sampling,
     *,
     input_format: InputFormat = "auto",
-    shape: Shape | None = None,
+    shape: EntryShape | None = None,
 ) -> InputRequests:
     """All requests of a job in input order: `prompts` first, then the records of `files`, made as `shape` says.
 
@@ -49,7 +49,7 @@ def read_inputs(
     """
     many = len(files) > 1
 
-    def records() -> Iterator[tuple[str | None, Record]]:
+    def records() -> Iterator[tuple[str | None, InputRecord]]:
         for file in files:
             try:
                 with file.open() as source:
@@ -58,7 +58,7 @@ def read_inputs(
             except OSError as error:
                 raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error
 
-    shaper = Shaper(Shape() if shape is None else shape)
+    shaper = Shaper(EntryShape() if shape is None else shape)
     requests, refusals = _requests(prompts, records(), defaults, ", ".join(file.name for file in files), shaper)
     return InputRequests(requests, refusals, tuple(shaper.unused))
 
@@ -72,13 +72,13 @@ def read_requests(
     name: str,
 ) -> tuple[list[Request], list[Refusal]]:
     """The same of `prompts` and one stream of bytes, called `name`, whose entries are requests and nothing else."""
-    records: Iterable[Record] = () if source is None else read_records(source, name, input_format)
+    records: Iterable[InputRecord] = () if source is None else read_records(source, name, input_format)
     return _requests(prompts, ((None, record) for record in records), defaults, "" if source is None else name)
 
 
 def _requests(
     prompts: Sequence[str],
-    records: Iterable[tuple[str | None, Record]],
+    records: Iterable[tuple[str | None, InputRecord]],
     defaults: Sampling,
     names: str,
     shaper: Shaper | None = None,
@@ -86,7 +86,7 @@ def _requests(
     drafts: list[tuple[int, int | None, str | None, Draft]] = []
     refusals: list[Refusal] = []
     given_at: dict[str, str] = {}
-    asked = ((None, Record(0, "text", prompt)) for prompt in prompts)
+    asked = ((None, InputRecord(0, "text", prompt)) for prompt in prompts)
     index, limit = 0, None if shaper is None else shaper.shape.limit
     for file, record in islice(chain(asked, records), limit):
         line = record.line or None

@@ -29,8 +29,8 @@ class LineError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """What the user says of the entries; nothing is read or compiled yet."""
+class EntryShape:
+    """Options that say how entries become prompts; nothing is read or compiled yet."""
 
     prompt_column: str | None = None
     messages_column: str | None = None
@@ -69,7 +69,7 @@ class Shape:
 class Shaper:
     """Carries out a Shape. Raises InputError or UsageError for a template that cannot be read or compiled."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: EntryShape) -> None:
         shape.check()
         self.shape = shape
         self.unused: dict[str, None] = {}

@@ -24,7 +24,7 @@ from zeroinf.errors import DoesNotFitError, InputError, ModelError, UsageError
 from zeroinf.generation.micro_batch import breaks_at
 from zeroinf.lm_eval.options import batch_size_of, options_of, refuse_idle, sampling_of
 from zeroinf.lm_eval.work import Prompt, answer, completed, grouped, scored_of
-from zeroinf.model.source import load_tokenizer
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.planning import packed_on

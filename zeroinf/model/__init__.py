@@ -1,7 +1,7 @@
-"""What a model is, without loading it: where it comes from, its config, its tensors, its cache and its tokenizer.
+"""Describes models without loading them: source, config, tensors, KV cache and tokenizer.
 
-`source` finds it and `weights` its files; `inspect` and `kv` count it on the meta device into an `Anatomy`;
+`source` finds a model and `weights` its files; `inspect` and `kv` count it on the meta device into an `Anatomy`;
 `catalog` knows the shapes of well-known models; `gguf` reads GGUF files, `quantized` lets modules hold packed weights,
-`parts` says what a parameter is made of in the checkpoint; `demo` finds the model that comes with zeroinf.
-Reading weights into memory is the engines' work.
+`stored_parts` says of which stored tensors a parameter consists; `demo` finds the model that comes with zeroinf.
+Reading weights into memory is the engines' task.
 """

@@ -84,7 +84,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenState:
-    """What one token of one row leaves in a layer's keys, or in its values: (heads, width) elements."""
+    """The keys, or the values, that one token of one row adds to a layer's cache: (heads, width) elements."""
 
     heads: int
     width: int
@@ -101,7 +101,7 @@ class TokenState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSize:
-    """What a KV cache's pool has room for: `rows` live rows of up to `tokens` tokens, in `pages` pages together."""
+    """The capacity of a KV cache's pool: `rows` live rows of up to `tokens` tokens, in `pages` pages together."""
 
     rows: int
     tokens: int
@@ -110,7 +110,7 @@ class PoolSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostSize:
-    """What keys and values in host memory have room for: `tokens` of all rows there, and of one micro-batch."""
+    """The capacity of the KV cache in host memory: `tokens` of all rows there, and of one micro-batch."""
 
     tokens: int
     seen_columns: int
@@ -150,11 +150,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """How one layer's KV cache (or recurrent state) grows, a row, where transformers' own cache keeps it.
-
-    After n tokens a row holds `fixed_bytes + bytes_per_token * min(n, window)`; `window` is None where none is dropped.
-    `keys` and `values` are None where a layer keeps anything else, such as a recurrent state.
-    """
+    """The growth of one layer's KV cache (or recurrent state) for a row, as transformers' own cache keeps it."""
 
     fixed_bytes: int
     bytes_per_token: int
@@ -202,7 +198,9 @@ class LayerCache:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoder:
-    """What reads the prompts of a sequence-to-sequence model; the decoder begins with one token of its own."""
+    """The encoder of a sequence-to-sequence model, which reads the prompts; the decoder begins with one token of its
+    own.
+    """
 
     blocks: int
     """So many of the model's blocks, the first ones, are its."""

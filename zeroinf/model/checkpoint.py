@@ -10,17 +10,19 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zeroinf.compat.loading import conversions, convert_and_load, converted_name
+from zeroinf.compat.models import leave_out_ignored
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
-from zeroinf.model.inspect import build_meta, config_dtype
+from zeroinf.model.config import DTYPES, config_dtype
+from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.linears import note_stored
-from zeroinf.model.source import DTYPES
+from zeroinf.model.source import CheckpointFacts
 from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -35,18 +37,6 @@ _WRAPPERS = {
     "module.": "DistributedDataParallel",
     "base_model.model.": "peft",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointFacts:
-    """Facts of a complete checkpoint that its config may not say, or may say otherwise."""
-
-    dtype: str | None
-    """The dtype of most of its weights; None where that is none of DTYPES."""
-    untied: tuple[str, ...]
-    """Parameters that the model's class ties to others, which the config marks or the files store as their own."""
-    unused: tuple[str, ...]
-    """Stored tensors that the model does not have, but for those that transformers drops silently."""
 
 
 def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_code: bool = False) -> CheckpointFacts:
@@ -108,18 +98,12 @@ class _Account:
     def _trace(self) -> dict[str, list[str]]:
         """The stored names that each tensor of the model is made of. Raises ModelError where it is stored twice, or
         where the numbers of a list, such as experts', have gaps: transformers would take the next one for it."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = self._mapping()
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        mapping = conversions(self._model)
         prefix = self._model.base_model_prefix
         whole: dict[str, list[str]] = defaultdict(list)
         lists: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name in self._held:
-            own, pattern = rename_source_key(name, renamings, converters, prefix, self._own)
-            if own not in self._own and name in self._own:
-                own, pattern = rename_source_key(name, [], [], prefix, self._own)
+            own, pattern = converted_name(name, mapping, prefix, self._own)
             if pattern is None:
                 whole[own].append(name)
             else:
@@ -144,11 +128,6 @@ class _Account:
                 pattern = _NUMBER.sub("*", names[0])
                 raise self._refusal(f"lacks number {gaps[0]} of {pattern}", names)
 
-    def _mapping(self) -> Any:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return get_model_conversion_mapping(self._model)
-
     def _repeated(self) -> set[str]:
         """The model's tensors in blocks like one before: of the same shapes, made of the same stored ones. What becomes
         of those becomes of these; converting experts takes transformers a quarter of a millisecond each."""
@@ -162,22 +141,9 @@ class _Account:
 
     def _convert(self, left_out: set[str]) -> Any:
         """transformers' account of loading the stored tensors, but for some, made with their shapes alone."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-        from transformers.utils import logging
-
-        shows = logging.is_progress_bar_enabled()
-        asked = LoadStateDictConfig(
-            dtype=self._model.dtype, weight_mapping=self._mapping(), device_map={"": torch.device("meta")}
-        )
-        logging.disable_progress_bar()
-        try:
-            stored = {name: one.meta for name, one in self._held.items() if name not in left_out}
-            info, _ = convert_and_load_state_dict_in_model(self._model, stored, asked)
-        finally:
-            if shows:
-                logging.enable_progress_bar()
-        self._model._adjust_missing_and_unexpected_keys(info)
+        stored = {name: one.meta for name, one in self._held.items() if name not in left_out}
+        info = convert_and_load(self._model, stored, on_meta=True)
+        leave_out_ignored(self._model, info)
         return info
 
     def check(self, files: Sequence[Path]) -> None:

@@ -12,9 +12,12 @@ import torch
 from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from zeroinf.compat.loading import conversions
+from zeroinf.compat.models import modules_in_float32
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
+from zeroinf.model.config import config_dtype
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
@@ -66,12 +69,6 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         quantized=quantized,
         padded_because=why_padded(model, cache, len(blocks), limit),
     )
-
-
-def config_dtype(config: Any) -> str:
-    """The dtype that the config says its weights have, float32 when it says nothing."""
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    return str(found or "float32").removeprefix("torch.")
 
 
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -176,18 +173,17 @@ def is_converted(model: Any) -> bool:
 
     Not where the skeleton says of each parameter what it is made of.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     if all(parts_of(parameter) is not None for parameter in model.parameters()):
         return False
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
+    return bool(conversions(model, of_old_names=False))
 
 
 def keep_in_float32(model: Any, dtype: str) -> None:
     """Apply transformers' lists of modules that stay float32 when a model is loaded in a smaller dtype."""
-    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in ("float16", "bfloat16") else set()
+    always, in_float16 = modules_in_float32(model)
+    kept = always if dtype in ("float16", "bfloat16") else set()
     if dtype == "float16":
-        kept |= set(model._keep_in_fp32_modules or ())
+        kept |= in_float16
     if not kept:
         return
     pattern = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in kept))

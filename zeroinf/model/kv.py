@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from zeroinf.compat.dispatch import LOCAL_SCALAR, TorchDispatchMode, storage_id
+from zeroinf.compat.models import experts_by, takes_default_cache
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
 from zeroinf.model.anatomy import LayerCache, TokenState
@@ -36,7 +37,7 @@ class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+        if func is LOCAL_SCALAR and args[0].device.type == "meta":
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         return meta_operators.call(func, args, kwargs or {})
 
@@ -138,7 +139,7 @@ def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
     name = cache_name(model)
     prompt = _PROMPT if model.config.is_encoder_decoder else 0
     cache = None
-    if model._supports_default_dynamic_cache() and not prompt:
+    if takes_default_cache(model) and not prompt:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for length in (tokens - 1, 1):
         before, cache = cache, _forward(model, rows, length, prompt=prompt, **{name: cache}).get(name)
@@ -173,18 +174,13 @@ def _forward(model: Any, rows: int, tokens: int, *, prompt: int, **cache: Any) -
 @contextmanager
 def dense_experts(model: Any) -> Iterator[None]:
     """Run experts by a method whose meta kernel takes every dtype; that of the default, grouped_mm, wants bfloat16."""
-    own = getattr(model.config, "_experts_implementation", None)
-    if own is None:
+    with experts_by(model, "batched_mm"):
         yield
-        return
-    model.set_experts_implementation("batched_mm")
-    yield
-    model.set_experts_implementation(own)
 
 
 def held_bytes(attributes: dict[str, Any]) -> int:
     """Bytes of the storages behind all tensors of a cache layer, each once; scalars are bookkeeping, not cache."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(attributes) if t.dim()}
+    storages = {storage_id(t): t.untyped_storage().nbytes() for t in _tensors(attributes) if t.dim()}
     return sum(storages.values())
 
 

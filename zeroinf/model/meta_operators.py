@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Parameter
 
+from zeroinf.compat.dispatch import schema_of, storage_id
+
 _REMEMBERED = 1 << 16
 _PLAIN = {torch.Tensor, Parameter}
 _LISTS = {list, tuple, torch.Size}
@@ -61,7 +63,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 @cache
 def _makes_new(func: Any) -> bool:
     """Whether `func` does nothing but return tensors that share nothing with its arguments."""
-    schema = func._schema
+    schema = schema_of(func)
     returned = [(str(one.type), one.alias_info) for one in schema.returns]
     return not schema.is_mutable and bool(returned) and all(one == ("Tensor", None) for one in returned)
 
@@ -71,7 +73,7 @@ def _made(func: Any, args: Any, kwargs: Any, default_dtype: torch.dtype) -> Any:
     """What `func` returns for such arguments; None where it is anything but new tensors on the meta device."""
     given = _thawed(args), {name: _thawed(value) for name, value in kwargs}
     out = func(*given[0], **given[1])
-    taken = {tensor.untyped_storage()._cdata for tensor in _tensors((*given[0], *given[1].values()))}
+    taken = {storage_id(tensor) for tensor in _tensors((*given[0], *given[1].values()))}
     found = [_like(one, taken) for one in ((out,) if isinstance(out, torch.Tensor) else out)]
     if None in found:
         return None
@@ -83,7 +85,7 @@ def _like(tensor: torch.Tensor, taken: set[int]) -> _Like | None:
     `_unsafe_view` returns what it is given."""
     storage, like = tensor.untyped_storage(), _Like(tensor.shape, tensor.stride(), tensor.dtype)
     is_whole = tensor.device.type == "meta" and storage.nbytes() == like.make().untyped_storage().nbytes()
-    return like if is_whole and storage._cdata not in taken else None
+    return like if is_whole and storage_id(tensor) not in taken else None
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

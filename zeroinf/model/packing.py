@@ -8,8 +8,7 @@ transformers, with arguments that attention over pages supports, and which keys 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from zeroinf.compat.models import attention_by
 from zeroinf.model.anatomy import LayerCache
 from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts
 
@@ -37,17 +37,6 @@ def windows_of(config: Any) -> list[int | None]:
     """What attention of each layer sees of a row: so many tokens, or all of them. `config` is the decoder's."""
     own = DynamicCache(config=config).layers
     return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
-
-
-@contextmanager
-def attention_by(model: Any, name: str) -> Iterator[None]:
-    """While it lasts, layers of `model` hand attention to what is registered with transformers as `name`."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def not_understood(arguments: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.deepspeed import builds_partitions
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import auto_class, keeping_untied
 from zeroinf.model.reading import is_cut_off, reading_weights
@@ -18,8 +19,6 @@ def load_pretrained(source: ModelSource, dtype: torch.dtype, **where: Any) -> An
     Pickled files are read as weights only. Raises ModelError for a checkpoint that cannot be read, or that does not
     hold all of the model.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     with reading_weights(source.name), keeping_untied(source.config):
         try:
             model, info = auto_class(source.config).from_pretrained(
@@ -34,7 +33,7 @@ def load_pretrained(source: ModelSource, dtype: torch.dtype, **where: Any) -> An
             )
         except (OSError, ValueError, RuntimeError) as error:
             # Under ZeRO perhaps a collective that another rank broke.
-            broken = isinstance(error, RuntimeError) and is_deepspeed_zero3_enabled()
+            broken = isinstance(error, RuntimeError) and builds_partitions()
             if broken or isinstance(error, torch.OutOfMemoryError) or is_cut_off(error):
                 raise
             raise ModelError(f"cannot load {source.name}: {error}") from error

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from zeroinf.errors import ModelError
 from zeroinf.model.hub import hub_error
 from zeroinf.model.reading import reading_weights
+from zeroinf.model.source import ModelSource
 
 if TYPE_CHECKING:
     import torch
-
-    from zeroinf.model.source import ModelSource
 
 # In the order in which transformers looks for them: a single file, or the index of many.
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -12,10 +12,10 @@ from typing import cast
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
-from zeroinf.model.source import check_name
+from zeroinf.model.resolve import check_name
 from zeroinf.options.definition import Options, definitions
 from zeroinf.options.job_contradictions import check_output_of
-from zeroinf.options.options import EngineOptions, PlanOptions, RestOptions, RunOptions, TransferOptions
+from zeroinf.options.options import OffloadOptions, PlanOptions, RunOptions
 from zeroinf.planner.constraints import check_micro_batch_rows
 from zeroinf.planner.traits import TRAITS, EngineName, possible_offload
 
@@ -61,10 +61,9 @@ def refuse_idle(options: RunOptions | PlanOptions) -> None:
     check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups=True)
 
 
-def refuse_idle_offload(options: RestOptions | TransferOptions, engine: str, *, has_disk: bool = False) -> None:
+def refuse_idle_offload(options: OffloadOptions, engine: str, *, has_disk: bool = False) -> None:
     """Raise UsageError for settings of offload that would have no effect with `engine`, and for NVMe offload without a
     folder, unless there is a disk elsewhere."""
-    assert isinstance(options, RestOptions)
     if options.offload == "nvme" and not options.nvme_paths and not has_disk:
         raise UsageError("--offload nvme needs --nvme-path", hint="name a folder on a fast local disk")
     if options.offload not in ("nvme", "auto") and (unused := options.asked("nvme_paths", "aio")):
@@ -106,10 +105,11 @@ def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
         raise UsageError("--nvme-path names a folder of this machine, --machine another one", hint="drop one")
 
 
-def refuse_beside_model(options: EngineOptions, engine: str, ranks: int, layers: int, *, regroups: bool) -> None:
+def refuse_beside_model(
+    options: RunOptions | PlanOptions, engine: str, ranks: int, layers: int, *, regroups: bool
+) -> None:
     """Raise UsageError for what means nothing for a model of so many layers, whose sequences can be regrouped or not,
     on so many ranks."""
-    assert isinstance(options, RestOptions)
     check_micro_batch_rows(options.micro_batch_rows, options.batch_size, engine, regroups)
     if options.fetch != "auto" and ranks == 1:
         raise UsageError(
@@ -117,12 +117,12 @@ def refuse_beside_model(options: EngineOptions, engine: str, ranks: int, layers:
         )
     if options.resident_blocks is not None and options.resident_blocks > layers:
         raise UsageError(
-            f"--resident-blocks {options.resident_blocks}, but the model has {layers} blocks",
+            f"--resident-blocks {options.resident_blocks}, but the model has {layers} layers",
             hint="choose fewer, or --offload none to keep all of them on the GPU",
         )
     if options.resident_blocks == layers and (options.offload != "auto" or options.fetch != "auto"):
         raise UsageError(
-            f"with --resident-blocks {layers} all blocks stay, and --offload and --fetch have no effect",
+            f"with --resident-blocks {layers} all layers stay on the GPU, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
 

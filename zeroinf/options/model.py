@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.model.source import ModelSource, pick_dtype, resolve_model
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.source import ModelSource, pick_dtype
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import ConfigOptions, ModelOptions, PlanOptions, RunOptions
 from zeroinf.planner.traits import expands_once, needs_full_weights

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from zeroinf.generation.row import MOST_LOGPROBS, Sampling
 from zeroinf.jobs.export import OutputFormat
 from zeroinf.jobs.formats import InputFormat
-from zeroinf.jobs.shape import Shape
+from zeroinf.jobs.shape import EntryShape
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.options.definition import Option, Options, option, parts
 from zeroinf.planner.choice import Fetch, Offload
@@ -267,8 +267,8 @@ class JobOptions(Options):
     input_format: InputFormat = option(
         "auto", help="What -i holds; auto goes by each file's ending and its first bytes."
     )
-    shape: Shape = parts(
-        Shape(),
+    shape: EntryShape = parts(
+        EntryShape(),
         prompt_column=Option(
             flags=("--prompt-column",), help="The column (or key) that holds the prompt. [default: prompt]"
         ),
@@ -465,5 +465,5 @@ class ZeroRankOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigOptions(ModelOptions, ZeroRestOptions, TransferOptions, ZeroRankOptions):
+class ConfigOptions(ModelOptions, ZeroRestOptions, OffloadOptions, ZeroRankOptions):
     """A configuration of DeepSpeed's ZeRO for a model."""

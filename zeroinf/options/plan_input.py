@@ -19,7 +19,7 @@ from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.planning import constraints_of, plan_input_from, share_model
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import PlanInput
+from zeroinf.simulation.make_plan import PlanInput
 
 
 def plan_input_of(options: PlanOptions) -> PlanInput:

@@ -26,7 +26,7 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine, read_memory
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, Loading
-from zeroinf.model.inspect import config_dtype
+from zeroinf.model.config import config_dtype
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
@@ -39,7 +39,7 @@ from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.traits import possible_offload
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import PlanInput, make_plan, plan_as_requested
+from zeroinf.simulation.make_plan import PlanInput, make_plan, plan_as_requested
 from zeroinf.sizes import gib
 
 

@@ -49,9 +49,9 @@ def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str
         return
     if batch_size is not None and rows > batch_size:
         raise UsageError(
-            f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more rows are live",
+            f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more sequences run at a time",
             hint="lower the one, or raise the other",
         )
     if engine != "stream" or not regroups:
         what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
-        raise UsageError(f"--micro-batch-rows has no effect with {what}: all rows run together", hint="drop it")
+        raise UsageError(f"--micro-batch-rows has no effect with {what}: all sequences run together", hint="drop it")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.graphs import why_launched
 from zeroinf.planner.memory import Term
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
@@ -26,7 +27,7 @@ class AioSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorParallel:
-    """How DeepSpeed-Inference splits a model over ranks."""
+    """Settings with which DeepSpeed-Inference splits a model over ranks."""
 
     size: int = 1
     """Ranks that hold one model together, and run the same rows. 0 asks for all there are."""
@@ -41,7 +42,9 @@ class TensorParallel:
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
-    """Where the weights rest, how many rows run together, on what. Prints in a few lines, in notebooks as a table."""
+    """All decisions of a run: engine, tiers of the weights, batch, and memory terms. Prints in a few lines, in
+    notebooks as a table.
+    """
 
     anatomy: Anatomy
     engine: str
@@ -57,6 +60,8 @@ class Plan:
     """Prompt tokens that a pass computes, at the most."""
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
+    graph_tokens: int = 0
+    """Packed forwards of up to so many tokens replay CUDA graphs of layers; 0: none does."""
     pool_pages: int = 0
     """Pages of the KV cache, for all live rows together."""
     host_rows: int = 0
@@ -116,6 +121,11 @@ class Plan:
         return self.scored_tokens > 0 and packs_scores(self.anatomy, self.engine)
 
     @property
+    def launched_because(self) -> str:
+        """Why layers are launched kernel by kernel; empty where packed forwards of few tokens replay CUDA graphs."""
+        return why_launched(self.anatomy, self.engine, self.device)
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of a row in the KV cache at the most."""
         return self.anatomy.row_tokens(self.prompt_tokens, self.new_tokens)
@@ -144,6 +154,7 @@ class Plan:
             micro_batch_rows=share(self.micro_batch_rows),
             prefill_tokens=share(self.prefill_tokens),
             forward_tokens=share(self.forward_tokens) if self.forward_tokens else 0,
+            graph_tokens=min(self.graph_tokens, share(self.forward_tokens)) if self.graph_tokens else 0,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
             host_rows=min(self.host_rows, rows),
             timing=timing,

@@ -16,6 +16,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection, Shortage
+from zeroinf.planner.graphs import GRAPH_TOKENS, why_launched
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
@@ -108,6 +109,7 @@ class Planner:
         self._lengths = lengths
         self._engine_terms = engine_terms
         self._thorough = thorough
+        self._launches = bool(why_launched(anatomy, "stream" if engine_terms is None else "", device))
         self._gpu_bytes = min((gpu.free_bytes for gpu in machine.gpus), default=0)
         self._host_bytes = machine.memory.available_bytes
 
@@ -500,6 +502,7 @@ class Planner:
             micro_batch_rows=shape.micro_batch_rows,
             prefill_tokens=shape.prefill_tokens,
             forward_tokens=shape.forward_tokens,
+            graph_tokens=0 if self._launches else min(shape.forward_tokens, GRAPH_TOKENS),
         )
         workload = self._simulate(shape)
         terms = self._terms(constraints, choice, workload)

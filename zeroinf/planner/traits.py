@@ -112,5 +112,5 @@ def refuse_beside_codes(anatomy: Anatomy, engine: str, wire: Wire = "model") -> 
     if wire != "model":
         raise UsageError(
             f"--wire {wire} has no effect: the checkpoint is quantized already, with {quantized.method}",
-            hint="drop it: weights cross the link as the checkpoint has them",
+            hint="drop it: weights are transferred as the checkpoint stores them",
         )

@@ -177,7 +177,7 @@ Pass = tuple[Step, ...]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many rows are live, how many of them run one forward, and how many prompt tokens a pass computes."""
+    """The shape of a pass: live rows, rows that run one forward, and prompt tokens that are computed."""
 
     rows: int
     micro_batch_rows: int
@@ -201,7 +201,7 @@ class Forwards:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """What packed passes are made of: forwards, attention by itself, and those that tell how much memory they take."""
+    """The parts of packed passes: forwards, attention by itself, and the passes that take the most memory."""
 
     forwards: Forwards
     prompts: tuple[Kernels, ...]
@@ -210,6 +210,8 @@ class Packed:
     """Attention of a step of all rows, with as many tokens as they have on average."""
     fullest: tuple[Pass, ...]
     """Passes of which one has the most memory in use."""
+    replayed: Step
+    """The largest forward that replays CUDA graphs, if any does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -267,7 +269,7 @@ class Workload:
 
 
 class Simulate(Protocol):
-    """Whoever can tell what rows of some shape do."""
+    """A function that simulates the workload of rows of some shape."""
 
     def __call__(self, shape: Shape) -> Workload: ...
 

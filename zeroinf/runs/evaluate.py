@@ -18,7 +18,7 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import DoesNotFitError, InputError, UsageError, ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.source import load_tokenizer
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import scores_bytes
@@ -90,8 +90,8 @@ def evaluate(
     anatomy = anatomy_of(options, source, device.type)
     if anatomy.encoder is not None:
         raise UsageError(
-            f"{anatomy.architecture} has an encoder: it answers a text and does not predict it",
-            hint="zeroinf eval wants a causal model",
+            f"{anatomy.architecture} has an encoder: perplexity needs a decoder-only model",
+            hint="choose a decoder-only model",
         )
     limit = anatomy.context_limit or sys.maxsize
     if window is not None and window > limit:

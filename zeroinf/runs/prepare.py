@@ -22,7 +22,8 @@ from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.definition import fingerprint_of
 from zeroinf.options.job_contradictions import check_output_of
@@ -214,5 +215,5 @@ def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> No
     idle = options.asked("top_p", "top_k", "min_p", "seed")
     if idle and work and all(item.sampling.is_greedy for item in work):
         raise UsageError(
-            f"{', '.join(idle)} would change nothing: every request is greedy", hint="add --temperature, or drop it"
+            f"{', '.join(idle)} has no effect: every request is greedy", hint="add --temperature, or drop it"
         )

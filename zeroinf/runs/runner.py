@@ -168,11 +168,13 @@ def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Obser
     )
     done = len(job.work) - len(output.left)
     if output.damaged:
-        observer.note(f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: they are done again")
+        observer.note(
+            f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: their requests run again"
+        )
     if options.resume and job.work:
-        observer.note(f"going on with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
+        observer.note(f"resuming with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
     if output.changed:
-        observer.note(f"results of two jobs in one output, which differ in {', '.join(output.changed)}")
+        observer.note(f"this output mixes results of two jobs, which differ in {', '.join(output.changed)}")
     return output
 
 

@@ -187,6 +187,7 @@ class Session:
             prompt_tokens=found.prompt_tokens,
             completion_tokens=len(found.tokens),
             logprobs=told,
+            extra=request.extra,
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a client asks for in a body of JSON: requests to be run, and how their answers are to be sent."""
+"""Parses the JSON body of a client's request: the requests to run, and the form in which their answers are sent."""
 
 from __future__ import annotations
 

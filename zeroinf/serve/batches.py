@@ -288,7 +288,8 @@ class Batches:
             return
         found = handle.result(0)
         if found.finish_reason != "cancelled":
-            codec = self._gateway.codec_of_model
+            assert self._gateway.model is not None
+            codec = self._gateway.model.codec
             tells = work.sampling.logprobs is not None and found.finish_reason != "error"
             result = Result(
                 index=work.index,

@@ -23,6 +23,7 @@ from zeroinf.serve.metrics import Metrics, counter, gauge, labelled
 from zeroinf.serve.settings import Settings
 from zeroinf.service.core import Service
 from zeroinf.service.handles import Handle, TokenEvent
+from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.requests import Request
 from zeroinf.service.text import TextCodec
 
@@ -89,10 +90,16 @@ class Gateway:
         return self.service.model.codec
 
     @property
-    def codec_of_model(self) -> TextCodec:
-        """The same, also while nothing more is taken in."""
-        assert self._service is not None
-        return self._service.model.codec
+    def model(self) -> LoadedModel | None:
+        """What was loaded, also while nothing more is taken in."""
+        return None if self._service is None else self._service.model
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache's pages in use, on rank 0."""
+        if (model := self.model) is None:
+            return 0.0
+        return model.scheduler.reserved_pages / max(1, model.scheduler.limits.pages)
 
     @property
     def max_model_len(self) -> int:
@@ -172,9 +179,8 @@ class Gateway:
         if self._state != "ready" or self._service is None:
             return
         model = self._service.model
-        stats, plan, scheduler = model.engine.stats(), model.plan, model.scheduler
-        pages = max(1, scheduler.limits.pages)
-        yield gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use.", scheduler.reserved_pages / pages)
+        stats, plan = model.engine.stats(), model.plan
+        yield gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use.", self.kv_cache_usage)
         yield counter("passes", "Walks over all layers, on rank 0.", stats.passes)
         yield counter("streamed_bytes", "Weights transferred to where they compute, on rank 0.", stats.streamed_bytes)
         terms: dict[tuple[str, ...], float] = {}

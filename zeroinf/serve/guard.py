@@ -1,7 +1,7 @@
-"""Who may ask, and how much at a time: keys, other pages' requests, and the size of bodies.
+"""Guards a server: API keys, requests from pages of other sites, and the size of bodies.
 
-Pages of other sites cannot use a server without a key through a visitor's browser: what names another origin is
-refused, and bodies of JSON must say that they are JSON, which a browser does not let other pages do unasked.
+Pages of other sites cannot use a server without a key through a visitor's browser: a request that names another origin
+is refused, and bodies of JSON must say that they are JSON, which a browser does not let other pages do unasked.
 """
 
 from __future__ import annotations

@@ -31,6 +31,12 @@ class Metrics:
             "e2e_request_latency_seconds", "From a request's arrival to its end.", buckets=_SECONDS, **make
         )
         self.registry.register(_Reader(read))
+        self.tokens = 0
+        """Generated ones."""
+
+    def generated(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.generation_tokens.inc(tokens)
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""
@@ -39,7 +45,7 @@ class Metrics:
     def batch_done(self, prompt_tokens: int, tokens: int, finish_reason: str) -> None:
         """A request of a batch has ended."""
         self.prompt_tokens.inc(prompt_tokens)
-        self.generation_tokens.inc(tokens)
+        self.generated(tokens)
         self.success.labels(finished_reason=finish_reason).inc()
 
     def watch(self, prompt_tokens: int) -> Watch:
@@ -58,7 +64,7 @@ class Watch:
         """So many tokens have come; where it has ended, why."""
         now, metrics = time.monotonic(), self._metrics
         if tokens:
-            metrics.generation_tokens.inc(tokens)
+            metrics.generated(tokens)
             if not self._last:
                 metrics.first_token.observe(now - self._began)
             else:

@@ -36,6 +36,7 @@ from zeroinf.serve.batch_routes import add_batches, add_no_batches
 from zeroinf.serve.batches import Batches, ReadJob
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.page_routes import add_page
 from zeroinf.serve.settings import Settings
 from zeroinf.service.observer import Observer
 from zeroinf.signals import heeded_signals
@@ -110,7 +111,7 @@ def run_server(
     with ExitStack() as closing:
         closing.callback(signals.restore)
         gateway = Gateway(settings, options.sampling)
-        app = make_app(gateway)
+        app = make_app(gateway, add_page)
         batches = closing.enter_context(_state(app, gateway)) if settings.state is not None else None
         if batches is None:
             add_no_batches(app)

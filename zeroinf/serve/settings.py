@@ -1,4 +1,4 @@
-"""How a server is set up: address, keys and limits."""
+"""Settings of a server: address, keys and limits."""
 
 from __future__ import annotations
 

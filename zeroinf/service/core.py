@@ -177,7 +177,9 @@ class Service:
     def _check_scored(self, posted: QueuedRequest) -> None:
         plan, count, start = self.model.plan, len(posted.tokens), posted.index
         if not 1 <= start < count + bool(posted.following):
-            raise InputError(f"scores from token {start} on, of {count}", hint="score at least one, behind another")
+            raise InputError(
+                f"scores from token {start} on, of {count}", hint="start at 1 or later, and score at least one token"
+            )
         if not all(posted.following):
             raise InputError("a continuation holds no tokens", hint="give at least one")
         if not self.model.shares_scores and any(len(each) > 1 for each in posted.following):
@@ -263,7 +265,7 @@ class Service:
 
     def fail(self, error: BaseException) -> None:
         """Nothing can go on: whoever waits is told, and nothing more is taken."""
-        known = error if isinstance(error, ZeroinfError) else ZeroinfError(f"the loop ended: {error!r}")
+        known = error if isinstance(error, ZeroinfError) else ZeroinfError(f"the generation loop failed: {error!r}")
         known.__cause__ = None if known is error else error
         if isinstance(self._queue, SharedRequestQueue):
             self._queue.fail()

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zeroinf.compat.allocator import set_allocator
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
-from zeroinf.planner.memory import OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
+from zeroinf.planner.memory import GRAPHS, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.traits import TRAITS
 
@@ -62,7 +63,7 @@ class GpuMemory:
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
         self._used_before = self._used()
         # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        set_allocator("expandable_segments:True")
         torch.cuda.set_device(device)
         self._used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         _start_libraries(plan, device)
@@ -124,8 +125,8 @@ class GpuMemory:
         """
         if not TRAITS[self._plan.engine].is_replayed:
             return
-        small = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name == SMALL_PAGES)
-        wanted = self._planned - self._outside_torch - small
+        elsewhere = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name in (SMALL_PAGES, GRAPHS))
+        wanted = self._planned - self._outside_torch - elsewhere
         self._loading_peak = torch.cuda.max_memory_allocated(self._device)
         held = []
         with suppress(torch.OutOfMemoryError):

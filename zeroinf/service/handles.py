@@ -26,7 +26,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a request came to."""
+    """The result of a request."""
 
     tokens: Sequence[int]
     """Generated ones, an end-of-sequence token included."""

@@ -21,16 +21,20 @@ from zeroinf.engines.base import Engine
 from zeroinf.engines.registry import load_engine
 from zeroinf.errors import DoesNotFitError
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.graphs import CudaCapturing, Graphs
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at
+from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
-from zeroinf.model.source import ModelSource, load_tokenizer
+from zeroinf.model.inspect import find_stacks
+from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
+from zeroinf.planner.graphs import graph_sizes
 from zeroinf.planner.plan import Plan
 from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
@@ -69,6 +73,7 @@ class LoadedModel:
         self._host: HostCache | None = None
         self.link_gbps: float | None = None
         """Rate of this rank's link, measured before the weights were loaded; None where nothing crosses one."""
+        self._told_of_graphs = False
         self._closing = ExitStack()
         try:
             self._closing.callback(self.peak.stop)
@@ -122,7 +127,7 @@ class LoadedModel:
         self.plan = plan = plan.with_rows(fitting) if fitting < plan.batch_size else plan
         if plan.batch_size < planned.batch_size:
             self._observer.note(
-                f"another process has taken GPU memory since the plan: {plan.batch_size} rows instead of "
+                f"another process has taken GPU memory since the plan: batch {plan.batch_size} instead of "
                 f"{planned.batch_size}"
             )
         engine, model = self.engine, self.engine.model
@@ -139,9 +144,14 @@ class LoadedModel:
                 pin = plan.pin_memory and self.device.type == "cuda"
                 self._host = HostCache(model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin)
                 self._closing.callback(self._host.close)
-            self._desk = Desk(model, rules, pool, self.device, self._host)
+            self._batch_state = BatchState(model, rules, pool, self.device, self._host)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
+        self._graphs: Graphs | None = None
+        if plan.graph_tokens and self.device.type == "cuda":
+            blocks = [block for _, stack in find_stacks(model) for block in stack]
+            capturing = CudaCapturing(self.device, getattr(torch, plan.dtype))
+            self._graphs = Graphs(blocks, capturing, graph_sizes(plan.graph_tokens))
         self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
         self._scorer = Scorer(model, rules.pad_token, self.device, packs=plan.packs_scores and limits.breaks_at is None)
 
@@ -185,18 +195,21 @@ class LoadedModel:
             torch.cuda.set_device(self.device)  # threads have one each
         try:
             return generate(
-                self.engine, control, self._desk, self.scheduler, replace(feed, shrank=self._tell_of_shrinking)
+                self.engine, control, self._batch_state, self.scheduler, replace(feed, shrank=self._tell_of_shrinking)
             )
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, self.scheduler.limits.micro_batch_rows) from error
+        finally:
+            if self._graphs is not None and self._graphs.refused and not self._told_of_graphs:
+                self._told_of_graphs = True
+                self._observer.note(f"some layers ran without CUDA graphs: {self._graphs.refused}")
 
     def _tell_of_shrinking(self, rows: int) -> None:
         """An error of the planner: say so, with what it had counted on."""
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self.plan.terms if t.place == "gpu")
         self._observer.note(
-            f"out of GPU memory, against the plan: micro-batches of {rows} row{'s' * (rows > 1)} from here on, "
-            "the pass is made again. "
-            f"Please report it with the planned terms: {terms}"
+            f"out of GPU memory, although the plan fits: the pass is repeated with micro-batches of {rows} "
+            f"sequence{'s' * (rows > 1)}. Please report this with the planned terms: {terms}"
         )
 
     @property
@@ -215,7 +228,7 @@ class LoadedModel:
         if self._gpu is None:
             return None
         staging = self._host.link.staging_bytes if self._host is not None else 0
-        return self._gpu.use(self.engine.stats().slot_bytes, self._desk.pool.nbytes + staging)
+        return self._gpu.use(self.engine.stats().slot_bytes, self._batch_state.pool.nbytes + staging)
 
     def close(self) -> None:
         """Give everything back. No loop may run."""
@@ -223,7 +236,7 @@ class LoadedModel:
 
     def _drop(self) -> None:
         """Let go of what holds device memory."""
-        for name in ("_desk", "_scorer", "engine"):
+        for name in ("_batch_state", "_scorer", "_graphs", "engine"):
             self.__dict__.pop(name, None)
         self._host = None
         gc.collect()  # hooks and the models that they belong to refer to each other
@@ -232,7 +245,7 @@ class LoadedModel:
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
     return DoesNotFitError(
         f"out of GPU memory with {'1 row' if rows == 1 else f'{rows} rows'}: {str(error).splitlines()[0]}",
-        hint="shorten the prompts, lower --max-new-tokens, or let fewer blocks stay on the GPU"
+        hint="shorten the prompts, lower --max-new-tokens, or keep fewer layers on the GPU (--resident-blocks)"
         if rows == 1
         else "choose a smaller --batch-size",
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from zeroinf.compat.stop_strings import token_bytes
+
 _BEFORE = "abcdef"
 """Text before a token, so that it is decoded as in the middle of a text; transformers takes the same."""
 
@@ -17,12 +19,8 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers import StopStringCriteria
-
         self._tokenizer = tokenizer
-        self._mode = StopStringCriteria._get_stop_string_matching_mode(tokenizer)
-        self._byte_decoder = StopStringCriteria._byte_level_decoder() if self._mode == "byte_level" else None
-        self._token_to_bytes = StopStringCriteria._token_to_bytes
+        self._bytes_of = token_bytes(tokenizer)
         before = tokenizer(_BEFORE, add_special_tokens=False)["input_ids"]
         self._before = tokenizer.convert_ids_to_tokens(before)
         self._known: dict[int, bytes | None] = {}
@@ -39,9 +37,9 @@ class TokenBytes:
             return None
         if name is None:
             return None
-        known = self._token_to_bytes(name, self._mode, self._byte_decoder)
+        known = self._bytes_of(name)
         if known is not None:
-            return bytes(known)
+            return known
         text = self._tokenizer.convert_tokens_to_string([*self._before, name])
         at = text.find(_BEFORE)
         alone = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)

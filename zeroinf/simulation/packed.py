@@ -29,7 +29,9 @@ _TIMED = tuple(1 << power for power in range(16))
 
 
 class OnPaper:
-    """What attention of packed forwards allocates on a GPU; what it reads and multiplies is counted elsewhere."""
+    """Simulates the allocations of packed attention on a GPU; its memory traffic and arithmetic are counted
+    elsewhere.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -10,9 +10,17 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from zeroinf.compat.dispatch import (
+    GROUPED_MM,
+    LOCAL_SCALAR,
+    SAFE_SOFTMAX,
+    TO_COPY,
+    TorchDispatchMode,
+    operator_of,
+    schema_of,
+)
 from zeroinf.model import meta_operators
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Events, Kernel, Kernels, Pattern
@@ -22,7 +30,7 @@ aten = torch.ops.aten
 # Operators that neither read nor compute: they only reserve memory, or hand on what is there.
 _NO_KERNEL = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.lift_fresh}
 # Bytes an element that a kernel holds for itself while its output is there already: a mask of rows without any value.
-_OWN_BYTES = {aten._safe_softmax.default: 1}
+_OWN_BYTES = {SAFE_SOFTMAX: 1}
 # What the rows of a grouped product are padded to (`create_grouped_gemm_output_tensor` in torch's GroupedMMUtils.h).
 _GROUPED_ROW_BYTES = 16
 
@@ -56,24 +64,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
+        if func is LOCAL_SCALAR:
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        if func is aten._to_copy.default and _leaves_for_the_host(args[0], kwargs):
+        if func is TO_COPY and _leaves_for_the_host(args[0], kwargs):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
-        out = _grouped_product(*args) if func is aten._grouped_mm.default else meta_operators.call(func, args, kwargs)
+        out = _grouped_product(*args) if func is GROUPED_MM.default else meta_operators.call(func, args, kwargs)
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
             self._pass_through(out.numel() * _OWN_BYTES[func])
-        changes = func._schema.is_mutable and args[0].device.type == "meta"
-        if func._overloadpacket not in _NO_KERNEL and (any(is_new) or changes):
-            formula = _FLOPS.get(func._overloadpacket)
+        changes = schema_of(func).is_mutable and args[0].device.type == "meta"
+        operator = operator_of(func)
+        if operator not in _NO_KERNEL and (any(is_new) or changes):
+            formula = _FLOPS.get(operator)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             touched = _tensors((args, kwargs, out))
-            if func._overloadpacket in _ROWS_OF:
-                which, rows = _ROWS_OF[func._overloadpacket]
+            if operator in _ROWS_OF:
+                which, rows = _ROWS_OF[operator]
                 moved = out if rows == _OUT else args[rows]
                 touched = (args[which], moved, moved)
-            self.kernel(func._overloadpacket.__name__, flops, touched)
+            self.kernel(operator.__name__, flops, touched)
             if func is aten.baddbmm.default:
                 self.kernel("copy_", 0, (out, out))  # what is added is first written out in full
         return out
@@ -140,7 +149,7 @@ def _grouped_flops(rows: torch.Tensor, weights: torch.Tensor, *ignored: Any, **a
     return 2 * rows.shape[0] * prod(weights.shape[1:])
 
 
-_FLOPS = {**flop_registry, aten._grouped_mm: _grouped_flops}
+_FLOPS = {**flop_registry, GROUPED_MM: _grouped_flops}
 
 
 def _leaves_for_the_host(tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:

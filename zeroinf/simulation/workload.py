@@ -15,13 +15,14 @@ from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
-from zeroinf.generation.micro_batch import Desk, TokenRules, breaks_at, running
+from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, running
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.graphs import GRAPH_TOKENS
 from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
@@ -38,7 +39,7 @@ _CACHE_KEYS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a forward computes of a row: so many tokens, behind those that are in the cache."""
+    """The tokens of a row that one forward computes: `count` of them, after the `start` that are in the cache."""
 
     start: int
     count: int
@@ -123,6 +124,7 @@ class Simulator:
                 prompts=attention(tokens / mean, 0, mean),
                 decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
+                replayed=sides[0][0].step(min(shape.forward_tokens, GRAPH_TOKENS), 1),
             ),
         )
 
@@ -137,11 +139,11 @@ class Simulator:
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            desk = self._desk(self._lengths.pool(self._anatomy, choices), kv, parts)
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices), kv, parts)
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
-            return record_step(self._model, desk, group, recorder, self._times)
+            return record_step(self._model, batch_state, group, recorder, self._times)
 
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
@@ -200,13 +202,13 @@ class Simulator:
         """What lasts for a job: the pool and the rows' tokens."""
         if size not in self._caches:
             with torch.no_grad(), Recorder(self._model, ()) as recorder:
-                desk = self._desk(size)
+                batch_state = self._batch_state(size)
                 (made,) = recorder.cut()
-                del desk
+                del batch_state
             self._caches[size] = tuple(Event(-_CACHE_KEYS - event.key, event.nbytes) for event in made)
         return self._caches[size]
 
-    def _desk(self, size: PoolSize, kv: KvDtype | None = None, parts: Sequence[Part] = ()) -> Desk:
+    def _batch_state(self, size: PoolSize, kv: KvDtype | None = None, parts: Sequence[Part] = ()) -> BatchState:
         """For rows on the GPU, or for `parts` of some that rest in host memory as `kv`."""
         pool = PagePool(self._model, self._anatomy, size, _META)
         host = None
@@ -214,7 +216,7 @@ class Simulator:
             new, seen = max(part.count for part in parts), max(part.start + part.count for part in parts)
             room = HostSize(tokens=0, seen_columns=len(parts) * seen, new_columns=len(parts) * new, dtype=kv)
             host = HostCache(self._model, self._anatomy, room, _META, None, pin=False)
-        return Desk(self._model, TokenRules(self._model, None, ()), pool, _META, host)
+        return BatchState(self._model, TokenRules(self._model, None, ()), pool, _META, host)
 
     def _step(
         self, rows: int, start: int, count: int, kv: KvDtype | None = None, *, padded: bool | None = None
@@ -229,9 +231,9 @@ class Simulator:
     def _simulate(self, parts: Sequence[Part], kv: KvDtype | None) -> Step:
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            desk = self._desk(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
             recorder.cut()
-            return self._record(desk, parts, recorder)
+            return self._record(batch_state, parts, recorder)
 
     def _together(self, shape: Shape) -> Workload:
         """All rows in one micro-batch from the first step to the last, with the states that it keeps."""
@@ -244,15 +246,15 @@ class Simulator:
         with torch.no_grad(), recorder:
             longer = [Part(part.count + new, longest) for part in prompts]
             kv = shape.kv_dtype if shape.host_rows else None
-            desk = self._desk(self._lengths.pool(self._anatomy, shape.rows), kv, longer)
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, shape.rows), kv, longer)
             recorder.cut()
-            found = [self._record(desk, prompts, recorder, sources)]
+            found = [self._record(batch_state, prompts, recorder, sources)]
             if new > 1:
-                found.append(self._record(desk, [Part(part.count, 1) for part in prompts], recorder))
+                found.append(self._record(batch_state, [Part(part.count, 1) for part in prompts], recorder))
             if new > 2:
-                _skip(desk, new - 3)
+                _skip(batch_state, new - 3)
                 skipped = recorder.cut()[0]
-                last = self._record(desk, [Part(part.count + new - 2, 1) for part in prompts], recorder)
+                last = self._record(batch_state, [Part(part.count + new - 2, 1) for part in prompts], recorder)
                 found.append(replace(last, inputs=(*skipped, *last.inputs)))
         return self._workload(
             shape,
@@ -263,19 +265,21 @@ class Simulator:
             last_decode=tuple(found[2:]),
         )
 
-    def _record(self, desk: Desk, parts: Sequence[Part], recorder: Recorder, sources: Sequence[int] = ()) -> Step:
+    def _record(
+        self, batch_state: BatchState, parts: Sequence[Part], recorder: Recorder, sources: Sequence[int] = ()
+    ) -> Step:
         """The loop's own steps for a micro-batch, whose encoder reads so many tokens: `recorder` is told of each."""
-        group = _group(parts, self._lengths, sources, on_host=desk.host is not None)
-        return record_step(self._model, desk, group, recorder, self._times)
+        group = _group(parts, self._lengths, sources, on_host=batch_state.host is not None)
+        return record_step(self._model, batch_state, group, recorder, self._times)
 
 
-def record_step(model: Any, desk: Desk, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
+def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
     """What `group` does in one pass of the loop; block i of those that `recorder` watches stands for `times[i]`."""
     recorder.cut_kernels(times)
-    desk.kernel = OnPaper(recorder)
-    batch = desk.batch(group)
+    batch_state.kernel = OnPaper(recorder)
+    batch = batch_state.batch(group)
     inputs = batch.inputs()
-    desk.begin([batch])
+    batch_state.begin([batch])
     (making,) = recorder.cut()
     with ExitStack() as stack:
         stack.enter_context(_META)
@@ -344,9 +348,9 @@ def _group(parts: Sequence[Part], lengths: Lengths, sources: Sequence[int], *, o
     return Group.of(seats)
 
 
-def _skip(desk: Desk, tokens: int) -> None:
+def _skip(batch_state: BatchState, tokens: int) -> None:
     """Let states stand where they would after `tokens` more steps."""
-    for layer in desk.cache(anew=False).layers if tokens else ():
+    for layer in batch_state.cache(anew=False).layers if tokens else ():
         if isinstance(layer, DynamicLayer) and layer.keys is not None:  # recurrent states and pages do not grow
             layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
 

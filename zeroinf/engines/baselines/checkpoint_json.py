@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.deepspeed import fused_rows
+from zeroinf.compat.models import ignored_when_missing
 from zeroinf.distributed.control import Control
 from zeroinf.engines.baselines.megatron import megatron_parts
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
@@ -84,7 +86,7 @@ class ListedWeights:
         prefix = f"{self._model.base_model_prefix}."
         known = [alias for own in tensor.names for alias in (own, own.removeprefix(prefix), *_ALIASES.get(own, ()))]
         found = [name for name in known if name in parts]
-        computed = self._model._keys_to_ignore_on_load_missing or ()
+        computed = ignored_when_missing(self._model)
         if not found and (tensor.is_parameter or not any(re.search(one, tensor.names[0]) for one in computed)):
             raise ModelError(f"{self._name} lists no {tensor.names[0]}", hint="is it a checkpoint of this model?")
         return parts[found[0]] if found else None
@@ -105,14 +107,11 @@ class ListedWeights:
 
     def _sections(self, tensor: Tensor, whole: Sequence[int], ranks: int) -> tuple[int, ...]:
         """Rows of queries, keys and values where DeepSpeed split each of them over the ranks."""
-        from deepspeed.module_inject.fusedqkv_utils import fused_qkv_subparam_sizes, require_tp_fused_qkvw
-        from deepspeed.module_inject.tp_shard import AutoTPMeta
-
         name = tensor.names[0]
-        if self._listing.kind == "megatron" or not require_tp_fused_qkvw(name, ranks):
+        if self._listing.kind == "megatron":
             return (whole[0],)
         block = find_blocks(self._model)[1][0]
-        sections = fused_qkv_subparam_sizes(block, tuple(whole), AutoTPMeta.from_model_config(self._model.config))
+        sections = fused_rows(name, whole, ranks, block, self._model.config)
         if sections is None:
             raise ModelError(
                 f"{self._name}: parts of {name} cannot be put together again: DeepSpeed interleaves them",

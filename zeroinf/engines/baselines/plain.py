@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.modules import own_buffers, own_parameters
 from zeroinf.engines.base import EngineStats
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -51,7 +52,7 @@ def random_model(
     model = build_skeleton(source, plan.dtype)
     made: dict[int, torch.nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for name, own in list(module._parameters.items()):
+        for name, own in list(own_parameters(module).items()):
             if own is None:
                 continue
             if id(own) not in made:
@@ -59,10 +60,10 @@ def random_model(
                 value = torch.empty(own.shape, dtype=own.dtype, device=device)
                 value.normal_(std=_RANDOM_SCALE, generator=generator)
                 made[id(own)] = torch.nn.Parameter(value.to(_place_of(f"{prefix}.{name}", places)))
-            module._parameters[name] = made[id(own)]
-        for name, buffer in list(module._buffers.items()):
+            own_parameters(module)[name] = made[id(own)]
+        for name, buffer in list(own_buffers(module).items()):
             if buffer is not None:
-                module._buffers[name] = buffer.to(_place_of(f"{prefix}.{name}", places))
+                own_buffers(module)[name] = buffer.to(_place_of(f"{prefix}.{name}", places))
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zeroinf.compat.deepspeed import run_tensor_parallel_in
 from zeroinf.distributed.control import Control, join_process_group
 from zeroinf.engines.base import LoadListener
 from zeroinf.engines.baselines.checkpoint_json import ListedWeights, save_parts
@@ -107,13 +108,12 @@ class _WholeModel:
 def _split(model: Any, plan: Plan, source: ModelSource, control: Control, device: torch.device) -> Any:
     """`model` with this rank's part of its weights on `device`; of the host memory that held them nothing is kept."""
     import deepspeed
-    from deepspeed.inference.engine import InferenceEngine
 
     asked = plan.tensor_parallel
     if asked.size > 1:
         starts = range(0, control.world.size, asked.size)
         groups = [dist.new_group(range(at, at + asked.size)) for at in starts]
-        InferenceEngine.inference_mp_group = groups[control.world.rank // asked.size]  # else the first ranks' group
+        run_tensor_parallel_in(groups[control.world.rank // asked.size])
     try:
         split = deepspeed.init_inference(
             model,

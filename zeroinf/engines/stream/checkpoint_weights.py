@@ -20,10 +20,11 @@ from zeroinf.engines.stream.weight_source import LoadProgress, Pieces
 from zeroinf.engines.stream.write_target import WriteTarget
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import NUMBERS
+from zeroinf.model.config import quantization
 from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.pretrained import load_pretrained
-from zeroinf.model.source import ModelSource, quantization
+from zeroinf.model.source import ModelSource
 from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of
 from zeroinf.model.weights import can_be_converted, weight_files
 

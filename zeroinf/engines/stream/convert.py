@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.loading import convert_and_load
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
 
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -46,28 +47,13 @@ class Converter:
         stored = [tensor for tensor in group.tensors if tensor.stored]
         with self._lock:
             try:
-                self._load(self._held[number])
+                convert_and_load(self._model, self._held[number])
                 found = {tensor.names[0]: _loaded(tensor) for tensor in stored}
             finally:
                 for tensor in group.tensors:
                     tensor.bind(tensor.value)
         whole = {name: value for name, value in found.items() if value is not None}
         return whole if len(whole) == len(stored) else None
-
-    def _load(self, weights: dict[str, Any]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-        from transformers.utils import logging
-
-        model, shows = self._model, logging.is_progress_bar_enabled()
-        asked = LoadStateDictConfig(dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model))
-        logging.disable_progress_bar()
-        try:
-            convert_and_load_state_dict_in_model(model, weights, asked)
-        finally:
-            if shows:
-                logging.enable_progress_bar()
 
 
 def _loaded(tensor: Tensor) -> torch.Tensor | None:

@@ -97,4 +97,6 @@ def read_pieces(store: Store, files: DataFiles, reads: Iterable[tuple[int, FileR
 
 
 def _failed(verb: str, file: Path, error: OSError) -> StoreError:
-    return StoreError(f"cannot {verb} {file}: {error.strerror}", hint="is the disk mounted and well? (see dmesg)")
+    return StoreError(
+        f"cannot {verb} {file}: {error.strerror}", hint="check that the disk is mounted and healthy (see dmesg)"
+    )

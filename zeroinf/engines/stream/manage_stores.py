@@ -66,7 +66,7 @@ def find_store(paths: Sequence[Path], name: str) -> Store:
         raise UsageError(f"no store {name} below {', '.join(map(str, paths))}", hint="zeroinf store list shows them")
     store = open_store(holding, name)
     if store is None:
-        raise StoreError(f"the store {name} is not finished", hint="the run that needs it goes on writing it")
+        raise StoreError(f"the store {name} is not finished", hint="the next run that needs it continues writing it")
     return store
 
 

@@ -16,7 +16,7 @@ from zeroinf.engines.stream.transfer import ComputeStream, WeightTransfer, new_e
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a block is made of, on its way to a slot: `memory` (uint8) holds it, or it is read from the store (None)."""
+    """The data of a block on its way to a slot: `memory` (uint8) holds it, or it is read from the store (None)."""
 
     nbytes: int
     memory: torch.Tensor | None

@@ -57,7 +57,7 @@ class FileRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreContents:
-    """What a store holds, known before it is written."""
+    """The description of a store's contents, known before it is written."""
 
     model: str
     revision: str | None

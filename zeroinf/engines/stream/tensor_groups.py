@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
+from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.engines.stream.layout import Layout, lay_out
 from zeroinf.engines.stream.write_target import WriteTarget
 from zeroinf.model.anatomy import TensorSpec
@@ -27,8 +28,6 @@ class Tensor:
     sites: list[tuple[Module, str]] = field(default_factory=list)
     stored: bool = False
     """Checkpoints hold it: a parameter or a persistent buffer."""
-    bound: torch.Tensor | None = None
-    """What modules use instead, once there is something."""
 
     @property
     def is_parameter(self) -> bool:
@@ -36,9 +35,8 @@ class Tensor:
 
     def bind(self, value: torch.Tensor) -> None:
         """Let every module that uses this tensor use `value` instead (a Parameter for a parameter)."""
-        self.bound = value
         for module, name in self.sites:
-            own: dict[str, Any] = module._parameters if self.is_parameter else module._buffers
+            own: dict[str, Any] = own_parameters(module) if self.is_parameter else own_buffers(module)
             own[name] = value
 
     def like(self, view: torch.Tensor) -> torch.Tensor:
@@ -105,14 +103,14 @@ def _sort_tensors(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
     stacks = find_stacks(model)
     tensors: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
-        own: Sequence[tuple[str, torch.Tensor | None]] = (*module._parameters.items(), *module._buffers.items())
+        own: Sequence[tuple[str, torch.Tensor | None]] = (*own_parameters(module).items(), *own_buffers(module).items())
         for name, value in own:
             if value is None:
                 continue
             tensor = tensors.setdefault(id(value), Tensor(value))
             tensor.names.append(f"{prefix}.{name}" if prefix else name)
             tensor.sites.append((module, name))
-            tensor.stored |= name not in module._non_persistent_buffers_set
+            tensor.stored |= name not in unsaved_buffers(module)
     inside: list[list[Tensor]] = [[] for _, layers in stacks for _ in layers]
     outside: list[Tensor] = []
     for tensor in tensors.values():

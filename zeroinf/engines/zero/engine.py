@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.deepspeed import as_one_tensor, build_whole_models, partition_models
+from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.distributed.control import join_process_group
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import EngineStats
@@ -44,7 +46,6 @@ class ZeroEngine:
         os.environ["DS_ACCELERATOR"] = plan.device
         self._leave_group = join_process_group(world, plan.device)
         import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
 
         self._passes = 0
         self._offloaded = plan.offload != "none"
@@ -55,7 +56,7 @@ class ZeroEngine:
                 # other tokens: the model's own are made apart.
                 buffers = dict(build_skeleton(source, plan.dtype).named_buffers())
                 # transformers holds this object by a weak reference only, and loads unpartitioned once it is gone.
-                self._transformers_config = HfDeepSpeedConfig(config)
+                self._transformers_config = partition_models(config)
                 deepspeed.init_distributed(dist_backend="nccl" if plan.device == "cuda" else "gloo", verbose=False)
                 self._engine = deepspeed.initialize(model=_build(source, plan), config=config)[0]
                 _set_buffers(self._engine.module, buffers)
@@ -93,9 +94,7 @@ class ZeroEngine:
 
     def _leave(self) -> None:
         """Leave transformers, the disk and the process group as they were."""
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # while it holds, models are built in partitions
+        build_whole_models()  # while it holds, models are built in partitions
         self._remove_swap_folder()
         self._leave_group()
 
@@ -120,11 +119,10 @@ def _build(source: ModelSource, plan: Plan) -> Any:
 def _draw_coded_weights(model: Any) -> None:
     """Random weights where DeepSpeed keeps codes of them: transformers has drawn numbers in the codes' place."""
     import deepspeed
-    from deepspeed.inference.quantization.utils import concat_to_compat_param
 
     spread = getattr(model.config.get_text_config(), "initializer_range", None) or _SPREAD
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight: Any = own_parameters(module).get("weight")
         if not getattr(weight, "weight_quantized", False):
             continue
         is_linear = isinstance(module, torch.nn.Linear)
@@ -134,16 +132,16 @@ def _draw_coded_weights(model: Any) -> None:
                 shape = [getattr(module, name) for name in names]
                 drawn = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_(std=spread)
                 codes = [part.view(weight.dtype) for part in weight.quantizer.quantize(drawn)]
-                weight.data.copy_(concat_to_compat_param(*codes, return_param=False))
+                weight.data.copy_(as_one_tensor(codes))
 
 
 def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     """Replace the buffers that no checkpoint holds."""
     for prefix, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            made = module._buffers[name]
+        for name in unsaved_buffers(module):
+            made = own_buffers(module)[name]
             if made is not None:
-                module._buffers[name] = buffers[f"{prefix}.{name}" if prefix else name].to(made.device)
+                own_buffers(module)[name] = buffers[f"{prefix}.{name}" if prefix else name].to(made.device)
 
 
 def _with_private_swap_folder(config: dict[str, Any]) -> tuple[dict[str, Any], ScratchFolder | None]:

@@ -101,7 +101,8 @@ def measure_model_launch(device: str = "cuda") -> float:
 def kernels_of(work: Callable[[], object]) -> int:
     """Count the kernels that the operators of `work` launch: one each, except for views."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from zeroinf.compat.dispatch import UNSAFE_VIEW, TorchDispatchMode
 
     number = 0
 
@@ -112,7 +113,7 @@ def kernels_of(work: Callable[[], object]) -> int:
             return func(*args, **(kwargs or {}))
 
     aten = torch.ops.aten
-    allocating = {aten._unsafe_view.default, aten.empty.memory_format, aten.empty_like.default}
+    allocating = {UNSAFE_VIEW, aten.empty.memory_format, aten.empty_like.default}
     with Counting():  # type: ignore[no-untyped-call]
         work()
     return number

@@ -43,8 +43,9 @@ def _convert(packed: Path, parts: Sequence[Path], folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
+    from zeroinf.model.config import config_dtype
     from zeroinf.model.gguf.tensors import open_tensors
-    from zeroinf.model.inspect import build_meta, config_dtype
+    from zeroinf.model.inspect import build_meta
 
     for file in packed.iterdir():
         shutil.copyfile(file, folder / file.name)

@@ -35,7 +35,7 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies: `offset` in bytes from the start of `path`; `shape` has the row's length last."""
+    """The location of a tensor: `offset` in bytes from the start of `path`; `shape` has the row's length last."""
 
     path: Path
     shape: tuple[int, ...]

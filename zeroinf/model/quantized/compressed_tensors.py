@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
+from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.model.quantized.expansion import Expansion, Held, refused
 from zeroinf.model.quantized.linears import is_fused
@@ -48,7 +49,7 @@ def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is not None:
             _check_scheme(model, module, scheme)
-            module._parameters.pop("weight_shape", None)  # as the module's own; read on a GPU, it would make this wait
+            own_parameters(module).pop("weight_shape", None)  # read on a GPU, it would make this wait
             Expansion(module, partial(_expand_compressed_tensors, scheme.weights, module.in_features))
 
 

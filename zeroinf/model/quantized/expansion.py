@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
+from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import ModelError
 
 Held = Mapping[str, torch.Tensor]
@@ -26,7 +27,7 @@ class Expansion:
 
     def __init__(self, module: Module, expand: Expand) -> None:
         """Let `module` run with what `expand` makes of its own parameters."""
-        self._own: dict[str, Any] = module._parameters
+        self._own: dict[str, Any] = own_parameters(module)
         self._expand, self._run = expand, module.forward
         self._held: dict[str, Any] | None = None
         module.forward = self._forward

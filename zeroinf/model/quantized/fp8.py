@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
 from zeroinf.model.quantized.fused import fused
 from zeroinf.model.quantized.linears import Stored, hold_linears
@@ -30,7 +31,9 @@ def hold_fp8(model: Any, found: dict[str, Any]) -> None:
         if found.get(part, usual) != usual:
             raise refused(model, f"fp8 with {part} {found[part]}", f"only {part} {usual} expands")
     config = FineGrainedFP8Config(**{key: value for key, value in found.items() if key != "stored"})
-    kept = HfQuantizer.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model, config.modules_to_not_convert, list(modules_in_float32(model)[1])
+    )
     block = tuple(config.weight_block_size) if config.weight_block_size else None
     hold_linears(model, found, "fp8", _Fp8(block), _SCALES, lambda name: not should_convert_module(name, kept))
 

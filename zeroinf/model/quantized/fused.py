@@ -17,14 +17,14 @@ _LIBRARY: Any = torch.library.Library("zeroinf", "DEF")  # type: ignore[no-untyp
 
 
 def fused(schema: str, on_cpu: Callable[..., None]) -> Callable[..., None]:
-    """The operator of `schema`: `on_cpu` on the CPU, the function of its name in `kernels` on a GPU."""
+    """The operator of `schema`: `on_cpu` on the CPU, the function of its name in `expansion_kernels` on a GPU."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
 
     def on_gpu(*args: Any) -> None:
-        from zeroinf.model.quantized import kernels
+        from zeroinf.model.quantized import expansion_kernels
 
-        getattr(kernels, name)(*args)
+        getattr(expansion_kernels, name)(*args)
 
     _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
@@ -44,7 +44,7 @@ def require_kernels(device: torch.device) -> None:
     try:
         whole = torch.empty(1, 32, dtype=torch.bfloat16, device=device)
         packed = torch.zeros(1, 34, dtype=torch.uint8, device=device)
-        from zeroinf.model.quantized.kernels import expand_ggml
+        from zeroinf.model.quantized.expansion_kernels import expand_ggml
 
         expand_ggml(whole, packed, 8, 32, 34)
     except (ImportError, RuntimeError, OSError) as error:

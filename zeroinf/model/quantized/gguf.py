@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
+from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import Expansion, Held, meta
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
@@ -56,7 +57,7 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
     seen: set[int] = set()
     for path, module in list(model.named_modules()):
         held: dict[str, tuple[torch.Size, torch.dtype, list[_Piece]]] = {}
-        for own, parameter in list(module._parameters.items()):
+        for own, parameter in list(own_parameters(module).items()):
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -67,8 +68,8 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
                 held[own] = parameter.shape, parameter.dtype, pieces
             else:
                 _expand_as_read(parameter, pieces, names)
-        for own, buffer in module._buffers.items():
-            if buffer is not None and own not in module._non_persistent_buffers_set:
+        for own, buffer in own_buffers(module).items():
+            if buffer is not None and own not in unsaved_buffers(module):
                 pieces = _pieces(names, f"{path}.{own}", buffer)
                 names.use(pieces, f"{path}.{own}", buffer.shape)
                 _expand_as_read(buffer, pieces, names)
@@ -91,7 +92,7 @@ def _hold(
     plans = []
     for own, (shape, _, pieces) in held.items():
         sample = torch.empty(shape, dtype=torch.uint8, device="meta")
-        del module._parameters[own]
+        del own_parameters(module)[own]
         for number, piece in enumerate(pieces):
             kind = QUANTIZED_TYPES[kinds[piece.name]]
             rows = piece.view(sample).shape

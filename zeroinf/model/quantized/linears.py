@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Linear, Module
 
+from zeroinf.compat.loading import as_in_checkpoint, conversions
+from zeroinf.compat.modules import own_parameters
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused
 from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of, set_parts
 
@@ -37,7 +39,9 @@ class Stored:
 
 
 class MatrixFormat(Protocol):
-    """How one matrix of (rows, columns) weights is stored. Tensors are named by what follows the layer's name."""
+    """The storage format of one matrix of (rows, columns) weights. Tensors are named by what follows the layer's
+    name.
+    """
 
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         """Its tensors, as the config lets expect them where files are not at hand."""
@@ -116,11 +120,11 @@ def hold_linears(
     """
     stored = _by_layer(found.get(STORED))
     origins = _origins(model, what)
-    owners = {f"{path}.{own}": module for path, module in model.named_modules() for own in module._parameters}
+    owners = {f"{path}.{own}": module for path, module in model.named_modules() for own in own_parameters(module)}
     plans: dict[Module, list[_Plan]] = defaultdict(list)
     for matrices in _matrices(model, origins):
         module, own = owners[matrices.parameter], matrices.parameter.rpartition(".")[2]
-        parameter = module._parameters[own]
+        parameter = own_parameters(module)[own]
         rows, columns = matrices.end - matrices.first, parameter.shape[-1]
         layer = _EXPERT.sub("*", matrices.names[0])
         if stored is None:
@@ -154,8 +158,10 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
         covered[plan.own] += plan.matrices.end - plan.matrices.first
     for plan in plans:
         if covered[plan.own] != plan.shape[-2]:
-            raise refused(model, what, f"{plan.matrices.names[0]} is quantized, what it is fused with is not")
-        module._parameters.pop(plan.own, None)
+            raise refused(
+                model, what, f"{plan.matrices.names[0]} is quantized, but the weights that it is fused with are not"
+            )
+        own_parameters(module).pop(plan.own, None)
     steps = []
     for number, plan in enumerate(plans):
         names = {}
@@ -247,11 +253,8 @@ def _origins(model: Any, what: str) -> dict[str, _Origin]:
 
     transformers' conversion is undone with numbers for rows, a few for each matrix.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
-
     parameters = dict(model.named_parameters())
-    if not get_model_conversion_mapping(model, add_legacy=False):
+    if not conversions(model, of_old_names=False):
         return {name: _Origin(name, 0, 0, parameter.shape[0]) for name, parameter in parameters.items()}
     marked, starts, start = {}, [], 0
     for name, parameter in parameters.items():
@@ -261,7 +264,7 @@ def _origins(model: Any, what: str) -> dict[str, _Origin]:
         starts.append(start)
         start += marks
     names, found = list(parameters), {}
-    for name, value in revert_weight_conversion(model, marked).items():
+    for name, value in as_in_checkpoint(model, marked).items():
         first, end = int(value.min()), int(value.max()) + 1
         at = bisect_right(starts, first) - 1
         rows = parameters[names[at]].shape[-2:][0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.modules import own_parameters
 from zeroinf.model.quantized.expansion import Expansion, Held, meta
 from zeroinf.model.quantized.fused import fused
 
@@ -28,7 +29,7 @@ def hold_mxfp4(model: Any, found: dict[str, Any]) -> None:
             continue
         dtype = module.down_proj.dtype
         for name in names:
-            experts, inputs, outputs = module._parameters.pop(name).shape
+            experts, inputs, outputs = own_parameters(module).pop(name).shape
             groups = experts, outputs, inputs // _FP4_GROUP
             module.register_parameter(f"{name}_blocks", meta((*groups, _FP4_GROUP // 2), torch.uint8))
             module.register_parameter(f"{name}_scales", meta(groups, torch.uint8))

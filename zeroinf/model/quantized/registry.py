@@ -1,19 +1,31 @@
-"""Maps the names of quantization methods in configs to the modules that support them."""
+"""Maps the names of quantization methods in configs to the modules that support them.
+
+A format's module is imported when a checkpoint needs it; docs/contributing/add-a-format.md shows how to add one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from zeroinf.model.anatomy import Quantized
-from zeroinf.model.quantized.bnb import hold_bitsandbytes
-from zeroinf.model.quantized.compressed_tensors import hold_compressed_tensors
-from zeroinf.model.quantized.fp8 import hold_fp8
-from zeroinf.model.quantized.gguf import hold_gguf
-from zeroinf.model.quantized.gptq import hold_auto_round, hold_awq, hold_gptq
-from zeroinf.model.quantized.mxfp4 import hold_mxfp4
-from zeroinf.model.quantized.scaled import hold_modelopt
-from zeroinf.model.source import quantization
+from zeroinf.model.config import quantization
+
+_HOLD = {
+    "auto-round": ("gptq", "hold_auto_round"),
+    "awq": ("gptq", "hold_awq"),
+    "bitsandbytes": ("bnb", "hold_bitsandbytes"),
+    "compressed-tensors": ("compressed_tensors", "hold_compressed_tensors"),
+    "fp8": ("fp8", "hold_fp8"),
+    "gguf": ("gguf", "hold_gguf"),
+    "gptq": ("gptq", "hold_gptq"),
+    "modelopt": ("scaled", "hold_modelopt"),
+    "mxfp4": ("mxfp4", "hold_mxfp4"),
+}
+"""Module of this package, and its function that takes a skeleton and the config's `quantization_config`."""
+
+METHODS = tuple(_HOLD)
+"""Ways to quantize a checkpoint that stream as they are, by the names that configs give them."""
 
 
 def hold_quantized(model: Any) -> Quantized | None:
@@ -27,18 +39,6 @@ def hold_quantized(model: Any) -> Quantized | None:
     if found is None:
         return None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    _HOLD[found["quant_method"]](model, found)
+    module, function = _HOLD[found["quant_method"]]
+    getattr(import_module(f"zeroinf.model.quantized.{module}"), function)(model, found)
     return Quantized(method=found["quant_method"], parameters=parameters)
-
-
-_HOLD: dict[str, Callable[[Any, dict[str, Any]], None]] = {
-    "auto-round": hold_auto_round,
-    "awq": hold_awq,
-    "bitsandbytes": hold_bitsandbytes,
-    "compressed-tensors": hold_compressed_tensors,
-    "fp8": hold_fp8,
-    "gguf": hold_gguf,
-    "gptq": hold_gptq,
-    "modelopt": hold_modelopt,
-    "mxfp4": hold_mxfp4,
-}

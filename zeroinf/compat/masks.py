@@ -1,4 +1,9 @@
-"""Attention masks of padded rows, made without asking the device whether anything is padded."""
+"""Lets transformers make attention masks without asking the device whether anything is padded.
+
+Relies on the mask function `sdpa` in `ALL_MASK_ATTENTION_FUNCTIONS` (a registry that models read in each forward) and
+on the arguments of `sdpa_mask`, as they are in transformers 5.17 to 5.24. Without it, the host would wait for the
+device in every padded forward. `tests/unit/test_compat.py` fails when they change.
+"""
 
 from __future__ import annotations
 

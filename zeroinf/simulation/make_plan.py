@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from zeroinf.engines.baselines.memory import baseline_terms
+from zeroinf.engines.baselines.baseline_memory import baseline_terms
 from zeroinf.engines.zero.codes import expansion, with_codes
 from zeroinf.engines.zero.config import own_codes
-from zeroinf.engines.zero.memory import zero_terms
+from zeroinf.engines.zero.zero_memory import zero_terms
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
@@ -137,7 +137,7 @@ def _refuse_beside_an_encoder(plan_input: PlanInput) -> None:
         )
     if constraints.static_batches:
         raise UsageError(
-            f"--static-batches has no effect: rows of {name} always start and end together", hint="drop it"
+            f"--static-batches has no effect: sequences of {name} always start and end together", hint="drop it"
         )
 
 
@@ -234,6 +234,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         micro_batch_rows=choice.micro_batch_rows,
         prefill_tokens=choice.prefill_tokens,
         forward_tokens=choice.forward_tokens,
+        graph_tokens=choice.graph_tokens,
         pool_pages=chosen.pool.pages,
         host_rows=choice.host_rows,
         host=chosen.host,

@@ -21,7 +21,7 @@ from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import total
 from zeroinf.planner.speeds import speeds_of
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.planning import PlanInput, PlanResult, make_plan
+from zeroinf.simulation.make_plan import PlanInput, PlanResult, make_plan
 
 MODEL = "pythia-70m"
 

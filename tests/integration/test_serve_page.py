@@ -1,0 +1,70 @@
+"""The page of `zeroinf serve` in Chromium, at two widths: prompts stream, batches begin, end and are cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from http_serving import MODEL, server
+
+CHROMIUM = shutil.which("chromium")
+PICTURES = os.environ.get("TEST_PICTURES")
+"""A folder for pictures of the page, if they are wanted."""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_is_used(small_checkpoint: Callable[[str], Path], tmp_path: Path, width: int, scheme: str) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    body = {"model": MODEL, "max_tokens": 12, "ignore_eos": True}
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": f"say {n}"}}
+        for n in range(400)
+    ]
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    for file, count in ((few, 5), (many, 400)):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+    key = {"api_key": "s3cret"} if width < 1000 else {}
+    with (
+        server(small_checkpoint("llama"), slow_s=0.01, state=tmp_path / "state", **key) as (http, _),
+        playwright.sync_playwright() as browsers,
+    ):
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        troubles = list[str]()
+        page.on("console", lambda said: troubles.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(str(http.base_url))
+        if key:
+            page.get_by_label("The server asks for its key").fill("s3cret")
+            page.get_by_role("button", name="Use key").press("Enter")
+        page.get_by_text("ready", exact=True).wait_for()
+        page.get_by_label("As", exact=True).select_option("text")
+        page.get_by_role("textbox", name="Prompt").fill("in the beginning")
+        page.get_by_label("Most tokens").fill("8")
+        page.get_by_label("Most tokens").press("Enter")
+        playwright.expect(page.locator("#answer")).to_have_text(re.compile(".{8}", re.DOTALL))
+        page.get_by_label("Endpoint").select_option("/v1/completions")
+        page.get_by_label("A file of requests").set_input_files(str(few))
+        page.get_by_role("button", name="Start batch").click()
+        page.get_by_role("cell", name="completed", exact=True).wait_for(timeout=30_000)
+        with page.expect_download() as download:
+            page.get_by_role("button", name="download output").click()
+        assert len(Path(download.value.path()).read_text().splitlines()) == 5
+        page.get_by_label("A file of requests").set_input_files(str(many))
+        page.get_by_role("button", name="Start batch").click()
+        page.get_by_role("cell", name="in_progress", exact=True).wait_for(timeout=30_000)
+        if PICTURES:
+            page.wait_for_timeout(2500)
+            page.screenshot(path=f"{PICTURES}/serve-page-{width}.png", full_page=True)
+        page.get_by_role("button", name="cancel batch").click()
+        page.get_by_role("cell", name="cancelled", exact=True).wait_for(timeout=30_000)
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "it does not scroll sideways"
+        browser.close()
+        assert [one for one in troubles if "401" not in one] == []
