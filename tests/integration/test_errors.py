@@ -249,8 +249,8 @@ def test_half_a_launchers_environment(fails: Any, model: str, monkeypatch: pytes
         (["--resume"], "--resume without --output-file"),
         (["--resume-anyway", "-o", "o", "--overwrite"], "--resume-anyway and --overwrite contradict each other"),
         (["--hostfile", "ZERO"], "--hostfile without --output-file"),
-        (["--seed", "1"], "--seed would change nothing"),
-        (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing"),
+        (["--seed", "1"], "--seed has no effect"),
+        (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k has no effect"),
         (["--offload", "cpu", "--nvme-path", "/tmp"], "--nvme-path has no effect with --offload cpu"),
         (["--offload", "cpu", "--aio-threads", "4"], "--aio-threads has no effect with --offload cpu"),
         (
