@@ -7,11 +7,15 @@ kernel. What is computed is that of the forms in torch, to the last bit: product
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from zeroinf.model.quantized import block_kernels
 
 # A tile's rows and columns, where columns lie side by side in what is written, and where rows do.
 _TILES = {True: (16, 128), False: (64, 32)}
@@ -187,8 +191,46 @@ def _launch(
     )  # fmt: skip
 
 
+def _agree(
+    fast: Callable[[torch.Tensor], object], sure: Callable[[torch.Tensor], object], shape: tuple[int, ...]
+) -> bool:
+    """Whether two ways of filling a tensor of `shape` run on this GPU and give the same bits."""
+    found, right = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    sure(right)
+    try:
+        fast(found)
+    except Exception:  # Triton has errors of many kinds, and none of them may end a run
+        return False
+    return torch.equal(found.nan_to_num(), right.nan_to_num())
+
+
+@cache
+def _blocks_agree(kind: int, weights: int, nbytes: int) -> bool:
+    packed = torch.randint(0, 256, (3, 5, 2 * nbytes), dtype=torch.uint8, device="cuda")
+    return _agree(
+        lambda whole: block_kernels.expand_ggml(whole, packed, kind, weights, nbytes),
+        lambda whole: _launch(_ggml, whole, (packed,), (), kind=kind, weights=weights, nbytes=nbytes),
+        (3, 5, 2 * weights),
+    )
+
+
+@cache
+def _fp8_agrees() -> bool:
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(3, 5, 2)
+    scales = torch.rand(3, 2, 4, device="cuda")
+    return _agree(
+        lambda whole: block_kernels.expand_fp8(whole, codes, scales, 3, 128),
+        lambda whole: _launch(_fp8, whole, (codes, scales), (3, 128, 2, 4)),
+        (3, 5, 512),
+    )
+
+
 def expand_ggml(whole: torch.Tensor, packed: torch.Tensor, kind: int, weights: int, nbytes: int) -> None:
     """Blocks of ggml's type `kind`."""
+    stacked = whole if whole.dim() > 2 else whole[None]
+    if kind in block_kernels.GGML_KINDS and stacked.stride(2) == 1 and _blocks_agree(kind, weights, nbytes):
+        block_kernels.expand_ggml(stacked, packed.contiguous(), kind, weights, nbytes)
+        return
     _launch(_ggml, whole, (packed.contiguous(),), (), kind=kind, weights=weights, nbytes=nbytes)
 
 
@@ -214,4 +256,12 @@ def expand_words(
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
     """Weights in FP8; `scales` (..., blocks down, blocks across) are float32, blocks `height` x `width`."""
     sizes = height, width, scales.shape[-2], scales.shape[-1]
-    _launch(_fp8, whole, (codes.view(torch.uint8).contiguous(), scales.contiguous()), sizes)
+    packed = codes.view(torch.uint8).contiguous()
+    stacked = whole if whole.dim() > 2 else whole[None]
+    if (
+        stacked.stride(2) == 1
+        and _fp8_agrees()
+        and block_kernels.expand_fp8(stacked, packed, scales.contiguous(), height, width)
+    ):
+        return
+    _launch(_fp8, whole, (packed, scales.contiguous()), sizes)
