@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         pipeline,
         plan,
     )
+    from zeroinf.serve.deploy import client, deploy, terminate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,16 +33,24 @@ __all__ = [
     "TensorParallel",
     "TokenEvent",
     "__version__",
+    "client",
+    "deploy",
     "generate",
     "pipeline",
     "plan",
+    "terminate",
 ]
+_OF_SERVERS = ("client", "deploy", "terminate")
 
 
 def __getattr__(name: str) -> Any:
     """Import names that need torch on first use, so that `import zeroinf` stays light."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _OF_SERVERS:
+        import zeroinf.serve.deploy
+
+        return getattr(zeroinf.serve.deploy, name)
     import zeroinf.api
 
     return getattr(zeroinf.api, name)

@@ -61,9 +61,12 @@ def test_what_the_package_offers_is_frozen() -> None:
         "TensorParallel",
         "TokenEvent",
         "__version__",
+        "client",
+        "deploy",
         "generate",
         "pipeline",
         "plan",
+        "terminate",
     ]
     assert all(getattr(zeroinf, name) is not None for name in zeroinf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

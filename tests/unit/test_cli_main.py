@@ -70,6 +70,8 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
         "run": True,
         "status": True,
         "serve": True,
+        "ps": True,
+        "stop": True,
         "plan": True,
         "eval": True,
         "lm-eval": True,

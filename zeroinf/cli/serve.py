@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
     default=600.0,
     help="Longest wait for answers under way when the server is stopped.",
 )
+@option("--name", help="Name by which `zeroinf ps`, `zeroinf stop` and `zeroinf.client` find the server.")
+@option("--detach", is_flag=True, help="Run in the background, and return once it is ready. With --name.")
 @option("-q", "--quiet", is_flag=True, help="No plan and no progress; errors and notes stay.")
 @click.pass_context
 def serve(ctx: click.Context, /, **asked: Any) -> None:
@@ -125,6 +128,10 @@ def serve(ctx: click.Context, /, **asked: Any) -> None:
         -d '{"prompt": "The capital of France is", "max_tokens": 8}'
     """
     _refuse_launcher()
+    name, detach = asked.pop("name"), asked.pop("detach")
+    if detach:
+        _detach(name)
+        return
     key = _api_key(ctx, asked)
     settings = Settings(
         model_name=asked.pop("served_model_name") or asked["model"],
@@ -133,10 +140,10 @@ def serve(ctx: click.Context, /, **asked: Any) -> None:
         drain_s=asked.pop("drain_seconds"),
         **{name: asked.pop(name) for name in _SETTINGS},
     )
-    _serve(ctx, settings, asked)
+    _serve(ctx, settings, name, asked)
 
 
-def _serve(ctx: click.Context, settings: Settings, asked: dict[str, Any]) -> None:
+def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict[str, Any]) -> None:
     from zeroinf.generation.row import Sampling
 
     quiet, num_gpus = asked.pop("quiet"), asked.pop("num_gpus")
@@ -162,9 +169,24 @@ def _serve(ctx: click.Context, settings: Settings, asked: dict[str, Any]) -> Non
         prompt_tokens,
         num_gpus,
         ConsoleObserver(console, quiet=quiet),
+        name,
         listening=lambda address: click.echo(f"listening on {address}", err=True),
         ready=lambda address: click.echo(f"ready: {settings.model_name} at {address}/v1", err=True),
     )
+
+
+def _detach(name: str | None) -> None:
+    if name is None:
+        raise UsageError("--detach without --name", hint="add --name, by which it is found and stopped")
+    from zeroinf.serve.named import start_in_background
+
+    at = sys.argv.index("serve")
+    words = iter(sys.argv[at + 1 :])
+    rest = [word for word in words if word != "--detach" and not word.startswith("--name=")]
+    if "--name" in rest:
+        del rest[rest.index("--name") : rest.index("--name") + 2]
+    server = start_in_background(name, rest)
+    click.echo(f"ready: {server.model} at {server.address}/v1", err=True)
 
 
 def _api_key(ctx: click.Context, asked: dict[str, Any]) -> str | None:

@@ -36,6 +36,7 @@ from zeroinf.serve.batch_routes import add_batches, add_no_batches
 from zeroinf.serve.batches import Batches, ReadJob
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.named import NamedServer, announce, holding_name
 from zeroinf.serve.page_routes import add_page
 from zeroinf.serve.settings import Settings
 from zeroinf.service.observer import Observer
@@ -99,10 +100,13 @@ def run_server(
     max_prompt_tokens: int | None,
     num_gpus: int | None,
     observer: Observer,
+    name: str | None,
     listening: Callable[[str], None],
     ready: Callable[[str], None],
 ) -> None:
-    """Serve until a signal ends it. `listening` and `ready` are told the address, before and after weights are loaded.
+    """Serve until a signal ends it, found by others as `name`.
+
+    `listening` and `ready` are told the address, before and after weights are loaded.
 
     Raises what loading raises, InterruptedRunError for a signal before the model is there, and the error with which the
     model failed.
@@ -110,6 +114,8 @@ def run_server(
     signals = _Signals()
     with ExitStack() as closing:
         closing.callback(signals.restore)
+        if name is not None:
+            closing.enter_context(holding_name(name))
         gateway = Gateway(settings, options.sampling)
         app = make_app(gateway, add_page)
         batches = closing.enter_context(_state(app, gateway)) if settings.state is not None else None
@@ -118,6 +124,7 @@ def run_server(
         listener = bind(settings)
         address = closing.enter_context(answering(app, listener))
         listening(address)
+        _announce(name, settings, address, ready=False)
         session = open_session(options, partial(_lengths, options, max_prompt_tokens), None, observer, num_gpus)
         closing.callback(session.close)
         with signals.noted():
@@ -125,6 +132,7 @@ def run_server(
             if batches is not None:
                 batches.start(session.service, job_reader(options, session.source, session.model.device.type))
                 closing.callback(batches.stop)
+            _announce(name, settings, address, ready=True)
             ready(address)
             while not signals.count and gateway.state == "ready":
                 signals.wait(_POLL_S)
@@ -133,6 +141,11 @@ def run_server(
         session.service.check()
         if failed is not None:
             raise failed
+
+
+def _announce(name: str | None, settings: Settings, address: str, *, ready: bool) -> None:
+    if name is not None:
+        announce(NamedServer(name=name, pid=os.getpid(), model=settings.model_name, address=address, ready=ready))
 
 
 @contextmanager
