@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zeroinf.compat import allocator
 from zeroinf.hardware.machine import Gpu, Machine, Memory
 from zeroinf.hardware.rates import Rates
 from zeroinf.options import planning
@@ -53,6 +54,8 @@ class FakeGpu:
         self.most_reserved = self.most_allocated = 0
         self.limits: list[float] = []
         """What set_per_process_memory_fraction was told."""
+        self.settings: list[str] = []
+        """What torch's allocator was told."""
         self.nvml = True
         """Whether NVML says how much is in use."""
 
@@ -81,6 +84,8 @@ class FakeGpu:
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         gpu = gpu_of(self.total)
+        monkeypatch.setattr(allocator, "set_allocator", self.settings.append)
+        monkeypatch.setattr(allocator, "_users", 0)
         monkeypatch.setattr(gpu_memory, "_mapped", lambda device: self.reserved)
         monkeypatch.setattr(gpu_memory, "_taken", self._take)
         monkeypatch.setattr(gpu_memory, "read_gpus", lambda: (gpu,) if self.nvml else ())

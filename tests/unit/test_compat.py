@@ -95,6 +95,23 @@ def test_operators_of_a_dispatch_mode() -> None:
     assert dispatch.storage_id(one) == dispatch.storage_id(one[1:]) != dispatch.storage_id(one.clone())
 
 
+@pytest.mark.parametrize(
+    ("environ", "settings"),
+    [
+        ({}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:200"}, "max_split_size_mb:200,expandable_segments:False"),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:200"},
+            "expandable_segments:True",
+        ),
+    ],
+)
+def test_the_allocator_is_set_back_to_what_the_environment_says_of_it(environ: dict[str, str], settings: str) -> None:
+    assert allocator.environment_settings(environ) == settings
+
+
 def test_the_allocator_takes_settings() -> None:
     allocator.set_allocator("expandable_segments:True")
     with pytest.raises(TypeError):

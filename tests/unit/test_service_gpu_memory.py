@@ -20,6 +20,7 @@ from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import SMALL_PAGES, Term
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.timing import Timing
+from zeroinf.service import gpu_memory
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 
 DEVICE = torch.device("cuda", 0)
@@ -201,6 +202,28 @@ def test_torch_is_held_to_the_limit_less_what_lies_outside_it(limit: int, fracti
 def test_without_a_limit_nothing_is_enforced(gpu: FakeGpu) -> None:
     guard()
     assert gpu.limit is None
+
+
+def test_the_last_to_close_gives_the_allocators_settings_back(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:200")
+    first, second = guard(), guard(24 * GIB)
+    first.close()
+    assert gpu.settings == ["expandable_segments:True"] * 2
+    second.close()
+    second.close()
+    assert gpu.settings[2:] == ["max_split_size_mb:200,expandable_segments:False"]
+    assert gpu.limit == 1.0
+
+
+def test_a_start_that_fails_gives_them_back_too(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: Plan, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("no memory, the test says")
+
+    monkeypatch.setattr(gpu_memory, "_start_libraries", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        guard()
+    assert [settings.rpartition(":")[2] for settings in gpu.settings] == ["True", "False"]
 
 
 def test_a_limit_that_the_plan_fills_leaves_its_rows(gpu: FakeGpu) -> None:

@@ -4,12 +4,12 @@ was used.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 
-from zeroinf.compat.allocator import set_allocator
+from zeroinf.compat.allocator import expandable_segments
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
@@ -62,18 +62,29 @@ class GpuMemory:
         self._outside_torch = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name in OUTSIDE_TORCH)
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
         self._used_before = self._used()
-        # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
-        set_allocator("expandable_segments:True")
-        torch.cuda.set_device(device)
-        self._used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-        _start_libraries(plan, device)
-        self._workspaces = torch.cuda.memory_allocated(device)
         self._limit: int | None = None
+        self._loaded = self._loading_peak = 0
+        self._closing = ExitStack()
+        try:
+            self._start(limit_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, limit_bytes: int | None) -> None:
+        # The plan replays the allocator with segments that grow (planner/allocator.py); other settings round otherwise.
+        self._closing.enter_context(expandable_segments())
+        self._closing.callback(torch.cuda.empty_cache)
+        torch.cuda.set_device(self._device)
+        used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        self._closing.callback(torch.backends.cuda.enable_cudnn_sdp, used_cudnn)
+        _start_libraries(self._plan, self._device)
+        self._workspaces = torch.cuda.memory_allocated(self._device)
         if limit_bytes is not None:
             self._limit = limit_bytes - self._outside_torch
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._limit / total), device)
-        self._loaded = self._loading_peak = 0
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            self._closing.callback(torch.cuda.set_per_process_memory_fraction, 1.0, self._device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._limit / total), self._device)
 
     def check(self) -> None:
         """Raise DoesNotFitError if the GPU no longer has what the plan still needs."""
@@ -111,11 +122,8 @@ class GpuMemory:
         )
 
     def close(self) -> None:
-        """Lift the limit, and let torch give back what it holds and nobody uses."""
-        if self._limit is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
-        torch.backends.cuda.enable_cudnn_sdp(self._used_cudnn)
-        torch.cuda.empty_cache()
+        """Lift the limit, let torch give back what it holds and nobody uses, and set its allocator as it was."""
+        self._closing.close()
 
     def _take_all(self) -> None:
         """Let torch get what the plan still needs from the driver, as one piece that it keeps.
