@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ def tokenizer() -> Any:
 
 
 def codec(tokenizer: Any) -> TextCodec:
-    anatomy: Any = SimpleNamespace(vocabulary=len(WORDS))
+    anatomy: Any = SimpleNamespace(vocabulary=len(WORDS), context_limit=None)
     return TextCodec(tokenizer, anatomy)
 
 
@@ -94,3 +95,53 @@ def test_a_text_that_the_tokenizer_does_not_take_is_refused(tokenizer: Any) -> N
 def test_a_chat_without_a_template_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has no chat template"):
         codec(None).tokens(request(HI))
+
+
+class Counting:
+    """A tokenizer that says how many texts it was given at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.counts: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts: str | list[str], **settings: Any) -> Any:
+        self.counts.append(0 if isinstance(texts, str) else len(texts))
+        return self._tokenizer(texts, **settings)
+
+
+def test_many_prompts_and_chats_are_tokenized_together_and_as_one_by_one(tokenizer: Any) -> None:
+    begun = [*HI, {"role": "assistant", "content": "there"}]
+    requests = [
+        request("hi there"),
+        request(HI),
+        request("<s> hi there"),
+        request(HI, variables=(("enable_thinking", "false"),)),
+        request(HI, variables=(("reasoning_effort", '"low"'),)),
+        request([{"role": "user", "content": "<s> hi"}]),
+        replace(request("hi"), prompt=None, tokens=(5, 6, 7)),
+        replace(request(begun), truncate=2),
+        replace(request("hi there <turn>"), truncate=2),
+        replace(request("hi"), prompt=None, tokens=(99,)),
+    ]
+    counting = Counting(tokenizer)
+    ours, alone = codec(counting), codec(tokenizer)
+
+    def one(asked: Request) -> str:
+        try:
+            return str(alone.encode(asked))
+        except ValueError as error:
+            return str(error)
+
+    assert [str(found) for found in ours.encode_all(requests)] == [one(asked) for asked in requests]
+    assert (ours.templated, ours.doubled) == (alone.templated, alone.doubled) == (2, 1)
+    assert counting.counts == [3, 4]
+
+
+def test_a_chat_that_the_tokenizer_does_not_take_is_refused(tokenizer: Any) -> None:
+    lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(unk_token="<unk>")), chat_template=TEMPLATE)
+    (found,) = codec(lacking).encode_all([request(HI)])
+    assert isinstance(found, ValueError)
+    assert "the tokenizer refuses it" in str(found)

@@ -19,7 +19,7 @@ from zeroinf.service.roles import Conversations, LostMessageError
 from zeroinf.service.token_bytes import TokenBytes
 
 _AT_A_TIME = 1024
-"""Prompts that are tokenized together."""
+"""Prompts and chats that are tokenized together."""
 _DECIMALS = 6
 _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
 
@@ -76,20 +76,34 @@ class TextCodec:
         return ids
 
     def encode_all(self, requests: Sequence[Request]) -> Iterator[list[int] | ValueError]:
-        """What `encode` returns or raises for each of `requests`; fast tokenizers take many at a time, on all cores."""
+        """What `encode` returns or raises for each of `requests`; fast tokenizers take many at a time, on all
+        cores, and chat templates are rendered one by one before."""
         for start in range(0, len(requests), _AT_A_TIME):
             yield from self._encode_batch(requests[start : start + _AT_A_TIME])
 
     def _encode_batch(self, requests: Sequence[Request]) -> Iterator[list[int] | ValueError]:
-        plain = [request for request in requests if request.messages is None and request.tokens is None]
-        known: dict[int, list[int]] = {}
-        if self._tokenizer is not None and plain:
-            with suppress(Exception):  # whichever of them it was says so below
-                given = self._tokenizer([request.prompt for request in plain])["input_ids"]
-                known = {request.index: ids for request, ids in zip(plain, given, strict=True)}
+        texts: list[str | ValueError | None] = []
         for request in requests:
             try:
-                yield self._fitting(self._tokens(request, known.get(request.index)), request)
+                texts.append(self._rendered(request))
+            except ValueError as error:
+                texts.append(error)
+        known: dict[int, list[int]] = {}
+        for is_chat in (False, True):
+            group = {
+                number: text
+                for number, (request, text) in enumerate(zip(requests, texts, strict=True))
+                if isinstance(text, str) and (request.messages is not None) == is_chat
+            }
+            if self._tokenizer is not None and group:
+                with suppress(Exception):  # whichever of them it was says so below
+                    given = self._tokenizer(list(group.values()), add_special_tokens=not is_chat)["input_ids"]
+                    known |= dict(zip(group, given, strict=True))
+        for number, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            try:
+                if isinstance(text, ValueError):
+                    raise text
+                yield self._fitting(self._tokens(request, text, known.get(number)), request)
             except ValueError as error:
                 yield error
 
@@ -99,18 +113,20 @@ class TextCodec:
         Raises ValueError when the messages cannot be rendered or one of them would be lost, when nothing is left of the
         prompt, or where it holds a token for which the model has no embedding.
         """
-        return self._tokens(request, None)
+        return self._tokens(request, self._rendered(request), None)
 
-    def _tokens(self, request: Request, known: list[int] | None) -> list[int]:
-        """`known` are those that the tokenizer gives for the prompt, if it was asked already."""
-        if request.messages is not None:
-            ids = self._encode_chat(request.messages, request.chat)
-        elif request.tokens is not None:
+    def _rendered(self, request: Request) -> str | None:
+        """The text of a prompt, chat messages through the chat template; None for one that came as tokens."""
+        return request.prompt if request.messages is None else self._render_chat(request.messages, request.chat)
+
+    def _tokens(self, request: Request, text: str | None, known: list[int] | None) -> list[int]:
+        """`known` are those that the tokenizer gives for `text`, if it was asked already."""
+        if request.tokens is not None:
             ids = list(request.tokens)
-        elif self._tokenizer is not None:
-            ids = self._encode_plain(str(request.prompt), known)
+        elif self._tokenizer is None:
+            ids = [byte % self._anatomy.vocabulary for byte in (text or "").encode()]
         else:
-            ids = [byte % self._anatomy.vocabulary for byte in (request.prompt or "").encode()]
+            ids = self._tokenized(str(text), known, is_chat=request.messages is not None)
         if not ids:
             raise ValueError("the prompt holds no tokens")
         if request.truncate is not None:
@@ -133,16 +149,20 @@ class TextCodec:
                 f"tokens below {self._anatomy.vocabulary} only"
             )
 
-    def _encode_plain(self, prompt: str, known: list[int] | None) -> list[int]:
-        """Tokens of a text. Where it begins with the token with which the tokenizer begins, that is there once."""
+    def _tokenized(self, text: str, known: list[int] | None, *, is_chat: bool) -> list[int]:
+        """Tokens of a text. Chat templates write special tokens themselves; where a plain text begins with the token
+        with which the tokenizer begins, that is there once.
+        """
         assert self._tokenizer is not None
         try:
-            ids = list(self._tokenizer(prompt)["input_ids"] if known is None else known)
+            ids = list(self._tokenizer(text, add_special_tokens=not is_chat)["input_ids"] if known is None else known)
         except Exception as error:  # tokenizers have no error class of their own
             raise ValueError(f"the tokenizer refuses it: {error}") from error
+        if is_chat:
+            return ids
         bos = self._tokenizer.bos_token_id
-        self.templated += any(token in prompt for token in self._special)
-        if bos is None or ids[:2] != [bos, bos] or not prompt.startswith(str(self._tokenizer.bos_token)):
+        self.templated += any(token in text for token in self._special)
+        if bos is None or ids[:2] != [bos, bos] or not text.startswith(str(self._tokenizer.bos_token)):
             return ids
         self.doubled += 1
         return ids[1:]
@@ -151,7 +171,7 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._tokenizer is not None and bool(self._tokenizer.chat_template)
 
-    def _encode_chat(self, messages: Sequence[dict[str, str]], options: ChatOptions) -> list[int]:
+    def _render_chat(self, messages: Sequence[dict[str, str]], options: ChatOptions) -> str:
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise ValueError("the model has no chat template: give plain prompts instead of messages")
         if options not in self._conversations:
@@ -159,12 +179,11 @@ class TextCodec:
             self._conversations[options] = Conversations(partial(self._render, options))
         try:
             with _clock_at(self._now):
-                rendered = self._conversations[options].render(messages)
+                return self._conversations[options].render(messages)
         except LostMessageError:
             raise
         except Exception as error:  # templates are the model author's own programs and raise what they like
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _check_variables(self, options: ChatOptions) -> None:
         """Raises ValueError for a variable that the chat template does not read: it would change nothing."""
