@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,40 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import zeroinf
-from zeroinf.compat import allocator, deepspeed, dispatch, loading, masks, models, modules, stop_strings
+from zeroinf.compat import (
+    allocator,
+    chat_templates,
+    deepspeed,
+    dispatch,
+    loading,
+    masks,
+    models,
+    modules,
+    quantizers,
+    stop_strings,
+)
 
 OURS = Path(zeroinf.__file__).parent
 PUBLIC = {"_exit"}
 """Names that begin with an underscore and are documented: `os._exit`."""
+BOUND = {"accelerate", "compressed_tensors", "deepspeed", "huggingface_hub", "lm_eval", "torch", "transformers"}
+"""Libraries whose undocumented modules change from release to release."""
+DOCUMENTED = {
+    "deepspeed.utils",
+    "huggingface_hub.errors",
+    "lm_eval.__main__",
+    "lm_eval.api.instance",
+    "lm_eval.api.model",
+    "lm_eval.api.registry",
+    "lm_eval.utils",
+    "torch.distributed",
+    "torch.nn",
+    "torch.nn.functional",
+    "torch.overrides",
+    "transformers.cache_utils",
+    "transformers.modeling_outputs",
+}
+"""Modules of theirs that documentation tells users to import."""
 
 
 def private_names(file: Path) -> Iterator[tuple[int, str]]:
@@ -43,16 +73,41 @@ def private_names(file: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
+def undocumented(file: Path) -> Iterator[tuple[int, str]]:
+    """Modules of BOUND that `file` imports and no documentation names, and what it changes in objects of theirs."""
+    imported = set()
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in BOUND:
+            imported |= {alias.asname or alias.name for alias in node.names}
+            if "." in node.module and node.module not in DOCUMENTED:
+                yield node.lineno, node.module
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                root = alias.name.partition(".")[0]
+                imported |= {alias.asname or root} if root in BOUND else set()
+                if root in BOUND and "." in alias.name and alias.name not in DOCUMENTED:
+                    yield node.lineno, alias.name
+    for node in nodes:
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            root_node: ast.expr = node
+            while isinstance(root_node, ast.Attribute | ast.Subscript):
+                root_node = root_node.value
+            if isinstance(root_node, ast.Name) and root_node.id in imported:
+                yield node.lineno, ast.unparse(node)
+
+
 def of_self(node: ast.Attribute) -> bool:
     of_super = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
     return (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")) or of_super
 
 
-def test_private_names_of_others_are_used_in_compat_alone() -> None:
+@pytest.mark.parametrize("finds", [private_names, undocumented])
+def test_interfaces_that_change_are_used_in_compat_alone(finds: Callable[[Path], Iterator[tuple[int, str]]]) -> None:
     files = [file for file in OURS.rglob("*.py") if file.parent.name != "compat"]
-    found = {f"{file.relative_to(OURS)}:{line}": name for file in files for line, name in private_names(file)}
+    found = {f"{file.relative_to(OURS)}:{line}": name for file in files for line, name in finds(file)}
     assert not found
-    assert any(name for file in (OURS / "compat").glob("*.py") for _, name in private_names(file)), "it finds them"
+    assert any(name for file in (OURS / "compat").glob("*.py") for _, name in finds(file)), "it finds them"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +192,82 @@ def test_facts_of_a_model(model: Any) -> None:
     assert all(isinstance(pattern, str) for pattern in models.ignored_when_missing(model))
 
 
+def test_parameters_stay_apart_for_a_while() -> None:
+    config = small_config("llama")
+    config.tie_word_embeddings = True
+
+    def tied() -> bool:
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return made.lm_head.weight is made.model.embed_tokens.weight
+
+    with models.keeping_untied(("lm_head.weight",)):
+        assert not tied()
+    assert tied()
+
+
+def test_skeletons_take_no_memory_and_have_their_buffers() -> None:
+    with models.building_skeletons():
+        made = AutoModelForCausalLM.from_config(small_config("llama"), dtype=torch.float32)
+    assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+    assert all(buffer.any() for buffer in made.buffers()), "rotary frequencies"
+
+
+def test_facts_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 7}')
+    assert models.generation_config_of(str(tmp_path), None).eos_token_id == 7
+    assert not models.tokenizer_config(str(tmp_path), None)
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "own.Tokenizer"}}')
+    assert models.tokenizer_config(str(tmp_path), None)["auto_map"]
+    assert {"LlamaForSequenceClassification", "BertForQuestionAnswering"} < models.classifiers()
+    assert "LlamaForCausalLM" not in models.classifiers()
+
+
+def test_forwards_take_their_cache_by_a_known_name(model: Any) -> None:
+    assert set(models.CACHE_ARGUMENTS) & set(inspect.signature(model.forward).parameters)
+
+
+def test_modules_that_stay_unquantized(model: Any) -> None:
+    kept = quantizers.kept_modules(model, ["lm_head"], ["norm"])
+    assert {"lm_head", "norm"} <= set(kept)
+    assert not quantizers.is_quantized("lm_head", kept)
+    assert quantizers.is_quantized("model.layers.0.mlp.up_proj", kept)
+    assert quantizers.is_quantized("model.layers.0.mlp.up_proj", None)
+    experts = [m for m in AutoModelForCausalLM.from_config(small_config("gpt_oss")).modules()
+               if isinstance(m, quantizers.gpt_oss_experts())]  # fmt: skip
+    assert experts[0].gate_up_proj.dim() == experts[0].down_proj.dim() == 3
+
+
+def test_modules_of_compressed_tensors() -> None:
+    args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    group = {
+        "targets": ["Linear"],
+        "weights": args,
+        "input_activations": {**args, "strategy": "token", "dynamic": True},
+    }
+    found = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+             "config_groups": {"group_0": group}, "ignore": ["lm_head"]}  # fmt: skip
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(small_config("llama"), dtype=torch.float32)
+    quantizers.hold_as_compressed_tensors(made, found)
+    linear = made.model.layers[0].mlp.up_proj
+    assert linear.weight.dtype == torch.int8
+    codes, scale = torch.ones(4, 8, dtype=torch.int8), torch.full((4, 1), 0.5)
+    assert quantizers.dequantized(codes, scale, linear.quantization_scheme.weights).eq(0.5).all()
+
+
+def test_chat_templates_get_the_time_that_is_set() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def year() -> str:
+        return str(
+            render_jinja_template([[{"role": "user", "content": ""}]], chat_template="{{ strftime_now('%Y') }}")[0][0]
+        )
+
+    with chat_templates.clock_at(200_000_000):
+        assert year() == "1976"
+    assert year() > "2025"
+
+
 def test_processors_of_greedy_search(model: Any) -> None:
     config = GenerationConfig(repetition_penalty=2.0, min_new_tokens=2)
     found = models.greedy_processors(model, config, prompt_tokens=1, eos_tokens=[2], device=torch.device("cpu"))
@@ -201,5 +332,28 @@ def test_deepspeed_s_switches() -> None:
 def test_deepspeed_s_fused_weights() -> None:
     block = nn.Module()
     assert deepspeed.fused_rows("model.layers.0.mlp.up_proj.weight", (8, 4), 2, block, small_config("llama")) == (8,)
-    codes = torch.zeros(4, dtype=torch.uint8), torch.ones(2), torch.zeros(2)
-    assert deepspeed.as_one_tensor(codes).numel() == 8
+
+
+def test_deepspeed_s_codes() -> None:
+    from deepspeed.inference.quantization.utils import Quantizer
+
+    weight = nn.Parameter(torch.zeros(4, 8, dtype=torch.float16))
+    assert not deepspeed.has_codes(weight)
+    weight.weight_quantized = True  # type: ignore[attr-defined]
+    weight.quantizer = Quantizer({"num_bits": 8, "symmetric": False, "group_dim": 1, "group_size": 8})  # type: ignore[attr-defined]
+    assert deepspeed.has_codes(weight)
+    held = deepspeed.codes_of(weight, torch.arange(32, dtype=torch.float16).view(4, 8))
+    assert held.dtype == weight.dtype
+    assert held.nbytes == 32 + 2 * 4 * 2, "a byte a code; a scale and a minimum of two bytes for each group of 8"
+
+
+def test_deepspeed_s_op_between_cpus_is_off() -> None:
+    deepspeed.without_shared_memory_op()
+    from deepspeed.ops import __compatible_ops__
+
+    assert __compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_formulas_of_operations() -> None:
+    formula = dispatch.flop_registry[torch.ops.aten.mm]
+    assert formula(torch.ones(2, 3), torch.ones(3, 5), out_val=torch.ones(2, 5)) == 2 * 2 * 3 * 5

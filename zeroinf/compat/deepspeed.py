@@ -34,14 +34,6 @@ def builds_partitions() -> bool:
     return bool(is_deepspeed_zero3_enabled())
 
 
-def as_one_tensor(codes: Sequence[Any]) -> Any:
-    """DeepSpeed's own quantized weight as it keeps it: codes, scales and minima in one tensor. Relies on
-    `concat_to_compat_param`."""
-    from deepspeed.inference.quantization.utils import concat_to_compat_param
-
-    return concat_to_compat_param(*codes, return_param=False)
-
-
 def run_tensor_parallel_in(group: Any) -> None:
     """Let `init_inference` share a model among the ranks of `group`, a process group; without it, it takes the first
     ranks of all. Relies on the class attribute `InferenceEngine.inference_mp_group`."""
@@ -63,3 +55,36 @@ def fused_rows(name: str, shape: Sequence[int], ranks: int, block: Any, config: 
         return (shape[0],)
     found: Sequence[int] | None = fused_qkv_subparam_sizes(block, tuple(shape), AutoTPMeta.from_model_config(config))
     return found
+
+
+def without_shared_memory_op() -> None:
+    """Let DeepSpeed not compile its all-reduce between CPUs (a minute, on first use), which gloo does as well.
+
+    Relies on the table `deepspeed.ops.__compatible_ops__`.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def gathered_bytes(model: Any) -> int:
+    """Bytes of weights that a forward of the partitioned `model` gathers: one that it uses twice counts twice, since it
+    is let go in between. Relies on `ds_persist` and `ds_numel` of parameters."""
+    moved = (p for _, p in model.named_parameters(remove_duplicate=False) if not p.ds_persist)
+    return sum(int(p.ds_numel) * p.element_size() for p in moved)
+
+
+def has_codes(weight: Any) -> bool:
+    """Whether DeepSpeed keeps codes in the place of `weight`. Relies on `weight_quantized`."""
+    return bool(getattr(weight, "weight_quantized", False))
+
+
+def codes_of(weight: Any, numbers: Any) -> Any:
+    """What `weight`, which `has_codes`, holds where it stands for `numbers`: codes, scales and minima in one tensor.
+
+    Relies on `quantizer.quantize` of a weight and on `concat_to_compat_param`.
+    """
+    from deepspeed.inference.quantization.utils import concat_to_compat_param
+
+    codes = (part.view(weight.dtype) for part in weight.quantizer.quantize(numbers))
+    return concat_to_compat_param(*codes, return_param=False)

@@ -1,9 +1,10 @@
 """Gives access to torch's dispatcher: operators as a dispatch mode sees them, and the storages behind tensors.
 
 Relies on `torch.utils._python_dispatch.TorchDispatchMode` (since torch 1.13; documented, in a private module), on
-`_schema` and `_overloadpacket` of operators (since torch 1.11), on `_cdata` of storages, and on the private operators
-of aten that are named below. Planning records what a model allocates by them; without them there would be no plans.
-`tests/unit/test_compat.py` fails when they change.
+`_schema` and `_overloadpacket` of operators (since torch 1.11), on `_cdata` of storages, on the table of formulas
+`flop_registry` (since torch 2.1), and on the private operators of aten that are named below. Planning records what a
+model allocates and computes by them; without them there would be no plans. `tests/unit/test_compat.py` fails when they
+change.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "GROUPED_MM",
@@ -20,6 +22,7 @@ __all__ = [
     "TO_COPY",
     "UNSAFE_VIEW",
     "TorchDispatchMode",
+    "flop_registry",
     "operator_of",
     "schema_of",
     "storage_id",

@@ -1,16 +1,21 @@
 """Gives access to what transformers keeps to itself in models and their configs.
 
-Relies on attributes of `PreTrainedModel` and `PreTrainedConfig` and on `GenerationMixin._get_logits_processor`, as they
-are in transformers 5.17 to 5.24; each function names its own. `tests/unit/test_compat.py` fails when they change.
+Relies on attributes of `PreTrainedModel`, `PreTrainedConfig` and `GenerationMixin`, and on modules that transformers
+does not document, as they are in transformers 5.17 to 5.24; each function names its own. `tests/unit/test_compat.py`
+fails when they change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""What forwards call their cache, and the outputs that return it: the first since transformers 5.24, the last that of
+state-space models before."""
 
 
 @contextmanager
@@ -81,3 +86,65 @@ def greedy_processors(
     """
     config._eos_token_tensor = torch.tensor(sorted(eos_tokens), device=device) if eos_tokens else None
     return model._get_logits_processor(generation_config=config, input_ids_seq_length=prompt_tokens, device=str(device))
+
+
+@contextmanager
+def keeping_untied(names: Container[str]) -> Iterator[None]:
+    """While it lasts, models are built and loaded without tying the parameters `names` to others.
+
+    Relies on `PreTrainedModel.get_expanded_tied_weights_keys`, by which every model learns what to tie, and which is
+    replaced meanwhile for all models of the process. Without it, weights that a checkpoint stores apart would be lost.
+    """
+    from transformers import PreTrainedModel
+
+    tied_keys = PreTrainedModel.get_expanded_tied_weights_keys
+
+    def without(model: Any, all_submodels: bool = False) -> dict[str, str]:
+        return {name: to for name, to in tied_keys(model, all_submodels).items() if name not in names}
+
+    PreTrainedModel.get_expanded_tied_weights_keys = without
+    try:
+        yield
+    finally:
+        PreTrainedModel.get_expanded_tied_weights_keys = tied_keys
+
+
+@contextmanager
+def building_skeletons() -> Iterator[None]:
+    """While it lasts, models are built with parameters on the meta device and buffers in memory, and no weights are
+    drawn. Relies on `transformers.initialization.no_init_weights`; without it building a large model takes minutes."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
+
+
+def generation_config_of(location: str, revision: str | None) -> Any:
+    """The generation config that transformers makes of the model config of a checkpoint that has no other.
+
+    Relies on the keyword `_from_model_config`.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(
+        location, config_file_name="config.json", revision=revision, _from_model_config=True
+    )
+
+
+def classifiers() -> set[str]:
+    """Names of the classes whose head scores texts or finds answers in them, as a reward model's does. Relies on the
+    tables of `transformers.models.auto.modeling_auto`."""
+    from transformers.models.auto import modeling_auto
+
+    kinds = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
+    named = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values() for kind in kinds)
+    return {one for names in named for entry in names for one in (entry if isinstance(entry, tuple) else (entry,))}
+
+
+def tokenizer_config(location: str, revision: str | None) -> dict[str, Any]:
+    """The fields of a checkpoint's tokenizer_config.json, empty without one. Relies on `get_tokenizer_config`."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    found: dict[str, Any] = get_tokenizer_config(location, revision=revision)
+    return found

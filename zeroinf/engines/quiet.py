@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
+from zeroinf.compat.deepspeed import without_shared_memory_op
+
 
 @contextmanager
 def quiet_deepspeed() -> Iterator[None]:
     """Keep stdout for results, where DeepSpeed logs and prints, and stderr free of what no user can act upon."""
-    import deepspeed
     from deepspeed.utils import logger
 
-    # Compiled on first use (a minute), for an all-reduce between CPUs that gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_shared_memory_op()
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):

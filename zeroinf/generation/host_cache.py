@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from zeroinf.compat.host_arrays import mapped
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, Scores, StagedView, Tokens
 from zeroinf.generation.cache import CacheView, Columns, SharedLayer
 from zeroinf.generation.link import Link, Run, Runs, Unit
 from zeroinf.generation.records import parts, read, write
 from zeroinf.generation.scheduler import Group
-from zeroinf.generation.upload import mapped
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, HostSize, Record
 from zeroinf.model.packing import windows_of

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-_TYPES = {torch.int64: "<i8", torch.float32: "<f4", torch.uint8: "|u1"}
+from zeroinf.compat.host_arrays import mapped
+
 _CODES = {torch.int64: "q", torch.float32: "f"}
 """Of `array`, which takes numbers out of Python's objects several times faster than torch."""
 
@@ -44,20 +45,3 @@ def to_device(
     read.record(torch.cuda.current_stream(device))
     _unread.append((read, pinned))
     return moved
-
-
-def mapped(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Page-locked host memory as a tensor of the GPU `device`, whose kernels then read and write it over the link."""
-    return torch.as_tensor(_Mapped(pinned), device=device)
-
-
-class _Mapped:
-    """Page-locked host memory as the GPU's own: it has the same address there (CUDA array interface, version 3)."""
-
-    def __init__(self, pinned: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(pinned.shape),
-            "typestr": _TYPES[pinned.dtype],
-            "data": (pinned.data_ptr(), False),
-            "version": 3,
-        }

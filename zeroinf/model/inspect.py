@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn import Module, ModuleList
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from zeroinf.compat import models
 from zeroinf.compat.loading import conversions
-from zeroinf.compat.models import modules_in_float32
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
@@ -113,22 +113,9 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-@contextmanager
-def keeping_untied(config: Any) -> Iterator[None]:
+def keeping_untied(config: Any) -> AbstractContextManager[None]:
     """While it builds or loads a model of `config`, let transformers not tie the parameters that UNTIED names there."""
-    from transformers import PreTrainedModel
-
-    untied = getattr(config, UNTIED, ())
-    tied_keys = PreTrainedModel.get_expanded_tied_weights_keys
-
-    def without(model: Any, all_submodels: bool = False) -> dict[str, str]:
-        return {name: to for name, to in tied_keys(model, all_submodels).items() if name not in untied}
-
-    PreTrainedModel.get_expanded_tied_weights_keys = without
-    try:
-        yield
-    finally:
-        PreTrainedModel.get_expanded_tied_weights_keys = tied_keys
+    return models.keeping_untied(getattr(config, UNTIED, ()))
 
 
 def find_stacks(model: Any) -> tuple[tuple[str, ModuleList], ...]:
@@ -180,7 +167,7 @@ def is_converted(model: Any) -> bool:
 
 def keep_in_float32(model: Any, dtype: str) -> None:
     """Apply transformers' lists of modules that stay float32 when a model is loaded in a smaller dtype."""
-    always, in_float16 = modules_in_float32(model)
+    always, in_float16 = models.modules_in_float32(model)
     kept = always if dtype in ("float16", "bfloat16") else set()
     if dtype == "float16":
         kept |= in_float16

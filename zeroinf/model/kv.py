@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.dispatch import LOCAL_SCALAR, TorchDispatchMode, storage_id
-from zeroinf.compat.models import experts_by, takes_default_cache
+from zeroinf.compat.models import CACHE_ARGUMENTS, experts_by, takes_default_cache
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
 from zeroinf.model.anatomy import LayerCache, TokenState
@@ -23,8 +23,6 @@ from zeroinf.model.anatomy import LayerCache, TokenState
 _SHORT, _LONGER, _FAR = 9, 14, 331
 _PROMPT = 5
 """Tokens that an encoder reads where the decoder's cache is looked at."""
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What forwards call it: the first since transformers 5.24, the last that of state-space models before."""
 
 
 class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,9 +46,9 @@ def cache_name(model: Any) -> str:
     Raises ModelError where there is none.
     """
     accepted = inspect.signature(model.forward).parameters
-    name = next((name for name in _CACHE_NAMES if name in accepted), None)
+    name = next((name for name in CACHE_ARGUMENTS if name in accepted), None)
     if name is None:
-        raise _unreadable(model, f"its forward takes none of {', '.join(_CACHE_NAMES)}")
+        raise _unreadable(model, f"its forward takes none of {', '.join(CACHE_ARGUMENTS)}")
     return name
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from zeroinf.compat.models import attention_by
 from zeroinf.model.anatomy import LayerCache
@@ -88,7 +87,7 @@ class _Probe:
         cache = DynamicCache()
         cache.layers = [_ProbedLayer(index) for index in range(len(self._windows))]
         AttentionInterface.register(_PROBE, self._attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, self._mask)
+        AttentionMaskInterface.register(_PROBE, self._mask)
         with torch.no_grad(), torch.device("meta"), ReadsAsZero(), dense_experts(model), attention_by(model, _PROBE):
             ids = torch.zeros(1, _TOKENS, dtype=torch.long)
             inputs = {"input_ids": ids, "position_ids": ids, "use_cache": True, cache_name(model): cache}

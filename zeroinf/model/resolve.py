@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from zeroinf.compat.models import classifiers
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.adapter import CONFIG_FILE, MARK, Adapter, read_adapter
 from zeroinf.model.anatomy import UNTIED
@@ -219,7 +220,7 @@ def _require_generating(location: str, config: Any) -> None:
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Some encoders (BERT) can be built as decoders: theirs is a checkpoint of another class.
         decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
-        is_other = not getattr(config, "is_decoder", True) or not _classifiers().isdisjoint(named)
+        is_other = not getattr(config, "is_decoder", True) or not classifiers().isdisjoint(named)
         known = not named or decoder in named or not is_other
     else:
         known = "AutoModelForCausalLM" in own_code
@@ -230,15 +231,6 @@ def _require_generating(location: str, config: Any) -> None:
         f"{location} is no language model that generates: {architecture}",
         hint="zeroinf runs decoder-only models, and sequence-to-sequence models such as T5",
     )
-
-
-def _classifiers() -> set[str]:
-    """Names of transformers' classes whose head scores texts or finds answers in them, as a reward model's does."""
-    from transformers.models.auto import modeling_auto
-
-    kinds = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING")
-    named = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values() for kind in kinds)
-    return {one for names in named for entry in names for one in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def _refuse_quantized(name: str, config: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat.models import building_skeletons, generation_config_of
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import as_in_checkpoint, auto_class, keeping_untied
 from zeroinf.model.source import ModelSource
@@ -19,11 +20,8 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
     already, those of the checkpoint; buffers have the values that the model
     makes by itself; the generation config is the checkpoint's.
     """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
     with keeping_untied(source.config):
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with building_skeletons():
             model = auto_class(source.config).from_config(
                 copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
             )
@@ -48,8 +46,6 @@ def read_generation_config(source: ModelSource) -> Any:
         except OSError as error:
             if isinstance(error.__context__, ValueError):  # not absent, but no JSON
                 raise ValueError(str(error)) from error
-        return GenerationConfig.from_pretrained(
-            source.location, config_file_name="config.json", revision=source.revision, _from_model_config=True
-        )
+        return generation_config_of(source.location, source.revision)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"the generation config of {source.name} cannot be read: {error}") from error

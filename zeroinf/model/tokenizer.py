@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zeroinf.compat.models import tokenizer_config
 from zeroinf.errors import ModelError
 from zeroinf.model.own_code import own_code_error
 from zeroinf.model.source import ModelSource
@@ -29,7 +30,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     if source.is_local and not has_files and not source.trust_remote_code:
         raise _no_tokenizer(source, f"none of {', '.join(_TOKENIZER_FILES)} is there")
     from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -39,7 +39,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
             padding_side="left",
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        own_code = get_tokenizer_config(source.location, revision=source.revision).get("auto_map")
+        own_code = tokenizer_config(source.location, source.revision).get("auto_map")
         if own_code and not source.trust_remote_code:
             raise own_code_error(source.location, own_code) from error
         raise _no_tokenizer(source, str(error)) from error

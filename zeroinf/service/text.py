@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import nullcontext, suppress
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
+from zeroinf.compat.chat_templates import clock_at
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Likelihood, Sampling
 from zeroinf.model.anatomy import Anatomy
@@ -178,7 +177,7 @@ class TextCodec:
             self._check_variables(options)
             self._conversations[options] = Conversations(partial(self._render, options))
         try:
-            with _clock_at(self._now):
+            with nullcontext() if self._now is None else clock_at(self._now):  # else other threads may be rendering
                 return self._conversations[options].render(messages)
         except LostMessageError:
             raise
@@ -249,19 +248,3 @@ def encode_prompt(codec: TextCodec, request: Request) -> list[int]:
         return codec.encode(request)
     except ValueError as error:
         raise InputError(f"prompt {request.index}: {error}") from error
-
-
-@contextmanager
-def _clock_at(now: float | None) -> Iterator[None]:
-    """Let chat templates that ask for the date find that of `now`; transformers takes it from the clock alone."""
-    if now is None:  # other threads may be rendering: leave the clock alone
-        yield
-        return
-    from transformers.utils import chat_template_utils as templates
-
-    clock = templates.datetime
-    templates.datetime = SimpleNamespace(now=lambda: datetime.fromtimestamp(now))
-    try:
-        yield
-    finally:
-        templates.datetime = clock

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.utils.flop_counter import flop_registry
 
 from zeroinf.compat.dispatch import (
     GROUPED_MM,
@@ -18,6 +17,7 @@ from zeroinf.compat.dispatch import (
     SAFE_SOFTMAX,
     TO_COPY,
     TorchDispatchMode,
+    flop_registry,
     operator_of,
     schema_of,
 )

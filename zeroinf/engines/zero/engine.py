@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.compat.deepspeed import as_one_tensor, build_whole_models, partition_models
+from zeroinf.compat.deepspeed import build_whole_models, codes_of, gathered_bytes, has_codes, partition_models
 from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.distributed.control import join_process_group
 from zeroinf.distributed.world import World
@@ -84,9 +84,7 @@ class ZeroEngine:
     def _streamed_bytes(self) -> int:
         if not self._offloaded:
             return 0
-        # A weight that a model uses twice is gathered twice: in between it is let go.
-        streamed = (p for _, p in self.model.named_parameters(remove_duplicate=False) if not p.ds_persist)
-        return sum(int(p.ds_numel) * p.element_size() for p in streamed)
+        return gathered_bytes(self.model)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -123,7 +121,7 @@ def _draw_coded_weights(model: Any) -> None:
     spread = getattr(model.config.get_text_config(), "initializer_range", None) or _SPREAD
     for module in model.modules():
         weight: Any = own_parameters(module).get("weight")
-        if not getattr(weight, "weight_quantized", False):
+        if not has_codes(weight):
             continue
         is_linear = isinstance(module, torch.nn.Linear)
         names = ("out_features", "in_features") if is_linear else ("num_embeddings", "embedding_dim")
@@ -131,8 +129,7 @@ def _draw_coded_weights(model: Any) -> None:
             if deepspeed.comm.get_rank() == 0:
                 shape = [getattr(module, name) for name in names]
                 drawn = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_(std=spread)
-                codes = [part.view(weight.dtype) for part in weight.quantizer.quantize(drawn)]
-                weight.data.copy_(as_one_tensor(codes))
+                weight.data.copy_(codes_of(weight, drawn))
 
 
 def _set_buffers(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stderr
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Linear, Module
 
+from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.model.quantized.expansion import Expansion, Held, refused
@@ -22,8 +21,6 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
 
 def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
     """Let linear layers hold codes and scales; activations are rounded as the library rounds them."""
-    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
-
     for part in ("kv_cache_scheme", "transform_config"):
         if found.get(part):
             raise refused(model, f"compressed-tensors with a {part}", "it changes more than weights")
@@ -33,8 +30,7 @@ def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
         hold_scaled(model, found)
         return
     try:
-        quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(found), pre_quantized=True)
-        quantizer.validate_environment()
+        quantizers.hold_as_compressed_tensors(model, found)
     except ImportError as error:
         raise EnvironmentProblem(
             f"the checkpoint of {type(model).__name__} is quantized with compressed-tensors: {error}",
@@ -42,9 +38,6 @@ def hold_compressed_tensors(model: Any, found: dict[str, Any]) -> None:
         ) from error
     except ValueError as error:
         raise refused(model, "compressed-tensors", str(error)) from error
-    with redirect_stderr(io.StringIO()):  # its progress bars: nothing is computed here
-        quantizer.preprocess_model(model)
-    quantizer.compressor.remove_decompression_hook(model)  # it would expand the whole model, for good
     for module in list(model.modules()):
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is not None:
@@ -73,11 +66,9 @@ def _check_scheme(model: Any, module: Module, scheme: Any) -> None:
 
 
 def _expand_compressed_tensors(args: Any, columns: int, held: Held) -> dict[str, torch.Tensor]:
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
     packed = held.get("weight_packed")
     codes = held["weight"] if packed is None else _unpack(packed, args.num_bits, columns)
-    return {"weight": dequantize(codes, held["weight_scale"], None, args)}
+    return {"weight": quantizers.dequantized(codes, held["weight_scale"], args)}
 
 
 def _unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
 from zeroinf.model.quantized.fused import fused
@@ -24,18 +25,14 @@ _SCALES, _OF_ACTIVATIONS = "weight_scale_inv", ("activation_scale", "input_scale
 def hold_fp8(model: Any, found: dict[str, Any]) -> None:
     """Let linear layers and experts hold codes and scales. Activations stay as they are."""
     from transformers import FineGrainedFP8Config
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     for part, usual in (("expert_dtype", "fp8"), ("modules_to_convert", None)):
         if found.get(part, usual) != usual:
             raise refused(model, f"fp8 with {part} {found[part]}", f"only {part} {usual} expands")
     config = FineGrainedFP8Config(**{key: value for key, value in found.items() if key != "stored"})
-    kept = HfQuantizer.get_modules_to_not_convert(
-        model, config.modules_to_not_convert, list(modules_in_float32(model)[1])
-    )
+    kept = quantizers.kept_modules(model, config.modules_to_not_convert, list(modules_in_float32(model)[1]))
     block = tuple(config.weight_block_size) if config.weight_block_size else None
-    hold_linears(model, found, "fp8", _Fp8(block), _SCALES, lambda name: not should_convert_module(name, kept))
+    hold_linears(model, found, "fp8", _Fp8(block), _SCALES, lambda name: not quantizers.is_quantized(name, kept))
 
 
 @dataclass(frozen=True, slots=True)

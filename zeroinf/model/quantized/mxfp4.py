@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
 from zeroinf.model.quantized.expansion import Expansion, Held, meta
 from zeroinf.model.quantized.fused import fused
@@ -20,12 +21,10 @@ _ELEMENTS_AT_ONCE = 1 << 28
 
 def hold_mxfp4(model: Any, found: dict[str, Any]) -> None:
     """Let experts hold their codes, transposed, and the powers of two."""
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
+    experts_class = quantizers.gpt_oss_experts()
     names, kept = ("gate_up_proj", "down_proj"), found.get("modules_to_not_convert")
     for path, module in model.named_modules():
-        if not isinstance(module, GptOssExperts) or not should_convert_module(path, kept):
+        if not isinstance(module, experts_class) or not quantizers.is_quantized(path, kept):
             continue
         dtype = module.down_proj.dtype
         for name in names:
