@@ -17,15 +17,23 @@ from zeroinf.distributed.world import World
 FORK = multiprocessing.get_context("fork")
 
 
-def on_ranks(size: int, body: Callable[[Control], Any], *, seconds: float = 60) -> tuple[list[Any], list[int]]:
-    """What `body` returned (or its error) on each rank, None where it never did; and the exit codes."""
+def on_ranks(
+    size: int, body: Callable[[Control], Any], *, seconds: float = 60, local_size: int | None = None
+) -> tuple[list[Any], list[int]]:
+    """What `body` returned (or its error) on each rank, None where it never did; and the exit codes.
+
+    Ranks believe that their node has `local_size` of them, all of them by default.
+    """
+    local_size = local_size or size
     answers: Any = FORK.Queue()
     port = str(free_port())
 
     def rank_main(rank: int) -> None:
-        words = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        local = rank % local_size
+        words = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": local_size}
+        words |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in words.items()})
-        control = Control(World(rank=rank, size=size, local_rank=rank, local_size=size, launched=True), "cpu")
+        control = Control(World(rank=rank, size=size, local_rank=local, local_size=local_size, launched=True), "cpu")
         try:
             answers.put((rank, body(control)))
         except Exception as error:

@@ -93,11 +93,12 @@ def test_a_storm_of_requests_gives_every_one_its_tokens_and_all_room_back(
     check(plain(folder, name), found)
 
 
+@pytest.mark.parametrize("count", [REQUESTS, pytest.param(1000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fetch", ["replicated", "partitioned"])
-def test_so_does_one_on_two_ranks_which_share_the_work(fetch: str, folder: Path, model: Any) -> None:
+def test_so_does_one_on_two_ranks_which_share_the_work(fetch: str, count: int, folder: Path, model: Any) -> None:
     def body(control: Control) -> Any:
         with serving(folder, control, fetch=fetch) as service:
-            found = storm(service, REQUESTS, seed=2) if control.world.is_main else None
+            found = storm(service, count, seed=2) if control.world.is_main else None
             if not control.world.is_main:
                 service.wait()
             passes, scheduler = service.model.engine.stats().passes, service.model.scheduler
@@ -107,7 +108,7 @@ def test_so_does_one_on_two_ranks_which_share_the_work(fetch: str, folder: Path,
             control.all_gather(None)
             return found, passes, scheduler.reserved_pages, scheduler.free_rows, scheduler.counts.prefill_columns
 
-    ranks, _ = on_ranks(2, body, seconds=150)
+    ranks, _ = on_ranks(2, body, seconds=200)
     assert not [rank for rank in ranks if isinstance(rank, Exception)], ranks
     check(model, ranks[0][0])
     for _, _, pages, free, prefilled in ranks:

@@ -14,6 +14,7 @@ from ranks import on_ranks
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
+from zeroinf.jobs import sharing
 from zeroinf.jobs.sharing import request_bytes, share_work
 from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
@@ -30,11 +31,15 @@ def work_of(*prompts: list[int]) -> tuple[Work, ...]:
     )
 
 
-def mapped() -> int:
-    """How much of a node's shared memory this process maps: parts of maps that have no file but a memfd."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    spans = [line.split()[0].split("-") for line in lines if "memfd:" in line]
-    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+def shared_maps() -> dict[str, int]:
+    """The node's shared memories that this process maps (memfds, by inode), and how many bytes of each."""
+    found: dict[str, int] = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "memfd:" in line:
+            span, _, _, _, inode, *_ = line.split()
+            start, end = span.split("-")
+            found[inode] = found.get(inode, 0) + int(end, 16) - int(start, 16)
+    return found
 
 
 def test_ranks_read_the_tokens_of_rank_0_from_one_memory() -> None:
@@ -44,13 +49,30 @@ def test_ranks_read_the_tokens_of_rank_0_from_one_memory() -> None:
         own = work_of(*prompts) if control.world.is_main else None
         shared = share_work(control, own)
         left = sum(len(item.prompt) for item in own or ())
-        return [(item.id, list(item.prompt)) for item in shared], left, mapped()
+        return [(item.id, list(item.prompt)) for item in shared], left, sum(shared_maps().values())
 
     found, _ = on_ranks(3, body)
     for told, left, nbytes in found:
         assert told == [(f"r{i}", tokens) for i, tokens in enumerate(prompts)]
         assert left == 0, "rank 0 keeps no copy of its own"
         assert nbytes >= 4 * sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_every_node_gets_the_tokens_once(local_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_CHUNK_BYTES", 4000)  # so that they travel in several parts, the last one shorter
+    prompts = [[5, 6, 7], [8], list(range(2500)), [9, 10]]
+
+    def body(control: Control) -> Any:
+        shared = share_work(control, work_of(*prompts) if control.world.is_main else None)
+        return [(item.id, list(item.prompt)) for item in shared], list(shared_maps())
+
+    found, _ = on_ranks(2 * local_size, body, local_size=local_size)
+    assert not [answer for answer in found if isinstance(answer, Exception) or answer is None], found
+    assert all(told == [(f"r{i}", tokens) for i, tokens in enumerate(prompts)] for told, _ in found)
+    memories = [inode for _, inodes in found for inode in inodes]
+    if local_size > 1:
+        assert memories[0] == memories[1] != memories[2] == memories[3], "one memory for each node"
 
 
 def test_a_job_without_work_shares_nothing() -> None:
