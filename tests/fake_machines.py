@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import zeroinf.engines.registry  # noqa: F401  (hands the engines to the planner)
 from zeroinf.hardware.machine import Gpu, Machine, Memory
 from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
 from zeroinf.planner.allocator import Event

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import SilentListener
-from zeroinf.engines.registry import load_engine
+from zeroinf.engines.loading import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.generation.row import Sampling
 from zeroinf.model.resolve import resolve_model

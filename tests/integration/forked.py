@@ -30,7 +30,7 @@ _IMPORTED = (
     "zeroinf.cli.eval",
     "zeroinf.cli.serve",
     "zeroinf.serve.server",
-    "zeroinf.engines.registry",
+    "zeroinf.engines.loading",
     "transformers.models.llama.modeling_llama",
 )
 

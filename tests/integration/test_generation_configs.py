@@ -20,7 +20,6 @@ from zeroinf.distributed.world import World
 from zeroinf.errors import InputError, ModelError
 from zeroinf.generation.row import Sampling
 from zeroinf.options.options import RunOptions
-from zeroinf.planner.traits import EngineName
 from zeroinf.runs.evaluate import evaluate
 from zeroinf.runs.runner import run_job
 
@@ -135,7 +134,7 @@ def test_stop_strings_of_the_generation_config_end_rows_unless_they_ignore_the_m
 
 @pytest.mark.parametrize("engine", ["stream", "zero", "resident", "accelerate", "tensor-parallel"])
 def test_every_engine_refuses_before_weights_are_loaded_what_is_not_carried_out(
-    engine: EngineName, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint("llama", guidance_scale=1.5)
     monkeypatch.setattr("zeroinf.service.loaded.load_engine", lambda *given: pytest.fail("weights are loaded"))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import SilentListener
-from zeroinf.engines.registry import load_engine
+from zeroinf.engines.loading import load_engine
 from zeroinf.errors import ModelError
 from zeroinf.model.checkpoint import read_facts
 from zeroinf.model.inspect import read_anatomy

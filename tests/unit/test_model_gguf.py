@@ -32,7 +32,7 @@ from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
 from zeroinf.model.resolve import resolve_model
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.model.weights import weight_files
-from zeroinf.planner.traits import expands_once
+from zeroinf.planner.descriptor import expands_once
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ KILLED_WHILE_BUILDING = """
 import os, sys
 from pathlib import Path
 from zeroinf.model.cache import build_once
-from zeroinf.planner.traits import expands_once
+from zeroinf.planner.descriptor import expands_once
 
 def build(folder):
     (folder / "half").write_text("half")

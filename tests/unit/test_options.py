@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from zeroinf.engines.registry import ENGINE_NAMES, ENGINES, descriptor_of
 from zeroinf.errors import UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.options.contradictions import refuse_idle
@@ -15,7 +16,6 @@ from zeroinf.options.definition import Definition, definitions, fingerprint_of, 
 from zeroinf.options.options import JobOptions, PlanOptions, RunOptions
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.plan import AioSettings, TensorParallel
-from zeroinf.planner.traits import TRAITS
 
 RUN = {one.name: one for one in definitions(RunOptions)}
 OF_ENGINES = {
@@ -42,19 +42,19 @@ def run_of(**asked: Any) -> RunOptions:
 
 def test_engines_take_options_by_names_that_there_are_and_each_is_taken_by_one() -> None:
     assert ASKED.keys() == OF_ENGINES
-    assert {name for traits in TRAITS.values() for name in traits.options} == OF_ENGINES
+    assert {name for engine in ENGINES for name in engine.options} == OF_ENGINES
 
 
-@pytest.mark.parametrize("engine", TRAITS)
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
 @pytest.mark.parametrize("name", sorted(OF_ENGINES - {"zero_config"}))
 def test_runs_and_plans_refuse_options_of_other_engines_with_the_same_words(name: str, engine: str) -> None:
     words = set()
     for made in (run_of, lambda **asked: PlanOptions(model="m", **asked)):
-        if name in {field.name for field in fields(made())} and name not in TRAITS[engine].options:
+        if name in {field.name for field in fields(made())} and name not in descriptor_of(engine).options:
             with pytest.raises(UsageError) as caught:
                 refuse_idle(made(engine=engine, **{name: ASKED[name]}))
             words.add((caught.value.message, caught.value.hint))
-    assert len(words) == (name not in TRAITS[engine].options)
+    assert len(words) == (name not in descriptor_of(engine).options)
     assert all(f"has no effect with the {engine} engine" in message for message, _ in words)
 
 

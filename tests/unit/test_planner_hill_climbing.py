@@ -9,10 +9,11 @@ from itertools import product
 import pytest
 from fake_machines import CHAIN, GIB, lengths_of, machine_of, overhead, speeds, workload_of
 
+from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_terms
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.hill_climbing import climb
-from zeroinf.planner.memory import stream_gpu_terms, total
+from zeroinf.planner.memory import total
 from zeroinf.planner.search import Planner
 from zeroinf.planner.timing import time_plan
 from zeroinf.planner.workload import Shape
@@ -69,7 +70,7 @@ def test_nothing_that_fits_is_much_faster_than_what_is_chosen(gpu_gib: float, re
         CHAIN,
         machine_of(gpu_bytes=gpu_bytes, host_bytes=64 * GIB),
         RATES,
-        overhead,
+        stream_terms(CHAIN, 1, overhead),
         lambda shape: workload_of(shape, prompt=PROMPT, new=NEW),
         device="cuda",
         lengths=lengths_of(PROMPT, NEW),

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from small_models import SMALL_MODELS, build_model, small_config
 
 from zeroinf.engines.stream.layout import lay_out
+from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_terms
 from zeroinf.engines.stream.tensor_groups import group_tensors
+from zeroinf.engines.zero.zero_memory import zero_gpu_terms, zero_host_terms
 from zeroinf.model.anatomy import TensorSpec
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event
@@ -27,11 +29,7 @@ from zeroinf.planner.memory import (
     piece_bytes,
     pieces,
     store_bytes,
-    stream_gpu_terms,
-    stream_host_terms,
     total,
-    zero_gpu_terms,
-    zero_host_terms,
 )
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import ExpansionCost, Workload, lock_step, repeated

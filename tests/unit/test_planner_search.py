@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiers import tiered
 
+from zeroinf.engines.stream.stream_memory import stream_terms
 from zeroinf.errors import DoesNotFitError
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision
@@ -60,7 +61,7 @@ def choose(box: Box, *, prompt: int = PROMPT, rates: Speeds | None = None, **wis
         CHAIN,
         machine,
         rates or speeds(),
-        overhead if box.gpu else lambda gathers: Overhead(),
+        stream_terms(CHAIN, box.ranks, overhead if box.gpu else lambda gathers: Overhead()),
         lambda shape: simulated(shape, prompt),
         device="cuda" if box.gpu else "cpu",
         lengths=lengths_of(prompt),
@@ -264,7 +265,9 @@ ROOMY = Box(gpu=8 * GIB, host=16 * GIB)
 
 def test_a_busy_neighbour_leaves_less() -> None:
     machine = machine_of(gpu_bytes=8 * GIB, free_bytes=2 * GIB, host_bytes=16 * GIB)
-    planner = Planner(CHAIN, machine, speeds(), overhead, simulated, device="cuda", lengths=lengths_of())
+    planner = Planner(
+        CHAIN, machine, speeds(), stream_terms(CHAIN, 1, overhead), simulated, device="cuda", lengths=lengths_of()
+    )
     decision = planner.choose(Constraints())
     assert decision.budgets["gpu"] == 2 * GIB
     assert rows(decision) == rows(choose(replace(ROOMY, gpu=2 * GIB)))
@@ -277,7 +280,7 @@ def test_the_fullest_gpu_decides_for_all() -> None:
         CHAIN,
         replace(machine, gpus=(machine.gpus[0], busy)),
         speeds(),
-        overhead,
+        stream_terms(CHAIN, 2, overhead),
         simulated,
         device="cuda",
         lengths=lengths_of(),
@@ -289,7 +292,13 @@ def test_what_a_cgroup_leaves_is_all_there_is() -> None:
     machine = machine_of(gpu_bytes=8 * GIB, host_bytes=16 * GIB)
     limited = replace(machine.memory, available_bytes=3 * GIB, cgroup_limit_bytes=4 * GIB)
     planner = Planner(
-        CHAIN, replace(machine, memory=limited), speeds(), overhead, simulated, device="cuda", lengths=lengths_of()
+        CHAIN,
+        replace(machine, memory=limited),
+        speeds(),
+        stream_terms(CHAIN, 1, overhead),
+        simulated,
+        device="cuda",
+        lengths=lengths_of(),
     )
     with pytest.raises(DoesNotFitError, match=r"host memory, 3\.00 GiB are there"):
         planner.choose(Constraints())

@@ -11,6 +11,7 @@ import pytest
 from fake_machines import CHAIN, GIB, lengths_of, machine_of, overhead, speeds, workload_of
 from generating import rows_of
 
+from zeroinf.engines.stream.stream_memory import stream_terms
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
@@ -169,7 +170,7 @@ def choose(*, requests: int, batch_size: int | None = None, gpu_gib: float = 2.0
         CHAIN,
         machine_of(gpu_bytes=int(gpu_gib * GIB), host_bytes=64 * GIB),
         speeds(**rates),
-        overhead,
+        stream_terms(CHAIN, 1, overhead),
         lambda shape: workload_of(shape, prompt=PROMPT, new=NEW),
         device="cuda",
         lengths=lengths_of(PROMPT, NEW),

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from zeroinf.engines.registry import ENGINE_NAMES, descriptor_of
 from zeroinf.errors import UsageError
-from zeroinf.planner.traits import ENGINE_NAMES, TRAITS
+from zeroinf.planner.choice import Fetch
 
 PYTHIA = ("pythia-70m", "pythia-160m", "pythia-410m", "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b")
 
@@ -81,7 +82,8 @@ class Matrix:
     def __post_init__(self) -> None:
         for engine in self.engines:
             name, _, fetch = engine.partition("/")
-            if name not in ENGINE_NAMES or (fetch and (name != "stream" or fetch not in ("replicated", "partitioned"))):
+            fetches = get_args(Fetch) if name in ENGINE_NAMES and "fetch" in descriptor_of(name).options else ()
+            if name not in ENGINE_NAMES or (fetch and fetch not in fetches):
                 raise UsageError(
                     f"--engines: no engine {engine!r}",
                     hint=f"of {', '.join(ENGINE_NAMES)}, stream/replicated, stream/partitioned",
@@ -93,7 +95,7 @@ class Matrix:
         lists = (self.models, self.num_gpus, self.input_lens, self.output_lens, self.engines)
         found = []
         for model, gpus, input_len, output_len, engine in product(*lists):
-            possible = TRAITS[engine.partition("/")[0]].offloads
+            possible = descriptor_of(engine.partition("/")[0]).offloads
             offloads = self.offloads if len(possible) > 1 else possible
             for offload, rows in product(offloads, self.batch_sizes):
                 if "/" in engine and gpus == 1:

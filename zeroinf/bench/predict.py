@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.prompt import prompt_tokens
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.plan_input import plan_input_of
-from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.make_plan import make_plan
 
 # A process with its imports, a rank's start, and the way out: seconds seen on machines with and without GPUs.
@@ -34,11 +34,14 @@ class Prediction:
 
 def predict(cell: Cell, settings: BenchmarkSettings) -> Prediction:
     """Predict the duration of `cell` in seconds, all repetitions and the warm-up included."""
-    if not TRAITS[cell.engine_name].is_timed:
+    engine = descriptor_of(cell.engine_name)
+    if not engine.is_timed:
         return Prediction(seconds=None, tokens_per_second=None, words="the planner has no model of the engine")
     _, _, fetch = cell.engine.partition("/")
     has_gpu = bool(read_machine().gpus)
-    places = TRAITS[cell.engine_name].places_blocks and cell.offload != "none" and settings.resident_blocks != "auto"
+    places = (
+        descriptor_of(cell.engine_name).places_blocks and cell.offload != "none" and settings.resident_blocks != "auto"
+    )
     try:
         options = PlanOptions(
             model=cell.model,

@@ -187,14 +187,14 @@ def _refuse_contradictions(
 
 def _refuse_unused(ctx: click.Context, cells: list[Cell]) -> None:
     """Refuse what the user said and no cell has a use for."""
-    from zeroinf.planner.traits import TRAITS
+    from zeroinf.engines.registry import descriptor_of
 
     targets = {cell.offload for cell in cells}
     if given(ctx, "offloads") and (idle := sorted(set(ctx.params["offloads"]) - targets)):
         raise UsageError(f"--offload {idle[0]} has no effect: the engines keep all weights on the GPU", hint="drop it")
     if ctx.params["nvme_paths"] and "nvme" not in targets:
         raise UsageError("--nvme-path has no effect without --offload nvme", hint="add it, or drop the flag")
-    places = any(TRAITS[cell.engine_name].places_blocks and cell.offload != "none" for cell in cells)
+    places = any(descriptor_of(cell.engine_name).places_blocks and cell.offload != "none" for cell in cells)
     if given(ctx, "resident_blocks") and not places:
         raise UsageError("--resident-blocks has no effect: every cell keeps all layers on the GPU", hint="drop it")
 

@@ -52,8 +52,8 @@ def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> Non
 
 def _plan(options: ConfigOptions) -> Any:
     from zeroinf.options.model import anatomy_of, source_of
+    from zeroinf.planner.descriptor import refuse_beside_codes
     from zeroinf.planner.plan import Plan
-    from zeroinf.planner.traits import refuse_beside_codes
 
     anatomy = anatomy_of(options, source_of(options, "cuda"), "cuda")
     refuse_beside_codes(anatomy, "zero")

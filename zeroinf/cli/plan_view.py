@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import job_duration, limited_by, plan_lines
-from zeroinf.planner.traits import TRAITS
 from zeroinf.simulation.make_plan import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
@@ -180,7 +180,7 @@ def _candidate(one: Candidate, decision: Decision) -> dict[str, Any]:
         if place in decision.budgets
     }
     timing = asdict(one.timing)
-    if not TRAITS[one.choice.engine].is_timed:
+    if not descriptor_of(one.choice.engine).is_timed:
         timing = dict.fromkeys(timing)
     return {**asdict(one.choice), **timing, "memory": memory}
 

@@ -1,88 +1,21 @@
-"""Loads the engine that a plan names. Only that engine's libraries are imported."""
+"""The table of engines. An engine is added in a folder of its own, with a descriptor, and named here.
+
+Modules above the engines take `descriptor_of` from here, so that the table is there before anything is looked up.
+Imports no torch: command lines and plans are checked before it is loaded.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from zeroinf.engines.baselines.descriptors import ACCELERATE, RESIDENT, TENSOR_PARALLEL
+from zeroinf.engines.stream.descriptor import STREAM
+from zeroinf.engines.zero.descriptor import ZERO
+from zeroinf.planner.descriptor import default_engine, descriptor_of, engines, register_engines
 
-import torch
+__all__ = ["ENGINES", "ENGINE_NAMES", "default_engine", "descriptor_of", "engines"]
 
-from zeroinf.distributed.control import Control
-from zeroinf.engines.base import Engine, LoadListener
-from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import UNTIED
-from zeroinf.model.checkpoint import read_facts
-from zeroinf.model.reading import reading_weights
-from zeroinf.model.source import ModelSource
-from zeroinf.model.weights import weight_files
-from zeroinf.planner.plan import Plan
+ENGINES = (STREAM, ZERO, RESIDENT, ACCELERATE, TENSOR_PARALLEL)
+"""All of them; the first runs unless another one is asked for."""
 
-_NAMED = 3
+ENGINE_NAMES = tuple(engine.name for engine in ENGINES)
 
-
-def load_engine(
-    plan: Plan,
-    source: ModelSource,
-    zero_config: dict[str, Any] | None,
-    control: Control,
-    device: torch.device,
-    listener: LoadListener,
-) -> Engine:
-    """Load the plan's engine, and tell `listener` how it goes. Only its own libraries are imported.
-
-    Raises ModelError for weights that are damaged, incomplete, or that would run code, whichever engine reads them.
-    """
-    if not source.random_weights:
-        _account_for_weights(source, control, listener)
-    with reading_weights(source.name):
-        return _load(plan, source, zero_config, control, device, listener)
-
-
-def _account_for_weights(source: ModelSource, control: Control, listener: LoadListener) -> None:
-    """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
-    facts = source.facts
-    if facts is None:
-        if control.world.local_rank == 0:
-            weight_files(source)  # one rank of a node fetches what has to be fetched
-        control.all_gather(None)
-        files = weight_files(source)
-        facts = read_facts(source.name, source.config, files, trust_remote_code=source.trust_remote_code)
-        if set(facts.untied) != set(getattr(source.config, UNTIED, ())):
-            raise ModelError(
-                f"{source.name} stores {', '.join(facts.untied) or 'all tied weights'} otherwise than its config says, "
-                "so its plan is wrong",
-                hint="run the same command again: its files are in the cache now, and are read before planning",
-            )
-    if facts.unused and control.world.is_main:
-        named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
-        listener.note(f"the model does not use {len(facts.unused)} stored tensors: {named}")
-
-
-def _load(
-    plan: Plan,
-    source: ModelSource,
-    zero_config: dict[str, Any] | None,
-    control: Control,
-    device: torch.device,
-    listener: LoadListener,
-) -> Engine:
-    match plan.engine:
-        case "zero":
-            from zeroinf.engines.zero.engine import ZeroEngine
-
-            assert zero_config is not None
-            return ZeroEngine(plan, source, zero_config, control.world)
-        case "resident":
-            from zeroinf.engines.baselines.resident import ResidentEngine
-
-            return ResidentEngine(plan, source, device)
-        case "accelerate":
-            from zeroinf.engines.baselines.offloaded import AccelerateEngine
-
-            return AccelerateEngine(plan, source, device)
-        case "tensor-parallel":
-            from zeroinf.engines.baselines.tensor_parallel import TensorParallelEngine
-
-            return TensorParallelEngine(plan, source, control, device, listener)
-    from zeroinf.engines.stream.engine import StreamEngine
-
-    return StreamEngine(plan, source, control, device, listener)
+register_engines(ENGINES)

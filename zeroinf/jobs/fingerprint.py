@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf import __version__
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
@@ -22,7 +23,6 @@ from zeroinf.model.source import ModelSource
 from zeroinf.service.requests import Refusal, Request, Work
 
 _DIGEST_BYTES = 8
-_LIBRARIES = {"zero": ("deepspeed",), "tensor-parallel": ("deepspeed",), "accelerate": ("accelerate",)}
 
 
 def fingerprint(
@@ -41,7 +41,7 @@ def fingerprint(
     `prompts` is the digest of all requests (`request_value`), those refused by the model included; `options` are those
     that change completions, of which files count with what they hold.
     """
-    libraries = ("torch", "transformers", *_LIBRARIES.get(engine, ()))
+    libraries = ("torch", "transformers", *descriptor_of(engine).libraries)
     return {
         **{name: _option(value) for name, value in options.items() if value is not None},
         "code of the model": _code_digest(source),

@@ -28,9 +28,9 @@ from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.planning import packed_on
+from zeroinf.planner.descriptor import packs_scores
 from zeroinf.planner.memory import scores_bytes
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import packs_scores
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.progress import ProgressObserver
 from zeroinf.runs.session import Session, open_session

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
+from zeroinf.engines.registry import default_engine, descriptor_of, engines
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
@@ -17,7 +17,7 @@ from zeroinf.options.definition import Options, definitions
 from zeroinf.options.job_contradictions import check_output_of
 from zeroinf.options.options import OffloadOptions, PlanOptions, RunOptions
 from zeroinf.planner.constraints import check_micro_batch_rows
-from zeroinf.planner.traits import TRAITS, EngineName, possible_offload
+from zeroinf.planner.descriptor import possible_offload
 
 
 def refuse_early(options: RunOptions) -> None:
@@ -28,18 +28,19 @@ def refuse_early(options: RunOptions) -> None:
     check_name(options.model, options.revision, random_weights=options.random_weights)
 
 
-def engine_of(options: RunOptions | PlanOptions) -> tuple[EngineName, str | None]:
+def engine_of(options: RunOptions | PlanOptions) -> tuple[str, str | None]:
     """The engine's name, and why `auto` did not take the stream engine.
 
     Raises UsageError when another engine than DeepSpeed's is asked to use its configuration.
     """
     own_zero_config = isinstance(options, RunOptions) and options.zero_config is not None
     obstacle = "--zero-config configures DeepSpeed's ZeRO" if own_zero_config else None
+    able = [one.name for one in engines() if not own_zero_config or "zero_config" in one.options]
     if options.engine == "auto":
-        return ("zero", obstacle) if obstacle else ("stream", None)
-    if options.engine != "zero" and obstacle:
-        raise UsageError(f"--engine {options.engine}: {obstacle}", hint="--engine zero, or --engine auto")
-    return cast(EngineName, options.engine), None
+        return (able[0], obstacle)
+    if options.engine not in able:
+        raise UsageError(f"--engine {options.engine}: {obstacle}", hint=f"--engine {able[0]}, or --engine auto")
+    return options.engine, None
 
 
 def refuse_idle(options: RunOptions | PlanOptions) -> None:
@@ -72,10 +73,12 @@ def refuse_idle_offload(options: OffloadOptions, engine: str, *, has_disk: bool 
         )
     refuse_other_engines(options, engine)
     possible_offload(engine, options.offload)
-    if options.nvme_paths and "nvme" not in TRAITS[engine].offloads:
+    if options.nvme_paths and "nvme" not in descriptor_of(engine).offloads:
         raise UsageError(f"--nvme-path has no effect with the {engine} engine", hint="drop it")
-    if len(options.nvme_paths) > 1 and not TRAITS[engine].stripes:
-        raise UsageError(f"the {engine} engine uses one --nvme-path", hint="--engine stream, or name one folder")
+    if len(options.nvme_paths) > 1 and not descriptor_of(engine).stripes:
+        raise UsageError(
+            f"the {engine} engine uses one --nvme-path", hint=f"--engine {default_engine()}, or name one folder"
+        )
     if options.offload == "none" and (unused := options.asked("pin_memory")):
         raise UsageError(f"{unused[0]} has no effect with --offload none", hint="add --offload cpu, or drop it")
 
@@ -83,8 +86,12 @@ def refuse_idle_offload(options: OffloadOptions, engine: str, *, has_disk: bool 
 def refuse_other_engines(options: Options, engine: str) -> None:
     """Raise UsageError for options of other engines than `engine`."""
     own = [one for one in definitions(type(options)) if one.option.engine_specific and options.is_asked(one.name)]
-    if idle := [one for one in own if one.path[0] not in TRAITS[engine].options]:
-        others = [name for name in sorted(TRAITS) if any(one.path[0] in TRAITS[name].options for one in idle)]
+    if idle := [one for one in own if one.path[0] not in descriptor_of(engine).options]:
+        others = [
+            name
+            for name in sorted(each.name for each in engines())
+            if any(one.path[0] in descriptor_of(name).options for one in idle)
+        ]
         raise UsageError(
             f"{', '.join(map(options.flag_of, idle))} has no effect with the {engine} engine",
             hint=f"drop it, or --engine {' or '.join(others)}",
@@ -93,7 +100,7 @@ def refuse_other_engines(options: Options, engine: str) -> None:
 
 def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
     """Figures of a machine that a plan has no use for."""
-    if engine != "zero" and not options.pin_memory:
+    if not descriptor_of(engine).plans_pageable and not options.pin_memory:
         raise UsageError(
             "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"
         )

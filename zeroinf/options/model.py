@@ -8,7 +8,7 @@ from zeroinf.model.resolve import resolve_model
 from zeroinf.model.source import ModelSource, pick_dtype
 from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import ConfigOptions, ModelOptions, PlanOptions, RunOptions
-from zeroinf.planner.traits import expands_once, needs_full_weights
+from zeroinf.planner.descriptor import expands_once, needs_full_weights
 
 
 def source_of(options: RunOptions | PlanOptions | ConfigOptions, device: str) -> ModelSource:

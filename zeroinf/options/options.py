@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from zeroinf.engines.registry import ENGINE_NAMES
 from zeroinf.generation.row import MOST_LOGPROBS, Sampling
 from zeroinf.jobs.export import OutputFormat
 from zeroinf.jobs.formats import InputFormat
@@ -19,7 +20,6 @@ from zeroinf.options.definition import Option, Options, option, parts
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, TensorParallel
-from zeroinf.planner.traits import ENGINE_NAMES
 from zeroinf.planner.wire import Wire
 from zeroinf.service.requests import ChatOptions
 from zeroinf.sizes import DEFAULT_NEW_TOKENS

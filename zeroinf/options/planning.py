@@ -11,19 +11,18 @@ from typing import Any
 from transformers import GenerationMixin
 
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream.stored_weights import check_room, room_taken
-from zeroinf.engines.zero.config import check_user_config, codes_of, nvme_pool_bytes
-from zeroinf.errors import DoesNotFitError, ModelError, UsageError
+from zeroinf.engines.registry import default_engine, descriptor_of
+from zeroinf.engines.stream.stored_weights import room_taken
+from zeroinf.engines.zero.config import check_user_config, codes_of
+from zeroinf.errors import ModelError, UsageError
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.prompts import decoder_start
-from zeroinf.hardware.aio_op import read_aio_op
-from zeroinf.hardware.checks import check_aio_op, check_memlock, require
 from zeroinf.hardware.gpus import gpus_are_linked
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
-from zeroinf.hardware.snapshot import read_machine, read_memory
+from zeroinf.hardware.snapshot import read_machine
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, Loading
 from zeroinf.model.config import config_dtype
@@ -35,12 +34,11 @@ from zeroinf.options.definition import definitions
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.descriptor import possible_offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
-from zeroinf.planner.traits import possible_offload
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, make_plan, plan_as_requested
-from zeroinf.sizes import gib
 
 
 def plan_run(
@@ -94,7 +92,7 @@ def plan_run(
         check_user_config(own_config, plan_as_requested(plan_input))
     plan = make_plan(plan_input).plan
     if plan.offload == "nvme":
-        _check_nvme(plan, source, machine.disks, own_config)
+        descriptor_of(plan.engine).check_disks(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why
 
 
@@ -190,7 +188,7 @@ def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int
 
     Raises UsageError where `ranks` cannot hold the model together like that.
     """
-    if engine != "tensor-parallel":
+    if "tensor_parallel" not in descriptor_of(engine).options:
         return TensorParallel()
     size = asked.size or ranks
     if ranks % size:
@@ -205,7 +203,7 @@ def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int
     except ValueError as error:
         raise UsageError(
             f"--tensor-parallel-size {size}: {anatomy.architecture}: {error}",
-            hint="a --tensor-parallel-size of at most that many, or --engine stream",
+            hint=f"a --tensor-parallel-size of at most that many, or --engine {default_engine()}",
         ) from error
     return replace(asked, size=size)
 
@@ -266,24 +264,3 @@ def packed_on(anatomy: Anatomy, device: str) -> Anatomy:
     if device != "cuda":
         return anatomy
     return replace(anatomy, padded_because=anatomy.padded_because or why_no_kernels())
-
-
-def _check_nvme(plan: Plan, source: ModelSource, disks: Sequence[Disk], own_config: dict[str, Any] | None) -> None:
-    """The disks' room, and what the engine needs beside it."""
-    if plan.engine == "stream":
-        check_room(plan, source)
-    if plan.engine != "zero":
-        return
-    # What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT.
-    if disks[0].free_bytes < plan.anatomy.weight_bytes:
-        raise DoesNotFitError(
-            f"the weights take {gib(plan.anatomy.weight_bytes)}, "
-            f"but {disks[0].path} has {gib(disks[0].free_bytes)} free",
-            hint="make room there, choose another folder, or --offload cpu",
-        )
-    require(
-        [
-            *check_aio_op(read_aio_op(with_gpu=plan.device == "cuda"), asked=True),
-            check_memlock(read_memory(), asked=True, needed_bytes=nvme_pool_bytes(plan, own_config)),
-        ]
-    )

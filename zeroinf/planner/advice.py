@@ -16,8 +16,8 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection
+from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.memory import MemoryPlace, total
-from zeroinf.planner.traits import TRAITS
 from zeroinf.planner.wire import Wire
 
 Quality = Literal["exact", "near lossless", "lossy"]
@@ -54,7 +54,11 @@ class Advice:
     def speed(self) -> str:
         """Tokens/s, with their unit; empty where the planner knows no speed of the engine."""
         rate = self.candidate.timing.tokens_per_second
-        return f"{rate:,.{0 if rate >= 100 else 1}f} tokens/s" if TRAITS[self.candidate.choice.engine].is_timed else ""
+        return (
+            f"{rate:,.{0 if rate >= 100 else 1}f} tokens/s"
+            if descriptor_of(self.candidate.choice.engine).is_timed
+            else ""
+        )
 
     @property
     def has_effect(self) -> bool:
@@ -113,9 +117,9 @@ def more_memory(constraints: Constraints, machine: Machine, nearest: Rejection) 
 
 def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
     """Settings that the user fixed, left to the planner instead."""
-    if constraints.engine != "stream":
-        stream = replace(constraints, engine="stream", offload="auto", ranks_per_stream=1, host_share=0.0)
-        yield Change(flags="--engine stream", constraints=stream, machine=machine)
+    if constraints.engine != default_engine():
+        other = replace(constraints, engine=default_engine(), offload="auto", ranks_per_stream=1, host_share=0.0)
+        yield Change(flags=f"--engine {default_engine()}", constraints=other, machine=machine)
         return
     if constraints.batch_size is not None:
         rows = replace(constraints, batch_size=None, micro_batch_rows=None)
@@ -128,7 +132,11 @@ def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
 
 
 def _smaller_weights(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    if constraints.engine == "stream" and constraints.wire == "model" and anatomy.quantized is None:
+    if (
+        "wire" in descriptor_of(constraints.engine).options
+        and constraints.wire == "model"
+        and anatomy.quantized is None
+    ):
         for wire, quality in _WIRES.items():
             coded = replace(constraints, wire=wire)
             yield Change(flags=f"--wire {wire}", constraints=coded, machine=machine, quality=quality)
@@ -146,7 +154,7 @@ def _smaller_cache(constraints: Constraints, machine: Machine, anatomy: Anatomy)
 
 
 def _disk(constraints: Constraints, machine: Machine) -> Iterator[Change]:
-    if constraints.engine == "stream" and not machine.disks and constraints.offload in ("auto", "cpu"):
+    if descriptor_of(constraints.engine).mixes_tiers and not machine.disks and constraints.offload in ("auto", "cpu"):
         with_disk, _ = override(machine, Rates(), nvme_space_bytes=_ENOUGH_DISK_BYTES)
         flags = "--nvme-path DIR" if constraints.offload == "auto" else "--offload auto --nvme-path DIR"
         found = replace(constraints, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)

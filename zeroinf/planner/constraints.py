@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.kv import HostShare
 from zeroinf.planner.wire import Wire
 
@@ -29,7 +30,7 @@ class Constraints:
     one_node: bool = True
     gpus_are_linked: bool = True
     """GPUs reach each other's memory: what makes partitioned fetch worth while."""
-    engine: str = "stream"
+    engine: str = field(default_factory=default_engine)
     wire: Wire = "model"
     host_share: HostShare = 0.0
     """The part of the rows whose keys and values rest in host memory."""
@@ -52,6 +53,7 @@ def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str
             f"--micro-batch-rows {rows}, but with --batch-size {batch_size} no more sequences run at a time",
             hint="lower the one, or raise the other",
         )
-    if engine != "stream" or not regroups:
-        what = f"the {engine} engine" if engine != "stream" else "a model whose states cannot be regrouped"
+    shares = descriptor_of(engine).shares_passes
+    if not (shares and regroups):
+        what = f"the {engine} engine" if not shares else "a model whose states cannot be regrouped"
         raise UsageError(f"--micro-batch-rows has no effect with {what}: all sequences run together", hint="drop it")

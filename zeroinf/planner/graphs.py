@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.planner.traits import why_padded
+from zeroinf.planner.descriptor import descriptor_of, why_padded
 
 MOST_GRAPHS = 512
 """Layers that are captured, one for each size: the driver keeps some memory for each."""
@@ -23,7 +23,7 @@ def why_launched(anatomy: Anatomy, engine: str, device: str) -> str:
     """Why layers are launched kernel by kernel; empty where forwards of few tokens replay CUDA graphs."""
     if device != "cuda":
         return "there is no GPU"
-    if engine != "stream":
+    if not descriptor_of(engine).captures_layers:
         return f"the {engine} engine runs transformers' own layers"
     if why_padded(anatomy, engine):
         return "forwards are padded"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.planner.descriptor import descriptor_of
 
 Kv = Literal["gpu", "host", "auto"]
 """Where keys and values rest: all on the GPU, all in host memory, or as many rows there as make the most tokens/s."""
@@ -28,7 +29,7 @@ def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostSha
             hint="drop it",
         )
     if kv == "auto":  # rows that cannot be regrouped all rest in one place, on the GPU unless told otherwise
-        return "auto" if engine == "stream" and anatomy.is_paged and anatomy.can_rest_on_host else 0.0
+        return "auto" if descriptor_of(engine).shares_passes and anatomy.is_paged and anatomy.can_rest_on_host else 0.0
     return 1.0 if kv == "host" else 0.0
 
 

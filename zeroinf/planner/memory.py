@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, HostSize, TensorSpec
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event, rounded
-from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.choice import Choice, Fetch
 from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Pass, Step, Workload, repeated
@@ -178,61 +178,12 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
-    """What each rank pulls of a piece."""
-    if choice.fetch == "replicated":
-        return piece
-    return round_up(-(-piece // world_size), CHUNK_BYTES if choice.offload == "nvme" else PIECE_ALIGNMENT)
-
-
-def stream_gpu_terms(
-    anatomy: Anatomy, choice: Choice, workload: Workload, world_size: int, overhead: Overhead
-) -> tuple[Term, ...]:
-    """GPU memory of one rank of the stream engine at its highest."""
-    parts = world_size if choice.fetch == "partitioned" else 1
-    slots, stages, resident = list[int](), list[int](), list[int]()
-    for walk in walks(anatomy, choice):
-        pulled = _pulled_bytes(walk.sizes[0], choice, world_size)
-        slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed)
-        stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
-        resident += walk.sizes[: walk.resident]
-    fixed = {
-        "embeddings, head, norms": [piece_bytes(anatomy.outside)],
-        "resident layers": resident,
-        "slots": slots,
-        "staging buffers (load only)": stages,
-        "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
-        "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
-        KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
-    }
-    counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
-    locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
-    counted += [Term("gpu", PAGE_TABLES, locked // PINNED_BYTES_PER_PAGE_TABLE_BYTE, "assumed")] if locked else []
-    held = [nbytes for given in fixed.values() for nbytes in given]
-    encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
-    if choice.graph_tokens and workload.packed is not None:
-        counted.append(Term("gpu", GRAPHS, _graphs_bytes(workload.packed.replayed, overhead), "simulated"))
-    return (*counted, *dynamic_terms(held, workload, overhead, encoded))
-
-
-def _graphs_bytes(step: Step, overhead: Overhead) -> int:
+def graphs_bytes(step: Step, overhead: Overhead) -> int:
     """Of graphs for forwards up to `step`: memory in which one layer computes, inputs and result of its attention,
     workspaces of their stream's products, and what the driver keeps."""
     layers = _changes(step)[2:][: max(1, len(step.sections) - 2)]  # after the last one comes the head
     computed = max(most for most, _ in layers)
     return round_up(2 * computed + overhead.workspace[0] + _GRAPHS_BESIDE, LARGE_PAGE_BYTES)
-
-
-def zero_gpu_terms(live_bytes: int, kept_bytes: int, workload: Workload, overhead: Overhead) -> tuple[Term, ...]:
-    """GPU memory of one rank of DeepSpeed's engine: `live_bytes` of gathered weights, `kept_bytes` that never leave."""
-    expanded_bytes = 0 if workload.expansion is None else workload.expansion.nbytes
-    counted = (
-        Term("gpu", "weights that stay", kept_bytes, "counted"),
-        Term("gpu", "live weights", live_bytes, "counted"),
-        Term("gpu", "gaps between live weights", live_bytes // 4, "assumed"),
-        *((Term("gpu", "a weight made of its codes", expanded_bytes, "counted"),) if expanded_bytes else ()),
-    )
-    return (*counted, *dynamic_terms([kept_bytes, live_bytes, expanded_bytes], workload, overhead))
 
 
 def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:
@@ -325,67 +276,6 @@ def _changes(step: Step) -> list[tuple[int, int]]:
     return found
 
 
-def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSize | None) -> dict[str, int]:
-    """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
-    all_walks = walks(anatomy, choice)
-    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
-    return {
-        "weights": sum(walk.host_bytes for walk in all_walks),
-        "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
-        "NVMe read ring": READ_BUFFERS * read,
-    }
-
-
-def stream_host_terms(
-    anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead, kv: HostSize | None = None
-) -> tuple[Term, ...]:
-    """Host memory of all ranks of a node: what streams from there once, the ring that NVMe blocks pass through, and
-    room for keys and values.
-
-    What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
-    comes last.
-    """
-    of_one = _locked_bytes(anatomy, choice, world_size, kv)
-    locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
-    largest = max((walk.sizes[0] for walk in walks(anatomy, choice) if walk.resident), default=0)
-    stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
-    terms = [
-        Term("host", "weights, page-locked", locked, "counted"),
-        Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
-        Term("host", "NVMe read ring, page-locked", rings, "counted"),
-        Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
-        Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
-        *process_terms(world_size, overhead),
-    ]
-    return tuple(term for term in terms if term.nbytes)
-
-
-def _passing_bytes(anatomy: Anatomy, locked_bytes: int) -> int:
-    """Host memory that loading takes beside stages and page-locked weights.
-
-    One piece is converted from what the checkpoint holds of it while another one is copied; of weights that are loaded
-    as a whole each is let go when it has been copied.
-    """
-    sizes = [piece_bytes(anatomy.outside), *pieces(anatomy)]
-    converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
-    return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)
-
-
-def zero_host_terms(
-    anatomy: Anatomy, offload: Offload, world_size: int, overhead: Overhead, pool_bytes: int
-) -> tuple[Term, ...]:
-    """Host memory of all ranks of DeepSpeed's engine; torch rounds each page-locked allocation to a power of two."""
-    locked = 0
-    if offload == "cpu":
-        for tensor in anatomy.tensors():
-            part = -(-tensor.nbytes // world_size)
-            locked += world_size * (1 << (part - 1).bit_length()) if part and not tensor.is_buffer else 0
-    if offload == "nvme":
-        locked = world_size * (1 << max(pool_bytes - 1, 1).bit_length())
-    terms = (Term("host", "weights or read pool, page-locked", locked, "counted"), *process_terms(world_size, overhead))
-    return tuple(term for term in terms if term.nbytes)
-
-
 def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     """What `world_size` processes and the system take of host memory."""
     nbytes, origin = overhead.process
@@ -393,6 +283,13 @@ def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
         Term("host", "processes with their libraries", world_size * nbytes, origin),
         Term("host", MARGIN, _HOST_MARGIN, "assumed"),
     )
+
+
+def store_terms(anatomy: Anatomy, choice: Choice) -> tuple[Term, ...]:
+    """Disk space of an engine that copies weights to a store on NVMe."""
+    if choice.offload != "nvme" or not choice.nvme_blocks:
+        return ()
+    return (Term("disk", "store", store_bytes(anatomy, choice.wire), "counted"),)
 
 
 def taken(terms: Iterable[Term], place: MemoryPlace) -> int:

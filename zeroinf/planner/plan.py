@@ -8,11 +8,11 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.descriptor import packs_scores, why_padded
 from zeroinf.planner.graphs import why_launched
 from zeroinf.planner.memory import Term
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
-from zeroinf.planner.traits import packs_scores, why_padded
 from zeroinf.planner.wire import Wire
 
 

@@ -6,7 +6,7 @@ Input: an anatomy, a machine, the user's constraints and a function that simulat
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
@@ -16,6 +16,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection, Shortage
+from zeroinf.planner.descriptor import EngineTerms, descriptor_of, why_padded
 from zeroinf.planner.graphs import GRAPH_TOKENS, why_launched
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
@@ -27,18 +28,13 @@ from zeroinf.planner.memory import (
     SLOTS,
     SMALL_PAGES,
     MemoryPlace,
-    Overhead,
     Term,
     pieces,
     scores_bytes,
-    store_bytes,
-    stream_gpu_terms,
-    stream_host_terms,
     total,
 )
 from zeroinf.planner.search_space import OFFLOADS, fetches_of, offloads_of
 from zeroinf.planner.timing import Speeds, time_plan
-from zeroinf.planner.traits import TRAITS, why_padded
 from zeroinf.planner.workload import Lengths, Shape, Simulate, Workload
 
 MOST_ROWS = 4096
@@ -80,10 +76,6 @@ class _SearchPoint:
         return cls(choice.batch_size, -(-longest // choice.micro_batch_rows), choice.prefill_tokens)
 
 
-EngineTerms = Callable[[Choice, Workload], tuple[Term, ...]]
-"""Memory terms of a choice under another engine than the stream engine."""
-
-
 class Planner:
     """Plans for one model on one machine. Pure: the same facts give the same decision."""
 
@@ -92,24 +84,21 @@ class Planner:
         anatomy: Anatomy,
         machine: Machine,
         speeds: Speeds,
-        overhead: Callable[[bool], Overhead],
+        engine_terms: EngineTerms,
         simulate: Simulate,
         *,
         device: Literal["cuda", "cpu"],
         lengths: Lengths,
-        engine_terms: EngineTerms | None = None,
         thorough: bool = True,
     ) -> None:
         """`thorough` False tries fewer candidates, for a plan that is at most as fast, in a fraction of the time."""
         self._anatomy = anatomy
         self._speeds = speeds
-        self._overhead = overhead
         self._simulate = simulate
         self._device = device
         self._lengths = lengths
         self._engine_terms = engine_terms
         self._thorough = thorough
-        self._launches = bool(why_launched(anatomy, "stream" if engine_terms is None else "", device))
         self._gpu_bytes = min((gpu.free_bytes for gpu in machine.gpus), default=0)
         self._host_bytes = machine.memory.available_bytes
 
@@ -335,7 +324,7 @@ class Planner:
         if (
             constraints.resident_blocks is not None
             or choice.offload == "none"
-            or not TRAITS[constraints.engine].places_blocks
+            or not descriptor_of(constraints.engine).places_blocks
         ):
             return []
         place: MemoryPlace = "gpu" if "gpu" in budgets else "host"
@@ -364,7 +353,7 @@ class Planner:
         on_disk = 0
         if offload == "nvme":
             on_disk = blocks - residents
-            if constraints.offload == "auto" and constraints.engine == "stream":
+            if constraints.offload == "auto" and descriptor_of(constraints.engine).mixes_tiers:
                 on_disk -= min(on_disk, self._blocks_in_host(constraints, rows))
         return Choice(
             engine=constraints.engine,
@@ -390,7 +379,11 @@ class Planner:
 
     def _makes_parts(self, constraints: Constraints) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
-        return self._packs(constraints) or (constraints.engine == "stream" and self._anatomy.is_paged)
+        return self._packs(constraints) or (descriptor_of(constraints.engine).shares_passes and self._anatomy.is_paged)
+
+    def _launches(self, constraints: Constraints) -> bool:
+        """Whether layers are launched kernel by kernel, not replayed from CUDA graphs."""
+        return bool(why_launched(self._anatomy, constraints.engine, self._device))
 
     def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
@@ -441,7 +434,7 @@ class Planner:
             return blocks
         if constraints.resident_blocks is not None:
             return min(constraints.resident_blocks, blocks)
-        if offload == "cpu" and self._device == "cuda" and constraints.engine == "stream":
+        if offload == "cpu" and self._device == "cuda" and descriptor_of(constraints.engine).mixes_tiers:
             return max(0, min(blocks - 1, blocks - self._blocks_in_host(constraints, 1)))
         return 0
 
@@ -455,7 +448,7 @@ class Planner:
         blocks = len(self._anatomy.blocks)
         resident = min(LOADING_STAGES - 1, blocks) if self._device == "cuda" else 0
         nothing = Choice(
-            engine="stream",
+            engine=constraints.engine,
             offload="nvme",
             fetch="replicated",
             batch_size=rows,
@@ -466,7 +459,7 @@ class Planner:
             wire=constraints.wire,
         )
         terms = (
-            *stream_host_terms(self._anatomy, nothing, constraints.world_size, self._overhead(False)),
+            *self._engine_terms.elsewhere(nothing, None),
             *self._request_terms(),
         )
         if self._device == "cpu":  # what computes lies there, too
@@ -502,7 +495,7 @@ class Planner:
             micro_batch_rows=shape.micro_batch_rows,
             prefill_tokens=shape.prefill_tokens,
             forward_tokens=shape.forward_tokens,
-            graph_tokens=0 if self._launches else min(shape.forward_tokens, GRAPH_TOKENS),
+            graph_tokens=0 if self._launches(constraints) else min(shape.forward_tokens, GRAPH_TOKENS),
         )
         workload = self._simulate(shape)
         terms = self._terms(constraints, choice, workload)
@@ -541,18 +534,8 @@ class Planner:
         return (Term("host", REQUESTS, held, "counted"),) if held else ()
 
     def _terms(self, constraints: Constraints, choice: Choice, workload: Workload) -> tuple[Term, ...]:
-        if self._engine_terms is not None:
-            terms = self._engine_terms(choice, workload)
-        else:
-            overhead = self._overhead(choice.fetch == "partitioned")
-            gpu = stream_gpu_terms(self._anatomy, choice, workload, constraints.world_size, overhead)
-            host = stream_host_terms(self._anatomy, choice, constraints.world_size, overhead, workload.host)
-            terms = (*gpu, *host)
-        if (
-            choice.offload == "nvme" and choice.nvme_blocks and constraints.engine != "accelerate"
-        ):  # it reads the checkpoint
-            terms = (*terms, Term("disk", "store", store_bytes(self._anatomy, choice.wire), "counted"))
-        terms = (*terms, *self._request_terms())
+        own = self._engine_terms
+        terms = (*own.gpu(choice, workload), *own.elsewhere(choice, workload.host), *self._request_terms())
         if scored := scores_bytes(self._anatomy, self._lengths.scored_tokens):
             terms = (*terms, Term("gpu", SCORES, scored, "counted"))
         if self._device == "cpu":

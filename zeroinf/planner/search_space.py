@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.descriptor import descriptor_of
 
 OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "nvme")
 """Those that need fewer things to work first."""
@@ -21,7 +22,8 @@ def offloads_of(constraints: Constraints) -> tuple[Offload, ...]:
 
 def fetches_of(constraints: Constraints, offload: Offload, *, has_encoder: bool) -> tuple[Fetch, ...]:
     """Fetch modes that the user's constraints leave open for that offload target."""
-    if has_encoder or constraints.world_size == 1 or offload == "none" or constraints.engine != "stream":
+    gathers = "fetch" in descriptor_of(constraints.engine).options
+    if has_encoder or constraints.world_size == 1 or offload == "none" or not gathers:
         return ("replicated",)
     if constraints.fetch != "auto":
         return (constraints.fetch,)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
+from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.memory import MemoryPlace, taken
 from zeroinf.planner.timing import Timing
-from zeroinf.planner.traits import TRAITS
 from zeroinf.sizes import clock, gib
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ _SOME_REQUESTS = 1000
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The chosen plan in a few lines: how it runs, how fast, how long, what it takes."""
     tiers = _tiers(plan, len(plan.anatomy.blocks))
-    if plan.world_size > 1 and plan.engine == "stream" and plan.resident_blocks < len(plan.anatomy.blocks):
+    gathers = "fetch" in descriptor_of(plan.engine).options
+    if plan.world_size > 1 and gathers and plan.resident_blocks < len(plan.anatomy.blocks):
         tiers += f", weights {plan.fetch}"
     wire = f", weights {plan.wire} (lossy)" if plan.wire != "model" else ""
     if plan.anatomy.quantized is not None:
@@ -67,7 +68,7 @@ def _kv(plan: Plan) -> str:
 
 
 def _tiers(plan: Plan, blocks: int) -> str:
-    if not TRAITS[plan.engine].places_blocks:
+    if not descriptor_of(plan.engine).places_blocks:
         return f"{blocks} layers"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"

@@ -13,21 +13,13 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import Walk, piece_bytes, pieces, walks
-from zeroinf.planner.traits import TRAITS
+from zeroinf.planner.memory import Walk, pieces, walks
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
-
-# Host time of DeepSpeed's engine to fetch and release a parameter, in kernel launches of a model: on one GPU, and with
-# an all-gather over several (docs/benchmarks-archive.md, "What DeepSpeed's engine takes a pass").
-_ZERO_LAUNCHES = 10
-_ZERO_LAUNCHES_GATHERED = 20
-# accelerate copies from memory that is not page-locked, and waits for each copy: six runs reached 0.09 to 0.14 of the
-# link (docs/benchmarks-archive.md, "Engines side by side").
-_ACCELERATE_SHARE = 0.11
 
 # What launching attention over pages costs the host, in times of a model's launch, and what each row does in a pass:
 # 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks-archive.md, "Packed forwards").
@@ -124,7 +116,7 @@ def time_plan(
     _, fetched = _fetched_bytes(anatomy, choice, workload)
     cost = (_padded if workload.packed is None else _packed)(anatomy, choice, workload, speeds)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
-    overlaps = TRAITS[choice.engine].overlaps
+    overlaps = descriptor_of(choice.engine).overlaps
     work = count(workload, cost, expansion, prompt_waits, waits, overlaps)
     prefill_s, _ = work.passing(1, 0)
     decode_s, binds = work.passing(0, 1)
@@ -148,38 +140,14 @@ def _waits(
 ) -> tuple[dict[Resource, float], int]:
     """Seconds that the blocks `visited` in a pass keep links, disk and the engine itself busy, and bytes of weights
     that cross one rank's link."""
-    is_zero = choice.engine == "zero"
-    parts = world_size if choice.fetch == "partitioned" or is_zero else 1
-    streams = is_zero or any(walk.streamed for walk in visited)
-    passing = sum(walk.streamed_bytes if TRAITS[choice.engine].places_blocks else sum(walk.sizes) for walk in visited)
-    from_disk = sum(walk.nvme_bytes for walk in visited)
-    hooks = 0
-    if is_zero:
-        outside = piece_bytes(anatomy.outside) + _tied_bytes(anatomy)
-        passing += outside
-        from_disk += outside if choice.offload == "nvme" else 0
-        hooks = _parameters(anatomy) * (_ZERO_LAUNCHES if parts == 1 else _ZERO_LAUNCHES_GATHERED)
-    streamed = 0 if choice.offload == "none" else passing // parts
-    share = _ACCELERATE_SHARE if choice.engine == "accelerate" else 1.0
+    moved = descriptor_of(choice.engine).transfers(anatomy, choice, visited, world_size)
     waits: dict[Resource, float] = {
-        "link": streamed / speeds.link_gbps / 1e9 / share,
-        "disk": from_disk * world_size / parts / speeds.disk_gbps / 1e9,
-        "all-gather": passing / speeds.gather_gbps / 1e9 if streams and parts > 1 else 0.0,
-        "kernel launches": hooks * speeds.model_launch_s,
+        "link": moved.link_bytes / speeds.link_gbps / 1e9 / moved.link_share,
+        "disk": moved.disk_bytes / speeds.disk_gbps / 1e9,
+        "all-gather": moved.gathered_bytes / speeds.gather_gbps / 1e9,
+        "kernel launches": moved.launches * speeds.model_launch_s,
     }
-    return waits, streamed
-
-
-def _tied_bytes(anatomy: Anatomy) -> int:
-    """Of weights that are used a second time, when DeepSpeed's engine has let them go."""
-    sizes = {tensor.name: tensor.nbytes for tensor in anatomy.outside}
-    return sum(sizes.get(canonical, 0) for _, canonical in anatomy.tied)
-
-
-@lru_cache(maxsize=16)
-def _parameters(anatomy: Anatomy) -> int:
-    """How many tensors of weights there are."""
-    return sum(not tensor.is_buffer for tensor in anatomy.tensors())
+    return waits, moved.link_bytes
 
 
 def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Kernels, ...]:
@@ -204,7 +172,9 @@ def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tupl
 
 def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: Speeds) -> float:
     """Seconds until all blocks are where they rest; a store that is not there yet takes longer."""
-    resident = sum(sum(walk.sizes[: walk.resident]) for walk in visited) if TRAITS[choice.engine].places_blocks else 0
+    resident = (
+        sum(sum(walk.sizes[: walk.resident]) for walk in visited) if descriptor_of(choice.engine).places_blocks else 0
+    )
     on_disk = sum(walk.nvme_bytes for walk in visited)
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
     encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))

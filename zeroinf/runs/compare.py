@@ -44,7 +44,7 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
     yield _bytes("weights that stay", allocated - slots - cache - computing, max(u.loaded - u.slots for u in uses))
     yield _bytes("slots", slots, max(u.slots for u in uses))
     yield _bytes("KV cache", cache, max(u.cache for u in uses))
-    gathered = "live weights, " if plan.engine == "zero" else ""  # they come when a model runs, not when it is loaded
+    gathered = "live weights, " if planned("live weights") else ""  # they come when a model runs, not when it is loaded
     yield _bytes(f"{gathered}activations, workspaces", computing, max(u.allocated - u.loaded - u.cache for u in uses))
     yield _bytes("allocated", allocated, max(u.allocated for u in uses))
     yield _bytes("reserved", allocated + gaps, max(u.reserved for u in uses))

@@ -17,6 +17,7 @@ from zeroinf.distributed.waits import WaitWatch, report_long_wait
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Stalls
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import RankError, RequestsFailedError
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
@@ -216,7 +217,7 @@ class _Job:
         plan, observer = self._prepared.plan, self._observer
         if self._prepared.engine_choice is not None:
             observer.note(f"{plan.engine} engine: {self._prepared.engine_choice}")
-        if plan.engine == "zero" and plan.offload == "nvme":
+        if "aio" in descriptor_of(plan.engine).options and plan.offload == "nvme":
             self._tell_of_compiling(plan)
         model = LoadedModel(
             plan,

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from zeroinf.compat.allocator import expandable_segments
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import GRAPHS, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.traits import TRAITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ class GpuMemory:
         Nobody else can take it then; and under a limit torch, which does not grow by the little that an allocation
         lacks where the limit leaves no room for all of it, has no need to (docs/decisions/0007-planner.md).
         """
-        if not TRAITS[self._plan.engine].is_replayed:
+        if not descriptor_of(self._plan.engine).is_replayed:
             return
         elsewhere = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name in (SMALL_PAGES, GRAPHS))
         wanted = self._planned - self._outside_torch - elsewhere

@@ -18,7 +18,7 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
-from zeroinf.engines.registry import load_engine
+from zeroinf.engines.loading import load_engine
 from zeroinf.errors import DoesNotFitError
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.graphs import CudaCapturing, Graphs

@@ -9,10 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from zeroinf.engines.baselines.baseline_memory import baseline_terms
+from zeroinf.engines.registry import default_engine, descriptor_of
 from zeroinf.engines.zero.codes import expansion, with_codes
 from zeroinf.engines.zero.config import own_codes
-from zeroinf.engines.zero.zero_memory import zero_terms
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
@@ -21,12 +20,12 @@ from zeroinf.model.inspect import build_meta
 from zeroinf.planner.advice import Advice, Change, alternatives, more_memory, remedies, remedies_together
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
+from zeroinf.planner.descriptor import refuse_beside_codes
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.search import Planner
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
-from zeroinf.planner.traits import TRAITS, refuse_beside_codes
 from zeroinf.planner.workload import ExpansionCost, Lengths, Simulate
 from zeroinf.simulation.workload import Simulator
 
@@ -73,8 +72,8 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False) -> PlanResult:
     _refuse_beside_an_encoder(plan_input)
     refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
     speeds = _speeds(plan_input)
-    streaming = replace(plan_input, constraints=replace(plan_input.constraints, engine="stream"))
-    simulate = cache(lambda: _simulator(streaming, None))  # which every plan of the stream engine can use
+    streaming = replace(plan_input, constraints=replace(plan_input.constraints, engine=default_engine()))
+    simulate = cache(lambda: _simulator(streaming, None))  # which every plan of the default engine can use
     try:
         decision = _planner(plan_input, speeds, simulate).choose(plan_input.constraints)
     except NothingFitsError as error:
@@ -125,10 +124,10 @@ def _refuse_beside_an_encoder(plan_input: PlanInput) -> None:
     constraints, name = plan_input.constraints, plan_input.anatomy.architecture
     if plan_input.anatomy.encoder is None:
         return
-    if constraints.engine != "stream":
+    if not descriptor_of(constraints.engine).runs_encoders:
         raise UsageError(
             f"the {constraints.engine} engine does not run models with an encoder, such as {name}",
-            hint="--engine stream",
+            hint=f"--engine {default_engine()}",
         )
     if constraints.fetch == "partitioned":
         raise UsageError(
@@ -157,7 +156,7 @@ def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulat
         plan_input.config,
         plan_input.anatomy,
         plan_input.lengths,
-        shares_passes=plan_input.constraints.engine == "stream",
+        shares_passes=descriptor_of(plan_input.constraints.engine).shares_passes,
         trust_remote_code=plan_input.trust_remote_code,
         expansion=expanded,
     )
@@ -166,35 +165,30 @@ def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulat
 def _planner(
     plan_input: PlanInput, speeds: Speeds, streaming: Callable[[], Simulate], *, thorough: bool = True
 ) -> Planner:
-    """For one question; `streaming` gives what simulates its model under the stream engine."""
+    """For one question; `streaming` gives what simulates its model under the default engine."""
     anatomy, lengths, constraints = plan_input.anatomy, plan_input.lengths, plan_input.constraints
     expanded = None
     if codes := own_codes(plan_input.own_zero_config or {}):
         model = build_meta(plan_input.config, anatomy.dtype, plan_input.trust_remote_code)
         expanded = expansion(anatomy, model, codes)
         anatomy = with_codes(anatomy, model, codes)
-    simulate = streaming() if constraints.engine == "stream" else _simulator(plan_input, expanded)
+    simulate = streaming() if constraints.engine == default_engine() else _simulator(plan_input, expanded)
 
     def overhead(gathers: bool) -> Overhead:
         if plan_input.device == "cpu":
             return Overhead()
         return overhead_of(plan_input.machine, plan_input.rates, world_size=constraints.world_size, gathers=gathers)
 
-    terms = None
-    if constraints.engine == "zero":
-        plan = replace(plan_as_requested(plan_input), anatomy=anatomy)
-        terms = zero_terms(plan, overhead(constraints.world_size > 1), plan_input.own_zero_config)
-    elif constraints.engine != "stream":
-        terms = baseline_terms(plan_as_requested(plan_input), overhead(constraints.ranks_per_stream > 1))
+    asked = replace(plan_as_requested(plan_input), anatomy=anatomy)
+    terms = descriptor_of(constraints.engine).memory_terms(asked, overhead, plan_input.own_zero_config)
     return Planner(
         anatomy,
         plan_input.machine,
         speeds,
-        overhead,
+        terms,
         simulate,
         device=plan_input.device,
         lengths=lengths,
-        engine_terms=terms,
         thorough=thorough,
     )
 
@@ -241,7 +235,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         terms=chosen.terms,
-        timing=chosen.timing if TRAITS[choice.engine].is_timed else None,
+        timing=chosen.timing if descriptor_of(choice.engine).is_timed else None,
     )
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+from zeroinf.model.anatomy import HostSize
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import Overhead, Term, dynamic_terms, piece_bytes, pieces, process_terms
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.search import EngineTerms
 from zeroinf.planner.workload import Workload
 
 
-def baseline_terms(asked: Plan, overhead: Overhead) -> EngineTerms:
+def memory_terms(
+    asked: Plan, overhead: Callable[[bool], Overhead], own_config: Mapping[str, Any] | None = None
+) -> EngineTerms:
     """Memory terms of `asked` with another choice in it, under the baseline that it names."""
+    taken = overhead(asked.tensor_parallel.size > 1)
 
-    def terms(choice: Choice, workload: Workload) -> tuple[Term, ...]:
-        return (*_gpu_terms(asked, choice, workload, overhead), *_host_terms(asked, choice, overhead))
+    def gpu(choice: Choice, workload: Workload) -> tuple[Term, ...]:
+        return tuple(_gpu_terms(asked, choice, workload, taken))
 
-    return terms
+    def elsewhere(choice: Choice, kv: HostSize | None) -> tuple[Term, ...]:
+        return tuple(_host_terms(asked, choice, taken))
+
+    return EngineTerms(gpu=gpu, elsewhere=elsewhere)
 
 
 def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhead) -> Iterator[Term]:

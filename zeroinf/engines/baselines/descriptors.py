@@ -1,0 +1,75 @@
+"""Describes the baselines to the planner, the options and the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from zeroinf.engines.baselines.baseline_memory import memory_terms
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.descriptor import EngineDescriptor
+from zeroinf.planner.memory import Walk
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.transfers import Transfers, no_transfers, placed_transfers
+
+# accelerate copies from memory that is not page-locked, and waits for each copy: six runs reached 0.09 to 0.14 of the
+# link (docs/benchmarks-archive.md, "Engines side by side").
+_ACCELERATE_LINK_SHARE = 0.11
+
+
+def _load_resident(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, listener: Any) -> Any:
+    from zeroinf.engines.baselines.resident import ResidentEngine
+
+    return ResidentEngine(plan, source, device)
+
+
+def _load_accelerate(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, listener: Any) -> Any:
+    from zeroinf.engines.baselines.offloaded import AccelerateEngine
+
+    return AccelerateEngine(plan, source, device)
+
+
+def _load_tensor_parallel(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, listener: Any) -> Any:
+    from zeroinf.engines.baselines.tensor_parallel import TensorParallelEngine
+
+    return TensorParallelEngine(plan, source, control, device, listener)
+
+
+def _accelerate_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
+    return replace(placed_transfers(anatomy, choice, visited, world_size), link_share=_ACCELERATE_LINK_SHARE)
+
+
+RESIDENT = EngineDescriptor(
+    name="resident",
+    load=_load_resident,
+    memory_terms=memory_terms,
+    transfers=no_transfers,
+    offloads=("none",),
+    packs=True,
+    is_replayed=True,
+)
+
+ACCELERATE = EngineDescriptor(
+    name="accelerate",
+    load=_load_accelerate,
+    memory_terms=memory_terms,
+    transfers=_accelerate_transfers,
+    offloads=("none", "cpu", "nvme"),
+    options=frozenset({"resident_blocks"}),
+    libraries=("accelerate",),
+    places_blocks=True,
+    overlaps=False,
+)
+
+TENSOR_PARALLEL = EngineDescriptor(
+    name="tensor-parallel",
+    load=_load_tensor_parallel,
+    memory_terms=memory_terms,
+    transfers=no_transfers,
+    offloads=("none",),
+    options=frozenset({"tensor_parallel", "tensor_parallel_size"}),
+    libraries=("deepspeed",),
+    is_timed=False,
+)

@@ -1,0 +1,137 @@
+"""Memory terms of the stream engine: slots that layers pass through, page-locked host memory, and the store on NVMe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zeroinf.model.anatomy import Anatomy, HostSize
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.descriptor import EngineTerms
+from zeroinf.planner.memory import (
+    CHUNK_BYTES,
+    GRAPHS,
+    KV_STAGING,
+    LOADING_STAGES,
+    PAGE_TABLES,
+    PIECE_ALIGNMENT,
+    PINNED_BYTES_PER_PAGE_TABLE_BYTE,
+    READ_BUFFERS,
+    SLOTS,
+    STAGES,
+    Overhead,
+    Term,
+    dynamic_terms,
+    graphs_bytes,
+    piece_bytes,
+    pieces,
+    process_terms,
+    round_up,
+    store_terms,
+    walks,
+)
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.workload import Workload
+
+
+def memory_terms(
+    asked: Plan, overhead: Callable[[bool], Overhead], own_config: Mapping[str, Any] | None = None
+) -> EngineTerms:
+    """Memory terms of `asked` with another choice in it."""
+    return stream_terms(asked.anatomy, asked.world_size, overhead)
+
+
+def stream_terms(anatomy: Anatomy, world_size: int, overhead: Callable[[bool], Overhead]) -> EngineTerms:
+    """Memory terms of a model on so many ranks; `overhead` says what a process takes, by whether its ranks gather."""
+
+    def gpu(choice: Choice, workload: Workload) -> tuple[Term, ...]:
+        return stream_gpu_terms(anatomy, choice, workload, world_size, overhead(choice.fetch == "partitioned"))
+
+    def elsewhere(choice: Choice, kv: HostSize | None) -> tuple[Term, ...]:
+        host = stream_host_terms(anatomy, choice, world_size, overhead(choice.fetch == "partitioned"), kv)
+        return (*host, *store_terms(anatomy, choice))
+
+    return EngineTerms(gpu=gpu, elsewhere=elsewhere)
+
+
+def stream_gpu_terms(
+    anatomy: Anatomy, choice: Choice, workload: Workload, world_size: int, overhead: Overhead
+) -> tuple[Term, ...]:
+    """GPU memory of one rank of the stream engine at its highest."""
+    parts = world_size if choice.fetch == "partitioned" else 1
+    slots, stages, resident = list[int](), list[int](), list[int]()
+    for walk in walks(anatomy, choice):
+        pulled = _pulled_bytes(walk.sizes[0], choice, world_size)
+        slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed)
+        stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
+        resident += walk.sizes[: walk.resident]
+    fixed = {
+        "embeddings, head, norms": [piece_bytes(anatomy.outside)],
+        "resident layers": resident,
+        "slots": slots,
+        "staging buffers (load only)": stages,
+        "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
+        "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
+        KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
+    }
+    counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
+    locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
+    counted += [Term("gpu", PAGE_TABLES, locked // PINNED_BYTES_PER_PAGE_TABLE_BYTE, "assumed")] if locked else []
+    held = [nbytes for given in fixed.values() for nbytes in given]
+    encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
+    if choice.graph_tokens and workload.packed is not None:
+        counted.append(Term("gpu", GRAPHS, graphs_bytes(workload.packed.replayed, overhead), "simulated"))
+    return (*counted, *dynamic_terms(held, workload, overhead, encoded))
+
+
+def stream_host_terms(
+    anatomy: Anatomy, choice: Choice, world_size: int, overhead: Overhead, kv: HostSize | None = None
+) -> tuple[Term, ...]:
+    """Host memory of all ranks of a node: what streams from there once, the ring that NVMe blocks pass through, and
+    room for keys and values.
+
+    What stays on a GPU passes through stages on its way there, before there is a ring; what lies outside the blocks
+    comes last.
+    """
+    of_one = _locked_bytes(anatomy, choice, world_size, kv)
+    locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
+    largest = max((walk.sizes[0] for walk in walks(anatomy, choice) if walk.resident), default=0)
+    stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
+    terms = [
+        Term("host", "weights, page-locked", locked, "counted"),
+        Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
+        Term("host", "NVMe read ring, page-locked", rings, "counted"),
+        Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
+        Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
+        *process_terms(world_size, overhead),
+    ]
+    return tuple(term for term in terms if term.nbytes)
+
+
+def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSize | None) -> dict[str, int]:
+    """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
+    all_walks = walks(anatomy, choice)
+    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
+    return {
+        "weights": sum(walk.host_bytes for walk in all_walks),
+        "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
+        "NVMe read ring": READ_BUFFERS * read,
+    }
+
+
+def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
+    """What each rank pulls of a piece."""
+    if choice.fetch == "replicated":
+        return piece
+    return round_up(-(-piece // world_size), CHUNK_BYTES if choice.offload == "nvme" else PIECE_ALIGNMENT)
+
+
+def _passing_bytes(anatomy: Anatomy, locked_bytes: int) -> int:
+    """Host memory that loading takes beside stages and page-locked weights.
+
+    One piece is converted from what the checkpoint holds of it while another one is copied; of weights that are loaded
+    as a whole each is let go when it has been copied.
+    """
+    sizes = [piece_bytes(anatomy.outside), *pieces(anatomy)]
+    converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
+    return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)

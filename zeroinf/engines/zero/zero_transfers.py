@@ -1,0 +1,41 @@
+"""What a pass of DeepSpeed's ZeRO-3 engine moves: each rank pulls its part of all weights and gathers the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.memory import Walk, piece_bytes
+from zeroinf.planner.transfers import Transfers
+
+# Host time to fetch and release a parameter, in kernel launches of a model: on one GPU, and with an all-gather over
+# several (docs/benchmarks-archive.md, "What DeepSpeed's engine takes a pass").
+_LAUNCHES = 10
+_LAUNCHES_GATHERED = 20
+
+
+def zero_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
+    """No layer stays on the GPU, and weights outside the layers are fetched as they are."""
+    outside = piece_bytes(anatomy.outside) + _tied_bytes(anatomy)
+    passing = sum(sum(walk.sizes) for walk in visited) + outside
+    from_disk = sum(walk.nvme_bytes for walk in visited) + (outside if choice.offload == "nvme" else 0)
+    return Transfers(
+        link_bytes=0 if choice.offload == "none" else passing // world_size,
+        gathered_bytes=passing if world_size > 1 else 0,
+        disk_bytes=from_disk,
+        launches=_parameters(anatomy) * (_LAUNCHES if world_size == 1 else _LAUNCHES_GATHERED),
+    )
+
+
+def _tied_bytes(anatomy: Anatomy) -> int:
+    """Of weights that are used a second time, when DeepSpeed's engine has let them go."""
+    sizes = {tensor.name: tensor.nbytes for tensor in anatomy.outside}
+    return sum(sizes.get(canonical, 0) for _, canonical in anatomy.tied)
+
+
+@lru_cache(maxsize=16)
+def _parameters(anatomy: Anatomy) -> int:
+    """How many tensors of weights there are."""
+    return sum(not tensor.is_buffer for tensor in anatomy.tensors())
