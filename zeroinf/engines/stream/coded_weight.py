@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_map_only
 
+from zeroinf.compat.subclasses import as_plain_tensors, make_wrapper, replaced
 from zeroinf.engines.stream.layout import Layout, TensorLocation
 from zeroinf.planner.wire import Codes
 
@@ -58,7 +58,7 @@ class CodedWeight(torch.Tensor):
         cls, layout: Layout, location: TensorLocation, slot: torch.Tensor, decode: Decode, product: Product
     ) -> CodedWeight:
         """In full it lies in `slot` (uint8, laid out as `layout`), written by `decode`; `product` runs on codes."""
-        own = torch.Tensor._make_wrapper_subclass(cls, location.shape, dtype=location.dtype, device=slot.device)
+        own = make_wrapper(cls, location.shape, location.dtype, slot.device)
         own._layout, own._location, own._slot, own._decode, own._product = layout, location, slot, decode, product
         own._piece, own._is_expanded, own._matrices = None, False, {}
         return own
@@ -127,12 +127,12 @@ class CodedWeight(torch.Tensor):
             x = args[0] if args else given["input"]
             if isinstance(weight, cls) and not isinstance(x, cls):
                 return weight._linear(x, args[2] if len(args) > 2 else given.get("bias"))
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             return func(*args, **given)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        full = tree_map_only(CodedWeight, CodedWeight.full, (args, dict(kwargs or {})))
+        full = replaced(CodedWeight, CodedWeight.full, (args, dict(kwargs or {})))
         return func(*full[0], **full[1])

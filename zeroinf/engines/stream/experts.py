@@ -12,21 +12,15 @@ from typing import Any
 
 import torch
 
+from zeroinf.compat import experts
 from zeroinf.engines.stream.coded_weight import CodedWeight, Matrix
 
 NAME = "zeroinf"
-_OTHERWISE = "grouped_mm"
-"""transformers' default."""
 
 
 def use_experts_kernels(model: Any) -> None:
     """Let the experts of `model`, if any, run here where they would run as transformers runs them by default."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    if getattr(model.config, "_experts_implementation", None) != _OTHERWISE:
-        return
-    ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)
-    model.set_experts_implementation(NAME)
+    experts.replace_default_experts(model, NAME, run_experts)
 
 
 def run_experts(
@@ -35,15 +29,12 @@ def run_experts(
     """`hidden_states` (tokens, width) through the experts of `module` that `top_k_index` (tokens, of each) names."""
     up, down = _matrices(module) if hidden_states.is_cuda and hidden_states.numel() else (None, None)
     if up is None or down is None:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        result: torch.Tensor = ALL_EXPERTS_FUNCTIONS[_OTHERWISE](module, hidden_states, top_k_index, top_k_weights)
-        return result
+        return experts.run_by_default(module, hidden_states, top_k_index, top_k_weights)
     from zeroinf.engines.stream import product_kernels as kernels
 
-    experts, each = up.shape[0], top_k_index.shape[-1]
-    tile = kernels.tile_for(-(-top_k_index.numel() // experts), up.bits)
-    routing = kernels.route(top_k_index, experts, tile.rows)
+    count, each = up.shape[0], top_k_index.shape[-1]
+    tile = kernels.tile_for(-(-top_k_index.numel() // count), up.bits)
+    routing = kernels.route(top_k_index, count, tile.rows)
     biases = [getattr(module, f"{name}_bias", None) if module.has_bias else None for name in _names(module)]
     hidden = kernels.product_by_expert(hidden_states, up, biases[0], routing, each, tile)
     if not module.has_gate:
@@ -51,11 +42,11 @@ def run_experts(
     elif _is_silu(module):
         hidden = kernels.gate(hidden)
     else:
-        hidden = module._apply_gate(hidden)
+        hidden = experts.gated(module, hidden)
     out = kernels.product_by_expert(hidden, down, biases[1], routing, 1, tile)
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
-    return kernels.combine(out, top_k_index, top_k_weights, experts)
+    return kernels.combine(out, top_k_index, top_k_weights, count)
 
 
 def _names(module: Any) -> tuple[str, str]:
@@ -64,7 +55,7 @@ def _names(module: Any) -> tuple[str, str]:
 
 def _matrices(module: Any) -> tuple[Matrix | None, Matrix | None]:
     """The weights of both products, None where a kernel cannot read them."""
-    if module.is_transposed or getattr(module, "_is_expert_parallel", False):
+    if module.is_transposed or experts.is_split_over_ranks(module):
         return None, None
     up, down = (_matrix(getattr(module, name, None)) for name in _names(module))
     return up, down
@@ -78,7 +69,4 @@ def _matrix(weight: Any) -> Matrix | None:
 
 def _is_silu(module: Any) -> bool:
     """Whether `module` gates by SiLU, of halves that lie side by side, as transformers does by default."""
-    from transformers.integrations import moe
-
-    is_default = getattr(type(module), "_apply_gate", None) is getattr(moe, "_default_apply_gate", ())
-    return is_default and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    return experts.gates_halves(module) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
