@@ -125,8 +125,6 @@ def test_tensors_of_a_module() -> None:
     assert modules.unsaved_buffers(module) == {"computed"}
     modules.own_parameters(module)["weight"] = torch.ones(2)  # no Parameter: assigning the attribute would be refused
     assert type(module.weight) is torch.Tensor
-    twice = nn.ModuleDict({"a": module, "b": module})
-    assert modules.own_modules(twice) == {"a": module, "b": module}
 
 
 def test_operators_of_a_dispatch_mode() -> None:

@@ -1,7 +1,7 @@
 """Gives access to the tensors that a `torch.nn.Module` holds itself, by name.
 
-Relies on the dictionaries in which modules have kept them since torch 0.1, `_parameters`, `_buffers` and `_modules`,
-and on `_non_persistent_buffers_set` (since torch 1.5): torch has public ways to read them, but none to replace a
+Relies on the dictionaries in which every module has kept them since torch 0.1, `_parameters`, `_buffers` and
+`_non_persistent_buffers_set` (the last since torch 1.5): torch has public ways to read them, but none to replace a
 parameter by a tensor that is not one, or to learn which buffers no checkpoint holds. Without them, weights could not be
 streamed into an unmodified model. `tests/unit/test_compat.py` fails when they change.
 """
@@ -21,11 +21,6 @@ def own_parameters(module: Module) -> dict[str, Any]:
 def own_buffers(module: Module) -> dict[str, Any]:
     """The module's own buffers, None among them; changes of the dictionary are changes of the module."""
     return module._buffers
-
-
-def own_modules(module: Module) -> dict[str, Module | None]:
-    """The modules directly in `module`, by every name that they have there, None among them."""
-    return module._modules
 
 
 def unsaved_buffers(module: Module) -> set[str]:

@@ -23,7 +23,6 @@ import torch
 from torch.nn import Module
 from transformers import DynamicCache
 
-from zeroinf.compat.modules import own_buffers, own_modules, own_parameters
 from zeroinf.generation.attention import PackedLayer, Scores
 from zeroinf.planner.graphs import MOST_GRAPHS
 
@@ -373,7 +372,7 @@ def _settings(scores: Scores) -> _Key:
 def _sites(block: Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the tensors of `block` are bound: parameters, buffers and plain attributes of its modules."""
     for module in block.modules():
-        for own in (own_parameters(module), own_buffers(module)):
+        for own in (module._parameters, module._buffers):
             yield from ((own, name) for name in own)
         yield from ((vars(module), name) for name, value in vars(module).items() if isinstance(value, torch.Tensor))
 
@@ -385,16 +384,15 @@ _IGNORED = {*vars(Module()), "forward", "layer_idx"}
 def _are_alike(one: Any, other: Any) -> bool:
     """Whether two modules do the same, but for their tensors' values and their number among the layers."""
     if isinstance(one, Module):
-        children, others = own_modules(one), own_modules(other)
-        if type(one) is not type(other) or children.keys() != others.keys():
+        if type(one) is not type(other) or one._modules.keys() != other._modules.keys():
             return False
         attributes = vars(one).keys() - _IGNORED
         if attributes != vars(other).keys() - _IGNORED:
             return False
         return (
             all(_are_alike(vars(one)[name], vars(other)[name]) for name in attributes)
-            and all(_are_alike(held(one), held(other)) for held in (own_parameters, own_buffers))
-            and all(_are_alike(child, others[name]) for name, child in children.items())
+            and all(_are_alike(vars(one)[kind], vars(other)[kind]) for kind in ("_parameters", "_buffers"))
+            and all(_are_alike(child, other._modules[name]) for name, child in one._modules.items())
         )
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
