@@ -20,7 +20,6 @@ from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
-from zeroinf.generation.warm_up import warm_up
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import find_blocks, read_anatomy
 
@@ -136,7 +135,6 @@ def run_rows(
     control: Control | None = None,
     draw: int | None = None,
     kv_dtype: KvDtype = "model",
-    warms_up: bool = False,
     **given: Any,
 ) -> tuple[int, Scheduler]:
     """Generate all of `rows`, taken `draw` at a time; what is `given` is a limit, or where rows come from and go to.
@@ -150,8 +148,6 @@ def run_rows(
     limits = limits_of(engine.model, known, shares_passes=engine.shares_passes, **given)
     scheduler = Scheduler(limits, anatomy_of(engine.model).row_pages)
     batch_state = desk_of(engine.model, known, limits, kv_dtype=kv_dtype, stream=engine.link_stream)
-    if warms_up:
-        warm_up(engine, batch_state)
     try:
         return generate(engine, control or Control(World(), "cpu"), batch_state, scheduler, Feed(**feed)), scheduler
     finally:

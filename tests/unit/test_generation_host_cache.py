@@ -143,20 +143,6 @@ def test_a_pass_that_breaks_between_blocks_is_made_again(breaks: int, limits: di
     assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
 
 
-@pytest.mark.parametrize("limits", [ALL_PACKED, PACKED], ids=["all packed", "packed"])
-def test_a_pass_that_nobody_asked_for_leaves_nothing_behind(limits: dict[str, int]) -> None:
-    model = build_model("gemma2")
-    engine, ran = PlainEngine(model), rows()
-    run_rows(engine, ran, warms_up=True, **limits)
-    assert [width for _, width in engine.passes[0]] == [
-        *([16, 1, 1] if limits["pages"] else []),
-        min(9, limits["forward_tokens"]),
-        1,
-        1,
-    ]
-    assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
-
-
 def test_a_row_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="room for 13 tokens of 12"):
         run_rows(PlainEngine(build_model("llama")), rows()[:1], rows=1, pages=0, host_tokens=12)

@@ -29,7 +29,6 @@ from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
-from zeroinf.generation.warm_up import warm_up
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.model.inspect import find_stacks
@@ -153,8 +152,6 @@ class LoadedModel:
             blocks = [block for _, stack in find_stacks(model) for block in stack]
             capturing = CudaCapturing(self.device, getattr(torch, plan.dtype))
             self._graphs = Graphs(blocks, capturing, graph_sizes(plan.graph_tokens))
-        if plan.forward_tokens and self.device.type == "cuda":
-            warm_up(engine, self._batch_state)
         self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
         self._scorer = Scorer(model, rules.pad_token, self.device, packs=plan.packs_scores and limits.breaks_at is None)
 
