@@ -192,8 +192,6 @@ class MarkingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.is_sliding, self.sliding_window = window is not None, window
-        self.scores: Scores | None = None
-        """Those of the last attention."""
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """As a kernel does."""
@@ -219,11 +217,11 @@ class PackedLayer(MarkingLayer):
         """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
         their scales beside them, (places, heads, 1) each, float32."""
         super().__init__(view.window)
-        self.memory, self.view, self.kernel = memory, view, kernel
+        self.memory, self.view, self._kernel = memory, view, kernel
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """As a kernel does."""
-        return self.kernel(self, query, keys, values, scores)
+        return self._kernel(self, query, keys, values, scores)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows, if they have any."""
@@ -259,8 +257,7 @@ def attend(
     if layer is None or attention_mask is not None or (more and not_understood(more)):
         raise RuntimeError(f"{type(module).__name__} hands attention what packed forwards do not understand")
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
-    layer.scores = Scores(scale, softcap, s_aux)
-    return layer.attend(query[0], key[0], value[0], layer.scores)[None], None
+    return layer.attend(query[0], key[0], value[0], Scores(scale, softcap, s_aux))[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

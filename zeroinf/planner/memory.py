@@ -55,7 +55,6 @@ PAGE_TABLES = "page tables of page-locked memory"
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers", PAGE_TABLES)
 """Terms of GPU memory that torch's allocator does not hold."""
 
-GRAPHS = "CUDA graphs of layers"
 SMALL_PAGES = "pages of small tensors"
 GAPS = "allocator's pages and gaps"
 UNFORESEEN = "unforeseen"
@@ -64,8 +63,6 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 # What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
 _UNFORESEEN_GPU = 96 * _MIB
-# What the driver keeps of graphs.
-_GRAPHS_BESIDE = 64 * _MIB
 # What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks-archive.md).
 _SMALL_BESIDE = 8 * _MIB
 # The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks-archive.md).
@@ -178,12 +175,6 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def graphs_bytes(step: Step, overhead: Overhead) -> int:
-    """Of graphs for forwards up to `step`: memory in which one layer computes, inputs and result of its attention,
-    workspaces of their stream's products, and what the driver keeps."""
-    layers = _changes(step)[2:][: max(1, len(step.sections) - 2)]  # after the last one comes the head
-    computed = max(most for most, _ in layers)
-    return round_up(2 * computed + overhead.workspace[0] + _GRAPHS_BESIDE, LARGE_PAGE_BYTES)
 
 
 def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:

@@ -9,7 +9,6 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.descriptor import packs_scores, why_padded
-from zeroinf.planner.graphs import why_launched
 from zeroinf.planner.memory import Term
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
@@ -60,8 +59,6 @@ class Plan:
     """Prompt tokens that a pass computes, at the most."""
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
-    graph_tokens: int = 0
-    """Packed forwards of up to so many tokens replay CUDA graphs of layers; 0: none does."""
     pool_pages: int = 0
     """Pages of the KV cache, for all live rows together."""
     host_rows: int = 0
@@ -121,11 +118,6 @@ class Plan:
         return self.scored_tokens > 0 and packs_scores(self.anatomy, self.engine)
 
     @property
-    def launched_because(self) -> str:
-        """Why layers are launched kernel by kernel; empty where packed forwards of few tokens replay CUDA graphs."""
-        return why_launched(self.anatomy, self.engine, self.device)
-
-    @property
     def row_tokens(self) -> int:
         """Tokens of a row in the KV cache at the most."""
         return self.anatomy.row_tokens(self.prompt_tokens, self.new_tokens)
@@ -154,7 +146,6 @@ class Plan:
             micro_batch_rows=share(self.micro_batch_rows),
             prefill_tokens=share(self.prefill_tokens),
             forward_tokens=share(self.forward_tokens) if self.forward_tokens else 0,
-            graph_tokens=min(self.graph_tokens, share(self.forward_tokens)) if self.graph_tokens else 0,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
             host_rows=min(self.host_rows, rows),
             timing=timing,

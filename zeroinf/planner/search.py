@@ -17,7 +17,6 @@ from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection, Shortage
 from zeroinf.planner.descriptor import EngineTerms, descriptor_of, why_padded
-from zeroinf.planner.graphs import GRAPH_TOKENS, why_launched
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import (
@@ -381,10 +380,6 @@ class Planner:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
         return self._packs(constraints) or (descriptor_of(constraints.engine).shares_passes and self._anatomy.is_paged)
 
-    def _launches(self, constraints: Constraints) -> bool:
-        """Whether layers are launched kernel by kernel, not replayed from CUDA graphs."""
-        return bool(why_launched(self._anatomy, constraints.engine, self._device))
-
     def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
         return not why_padded(self._anatomy, constraints.engine, scored=self._lengths.scored_tokens > 0)
@@ -495,7 +490,6 @@ class Planner:
             micro_batch_rows=shape.micro_batch_rows,
             prefill_tokens=shape.prefill_tokens,
             forward_tokens=shape.forward_tokens,
-            graph_tokens=0 if self._launches(constraints) else min(shape.forward_tokens, GRAPH_TOKENS),
         )
         workload = self._simulate(shape)
         terms = self._terms(constraints, choice, workload)

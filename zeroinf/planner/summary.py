@@ -50,10 +50,7 @@ def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
 
 def _forwards(plan: Plan) -> str:
     if plan.forward_tokens:
-        packed = f"forwards of up to {plan.forward_tokens:,} packed tokens"
-        if plan.graph_tokens:
-            return f"{packed}, CUDA graphs up to {plan.graph_tokens:,}"
-        return f"{packed}, no CUDA graphs ({plan.launched_because})" if plan.device == "cuda" else packed
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens"
     if plan.packs_scores:
         return f"forwards of up to {plan.prefill_tokens:,} packed tokens"
     return f"padded forwards ({plan.padded_because})"

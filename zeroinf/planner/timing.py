@@ -25,8 +25,6 @@ Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "ke
 # 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks-archive.md, "Packed forwards").
 _ATTENTION_LAUNCHES = 5
 _ROW_S = 5e-6
-# What a layer that replays its graphs costs the host beside its attention, in times of a model's launch.
-_GRAPH_LAUNCHES = 8
 
 # What a micro-batch costs beside its kernels.
 _STEP_S = 0.5e-3
@@ -189,6 +187,12 @@ _Cost = Callable[[float, float, float], dict[Resource, float]]
 """Seconds of each resource that the forwards of a pass take, by the arguments of `_Work.passing`."""
 
 
+def _copies_s(anatomy: Anatomy, choice: Choice, speeds: Speeds) -> float:
+    """Seconds that the host takes for copies to and from host memory in a step of all rows: what a row has, and its new
+    token, are one each for each block, without a model's Python around it."""
+    return len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+
+
 def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
     """Micro-batches of prompts and others of steps: one of few rows launches as much as one of many."""
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -197,8 +201,7 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     of_decode["link"] += fetched / speeds.link_gbps / 1e9
     batches = -(-choice.host_rows // choice.micro_batch_rows)
     of_decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
-    # What a row has, and its new token, are a copy each for each block: without a model's Python around it.
-    copies_s = len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+    copies_s = _copies_s(anatomy, choice, speeds)
 
     def cost(prompts: float, decode: float, forwards: float) -> dict[Resource, float]:
         both = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in of_prompts}
@@ -218,8 +221,9 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     assert workload.packed is not None
     shape, forwards = workload.shape, workload.packed.forwards
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
-    by_tokens, by_choices = _forward_times(forwards, speeds, choice.graph_tokens)
+    by_tokens, by_choices = _forward_times(forwards, speeds)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
+    copies_s = _copies_s(anatomy, choice, speeds)
 
     def count_of(prompts: float, decode: float, rows: int) -> int:
         """Forwards of the rows of one side, which have so large a share of the prompts."""
@@ -239,7 +243,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         kinds = (of_prompts if prompts else {}, of_decode if decode else {})
         launched = sum(kind.get("kernel launches", 0.0) for kind in kinds)
         attention["kernel launches"] = count * _ATTENTION_LAUNCHES * launched + decode * shape.rows * _ROW_S
-        attention["kernel launches"] += on_host * len(anatomy.cache) * _HOST_LAYER_S
+        attention["kernel launches"] += on_host * len(anatomy.cache) * _HOST_LAYER_S + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
         return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
 
@@ -247,16 +251,14 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
 
 
 @lru_cache(maxsize=64)
-def _forward_times(forwards: Forwards, speeds: Speeds, graph_tokens: int) -> tuple[_Line, _Line]:
-    """Seconds of each resource by a forward's tokens, and by its choices; layers of up to `graph_tokens` tokens launch
-    their graphs, whatever these hold."""
+def _forward_times(forwards: Forwards, speeds: Speeds) -> tuple[_Line, _Line]:
+    """Seconds of each resource by a forward's tokens, and by its choices."""
     by_tokens, by_choices = (
         [(float(count), _times(kernels, speeds)) for count, kernels in found]
         for found in (forwards.tokens, forwards.choices)
     )
-    for (_, times), (tokens, kernels) in zip(by_tokens, forwards.tokens, strict=True):
-        spared = sum(max(0, len(group.kernels) - _GRAPH_LAUNCHES) * group.times for group in kernels[1:])
-        times["kernel launches"] += _STEP_S - (spared * speeds.model_launch_s if tokens <= graph_tokens else 0)
+    for _, times in by_tokens:
+        times["kernel launches"] += _STEP_S
     return _Line(by_tokens), _Line(by_choices)
 
 

@@ -210,8 +210,6 @@ class Packed:
     """Attention of a step of all rows, with as many tokens as they have on average."""
     fullest: tuple[Pass, ...]
     """Passes of which one has the most memory in use."""
-    replayed: Step
-    """The largest forward that replays CUDA graphs, if any does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

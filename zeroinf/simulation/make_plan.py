@@ -228,7 +228,6 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         micro_batch_rows=choice.micro_batch_rows,
         prefill_tokens=choice.prefill_tokens,
         forward_tokens=choice.forward_tokens,
-        graph_tokens=choice.graph_tokens,
         pool_pages=chosen.pool.pages,
         host_rows=choice.host_rows,
         host=chosen.host,

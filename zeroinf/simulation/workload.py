@@ -22,7 +22,6 @@ from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
-from zeroinf.planner.graphs import GRAPH_TOKENS
 from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
@@ -124,7 +123,6 @@ class Simulator:
                 prompts=attention(tokens / mean, 0, mean),
                 decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
-                replayed=sides[0][0].step(min(shape.forward_tokens, GRAPH_TOKENS), 1),
             ),
         )
 

@@ -10,7 +10,6 @@ from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import (
     CHUNK_BYTES,
-    GRAPHS,
     KV_STAGING,
     LOADING_STAGES,
     PAGE_TABLES,
@@ -22,7 +21,6 @@ from zeroinf.planner.memory import (
     Overhead,
     Term,
     dynamic_terms,
-    graphs_bytes,
     piece_bytes,
     pieces,
     process_terms,
@@ -79,8 +77,6 @@ def stream_gpu_terms(
     counted += [Term("gpu", PAGE_TABLES, locked // PINNED_BYTES_PER_PAGE_TABLE_BYTE, "assumed")] if locked else []
     held = [nbytes for given in fixed.values() for nbytes in given]
     encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
-    if choice.graph_tokens and workload.packed is not None:
-        counted.append(Term("gpu", GRAPHS, graphs_bytes(workload.packed.replayed, overhead), "simulated"))
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
 
 
