@@ -16,7 +16,6 @@ import torch
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
 from zeroinf.engines.stream.expand import Expander
-from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
@@ -64,8 +63,6 @@ class StreamEngine:
         if expansions(self._model):
             require_kernels(device)
         self._expander = Expander(groups, device) if plan.wire != "model" else None
-        if self._expander is not None and self._expander.multiplies_codes:
-            use_experts_kernels(self._model)
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(
             plan,
@@ -114,7 +111,7 @@ class StreamEngine:
             if self._expander is None or index == len(groups):
                 _bind(_ready((*groups, outside)[index].views(piece)))
             else:
-                _bind(self._expander.views(groups[index]))
+                _bind(_ready(groups[index].views(self._expander.slot)))
                 self._before[index] = partial(self._expander.expand, groups[index], piece)
 
     def _stream(
@@ -149,10 +146,8 @@ class StreamEngine:
 
     def _taking(self, ring: Ring, turn: int, group: TensorGroup) -> Callable[[], None]:
         """What gives a block the tensors of its `turn`."""
-        if self._expander is None:
-            views = [_ready(group.views(slot)) for slot in ring.slots]
-        else:
-            views = [self._expander.views(group)]
+        slots = ring.slots if self._expander is None else [self._expander.slot]
+        views = [_ready(group.views(slot)) for slot in slots]
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
 
         def take() -> None:

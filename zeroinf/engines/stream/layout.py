@@ -83,10 +83,6 @@ class Layout:
         assert self.coded is not None
         return piece[: self.coded.nbytes].view(self.coded.dtype)
 
-    def is_coded(self, location: TensorLocation) -> bool:
-        """Whether the tensor there crosses the link as codes."""
-        return location.offset < self._coded_bytes
-
     def wire_location(self, location: TensorLocation) -> TensorLocation:
         """Where a tensor that is not coded lies in a piece as it crosses the link."""
         return replace(location, offset=location.offset - self._coded_bytes + self._rest_start)

@@ -28,8 +28,6 @@ class Tensor:
     sites: list[tuple[Module, str]] = field(default_factory=list)
     stored: bool = False
     """Checkpoints hold it: a parameter or a persistent buffer."""
-    bound: torch.Tensor | None = None
-    """What modules use instead, once there is something."""
 
     @property
     def is_parameter(self) -> bool:
@@ -37,7 +35,6 @@ class Tensor:
 
     def bind(self, value: torch.Tensor) -> None:
         """Let every module that uses this tensor use `value` instead (a Parameter for a parameter)."""
-        self.bound = value
         for module, name in self.sites:
             own: dict[str, Any] = own_parameters(module) if self.is_parameter else own_buffers(module)
             own[name] = value
