@@ -107,13 +107,15 @@ def default_engine() -> str:
     return next(iter(_ENGINES))
 
 
-def why_padded(anatomy: Anatomy, engine: str, *, scored: bool = False) -> str:
-    """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `scored`: given
-    tokens are scored, each prompt as a whole."""
+def why_padded(anatomy: Anatomy, engine: str, *, on_host: bool = False, scored: bool = False) -> str:
+    """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `on_host`: keys
+    and values of some rows rest in host memory. `scored`: given tokens are scored, each prompt as a whole."""
     if not descriptor_of(engine).packs:
         return f"the {engine} engine runs transformers' own batches"
     if scored:
         return "prompts are scored, each as a whole"
+    if on_host:  # packed, each run of each sequence is a copy of its own in each layer, which takes the host longer
+        return "keys and values rest in host memory"
     return anatomy.padded_because
 
 

@@ -175,8 +175,6 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-
-
 def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:
     """The cache, what passes compute, of it `encoded` bytes that last from the first to the last, and what allocator,
     libraries and driver add."""

@@ -110,7 +110,7 @@ class Plan:
     @property
     def padded_because(self) -> str:
         """Why rows of a forward are padded to one length; empty where they are packed."""
-        return why_padded(self.anatomy, self.engine, scored=self.scored_tokens > 0)
+        return why_padded(self.anatomy, self.engine, on_host=self.host_rows > 0, scored=self.scored_tokens > 0)
 
     @property
     def packs_scores(self) -> bool:

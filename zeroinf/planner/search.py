@@ -382,7 +382,8 @@ class Planner:
 
     def _packs(self, constraints: Constraints) -> bool:
         """Whether rows of a forward lie side by side."""
-        return not why_padded(self._anatomy, constraints.engine, scored=self._lengths.scored_tokens > 0)
+        on_host, scored = _host_rows(constraints, MOST_ROWS) > 0, self._lengths.scored_tokens > 0
+        return not why_padded(self._anatomy, constraints.engine, on_host=on_host, scored=scored)
 
     def _packed(self, constraints: Constraints, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""

@@ -1,4 +1,4 @@
-"""What a pass moves for its weights on one rank, which the planner turns into seconds.
+"""Counts what a pass moves for its weights on one rank, which the planner turns into seconds.
 
 Engines that place layers share `placed_transfers`; another engine's descriptor names a function of its own.
 """

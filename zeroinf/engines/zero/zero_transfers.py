@@ -1,4 +1,4 @@
-"""What a pass of DeepSpeed's ZeRO-3 engine moves: each rank pulls its part of all weights and gathers the whole."""
+"""Counts what a pass of DeepSpeed's ZeRO-3 engine moves: each rank pulls a part of all weights and gathers the rest."""
 
 from __future__ import annotations
 
