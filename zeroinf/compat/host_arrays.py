@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-_TYPES = {torch.int64: "<i8", torch.float32: "<f4", torch.uint8: "|u1"}
+_TYPES = {torch.int64: "<i8", torch.float32: "<f4"}
 
 
 def mapped(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`pinned` (page-locked, contiguous; int64, float32 or uint8) as a tensor of the GPU `device` in the same memory.
+    """`pinned` (page-locked, contiguous; int64 or float32) as a tensor of the GPU `device` in the same memory.
 
     Kernels read and write it over the link; it must live until they have.
     """
