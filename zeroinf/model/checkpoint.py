@@ -7,7 +7,6 @@ device, so its result is what any engine would load. No weights are loaded.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from zeroinf.compat.loading import conversions, convert_and_load, converted_name
+from zeroinf.compat.loading import convert_and_load
 from zeroinf.compat.models import leave_out_ignored
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
@@ -23,6 +22,7 @@ from zeroinf.model.config import DTYPES, config_dtype
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.linears import note_stored
 from zeroinf.model.source import CheckpointFacts
+from zeroinf.model.stored_names import Stored, and_more, repeated_tensors, trace_names
 from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -30,7 +30,6 @@ NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Weights in these are numbers, and may be rounded to another of them; in all others they are codes."""
 
 _NAMED = 3
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # Wrappers that leave their name in front of every tensor's, and what takes it away again.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -48,7 +47,7 @@ def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_co
     held = held_tensors(name, files)
     note_stored(config, held)
     model = build_meta(config, config_dtype(config), trust_remote_code)
-    account = _Account(name, model, held, _parted(model))
+    account = _Account(Stored(name, held), model, _parted(model))
     account.check(files)
     untied = (*getattr(config, UNTIED, ()), *account.untied())
     return CheckpointFacts(dtype=_main_dtype(held.values()), untied=untied, unused=account.unused)
@@ -70,78 +69,32 @@ def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
 
 
 class _Account:
-    """What becomes of each stored tensor of `held`, by name, in `model`, a model on the meta device."""
+    """What becomes of each stored tensor in `model`, a model on the meta device."""
 
-    def __init__(
-        self, name: str, model: Any, held: Mapping[str, HeldTensor], parted: Mapping[str, Sequence[str]]
-    ) -> None:
+    def __init__(self, stored: Stored, model: Any, parted: Mapping[str, Sequence[str]]) -> None:
         """Those of `parted` are made of the stored tensors named there, which transformers does not get to see."""
         taken = {one for names in parted.values() for one in names}
-        self._parted, self._lost = set(parted), sorted(taken - held.keys())
-        self._name, self._model = name, model
-        self._held = {one: tensor for one, tensor in held.items() if one not in taken}
-        self._own = model.state_dict()
-        # Custom code shares whole modules: a parameter then has several names, of which files hold one.
-        self._shared: dict[int, list[str]] = defaultdict(list)
-        for own, parameter in model.named_parameters(remove_duplicate=False):
-            self._shared[id(parameter)].append(own)
+        self._parted, self._lost = set(parted), sorted(taken - stored.tensors.keys())
+        self._stored, self._model, self._own = stored.without(taken), model, model.state_dict()
+        self._sources = trace_names(self._stored, model, self._own)
+        self._shared = _shared_names(model)
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self._sources = self._trace()
         self._present = {own: names[0] for own, names in self._sources.items()}
-        repeated = self._repeated()
-        self._info = self._convert({name for own in repeated for name in self._sources.get(own, ())})
-        self._info.missing_keys -= repeated
-        if self._missing() or self._info.mismatched_keys or self._info.conversion_errors:
-            self._info = self._convert(set())  # all of it, to be named and counted
+        self._info = self._load()
         self.unused = tuple(sorted(self._info.unexpected_keys))
 
-    def _trace(self) -> dict[str, list[str]]:
-        """The stored names that each tensor of the model is made of. Raises ModelError where it is stored twice, or
-        where the numbers of a list, such as experts', have gaps: transformers would take the next one for it."""
-        mapping = conversions(self._model)
-        prefix = self._model.base_model_prefix
-        whole: dict[str, list[str]] = defaultdict(list)
-        lists: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for name in self._held:
-            own, pattern = converted_name(name, mapping, prefix, self._own)
-            if pattern is None:
-                whole[own].append(name)
-            else:
-                lists[own, pattern].append(name)
-        twice = {own: names for own, names in whole.items() if own in self._own and names[1:]}
-        if twice:
-            own, names = next(iter(twice.items()))
-            raise self._refusal(f"holds {own} twice, as {' and '.join(names)}{_and_more(len(twice), 1)}", names)
-        for names in lists.values():
-            self._refuse_gaps(names)
-        for (own, _), names in lists.items():
-            whole[own] += names
-        return whole
-
-    def _refuse_gaps(self, names: Sequence[str]) -> None:
-        numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
-        if not names[1:] or len(set(map(len, numbers))) != 1:
-            return
-        for column in zip(*numbers, strict=True):
-            found = set(column)
-            if len(found) > 1 and (gaps := sorted(set(range(len(column))) - found)):
-                pattern = _NUMBER.sub("*", names[0])
-                raise self._refusal(f"lacks number {gaps[0]} of {pattern}", names)
-
-    def _repeated(self) -> set[str]:
-        """The model's tensors in blocks like one before: of the same shapes, made of the same stored ones. What becomes
-        of those becomes of these; converting experts takes transformers a quarter of a millisecond each."""
-        blocks: dict[str, list[Any]] = defaultdict(list)
-        for own, tensor in self._own.items():
-            made_of = [(_without_block(name), self._held[name].meta.shape) for name in self._sources.get(own, ())]
-            blocks[_block(own)].append((_without_block(own), tensor.shape, tuple(made_of)))
-        first = {tuple(parts): number for number, parts in reversed(blocks.items())}
-        alike = {number for number, parts in blocks.items() if number and first[tuple(parts)] != number}
-        return {own for own in self._own if _block(own) in alike}
+    def _load(self) -> Any:
+        """transformers' account of loading. One of the layers that are alike stands for the others, unless something is
+        wrong, which is to be named and counted."""
+        repeated = repeated_tensors(self._stored, self._own, self._sources)
+        info = self._convert({name for own in repeated for name in self._sources.get(own, ())})
+        info.missing_keys -= repeated
+        is_complete = not (self._missing(info) or info.mismatched_keys or info.conversion_errors)
+        return info if is_complete else self._convert(set())
 
     def _convert(self, left_out: set[str]) -> Any:
         """transformers' account of loading the stored tensors, but for some, made with their shapes alone."""
-        stored = {name: one.meta for name, one in self._held.items() if name not in left_out}
+        stored = {name: one.meta for name, one in self._stored.tensors.items() if name not in left_out}
         info = convert_and_load(self._model, stored, on_meta=True)
         leave_out_ignored(self._model, info)
         return info
@@ -151,8 +104,8 @@ class _Account:
         if self._info.mismatched_keys:
             wrong = sorted(self._info.mismatched_keys)
             own, found, expected = wrong[0]
-            raise self._refusal(
-                f"holds {own} as {tuple(found)}, the model has {tuple(expected)}{_and_more(len(wrong), 1)}",
+            raise self._stored.refusal(
+                f"holds {own} as {tuple(found)}, the model has {tuple(expected)}{and_more(len(wrong), 1)}",
                 self._sources.get(own, ()),
                 "the weights belong to another config, or are damaged",
             )
@@ -160,14 +113,14 @@ class _Account:
             own, why = next(iter(self._info.conversion_errors.items()))
             if "meta tensor" not in why:  # else the values decide, and transformers says when it loads them
                 reason = next((line for line in why.splitlines()[::-1] if line and not line.startswith("Error")), why)
-                raise self._refusal(
-                    f"does not make {own}{_and_more(len(self._info.conversion_errors), 1)}: {reason}",
+                raise self._stored.refusal(
+                    f"does not make {own}{and_more(len(self._info.conversion_errors), 1)}: {reason}",
                     self._sources.get(own, ()),
                 )
         self._refuse_codes()
         if self._lost:
             raise self._lacks(self._lost, files)
-        if missing := self._missing():
+        if missing := self._missing(self._info):
             raise self._lacks(sorted(missing), files)
 
     def _refuse_codes(self) -> None:
@@ -175,16 +128,16 @@ class _Account:
         for own, _ in self._model.named_parameters():
             expected = self._own[own].dtype
             for name in self._sources.get(own, ()) if expected in NUMBERS else ():
-                if (found := self._held[name].meta.dtype) not in NUMBERS:
-                    raise self._refusal(
+                if (found := self._stored.tensors[name].meta.dtype) not in NUMBERS:
+                    raise self._stored.refusal(
                         f"holds {name} as {found}, the model has {expected}",
                         (name,),
                         "the weights are quantized, and neither the config nor scales beside them say how",
                     )
 
-    def _missing(self) -> set[str]:
+    def _missing(self, info: Any) -> set[str]:
         accounted = self._tied_to_present() | self._shared_with_present() | self._parted
-        return set(self._info.missing_keys) - accounted
+        return set(info.missing_keys) - accounted
 
     def _tied_to_present(self) -> set[str]:
         """Names that take the value of one that is stored, in the order in which transformers ties them."""
@@ -198,7 +151,7 @@ class _Account:
         return set(self._present)
 
     def _shared_with_present(self) -> set[str]:
-        return {own for names in self._shared.values() if not self._present.keys().isdisjoint(names) for own in names}
+        return {own for names in self._shared if not self._present.keys().isdisjoint(names) for own in names}
 
     def untied(self) -> tuple[str, ...]:
         """Those that the class ties to others, and that are stored with other values than they."""
@@ -210,39 +163,30 @@ class _Account:
         return tuple(found)
 
     def _are_equal(self, first: str, second: str) -> bool:
-        one, other = self._held[first], self._held[second]
+        one, other = self._stored.tensors[first], self._stored.tensors[second]
         if (one.meta.dtype, one.meta.shape) != (other.meta.dtype, other.meta.shape):
             return False
         return all(torch.equal(*parts) for parts in zip(values_of(first, one), values_of(second, other), strict=True))
 
     def _lacks(self, missing: Sequence[str], files: Sequence[Path]) -> ModelError:
-        named = ", ".join(missing[:_NAMED]) + _and_more(len(missing), _NAMED)
-        wrapped = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in self._held)), None)
+        named = ", ".join(missing[:_NAMED]) + and_more(len(missing), _NAMED)
+        held = self._stored.tensors
+        wrapped = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in held)), None)
         there = len(self._own) - len(missing)
         hint = f"fetch the checkpoint again: its files make {there} of the model's {len(self._own)} tensors"
         if wrapped is not None:
             hint = f"its names begin with {wrapped!r}: save the model inside {_WRAPPERS[wrapped]}'s wrapper instead"
         elif self.unused:
-            held = ", ".join(self.unused[:_NAMED]) + _and_more(len(self.unused), _NAMED)
-            hint = f"the model does not know {held}, which are there instead: is it a checkpoint of this config?"
+            unused = ", ".join(self.unused[:_NAMED]) + and_more(len(self.unused), _NAMED)
+            hint = f"the model does not know {unused}, which are there instead: is it a checkpoint of this config?"
         what = "tensor" if len(missing) == 1 else "tensors"
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
         return ModelError(f"{where} lacks {len(missing)} {what} of {type(self._model).__name__}: {named}", hint=hint)
 
-    def _refusal(self, what: str, names: Sequence[str], hint: str = "fetch the checkpoint again") -> ModelError:
-        places = sorted({self._held[name].file for name in names if name in self._held})
-        return ModelError(f"{places[0] if places else self._name} {what}", hint=hint)
 
-
-def _block(name: str) -> str:
-    """The number of the block that `name` lies in, as its first one says; empty outside."""
-    found = _NUMBER.search(name)
-    return found[0] if found else ""
-
-
-def _without_block(name: str) -> str:
-    return _NUMBER.sub("*", name, count=1)
-
-
-def _and_more(count: int, named: int) -> str:
-    return f" and {count - named} more" if count > named else ""
+def _shared_names(model: Any) -> list[list[str]]:
+    """All names of each parameter: custom code shares whole modules, and files hold one of their names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for own, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(own)
+    return list(names.values())
