@@ -37,6 +37,19 @@ _COMMON = {
 }
 _LLAMA = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
 _HEAD_DIM = {"head_dim": 16}
+_DEEPSEEK = {
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -73,41 +86,8 @@ SMALL_MODELS: dict[str, Callable[[], Any]] = {
     ),
     "cohere": _of("CohereConfig", _LLAMA, logit_scale=1.0),
     "cohere2": _of("Cohere2Config", _LLAMA, _HEAD_DIM, sliding_window=16, logit_scale=1.0),
-    "deepseek_v2": _of(
-        "DeepseekV2Config",
-        _LLAMA,
-        num_key_value_heads=HEADS,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-        topk_method="greedy",
-        n_group=None,
-        topk_group=None,
-    ),
-    "deepseek_v3": _of(
-        "DeepseekV3Config",
-        _LLAMA,
-        num_key_value_heads=HEADS,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        n_group=2,
-        topk_group=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-    ),
+    "deepseek_v2": _of("DeepseekV2Config", _LLAMA, _DEEPSEEK, topk_method="greedy", n_group=None, topk_group=None),
+    "deepseek_v3": _of("DeepseekV3Config", _LLAMA, _DEEPSEEK, n_group=2, topk_group=1),
     "exaone4": _of("Exaone4Config", _LLAMA, sliding_window=16, sliding_window_pattern=2),
     "falcon": _of("FalconConfig", _COMMON, multi_query=True, new_decoder_architecture=False),
     "falcon_gqa": _of("FalconConfig", _COMMON, new_decoder_architecture=True, num_kv_heads=2),

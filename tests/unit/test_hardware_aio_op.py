@@ -12,24 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_aio_op import WORKING
 
 from zeroinf.hardware import aio_op
-from zeroinf.hardware.aio_op import AioOp, extensions_root, find_lock, read_aio_op, unreadable_architectures
-
-WORKING = AioOp(
-    folder=Path("ext/async_io"),
-    built=True,
-    prebuilt=False,
-    lock=None,
-    lock_is_stale=False,
-    header=Path("libaio.h"),
-    library=Path("libaio.so"),
-    compiler=Path("c++"),
-    ninja=Path("ninja"),
-    with_cuda=True,
-    nvcc=Path("nvcc"),
-    unreadable_architectures=(),
-)
+from zeroinf.hardware.aio_op import extensions_root, find_lock, read_aio_op, unreadable_architectures
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_aio_op import WORKING
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.aio_op import AioOp
@@ -47,28 +48,14 @@ MEMORY = Memory(
 MACHINE = Machine(
     gpus=(GPU,), memory=MEMORY, disks=(DISK,), cores=32, versions=dict.fromkeys(("python", *PACKAGES), "9.9")
 )
-OP = AioOp(
-    folder=Path("ext/async_io"),
-    built=True,
-    prebuilt=False,
-    lock=None,
-    lock_is_stale=False,
-    header=Path("libaio.h"),
-    library=Path("libaio.so"),
-    compiler=Path("c++"),
-    ninja=Path("ninja"),
-    with_cuda=True,
-    nvcc=Path("nvcc"),
-    unreadable_architectures=(),
-)
 NVME = Requirements(offload="nvme", engine="zero")
 
 
-def troubles(machine: Machine, op: AioOp = OP, asked: Requirements = NVME) -> list[Check]:
+def troubles(machine: Machine, op: AioOp = WORKING, asked: Requirements = NVME) -> list[Check]:
     return [check for check in check_machine(machine, op, asked) if check.status != "ok"]
 
 
-def only_trouble(machine: Machine, op: AioOp = OP, asked: Requirements = NVME) -> Check:
+def only_trouble(machine: Machine, op: AioOp = WORKING, asked: Requirements = NVME) -> Check:
     (check,) = troubles(machine, op, asked)
     assert check.advice, "whoever says that something is wrong says what to do"
     return check
@@ -76,7 +63,7 @@ def only_trouble(machine: Machine, op: AioOp = OP, asked: Requirements = NVME) -
 
 def test_good_machine_has_no_trouble_and_satisfies() -> None:
     assert troubles(MACHINE) == []
-    require(check_machine(MACHINE, OP, NVME))
+    require(check_machine(MACHINE, WORKING, NVME))
 
 
 def test_small_memlock_fails_for_deepspeeds_disk_io_and_warns_otherwise() -> None:
@@ -134,7 +121,7 @@ def test_small_shared_memory_warns_for_several_gpus_only() -> None:
 
 def test_cgroup_limit_is_shown() -> None:
     limited = replace(MACHINE, memory=replace(MEMORY, cgroup_limit_bytes=64 * GIB))
-    values = {check.name: check.value for check in check_machine(limited, OP, NVME)}
+    values = {check.name: check.value for check in check_machine(limited, WORKING, NVME)}
     assert "cgroup limit 64.0 GiB" in values["host memory"]
 
 
@@ -156,26 +143,26 @@ def test_missing_package_fails_always() -> None:
     ],
 )
 def test_op_that_cannot_be_built_fails_for_nvme_and_warns_otherwise(change: dict[str, object], name: str) -> None:
-    op = replace(OP, **change)  # type: ignore[arg-type]
+    op = replace(WORKING, **change)  # type: ignore[arg-type]
     check = only_trouble(MACHINE, op)
     assert (check.name, check.status) == (name, "fail")
     assert only_trouble(MACHINE, op, Requirements()).status == "warn"
 
 
 def test_unreadable_architectures_warn_where_no_gpu_needs_them() -> None:
-    op = replace(OP, with_cuda=False, nvcc=None, unreadable_architectures=("9.0a",))
+    op = replace(WORKING, with_cuda=False, nvcc=None, unreadable_architectures=("9.0a",))
     check = only_trouble(MACHINE, op)
     assert (check.name, check.status) == ("TORCH_CUDA_ARCH_LIST", "warn")
 
 
 def test_build_at_work_warns_but_does_not_fail() -> None:
-    check = only_trouble(MACHINE, replace(OP, lock=Path("ext/async_io/lock")))
+    check = only_trouble(MACHINE, replace(WORKING, lock=Path("ext/async_io/lock")))
     assert (check.name, check.status) == ("build lock", "warn")
     assert "ext/async_io/lock" in check.value
 
 
 def test_first_compile_is_announced_when_nvme_is_asked_for() -> None:
-    op = replace(OP, built=False)
+    op = replace(WORKING, built=False)
     check = only_trouble(MACHINE, op)
     assert (check.name, check.status) == ("async_io op", "warn")
     assert "minutes" in (check.advice or "")
@@ -183,14 +170,14 @@ def test_first_compile_is_announced_when_nvme_is_asked_for() -> None:
 
 
 def test_op_installed_with_deepspeed_is_enough() -> None:
-    op = replace(OP, built=False, prebuilt=True, header=None, compiler=None)
+    op = replace(WORKING, built=False, prebuilt=True, header=None, compiler=None)
     assert troubles(MACHINE, op) == []
 
 
 def test_require_names_every_failed_check_and_passes_the_first_advice_on() -> None:
     broken = replace(MACHINE, disks=(replace(DISK, exists=False),))
     with pytest.raises(EnvironmentProblem) as raised:
-        require(check_machine(broken, replace(OP, ninja=None), NVME))
+        require(check_machine(broken, replace(WORKING, ninja=None), NVME))
     assert "ninja (not found on PATH)" in raised.value.message
     assert "NVMe /nvme (no such folder)" in raised.value.message
     assert raised.value.hint is not None
