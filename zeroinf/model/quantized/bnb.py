@@ -16,7 +16,7 @@ import torch
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
 from zeroinf.model.quantized.integers import by_slices
-from zeroinf.model.quantized.linears import Stored, hold_linears
+from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 _STATE = "weight.quant_state.bitsandbytes__"
@@ -40,7 +40,7 @@ def hold_bitsandbytes(model: Any, found: Mapping[str, Any]) -> None:
         hold_linears(model, found, "bitsandbytes", _Int8(), "SCB", is_kept)
 
 
-class _FourBits:
+class _FourBits(MatrixFormat):
     def __init__(self, kind: str, nested: bool) -> None:
         self._kind, self._nested = kind, nested
 
@@ -56,9 +56,6 @@ class _FourBits:
             found["weight.nested_absmax"] = Stored(torch.float32, (ceil(blocks / _NESTED_BLOCK),))
             found["weight.nested_quant_map"] = Stored(torch.float32, (256,))
         return found
-
-    def is_needed(self, name: str) -> bool:
-        return name != "bias"
 
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
         states = {name for name in stored if name.startswith(_STATE)}
@@ -121,7 +118,7 @@ def _expand_four_bits(held: Held, whole: torch.Tensor) -> None:
     by_slices(whole, 1, weights)
 
 
-class _Int8:
+class _Int8(MatrixFormat):
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         return {"weight": Stored(torch.int8, (rows, columns)), "SCB": Stored(torch.float32, (rows,))}
 
@@ -134,12 +131,6 @@ class _Int8:
         expected = self.usual(rows, columns)
         wrong = [name for name in expected if stored.get(name) != expected[name]]
         return f"has {wrong[0]} as {stored.get(wrong[0])}" if wrong else None
-
-    def held(self, name: str, one: Stored) -> Stored:
-        return one
-
-    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes, scales = held["weight"], held["SCB"][..., None]

@@ -15,7 +15,7 @@ from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
 from zeroinf.model.quantized.fused import fused
-from zeroinf.model.quantized.linears import Stored, hold_linears
+from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 # DeepSeek's checkpoints say "inverse" for what weights are multiplied by. Activations have scales of their own.
@@ -36,7 +36,7 @@ def hold_fp8(model: Any, found: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fp8:
+class _Fp8(MatrixFormat):
     """A weight (rows, columns) of float8_e4m3fn; scales of blocks of `block` rows and columns, of rows, or one."""
 
     block: tuple[int, int] | None
@@ -66,12 +66,6 @@ class _Fp8:
 
     def is_needed(self, name: str) -> bool:
         return name not in ("bias", *_OF_ACTIVATIONS)
-
-    def held(self, name: str, one: Stored) -> Stored:
-        return one
-
-    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         scales = held[_SCALES]

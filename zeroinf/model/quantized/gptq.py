@@ -8,7 +8,7 @@ groups of inputs. GPTQ's version 1 stores zero points less one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -19,7 +19,7 @@ from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
 from zeroinf.model.quantized.fused import fused
 from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
-from zeroinf.model.quantized.linears import Stored, hold_linears
+from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 # Column 4 of each eight lies in the second place of a word, and so on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -73,7 +73,7 @@ def _kept(found: Mapping[str, Any]) -> Callable[[str], bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Gptq:
+class _Gptq(MatrixFormat):
     bits: int
     group: int
     is_ordered: bool
@@ -91,26 +91,10 @@ class _Gptq:
         }
 
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
-        if unknown := set(stored) - {"qweight", "qzeros", "scales", "g_idx", "bias"}:
-            return f"has {', '.join(sorted(unknown))}, which is not known"
-        if self.bits not in (2, 3, 4, 8):
-            return f"has codes of {self.bits} bits"
         usual = self.usual(rows, columns)
-        for name in usual:
-            if name == "g_idx" and name not in stored and not self.is_ordered:
-                continue
-            one = stored.get(name)
-            if one is None or one.shape != usual[name].shape:
-                return f"has {name} in the shape {one and one.shape}, not {usual[name].shape}: another width or group"
-        if columns % stored["scales"].shape[0]:
-            return f"has {columns} inputs, which groups of {self.group} do not divide"
-        return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
-
-    def is_needed(self, name: str) -> bool:
-        return name != "bias"
-
-    def held(self, name: str, one: Stored) -> Stored:
-        return one
+        if not self.is_ordered and "g_idx" not in stored:
+            del usual["g_idx"]
+        return _why_not(self, usual, columns, stored, (2, 3, 4, 8))
 
     def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         if name == "g_idx" and not self.is_ordered:
@@ -128,7 +112,7 @@ class _Gptq:
 
 
 @dataclass(frozen=True, slots=True)
-class _Awq:
+class _Awq(MatrixFormat):
     bits: int
     group: int
 
@@ -141,29 +125,27 @@ class _Awq:
         }
 
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
-        if unknown := set(stored) - {"qweight", "qzeros", "scales", "bias"}:
-            return f"has {', '.join(sorted(unknown))}, which is not known"
-        if self.bits != 4:
-            return f"has codes of {self.bits} bits"
-        for name, usual in self.usual(rows, columns).items():
-            one = stored.get(name)
-            if one is None or one.shape != usual.shape:
-                return f"has {name} in the shape {one and one.shape}, not {usual.shape}: another width or group"
-        if columns % stored["scales"].shape[0]:
-            return f"has {columns} inputs, which groups of {self.group} do not divide"
-        return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
-
-    def is_needed(self, name: str) -> bool:
-        return name != "bias"
-
-    def held(self, name: str, one: Stored) -> Stored:
-        return one
-
-    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored
+        return _why_not(self, self.usual(rows, columns), columns, stored, (4,))
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         _expand_fused(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)
+
+
+def _why_not(
+    form: _Gptq | _Awq, usual: Mapping[str, Stored], columns: int, stored: Mapping[str, Stored], widths: Sequence[int]
+) -> str | None:
+    """Why tensors `stored` are not those of `form`, whose codes have one of `widths` bits."""
+    if unknown := set(stored) - {*usual, "bias"}:
+        return f"has {', '.join(sorted(unknown))}, which is not known"
+    if form.bits not in widths:
+        return f"has codes of {form.bits} bits"
+    for name, expected in usual.items():
+        one = stored.get(name)
+        if one is None or one.shape != expected.shape:
+            return f"has {name} in the shape {one and one.shape}, not {expected.shape}: another width or group"
+    if columns % stored["scales"].shape[0]:
+        return f"has {columns} inputs, which groups of {form.group} do not divide"
+    return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
 
 
 def _expand(

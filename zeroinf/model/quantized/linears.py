@@ -7,12 +7,13 @@ model, lets modules hold their tensors (stacked for experts), and expands all ma
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import Linear, Module
@@ -38,34 +39,36 @@ class Stored:
     shape: tuple[int, ...]
 
 
-class MatrixFormat(Protocol):
+class MatrixFormat(ABC):
     """The storage format of one matrix of (rows, columns) weights. Tensors are named by what follows the layer's
     name.
     """
 
+    __slots__ = ()
+
+    @abstractmethod
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         """Its tensors, as the config lets expect them where files are not at hand."""
-        ...
 
+    @abstractmethod
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
         """Why tensors `stored` are not known to be expanded exactly; None where they are."""
-        ...
+
+    @abstractmethod
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        """Write the weights into `whole` (..., rows, columns; strided). Of a stack, each of `held` is stacked too."""
 
     def is_needed(self, name: str) -> bool:
         """Whether weights depend on the tensor `name`; others are not read."""
-        ...
+        return name != "bias"
 
     def held(self, name: str, one: Stored) -> Stored:
-        """What of the tensor `name` is held."""
-        ...
+        """What of the tensor `name` is held: all of it."""
+        return one
 
     def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         """The same, made of its values. Raises ModelError where they are not those that are expected."""
-        ...
-
-    def expand(self, held: Held, whole: torch.Tensor) -> None:
-        """Write the weights into `whole` (..., rows, columns; strided). Of a stack, each of `held` is stacked too."""
-        ...
+        return stored
 
 
 @dataclass(frozen=True, slots=True)

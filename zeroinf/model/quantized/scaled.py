@@ -16,7 +16,7 @@ import torch
 
 from zeroinf.model.quantized.expansion import Held, refused
 from zeroinf.model.quantized.integers import by_slices, unpack
-from zeroinf.model.quantized.linears import Stored, hold_linears
+from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 # Values of codes of four bits (E2M1).
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -68,7 +68,7 @@ def _matches(names: Sequence[str]) -> Callable[[str], bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaled:
+class _Scaled(MatrixFormat):
     """A weight (rows, columns) as codes, with a scale for a group of columns, a row, a block, or all of it."""
 
     bits: int
@@ -141,12 +141,6 @@ class _Scaled:
         if (scales.dtype, scales.shape) != (expected[0], (rows, columns // expected[1])) or columns % expected[1]:
             return f"has scales of {scales.dtype} in the shape {scales.shape}"
         return None if "weight_zero_point" not in stored else "has codes of four bits with zero points"
-
-    def held(self, name: str, one: Stored) -> Stored:
-        return one
-
-    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes = held.get("weight_packed", held.get("weight"))
