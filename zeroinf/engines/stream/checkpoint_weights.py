@@ -66,24 +66,27 @@ class CheckpointWeights:
         self._tiles: dict[torch.dtype, torch.Tensor] = {}
         self._read: _Read | None = None
         if self._random:
-            tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
-            kinds = {place.dtype for group in groups for place in group.layout.locations}
-            self._tiles = {kind: (tile if kind.is_floating_point else 120 + 100 * tile).to(kind) for kind in kinds}
-            return
+            self._tiles = _random_tiles(groups)
+        else:
+            self._open(model, source, control)
+
+    def _open(self, model: Any, source: ModelSource, control: Control | None) -> None:
+        """Fetch what has to be fetched, and find out how the files can be read."""
         if control is not None:
             if self._part == 0:
                 weight_files(source)
-            control.all_gather(None)  # one rank of a node fetches what has to be fetched
-        stored = [tensor for group in groups for tensor in group.tensors if tensor.stored]
+            control.all_gather(None)  # one rank of a node fetches
+        stored = [tensor for group in self._groups for tensor in group.tensors if tensor.stored]
         files = weight_files(source)
         self._read = _read_directly(stored, model, files)
         self._converter: Converter | None = None
-        if self._read is None and (found := quantization(source.config)) is not None:
-            raise ModelError(
-                f"cannot load {source.name}, which is quantized with {found['quant_method']}: its files are pickled",
-                hint="take its safetensors, or the model's unquantized checkpoint",
-            )
         if self._read is None:
+            if (found := quantization(source.config)) is not None:
+                method = found["quant_method"]
+                raise ModelError(
+                    f"cannot load {source.name}, which is quantized with {method}: its files are pickled",
+                    hint="take its safetensors, or the model's unquantized checkpoint",
+                )
             self._parts = 1 if self._part == 0 else 0
             if can_be_converted(files) and self._parts:
                 self._converter = Converter(model, files)
@@ -147,6 +150,13 @@ class CheckpointWeights:
         elements, tile = target.shape.numel(), self._tiles[target.location.dtype]
         for start in range(0, elements, _TILE):
             target.write_part(start, tile[: elements - start])
+
+
+def _random_tiles(groups: Sequence[TensorGroup]) -> dict[torch.dtype, torch.Tensor]:
+    """Random values of each dtype of `groups`, which are repeated over all tensors."""
+    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
+    kinds = {place.dtype for group in groups for place in group.layout.locations}
+    return {kind: (tile if kind.is_floating_point else 120 + 100 * tile).to(kind) for kind in kinds}
 
 
 def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> _Read | None:
