@@ -22,7 +22,7 @@ from zeroinf.model.config import DTYPES, config_dtype
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.linears import note_stored
 from zeroinf.model.source import CheckpointFacts
-from zeroinf.model.stored_names import Stored, and_more, repeated_tensors, trace_names
+from zeroinf.model.stored_names import StoredTensors, and_more, repeated_tensors, trace_names
 from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
@@ -47,7 +47,7 @@ def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_co
     held = held_tensors(name, files)
     note_stored(config, held)
     model = build_meta(config, config_dtype(config), trust_remote_code)
-    account = _Account(Stored(name, held), model, _parted(model))
+    account = _Account(StoredTensors(name, held), model, _parted(model))
     account.check(files)
     untied = (*getattr(config, UNTIED, ()), *account.untied())
     return CheckpointFacts(dtype=_main_dtype(held.values()), untied=untied, unused=account.unused)
@@ -71,7 +71,7 @@ def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
 class _Account:
     """What becomes of each stored tensor in `model`, a model on the meta device."""
 
-    def __init__(self, stored: Stored, model: Any, parted: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, stored: StoredTensors, model: Any, parted: Mapping[str, Sequence[str]]) -> None:
         """Those of `parted` are made of the stored tensors named there, which transformers does not get to see."""
         taken = {one for names in parted.values() for one in names}
         self._parted, self._lost = set(parted), sorted(taken - stored.tensors.keys())

@@ -20,16 +20,16 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensors:
     """What the files of a checkpoint hold, by the names there."""
 
     model: str
     """The model's name in messages."""
     tensors: Mapping[str, HeldTensor]
 
-    def without(self, names: Container[str]) -> Stored:
+    def without(self, names: Container[str]) -> StoredTensors:
         """The same without the tensors `names`."""
-        return Stored(self.model, {one: tensor for one, tensor in self.tensors.items() if one not in names})
+        return StoredTensors(self.model, {one: tensor for one, tensor in self.tensors.items() if one not in names})
 
     def refusal(self, what: str, names: Sequence[str], hint: str = "fetch the checkpoint again") -> ModelError:
         """The error for the file of the tensors `names`; `what` is wrong with it."""
@@ -37,7 +37,7 @@ class Stored:
         return ModelError(f"{places[0] if places else self.model} {what}", hint=hint)
 
 
-def trace_names(stored: Stored, model: Any, own_tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+def trace_names(stored: StoredTensors, model: Any, own_tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """The stored names that each of `own_tensors`, those of `model` by name, is made of.
 
     Raises ModelError where one is stored twice, or where the numbers of a list, such as experts', have gaps:
@@ -64,7 +64,7 @@ def trace_names(stored: Stored, model: Any, own_tensors: Mapping[str, torch.Tens
     return whole
 
 
-def _refuse_gaps(stored: Stored, names: Sequence[str]) -> None:
+def _refuse_gaps(stored: StoredTensors, names: Sequence[str]) -> None:
     numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
     if not names[1:] or len(set(map(len, numbers))) != 1:
         return
@@ -76,7 +76,7 @@ def _refuse_gaps(stored: Stored, names: Sequence[str]) -> None:
 
 
 def repeated_tensors(
-    stored: Stored, own_tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Sequence[str]]
+    stored: StoredTensors, own_tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Sequence[str]]
 ) -> set[str]:
     """The model's tensors in layers like one before: of the same shapes, made of the same stored ones.
 
