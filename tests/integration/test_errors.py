@@ -110,7 +110,7 @@ def test_memlock_limit_below_the_pool_that_deepspeed_locks(
     from zeroinf.hardware.snapshot import read_memory
 
     memory = replace(read_memory(), memlock_bytes=64)
-    monkeypatch.setattr("zeroinf.options.planning.read_memory", lambda: memory)
+    monkeypatch.setattr("zeroinf.hardware.snapshot.read_memory", lambda: memory)
     nvme = ("--engine", "zero", "--offload", "nvme", "--nvme-path", str(tmp_path))
     code, message, hint = fails("-m", model, *PROMPT, *nvme)
     assert code == 4

@@ -24,13 +24,13 @@ GIB = 1 << 30
 GPU_TERMS = {
     "embeddings, head, norms": "weights that stay",
     "resident layers": "weights that stay",
-    "live weights": "activations, workspaces",
+    "live weights": "live weights, activations, workspaces",
     "gaps between live weights": "reserved",
     "staging buffers (load only)": "weights that stay",
     "slots": "slots",
     "KV cache": "KV cache",
-    "activations, logits, states": "activations, workspaces",
-    "matrix product workspaces": "activations, workspaces",
+    "activations, logits, states": "live weights, activations, workspaces",
+    "matrix product workspaces": "live weights, activations, workspaces",
     "pages of small tensors": "reserved",
     "allocator's pages and gaps": "reserved",
     "CUDA context": "CUDA context, collectives",
@@ -89,7 +89,13 @@ def test_every_term_of_gpu_memory_is_predicted_in_a_line_of_its_own_kind_and_in_
     before, after = (lines(compare_gpu(one, [USE])) for one in (plan, with_more(plan, term)))
     grown = {name for name in before if after[name].predicted == before[name].predicted + GIB}
     assert grown >= {line, "GPU memory in all"}
-    parts = {"weights that stay", "slots", "KV cache", "activations, workspaces", "CUDA context, collectives"}
+    parts = {
+        "weights that stay",
+        "slots",
+        "KV cache",
+        "live weights, activations, workspaces",
+        "CUDA context, collectives",
+    }
     assert grown & parts == {line} & parts
     assert all(after[name].predicted == before[name].predicted for name in before.keys() - grown)
 
@@ -113,7 +119,7 @@ def test_lines_of_gpu_memory_add_up() -> None:
     predicted = {name: one.predicted for name, one in found.items()}
     measured = {name: one.measured for name, one in found.items()}
     for values in (predicted, measured):
-        parts = ("weights that stay", "slots", "KV cache", "activations, workspaces")
+        parts = ("weights that stay", "slots", "KV cache", "live weights, activations, workspaces")
         assert sum(values[name] for name in parts) == values["allocated"]
     assert predicted["GPU memory in all"] == total(plan_of().terms, "gpu")
     assert measured["reserved"] + measured["CUDA context, collectives"] == measured["GPU memory in all"]
@@ -128,7 +134,7 @@ def test_measured_is_what_the_rank_took_that_took_most() -> None:
         "weights that stay": 7,
         "slots": 3,
         "KV cache": 5,
-        "activations, workspaces": 6,
+        "live weights, activations, workspaces": 6,
         "allocated": 20,
         "reserved": 25,
         "CUDA context, collectives": 1,

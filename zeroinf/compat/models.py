@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 """What forwards call their cache, and the outputs that return it: the first since transformers 5.24, the last that of
@@ -84,6 +85,8 @@ def greedy_processors(
     Relies on `_get_logits_processor`, and on `_eos_token_tensor` of the config, which `generate` sets before it. There
     is no public way to have the processors without `generate`.
     """
+    import torch
+
     config._eos_token_tensor = torch.tensor(sorted(eos_tokens), device=device) if eos_tokens else None
     return model._get_logits_processor(generation_config=config, input_ids_seq_length=prompt_tokens, device=str(device))
 
