@@ -115,7 +115,9 @@ def test_state_space_cache_does_not_grow() -> None:
 
 def test_float16_leaves_what_transformers_keeps_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["input_layernorm"])
-    anatomy = read_anatomy(small_config("llama"), dtype="float16")
+    config = small_config("llama")
+    config.intermediate_size = 72  # anatomies are remembered: of a config that no other test reads
+    anatomy = read_anatomy(config, dtype="float16")
     dtypes = {tensor.name: tensor.dtype for tensor in anatomy.tensors()}
     assert dtypes["model.layers.0.input_layernorm.weight"] == "float32"
     assert dtypes["model.layers.0.mlp.up_proj.weight"] == "float16"
