@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what tests/golden should hold, and pass")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes in a test's id by their number: every worker must find the same ids, and gzip writes the time."""
+    return f"{len(val)}_bytes" if isinstance(val, bytes) else None
+
+
 def pytest_report_header() -> str:
     return f"TEST_SEED={os.environ['TEST_SEED']}"
 
