@@ -1,0 +1,92 @@
+"""The documentation holds together: links and anchors lead somewhere, and the navigation has every page once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("*/README.md")]
+
+
+def without_code(text: str) -> str:
+    """Markdown without its blocks and spans of code, in which brackets mean something else."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def links(page: Path) -> Iterator[str]:
+    """What the page links to and shows, in Markdown and in HTML, but for other sites."""
+    text = without_code(page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text):
+        if not re.match(r"[a-z]+:", "".join(target)):
+            yield unescape("".join(target))
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that MkDocs gives to the headings of a page."""
+    found: set[str] = set()
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#+ +(.+)$", text, flags=re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", heading)
+        plain = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        found.add(slug if slug not in found else f"{slug}_{sum(one.startswith(slug) for one in found)}")
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert page in OUTSIDE or target.is_relative_to(DOCS), f"{link} is not part of the site"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+def navigation(entry: Any) -> Iterator[str]:
+    """The pages of `nav` in mkdocs.yml."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for each in entry if isinstance(entry, list) else entry.values():
+            yield from navigation(each)
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    listed = sorted(navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert listed == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+def test_every_decision_is_in_the_list_of_decisions() -> None:
+    records = sorted(page.name for page in (DOCS / "decisions").glob("0*.md"))
+    assert [link for link in links(DOCS / "decisions" / "index.md") if link in records] == records
+
+
+def test_a_link_that_leads_nowhere_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text('# A `b` c\n\n[x](absent.md) `[y](z.md)` <img src="w.svg">\n\n```md\n[v](u.md)\n```\n\n## A b c\n')
+    assert list(links(page)) == ["absent.md", "w.svg"]
+    assert anchors(page) == {"a-b-c", "a-b-c_1"}
+
+
+@pytest.mark.full
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="scripts/setup docs installs MkDocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "pipeline" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
