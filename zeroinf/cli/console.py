@@ -115,6 +115,8 @@ def _rates(progress: Progress) -> str:
     parts = [f"{progress.tokens_per_second:,.1f} tokens/s"]
     if progress.streamed_bytes:
         parts.append(f"{progress.streamed_bytes / max(progress.elapsed_s, 1e-9) / 1e9:.1f} GB/s of weights")
+    if progress.nodes:
+        parts.append(f"{progress.nodes} node{'s' * (progress.nodes > 1)}")
     if progress.left_s is not None:
         parts.append(f"{clock(progress.left_s)} left")
     return ", ".join(parts)

@@ -48,6 +48,8 @@ def _in_words(now: JobStatus) -> str:
     rate = f", {now.tokens:,} tokens, {now.tokens_per_second:,.1f} tokens/s" if now.tokens else ""
     if now.left_s is not None:
         rate += f", {clock(now.left_s)} left"
+    if now.nodes and now.state == "running":
+        rate += f", {now.nodes} node{'s' * (now.nodes > 1)}"
     error = f"\nlast error: {now.last_error}" if now.last_error and now.state == "stopped" else ""
     mixed = f"\nresults of jobs that differ in {', '.join(now.changed)}" if now.changed else ""
     return counts + rate + mixed + error

@@ -150,6 +150,8 @@ class JournalOutput:
             return
         self._progress_due = now + _PROGRESS_EVERY_S
         told = {name: getattr(progress, name) for name in ("tokens", "tokens_left", "elapsed_s")}
+        if progress.nodes:
+            told["nodes"] = progress.nodes
         try:
             self._journal.note(progress=told)
         except OSError as error:

@@ -31,6 +31,8 @@ class JobStatus:
     """What it then had still to generate, by its own estimate."""
     seconds: float = 0.0
     """From its first forward until then."""
+    nodes: int = 0
+    """Nodes of a cluster that it then had at work; 0 for a run without a cluster."""
     runs: int = 0
     last_error: str | None = None
     """Why the last run that ended before its time did, if it said so."""
@@ -94,13 +96,14 @@ class StatusReader:
             failed = self._session["refused"]
             changed = tuple(dict.fromkeys((*status.changed, *self._session.get("changed", ()))))
             status = replace(status, runs=status.runs + 1, failed=failed, changed=changed)
-            status = replace(status, tokens=0, tokens_left=0.0, seconds=0.0, state="stopped")
+            status = replace(status, tokens=0, tokens_left=0.0, seconds=0.0, nodes=0, state="stopped")
         elif "result" in record:
             result = record["result"]
             self._came[result["index"]] = result["finish_reason"] == "error"
         elif "progress" in record:
             told = record["progress"]
-            status = replace(status, tokens=told["tokens"], tokens_left=told["tokens_left"], seconds=told["elapsed_s"])
+            named = {name: told[name] for name in ("tokens", "tokens_left")}
+            status = replace(status, **named, seconds=told["elapsed_s"], nodes=told.get("nodes", 0))
         elif "ended" in record:
             status = replace(status, last_error=record["ended"])
         elif "published" in record:

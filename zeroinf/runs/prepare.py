@@ -124,18 +124,23 @@ def none_can_run(refusals: Sequence[Refusal]) -> str:
     return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
 
 
+def lengths_of(anatomy: Anatomy, work: Sequence[Work]) -> Lengths:
+    """What is planned for: the lengths of `work` and what its sampling takes."""
+    asked = [count for item in work if (count := item.sampling.logprobs) is not None]
+    rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
+    return replace(
+        Lengths.of(anatomy, rows, max(asked, default=None)),
+        sampled=any(not item.sampling.is_greedy for item in work),
+        penalized=any(item.sampling.alters_scores for item in work),
+    )
+
+
 def prepare(
     options: RunOptions, source: ModelSource, reading: JobInput, work: tuple[Work, ...], world: World, device: str
 ) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
-    asked = [count for item in work if (count := item.sampling.logprobs) is not None]
-    rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
-    lengths = replace(
-        Lengths.of(reading.anatomy, rows, max(asked, default=None)),
-        sampled=any(not item.sampling.is_greedy for item in work),
-        penalized=any(item.sampling.alters_scores for item in work),
-        request_bytes=request_bytes([len(item.prompt) for item in reading.job.work], world.local_size),
-    )
+    held = request_bytes([len(item.prompt) for item in reading.job.work], world.local_size)
+    lengths = replace(lengths_of(reading.anatomy, work), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     return PreparedRun(
         plan=plan,

@@ -79,6 +79,45 @@ class Output:
             return self._abandoned
 
 
+class JobProgress:
+    """Takes in the results of a run, whoever has computed them, and says how far the run is."""
+
+    def __init__(self, work: Sequence[Work], rows_before: int, output: Output) -> None:
+        """`rows_before`: requests that earlier runs have done."""
+        self._most = {item.index: item.sampling.max_new_tokens for item in work}
+        self._asked = sum(self._most.values())
+        self._asked_of_done = self._ended_early = 0
+        self._rows_before, self._output = rows_before, output
+
+    def add(self, result: Result) -> None:
+        """Write a result. Raises OutputError."""
+        self._output.add(result)
+        asked = self._most[result.index]
+        self._asked_of_done += asked
+        self._ended_early += result.completion_tokens < asked
+
+    def told(self, tokens: int, elapsed_s: float, *, streamed_bytes: int = 0, nodes: int = 0) -> Progress:
+        """Make results durable if that is due, and keep beside them how far the run is, after so many tokens and
+        seconds on so many nodes of a cluster."""
+        output = self._output
+        progress = Progress(
+            rows_done=output.settle(),
+            rows=self._rows_before + len(self._most),
+            tokens=tokens,
+            tokens_left=tokens_left(
+                rows=len(self._most) - output.results,
+                most=max(0, self._asked - self._asked_of_done - max(0, tokens - output.completion_tokens)),
+                tokens=tokens,
+                ended_early=self._ended_early,
+            ),
+            elapsed_s=elapsed_s,
+            streamed_bytes=streamed_bytes,
+            nodes=nodes,
+        )
+        output.progress(progress)
+        return progress
+
+
 class RequestFeed:
     """The feed of one rank: the generation loop takes rows from it and returns them to it. On rank 0 it also gathers
     the results of all ranks.
@@ -89,8 +128,7 @@ class RequestFeed:
     ) -> None:
         self._prepared = prepared
         self._work = {work.index: work for work in prepared.work}
-        self._asked = sum(work.sampling.max_new_tokens for work in prepared.work)
-        self._asked_of_done = self._ended_early = 0
+        self._progress = None if output is None else JobProgress(prepared.work, prepared.rows_before, output)
         self._model = model
         self._part = model.part
         engine = model.engine
@@ -154,12 +192,9 @@ class RequestFeed:
 
     def gather(self) -> None:
         """Take in every result that has arrived (rank 0; elsewhere there is nothing to do)."""
-        if self._output is not None:
+        if self._progress is not None:
             for result in self._box.collect():
-                self._output.add(result)
-                asked = self._work[result.index].sampling.max_new_tokens
-                self._asked_of_done += asked
-                self._ended_early += result.completion_tokens < asked
+                self._progress.add(result)
 
     def gather_all(self) -> None:
         """Wait for the results of every rank."""
@@ -208,23 +243,9 @@ class RequestFeed:
 
     def _show(self, tokens: int, elapsed_s: float) -> None:
         """Show how far the run is, and keep it beside the results."""
-        if self._output is None:
-            return
-        progress = Progress(
-            rows_done=self._output.settle(),
-            rows=self._prepared.rows_before + len(self._prepared.work),
-            tokens=tokens,
-            tokens_left=tokens_left(
-                rows=len(self._prepared.work) - self._output.results,
-                most=max(0, self._asked - self._asked_of_done - max(0, tokens - self._output.completion_tokens)),
-                tokens=tokens,
-                ended_early=self._ended_early,
-            ),
-            elapsed_s=elapsed_s,
-            streamed_bytes=self.streamed_bytes * self._walks,
-        )
-        self._output.progress(progress)
-        self._observer.progress(progress)
+        if self._progress is not None:
+            streamed = self.streamed_bytes * self._walks
+            self._observer.progress(self._progress.told(tokens, elapsed_s, streamed_bytes=streamed))
 
 
 class WarmUpFeed:

@@ -18,29 +18,27 @@ from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.engines.base import Stalls
 from zeroinf.engines.registry import descriptor_of
-from zeroinf.errors import RankError, RequestsFailedError
+from zeroinf.errors import RankError
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory
-from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job, Writer
-from zeroinf.jobs.output_files import errors_path, journal_path
+from zeroinf.jobs.output_files import errors_path
 from zeroinf.jobs.sharing import share_work
-from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
 from zeroinf.runs.interrupts import Interrupts, interrupted
-from zeroinf.runs.prepare import PreparedRun, none_can_run, prepare, read_job
+from zeroinf.runs.opening import open_job, outcome_of
+from zeroinf.runs.prepare import JobInput, PreparedRun, prepare
 from zeroinf.runs.report import Phases, RankReport, RunOutcome, RunReport
 from zeroinf.runs.request_feed import Output, RequestFeed, WarmUpFeed
-from zeroinf.runs.shutdown import Shutdown, reason_of
+from zeroinf.runs.shutdown import Shutdown
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal, Work
-from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 _WARM_UP_TOKENS = 3
 
@@ -82,17 +80,9 @@ def run_job(
         shutdown.finished()
         waits.stop()
         control.close()
-    if start.job is None:
+    if start.job is None or output is None:
         return None
-    if not start.job.work:
-        where = f"see {errors_path(options.output_file)}" if options.output_file is not None else None
-        raise RequestsFailedError(none_can_run(start.job.refusals), hint=where)
-    if output is not None and (note := _cut_note(start.job.work, output)) is not None:
-        observer.note(note)
-    done = len(start.job.work) - len(failures)
-    if done:  # else they have failed as one, and the command line says so once
-        observer.left_out("failed", failures)
-    return RunOutcome(requests=done, refused=len(start.job.refusals), failed=len(failures), report=report)
+    return outcome_of(options, start.job, output, failures, report, observer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,17 +94,6 @@ class _Start:
     """None where there is nothing to run: all is done, or refused."""
     writer: Writer | None = None
     job: Job | None = None
-
-
-def _cut_note(work: Sequence[Work], output: Output) -> str | None:
-    """The note for a run most of whose completions were cut at the default length; None for any other."""
-    lengths = {item.sampling.max_new_tokens for item in work if not item.sampling.ignore_eos}
-    if lengths != {DEFAULT_NEW_TOKENS} or 2 * output.cut <= output.results:
-        return None
-    return (
-        f"{output.cut} of {output.results} completions were cut at the default of {DEFAULT_NEW_TOKENS} tokens: "
-        "--max-new-tokens sets another"
-    )
 
 
 def _start_together(
@@ -138,55 +117,12 @@ def _start_together(
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
     source = source_of(options, device)
-    reading = read_job(options, source, device)
-    job = reading.job
-    observer.left_out("refused", job.refusals)
-    for note in reading.notes:
-        observer.note(note)
-    writer = _open_output(options, job, results, observer)
-    try:
-        if job.work and not writer.left:
-            observer.note(f"all {len(job.work)} requests were done by earlier runs")
-            return _Start(source=source, prepared=None, writer=writer, job=job)
-        prepared = prepare(options, source, reading, tuple(writer.left), world, device) if job.work else None
-        writer.begin(world.size)
-        _check_error_rate(options, job)
-    except BaseException as error:
-        writer.abandon(reason_of(error))
-        raise
-    return _Start(source=source, prepared=prepared, writer=writer, job=job)
 
+    def prepare_here(reading: JobInput, left: tuple[Work, ...]) -> PreparedRun:
+        return prepare(options, source, reading, left, world, device)
 
-def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Observer) -> Writer:
-    if options.output_file is None:
-        return LinesOutput(results, job) if options.to_stdout else PairsOutput(results, job.work)
-    output = JournalOutput(
-        options.output_file,
-        job,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        resume_anyway=options.resume_anyway,
-    )
-    done = len(job.work) - len(output.left)
-    if output.damaged:
-        observer.note(
-            f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: their requests run again"
-        )
-    if options.resume and job.work:
-        observer.note(f"resuming with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
-    if output.changed:
-        observer.note(f"this output mixes results of two jobs, which differ in {', '.join(output.changed)}")
-    return output
-
-
-def _check_error_rate(options: RunOptions, job: Job) -> None:
-    refused, count = len(job.refusals), len(job.refusals) + len(job.work)
-    if refused / count > options.max_error_rate:
-        where = f"see {errors_path(options.output_file)}" if options.output_file else "their reasons stand above"
-        raise RequestsFailedError(
-            f"{refused} of {count} requests were refused, more than --max-error-rate {options.max_error_rate:g}",
-            hint=f"{where}; nothing was run",
-        )
+    opened = open_job(options, source, device, results, observer, prepare_here, world.size)
+    return _Start(source=source, prepared=opened.prepared, writer=opened.writer, job=opened.job)
 
 
 class _Job:

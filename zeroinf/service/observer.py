@@ -26,6 +26,8 @@ class Progress:
     elapsed_s: float
     """From the first forward on."""
     streamed_bytes: int
+    nodes: int = 0
+    """Nodes of a cluster that are at work; 0 where the run is none of a cluster."""
 
     @property
     def tokens_per_second(self) -> float:
