@@ -27,6 +27,7 @@ _IMPORTED = (
     "deepspeed",
     "zeroinf.cli.run",
     "zeroinf.cli.console",
+    "zeroinf.cli.chat",
     "zeroinf.cli.eval",
     "zeroinf.cli.serve",
     "zeroinf.serve.server",

@@ -46,7 +46,7 @@ def test_importing_zeroinf_loads_nothing_heavy() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("run", "status", "plan", "bench", "config", "store", "doctor")),
+        *([command, "--help"] for command in ("run", "status", "chat", "plan", "bench", "config", "store", "doctor")),
     ],
 )
 def test_help_loads_neither_torch_nor_deepspeed_nor_anything_else_that_is_heavy(arguments: list[str]) -> None:
@@ -69,6 +69,7 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
     assert {line.split()[0]: len(line.split()) > 2 for line in listed if line.strip()} == {
         "run": True,
         "status": True,
+        "chat": True,
         "serve": True,
         "ps": True,
         "stop": True,

@@ -17,7 +17,21 @@ from zeroinf.cli.streams import steady_streams, trouble_with_stdout
 from zeroinf.compat.dynamo import defer_dynamo
 from zeroinf.errors import OutputError, ZeroinfError
 
-_COMMANDS = ("run", "status", "serve", "ps", "stop", "plan", "eval", "lm-eval", "bench", "config", "store", "doctor")
+_COMMANDS = (
+    "run",
+    "status",
+    "chat",
+    "serve",
+    "ps",
+    "stop",
+    "plan",
+    "eval",
+    "lm-eval",
+    "bench",
+    "config",
+    "store",
+    "doctor",
+)
 
 
 class _LazyGroup(click.Group):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from zeroinf.cli.environment import option
+from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, options_of
 from zeroinf.cli.waiting import waiting
 from zeroinf.errors import EnvironmentProblem, UsageError
@@ -57,15 +57,7 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 )
 @option("--host", default="127.0.0.1", help="Address to listen on; any but this machine's own needs an API key.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes any that is free.")
-@option(
-    "--api-key",
-    help="Key that clients must send. Taken from the environment (ZEROINF_SERVE_API_KEY), never from the command line.",
-)
-@option(
-    "--api-key-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File whose first line is the key that clients must send.",
-)
+@api_key_options("serve", "that clients must send")
 @option(
     "--allowed-host",
     "allowed_hosts",
@@ -132,7 +124,7 @@ def serve(ctx: click.Context, /, **asked: Any) -> None:
     if detach:
         _detach(name)
         return
-    key = _api_key(ctx, asked)
+    key = api_key(ctx, asked)
     settings = Settings(
         model_name=asked.pop("served_model_name") or asked["model"],
         api_key=key,
@@ -187,24 +179,6 @@ def _detach(name: str | None) -> None:
         del rest[rest.index("--name") : rest.index("--name") + 2]
     server = start_in_background(name, rest)
     click.echo(f"ready: {server.model} at {server.address}/v1", err=True)
-
-
-def _api_key(ctx: click.Context, asked: dict[str, Any]) -> str | None:
-    key, file = asked.pop("api_key"), asked.pop("api_key_file")
-    if ctx.get_parameter_source("api_key") is ParameterSource.COMMANDLINE:
-        raise UsageError(
-            "--api-key on the command line: every user of this machine can read it there",
-            hint="set ZEROINF_SERVE_API_KEY in the environment, or pass --api-key-file",
-        )
-    if key is not None and file is not None:
-        raise UsageError("ZEROINF_SERVE_API_KEY and --api-key-file are both given", hint="drop one of them")
-    if file is None:
-        return None if key is None else str(key)
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --api-key-file {file}: {error}") from error
-    return lines[0].strip() if lines else ""
 
 
 def _refuse_launcher() -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from zeroinf.errors import InputError, ZeroinfError
+from zeroinf.errors import InputError
+from zeroinf.serve.http_client import API_KEY_VARIABLE, ApiServer, key_of_environment
 from zeroinf.serve.named import NamedServer, start_in_background, stop_server, the_server
 
-_KEY = "ZEROINF_SERVE_API_KEY"
 _AT_ONCE = 64
 
 
@@ -34,7 +30,8 @@ class DeployedClient:
     def __init__(self, server: NamedServer, api_key: str | None = None) -> None:
         """`api_key` None takes that of the environment, if there is one."""
         self.server = server
-        self._api_key = os.environ.get(_KEY) if api_key is None else api_key
+        key = key_of_environment() if api_key is None else api_key
+        self._api = ApiServer(name=f"server {server.name}", address=server.address, api_key=key)
 
     def generate(
         self, prompts: str | Sequence[str], *, max_new_tokens: int | None = None, **settings: Any
@@ -56,22 +53,7 @@ class DeployedClient:
         return self.generate(request["query"], **settings)
 
     def _answer(self, body: dict[str, Any]) -> DeployedAnswer:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        request = urllib.request.Request(
-            f"{self.server.address}/v1/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        try:
-            with urllib.request.urlopen(request) as answer:
-                found = json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = json.load(error)["error"]["message"]
-            raise (InputError if error.code < 500 else ZeroinfError)(f"server {self.server.name}: {said}") from None
-        except OSError as error:
-            raise ZeroinfError(f"server {self.server.name} does not answer: {error}") from error
-        if "error" in found:
-            raise ZeroinfError(f"server {self.server.name}: {found['error']['message']}")
+        found = self._api.post("/v1/completions", body)
         choice, usage = found["choices"][0], found["usage"]
         return DeployedAnswer(
             choice["text"], usage["prompt_tokens"], usage["completion_tokens"], choice["finish_reason"]
@@ -92,7 +74,7 @@ def deploy(model: str, *, name: str, api_key: str | None = None, **options: Any)
             if one is None:
                 continue
             arguments += [f"--{flag}" if one else f"--no-{flag}"] if isinstance(one, bool) else [f"--{flag}", str(one)]
-    server = start_in_background(name, arguments, {} if api_key is None else {_KEY: api_key})
+    server = start_in_background(name, arguments, {} if api_key is None else {API_KEY_VARIABLE: api_key})
     return DeployedClient(server, api_key)
 
 

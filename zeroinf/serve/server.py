@@ -36,6 +36,7 @@ from zeroinf.serve.batch_routes import add_batches, add_no_batches
 from zeroinf.serve.batches import Batches, ReadJob
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.lengths import planned_lengths
 from zeroinf.serve.named import NamedServer, announce, holding_name
 from zeroinf.serve.page_routes import add_page
 from zeroinf.serve.settings import Settings
@@ -190,20 +191,13 @@ def job_reader(options: RunOptions, source: ModelSource, device: str) -> ReadJob
 
 
 def _lengths(options: RunOptions, prompt_tokens: int | None, source: ModelSource, anatomy: Anatomy) -> Lengths:
-    """What memory is planned for. Raises UsageError where no prompt would have room in the model's context."""
-    new_tokens, limit = options.sampling.max_new_tokens, anatomy.context_limit
-    room = _PROMPT_TOKENS if limit is None else min(_PROMPT_TOKENS, limit - new_tokens)
-    if (prompt_tokens or room) < 1:
-        raise UsageError(
-            f"--max-new-tokens {new_tokens}, and the model's context holds {limit}: no prompt has room beside them",
-            hint="lower it",
-        )
-    return Lengths(
-        prompt_tokens=prompt_tokens or room,
-        new_tokens=new_tokens,
+    """What memory is planned for."""
+    return planned_lengths(
+        anatomy,
+        prompt_tokens=prompt_tokens,
+        most_prompt_tokens=_PROMPT_TOKENS,
+        new_tokens=options.sampling.max_new_tokens,
         logprobs=MOST_LOGPROBS,
-        sampled=True,
-        penalized=True,
     )
 
 

@@ -1,0 +1,25 @@
+"""Says for which lengths of prompts and completions memory is planned where requests come later."""
+
+from __future__ import annotations
+
+from zeroinf.errors import UsageError
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.planner.workload import Lengths
+
+
+def planned_lengths(
+    anatomy: Anatomy, *, prompt_tokens: int | None, most_prompt_tokens: int, new_tokens: int, logprobs: int | None
+) -> Lengths:
+    """Lengths for prompts of `prompt_tokens`; None: of `most_prompt_tokens`, or what the model's context holds beside
+    `new_tokens` new ones. Raises UsageError where no prompt would have room.
+    """
+    limit = anatomy.context_limit
+    room = most_prompt_tokens if limit is None else min(most_prompt_tokens, limit - new_tokens)
+    if (prompt_tokens or room) < 1:
+        raise UsageError(
+            f"--max-new-tokens {new_tokens}, and the model's context holds {limit}: no prompt has room beside them",
+            hint="lower it",
+        )
+    return Lengths(
+        prompt_tokens=prompt_tokens or room, new_tokens=new_tokens, logprobs=logprobs, sampled=True, penalized=True
+    )
