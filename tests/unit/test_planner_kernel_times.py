@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from zeroinf.planner.figures import fitted_figures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel
 
 TFLOPS, GBPS = 100.0, 1000.0
+FITTED = fitted_figures()
 
 
 def memory_s(kernel: Kernel) -> float:
-    return kernel_s(kernel, TFLOPS, GBPS)[1]
+    return kernel_s(kernel, FITTED, TFLOPS, GBPS)[1]
 
 
 def test_a_product_takes_the_longer_of_its_arithmetic_and_its_memory() -> None:
-    arithmetic, memory = kernel_s(Kernel(10**12, 10**9, "mm"), TFLOPS, GBPS)
+    arithmetic, memory = kernel_s(Kernel(10**12, 10**9, "mm"), FITTED, TFLOPS, GBPS)
     assert 0.5 * 1e-2 < arithmetic < 1.5 * 1e-2
     assert 1e-3 < memory < 1.5e-3
 
 
 def test_a_kernel_without_products_takes_no_arithmetic() -> None:
-    assert kernel_s(Kernel(0, 10**9, "mul"), TFLOPS, GBPS)[0] == 0
+    assert kernel_s(Kernel(0, 10**9, "mul"), FITTED, TFLOPS, GBPS)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,11 @@ def to_json(plan_input: PlanInput, found: PlanResult) -> dict[str, Any]:
             *({"fits": True, **_candidate(one, decision)} for one in decision.alternatives),
             *({"fits": False, **_rejection(one)} for one in decision.rejected),
         ],
-        "rates": {**asdict(found.speeds), "projected": list(found.speeds.projected)},
+        "rates": {
+            **asdict(found.speeds),
+            "fitted": found.speeds.fitted.gpu,
+            "projected": list(found.speeds.projected),
+        },
     }
 
 

@@ -6,13 +6,14 @@ Input: an anatomy, a choice of settings and simulated workloads. Output: `Term`s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event, rounded
 from zeroinf.planner.choice import Choice, Fetch
+from zeroinf.planner.figures import MemoryFigures, fitted_figures
 from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Pass, Step, Workload, repeated
@@ -61,10 +62,6 @@ UNFORESEEN = "unforeseen"
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
-# What is left for what no term names: pages that the replay misses by one or two, kernels loaded late.
-_UNFORESEEN_GPU = 96 * _MIB
-# What is small and not replayed, such as tokens on their way: runs took up to 6 MiB (docs/benchmarks-archive.md).
-_SMALL_BESIDE = 8 * _MIB
 # The driver keeps 8 bytes for each page of 4 KiB that a GPU can reach: one run fits it (docs/benchmarks-archive.md).
 PINNED_BYTES_PER_PAGE_TABLE_BYTE = 4096 // 8
 """A GPU's page tables take one byte of its memory for this many bytes of page-locked memory: 8 bytes for each page of
@@ -99,6 +96,7 @@ class Overhead:
     collectives: tuple[int, TermOrigin] = (0, "counted")
     process: tuple[int, TermOrigin] = (768 * _MIB, "assumed")
     """Host memory of a process with its libraries; the default is one without CUDA."""
+    uncounted: MemoryFigures = field(default_factory=lambda: fitted_figures().memory)
 
 
 def piece_bytes(tensors: Iterable[TensorSpec]) -> int:
@@ -180,6 +178,7 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
     libraries and driver add."""
     allocator = Allocator()
     workspace, origin = overhead.workspace
+    uncounted = overhead.uncounted
     allocator.replay(Event(index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
     weights, passing = allocator.usage, _usage(workload)
     allocated = weights.allocated + passing.allocated
@@ -191,11 +190,11 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
             Term("gpu", ENCODED, encoded, "counted"),
             Term("gpu", COMPUTED, passing.allocated - passing.cache - encoded, "simulated"),
             Term("gpu", "matrix product workspaces", workspace, origin),
-            Term("gpu", SMALL_PAGES, weights.small + passing.small + _SMALL_BESIDE, "simulated"),
+            Term("gpu", SMALL_PAGES, weights.small + passing.small + uncounted.small_tensors_bytes, "simulated"),
             Term("gpu", GAPS, max(0, large - allocated), "simulated"),
             Term("gpu", "CUDA context", *overhead.context),
             Term("gpu", "collectives' buffers", *overhead.collectives),
-            Term("gpu", UNFORESEEN, _UNFORESEEN_GPU, "assumed"),
+            Term("gpu", UNFORESEEN, uncounted.unforeseen_bytes, "assumed"),
         )
         if term.nbytes
     )

@@ -14,22 +14,13 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import descriptor_of
+from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, walks
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
-
-# What launching attention over pages costs the host, in times of a model's launch, and what each row does in a pass:
-# 80 us a launch, and 5 us a row, on an H200's host (docs/benchmarks-archive.md, "Packed forwards").
-_ATTENTION_LAUNCHES = 5
-_ROW_S = 5e-6
-
-# What a micro-batch costs beside its kernels.
-_STEP_S = 0.5e-3
-# Of a micro-batch in host memory, what each layer costs beside its kernels: events and streams, there and back.
-_HOST_LAYER_S = 0.4e-3
 
 # How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
 _WAVES = 4
@@ -39,10 +30,6 @@ _FEW = 1e-6
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
 _NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
-
-# Making codes of weights in a checkpoint, GB/s of the weights: an H200 beside 16 cores. Eight threads of those by
-# themselves made 0.4 (docs/benchmarks-archive.md, "Pages, micro-batches and codes").
-_ENCODE_GBPS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +50,8 @@ class Speeds:
     """Filling host memory from the page cache, and page-locking it."""
     place_gbps: float
     """From the page cache through stages in host memory onto the GPU, both at once."""
+    fitted: FittedFigures
+    """The parts of these rates that kernels reach, and host times, on the GPU that is most like this one."""
     projected: tuple[str, ...] = ()
 
 
@@ -138,7 +127,7 @@ def _waits(
 ) -> tuple[dict[Resource, float], int]:
     """Seconds that the blocks `visited` in a pass keep links, disk and the engine itself busy, and bytes of weights
     that cross one rank's link."""
-    moved = descriptor_of(choice.engine).transfers(anatomy, choice, visited, world_size)
+    moved = descriptor_of(choice.engine).transfers(anatomy, choice, visited, world_size, speeds.fitted.engines)
     waits: dict[Resource, float] = {
         "link": moved.link_bytes / speeds.link_gbps / 1e9 / moved.link_share,
         "disk": moved.disk_bytes / speeds.disk_gbps / 1e9,
@@ -179,7 +168,7 @@ def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: S
     return (
         (sum(sum(walk.sizes) for walk in visited) - resident - on_disk) / speeds.fill_gbps
         + from_store
-        + encoded / _ENCODE_GBPS
+        + encoded / speeds.fitted.engines.encode_gbps
     ) / 1e9
 
 
@@ -200,7 +189,7 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     of_prompts["link"] += started / speeds.link_gbps / 1e9
     of_decode["link"] += fetched / speeds.link_gbps / 1e9
     batches = -(-choice.host_rows // choice.micro_batch_rows)
-    of_decode["kernel launches"] += len(anatomy.cache) * batches * _HOST_LAYER_S
+    of_decode["kernel launches"] += len(anatomy.cache) * batches * speeds.fitted.passes.host_layer_s
     copies_s = _copies_s(anatomy, choice, speeds)
 
     def cost(prompts: float, decode: float, forwards: float) -> dict[Resource, float]:
@@ -219,7 +208,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     """Forwards of which each takes steps and parts of prompts, as many as there is room for; rows on the GPU and rows
     in host memory have forwards of their own."""
     assert workload.packed is not None
-    shape, forwards = workload.shape, workload.packed.forwards
+    shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     by_tokens, by_choices = _forward_times(forwards, speeds)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
@@ -242,8 +231,9 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         # Each forward launches it for steps and for prompts, however many it holds.
         kinds = (of_prompts if prompts else {}, of_decode if decode else {})
         launched = sum(kind.get("kernel launches", 0.0) for kind in kinds)
-        attention["kernel launches"] = count * _ATTENTION_LAUNCHES * launched + decode * shape.rows * _ROW_S
-        attention["kernel launches"] += on_host * len(anatomy.cache) * _HOST_LAYER_S + decode * copies_s
+        attention["kernel launches"] = count * host.attention_launches * launched
+        attention["kernel launches"] += decode * shape.rows * host.row_s
+        attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
         return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
 
@@ -258,7 +248,7 @@ def _forward_times(forwards: Forwards, speeds: Speeds) -> tuple[_Line, _Line]:
         for found in (forwards.tokens, forwards.choices)
     )
     for _, times in by_tokens:
-        times["kernel launches"] += _STEP_S
+        times["kernel launches"] += speeds.fitted.passes.micro_batch_s
     return _Line(by_tokens), _Line(by_choices)
 
 
@@ -410,7 +400,7 @@ def _work(steps: Pass, speeds: Speeds) -> dict[Resource, float]:
 @lru_cache(maxsize=4096)
 def _step_times(step: Step, speeds: Speeds) -> dict[Resource, float]:
     times = _times(step.kernels, speeds)
-    times["kernel launches"] += _STEP_S
+    times["kernel launches"] += speeds.fitted.passes.micro_batch_s
     return times
 
 
@@ -445,6 +435,6 @@ def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     for group in groups:
         times["kernel launches"] += group.times * len(group.kernels) * speeds.model_launch_s
         for kernel in group.kernels:
-            arithmetic, memory = kernel_s(kernel, speeds.tflops, speeds.hbm_gbps)
+            arithmetic, memory = kernel_s(kernel, speeds.fitted, speeds.tflops, speeds.hbm_gbps)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)
     return times

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.figures import EngineFigures
 from zeroinf.planner.memory import Walk
 
 
@@ -29,11 +30,13 @@ class Transfers:
     """The part of the link's rate that the engine's copies reach."""
 
 
-CountTransfers = Callable[[Anatomy, Choice, Sequence[Walk], int], Transfers]
-"""Of a pass that visits these layers, by the number of ranks."""
+CountTransfers = Callable[[Anatomy, Choice, Sequence[Walk], int, EngineFigures], Transfers]
+"""Of a pass that visits these layers, by the number of ranks and the rates that engines reach."""
 
 
-def placed_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
+def placed_transfers(
+    anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
+) -> Transfers:
     """Of an engine that is told where each layer rests: those on the GPU stay there, the others are copied once."""
     streamed = sum(walk.streamed_bytes for walk in visited)
     parts = world_size if choice.fetch == "partitioned" else 1
@@ -44,6 +47,8 @@ def placed_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], 
     )
 
 
-def no_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
+def no_transfers(
+    anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
+) -> Transfers:
     """Of an engine whose weights all stay on the GPUs."""
     return Transfers(link_bytes=0)

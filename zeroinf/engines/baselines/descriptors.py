@@ -10,13 +10,10 @@ from zeroinf.engines.baselines.baseline_memory import memory_terms
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import EngineDescriptor
+from zeroinf.planner.figures import EngineFigures
 from zeroinf.planner.memory import Walk
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.transfers import Transfers, no_transfers, placed_transfers
-
-# accelerate copies from memory that is not page-locked, and waits for each copy: six runs reached 0.09 to 0.14 of the
-# link (docs/benchmarks-archive.md, "Engines side by side").
-_ACCELERATE_LINK_SHARE = 0.11
 
 
 def _load_resident(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, listener: Any) -> Any:
@@ -37,8 +34,11 @@ def _load_tensor_parallel(plan: Plan, source: Any, zero_config: Any, control: An
     return TensorParallelEngine(plan, source, control, device, listener)
 
 
-def _accelerate_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
-    return replace(placed_transfers(anatomy, choice, visited, world_size), link_share=_ACCELERATE_LINK_SHARE)
+def _accelerate_transfers(
+    anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
+) -> Transfers:
+    placed = placed_transfers(anatomy, choice, visited, world_size, figures)
+    return replace(placed, link_share=figures.accelerate_link_share)
 
 
 RESIDENT = EngineDescriptor(

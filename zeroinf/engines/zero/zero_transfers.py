@@ -7,25 +7,24 @@ from functools import lru_cache
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.figures import EngineFigures
 from zeroinf.planner.memory import Walk, piece_bytes
 from zeroinf.planner.transfers import Transfers
 
-# Host time to fetch and release a parameter, in kernel launches of a model: on one GPU, and with an all-gather over
-# several (docs/benchmarks-archive.md, "What DeepSpeed's engine takes a pass").
-_LAUNCHES = 10
-_LAUNCHES_GATHERED = 20
 
-
-def zero_transfers(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int) -> Transfers:
+def zero_transfers(
+    anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
+) -> Transfers:
     """No layer stays on the GPU, and weights outside the layers are fetched as they are."""
     outside = piece_bytes(anatomy.outside) + _tied_bytes(anatomy)
     passing = sum(sum(walk.sizes) for walk in visited) + outside
     from_disk = sum(walk.nvme_bytes for walk in visited) + (outside if choice.offload == "nvme" else 0)
+    launches = figures.deepspeed_launches if world_size == 1 else figures.deepspeed_gathered_launches
     return Transfers(
         link_bytes=0 if choice.offload == "none" else passing // world_size,
         gathered_bytes=passing if world_size > 1 else 0,
         disk_bytes=from_disk,
-        launches=_parameters(anatomy) * (_LAUNCHES if world_size == 1 else _LAUNCHES_GATHERED),
+        launches=_parameters(anatomy) * launches,
     )
 
 
