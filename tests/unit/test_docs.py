@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import subprocess
 import sys
 import unicodedata
@@ -81,6 +83,23 @@ def test_a_link_that_leads_nowhere_would_be_noticed(tmp_path: Path) -> None:
     page.write_text('# A `b` c\n\n[x](absent.md) `[y](z.md)` <img src="w.svg">\n\n```md\n[v](u.md)\n```\n\n## A b c\n')
     assert list(links(page)) == ["absent.md", "w.svg"]
     assert anchors(page) == {"a-b-c", "a-b-c_1"}
+
+
+def test_the_benchmarks_are_what_the_stored_figures_say() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "make-benchmarks"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["render"](), "run scripts/make-benchmarks"
+    assert made["CHART"].read_text(encoding="utf-8") == made["chart"](), "run scripts/make-benchmarks"
+
+
+def test_every_figure_has_its_command_its_date_and_its_machine() -> None:
+    machines = json.loads((DOCS / "data" / "machines.json").read_text(encoding="utf-8"))
+    for file in (DOCS / "data").glob("[0-9]*.json"):
+        for table in json.loads(file.read_text(encoding="utf-8"))["tables"]:
+            for row in table["rows"]:
+                assert row["values"].keys() <= table["columns"].keys(), (file.name, row)
+                assert row["command"], (file.name, row)
+                assert re.match(r"\d{4}-\d\d", row["date"]), (file.name, row)
+                assert row["machine"] in machines, (file.name, row)
 
 
 @pytest.mark.full
