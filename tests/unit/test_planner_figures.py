@@ -20,7 +20,7 @@ def test_the_figures_of_the_nearest_generation_count() -> None:
     hopper = fitted_figures((9, 0))
     ampere = replace(hopper, gpu="another", compute_capability=(8, 0))
     found = [nearest((hopper, ampere), capability).gpu for capability in [(7, 5), (8, 6), (8, 9), (9, 0), (12, 0)]]
-    assert found == ["another", "another", hopper.gpu, hopper.gpu, hopper.gpu]
+    assert found == ["another", "another", "another", hopper.gpu, hopper.gpu]
 
 
 def test_a_card_of_an_unknown_generation_counts_as_the_slowest_products() -> None:
