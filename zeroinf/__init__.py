@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from zeroinf.serve.deploy import client, deploy, terminate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AioSettings",
     "Completion",

@@ -70,7 +70,7 @@ def navigation(entry: Any) -> Iterator[str]:
 
 def test_the_navigation_has_every_page_once() -> None:
     listed = sorted(navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
-    assert listed == [str(page.relative_to(DOCS)) for page in PAGES]
+    assert listed == [str(page.relative_to(DOCS)) for page in PAGES], "list the pages in `nav` of mkdocs.yml"
 
 
 def test_every_decision_is_in_the_list_of_decisions() -> None:
