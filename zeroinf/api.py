@@ -15,6 +15,7 @@ from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.definition import from_keywords
+from zeroinf.options.keywords import with_known_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
 from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.choice import Fetch, Offload
@@ -69,6 +70,7 @@ class Generated(TypedDict):
     generated_text: str | list[dict[str, str]]
 
 
+@with_known_keywords
 def plan(
     model: str,
     *,
@@ -106,6 +108,7 @@ def plan(
     return make_plan(plan_input_of(from_keywords(PlanOptions, locals()))).plan
 
 
+@with_known_keywords
 def generate(
     model: str,
     prompts: Sequence[Prompt],
@@ -181,6 +184,7 @@ def generate(
         return sorted(results, key=lambda result: result.index)
 
 
+@with_known_keywords
 def pipeline(
     model: str,
     *,
@@ -269,6 +273,7 @@ class Pipeline:
     def __call__(self, text_inputs: Sequence[str], **how: Unpack[CallSettings]) -> list[list[Generated]]: ...
     @overload
     def __call__(self, text_inputs: Sequence[Prompt], **how: Unpack[CallSettings]) -> list[list[Generated]]: ...
+    @with_known_keywords
     def __call__(
         self,
         text_inputs: Any,
@@ -319,6 +324,7 @@ class Pipeline:
         results = self._observer.counted(self._session.results(requests), len(requests))
         return sorted(results, key=lambda result: result.index)
 
+    @with_known_keywords
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -347,6 +353,7 @@ class Pipeline:
         sampling = sampling_of(locals(), self._max_new_tokens)
         return self._all(requests_of(prompts, sampling, n=n, echo=echo))
 
+    @with_known_keywords
     def as_finished(
         self,
         prompts: Sequence[Prompt],
@@ -375,6 +382,7 @@ class Pipeline:
         sampling = sampling_of(locals(), self._max_new_tokens)
         return self._session.results(requests_of(prompts, sampling, n=n, echo=echo))
 
+    @with_known_keywords
     def submit(
         self,
         prompt: Prompt,

@@ -8,7 +8,7 @@ from fractions import Fraction
 DEFAULT_NEW_TOKENS = 128
 """Most tokens of a completion where neither the command line nor its request says how many."""
 
-_UNITS = {"": 1, "B": 1}
+_UNITS = {"B": 1}
 _UNITS |= {f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", start=1)}
 _UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
@@ -17,18 +17,26 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str, *, multiple_of: int = 1) -> int:
-    """Bytes of `24GiB` (binary), `24GB` (decimal) or plain bytes. Raises ValueError that says what is wrong."""
+    """Bytes of `24GiB` (binary), `24GB` (decimal) or `4096B`. Raises ValueError that says what is wrong."""
     match = _SIZE.fullmatch(text)
+    if match is not None and not match[2]:
+        unit = _unit_meant(float(match[1])) if multiple_of == 1 else "B"
+        raise ValueError(f"{text.strip()} what? write {text.strip()}{unit}")
     if match is None or match[2].lower() not in _UNIT_BYTES:
-        raise ValueError(f"{text!r} is not a size: write 24GiB, 512MiB, 1GB or plain bytes")
-    unit = _UNIT_BYTES[match[2].lower()]
-    size = Fraction(match[1]) * unit
-    if unit > 1:
+        raise ValueError(f"{text!r} is not a size: write 24GiB, 512MiB, 1GB or 4096B")
+    factor = _UNIT_BYTES[match[2].lower()]
+    size = Fraction(match[1]) * factor
+    if factor > 1:
         size = Fraction(int(size))  # 3.6GiB is no whole number of bytes, and nobody means it to be
     if size <= 0 or size % multiple_of:
         whole = "a whole number of bytes" if multiple_of == 1 else f"a multiple of {multiple_of} bytes"
         raise ValueError(f"{text!r} must be {whole} above zero")
     return int(size)
+
+
+def _unit_meant(number: float) -> str:
+    """The unit that somebody probably has in mind who writes `number` alone."""
+    return "GiB" if number <= 8192 else "MiB" if number < 1 << 22 else "B"
 
 
 def gib(size_bytes: int) -> str:

@@ -73,7 +73,7 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
     scarce = run_zeroinf(
         [
             *(*always, "-o", str(tmp_path / "scarce.jsonl"), "--report", str(tmp_path / "report.json")),
-            *("--nvme-path", str(nvme), "--host-memory", str(short)),
+            *("--nvme-path", str(nvme), "--host-memory", f"{short}B"),
         ]
     )
     assert (plenty.code, scarce.code) == (0, 0), scarce.err

@@ -104,7 +104,7 @@ def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
 
     assert "-r 5" in words()
     assert "--random-weights" in words()
-    assert "--gpu-memory 7" in words()
+    assert "--gpu-memory 7B" in words()
     assert "--resident-blocks 0" in words()
     assert "--resident-blocks" not in words(engine="zero")
     assert "--resident-blocks" not in words(offload="none")
@@ -113,7 +113,7 @@ def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
     assert "/b" not in words(offload="nvme", engine="zero")
     assert "--engine stream --offload cpu" in words(engine="stream/replicated", num_gpus=2)
     assert words(engine="stream/replicated", num_gpus=2).endswith(
-        "--fetch replicated --num-gpus 2 --random-weights --gpu-memory 7"
+        "--fetch replicated --num-gpus 2 --random-weights --gpu-memory 7B"
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import click
 import pytest
+from click.core import ParameterSource
 from click.testing import CliRunner
 
 from zeroinf.cli import main
 from zeroinf.cli.main import cli
+from zeroinf.cli.run import run as run_command
 from zeroinf.errors import (
     DoesNotFitError,
     EnvironmentProblem,
@@ -86,13 +90,14 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
 def test_version_is_the_packages() -> None:
     import zeroinf
 
-    assert CliRunner().invoke(cli, ["--version"]).stdout == f"zeroinf, version {zeroinf.__version__}\n"
+    for flag in ("--version", "-V"):
+        assert CliRunner().invoke(cli, [flag]).stdout == f"zeroinf, version {zeroinf.__version__}\n"
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(cli, ["runn"])
     assert result.exit_code == 2
-    assert "No such command 'runn'" in result.stderr
+    assert "no such command: cli runn: did you mean cli run?" in result.stderr
 
 
 @pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
@@ -148,11 +153,88 @@ def test_settings_that_no_request_may_have_are_usage_errors(arguments: list[str]
     assert arguments[0][2:] in str(result.exception)
 
 
-@pytest.mark.parametrize("arguments", [["--top-k", "1", "--top-k", "2"], ["-m", "a", "--model", "b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--prompt", "x", "--top-k", "1", "--top-k", "2"],
+        ["run", "--prompt", "x", "-m", "a", "--model", "b"],
+        ["bench", "compare", "pyproject.toml", "README.md", "--format", "md", "--format", "csv"],
+    ],
+)
 def test_an_option_of_one_value_that_is_given_twice_is_refused(arguments: list[str]) -> None:
-    result = CliRunner().invoke(cli, ["run", "--prompt", "x", *arguments])
+    result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert f"{arguments[-2]} is given twice, but takes one value" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["-m", "a", "b"], ["--pin-memory", "--no-pin-memory", "a"]])
+def test_what_is_said_in_two_ways_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["run", "--prompt", "x", *arguments])
+    assert result.exit_code == 2
+    assert "given twice, as 'a' and as 'b'" in result.output or "one of them, and once" in result.output
+
+
+def test_help_is_short_and_names_every_other_option_by_section() -> None:
+    """Each option stands in exactly one of the sections; --help describes those of every day alone."""
+    short = CliRunner().invoke(cli, ["run", "--help"], terminal_width=80).stdout
+    whole = CliRunner().invoke(cli, ["run", "--help-all"], terminal_width=80).stdout
+    everyday, _, more = short.partition("More options (cli run --help-all says what they do):\n")
+    assert "Everyday options:" in short
+    assert "Memory:\n" in whole
+    assert "Memory:\n" not in short
+    named = re.findall(r"--[a-z-]+[a-z]", more)
+    for parameter in run_command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            flag = next(flag for flag in parameter.opts if flag.startswith("--"))
+            described = re.search(rf"^  (-\w, )?(-tp, )?{flag}\b", everyday, re.MULTILINE) is not None
+            assert [flag in named, described].count(True) == 1, flag
+            assert re.search(rf"^  (-\w, )?(-tp, )?{flag}\b", whole, re.MULTILINE), flag
+    assert "other  " not in more
+    prose = ("    zeroinf run", "    deepspeed")
+    assert [line for line in whole.splitlines() if len(line) > 80 and not line.startswith(prose)] == []
+
+
+@pytest.mark.parametrize("words", [["run", "demo"], ["run", "-m", "demo"], ["plan", "demo"], ["serve", "demo"]])
+def test_a_model_may_be_named_without_its_flag(words: list[str]) -> None:
+    command = cli.get_command(click.Context(cli), words[0])
+    assert command is not None
+    ctx = command.make_context(words[0], words[1:], resilient_parsing=True)
+    assert ctx.params["model"] == "demo"
+    assert ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [
+        ("fp16", "float16"),
+        ("half", "float16"),
+        ("bf16", "bfloat16"),
+        ("float", "float32"),
+        ("fp32", "float32"),
+        ("float32", "float32"),
+    ],
+)
+def test_a_dtype_has_the_names_that_users_bring(written: str, dtype: str) -> None:
+    assert run_command.make_context("run", ["demo", "--dtype", written]).params["dtype"] == dtype
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_errors_have_colours_on_terminals_that_show_them(
+    variables: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    main_end, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(sys, "argv", ["zeroinf", "runn"])
+        with pytest.raises(SystemExit):
+            main.main()
+    said = os.read(main_end, 1000).decode()
+    assert ("\x1b[" in said) == coloured
+    assert "no such command: zeroinf runn" in said
 
 
 def commands_of(command: click.Command) -> Iterator[click.Command]:

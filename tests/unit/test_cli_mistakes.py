@@ -28,6 +28,31 @@ _MISTAKES = {
     (*_RUN, "-b", "4", "--micro-batch-rows", "8"): "--micro-batch-rows 8, but with --batch-size 4",
     (*_RUN, "--offload", "none", "--resident-blocks", "3"): "--resident-blocks has no effect with --offload none",
     (*_RUN, "--overwrite"): "--overwrite without --output-file",
+    ("runn",): "no such command: zeroinf runn\n\nhint: did you mean zeroinf run?",
+    ("org/model",): "hint: to run that model: zeroinf run org/model --prompt TEXT",
+    ("run",): "error: no model is named\n\nhint: zeroinf run MODEL;",
+    ("run", "demo", "Hello"): "error: unexpected: Hello\n\nhint: a prompt goes behind --prompt",
+    ("run", "-m", "demo", "Hello"): "the model is given twice, as 'demo' and as 'Hello'",
+    (*_RUN, "--max-length", "9"): "hint: zeroinf calls it --max-new-tokens: it counts new tokens only",
+    (*_RUN, "--max_new_tokens", "9"): "no such option: --max_new_tokens\n\nhint: zeroinf calls it --max-new-tokens\n",
+    (*_RUN, "--temprature", "1"): "hint: did you mean --temperature?",
+    (*_RUN, "--nothing-like-it"): "hint: zeroinf run --help-all lists those that there are",
+    (*_RUN, "--gpu-memory-utilization", "0.9"): "zeroinf calls it --gpu-memory: a size such as 20GiB, not a share",
+    (*_RUN, "-ngl", "20"): "no such option: -ngl\n\nhint: zeroinf calls it --resident-blocks",
+    (*_RUN, "--max-model-len", "4096"): "hint: memory is planned for the prompts of the job; --max-new-tokens bounds",
+    ("serve", "demo", "--max-model-len", "4096"): "zeroinf calls it --max-prompt-tokens: --max-new-tokens counts apart",
+    ("plan", "demo", "--max-model-len", "4096"): "hint: zeroinf calls it --input-len: --max-new-tokens counts apart",
+    (
+        *_RUN,
+        "-n",
+        "32",
+    ): "would all be equal: decoding is greedy\n\nhint: add --temperature 1; for tokens of a completion",
+    (*_RUN, "--dtype", "fp61"): "error: --dtype: no choice 'fp61'\n\nhint: did you mean fp16? one of auto, bfloat16",
+    (*_RUN, "--offload", "dram"): "error: --offload: no choice 'dram'\n\nhint: one of auto, none, cpu, nvme",
+    (*_RUN, "--num-gpus", "many"): "error: --num-gpus: 'many' is no whole number",
+    (*_RUN, "--gpu-memory", "24"): "error: --gpu-memory: 24 what? write 24GiB",
+    (*_RUN, "--gpu-memory", "24576"): "error: --gpu-memory: 24576 what? write 24576MiB",
+    ("plan", "demo", "--host-memory", "64Gi"): "'64Gi' is not a size: write 24GiB",
 }
 _PROGRAM = """
 import io, json, sys
@@ -55,3 +80,4 @@ def test_mistakes_that_need_no_model_are_refused_without_torch(tmp_path: Path) -
     for (arguments, message), (code, said) in zip(_MISTAKES.items(), answers, strict=True):
         assert code not in (0, 1), arguments
         assert message in said, arguments
+        assert said.startswith("error: "), arguments

@@ -92,6 +92,11 @@ def test_the_first_page_is_short_and_has_the_two_commands() -> None:
 def test_the_pages_have_commands_and_a_wrong_one_is_noticed() -> None:
     assert len([page for page, _ in CASES if page == "docs/from-elsewhere.md"]) > 15
     assert len([page for page, _ in CASES if page.startswith("docs/guide/")]) > 25
-    for wrong in (["run", "--no-such"], ["bench", "--preset", "other"], ["run", "--num-gpus", "many"], ["plan", "x"]):
+    for wrong in (
+        ["run", "--no-such"],
+        ["bench", "--preset", "other"],
+        ["run", "--num-gpus", "many"],
+        ["plan", "x", "y"],
+    ):
         with pytest.raises((click.UsageError, AssertionError)):
             taken(wrong)

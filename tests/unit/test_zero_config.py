@@ -378,7 +378,7 @@ def test_users_pool_is_counted_from_the_users_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [
-        ("4096", 4096),
+        ("4096B", 4096),
         ("4096B", 4096),
         ("24GiB", 24 << 30),
         ("512MiB", 512 << 20),
@@ -399,7 +399,10 @@ def test_sizes(text: str, nbytes: int) -> None:
         ("24G", "'24G' is not a size: write 24GiB"),
         ("-1GiB", "is not a size"),
         ("much", "is not a size"),
-        ("0", "must be a whole number of bytes above zero"),
+        ("24", "24 what[?] write 24GiB"),
+        ("24576", "24576 what[?] write 24576MiB"),
+        ("25769803776", "25769803776 what[?] write 25769803776B"),
+        ("0B", "must be a whole number of bytes above zero"),
         ("1.3B", "must be a whole number of bytes above zero"),
     ],
 )
@@ -479,9 +482,9 @@ def test_an_option_in_the_environment_counts_as_given() -> None:
 
 
 def test_block_size_must_suit_direct_io() -> None:
-    result = invoke("-m", "x", "--offload", "nvme", "--nvme-path", "disk", "--aio-block-size", "1000000")
+    result = invoke("-m", "x", "--offload", "nvme", "--nvme-path", "disk", "--aio-block-size", "1000000B")
     assert result.exit_code == 2
-    assert "'1000000' must be a multiple of 4096 bytes" in result.output
+    assert "'1000000B' must be a multiple of 4096 bytes" in result.output
 
 
 def test_committed_presets_are_what_the_builder_makes() -> None:

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zeroinf.cli.command import group
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import FiniteFloat, SizeType, given, refuse_group_options
+from zeroinf.cli.params import AliasedChoice, FiniteFloat, SizeType, given, refuse_group_options
 from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
+from zeroinf.options.options import DTYPE_ALIASES
 from zeroinf.signals import heeded_signals
 
 if TYPE_CHECKING:
     from zeroinf.bench.matrix import BenchmarkSettings, Cell, Matrix
     from zeroinf.bench.results import CellResult, Results
 
+_DTYPES = AliasedChoice(["auto", "bfloat16", "float16", "float32"], DTYPE_ALIASES)
 _FORMATS = click.Choice(["human", "md", "csv", "json"])
 
 
@@ -55,7 +58,7 @@ def _positive(text: str) -> int:
 _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 
 
-@click.group(invoke_without_command=True, short_help="Measure engines side by side.")
+@group(invoke_without_command=True, short_help="Measure engines side by side.")
 @option(
     "--preset",
     type=click.Choice(["bloom-table", "pythia-hf-vs-ds", "mii"]),
@@ -73,7 +76,7 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 @option("--num-gpus", type=_NUMBERS, help="Ranks. [default: 1]")
 @option("-r", "--repetitions", type=click.IntRange(min=1), default=3, help="Measured, after a warm-up.")
 @option("--prompt", help="This text for every row, instead of one of --input-len tokens.")
-@option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto")
+@option("--dtype", type=_DTYPES, default="auto")
 @option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
 @option("--resident-blocks", default="0", help="Where weights are offloaded, layers that stay on the GPU; or `auto`.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.command import group
 from zeroinf.cli.config_show import show
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of, refuse_group_options
@@ -15,7 +16,7 @@ from zeroinf.options.contradictions import refuse_idle_offload
 from zeroinf.options.options import ConfigOptions, ModelOptions, TransferOptions, ZeroRankOptions, ZeroRestOptions
 
 
-@click.group(invoke_without_command=True, short_help="DeepSpeed JSON for a model; where options come from (`show`).")
+@group(invoke_without_command=True, short_help="DeepSpeed JSON for a model; where options come from (`show`).")
 @options_of(ModelOptions, required=False)
 @options_of(ZeroRestOptions)
 @options_of(TransferOptions)

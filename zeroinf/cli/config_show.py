@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import click
 from click.core import ParameterSource
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import VARIABLES, EnvironmentOption, option, prefix_of, refuse_unknown
 
 JSON_SCHEMA = 1
@@ -35,7 +36,7 @@ class OptionValue:
     variable: str
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND [FLAGS]...]")
 @click.pass_context

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 JSON_SCHEMA = 1
 
 
-@click.command()
+@command()
 @option(
     "--nvme-path",
     "nvme_paths",

@@ -16,6 +16,8 @@ import click
 from click.core import ParameterSource
 
 from zeroinf.cli.ranks import BY_HOSTFILE
+from zeroinf.cli.usage import HintedError
+from zeroinf.options.definition import Section
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -31,7 +33,27 @@ VARIABLES: Mapping[str, str] = {
 
 
 class EnvironmentOption(click.Option):
-    """An option that the environment can set."""
+    """An option that the environment can set, and that help shows in a section.
+
+    With `argument`, the name of an argument of the same command, its value may be written there instead.
+    """
+
+    def __init__(
+        self, *declared: Any, section: Section = "everyday options", argument: str | None = None, **attributes: Any
+    ) -> None:
+        super().__init__(*declared, **attributes)
+        self.section, self.argument = section, argument
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """The value and its source. Raises a usage error where the command line has two."""
+        value, source = super().consume_value(ctx, opts)
+        written = opts.get(self.argument) if self.argument is not None else None
+        if not isinstance(written, str):
+            return value, source
+        if source is ParameterSource.COMMANDLINE:
+            hint = f"drop one of them{'; a prompt goes behind --prompt' if 'prompts' in _names(ctx) else ''}"
+            raise HintedError(f"the {self.name} is given twice, as {value!r} and as {written!r}", hint, ctx)
+        return written, ParameterSource.COMMANDLINE
 
     def variables(self, prefix: str) -> dict[str, bool]:
         """The names that set it, those of the command beginning with `prefix`, and whether each switches it off."""
@@ -53,7 +75,7 @@ class EnvironmentOption(click.Option):
         names = self.variables(ctx.auto_envvar_prefix) if ctx.auto_envvar_prefix else {}
         found = [name for name in names if os.environ.get(name)]
         if len(found) > 1:
-            raise click.UsageError(f"{' and '.join(found)} set the same option: unset one of them", ctx)
+            raise HintedError(f"{' and '.join(found)} set the same option", "unset one of them", ctx)
         return found[0] if found else None
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
@@ -62,6 +84,10 @@ class EnvironmentOption(click.Option):
         if ctx is None or self.name is None or ctx.get_parameter_source(self.name) is not ParameterSource.ENVIRONMENT:
             return hint
         return f"{hint} (set by {self.variable_set(ctx)})"
+
+
+def _names(ctx: click.Context) -> set[str | None]:
+    return {one.name for one in ctx.command.params}
 
 
 def option(*flags: str, **attributes: Any) -> Callable[[_Command], _Command]:
@@ -82,9 +108,9 @@ def variables_of(command: click.Command, prefix: str) -> Iterator[str]:
 def refuse_unknown(command: click.Command, prefix: str) -> None:
     """Raise a usage error for a variable that begins as those of `command` do and sets none of its options."""
     if os.environ.get(f"{prefix}_PORT", "").startswith("tcp://"):
-        raise click.UsageError(
-            f"{prefix}_PORT was set by Kubernetes for a service of that name, and is this command's --port as well: "
-            "give the service another name, or set enableServiceLinks: false in the pod"
+        raise HintedError(
+            f"{prefix}_PORT was set by Kubernetes for a service of that name, and is this command's --port as well",
+            "give the service another name, or set enableServiceLinks: false in the pod",
         )
     known = sorted(variables_of(command, prefix))
     unknown = sorted(name for name in os.environ if name.startswith(f"{prefix}_") and name not in known)
@@ -94,7 +120,7 @@ def refuse_unknown(command: click.Command, prefix: str) -> None:
         unknown[0].removeprefix(prefix), [name.removeprefix(prefix) for name in known], n=1
     )
     hint = f"did you mean {prefix}{near[0]}?" if near else f"zeroinf config show {command.name} lists those that do"
-    raise click.UsageError(f"{unknown[0]} in the environment sets no option: {hint}")
+    raise HintedError(f"{unknown[0]} in the environment sets no option", hint)
 
 
 def prefix_of(*commands: str) -> str:

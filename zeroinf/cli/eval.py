@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
 from zeroinf.errors import UsageError
@@ -15,7 +16,7 @@ from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import EngineOptions, EvaluationLimits, ModelOptions, RestOptions, RunOptions
 
 
-@click.command(name="eval", short_help="Measure how well a model predicts a text.")
+@command(name="eval", short_help="Measure how well a model predicts a text.")
 @options_of(ModelOptions)
 @options_of(EngineOptions, only=("wire",))
 @options_of(RestOptions)

@@ -14,6 +14,7 @@ import click
 import zeroinf
 from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
 from zeroinf.cli.streams import steady_streams, trouble_with_stdout
+from zeroinf.cli.usage import explained, no_such_command
 from zeroinf.compat.dynamo import defer_dynamo
 from zeroinf.errors import OutputError, ZeroinfError
 
@@ -55,10 +56,11 @@ class _LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command, once it is known that no variable meant for it would be ignored; its help is always there."""
+        if args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_such_command(args[0], _COMMANDS, ctx)
         name, command, rest = super().resolve_command(ctx, args)
-        if name and command and not ctx.resilient_parsing and {"-h", "--help"}.isdisjoint(rest):
+        if name and command and not ctx.resilient_parsing and {"-h", "--help", "--help-all"}.isdisjoint(rest):
             refuse_unknown(command, prefix_of(name))
-            _refuse_doubled(ctx, command, rest)
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -71,18 +73,6 @@ class _LazyGroup(click.Group):
             raise RuntimeError(f"a broken pipe: {error}") from error
 
 
-def _refuse_doubled(ctx: click.Context, command: click.Command, arguments: list[str]) -> None:
-    """Raise a usage error for an option of one value that is given twice: click would take the last one."""
-    try:
-        _, _, order = command.make_parser(ctx).parse_args(list(arguments))
-    except click.UsageError:  # is said when the command parses them
-        return
-    for option in order:
-        takes_one = isinstance(option, click.Option) and not (option.multiple or option.is_flag or option.count)
-        if takes_one and order.count(option) > 1:
-            raise click.UsageError(f"{option.opts[-1]} is given twice, but takes one value", ctx)
-
-
 @click.group(
     cls=_LazyGroup,
     context_settings={
@@ -92,7 +82,7 @@ def _refuse_doubled(ctx: click.Context, command: click.Command, arguments: list[
         "show_default": True,
     },
 )
-@click.version_option(zeroinf.__version__, prog_name="zeroinf")
+@click.version_option(zeroinf.__version__, "-V", "--version", prog_name="zeroinf")
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # set by launchers
 def cli() -> None:
     """Throughput inference for language models that do not fit the GPU.
@@ -114,12 +104,14 @@ def main() -> NoReturn:
     # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     try:
-        code: Any = cli.main(standalone_mode=False)
+        code: Any = cli.main(prog_name="zeroinf", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = error.exit_code
+    except click.ClickException as error:
+        code = _show(explained(error, sys.argv[1:]))
     except ZeroinfError as error:
         code = _show(error)
     except Exception as error:  # a defect: others wait for this rank, so it must end here too
@@ -139,10 +131,17 @@ def _show(error: ZeroinfError) -> int:
     """Print the error and its hint; an error without words was told elsewhere."""
     if error.message:
         rank = os.environ.get("RANK", "0")
-        click.echo(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error.message}", err=True)
+        _say("error:", "red", f"{f'rank {rank}: ' if rank != '0' else ''}{error.message}")
     if error.hint:
-        click.echo(f"\nhint: {error.hint}", err=True)
+        click.echo(err=True)
+        _say("hint:", "cyan", error.hint)
     return error.exit_code
+
+
+def _say(label: str, colour: str, text: str) -> None:
+    """A line on stderr whose label has a colour where that is a terminal that shows one."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    click.echo(f"{click.style(label, fg=colour, bold=True)} {text}", err=True, color=False if plain else None)
 
 
 def _leave(code: int) -> NoReturn:

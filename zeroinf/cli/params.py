@@ -21,8 +21,20 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Options = TypeVar("_Options", bound=Options)
 
 
-class SizeType(click.ParamType):  # type: ignore[type-arg]  # older releases of click have it without one
-    """A size as `24GiB` (binary), `24GB` (decimal) or plain bytes, converted to bytes."""
+class AliasedChoice(click.Choice):  # type: ignore[type-arg]  # older releases of click have it without one
+    """One of `choices`; `aliases` are other names for some of them, which help does not list."""
+
+    def __init__(self, choices: Sequence[str], aliases: Mapping[str, str]) -> None:
+        super().__init__(choices)
+        self.aliases = aliases
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The choice; a usage error for what is none."""
+        return super().convert(self.aliases.get(value, value), param, ctx)
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """A size as `24GiB` (binary), `24GB` (decimal) or `4096B`, converted to bytes."""
 
     name = "size"
 
@@ -114,13 +126,17 @@ def options_of(
 
     def decorate(command: _Command) -> _Command:
         for one in reversed(chosen):
-            command = _flag(one, required=required)(command)
+            argument = f"{one.name}_written" if one.option.positional and required else None
+            command = _flag(one, required=required, argument=argument)(command)
+            if argument is not None:
+                written = {"metavar": f"[{one.name.upper()}]", "required": False, "expose_value": False}
+                command = click.argument(argument, **written)(command)  # type: ignore[arg-type]
         return command
 
     return decorate
 
 
-def _flag(one: Definition, *, required: bool) -> Callable[[_Command], _Command]:
+def _flag(one: Definition, *, required: bool, argument: str | None) -> Callable[[_Command], _Command]:
     known, attributes = one.option, dict[str, Any]()
     flags = one.flags
     if one.type is bool:
@@ -139,14 +155,15 @@ def _flag(one: Definition, *, required: bool) -> Callable[[_Command], _Command]:
         attributes["default"] = f"{one.default >> 20}MiB"
     elif one.default not in (None, ()):
         attributes["default"] = one.default
-    return option(*flags, one.name, help=known.help, hidden=known.hidden, **attributes)
+    attributes |= {"section": known.section, "argument": argument, "hidden": known.hidden}
+    return option(*flags, one.name, help=known.help, **attributes)
 
 
 def _type_of(one: Definition, written: Any) -> Any:
     """What click makes of the text of a value."""
     known = one.option
     if one.choices:
-        return click.Choice(one.choices)
+        return AliasedChoice(one.choices, known.aliases)
     if written is Path:
         return click.Path(path_type=Path, **_PATHS[known.path])
     if written is dict:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.waiting import waiting
@@ -27,7 +28,7 @@ from zeroinf.options.options import (
 )
 
 
-@click.command(short_help="Say what fits, how fast it would be, and why.")
+@command(short_help="Say what fits, how fast it would be, and why.")
 @options_of(ModelOptions)
 @options_of(EngineOptions)
 @options_of(RestOptions)

@@ -7,10 +7,11 @@ from dataclasses import asdict
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 
 
-@click.command(short_help="List servers that have names.")
+@command(short_help="List servers that have names.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def ps(as_json: bool) -> None:
     """List the servers that `zeroinf serve --name` has started on this machine, and that live."""

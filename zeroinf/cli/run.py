@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.ranks import BY_HOSTFILE
@@ -42,18 +43,23 @@ if TYPE_CHECKING:
     from zeroinf.runs.report import RunOutcome, RunReport
 
 
-@click.command(short_help="Generate text from many prompts.")
+@command(short_help="Generate text from many prompts.")
 @options_of(ModelOptions)
+@options_of(JobOptions)
+@options_of(SamplingOptions)
 @options_of(RandomWeightsOptions)
 @options_of(EngineOptions)
 @options_of(RestOptions)
 @options_of(TransferOptions)
 @options_of(ParallelOptions)
-@option("--kernel-inject", is_flag=True, help="DeepSpeed's fused layers: refused, they need transformers 4.")
+@option(
+    "--kernel-inject",
+    is_flag=True,
+    section="engines and baselines",
+    help="DeepSpeed's fused layers: refused, they need transformers 4.",
+)
 @options_of(LimitOptions)
 @options_of(ZeroOptions)
-@options_of(JobOptions)
-@options_of(SamplingOptions)
 @options_of(LaunchOptions)
 @options_of(MeasureOptions)
 @option(
@@ -80,10 +86,10 @@ def run(
     planned before anything is allocated: `zeroinf plan` shows the same plan in detail.
 
     \b
-      zeroinf run --model demo --prompt "The capital of France is"
-      zeroinf run --model EleutherAI/pythia-160m --offload nvme --nvme-path /local -i prompts.jsonl -o out.jsonl
-      zeroinf run --model ... --num-gpus 8
-      deepspeed --num_gpus 8 --module zeroinf run --model ...
+      zeroinf run demo --prompt "The capital of France is"
+      zeroinf run EleutherAI/pythia-160m --offload nvme --nvme-path /local -i prompts.jsonl -o out.jsonl
+      zeroinf run MODEL --num-gpus 8
+      deepspeed --num_gpus 8 --module zeroinf run MODEL ...
     """
     if kernel_inject:
         raise _no_kernel_injection()

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, options_of
@@ -33,7 +34,7 @@ from zeroinf.sizes import DEFAULT_NEW_TOKENS
 _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_bytes", "max_file_bytes")
 
 
-@click.command(short_help="Serve OpenAI's API over HTTP.")
+@command(short_help="Serve OpenAI's API over HTTP.")
 @options_of(ModelOptions)
 @options_of(RandomWeightsOptions)
 @options_of(EngineOptions)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.sizes import clock
 
@@ -21,7 +22,7 @@ JSON_SCHEMA = 1
 _WATCH_EVERY_S = 2.0
 
 
-@click.command(short_help="How far a job is.")
+@command(short_help="How far a job is.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--watch", is_flag=True, help="Say it again every 2 s, until the job is finished or stops.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch one a line.")

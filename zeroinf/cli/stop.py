@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import FiniteFloat
 
 
-@click.command(short_help="Stop a server that has a name.")
+@command(short_help="Stop a server that has a name.")
 @click.argument("name")
 @option("--grace-seconds", type=FiniteFloat(min=0), help="End it at once after so long. [default: wait]")
 def stop(name: str, grace_seconds: float | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from zeroinf.cli.command import group
 from zeroinf.cli.environment import option
 from zeroinf.errors import StoreError, UsageError
 
@@ -19,7 +20,7 @@ JSON_SCHEMA = 1
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-@click.group(short_help="List, verify or remove weights that rest on NVMe.")
+@group(short_help="List, verify or remove weights that rest on NVMe.")
 def store() -> None:
     """List, verify or remove the stores of weights that `zeroinf run --offload nvme` writes once and finds again.
 

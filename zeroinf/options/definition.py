@@ -9,8 +9,9 @@ entries of a job's fingerprint. It knows neither click nor the planner.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -20,6 +21,23 @@ from zeroinf.sizes import parse_size
 
 _Options = TypeVar("_Options", bound="Options")
 _KEY = "option"
+_LEAST_SIZE = 1 << 20
+"""Bytes, of a size that is a number in Python: less is a number of GiB or GB that lacks its unit."""
+
+Section = Literal[
+    "everyday options",
+    "model",
+    "input",
+    "output",
+    "sampling",
+    "memory",
+    "speed",
+    "several GPUs",
+    "machine",
+    "engines and baselines",
+    "other",
+]
+"""Of help, in this order; what is `everyday options` is shown by --help, the others by --help-all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +55,8 @@ class Option:
     """Makes the field's value of what was written. Raises ValueError."""
     choices: tuple[str, ...] = ()
     """Of a text that is no Literal."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Of choices: what others write, and which choice means just that."""
     minimum: float | None = None
     maximum: float | None = None
     above: bool = False
@@ -51,6 +71,10 @@ class Option:
     """Only engines whose traits list the field take it."""
     fingerprint: str = ""
     """Its name in a job's fingerprint, for an option that changes completions."""
+    positional: bool = False
+    """It may be written without its flag."""
+    section: Section = "other"
+    """Where help lists it."""
     hidden: bool = False
 
 
@@ -100,13 +124,22 @@ class Definition:
         if value is None:
             return
         if self.choices and value not in self.choices:
-            raise UsageError(f"{self.path[0]}={value!r}: no such choice", hint=f"one of {', '.join(self.choices)}")
+            hint = choice_hint(str(value), self.choices, self.option.aliases)
+            raise UsageError(f"{self.path[0]}={value!r}: no such choice", hint=hint)
         low, high = self.option.minimum, self.option.maximum
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if numeric and low is not None and (value <= low if self.option.above else value < low):
             raise UsageError(f"{self.path[0]}={value}: {'above' if self.option.above else 'at least'} {low:g}")
         if numeric and high is not None and value > high:
             raise UsageError(f"{self.path[0]}={value}: at most {high:g}")
+        if numeric and self.option.is_size and value < _LEAST_SIZE:
+            raise UsageError(f"{self.path[0]}={value} is {value} bytes", hint=f'write {self.path[0]}="{value}GiB"')
+
+
+def choice_hint(given: str, choices: Sequence[str], aliases: Iterable[str] = ()) -> str:
+    """The choice or alias that was probably meant, and all choices that there are."""
+    near = get_close_matches(given.lower(), [*choices, *aliases], n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}one of {', '.join(choices)}"
 
 
 def option(default: Any = MISSING, *, help: str, flags: tuple[str, ...] = (), **more: Any) -> Any:  # noqa: A002
@@ -260,6 +293,9 @@ def _from_python(one: Definition, value: Any) -> Any:
             return parse_size(value, multiple_of=one.option.multiple_of)
         except ValueError as error:
             raise UsageError(f"{one.path[0]}: {error}") from error
+    if one.choices:
+        text = str(value).removeprefix("torch.")  # of its dtypes
+        return one.option.aliases.get(text, text)
     if one.type is Path:
         return Path(value)
     if get_origin(one.type) is tuple:

@@ -20,6 +20,12 @@ def refuse_idle_files(options: RunOptions, *, on_nodes: bool) -> None:
         _refuse_without_output(options, on_nodes=on_nodes)
     elif options.overwrite and (resuming := options.asked("resume_anyway", "resume")):
         raise UsageError(f"{resuming[0]} and --overwrite contradict each other", hint="drop one of them")
+    count = options.shape.samples or 1
+    if count > 1 and not options.input_files and options.sampling.is_greedy:
+        raise UsageError(
+            f"-n {count} asks for {count} samples of each prompt, which would all be equal: decoding is greedy",
+            hint="add --temperature 1; for tokens of a completion: --max-new-tokens",
+        )
     if not options.input_files and options.is_asked("input_format"):
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not options.prompts and not options.input_files:

@@ -28,29 +28,43 @@ _DIRECT_IO_BYTES = 4096
 """O_DIRECT reads whole device sectors, which are 512 or 4096 bytes."""
 
 
+DTYPE_ALIASES = {
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "f16"), "float16"),
+    **dict.fromkeys(("fp32", "float", "f32"), "float32"),
+}
+"""What vLLM, torch and llama.cpp call the dtypes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """Which model."""
 
     model: str = option(
         flags=("-m", "--model"),
+        positional=True,
+        section="everyday options",
         help="Hub id, local folder, .gguf file or `demo`; where only shapes matter, also a name of configs/models.",
     )
-    revision: str | None = option(None, help="Branch, tag or commit on the hub.")
+    revision: str | None = option(None, section="model", help="Branch, tag or commit on the hub.")
     dtype: str = option(
         "auto",
         choices=("auto", "bfloat16", "float16", "float32", "int8"),
+        aliases=DTYPE_ALIASES,
         fingerprint="dtype",
+        section="everyday options",
         help="Type of the weights and of the arithmetic; auto takes the model's own.",
     )
-    trust_remote_code: bool = option(False, help="Run Python code that comes with the model.")
+    trust_remote_code: bool = option(False, section="model", help="Run Python code that comes with the model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomWeightsOptions(Options):
     """Weights without a checkpoint."""
 
-    random_weights: bool = option(False, help="Real shapes, random weights, no checkpoint: for benchmarks.")
+    random_weights: bool = option(
+        False, section="engines and baselines", help="Real shapes, random weights, no checkpoint: for benchmarks."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +75,14 @@ class EngineOptions(Options):
         "auto",
         choices=("auto", *ENGINE_NAMES),
         fingerprint="engine",
+        section="engines and baselines",
         help="stream is ours, zero is DeepSpeed's ZeRO-3; resident (the whole model on each GPU), accelerate and "
         "tensor-parallel (DeepSpeed-Inference) are for comparison. auto takes stream wherever it can run the request.",
     )
     fetch: Fetch | Literal["auto"] = option(
         "auto",
         engine_specific=True,
+        section="several GPUs",
         help="With several GPUs and the stream engine: each pulls all weights over its own link, or its part of "
         "them, gathered between GPUs. auto takes what is faster; only GPUs that reach each other are partitioned.",
     )
@@ -74,12 +90,14 @@ class EngineOptions(Options):
         "model",
         engine_specific=True,
         fingerprint="wire",
+        section="everyday options",
         help="How weights of layers are stored and transferred: in the model's dtype, or packed as int8 or int4, which "
         "is lossy: `zeroinf eval` measures how much. With the stream engine.",
     )
     kv: Kv = option(
         "auto",
         engine_specific=True,
+        section="memory",
         help="Where the KV cache is: on the GPU, or in host memory, from which it is transferred layer by layer; "
         "auto takes host memory for as many sequences as make more tokens/s. With the stream engine.",
     )
@@ -87,6 +105,7 @@ class EngineOptions(Options):
         "model",
         engine_specific=True,
         fingerprint="keys and values",
+        section="memory",
         help="The KV cache in host memory: in the model's dtype, or quantized to int8, which is lossy.",
     )
     resident_blocks: int | None = option(
@@ -94,6 +113,7 @@ class EngineOptions(Options):
         engine_specific=True,
         auto=True,
         minimum=0,
+        section="speed",
         help="Layers that never leave the GPU; the others stream. With the stream engine and accelerate.",
     )
     batch_size: int | None = option(
@@ -101,6 +121,7 @@ class EngineOptions(Options):
         flags=("-b", "--batch-size"),
         auto=True,
         minimum=1,
+        section="speed",
         help="Sequences that run at once on each GPU; auto takes what gives most tokens/s without running out of "
         "memory.",
     )
@@ -108,6 +129,7 @@ class EngineOptions(Options):
         None,
         auto=True,
         minimum=1,
+        section="speed",
         help="Most sequences that run one forward together; several such micro-batches of equal size share a "
         "pass over the weights. With the stream engine.",
     )
@@ -119,12 +141,14 @@ class RestOptions(Options):
 
     offload: Offload | Literal["auto"] = option(
         "auto",
+        section="everyday options",
         help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path; auto takes the fastest "
         "that fits.",
     )
     nvme_paths: tuple[Path, ...] = option(
         (),
         flags=("--nvme-path",),
+        section="everyday options",
         help="Folder on a fast local disk. With --offload nvme; weights are striped over several.",
     )
 
@@ -136,11 +160,13 @@ class TransferOptions(Options):
     pin_memory: bool = option(
         True,
         engine_specific=True,
+        section="memory",
         help="Keep host weights page-locked: full link speed, but they cannot be swapped out.",
     )
     aio: AioSettings = parts(
         AioSettings(),
         block_size_bytes=Option(
+            section="engines and baselines",
             flags=("--aio-block-size",),
             engine_specific=True,
             is_size=True,
@@ -148,12 +174,14 @@ class TransferOptions(Options):
             help="Bytes of one disk request; smaller weights stay in host memory. With --engine zero --offload nvme.",
         ),
         queue_depth=Option(
+            section="engines and baselines",
             flags=("--aio-queue-depth",),
             engine_specific=True,
             minimum=1,
             help="Disk requests in flight for each thread. With --engine zero --offload nvme.",
         ),
         threads=Option(
+            section="engines and baselines",
             flags=("--aio-threads",),
             engine_specific=True,
             minimum=1,
@@ -174,6 +202,7 @@ class ParallelOptions(Options):
     tensor_parallel: TensorParallel = parts(
         TensorParallel(size=0),
         size=Option(
+            section="engines and baselines",
             flags=("-tp", "--tensor-parallel-size"),
             engine_specific=True,
             default=None,
@@ -182,6 +211,7 @@ class ParallelOptions(Options):
             help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
         ),
         injection_policy=Option(
+            section="engines and baselines",
             flags=("--injection-policy",),
             engine_specific=True,
             fingerprint="injection policy",
@@ -189,6 +219,7 @@ class ParallelOptions(Options):
             "does not know. With --engine tensor-parallel.",
         ),
         checkpoint=Option(
+            section="engines and baselines",
             flags=("--checkpoint-json",),
             engine_specific=True,
             path="existing file",
@@ -197,6 +228,7 @@ class ParallelOptions(Options):
             "--engine tensor-parallel.",
         ),
         save_to=Option(
+            section="engines and baselines",
             flags=("--save-mp-checkpoint-path",),
             engine_specific=True,
             path="folder",
@@ -213,11 +245,13 @@ class LimitOptions(Options):
     gpu_memory: int | None = option(
         None,
         is_size=True,
+        section="everyday options",
         help="The most that each rank may take of its GPU, such as 24GiB; enforced. [default: what is free]",
     )
     host_memory: int | None = option(
         None,
         is_size=True,
+        section="everyday options",
         help="The most host memory that all ranks together may take. [default: what is free]",
     )
 
@@ -231,6 +265,7 @@ class ZeroOptions(Options):
         path="existing file",
         engine_specific=True,
         fingerprint="ZeRO config",
+        section="engines and baselines",
         help="Your own DeepSpeed JSON (ZeRO stage 3) instead of the one that follows from the model.",
     )
 
@@ -247,10 +282,13 @@ def _names(text: str | None) -> tuple[str, ...]:
 class JobOptions(Options):
     """What goes in, and where results go."""
 
-    prompts: tuple[str, ...] = option((), flags=("--prompt",), help="A prompt; may be given many times.")
+    prompts: tuple[str, ...] = option(
+        (), flags=("--prompt",), section="everyday options", help="A prompt; may be given many times."
+    )
     input_files: tuple[str, ...] = option(
         (),
         flags=("-i", "--input-file"),
+        section="everyday options",
         help="Prompts: text (one a line), JSONL (`prompt` or `messages`), OpenAI batch lines, a JSON array, CSV, TSV, "
         "Parquet or Arrow, also packed by gzip or zstd; a file, folder, pattern or URL; - is stdin; may be given "
         "often.",
@@ -258,32 +296,47 @@ class JobOptions(Options):
     output_file: Path | None = option(
         None,
         flags=("-o", "--output-file"),
+        section="everyday options",
         help="Results, in input order: JSONL, Parquet or CSV by its ending; - is JSONL to stdout. Without it, in=/out= "
         "pairs go there.",
     )
     output_format: OutputFormat = option(
-        "auto", help="What -o holds; auto goes by its ending, and answers OpenAI batches as OpenAI does."
+        "auto",
+        section="output",
+        help="What -o holds; auto goes by its ending, and answers OpenAI batches as OpenAI does.",
     )
     input_format: InputFormat = option(
-        "auto", help="What -i holds; auto goes by each file's ending and its first bytes."
+        "auto", section="input", help="What -i holds; auto goes by each file's ending and its first bytes."
     )
     shape: EntryShape = parts(
         EntryShape(),
         prompt_column=Option(
-            flags=("--prompt-column",), help="The column (or key) that holds the prompt. [default: prompt]"
+            section="input",
+            flags=("--prompt-column",),
+            help="The column (or key) that holds the prompt. [default: prompt]",
         ),
         messages_column=Option(
-            flags=("--messages-column",), help="The column that holds chat messages. [default: messages]"
+            section="input",
+            flags=("--messages-column",),
+            help="The column that holds chat messages. [default: messages]",
         ),
-        id_column=Option(flags=("--id-column",), help="The column that holds the id. [default: id]"),
+        id_column=Option(section="input", flags=("--id-column",), help="The column that holds the id. [default: id]"),
         template=Option(
+            section="input",
             flags=("--template",),
             help="Make the prompt of an entry's columns, in Jinja2: 'Translate: {{ text }}', or @FILE; none may be "
             "missing.",
         ),
-        chat=Option(flags=("--chat",), help="Prompts are user messages, and go through the model's chat template."),
-        system=Option(flags=("--system",), help="The system message of chats that begin with none, or @FILE."),
+        chat=Option(
+            section="everyday options",
+            flags=("--chat",),
+            help="Prompts are user messages, and go through the model's chat template.",
+        ),
+        system=Option(
+            section="input", flags=("--system",), help="The system message of chats that begin with none, or @FILE."
+        ),
         chat_options=Option(
+            section="input",
             flags=("--chat-template-kwargs",),
             default=None,
             written=dict,
@@ -291,26 +344,42 @@ class JobOptions(Options):
             help="Variables of the model's chat template as JSON, such as '{\"enable_thinking\": false}'.",
         ),
         keep=Option(
+            section="output",
             flags=("--keep-columns",),
             default=None,
             written=str,
             convert=_names,
             help="Columns of the input that the output has as well: NAME,NAME or all.",
         ),
-        limit=Option(flags=("--limit",), minimum=1, help="Read so many entries only."),
+        limit=Option(section="input", flags=("--limit",), minimum=1, help="Read so many entries only."),
         samples=Option(
-            flags=("-n", "--samples"), minimum=1, maximum=128, help="Completions of each prompt. With --temperature."
+            section="sampling",
+            flags=("-n", "--samples"),
+            minimum=1,
+            maximum=128,
+            help="Completions of each prompt. With --temperature.",
         ),
     )
-    overwrite: bool = option(False, help="Start anew: replace an existing output file and its journal.")
-    resume: bool = option(False, help="Go on with a job that was stopped or killed; start it if there is none.")
+    overwrite: bool = option(
+        False, section="output", help="Start anew: replace an existing output file and its journal."
+    )
+    resume: bool = option(
+        False,
+        section="everyday options",
+        help="Go on with a job that was stopped or killed; start it if there is none.",
+    )
     resume_anyway: bool = option(
         False,
+        section="output",
         help="Go on although model, settings or input have changed: requests whose id and prompt are as before keep "
         "their results, the others run.",
     )
     max_error_rate: float = option(
-        1.0, minimum=0, maximum=1, help="Run nothing if a larger share of the requests than this is refused."
+        1.0,
+        minimum=0,
+        maximum=1,
+        section="input",
+        help="Run nothing if a larger share of the requests than this is refused.",
     )
 
 
@@ -320,33 +389,61 @@ class SamplingOptions(Options):
 
     sampling: Sampling = parts(
         max_new_tokens=Option(
+            section="everyday options",
             flags=("--max-new-tokens", "--max-tokens"),
             default=DEFAULT_NEW_TOKENS,
             minimum=1,
             help="Most tokens of a completion.",
         ),
-        temperature=Option(flags=("--temperature",), minimum=0, help="0 is greedy."),
-        top_p=Option(flags=("--top-p",), minimum=0, maximum=1, above=True, help="1 does not filter."),
-        top_k=Option(flags=("--top-k",), minimum=0, help="0 does not filter."),
-        min_p=Option(flags=("--min-p",), minimum=0, maximum=1, help="Least likelihood, as a share of the highest."),
-        seed=Option(flags=("--seed",), help="A row's sample depends on the seed and its place in the input only."),
-        stop=Option(flags=("--stop",), help="End a row at this text, which is left out; may be given many times."),
-        ignore_eos=Option(flags=("--ignore-eos",), help="Go on past the end-of-sequence token."),
+        temperature=Option(section="everyday options", flags=("--temperature",), minimum=0, help="0 is greedy."),
+        top_p=Option(
+            section="sampling", flags=("--top-p",), minimum=0, maximum=1, above=True, help="1 does not filter."
+        ),
+        top_k=Option(section="sampling", flags=("--top-k",), minimum=0, help="0 does not filter."),
+        min_p=Option(
+            section="sampling",
+            flags=("--min-p",),
+            minimum=0,
+            maximum=1,
+            help="Least likelihood, as a share of the highest.",
+        ),
+        seed=Option(
+            section="sampling",
+            flags=("--seed",),
+            help="A row's sample depends on the seed and its place in the input only.",
+        ),
+        stop=Option(
+            section="sampling",
+            flags=("--stop",),
+            help="End a row at this text, which is left out; may be given many times.",
+        ),
+        ignore_eos=Option(section="sampling", flags=("--ignore-eos",), help="Go on past the end-of-sequence token."),
         presence_penalty=Option(
-            flags=("--presence-penalty",), minimum=-2, maximum=2, help="Taken off scores of tokens generated before."
+            section="sampling",
+            flags=("--presence-penalty",),
+            minimum=-2,
+            maximum=2,
+            help="Taken off scores of tokens generated before.",
         ),
         frequency_penalty=Option(
-            flags=("--frequency-penalty",), minimum=-2, maximum=2, help="The same, for each time."
+            section="sampling", flags=("--frequency-penalty",), minimum=-2, maximum=2, help="The same, for each time."
         ),
         repetition_penalty=Option(
+            section="sampling",
             flags=("--repetition-penalty",),
             minimum=0,
             maximum=100,
             above=True,
             help="Divides scores of tokens of prompt and completion; 1 does nothing.",
         ),
-        min_tokens=Option(flags=("--min-tokens",), minimum=0, help="No end of a sequence, nor a stop, before so many."),
+        min_tokens=Option(
+            section="sampling",
+            flags=("--min-tokens",),
+            minimum=0,
+            help="No end of a sequence, nor a stop, before so many.",
+        ),
         logprobs=Option(
+            section="output",
             flags=("--logprobs",),
             minimum=0,
             maximum=MOST_LOGPROBS,
@@ -360,11 +457,15 @@ class LaunchOptions(Options):
     """How many ranks are started, and where."""
 
     num_gpus: int | None = option(
-        None, minimum=1, help="Start this many ranks, an independent stream on each GPU. [default: one]"
+        None,
+        minimum=1,
+        section="everyday options",
+        help="Start this many ranks, an independent stream on each GPU. [default: one]",
     )
     hostfile: Path | None = option(
         None,
         path="existing file",
+        section="several GPUs",
         help="Start ranks on all nodes that it names, in DeepSpeed's form: `host slots=8` a line. Needs ssh and pdsh.",
     )
 
@@ -377,13 +478,17 @@ class MeasureOptions(Options):
         False,
         engine_specific=True,
         hidden=True,
+        section="engines and baselines",
         help="Admit sequences only when no other runs, to measure the gain.",
     )
-    benchmark: bool = option(False, help="Warm up once and print the four figures of the BLOOM scripts.")
+    benchmark: bool = option(
+        False, section="engines and baselines", help="Warm up once and print the four figures of the BLOOM scripts."
+    )
     repetitions: int = option(
         1,
         flags=("-r", "--repetitions"),
         minimum=1,
+        section="engines and baselines",
         help="Run the same requests so often once weights are loaded, each time measured. With --benchmark.",
     )
 
@@ -409,25 +514,44 @@ class RunOptions(LoadOptions, JobOptions, SamplingOptions, MeasureOptions):
 class MachineOptions(Options):
     """What a plan is made for; None leaves it to the machine."""
 
-    input_len: int = option(512, minimum=1, help="Tokens of the longest prompt.")
+    input_len: int = option(512, minimum=1, section="everyday options", help="Tokens of the longest prompt.")
     output_len: int = option(
-        128, flags=("--output-len", "--max-new-tokens"), minimum=1, help="Most tokens of a completion."
+        128,
+        flags=("--output-len", "--max-new-tokens"),
+        minimum=1,
+        section="everyday options",
+        help="Most tokens of a completion.",
     )
-    requests: int | None = option(None, minimum=1, help="Requests in all. [default: plenty]")
-    num_gpus: int | None = option(None, minimum=1, help="Ranks, one on each GPU. [default: all GPUs]")
+    requests: int | None = option(
+        None, minimum=1, section="everyday options", help="Requests in all. [default: plenty]"
+    )
+    num_gpus: int | None = option(
+        None, minimum=1, section="everyday options", help="Ranks, one on each GPU. [default: all GPUs]"
+    )
     tensor_parallel_size: int | None = option(
         None,
         flags=("-tp", "--tensor-parallel-size"),
         engine_specific=True,
         minimum=1,
+        section="engines and baselines",
         help="Ranks that hold one model together. With --engine tensor-parallel. [default: all]",
     )
-    machine: str | None = option(None, help="A machine that is not here: a name in configs/machines, or doctor's JSON.")
-    gpu_memory: int | None = option(None, is_size=True, help="Plan with at most this much of each GPU, such as 24GiB.")
-    host_memory: int | None = option(None, is_size=True, help="Plan with this much host memory.")
-    nvme_space: int | None = option(None, is_size=True, help="Plan with this much room on the disk.")
-    link_gbps: float | None = option(None, minimum=0, above=True, help="Rate of each GPU's link, GB/s.")
-    nvme_gbps: float | None = option(None, minimum=0, above=True, help="Rate of the disk, GB/s.")
+    machine: str | None = option(
+        None,
+        section="everyday options",
+        help="A machine that is not here: a name in configs/machines, or doctor's JSON.",
+    )
+    gpu_memory: int | None = option(
+        None, is_size=True, section="everyday options", help="Plan with at most this much of each GPU, such as 24GiB."
+    )
+    host_memory: int | None = option(
+        None, is_size=True, section="everyday options", help="Plan with this much host memory."
+    )
+    nvme_space: int | None = option(None, is_size=True, section="machine", help="Plan with this much room on the disk.")
+    link_gbps: float | None = option(
+        None, minimum=0, above=True, section="machine", help="Rate of each GPU's link, GB/s."
+    )
+    nvme_gbps: float | None = option(None, minimum=0, above=True, section="machine", help="Rate of the disk, GB/s.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,8 +567,12 @@ class PlanOptions(ModelOptions, EngineOptions, OffloadOptions, MachineOptions):
 class EvaluationLimits(LimitOptions):
     """The most that an evaluation may take of a machine."""
 
-    gpu_memory: int | None = option(None, is_size=True, help="The most that may be taken of the GPU; enforced.")
-    host_memory: int | None = option(None, is_size=True, help="The most host memory that may be taken.")
+    gpu_memory: int | None = option(
+        None, is_size=True, section="everyday options", help="The most that may be taken of the GPU; enforced."
+    )
+    host_memory: int | None = option(
+        None, is_size=True, section="everyday options", help="The most host memory that may be taken."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +580,9 @@ class ZeroRestOptions(RestOptions):
     """Where DeepSpeed's ZeRO leaves weights, with nothing to choose by itself."""
 
     offload: Offload = option(
-        "cpu", help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path."
+        "cpu",
+        section="everyday options",
+        help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
     )
 
 
@@ -460,8 +590,15 @@ class ZeroRestOptions(RestOptions):
 class ZeroRankOptions(Options):
     """The ranks that a configuration of DeepSpeed is made for."""
 
-    num_gpus: int = option(1, minimum=1, help="Ranks that share the weights; the numbers hold for just that many.")
-    batch_size: int = option(8, flags=("-b", "--batch-size"), minimum=1, help="Rows that run together on each GPU.")
+    num_gpus: int = option(
+        1,
+        minimum=1,
+        section="everyday options",
+        help="Ranks that share the weights; the numbers hold for just that many.",
+    )
+    batch_size: int = option(
+        8, flags=("-b", "--batch-size"), minimum=1, section="speed", help="Rows that run together on each GPU."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
