@@ -107,6 +107,48 @@ def test_chats_stream_with_logprobs_and_choices(official: openai.OpenAI) -> None
     assert len(set(without_seed)) > 1
 
 
+def test_an_echo_has_the_log_probabilities_of_the_prompt(folder: Path, client: httpx.Client) -> None:
+    """As lm-eval reads them: of each token but the first, and of the likeliest in its place."""
+    import torch
+
+    prompts = [[5, 9, 7, 30, 2, 8], [11, 12, 13], [40]]
+    asked = {"prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
+    body = client.post("/v1/completions", json=asked).json()
+    model = plain(folder, "llama")
+    for prompt, choice in zip(prompts, body["choices"], strict=True):
+        told = choice["logprobs"]
+        assert len(told["tokens"]) == len(prompt) + 1
+        assert (told["token_logprobs"][0], told["top_logprobs"][0], told["text_offset"][0]) == (None, None, 0)
+        with torch.no_grad():
+            logs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [logs[at, token].item() for at, token in enumerate(prompt[1:])]
+        assert told["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
+        best = [max(top.values()) for top in told["top_logprobs"][1:]]
+        assert best == pytest.approx(logs.max(-1).values.tolist(), abs=1e-4)
+        assert told["token_logprobs"][-1] == best[-1], "the new one is greedy"
+    with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as streamed:
+        lines = [line.removeprefix("data: ") for line in streamed.iter_lines() if line.startswith("data: {")]
+    pieces = {choice["index"]: choice for line in lines for choice in json.loads(line)["choices"]}
+    assert [pieces[number]["logprobs"] for number in range(3)] == [one["logprobs"] for one in body["choices"]]
+    assert [pieces[number]["text"] for number in range(3)] == [one["text"] for one in body["choices"]]
+
+
+def test_scores_of_prompts_are_dropped_with_their_client_and_need_a_plan(folder: Path) -> None:
+    asked: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    with server(folder, slow_s=0.1, heartbeat_s=0.02) as (client, gateway):
+        many = {**asked, "prompt": [[number] * 20 for number in range(3, 103)]}
+        with client.stream("POST", "/v1/completions", json=many) as left:
+            assert left.status_code == 200
+        wait_until(lambda: not gateway.under_way)
+        passes = gateway.service.model.engine.stats().passes
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        gateway.service.drain()
+        assert gateway.service.model.engine.stats().passes < passes + 10, "what nobody waits for does not run"
+    with server(folder, plan={"scored_tokens": 0}) as (client, _):
+        refused = client.post("/v1/completions", json={**asked, "prompt": "x"})
+        assert "--prompt-logprobs" in refused.json()["error"]["message"]
+
+
 def test_a_chat_is_answered(folder: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -153,7 +195,8 @@ def test_models_health_version_and_figures(client: httpx.Client, official: opena
         ({"prompt": "x", "model": "other"}, 404, "no model 'other'"),
         ({"prompt": "x", "stream": "yes"}, 400, "stream must be true or false"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "needs stream=true"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, 400, "is not supported"),
+        ({"prompt": "x", "echo": True, "logprobs": 2}, 400, "the likeliest one is told"),
+        ({"prompt": "x", "echo": "yes", "logprobs": 1}, 400, "echo must be true or false"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(

@@ -56,6 +56,12 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
     default=DEFAULT_NEW_TOKENS,
     help="Most tokens of a completion, and of those that do not say how many.",
 )
+@option(
+    "--prompt-logprobs",
+    is_flag=True,
+    help="Plan memory for log-probabilities of prompts (echo with logprobs). Prompts run whole and forwards are padded "
+    "then, which is slower.",
+)
 @option("--host", default="127.0.0.1", help="Address to listen on; any but this machine's own needs an API key.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes any that is free.")
 @api_key_options("serve", "that clients must send")
@@ -140,7 +146,7 @@ def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict
     from zeroinf.generation.row import Sampling
 
     quiet, num_gpus = asked.pop("quiet"), asked.pop("num_gpus")
-    prompt_tokens = asked.pop("max_prompt_tokens")
+    prompt_tokens, scores_prompts = asked.pop("max_prompt_tokens"), asked.pop("prompt_logprobs")
     sampling = Sampling(max_new_tokens=asked.pop("max_new_tokens"))
     options = asked_of(ctx, RunOptions, asked, sampling=sampling)
     refuse_idle(options)
@@ -160,6 +166,7 @@ def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict
         settings,
         options,
         prompt_tokens,
+        scores_prompts,
         num_gpus,
         ConsoleObserver(console, quiet=quiet),
         name,

@@ -106,6 +106,11 @@ def text_logprobs(told: Sequence[dict[str, Any]] | None, offset: int = 0) -> dic
     return {
         "tokens": [one["token"] for one in told],
         "token_logprobs": [one["logprob"] for one in told],
-        "top_logprobs": [{other["token"]: other["logprob"] for other in one["top_logprobs"]} for one in told],
+        "top_logprobs": [_by_token(one["top_logprobs"]) for one in told],
         "text_offset": offsets,
     }
+
+
+def _by_token(top: Sequence[dict[str, Any]] | None) -> dict[str, float] | None:
+    """None for the first token of a prompt, which has nothing before it."""
+    return None if top is None else {one["token"]: one["logprob"] for one in top}

@@ -87,8 +87,8 @@ def _add_completions(app: FastAPI, gateway: Gateway) -> None:
         _ = gateway.service  # say first that there is none
         ask = read_ask(raw, endpoint, settings.model_name, gateway.defaults)
         prompts = await asyncio.to_thread(lambda: [gateway.tokens_of(one) for one in ask.requests])
-        handles = gateway.submit(ask, prompts)
-        body = (chunks if ask.is_streamed else whole)(gateway, ask, handles)
+        submitted = gateway.submit(ask, prompts)
+        body = (chunks if ask.is_streamed else whole)(gateway, submitted)
         return LiveResponse(body, "events" if ask.is_streamed else "json", settings.heartbeat_s)
 
     @app.post("/v1/chat/completions")

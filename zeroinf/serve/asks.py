@@ -15,7 +15,7 @@ from zeroinf.jobs.foreign import Endpoint
 from zeroinf.jobs.readers import read_requests
 from zeroinf.jobs.shape import LineError
 from zeroinf.serve.errors import ApiError
-from zeroinf.service.requests import Request
+from zeroinf.service.requests import Extra, Request
 
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
@@ -33,6 +33,8 @@ class Ask:
     is_streamed: bool
     tells_usage: bool
     """A stream ends with the token counts."""
+    scores_prompts: bool = False
+    """The answer begins with the log-probabilities of the prompt's tokens."""
 
 
 def read_object(raw: bytes) -> dict[str, Any]:
@@ -54,12 +56,15 @@ def read_ask(raw: bytes, endpoint: Endpoint, model_name: str, defaults: Sampling
     is_streamed = _flag(body, "stream")
     tells_usage = _usage_wanted(body.pop("stream_options", None), is_streamed)
     check_model(body.get("model"), model_name)
+    scores_prompts = endpoint == "completions" and _prompt_scores_wanted(body)
     name = secrets.token_hex(12)
     line = {"custom_id": name, "method": "POST", "url": PATHS[endpoint], "body": {**body, "model": model_name}}
     source = BytesIO(json.dumps(line).encode())
     requests, refusals = read_requests((), source, defaults, input_format="jsonl", name="the body")
     if refusals:
         raise ApiError(400, refusals[0].reason, param=next((key for key in body if key in refusals[0].reason), None))
+    if scores_prompts:
+        requests = [replace(one, extra=replace(one.extra or Extra(), echo=True)) for one in requests]
     if body.get("seed") is None and not requests[0].sampling.is_greedy:
         seed = secrets.randbits(31)
         requests = [replace(one, sampling=replace(one.sampling, seed=seed)) for one in requests]
@@ -70,6 +75,7 @@ def read_ask(raw: bytes, endpoint: Endpoint, model_name: str, defaults: Sampling
         requests=tuple(requests),
         is_streamed=is_streamed,
         tells_usage=tells_usage,
+        scores_prompts=scores_prompts,
     )
 
 
@@ -84,6 +90,20 @@ def _flag(body: dict[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise ApiError(400, f"{name} must be true or false, not {value!r}", param=name)
     return bool(value)
+
+
+def _prompt_scores_wanted(body: dict[str, Any]) -> bool:
+    """Whether `echo` and `logprobs` stand together; takes `echo` out of `body` then."""
+    logprobs = body.get("logprobs")
+    if body.get("echo") is not True or logprobs is None or logprobs is False:
+        return False
+    if logprobs not in (0, 1):
+        raise ApiError(
+            400, f"logprobs={logprobs!r} with echo: of a prompt's tokens the likeliest one is told: ask for 1 or 0",
+            param="logprobs",
+        )  # fmt: skip
+    del body["echo"]
+    return True
 
 
 def _usage_wanted(options: object, is_streamed: bool) -> bool:

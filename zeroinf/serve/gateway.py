@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prometheus_client.core import Metric
 
 from zeroinf.errors import InputError, ZeroinfError
 from zeroinf.generation.row import Sampling
+from zeroinf.generation.scoring import TokenScores
 from zeroinf.generation.settings import refuse_sampling
 from zeroinf.serve.asks import Ask
 from zeroinf.serve.errors import ApiError
@@ -31,6 +33,18 @@ State = Literal["loading", "ready", "draining", "failed"]
 _MOST_RETRY_S = 120
 """OpenAI's client gives up where it is told to wait longer."""
 _RETRY_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The completions of a call on their way, in the order of its requests."""
+
+    ask: Ask
+    prompts: Sequence[Sequence[int]]
+    """Token ids."""
+    handles: Sequence[Handle]
+    scores: Sequence[Future[TokenScores] | None]
+    """Of each prompt's tokens but the first, where they were asked for."""
 
 
 class Gateway:
@@ -127,9 +141,17 @@ class Gateway:
             raise ApiError(400, why, param="temperature")
         return ids
 
-    def submit(self, ask: Ask, prompts: Sequence[Sequence[int]]) -> list[Handle]:
-        """Let all of `ask` be completed. Raises ApiError where too much is under way."""
+    def submit(self, ask: Ask, prompts: Sequence[Sequence[int]]) -> Submitted:
+        """Let all of `ask` be completed, and its prompts be scored where it wants that. Raises ApiError where too much
+        is under way, or where nothing was planned for scores.
+        """
         service, most = self.service, self.settings.max_queue
+        if ask.scores_prompts and not service.model.plan.scored_tokens:
+            raise ApiError(
+                400,
+                "echo with logprobs takes memory that this server has not planned: start it with --prompt-logprobs",
+                param="echo",
+            )
         if len(prompts) > most:
             raise ApiError(400, f"{len(prompts)} completions in one call, and the server takes {most}")
         if len(self._live) + len(prompts) > most:
@@ -139,7 +161,11 @@ class Gateway:
         for request, prompt in zip(ask.requests, prompts, strict=True):
             handles.append(service.submit(prompt, request.sampling, index=request.index, stream=True))
         self._live.update(handles)
-        return handles
+        scores: dict[tuple[int, ...], Future[TokenScores]] = {}
+        if ask.scores_prompts:  # completions of one prompt share them; a single token has none
+            own = {tuple(prompt): [*prompt] for prompt in prompts if len(prompt) > 1}
+            scores = dict(zip(own, service.score([(prompt, 1) for prompt in own.values()]), strict=True))
+        return Submitted(ask, prompts, handles, [scores.get(tuple(prompt)) for prompt in prompts])
 
     async def follow(self, handle: Handle) -> AsyncGenerator[TokenEvent, None]:
         """Its events. Where nobody listens to the end, it is cancelled. Raises ApiError where it comes to nothing."""
@@ -158,6 +184,12 @@ class Gateway:
             raise ApiError.of(error) from error
         finally:
             self.let_go([handle])
+
+    def drop(self, submitted: Submitted) -> None:
+        """Nobody wants more of a call."""
+        for future in filter(None, submitted.scores):
+            future.cancel()
+        self.let_go(submitted.handles)
 
     def let_go(self, handles: Sequence[Handle]) -> None:
         """Nobody wants more of them."""

@@ -8,10 +8,18 @@ from zeroinf.planner.workload import Lengths
 
 
 def planned_lengths(
-    anatomy: Anatomy, *, prompt_tokens: int | None, most_prompt_tokens: int, new_tokens: int, logprobs: int | None
+    anatomy: Anatomy,
+    *,
+    prompt_tokens: int | None,
+    most_prompt_tokens: int,
+    new_tokens: int,
+    logprobs: int | None,
+    scores_prompts: bool = False,
 ) -> Lengths:
     """Lengths for prompts of `prompt_tokens`; None: of `most_prompt_tokens`, or what the model's context holds beside
-    `new_tokens` new ones. Raises UsageError where no prompt would have room.
+    `new_tokens` new ones. With `scores_prompts`, all tokens of a prompt may be scored.
+
+    Raises UsageError where no prompt has room.
     """
     limit = anatomy.context_limit
     room = most_prompt_tokens if limit is None else min(most_prompt_tokens, limit - new_tokens)
@@ -21,5 +29,10 @@ def planned_lengths(
             hint="lower it",
         )
     return Lengths(
-        prompt_tokens=prompt_tokens or room, new_tokens=new_tokens, logprobs=logprobs, sampled=True, penalized=True
+        prompt_tokens=prompt_tokens or room,
+        new_tokens=new_tokens,
+        logprobs=logprobs,
+        sampled=True,
+        penalized=True,
+        scored_tokens=(prompt_tokens or room) if scores_prompts else 0,
     )

@@ -99,6 +99,7 @@ def run_server(
     settings: Settings,
     options: RunOptions,
     max_prompt_tokens: int | None,
+    scores_prompts: bool,
     num_gpus: int | None,
     observer: Observer,
     name: str | None,
@@ -126,7 +127,8 @@ def run_server(
         address = closing.enter_context(answering(app, listener))
         listening(address)
         _announce(name, settings, address, ready=False)
-        session = open_session(options, partial(_lengths, options, max_prompt_tokens), None, observer, num_gpus)
+        lengths = partial(_lengths, options, max_prompt_tokens, scores_prompts)
+        session = open_session(options, lengths, None, observer, num_gpus)
         closing.callback(session.close)
         with signals.noted():
             gateway.open(session.service)
@@ -190,7 +192,9 @@ def job_reader(options: RunOptions, source: ModelSource, device: str) -> ReadJob
     return read
 
 
-def _lengths(options: RunOptions, prompt_tokens: int | None, source: ModelSource, anatomy: Anatomy) -> Lengths:
+def _lengths(
+    options: RunOptions, prompt_tokens: int | None, scores_prompts: bool, source: ModelSource, anatomy: Anatomy
+) -> Lengths:
     """What memory is planned for."""
     return planned_lengths(
         anatomy,
@@ -198,6 +202,7 @@ def _lengths(options: RunOptions, prompt_tokens: int | None, source: ModelSource
         most_prompt_tokens=_PROMPT_TOKENS,
         new_tokens=options.sampling.max_new_tokens,
         logprobs=MOST_LOGPROBS,
+        scores_prompts=scores_prompts,
     )
 
 

@@ -100,9 +100,9 @@ class Service:
 
         `following` has continuations for each sequence, token ids, which are scored behind its last token, each as if
         it were the only one; of one token each unless the model `shares_scores`. Like-long sequences should be
-        neighbours. The first token of all has nothing before it, so the place is
-        at least 1. Raises InputError for sequences that are longer than was planned for, UsageError where the plan has
-        no memory for scores.
+        neighbours. The first token of all has nothing before it, so the place is at least 1. What is cancelled before
+        its pass does not run. Raises InputError for sequences that are longer than was planned for, UsageError where
+        the plan has no memory for scores.
         """
         asked = [
             QueuedRequest(next(self._numbers), tokens, None, start, following=after)
@@ -114,8 +114,18 @@ class Service:
         with self._lock:
             self._refuse_if_over()
             self._scores |= found
+        for number, future in found.items():
+            future.add_done_callback(lambda future, number=number: self._drop_score(number, future))  # type: ignore[misc]
         self._queue.post("score", *asked)  # all at once, or the first would have a pass of its own
         return list(found.values())
+
+    def _drop_score(self, number: int, future: Future[TokenScores]) -> None:
+        """A score has come to its end: where its caller gave it up, it shall not run if it has not begun."""
+        if future.cancelled() and self._queue.withdraw(number):
+            with self._lock:
+                self._scores.pop(number, None)
+                if not (self._handles or self._scores):
+                    self._lock.notify_all()
 
     def drain(self) -> None:
         """Wait until all that was submitted has ended. Raises the model's error, if it failed."""
@@ -222,7 +232,8 @@ class Service:
             if not (self._handles or self._scores):
                 self._lock.notify_all()
         if told.scores is not None:
-            future.set_result(told.scores)
+            if future.set_running_or_notify_cancel():
+                future.set_result(told.scores)
             return
         handle.heard(
             TokenEvent(
@@ -277,7 +288,7 @@ class Service:
             self._lock.notify_all()
         for handle in handles:
             handle.failed(known)
-        for future in scores:
+        for future in filter(Future.set_running_or_notify_cancel, scores):
             future.set_exception(known)
 
     def _stop(self) -> None:

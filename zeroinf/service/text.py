@@ -12,6 +12,7 @@ from typing import Any
 from zeroinf.compat.chat_templates import clock_at
 from zeroinf.errors import InputError
 from zeroinf.generation.row import Likelihood, Sampling
+from zeroinf.generation.scoring import TokenScores
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.service.requests import ChatOptions, Request
 from zeroinf.service.roles import Conversations, LostMessageError
@@ -228,6 +229,17 @@ class TextCodec:
         """A generated token and the likeliest ones in its place, for the output."""
         top = [self._with_text(*one) for one in likelihood.top]
         return {**self._with_text(token, likelihood.logprob), "top_logprobs": top}
+
+    def told_prompt(self, tokens: Sequence[int], scores: TokenScores | None) -> list[dict[str, Any]]:
+        """The tokens of a prompt in the same form; the first has no log-probability, since nothing precedes it.
+
+        `scores` are those of all others, None where there are none.
+        """
+        first = {**self._with_text(tokens[0], 0.0), "logprob": None, "top_logprobs": None}
+        if scores is None:
+            return [first]
+        found = zip(scores.logprobs, scores.likeliest, strict=True)
+        return [first, *map(self.told, tokens[1:], (Likelihood(logprob, (best,)) for logprob, best in found))]
 
     def _with_text(self, token: int, logprob: float) -> dict[str, Any]:
         if token not in self._texts:
