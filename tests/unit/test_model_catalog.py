@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
-from zeroinf.model.catalog import catalog_config, catalog_hub_id, catalog_names
+from zeroinf.model.catalog import catalog_config, catalog_hub_id, catalog_names, catalog_quantized
 from zeroinf.paths import configs_directory
 
 
@@ -25,7 +26,26 @@ def test_every_entry_makes_a_config_of_a_model_that_generates_and_keeps_what_it_
             assert entry.pop("tie_word_embeddings") is False, name  # T5's config would not keep it
         sizes = {key: value for key, value in entry.items() if isinstance(value, int) and not key.startswith("_")}
         assert {key: getattr(config, key) for key in sizes if hasattr(config, key)}.items() <= sizes.items(), name
-        assert str(config.dtype).removeprefix("torch.") == entry["dtype"], name
+        dtype = entry["dtype"] if "dtype" in entry else whole(entry)
+        assert str(config.dtype).removeprefix("torch.") == dtype, name
+
+
+def whole(entry: dict[str, Any]) -> str:
+    """The dtype of the model that a quantized checkpoint is of."""
+    return str(catalog_config(entry["_base"]).dtype).removeprefix("torch.")
+
+
+def test_quantized_checkpoints_are_found_by_their_model_and_are_its_shapes() -> None:
+    found = catalog_quantized("qwen/qwen3-30b-a3b")
+    assert found == {
+        "qwen3-30b-a3b-fp8": "Qwen/Qwen3-30B-A3B-FP8", "qwen3-30b-a3b-gptq": "Qwen/Qwen3-30B-A3B-GPTQ-Int4",
+    }  # fmt: skip
+    for name in found:
+        config = catalog_config(name)
+        assert (config.num_experts, config.hidden_size) == (128, 2048)
+        assert config.quantization_config["quant_method"] == name.rpartition("-")[2]
+    assert catalog_quantized("pythia-160m") == catalog_quantized("qwen3-30b-a3b-fp8") == {}
+    assert catalog_quantized("no/such") == {}
 
 
 def test_names_and_hub_ids_in_any_case() -> None:

@@ -28,7 +28,7 @@ def flags(changes: Any) -> list[str]:
 
 
 def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
-    found = list(alternatives(AUTO, MACHINE, CHAIN))
+    found = list(alternatives(AUTO, MACHINE, CHAIN, {}))
     assert [(one.flags, one.quality) for one in found] == [
         ("--wire int8", "near lossless"),
         ("--wire int4", "lossy"),
@@ -41,20 +41,29 @@ def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
     assert found[4].machine.disks and found[4].constraints.nvme_space_bytes
 
 
+def test_quantized_checkpoints_are_named_where_they_would_run() -> None:
+    published = {"a-awq": "maker/A-AWQ"}
+    found = next(one for one in alternatives(AUTO, MACHINE, CHAIN, published) if one.checkpoint)
+    assert (found.flags, found.checkpoint, found.quality) == ("--model maker/A-AWQ", "a-awq", "quality not measured")
+    assert "--model maker/A-AWQ" in flags(remedies(AUTO, MACHINE, CHAIN, published))
+    for other in (replace(AUTO, wire="int8"), Constraints(engine="zero")):
+        assert "--model maker/A-AWQ" not in flags(alternatives(other, MACHINE, CHAIN, published))
+
+
 def test_what_the_user_fixed_already_is_not_advised() -> None:
     fixed = replace(AUTO, wire="int8", kv_dtype="int8", offload="none")
-    assert flags(alternatives(fixed, MACHINE, CHAIN)) == []
-    assert flags(alternatives(Constraints(engine="zero"), MACHINE, CHAIN)) == []
+    assert flags(alternatives(fixed, MACHINE, CHAIN, {})) == []
+    assert flags(alternatives(Constraints(engine="zero"), MACHINE, CHAIN, {})) == []
 
 
 def test_where_nothing_fits_settings_come_before_a_disk_and_single_changes_before_pairs() -> None:
     fixed = replace(AUTO, batch_size=64, offload="cpu")
-    single = flags(remedies(fixed, MACHINE, CHAIN))
+    single = flags(remedies(fixed, MACHINE, CHAIN, {}))
     assert single == [
         "--batch-size auto", "--offload auto", "--wire int8", "--wire int4", "--offload auto --nvme-path DIR",
     ]  # fmt: skip
     assert "--wire int8 --batch-size auto" in flags(remedies_together(fixed, MACHINE, CHAIN))
-    assert flags(remedies(Constraints(engine="resident", offload="none"), MACHINE, CHAIN))[0] == "--engine stream"
+    assert flags(remedies(Constraints(engine="resident", offload="none"), MACHINE, CHAIN, {}))[0] == "--engine stream"
 
 
 BOX = ("--model", "pythia-1b", "--gpu-memory", "2GiB", "--input-len", "128", "--output-len", "16")
@@ -66,6 +75,15 @@ def refused() -> ZeroinfError:
     error = plan(*BOX, "--host-memory", "5900MiB").exception
     assert isinstance(error, DoesNotFitError), error
     return error
+
+
+ROOMY = ("--host-memory", "16GiB", "--requests", "100")
+
+
+@cache
+def roomy() -> str:
+    """The same model on a host that holds it."""
+    return str(plan(*BOX, *ROOMY).stdout)
 
 
 def test_the_resource_that_is_really_short_is_named() -> None:
@@ -82,28 +100,45 @@ def test_each_change_that_a_hint_names_does(tmp_path: Any) -> None:
     settings = [words for words in named if words.startswith("--")]
     for words in settings:
         added = re.sub(r"--nvme-path DIR \(\d+ GiB there\)", "--nvme-space 10GiB", words).split()
-        done = plan(*BOX, "--host-memory", "5900MiB", *added)
+        done = plan(*BOX, "--host-memory", "5900MiB", *added, "--no-advice")
         assert done.exit_code == 0, (words, done.exception)
     more = re.fullmatch(r"([\d.]+) GiB more host memory", named[-1])
     assert more is not None, named
     enough = 5900 + int(float(more[1]) * 1024) + 1
-    assert plan(*BOX, "--host-memory", f"{enough}MiB").exit_code == 0
+    assert plan(*BOX, "--host-memory", f"{enough}MiB", "--no-advice").exit_code == 0
 
 
 def test_a_page_shows_changes_with_speed_duration_and_quality_and_json_does_not() -> None:
-    machine = ("--host-memory", "16GiB", "--requests", "100")
-    page = plan(*BOX, *machine).stdout
+    page = roomy()
     assert re.search(r"first token after \d+:\d\d, 100 requests in \d+:\d\d", page)
     said = re.search(r"--wire int4 +([\d.,]+) tokens/s, 100 requests in \d+:\d\d, lossy", page)
     assert said is not None, page
     assert "zeroinf eval" in page
-    own = re.search(r"([\d.,]+) tokens/s expected", plan(*BOX, *machine, "--wire", "int4").stdout)
+    own = re.search(r"([\d.,]+) tokens/s expected", plan(*BOX, *ROOMY, "--wire", "int4", "--no-advice").stdout)
     assert own is not None
     promised, planned = (float(found[1].replace(",", "")) for found in (said, own))
     assert planned >= 0.99 * promised, "advice is what a plan gives at least"
     assert planned < 2 * promised, "and no figure that says nothing"
-    assert "advice" not in plan(*BOX, *machine, "--json").stdout
+    assert "advice" not in plan(*BOX, *ROOMY, "--json").stdout
+
+
+def test_a_quantized_checkpoint_is_promised_what_its_own_plan_gives() -> None:
+    few = ("--machine", "1xT4-16GB", "-b", "1", "--input-len", "8", "--output-len", "4", "--offload", "cpu")
+    page = plan("--model", "meta-llama/Llama-2-7b-hf", *few).stdout
+    promised = re.search(r"--model TheBloke/Llama-2-7B-AWQ +([\d.]+) tokens/s", page)
+    assert promised is not None, page
+    own = plan("--model", "TheBloke/Llama-2-7B-AWQ", *few, "--no-advice").stdout
+    assert "quantized with awq" in own
+    assert f"{promised[1]} tokens/s expected" in own
+
+
+def test_without_advice_a_plan_is_just_that_and_a_hint_says_what_is_short() -> None:
+    page = plan(*BOX, *ROOMY, "--no-advice").stdout
+    assert "tokens/s expected" in page
+    assert "--wire" not in page
+    hint = plan(*BOX, "--host-memory", "5900MiB", "--no-advice").exception.hint
+    assert re.fullmatch(r"[\d.]+ GiB more host memory would do for --offload cpu", hint), hint
 
 
 def test_a_disk_on_which_nothing_would_rest_is_not_advised() -> None:
-    assert "--nvme-path" not in plan(*BOX, "--host-memory", "16GiB").stdout
+    assert "--nvme-path" not in roomy()

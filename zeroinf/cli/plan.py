@@ -37,6 +37,7 @@ from zeroinf.options.options import (
 @option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
 @option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")
+@option("--advice/--no-advice", default=True, help="Plan what other settings, checkpoints or hardware would give.")
 @option("--emit-zero-config", is_flag=True, help="Print the plan as DeepSpeed's JSON. With --engine zero.")
 @click.pass_context
 def plan(
@@ -45,6 +46,7 @@ def plan(
     as_json: bool,
     explain: bool,
     plot: Path | None,
+    advice: bool,
     emit_zero_config: bool,
     **asked: Any,
 ) -> None:
@@ -68,7 +70,7 @@ def plan(
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
     with waiting("planning"):
         plan_input = plan_input_of(options)
-        found = make_plan(plan_input, advise=not (as_json or emit_zero_config))
+        found = make_plan(plan_input, advise=advice and not (as_json or emit_zero_config), remedy=advice)
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 

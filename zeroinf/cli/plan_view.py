@@ -114,7 +114,9 @@ def _print_advice(console: Console, plan_input: PlanInput, found: PlanResult) ->
         job = job_duration(one.candidate.timing, plan_input.constraints.requests, plan_input.lengths.new_tokens)
         console.print(f"     {one.flags:<{width}}  {one.speed:>14}, {job}, {one.change.quality}")
     if any(one.change.quality != "exact" for one in found.advice):
-        console.print("     what that costs: zeroinf eval --model MODEL --text FILE --wire int4")
+        console.print(
+            "     what a change costs in quality: zeroinf eval --model MODEL --text FILE, with and without it"
+        )
 
 
 def _print_rates(console: Console, found: PlanResult, *, explain: bool) -> None:

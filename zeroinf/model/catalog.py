@@ -2,7 +2,8 @@
 `configs/models/`.
 
 A file is a `config.json` reduced to the fields that determine shapes, with `_name` (hub id) and, where it was published
-exactly, `_parameters`.
+exactly, `_parameters`. A quantized checkpoint of a model in the catalog has that one's name as `_base` and only the
+fields that differ, its `quantization_config` among them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ def catalog_parameters(name: str) -> int | None:
     """The published exact number of parameters, where it is known."""
     entry = _find(name)
     return entry.get("_parameters") if entry else None
+
+
+def catalog_quantized(name: str) -> dict[str, str]:
+    """The quantized checkpoints of the catalog's model `name` (a catalog name or a hub id, in any case): their hub ids
+    by their names, in the catalog's order."""
+    entry = _find(name)
+    found = {} if entry is None else {other: one for other, one in _entries().items() if one.get("_base")}
+    return {other: str(one["_name"]) for other, one in found.items() if _entries()[one["_base"]] is entry}
 
 
 def catalog_close_to(name: str, *, cutoff: float = 0.8) -> list[str]:
@@ -71,4 +80,5 @@ def _find(name: str) -> dict[str, Any] | None:
 @cache
 def _entries() -> dict[str, dict[str, Any]]:
     files = (configs_directory() / "models").glob("*.json")
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    own = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)}
+    return {name: own.get(entry.get("_base"), {}) | entry if "_base" in entry else entry for name, entry in own.items()}

@@ -14,6 +14,7 @@ from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.catalog import catalog_quantized
 from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
@@ -52,6 +53,7 @@ def plan_input_of(options: PlanOptions) -> PlanInput:
         device=device,
         nvme_paths=options.nvme_paths or tuple(disk.path for disk in machine.disks),
         tensor_parallel=parallel,
+        checkpoints=catalog_quantized(source.location),
     )
 
 

@@ -6,9 +6,9 @@ changes; the caller plans each of them, so that no figure is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.override import override
@@ -20,8 +20,9 @@ from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.memory import MemoryPlace, total
 from zeroinf.planner.wire import Wire
 
-Quality = Literal["exact", "near lossless", "lossy"]
-"""The effect of a change on completions, as measured in docs/benchmarks.md, "What wire formats cost in quality"."""
+Quality = Literal["exact", "near lossless", "lossy", "quality not measured"]
+"""The effect of a change on completions, as measured in docs/benchmarks.md, "What wire formats cost in quality", from
+the least to the worst that it may be; a checkpoint that others quantized is not measured there."""
 
 # More than any store takes: what it really takes stands in the plan.
 _ENOUGH_DISK_BYTES = 1 << 50
@@ -36,10 +37,12 @@ class Change:
     constraints: Constraints
     machine: Machine
     quality: Quality = "exact"
+    checkpoint: str = ""
+    """The catalog's name of another checkpoint of the model; empty: the same one."""
 
     def then(self, other: Change) -> Change:
         """This change and `other`, which was made of this one's wish and machine."""
-        worse = max((self.quality, other.quality), key=("exact", "near lossless", "lossy").index)
+        worse = max((self.quality, other.quality), key=get_args(Quality).index)
         return replace(other, flags=f"{self.flags} {other.flags}", quality=worse)
 
 
@@ -74,21 +77,28 @@ class Advice:
         return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
 
 
-def alternatives(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    """Changes to a plan that fits: fewer bytes of weights, of keys and values, of both, and a disk."""
+def alternatives(
+    constraints: Constraints, machine: Machine, anatomy: Anatomy, checkpoints: Mapping[str, str]
+) -> Iterator[Change]:
+    """Changes to a plan that fits: fewer bytes of weights, of keys and values, of both, quantized checkpoints, and a
+    disk. `checkpoints` are the hub ids of the model's quantized checkpoints by their names in the catalog."""
     smaller = list(_smaller_weights(constraints, machine, anatomy))
     yield from smaller
     cache = list(_smaller_cache(constraints, machine, anatomy))
     yield from cache
     for change in smaller[-1:]:
         yield from (change.then(more) for more in _smaller_cache(change.constraints, machine, anatomy))
+    yield from _quantized(constraints, machine, anatomy, checkpoints)
     yield from _disk(constraints, machine)
 
 
-def remedies(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+def remedies(
+    constraints: Constraints, machine: Machine, anatomy: Anatomy, checkpoints: Mapping[str, str]
+) -> Iterator[Change]:
     """Single changes with which something may fit where nothing did, those that cost nothing first."""
     yield from _freed(constraints, machine)
     yield from _smaller_weights(constraints, machine, anatomy)
+    yield from _quantized(constraints, machine, anatomy, checkpoints)
     yield from _disk(constraints, machine)
 
 
@@ -140,6 +150,20 @@ def _smaller_weights(constraints: Constraints, machine: Machine, anatomy: Anatom
         for wire, quality in _WIRES.items():
             coded = replace(constraints, wire=wire)
             yield Change(flags=f"--wire {wire}", constraints=coded, machine=machine, quality=quality)
+
+
+def _quantized(
+    constraints: Constraints, machine: Machine, anatomy: Anatomy, checkpoints: Mapping[str, str]
+) -> Iterator[Change]:
+    if descriptor_of(constraints.engine).runs_quantized and constraints.wire == "model" and anatomy.quantized is None:
+        for name, hub_id in checkpoints.items():
+            yield Change(
+                flags=f"--model {hub_id}",
+                constraints=constraints,
+                machine=machine,
+                quality="quality not measured",
+                checkpoint=name,
+            )
 
 
 def _smaller_cache(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:

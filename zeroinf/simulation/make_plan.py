@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
@@ -16,7 +16,8 @@ from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.inspect import build_meta
+from zeroinf.model.catalog import catalog_config
+from zeroinf.model.inspect import build_meta, read_anatomy
 from zeroinf.planner.advice import Advice, Change, alternatives, more_memory, remedies, remedies_together
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
@@ -52,6 +53,8 @@ class PlanInput:
     trust_remote_code: bool = False
     own_zero_config: dict[str, Any] | None = None
     """The user's DeepSpeed JSON in the place of ours."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """Hub ids of the model's quantized checkpoints by their names in the catalog, which advice may name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +68,9 @@ class PlanResult:
     """What changes would give, where that was asked for."""
 
 
-def make_plan(plan_input: PlanInput, *, advise: bool = False) -> PlanResult:
+def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = True) -> PlanResult:
     """Plan; with `advise` also evaluate changes to the settings or the machine. Raises DoesNotFitError if nothing
-    fits.
+    fits, whose hint names changes that would do, each of them planned; without `remedy` only what is short.
     """
     _refuse_beside_an_encoder(plan_input)
     refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
@@ -77,10 +80,11 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False) -> PlanResult:
     try:
         decision = _planner(plan_input, speeds, simulate).choose(plan_input.constraints)
     except NothingFitsError as error:
-        raise DoesNotFitError(error.message, hint=_remedies(plan_input, error, simulate)) from None
+        hint = _remedies(plan_input, error, simulate) if remedy else error.hint
+        raise DoesNotFitError(error.message, hint=hint) from None
     advice: Iterable[Advice] = ()
     if advise:
-        changes = alternatives(plan_input.constraints, plan_input.machine, plan_input.anatomy)
+        changes = alternatives(plan_input.constraints, plan_input.machine, plan_input.anatomy, plan_input.checkpoints)
         advice = _planned(plan_input, changes, simulate, rows=None if plan_input.anatomy.is_paged else decision)
     return PlanResult(plan=_plan(plan_input, decision), decision=decision, speeds=speeds, advice=tuple(advice))
 
@@ -95,8 +99,13 @@ def _planned(
         if rows is not None:
             constraints = replace(constraints, batch_size=rows.chosen.choice.batch_size)
         changed = replace(plan_input, constraints=constraints, machine=change.machine)
+        simulator = simulate
+        if change.checkpoint:
+            config = catalog_config(change.checkpoint)
+            changed = replace(changed, config=config, anatomy=read_anatomy(config, dtype=plan_input.anatomy.dtype))
+            simulator = partial(_simulator, changed, None)
         try:
-            decision = _planner(changed, _speeds(changed), simulate, thorough=False).choose(constraints)
+            decision = _planner(changed, _speeds(changed), simulator, thorough=False).choose(constraints)
         except NothingFitsError:
             continue
         advice = Advice(change=change, candidate=decision.chosen)
@@ -109,7 +118,7 @@ def _remedies(plan_input: PlanInput, error: NothingFitsError, simulate: Callable
     constraints, machine, anatomy = plan_input.constraints, plan_input.machine, plan_input.anatomy
     found: list[Advice] = []
     if plan_input.own_zero_config is None:  # whose settings are not flags
-        found += _planned(plan_input, remedies(constraints, machine, anatomy), simulate)
+        found += _planned(plan_input, remedies(constraints, machine, anatomy, plan_input.checkpoints), simulate)
         if not found:
             found += islice(_planned(plan_input, remedies_together(constraints, machine, anatomy), simulate), _REMEDIES)
     hardware = list(_planned(plan_input, [more_memory(constraints, machine, error.nearest)], simulate))
