@@ -12,7 +12,7 @@ import click
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import asked_of, flags, given, options_of
-from zeroinf.cli.waiting import waiting
+from zeroinf.cli.waiting import importing
 from zeroinf.errors import UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import (
@@ -130,7 +130,7 @@ def _loaded(ctx: click.Context, asked: dict[str, Any], settings: dict[str, Any])
     options = asked_of(ctx, RunOptions, asked, sampling=Sampling(**settings))
     refuse_idle(options)
     refuse_early(options)
-    with waiting("starting: importing torch and transformers"):
+    with importing():
         from rich.console import Console
 
         from zeroinf.cli.console import ConsoleObserver

@@ -11,6 +11,7 @@ import click
 from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
+from zeroinf.cli.waiting import importing
 from zeroinf.errors import UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import EngineOptions, EvaluationLimits, ModelOptions, RestOptions, RunOptions
@@ -53,11 +54,12 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
     if world.size > 1:
         raise UsageError(f"zeroinf eval runs alone, not on {world.size} ranks", hint="start it without a launcher")
     refuse_early(options)
-    from rich.console import Console
+    with importing(quiet=as_json):
+        from rich.console import Console
 
-    from zeroinf.cli.console import ConsoleObserver
-    from zeroinf.runs.evaluate import evaluate
-    from zeroinf.service.device import pick_device
+        from zeroinf.cli.console import ConsoleObserver
+        from zeroinf.runs.evaluate import evaluate
+        from zeroinf.service.device import pick_device
 
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)
     found = evaluate(options, text, window, pick_device(world), observer)

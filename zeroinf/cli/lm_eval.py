@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import click
 
+from zeroinf.cli.waiting import importing
 from zeroinf.errors import EnvironmentProblem
 
 _OTHER_COMMANDS = frozenset({"ls", "validate", "-h", "--help"})
@@ -29,13 +30,14 @@ def lm_eval(arguments: Sequence[str]) -> None:
       zeroinf lm-eval run --help        # the harness's options
       zeroinf lm-eval ls tasks
     """
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"lm-evaluation-harness cannot be imported: {error}", hint="pip install 'zeroinf[eval]'"
-        ) from error
-    import zeroinf.lm_eval  # noqa: F401 - registers the model
+    with importing():
+        try:
+            from lm_eval.__main__ import cli_evaluate
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"lm-evaluation-harness cannot be imported: {error}", hint="pip install 'zeroinf[eval]'"
+            ) from error
+        import zeroinf.lm_eval  # noqa: F401 - registers the model
 
     sys.argv = ["zeroinf lm-eval", *with_model(arguments)]
     cli_evaluate()

@@ -15,8 +15,9 @@ import zeroinf
 from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
 from zeroinf.cli.streams import steady_streams, trouble_with_stdout
 from zeroinf.cli.usage import explained, no_such_command
-from zeroinf.compat.dynamo import defer_dynamo
+from zeroinf.compat.imports import quicken_imports
 from zeroinf.errors import OutputError, ZeroinfError
+from zeroinf.paths import cache_directory
 
 _COMMANDS = (
     "run",
@@ -100,7 +101,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line and end the process."""
     steady_streams()
-    defer_dynamo()
+    quicken_imports(cache_directory())
     # DeepSpeed looks for ninja on PATH; it lies beside this Python, whose environment need not be active.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     try:

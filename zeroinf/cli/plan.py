@@ -13,9 +13,10 @@ import click
 from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
-from zeroinf.cli.waiting import waiting
+from zeroinf.cli.waiting import importing, waiting
 from zeroinf.errors import OutputError, UsageError
 from zeroinf.hardware.disk import read_disk
+from zeroinf.hardware.process import uncollected
 from zeroinf.model.resolve import check_name
 from zeroinf.options.contradictions import check_folders, refuse_idle
 from zeroinf.options.options import (
@@ -61,14 +62,14 @@ def plan(
     refuse_idle(options)
     _refuse_idle_output(options.engine, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
     _refuse_early(options)
-    with waiting("starting: importing torch and transformers"):
+    with importing():
         from zeroinf.cli.plan_view import print_plan, to_json
         from zeroinf.options.plan_input import plan_input_of
         from zeroinf.simulation.make_plan import make_plan
 
     if plot is not None and not plot.parent.is_dir():
         raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
-    with waiting("planning"):
+    with uncollected(), waiting("planning"):
         plan_input = plan_input_of(options)
         found = make_plan(plan_input, advise=advice and not (as_json or emit_zero_config), remedy=advice)
     if plot is not None:  # before anything is printed: it may fail

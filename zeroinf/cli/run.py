@@ -18,7 +18,7 @@ from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.ranks import BY_HOSTFILE
-from zeroinf.cli.waiting import waiting
+from zeroinf.cli.waiting import importing
 from zeroinf.errors import OutputError, RequestsFailedError, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files
@@ -211,7 +211,7 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
         refuse_early(options)
     from rich.console import Console
 
-    with waiting("starting: importing torch and transformers", quiet=quiet or not world.is_main):
+    with importing(quiet=quiet or not world.is_main):
         from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
         from zeroinf.runs.runner import run_job
         from zeroinf.service.device import pick_device

@@ -13,7 +13,7 @@ from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, options_of
-from zeroinf.cli.waiting import waiting
+from zeroinf.cli.waiting import importing
 from zeroinf.errors import EnvironmentProblem, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import (
@@ -151,7 +151,7 @@ def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict
     options = asked_of(ctx, RunOptions, asked, sampling=sampling)
     refuse_idle(options)
     refuse_early(options)
-    with waiting("starting: importing torch and transformers", quiet=quiet):
+    with importing(quiet=quiet):
         from rich.console import Console
 
         from zeroinf.cli.console import ConsoleObserver

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from zeroinf.hardware.process import uncollected
+
 
 @contextmanager
 def waiting(words: str, *, quiet: bool = False) -> Iterator[None]:
@@ -16,4 +18,11 @@ def waiting(words: str, *, quiet: bool = False) -> Iterator[None]:
     from rich.console import Console
 
     with Console(stderr=True).status(words):
+        yield
+
+
+@contextmanager
+def importing(*, quiet: bool = False) -> Iterator[None]:
+    """Wait for a block that imports torch and transformers."""
+    with uncollected(for_good=True), waiting("starting: importing torch and transformers", quiet=quiet):
         yield

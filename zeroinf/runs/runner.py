@@ -22,7 +22,7 @@ from zeroinf.errors import RankError
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
-from zeroinf.hardware.process import PeakMemory
+from zeroinf.hardware.process import PeakMemory, uncollected
 from zeroinf.jobs.output import Job, Writer
 from zeroinf.jobs.output_files import errors_path
 from zeroinf.jobs.sharing import share_work
@@ -119,7 +119,8 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
     source = source_of(options, device)
 
     def prepare_here(reading: JobInput, left: tuple[Work, ...]) -> PreparedRun:
-        return prepare(options, source, reading, left, world, device)
+        with uncollected():
+            return prepare(options, source, reading, left, world, device)
 
     opened = open_job(options, source, device, results, observer, prepare_here, world.size)
     return _Start(source=source, prepared=opened.prepared, writer=opened.writer, job=opened.job)
