@@ -48,6 +48,12 @@ def catalog_close_to(name: str, *, cutoff: float = 0.8) -> list[str]:
     return get_close_matches(name.lower().rpartition("/")[2], catalog_names(), n=3, cutoff=cutoff)
 
 
+def hub_ids_close_to(hub_id: str) -> list[str]:
+    """Hub ids of the catalog that are spelt much like `hub_id`, the closest first."""
+    known = {str(entry["_name"]).lower(): str(entry["_name"]) for entry in _entries().values()}
+    return [known[one] for one in get_close_matches(hub_id.lower(), known, n=3, cutoff=0.8)]
+
+
 def catalog_config(name: str) -> Any:
     """The transformers config of the catalog's model `name`; raises ModelError with the closest names otherwise."""
     entry = _find(name)

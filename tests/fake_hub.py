@@ -1,0 +1,119 @@
+"""A model hub on this machine: it serves folders as repositories, over the part of the hub's HTTP API that is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by their ids. `cuts` are bytes after which the next answers with a file end; `asked` is what was
+    asked for: the method, the path and the first byte."""
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.repositories, self.cuts = repositories, list[int]()
+        self.asked: list[tuple[str, str, int]] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        first = int(re.match(r"bytes=(\d+)", self.headers.get("Range", "bytes=0"))[1])  # type: ignore[index]
+        self.server.asked.append((self.command, path, first))
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
+            self._list(found[1], found[2] or "")
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            if found[2] in ("main", COMMIT):
+                self._send_file(found[1], found[3], first, with_body=with_body)
+            else:
+                self._refuse("RevisionNotFound")
+        else:
+            self._refuse("EntryNotFound")
+
+    def _list(self, repository: str, rest: str) -> None:
+        folder = self.server.repositories.get(repository)
+        if folder is None:
+            self._refuse("RepoNotFound")
+            return
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [(str(path.relative_to(folder)), path) for path in files]
+        if rest.startswith("/tree"):
+            found: object = [
+                {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)[:40]}
+                for name, path in names
+            ]
+        else:
+            found = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in names]}
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def _send_file(self, repository: str, name: str, first: int, *, with_body: bool) -> None:
+        folder = self.server.repositories.get(repository)
+        if folder is None:
+            self._refuse("RepoNotFound")
+        elif not (folder / name).is_file():
+            self._refuse("EntryNotFound")
+        else:
+            data = (folder / name).read_bytes()
+            headers = {"ETag": f'"{_digest(folder / name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if first:
+                headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            self._send(206 if first else 200, data[first:], headers, with_body=with_body)
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str], *, with_body: bool = True) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not with_body:
+            return
+        if self.server.cuts and len(data) > self.server.cuts[0]:
+            data = data[: self.server.cuts.pop(0)]
+            self.close_connection = True
+        self.wfile.write(data)
+
+    def _refuse(self, code: str) -> None:
+        self._send(404, b"", {"X-Error-Code": code})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def fake_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+    """The hub, which listens until the block ends."""
+    hub = Hub(repositories)
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
