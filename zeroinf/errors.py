@@ -10,6 +10,7 @@
     ├── RequestsFailedError       5  the job finished, but some requests were refused or came to nothing
     ├── StoreError                1  a store of weights is damaged, in use, or cannot be read or written
     ├── RankError                 1  another rank died, or the ranks cannot reach each other
+    ├── ClusterError              1  no node of a cluster can go on; their own code where all failed alike
     └── InterruptedRunError     130  Ctrl-C; 143 after SIGTERM, 129 SIGHUP, 138 SIGUSR1
 
 A message says what happened and with which value; the hint says what to do about it. Nothing below `zeroinf.cli`
@@ -72,6 +73,14 @@ class StoreError(ZeroinfError):
 
 class RankError(ZeroinfError):
     """Another rank died, or the ranks cannot reach each other."""
+
+
+class ClusterError(ZeroinfError):
+    """No node of a cluster can go on with the job."""
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
 
 
 class InterruptedRunError(ZeroinfError):

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from zeroinf.hardware.process import resident
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import plan_lines
+from zeroinf.ray.report import ClusterReport, NodeReport
 from zeroinf.runs.compare import Compared
 from zeroinf.runs.report import RunReport
 from zeroinf.service.observer import Progress
@@ -128,13 +129,17 @@ def print_report(console: Console, report: RunReport) -> None:
     _print_compared(console, report.compared())
 
 
-def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
+def _counts(report: RunReport | ClusterReport) -> Iterator[tuple[str, str]]:
     counts = {"done": report.requests, "refused": report.refused, "failed": report.failed}
     counts["cut at their length"] = report.cut
     yield "requests", ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
-    yield "load", f"{report.load_s:.1f} s"
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
+
+
+def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
+    yield from _counts(report)
+    yield "load", f"{report.load_s:.1f} s"
     if report.plan.wire != "model":
         yield "weights", f"{report.plan.wire}: lossy"
     if (quantized := report.plan.anatomy.quantized) is not None:
@@ -155,6 +160,20 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
         yield "output", str(report.output)
     if report.errors is not None and report.refused + report.failed:
         yield "errors", str(report.errors)
+
+
+def print_cluster_report(console: Console, report: ClusterReport) -> None:
+    """The short report that ends a run on a cluster."""
+    _print_rows(console, [*_counts(report), *map(_node, report.nodes)])
+
+
+def _node(node: NodeReport) -> tuple[str, str]:
+    words = f"{node.requests} requests, {node.tokens:,} tokens"
+    if node.load_s is not None:
+        words += f", ready after {node.load_s:.1f} s"
+    if node.left_out is not None:
+        words += f"; left out: {node.left_out}"
+    return node.name, words + ("; left the cluster" if node.has_left else "")
 
 
 def _print_compared(console: Console, compared: Sequence[Compared]) -> None:

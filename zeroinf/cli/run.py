@@ -6,11 +6,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -39,8 +39,15 @@ from zeroinf.options.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zeroinf.cli.console import ConsoleObserver
     from zeroinf.distributed.world import World
+    from zeroinf.ray.limits import NodeLimits
+    from zeroinf.ray.report import ClusterReport
     from zeroinf.runs.report import RunOutcome, RunReport
+
+_Report = TypeVar("_Report", "RunReport", "ClusterReport")
 
 
 @command(short_help="Generate text from many prompts.")
@@ -76,6 +83,8 @@ def run(
     kernel_inject: bool,
     num_gpus: int | None,
     hostfile: Path | None,
+    ray: str | None,
+    ray_nodes: str | None,
     report_file: Path | None,
     quiet: bool,
     **asked: Any,
@@ -89,6 +98,7 @@ def run(
       zeroinf run demo --prompt "The capital of France is"
       zeroinf run EleutherAI/pythia-160m --offload nvme --nvme-path /local -i prompts.jsonl -o out.jsonl
       zeroinf run MODEL --num-gpus 8
+      zeroinf run MODEL --ray auto -i prompts.jsonl -o out.jsonl
       deepspeed --num_gpus 8 --module zeroinf run MODEL ...
     """
     if kernel_inject:
@@ -99,6 +109,8 @@ def run(
     from zeroinf.distributed.world import world_from_environment
 
     world = world_from_environment()
+    beside = {"--num-gpus": num_gpus, "--hostfile": hostfile}
+    limits = _node_limits(options, ray, ray_nodes, beside, world)
     if world.is_main:  # on the nodes of other ranks these need not be
         _check_files(options.input_files, options.output_file, report_file)
     arguments = sys.argv[1:]
@@ -112,6 +124,8 @@ def run(
         if code is not None:
             return code
     options = replace(options, resume_command=_resume_command(arguments))
+    if ray is not None:
+        return _run_on_ray(options, ray, limits, report_file=report_file, quiet=quiet)
     return _run_here(options, world, report_file=report_file, quiet=quiet)
 
 
@@ -179,6 +193,27 @@ def _refuse_another_world(num_gpus: int | None, hostfile: Path | None, world: Wo
         raise UsageError("--hostfile inside a launcher", hint="drop --hostfile, or start zeroinf by itself")
 
 
+def _node_limits(
+    options: RunOptions, ray: str | None, ray_nodes: str | None, beside: Mapping[str, Any], world: World
+) -> NodeLimits:
+    """How many nodes of a cluster the job wants. Raises UsageError for what means nothing beside --ray."""
+    from zeroinf.ray.limits import NodeLimits
+
+    if ray is None:
+        if ray_nodes is not None:
+            raise UsageError("--ray-nodes has no effect without --ray", hint="add --ray auto, or drop it")
+        return NodeLimits()
+    if world.launched:
+        raise UsageError("--ray inside a launcher, which has started ranks", hint="start zeroinf by itself")
+    named = [flag for flag, value in beside.items() if value is not None]
+    named += options.asked("benchmark", "repetitions", "static_batches")
+    if named:
+        raise UsageError(
+            f"{', '.join(named)} with --ray: each node runs with all of its GPUs", hint=f"drop {named[0]}, or --ray"
+        )
+    return NodeLimits() if ray_nodes is None else NodeLimits.parse(ray_nodes)
+
+
 def _offers_to_resume(options: RunOptions) -> bool:
     """Whether there is something to go on with, the user has not said what to do about it, and now says yes."""
     path = options.output_file
@@ -199,7 +234,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
     return shlex.join(["zeroinf", *words, *(() if "--resume-anyway" in words else ("--resume",))])
 
 
-def _write_report(file: Path, report: RunReport) -> None:
+def _write_report(file: Path, report: RunReport | ClusterReport) -> None:
     try:
         file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     except OSError as error:
@@ -222,13 +257,49 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
         outcome = run_job(options, world, pick_device(world), results, observer)
     if outcome is None:
         return 0
-    if (report := outcome.report) is not None:
+    report = outcome.report
+    if options.benchmark and report is not None:
+        print_benchmark(console, report)
+    return _end(options, outcome, report, print_report, console, observer, report_file=report_file, quiet=quiet)
+
+
+def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report_file: Path | None, quiet: bool) -> int:
+    refuse_early(options)
+    from rich.console import Console
+
+    with importing(quiet=quiet):
+        from zeroinf.cli.console import ConsoleObserver, print_cluster_report
+        from zeroinf.ray.cluster import RayCluster
+        from zeroinf.ray.run import run_on_cluster
+
+    console, results = Console(stderr=True, soft_wrap=True), sys.stdout
+    observer = ConsoleObserver(console, quiet=quiet)
+    with redirect_stdout(sys.stderr):
+        cluster = RayCluster(address)
+        try:
+            outcome, report = run_on_cluster(options, cluster, cluster.device, limits, results, observer)
+        finally:
+            cluster.leave()
+    return _end(options, outcome, report, print_cluster_report, console, observer, report_file=report_file, quiet=quiet)
+
+
+def _end(
+    options: RunOptions,
+    outcome: RunOutcome,
+    report: _Report | None,
+    show: Callable[[Console, _Report], None],
+    console: Console,
+    observer: ConsoleObserver,
+    *,
+    report_file: Path | None,
+    quiet: bool,
+) -> int:
+    """Write and show the report. Raises RequestsFailedError where a request came to nothing."""
+    if report is not None:
         if report_file is not None:
             _write_report(report_file, report)
-        if options.benchmark:
-            print_benchmark(console, report)
         if not quiet:
-            print_report(console, report)
+            show(console, report)
     elif report_file is not None:
         observer.note(f"no report in {report_file}: nothing was run")
     if outcome.refused or outcome.failed:

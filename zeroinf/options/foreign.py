@@ -114,7 +114,7 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("tp_size tensor_parallel tensor_parallel_size tp", "num_gpus", ranks)
     yield same("pipeline_parallel_size pp pp_size", "num_gpus", ranks)
     yield none("device main_gpu mg", "set CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu, in the environment")
-    yield none("distributed_executor_backend", "nothing: ranks are started by {num_gpus} or {hostfile}")
+    yield none("distributed_executor_backend", "nothing: {num_gpus} or {hostfile} start ranks, {ray} runs on a cluster")
     # DeepSpeed
     yield same("deepspeed_config ds_config", "zero_config")
     yield same("pin_weight pinned", "pin_memory")

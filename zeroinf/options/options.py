@@ -468,6 +468,18 @@ class LaunchOptions(Options):
         section="several GPUs",
         help="Start ranks on all nodes that it names, in DeepSpeed's form: `host slots=8` a line. Needs ssh and pdsh.",
     )
+    ray: str | None = option(
+        None,
+        section="several GPUs",
+        help="Run on the nodes of a Ray cluster, each with all of its GPUs: `auto` is the cluster of this machine, "
+        "HOST:PORT another one, `local` this machine alone.",
+    )
+    ray_nodes: str | None = option(
+        None,
+        section="several GPUs",
+        help="Nodes of --ray: MIN:MAX, MIN: or MAX. The job begins when MIN are there, and those that join while it "
+        "runs get work. [default: all, from one on]",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

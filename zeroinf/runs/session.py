@@ -32,7 +32,7 @@ from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
-from zeroinf.service.requests import Request, Result
+from zeroinf.service.requests import Request, Result, Work
 from zeroinf.service.text import encode_prompt
 
 _POLL_S = 0.02
@@ -174,20 +174,20 @@ class Session:
         index = request.index if priority == "batch" else 0
         return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
 
-    def result(self, found: Completion, request: Request) -> Result:
+    def result(self, found: Completion, request: Request | Work) -> Result:
         """What `request` came to."""
         tells = request.sampling.logprobs is not None and found.finish_reason != "error"
         told = list(map(self.model.codec.told, found.tokens, found.likelihoods)) if tells else None
         return Result(
             index=request.index,
             id=request.id,
-            prompt=request.prompt,
+            prompt=request.text if isinstance(request, Work) else request.prompt,
             completion=found.text,
             finish_reason=found.finish_reason,
             prompt_tokens=found.prompt_tokens,
             completion_tokens=len(found.tokens),
             logprobs=told,
-            extra=request.extra,
+            extra=None if isinstance(request, Work) else request.extra,
         )
 
     def close(self) -> None:

@@ -154,6 +154,12 @@ class Service:
         self.check()
 
     @property
+    def tokens(self) -> int:
+        """Tokens generated until now by all ranks, those of unfinished requests included; other ranks' half a second
+        late. On rank 0."""
+        return self._queue.tokens
+
+    @property
     def has_failed(self) -> bool:
         """Whether the loop ended in an error, here or on another rank."""
         return self._error is not None
@@ -427,6 +433,8 @@ class _QueueFeed:
 
     def grew(self, rows: int) -> None:
         """Rows have got their tokens of a pass."""
+        if self._part.world.is_main:
+            self._queue.count(rows)
         for running in self._streamed.values():
             if (news := running.news()) is not None:
                 self._told.append(news)
