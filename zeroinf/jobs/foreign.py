@@ -16,7 +16,7 @@ from zeroinf.jobs.shape import LineError
 
 Endpoint = Literal["chat", "completions"]
 
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "stream_options", "parallel_tool_calls", "priority", "request_id", "cache_salt"),
@@ -99,7 +99,7 @@ def endpoint_of(url: str) -> Endpoint | None:
 
 def asks_for_nothing(key: str, value: object) -> bool:
     """Whether a key of a request can be left out. Raises LineError for a setting that zeroinf does not do."""
-    if key in _HARMLESS or value is None:
+    if key in HARMLESS or value is None:
         return True
     if key not in NEUTRAL:
         return False
@@ -111,7 +111,7 @@ def asks_for_nothing(key: str, value: object) -> bool:
 
 def is_foreign(key: str) -> bool:
     """Whether `key` is a setting elsewhere, of which `asks_for_nothing` knows."""
-    return key in _HARMLESS or key in NEUTRAL
+    return key in HARMLESS or key in NEUTRAL
 
 
 def meant_by(key: str, known: Iterable[str]) -> str | None:

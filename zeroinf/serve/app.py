@@ -12,11 +12,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Match, Route
 
 import zeroinf
 from zeroinf.jobs.foreign import Endpoint
 from zeroinf.serve.answers import chunks, whole
 from zeroinf.serve.asks import check_model, read_ask, read_object
+from zeroinf.serve.description import describe
 from zeroinf.serve.errors import ApiError
 from zeroinf.serve.gateway import Gateway
 from zeroinf.serve.guard import Guard
@@ -38,6 +40,7 @@ def make_app(gateway: Gateway, *more: Callable[[FastAPI, Gateway], None]) -> Fas
             Middleware(Guard, settings=settings),
         ],
     )
+    describe(app, needs_key=settings.api_key is not None)
     _tell_errors(app)
     _add_completions(app, gateway)
     _add_models(app, gateway)
@@ -57,7 +60,10 @@ def _tell_errors(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         code = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
         told = ApiError(error.status_code, code.get(error.status_code, str(error.detail)))
-        return JSONResponse(told.to_json(), told.status, {**(error.headers or {}), **told.headers})
+        headers = {**(error.headers or {}), **told.headers}
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods_at(app, request))
+        return JSONResponse(told.to_json(), told.status, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -70,6 +76,15 @@ def _tell_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, api)
+
+
+def _methods_at(app: FastAPI, request: Request) -> list[str]:
+    """Methods that the path of a request has, of all its routes."""
+    found = set[str]()
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found)
 
 
 async def json_of(request: Request) -> bytes:
