@@ -1,12 +1,19 @@
-"""What takes seconds says so on a terminal, and nowhere else."""
+"""What takes seconds says so: with a spinner on a terminal, in a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import io
+import re
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
+from rich.console import Console
 
+from zeroinf.cli import console as module
+from zeroinf.cli.console import ConsoleObserver, ResultsBesideDisplay
 from zeroinf.cli.waiting import waiting
+from zeroinf.service.observer import Progress
 
 
 class _Terminal(io.StringIO):
@@ -27,3 +34,76 @@ def test_words_are_for_terminals(
         pass
     assert ("planning" in stream.getvalue()) is shown
     assert shown or not stream.getvalue()
+
+
+@pytest.fixture
+def terminal() -> _Terminal:
+    return _Terminal()
+
+
+@pytest.fixture
+def observer(terminal: _Terminal) -> Iterator[ConsoleObserver]:
+    shown = Console(file=terminal, force_terminal=True, width=80, soft_wrap=True, _environ={"TERM": "xterm"})
+    with ConsoleObserver(shown, quiet=False) as observer:
+        yield observer
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows after what was `written`: text, and erased lines, which the cursor goes up to."""
+    lines = [""]
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\n":
+            lines.append("")
+        elif part == "\x1b[2K":
+            lines[-1] = ""
+        elif part == "\x1b[1A":
+            lines.pop()
+        elif not part.startswith(("\x1b", "\r")):
+            lines[-1] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_terminal_shows_each_step_and_keeps_nothing_of_it(terminal: _Terminal, observer: ConsoleObserver) -> None:
+    observer.doing("reading the model")
+    observer.note("of the model")
+    assert screen(terminal.getvalue())[0] == "note: of the model"
+    assert screen(terminal.getvalue())[1].endswith("reading the model")
+    observer.doing("loading weights")
+    observer.filled(1 << 30, 4 << 30)
+    until(lambda: screen(terminal.getvalue())[-1].endswith("loading weights, 1.00 GiB of 4.00 GiB"))
+    observer.fetching("org/model")
+    observer.doing("planning")
+    observer.ended()
+    assert screen(terminal.getvalue()) == ["note: of the model", "downloading org/model ..."]
+
+
+def test_results_are_not_glued_to_what_a_terminal_shows(terminal: _Terminal, observer: ConsoleObserver) -> None:
+    results = ResultsBesideDisplay(terminal, observer)
+    observer.doing("first pass over the layers")
+    results.write("out=a\n")
+    observer.progress(Progress(rows_done=1, rows=2, tokens=1, tokens_left=1, elapsed_s=1, streamed_bytes=0))
+    results.write("out=b\n")
+    assert screen(terminal.getvalue()) == ["out=a", "out=b"]
+
+
+def test_a_log_has_a_line_of_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PLAIN_LINE_EVERY_S", 0.01)
+    log = io.StringIO()
+    with ConsoleObserver(Console(file=log), quiet=False) as observer:
+        observer.doing("planning")
+        until(lambda: "\n" in log.getvalue())
+        observer.doing("loading weights")
+    assert re.match(r"planning for 0:00, this process holds [\d.]+ [GM]iB\n", log.getvalue())
+
+
+def test_a_quiet_run_shows_no_step(terminal: _Terminal) -> None:
+    with ConsoleObserver(Console(file=terminal, force_terminal=True), quiet=True) as observer:
+        observer.doing("planning")
+    assert not terminal.getvalue()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.status import Status
 
 from zeroinf.hardware.process import resident
 from zeroinf.planner.plan import Plan
@@ -35,9 +36,17 @@ class ConsoleObserver:
         self._console = console
         self._quiet = quiet
         self._bar: Bar | None = None
+        self._spinner: Status | None = None
         self._last_line = 0.0
-        self._loading = threading.Event()
+        self._words = ""
         self._filled = ""
+        self._step_over = threading.Event()
+
+    def __enter__(self) -> ConsoleObserver:
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self.ended()
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -56,26 +65,48 @@ class ConsoleObserver:
         if len(refusals) > _REFUSALS_SHOWN:
             self._say(f"{how}: {len(refusals) - _REFUSALS_SHOWN} more")
 
-    def loading(self, plan: Plan) -> None:
+    def doing(self, step: str) -> None:
+        """Show `step` with a spinner on a terminal, and as a line every ten seconds elsewhere."""
+        self.ended()
         if self._quiet:
             return
-        for index, line in enumerate(plan_lines(plan)):
-            self._say(f"{'' if index else 'plan:':<6}{line}")
-        self._say("loading weights ...")
-        self._loading = threading.Event()
-        threading.Thread(target=self._tell_loading, args=(self._loading,), name="loading", daemon=True).start()
+        self._words, self._filled = step, ""
+        if self._console.is_terminal:
+            self._spinner = self._console.status(step)
+            self._spinner.start()
+            return
+        self._step_over = threading.Event()
+        threading.Thread(target=self._tell, args=(step, self._step_over), name="step", daemon=True).start()
 
-    def _tell_loading(self, over: threading.Event) -> None:
+    def _tell(self, step: str, over: threading.Event) -> None:
         started = time.monotonic()
         while not over.wait(_PLAIN_LINE_EVERY_S):
             elapsed = clock(time.monotonic() - started)
-            self._say(f"loading for {elapsed}{self._filled}, this process holds {gib(resident().total_bytes)}")
+            self._say(f"{step} for {elapsed}{self._filled}, this process holds {gib(resident().total_bytes)}")
+
+    def loading(self, plan: Plan) -> None:
+        if self._quiet:
+            return
+        self.ended()
+        for index, line in enumerate(plan_lines(plan)):
+            self._say(f"{'' if index else 'plan:':<6}{line}")
+        if not self._console.is_terminal:
+            self._say("loading weights ...")
+        self.doing("loading weights")
+
+    def fetching(self, name: str) -> None:
+        """The hub's own bars show how much has come."""
+        self.ended()
+        if not self._quiet:
+            self._say(f"downloading {name} ...")
 
     def filled(self, done_bytes: int, total_bytes: int) -> None:
         self._filled = f", {gib(done_bytes)} of {gib(total_bytes)}"
+        if (spinner := self._spinner) is not None:
+            spinner.update(f"{self._words}{self._filled}")
 
     def loaded(self, seconds: float) -> None:
-        self._loading.set()
+        self.ended()
         if not self._quiet:
             self._say(f"loaded in {seconds:.1f} s")
 
@@ -84,12 +115,15 @@ class ConsoleObserver:
             return
         if self._console.is_terminal:
             self._redraw(progress)
-        elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
+            return
+        self._step_over.set()
+        if time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
             self._say(f"{progress.rows_done}/{progress.rows} sequences, {progress.tokens:,} tokens, {_rates(progress)}")
 
     def _redraw(self, progress: Progress) -> None:
         if self._bar is None:
+            self.ended()
             self._bar = Bar(
                 TextColumn("sequences"), BarColumn(), TextColumn("{task.fields[rows]}"),
                 TextColumn("{task.fields[rates]}"),
@@ -106,10 +140,31 @@ class ConsoleObserver:
         )
 
     def ended(self) -> None:
-        self._loading.set()
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._step_over.set()
+        for shown in (self._spinner, self._bar):
+            if shown is not None:
+                shown.stop()
+        self._spinner = self._bar = None
+
+
+class ResultsBesideDisplay:
+    """Standard output beside a display on the same terminal, which is taken away before results are written: they
+    would be glued to it otherwise. The next progress shows it again."""
+
+    def __init__(self, stream: TextIO, observer: ConsoleObserver) -> None:
+        self._stream, self._observer = stream, observer
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        if self._stream.isatty():
+            self._observer.ended()
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 def _rates(progress: Progress) -> str:

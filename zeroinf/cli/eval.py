@@ -61,8 +61,8 @@ def eval_(ctx: click.Context, /, text: Path, window: int | None, as_json: bool, 
         from zeroinf.runs.evaluate import evaluate
         from zeroinf.service.device import pick_device
 
-    observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json)
-    found = evaluate(options, text, window, pick_device(world), observer)
+    with ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=as_json) as observer:
+        found = evaluate(options, text, window, pick_device(world), observer)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import click
 
@@ -247,13 +247,14 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
     from rich.console import Console
 
     with importing(quiet=quiet or not world.is_main):
-        from zeroinf.cli.console import ConsoleObserver, print_benchmark, print_report
+        from zeroinf.cli.console import ConsoleObserver, ResultsBesideDisplay, print_benchmark, print_report
         from zeroinf.runs.runner import run_job
         from zeroinf.service.device import pick_device
 
-    console, results = Console(stderr=True, soft_wrap=True), sys.stdout
+    console = Console(stderr=True, soft_wrap=True)
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
-    with redirect_stdout(sys.stderr):  # what libraries print is no result
+    results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
+    with observer, redirect_stdout(sys.stderr):  # what libraries print is no result
         outcome = run_job(options, world, pick_device(world), results, observer)
     if outcome is None:
         return 0
@@ -268,13 +269,14 @@ def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report
     from rich.console import Console
 
     with importing(quiet=quiet):
-        from zeroinf.cli.console import ConsoleObserver, print_cluster_report
+        from zeroinf.cli.console import ConsoleObserver, ResultsBesideDisplay, print_cluster_report
         from zeroinf.ray.cluster import RayCluster
         from zeroinf.ray.run import run_on_cluster
 
-    console, results = Console(stderr=True, soft_wrap=True), sys.stdout
+    console = Console(stderr=True, soft_wrap=True)
     observer = ConsoleObserver(console, quiet=quiet)
-    with redirect_stdout(sys.stderr):
+    results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
+    with observer, redirect_stdout(sys.stderr):
         cluster = RayCluster(address)
         try:
             outcome, report = run_on_cluster(options, cluster, cluster.device, limits, results, observer)

@@ -162,17 +162,18 @@ def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict
             raise _lacking(error) from error
 
     console = Console(stderr=True, soft_wrap=True)
-    run_server(
-        settings,
-        options,
-        prompt_tokens,
-        scores_prompts,
-        num_gpus,
-        ConsoleObserver(console, quiet=quiet),
-        name,
-        listening=lambda address: click.echo(f"listening on {address}", err=True),
-        ready=lambda address: click.echo(f"ready: {settings.model_name} at {address}/v1", err=True),
-    )
+    with ConsoleObserver(console, quiet=quiet) as observer:
+        run_server(
+            settings,
+            options,
+            prompt_tokens,
+            scores_prompts,
+            num_gpus,
+            observer,
+            name,
+            listening=lambda address: click.echo(f"listening on {address}", err=True),
+            ready=lambda address: click.echo(f"ready: {settings.model_name} at {address}/v1", err=True),
+        )
 
 
 def _detach(name: str | None) -> None:

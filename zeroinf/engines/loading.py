@@ -43,10 +43,12 @@ def _account_for_weights(source: ModelSource, control: Control, listener: LoadLi
     """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
     facts = source.facts
     if facts is None:
+        listener.fetching(source.name)
         if control.world.local_rank == 0:
             weight_files(source)  # one rank of a node fetches what has to be fetched
         control.all_gather(None)
         files = weight_files(source)
+        listener.doing("loading weights")
         facts = read_facts(source.name, source.config, files, trust_remote_code=source.trust_remote_code)
         if set(facts.untied) != set(getattr(source.config, UNTIED, ())):
             raise ModelError(

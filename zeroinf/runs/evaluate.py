@@ -84,6 +84,7 @@ def evaluate(
     whatever planning and loading raise.
     """
     content = _read(text)
+    observer.doing("reading the model")
     source = source_of(options, device.type)
     tokenizer = load_tokenizer(source)
     assert tokenizer is not None  # only random weights come without one

@@ -51,6 +51,7 @@ def open_job(
     Results go to the options' output file, or to `results` where there is none. Raises the error of whatever does not
     hold; the output is given back then.
     """
+    observer.doing("reading the requests")
     reading = read_job(options, source, device)
     job = reading.job
     observer.left_out("refused", job.refusals)
@@ -61,6 +62,7 @@ def open_job(
         if job.work and not writer.left:
             observer.note(f"all {len(job.work)} requests were done by earlier runs")
             return OpenedJob(job=job, writer=writer, prepared=None)
+        observer.doing("planning")
         prepared = prepare(reading, tuple(writer.left)) if job.work else None
         writer.begin(ranks)
         _check_error_rate(options, job)

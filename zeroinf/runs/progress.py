@@ -51,6 +51,10 @@ class ProgressObserver:
 
     def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None: ...
 
+    def doing(self, step: str) -> None: ...
+
+    def fetching(self, name: str) -> None: ...
+
     def loading(self, plan: Plan) -> None:
         if self._shown:
             self._bar = self._made("MiB of weights", 0)

@@ -116,6 +116,7 @@ def _start_together(
 
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
+    observer.doing("reading the model")
     source = source_of(options, device)
 
     def prepare_here(reading: JobInput, left: tuple[Work, ...]) -> PreparedRun:
@@ -219,6 +220,7 @@ class _Job:
         """All requests, from a queue of its own. Without `output` only the time counts."""
         store = dist.PrefixStore(f"repetition/{number}", self._control.store)
         stream = RequestFeed(self._prepared, model, store, output, self._observer)
+        self._observer.doing("first pass over the layers")
         try:
             self._loop(model, Feed(take=stream.take, done=stream.done, grew=stream.grew))
             self._repetitions.append(stream.phases())

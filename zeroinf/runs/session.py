@@ -73,6 +73,7 @@ class Session:
                 self._closing.callback(ranks.close)
             self._control = Control(world, device.type)
             self._closing.callback(self._leave)
+            observer.doing("planning")
             planned, own_config = self._control.run_on_main(
                 lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
             )
@@ -220,6 +221,7 @@ def open_session(
     """A session on this rank, or on `num_gpus` ranks that are started for it. `lengths` may need the model."""
     world, ranks = world_from_environment(), None
     device = pick_device(world)
+    observer.doing("reading the model")
     source = source_of(options, device.type)
     anatomy = anatomy_of(options, source, device.type)
     if not isinstance(lengths, Lengths):

@@ -78,8 +78,10 @@ class LoadedModel:
             observer.loading(plan)
             self._take_gpu(plan, gpu_memory_bytes)
             self._load(plan, source, zero_config)
+            observer.doing("allocating the KV cache")
             self._make_room(plan, source)
             environment.note()
+            observer.ended()
         except BaseException:
             observer.ended()
             self.close()

@@ -73,7 +73,16 @@ class Observer(Protocol):
         """Report an error that no exception can carry to the command line."""
         ...
 
+    def doing(self, step: str) -> None:
+        """A step has begun that may take seconds, before or after weights are loaded: what it does, such as "planning".
+        It lasts until the next call, or the next progress, `loaded` or `ended`."""
+        ...
+
     def loading(self, plan: Plan) -> None: ...
+
+    def fetching(self, name: str) -> None:
+        """Weights of the model `name` are being downloaded; what follows is progress of its own, until `doing`."""
+        ...
 
     def filled(self, done_bytes: int, total_bytes: int) -> None:
         """Weights loaded so far, all ranks of this node together. Called from any thread."""
