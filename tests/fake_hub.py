@@ -16,13 +16,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by their ids. `cuts` are bytes after which the next answers with a file end; `asked` is what was
-    asked for: the method, the path and the first byte."""
+    """Repositories by their ids. `broken` are names of files that it does not hand out; `asked` is what was asked for:
+    the method and the path."""
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.repositories, self.cuts = repositories, list[int]()
-        self.asked: list[tuple[str, str, int]] = []
+        self.repositories, self.broken = repositories, set[str]()
+        self.asked: list[tuple[str, str]] = []
 
     @property
     def endpoint(self) -> str:
@@ -44,13 +44,12 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        first = int(re.match(r"bytes=(\d+)", self.headers.get("Range", "bytes=0"))[1])  # type: ignore[index]
-        self.server.asked.append((self.command, path, first))
+        self.server.asked.append((self.command, path))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
             self._list(found[1], found[2] or "")
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if found[2] in ("main", COMMIT):
-                self._send_file(found[1], found[3], first, with_body=with_body)
+                self._send_file(found[1], found[3], with_body=with_body)
             else:
                 self._refuse("RevisionNotFound")
         else:
@@ -72,30 +71,23 @@ class _Answers(BaseHTTPRequestHandler):
             found = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in names]}
         self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
-    def _send_file(self, repository: str, name: str, first: int, *, with_body: bool) -> None:
+    def _send_file(self, repository: str, name: str, *, with_body: bool) -> None:
         folder = self.server.repositories.get(repository)
         if folder is None:
             self._refuse("RepoNotFound")
-        elif not (folder / name).is_file():
+        elif not (folder / name).is_file() or (with_body and name in self.server.broken):
             self._refuse("EntryNotFound")
         else:
-            data = (folder / name).read_bytes()
-            headers = {"ETag": f'"{_digest(folder / name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            if first:
-                headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            self._send(206 if first else 200, data[first:], headers, with_body=with_body)
+            headers = {"ETag": f'"{_digest(folder / name)}"', "X-Repo-Commit": COMMIT}
+            self._send(200, (folder / name).read_bytes(), headers, with_body=with_body)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], *, with_body: bool = True) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if not with_body:
-            return
-        if self.server.cuts and len(data) > self.server.cuts[0]:
-            data = data[: self.server.cuts.pop(0)]
-            self.close_connection = True
-        self.wfile.write(data)
+        if with_body:
+            self.wfile.write(data)
 
     def _refuse(self, code: str) -> None:
         self._send(404, b"", {"X-Error-Code": code})

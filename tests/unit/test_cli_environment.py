@@ -30,8 +30,8 @@ def commands(group: click.Group = cli, *names: str) -> Iterator[tuple[tuple[str,
 
 
 COMMANDS = dict(commands())
-OWN_OPTIONS = [names for names in COMMANDS if names != ("lm-eval",)]
-"""Commands with options of ours: those of lm-eval are the harness's."""
+OWN_OPTIONS = [names for names in COMMANDS if names not in (("lm-eval",), ("completion",))]
+"""Commands with options of ours: those of lm-eval are the harness's, and completion has none."""
 
 
 def sample(option: EnvironmentOption) -> str:

@@ -78,12 +78,15 @@ def test_help_lists_every_command_with_a_line_of_its_own() -> None:
         "ps": True,
         "stop": True,
         "plan": True,
+        "models": True,
+        "download": True,
         "eval": True,
         "lm-eval": True,
         "bench": True,
         "config": True,
         "store": True,
         "doctor": True,
+        "completion": True,
     }
 
 

@@ -29,6 +29,7 @@ _MISTAKES = {
     (*_RUN, "--offload", "none", "--resident-blocks", "3"): "--resident-blocks has no effect with --offload none",
     (*_RUN, "--overwrite"): "--overwrite without --output-file",
     ("runn",): "no such command: zeroinf runn\n\nhint: did you mean zeroinf run?",
+    ("pull", "m"): "did you mean zeroinf download?",
     ("org/model",): "hint: to run that model: zeroinf run org/model --prompt TEXT",
     ("run",): "error: no model is named\n\nhint: zeroinf run MODEL;",
     ("run", "demo", "Hello"): "error: unexpected: Hello\n\nhint: a prompt goes behind --prompt",

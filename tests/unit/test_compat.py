@@ -21,6 +21,7 @@ from zeroinf.compat import (
     chat_templates,
     deepspeed,
     dispatch,
+    hub,
     loading,
     masks,
     models,
@@ -357,3 +358,12 @@ def test_deepspeed_s_op_between_cpus_is_off() -> None:
 def test_formulas_of_operations() -> None:
     formula = dispatch.flop_registry[torch.ops.aten.mm]
     assert formula(torch.ones(2, 3), torch.ones(3, 5), out_val=torch.ones(2, 5)) == 2 * 2 * 3 * 5
+
+
+def test_the_hubs_bars_are_switched_off_and_on_again() -> None:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
+    before = are_progress_bars_disabled()
+    with hub.without_bars():
+        assert are_progress_bars_disabled()
+    assert are_progress_bars_disabled() == before

@@ -64,7 +64,7 @@ def test_a_hub_that_has_no_such_model_is_asked_once_and_before_anything_long(tmp
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         done = subprocess.run([sys.executable, "-c", _ASKING], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        asked = [path for method, path, _ in hub.asked if method == "HEAD"]
+        asked = [path for method, path in hub.asked if method == "HEAD"]
     said = done.stdout.splitlines()
     assert said[0] == "there"
     assert said[1].startswith("no model org/modle on the hub, or it is private | check the spelling")

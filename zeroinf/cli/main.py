@@ -27,12 +27,15 @@ _COMMANDS = (
     "ps",
     "stop",
     "plan",
+    "models",
+    "download",
     "eval",
     "lm-eval",
     "bench",
     "config",
     "store",
     "doctor",
+    "completion",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from zeroinf.cli.environment import option
 from zeroinf.errors import UsageError
@@ -130,6 +131,7 @@ def options_of(
             command = _flag(one, required=required, argument=argument)(command)
             if argument is not None:
                 written = {"metavar": f"[{one.name.upper()}]", "required": False, "expose_value": False}
+                written["shell_complete"] = complete_models
                 command = click.argument(argument, **written)(command)  # type: ignore[arg-type]
         return command
 
@@ -155,8 +157,20 @@ def _flag(one: Definition, *, required: bool, argument: str | None) -> Callable[
         attributes["default"] = f"{one.default >> 20}MiB"
     elif one.default not in (None, ()):
         attributes["default"] = one.default
+    if known.positional:
+        attributes["shell_complete"] = complete_models
     attributes |= {"section": known.section, "argument": argument, "hidden": known.hidden}
     return option(*flags, one.name, help=known.help, **attributes)
+
+
+def complete_models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """What Tab makes of the beginning of a model's name: models on this machine, of the catalog, or a path."""
+    from zeroinf.model.catalog import catalog_names
+    from zeroinf.model.local import local_models
+
+    names = dict.fromkeys([*(model.name for model in local_models()), *catalog_names()])
+    found = [CompletionItem(name) for name in names if name.startswith(begun)]
+    return found or [CompletionItem(begun, type="file")]
 
 
 def _type_of(one: Definition, written: Any) -> Any:

@@ -53,10 +53,10 @@ def no_such_command(name: str, known: Sequence[str], ctx: click.Context) -> Hint
     """The error for a word that is no command, with the one that was probably meant."""
     path = ctx.command_path
     near = get_close_matches(name.lower(), known, n=1)
-    if near:
-        hint = f"did you mean {path} {near[0]}?"
-    elif "run" in known and ("/" in name or name.endswith(".gguf")):
+    if "run" in known and ("/" in name or name.endswith(".gguf")):
         hint = f"to run that model: {path} run {name} --prompt TEXT"
+    elif near:
+        hint = f"did you mean {path} {near[0]}?"
     elif (same := _COMMANDS.get(name.lower())) in known or same in ("--version", "--help"):
         hint = f"did you mean {path} {same}?"
     else:

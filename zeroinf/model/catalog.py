@@ -35,6 +35,13 @@ def catalog_parameters(name: str) -> int | None:
     return entry.get("_parameters") if entry else None
 
 
+def catalog_method(name: str) -> str | None:
+    """How the catalog's checkpoint `name` is quantized; None where it is not."""
+    entry = _find(name)
+    found = entry.get("quantization_config") if entry else None
+    return str(found["quant_method"]) if found else None
+
+
 def catalog_quantized(name: str) -> dict[str, str]:
     """The quantized checkpoints of the catalog's model `name` (a catalog name or a hub id, in any case): their hub ids
     by their names, in the catalog's order."""

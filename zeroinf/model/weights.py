@@ -5,7 +5,7 @@ tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,22 @@ def weight_files(source: ModelSource) -> list[Path]:
         return [*weight_files(replace(source, adapter=None)), source.adapter.weights]
     if source.is_local:
         return local_weight_files(Path(source.location))
-    code = ("*.py",) if source.trust_remote_code else ()
-    folder = _fetch(source, (*_TEXT_FILES, *_SAFETENSORS, *code))
-    if not any((folder / f"{_SINGLE_FILES[0]}{suffix}").exists() for suffix in ("", _INDEX_SUFFIX)):
-        folder = _fetch(source, (*_TEXT_FILES, *_TORCH_FILES, *code))
+    folder = _fetch(source, pickled=False)
+    if not has_safetensors(path.name for path in folder.iterdir()):
+        folder = _fetch(source, pickled=True)
     return local_weight_files(folder)
+
+
+def hub_patterns(*, pickled: bool, trust_remote_code: bool) -> list[str]:
+    """Patterns of the files of a hub's model that are needed: config, tokenizer and weights, in safetensors or
+    `pickled`; with `trust_remote_code` its code."""
+    weights = _TORCH_FILES if pickled else _SAFETENSORS
+    return [*_TEXT_FILES, *weights, *(("*.py",) if trust_remote_code else ())]
+
+
+def has_safetensors(names: Iterable[str]) -> bool:
+    """Whether weights in safetensors are among the files of a model."""
+    return not {_SINGLE_FILES[0], f"{_SINGLE_FILES[0]}{_INDEX_SUFFIX}"}.isdisjoint(names)
 
 
 def weights_at_hand(location: str, revision: str | None) -> list[Path] | None:
@@ -221,11 +232,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _fetch(source: ModelSource, patterns: tuple[str, ...]) -> Path:
+def _fetch(source: ModelSource, *, pickled: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    patterns = hub_patterns(pickled=pickled, trust_remote_code=source.trust_remote_code)
     try:
-        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise hub_error(source.location, source.revision, error) from error
