@@ -38,6 +38,9 @@ Chat: TypeAlias = Sequence[Mapping[str, str]]
 Size: TypeAlias = int | str
 """Bytes, or text such as "24GiB"."""
 
+JsonSchema: TypeAlias = Mapping[str, Any] | type[Any]
+"""A JSON schema, or a class that makes one of itself, such as pydantic's models."""
+
 Prompt: TypeAlias = str | Chat | Mapping[str, Any]
 """Text, a chat, or an entry as in JSONL input: `prompt` or `messages`, and settings that hold for it alone."""
 
@@ -61,6 +64,10 @@ class CallSettings(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     min_tokens: int
     stop_token_ids: Sequence[int]
+    response_format: Mapping[str, Any] | None
+    json_schema: JsonSchema | None
+    regex: str | None
+    choices: Sequence[str] | None
     n: int
 
 
@@ -128,6 +135,10 @@ def generate(
     logit_bias: Mapping[int, float] | None = None,
     min_tokens: int = 0,
     stop_token_ids: Sequence[int] = (),
+    response_format: Mapping[str, Any] | None = None,
+    json_schema: JsonSchema | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
     n: int = 1,
     echo: bool = False,
     logprobs: int | None = None,
@@ -159,8 +170,10 @@ def generate(
     A prompt is text, a chat, or what a line of `zeroinf run -i` may be: `{"prompt": ..., "max_new_tokens": 8}`, whose
     settings hold for it alone. Sampling is as in calls of a `Pipeline`, how to run as in `pipeline`; `n` completions
     a prompt are so many results, and with `echo` the `text` of each begins with its prompt. Memory is planned for these
-    prompts. Where the model's scores for a prompt are not numbers, the `finish_reason` of its result is
-    "error". Raises InputError for prompts that cannot be run, and whatever else a run raises, with message and hint.
+    prompts. Answers are JSON that is valid against `json_schema`, match `regex`, are one of `choices`, or are what
+    OpenAI's `response_format` says. Where the model's scores for a prompt are not numbers, or nothing follows that its
+    answer's format allows, the `finish_reason` of its result is "error". Raises InputError for prompts that cannot be
+    run, and whatever else a run raises, with message and hint.
     """
     sampling = sampling_of(locals(), max_new_tokens)
     options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
@@ -176,6 +189,7 @@ def generate(
             Lengths.of(anatomy, rows, max(asked, default=None)),
             sampled=any(not request.sampling.is_greedy for request in requests),
             penalized=any(request.sampling.alters_scores for request in requests),
+            structured=any(request.sampling.answer_format is not None for request in requests),
         )
 
     observer = ProgressObserver(progress)
@@ -232,7 +246,12 @@ def pipeline(
     sampling = Sampling(max_new_tokens=max_new_tokens)
     options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
     lengths = Lengths(
-        prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens, logprobs=logprobs, sampled=True, penalized=True
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        logprobs=logprobs,
+        sampled=True,
+        penalized=True,
+        structured=True,
     )
     observer = ProgressObserver(progress)
     return Pipeline(open_session(options, lengths, None, observer, num_gpus), max_new_tokens, observer)
@@ -294,6 +313,10 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         n: int = 1,
     ) -> Any:
         """Complete a prompt or a chat, or each of several.
@@ -344,6 +367,10 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         n: int = 1,
         echo: bool = False,
         logprobs: int | None = None,
@@ -373,6 +400,10 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         n: int = 1,
         echo: bool = False,
         logprobs: int | None = None,
@@ -403,6 +434,10 @@ class Pipeline:
         logit_bias: Mapping[int, float] | None = None,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
         logprobs: int | None = None,
     ) -> Handle:
         """Let one prompt be completed beside all others, and return at once.

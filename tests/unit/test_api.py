@@ -81,6 +81,7 @@ HOW_TO_RUN = (
 ONE = (
     *("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "min_p"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids"),
+    *("response_format", "json_schema", "regex", "choices"),
 )
 SAMPLING = (*ONE, "n")
 

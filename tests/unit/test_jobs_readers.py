@@ -16,6 +16,7 @@ from zeroinf.errors import InputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import InputFormat, read_requests
 from zeroinf.service.requests import Refusal, Request
+from zeroinf.structured.answer_format import of_regex, of_schema
 
 DEFAULTS = Sampling(max_new_tokens=16)
 CHAT = "/v1/chat/completions"
@@ -422,13 +423,42 @@ def test_settings_that_ask_for_nothing_are_accepted(key: str, batch: bool) -> No
         ("guided_regex", "x*"),
         ("tools", [{}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("stream", True),
     ],
 )
 def test_settings_that_we_do_not_do_are_refused_by_name(key: str, value: object) -> None:
     reason = refuse_body(**{key: value})
-    assert reason.startswith(f"{key}=") and reason.endswith("is not supported")
+    assert reason.startswith(f"{key}=") and "is not supported" in reason
+
+
+def test_a_format_of_answers_is_a_setting_of_its_line() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    job = Sampling(max_new_tokens=9, answer_format=of_regex("a+"))
+    lines = [
+        {"prompt": "a"},
+        {"prompt": "b", "response_format": asked},
+        {"prompt": "c", "response_format": {"type": "text"}},
+    ]
+    requests, refusals = read("\n".join(map(json.dumps, lines)).encode(), defaults=job)
+    assert not refusals
+    assert [one.sampling.answer_format for one in requests] == [of_regex("a+"), of_schema(schema), None]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}}, "uniqueItems: not supported"),
+        ({"type": "yaml"}, "must have a type"),
+        ("json_object", "must be an object"),
+    ],
+)
+def test_a_format_that_cannot_be_carried_out_is_refused_by_its_line(value: object, words: str) -> None:
+    reason = refuse_body(response_format=value)
+    assert reason.startswith("response_format")
+    assert words in reason
+    assert "stop with response_format" in refuse_body(response_format={"type": "json_object"}, stop="x")
+    assert "response_format does it" in refuse_body(guided_regex="x*")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from zeroinf.errors import OutputError, RequestsFailedError, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files
 from zeroinf.options.options import (
+    AnswerOptions,
     EngineOptions,
     JobOptions,
     LaunchOptions,
@@ -54,6 +55,7 @@ _Report = TypeVar("_Report", "RunReport", "ClusterReport")
 @options_of(ModelOptions)
 @options_of(JobOptions)
 @options_of(SamplingOptions)
+@options_of(AnswerOptions)
 @options_of(RandomWeightsOptions)
 @options_of(EngineOptions)
 @options_of(RestOptions)

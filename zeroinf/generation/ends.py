@@ -20,6 +20,8 @@ class Ends:
 
     def of(self, row: Row) -> Container[int]:
         """The tokens after which `row` may have ended, NO_TOKEN among them."""
+        if row.answer is not None:
+            return _EVERY
         how = row.sampling
         kind = how.stop, how.stop_token_ids, how.ignore_eos
         if kind not in self._known:
@@ -30,6 +32,17 @@ class Ends:
             assert row.piece is not None or not stops
             self._known[kind] = _OrInStops(tokens, stops, row.piece) if stops and row.piece is not None else tokens
         return self._known[kind]
+
+
+class _Every:
+    """All tokens."""
+
+    def __contains__(self, token: object) -> bool:
+        return True
+
+
+_EVERY = _Every()
+"""Any token may complete an answer that has a format."""
 
 
 class _OrInStops:

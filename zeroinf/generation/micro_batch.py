@@ -21,8 +21,9 @@ from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.ends import Ends
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
+from zeroinf.generation.masks import Masks
 from zeroinf.generation.prompts import EncodedPrompts
-from zeroinf.generation.row import NO_TOKEN, Row
+from zeroinf.generation.row import NO_TOKEN, NO_TOKEN_ALLOWED, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
@@ -68,7 +69,7 @@ class TokenRules:
     def may_end_early(self, row: Row) -> bool:
         """Whether `row` can end before it has all its tokens."""
         own = bool(row.sampling.stop or row.sampling.stop_token_ids)
-        return own or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
+        return own or row.answer is not None or (bool(self.eos_tokens or self.stops) and not row.sampling.ignore_eos)
 
     def alters_scores(self, device: torch.device) -> bool:
         """Whether the model's scores may be altered before a token is chosen by them."""
@@ -134,6 +135,8 @@ class BatchState:
         self.has_encoder = bool(model.config.is_encoder_decoder)
         self.encoded: EncodedPrompts | None = None
         """Those of the live rows, which are one micro-batch where there is an encoder."""
+        self.masks = Masks(pool.size.rows, device)
+        """Of rows whose answers have a format."""
         self._cache = pool.new_cache()
         self._is_paged = pool.is_whole
 
@@ -150,10 +153,12 @@ class BatchState:
         numbers = to_device([seat.number for seat in seats], self.device)
         self.ids[:, : ids.shape[1]].index_copy_(0, numbers, to_device(ids.reshape(-1), self.device).view(ids.shape))
         self.pool.open({seat.number: seat.total for seat in seats if not seat.on_host})
+        self.masks.enter(seats)
 
     def close(self, seats: Sequence[Seat]) -> None:
         """Take back the pages of rows that have ended."""
         self.pool.close([seat.number for seat in seats if not seat.on_host])
+        self.masks.leave(seats)
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """The next pass runs `batches`, whose inputs are made, in this order."""
@@ -209,26 +214,30 @@ class MicroBatch(ABC):
         """Choose the next token of each row whose prompt is through; None where there is none.
 
         A row of which a score is NaN or infinite, or every one minus infinity, gets NO_TOKEN, unless the generation
-        config has `remove_invalid_values`.
+        config has `remove_invalid_values`. One whose answer has a format that leaves it none gets NO_TOKEN_ALLOWED.
         """
         batch_state = self._batch_state
         if not self._choosing:
             return None
         scores, seats, lengths = self._scores(output)
-        chosen = self._chosen
+        chosen, is_stuck = self._chosen, None
         processed = self._processed(scores, chosen)
         rows = [] if all(seat.is_plain for seat in chosen) else [seat.row for seat in chosen]
         if any(row.sampling.alters_scores for row in rows):
             known = [seat.known for seat in chosen]
             of_rows = batch_state.ids.index_select(0, seats)
             processed = alter_scores(processed, rows, of_rows, known, batch_state.rules.eos_tokens)
+            is_stuck = batch_state.masks.forbid(processed, chosen)
         judged = processed if batch_state.rules.mends_scores else scores
         highest = judged.amax(dim=-1)  # a NaN is the highest of all
         is_broken = highest.sub(highest).ne(0)  # an infinite one less itself is a NaN
         tokens = choose_tokens(processed, rows, _numbers(chosen) if rows else ()).masked_fill_(is_broken, 0)
         batch_state.ids.index_put_((seats, lengths.clamp(max=batch_state.last)), tokens)
         likelihoods = likelihoods_of(scores, tokens, rows)
-        return Chosen(chosen, tokens.masked_fill_(is_broken, NO_TOKEN), likelihoods)
+        tokens.masked_fill_(is_broken, NO_TOKEN)
+        if is_stuck is not None:
+            tokens.masked_fill_(is_stuck, NO_TOKEN_ALLOWED)
+        return Chosen(chosen, tokens, likelihoods, batch_state.masks)
 
     def _processed(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor:
         """The scores as the generation config wants them: rows with equally long prompts and completions together."""
@@ -354,25 +363,36 @@ class PackedBatch(MicroBatch):
 class Chosen:
     """The tokens chosen for some rows, on their way to the host."""
 
-    def __init__(self, seats: Sequence[Seat], tokens: torch.Tensor, likelihoods: Likelihoods | None) -> None:
-        """tokens: (rows,), int64, with NO_TOKEN for a row that ends in error."""
+    def __init__(
+        self, seats: Sequence[Seat], tokens: torch.Tensor, likelihoods: Likelihoods | None, masks: Masks
+    ) -> None:
+        """tokens: (rows,), int64, with NO_TOKEN or NO_TOKEN_ALLOWED for a row that ends in error."""
         self.seats = seats
         self._tokens = tokens.to("cpu", non_blocking=True)
         self._likelihoods = None if likelihoods is None else likelihoods.to_host()
         self._copied = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
+        self._followed = masks.follow(seats, self._on_host)
+
+    def _on_host(self) -> list[int]:
+        """The tokens, once they are there. From any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
 
     def accept(self, rules: TokenRules) -> tuple[int, list[Seat]]:
         """Wait for the tokens and give them to their rows: how many rows grew, and the seats of those that ended."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        tokens = self._on_host()
+        if self._followed is not None:
+            self._followed.result()
         told = {} if self._likelihoods is None else self._likelihoods.by_place()
         for place, likelihood in told.items():
             if not self.seats[place].row.finished:
                 self.seats[place].row.likelihoods.append(likelihood)
         grown, ended = 0, list[Seat]()
-        for seat, token in zip(self.seats, self._tokens.tolist(), strict=True):
+        for seat, token in zip(self.seats, tokens, strict=True):
             row = seat.row
             if row.finish_reason is not None:
                 continue
@@ -381,7 +401,7 @@ class Chosen:
                 grown += 1
                 continue
             row.accept(token, rules.eos_tokens, rules.stops)
-            grown += token != NO_TOKEN
+            grown += token >= 0
             if row.finish_reason is not None:
                 ended.append(seat)
         return grown, ended

@@ -8,12 +8,17 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
+from zeroinf.structured.answer_format import AnswerFormat
+from zeroinf.structured.matcher import AnswerState
+
 Decode = Callable[[Sequence[int]], str]
 Piece = Callable[[int], bytes | None]
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 NO_TOKEN = -1
 """Chosen where the model's scores are not numbers, and there is nothing to choose by."""
+NO_TOKEN_ALLOWED = -2
+"""Chosen where the format of the answer allows no token, or none that has a score."""
 
 MOST_LOGPROBS = 20
 """As many likely tokens as OpenAI's API tells."""
@@ -52,6 +57,8 @@ class Sampling:
     """The text has no special tokens."""
     stop_spans_prompt: bool = True
     """A stop string may begin in the prompt, as in transformers."""
+    answer_format: AnswerFormat | None = None
+    """What the completion must look like: where it says so the row ends, and nowhere else."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -81,11 +88,16 @@ class Sampling:
             raise ValueError("logit_bias must lie between -100 and 100")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError("stop_token_ids must not be negative")
+        if self.answer_format is not None:
+            ends = {name: getattr(self, name) for name in ("stop", "stop_token_ids", "ignore_eos", "min_tokens")}
+            if named := [name for name, value in ends.items() if value]:
+                raise ValueError(f"{named[0]} with response_format: the format says where the answer ends")
 
     @property
     def alters_scores(self) -> bool:
         """Whether the model's scores are altered before a token is chosen by them."""
-        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
+        own = bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
+        return own or self.answer_format is not None
 
     @property
     def penalizes(self) -> bool:
@@ -128,6 +140,10 @@ class Row:
     piece: Piece | None = None
     urgent: bool = False
     """Somebody waits for it: it enters before rows of which that is not so."""
+    answer: AnswerState | None = None
+    """Where the answer is in its format, if it has one."""
+    problem: str = ""
+    """Why the row ended in error, where the scores were numbers."""
 
     def __post_init__(self) -> None:
         if self.sampling.stop and self.piece is None:
@@ -146,13 +162,20 @@ class Row:
         """Take the next token; sets `finish_reason` and `text` when the row ends with it.
 
         `eos_tokens` and `stops` (strings) end every row but those that ignore them (`ignore_eos`), the row's own stop
-        strings end it always. With NO_TOKEN it ends in error, and its tokens never become text.
+        strings end it always. An answer with a format ends where that is complete, or with one of `eos_tokens`. With
+        NO_TOKEN or NO_TOKEN_ALLOWED it ends in error, and its tokens never become text.
         """
-        if token == NO_TOKEN:
-            self.finish_reason = "error"
+        if token in (NO_TOKEN, NO_TOKEN_ALLOWED):
+            self._fail(token)
             return
         self.generated.append(token)
         sampling = self.sampling
+        if self.answer is not None:
+            if self.answer.is_complete or token in eos_tokens:
+                self.finish_reason, self.text = "stop", self._text_to_end(token)
+                return
+            stops = ()
+            eos_tokens = frozenset()
         if len(self.generated) >= sampling.min_tokens:
             stop = self._find_stop(sampling.stop if sampling.ignore_eos else sampling.stop + stops)
             if stop is not None:
@@ -164,6 +187,11 @@ class Row:
                 return
         if len(self.generated) == sampling.max_new_tokens:
             self.finish_reason, self.text = "length", self.decode(self.generated)
+
+    def _fail(self, token: int) -> None:
+        self.finish_reason = "error"
+        if token == NO_TOKEN_ALLOWED and self.answer is not None:
+            self.problem = self.answer.problem or "no token that the format of the answer allows can be chosen"
 
     def cancel(self) -> None:
         """End the row where it is: nobody wants more of it."""

@@ -23,6 +23,7 @@ from zeroinf.jobs.foreign import Endpoint, asks_for_nothing, is_foreign, meant_b
 from zeroinf.jobs.formats import InputRecord
 from zeroinf.jobs.shape import LineError, Shaper, chat_of
 from zeroinf.service.requests import NO_OPTIONS, ChatOptions
+from zeroinf.structured.answer_format import AnswerFormat, of_response_format
 
 _LENGTH_NAMES = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # ours, OpenAI's old and new one
 _LEAST_NAMES = ("min_tokens", "min_new_tokens")
@@ -288,6 +289,8 @@ def _sampling(body: Body, defaults: Sampling) -> Sampling:
         changes["min_tokens"] = least
     if body.include_stop_str_in_output is not None:
         changes["include_stop"] = body.include_stop_str_in_output
+    if body.response_format is not None:
+        changes["answer_format"] = _answer_format(body.response_format)
     if changes.get("top_k") == -1:  # vLLM's way to say that nothing is filtered
         changes["top_k"] = 0
     if changes.get("top_p") == 0:  # of the likeliest tokens no more than the first
@@ -299,6 +302,13 @@ def _sampling(body: Body, defaults: Sampling) -> Sampling:
         return replace(defaults, **changes) if changes else defaults
     except ValueError as error:
         raise LineError(str(error)) from None
+
+
+def _answer_format(value: Mapping[str, Any]) -> AnswerFormat | None:
+    try:
+        return of_response_format(value)
+    except ValueError as error:
+        raise LineError(f"response_format: {error}") from None
 
 
 def _agreed(body: Body, names: tuple[str, ...]) -> int | None:

@@ -142,6 +142,7 @@ class Body(_Edge):
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     echo: bool | None = None
+    response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None

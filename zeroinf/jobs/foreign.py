@@ -40,7 +40,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "prompt_logprobs": (False,),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
@@ -59,6 +58,14 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     ),
 }
 """Settings that zeroinf does not do, and their values that ask for nothing. Null asks for nothing everywhere."""
+
+_INSTEAD = {
+    "guided_choice": 'response_format does it, with {"type": "choices", "choices": [...]}',
+    "guided_json": 'response_format does it, with {"type": "json_schema", "json_schema": {"schema": {...}}}',
+    "guided_regex": 'response_format does it, with {"type": "regex", "regex": "..."}',
+    "structured_outputs": "response_format does it, with the types json_schema, regex and choices",
+}
+"""What does the same as a setting that zeroinf does not have."""
 
 _SAME: dict[str, str] = {
     "do_sample": "temperature",
@@ -106,7 +113,8 @@ def asks_for_nothing(key: str, value: object) -> bool:
     # To Python False equals 0 and True equals 1; to the API they are of different types.
     if any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in NEUTRAL[key]):
         return True
-    raise LineError(f"{key}={reprlib.repr(value)} is not supported")
+    instead = f"; {_INSTEAD[key]}" if key in _INSTEAD else ""
+    raise LineError(f"{key}={reprlib.repr(value)} is not supported{instead}")
 
 
 def is_foreign(key: str) -> bool:

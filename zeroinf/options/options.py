@@ -6,11 +6,13 @@ constraints and the fingerprint of a job are filled from them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from zeroinf.engines.registry import ENGINE_NAMES
+from zeroinf.errors import UsageError
 from zeroinf.generation.row import MOST_LOGPROBS, Sampling
 from zeroinf.jobs.export import OutputFormat
 from zeroinf.jobs.formats import InputFormat
@@ -23,6 +25,7 @@ from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.service.requests import ChatOptions
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
+from zeroinf.structured.answer_format import AnswerFormat, of_choices, of_file, of_regex
 
 _DIRECT_IO_BYTES = 4096
 """O_DIRECT reads whole device sectors, which are 512 or 4096 bytes."""
@@ -452,6 +455,59 @@ class SamplingOptions(Options):
     )
 
 
+def _choices(text: str | None) -> tuple[str, ...] | None:
+    """A JSON list, or texts with commas between them."""
+    if text is None:
+        return None
+    if not text.lstrip().startswith("["):
+        return tuple(choice.strip() for choice in text.split(","))
+    try:
+        return tuple(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(Options):
+    """What answers must look like."""
+
+    json_schema: Path | None = option(
+        None,
+        path="existing file",
+        section="sampling",
+        help="Answers are JSON that is valid against the schema in this file. Needs zeroinf[structured].",
+    )
+    regex: str | None = option(
+        None,
+        section="sampling",
+        help="Answers match this regular expression as a whole (Rust's syntax).",
+    )
+    choices: tuple[str, ...] | None = option(
+        None,
+        flags=("--choices",),
+        written=str,
+        convert=_choices,
+        section="sampling",
+        help="Answers are one of these: A,B,C, or a JSON list.",
+    )
+
+    def answer_format(self) -> AnswerFormat | None:
+        """What is asked for, if anything. Raises UsageError for what contradicts itself or cannot be carried out."""
+        named = self.asked("json_schema", "regex", "choices")
+        if not named:
+            return None
+        if len(named) > 1:
+            raise UsageError(f"{' and '.join(named)} contradict each other", hint="name one format of the answers")
+        try:
+            if self.json_schema is not None:
+                return of_file(self.json_schema.read_text(encoding="utf-8-sig"))
+            return of_regex(self.regex) if self.regex is not None else of_choices(self.choices)
+        except OSError as error:
+            raise UsageError(f"{named[0]} {self.json_schema}: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"{named[0]}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions(Options):
     """How many ranks are started, and where."""
@@ -513,7 +569,7 @@ class LoadOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(LoadOptions, JobOptions, SamplingOptions, MeasureOptions):
+class RunOptions(LoadOptions, JobOptions, SamplingOptions, AnswerOptions, MeasureOptions):
     """One run, as it was asked for; nothing is resolved yet."""
 
     to_stdout: bool = False

@@ -41,6 +41,8 @@ class Lengths:
     """Some rows draw their tokens, which takes copies of the scores."""
     penalized: bool = False
     """The scores of some rows are altered by their own settings, which takes copies of them."""
+    structured: bool = False
+    """The answers of some rows have a format, whose masks take memory where they are applied."""
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
     prompts: tuple[int, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -12,6 +12,7 @@ from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.readers import read_requests
 from zeroinf.service.requests import Extra, Request
+from zeroinf.structured.answer_format import AnswerFormat, of_choices, of_regex, of_response_format, of_schema
 
 _ONLY_SAMPLED = ("top_p", "top_k", "min_p", "seed")
 _AS_THEY_ARE = (
@@ -37,6 +38,7 @@ def sampling_of(keywords: Mapping[str, Any], max_new_tokens: int) -> Sampling:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(keywords["stop_token_ids"]),
             logit_bias=tuple(sorted((keywords["logit_bias"] or {}).items())),
+            answer_format=_answer_format(keywords),
             **sampled,
             **{name: keywords[name] for name in _AS_THEY_ARE if name in keywords},
         )
@@ -47,6 +49,27 @@ def sampling_of(keywords: Mapping[str, Any], max_new_tokens: int) -> Sampling:
             f"{', '.join(sampled)} has no effect: the request is greedy", hint="add do_sample=True, or drop it"
         )
     return sampling
+
+
+def _answer_format(keywords: Mapping[str, Any]) -> AnswerFormat | None:
+    """The format that the keywords ask for. Raises ValueError that names the keyword."""
+    ways: dict[str, Callable[[Any], AnswerFormat | None]] = {
+        "response_format": of_response_format,
+        "json_schema": lambda schema: of_schema(_as_schema(schema)),
+        "regex": of_regex,
+        "choices": of_choices,
+    }
+    given = [name for name in ways if keywords[name] is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} contradict each other")
+    try:
+        return ways[given[0]](keywords[given[0]]) if given else None
+    except ValueError as error:
+        raise ValueError(f"{given[0]}: {error}") from None
+
+
+def _as_schema(schema: Any) -> Any:
+    return schema.model_json_schema() if isinstance(schema, type) and hasattr(schema, "model_json_schema") else schema
 
 
 def requests_of(prompts: Sequence[Any], sampling: Sampling, *, n: int = 1, echo: bool = False) -> list[Request]:

@@ -11,6 +11,7 @@ from typing import Any
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
+from zeroinf.generation.row import Sampling
 from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
@@ -75,7 +76,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     requests, refusals, unused = read_inputs(
         options.prompts,
         find_inputs(options.input_files),
-        options.sampling,
+        defaults_of(options),
         input_format=options.input_format,
         shape=options.shape,
     )
@@ -119,6 +120,15 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     return JobInput(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
+def defaults_of(options: RunOptions) -> Sampling:
+    """The settings of requests that say nothing else. Raises UsageError for a format of answers that does not hold."""
+    asked = options.answer_format()
+    try:
+        return options.sampling if asked is None else replace(options.sampling, answer_format=asked)
+    except ValueError as error:
+        raise UsageError(str(error), hint="drop one of them") from error
+
+
 def none_can_run(refusals: Sequence[Refusal]) -> str:
     """What there is to say of a job of which every request is refused."""
     return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
@@ -132,6 +142,7 @@ def lengths_of(anatomy: Anatomy, work: Sequence[Work]) -> Lengths:
         Lengths.of(anatomy, rows, max(asked, default=None)),
         sampled=any(not item.sampling.is_greedy for item in work),
         penalized=any(item.sampling.alters_scores for item in work),
+        structured=any(item.sampling.answer_format is not None for item in work),
     )
 
 

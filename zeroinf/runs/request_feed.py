@@ -176,6 +176,7 @@ class RequestFeed:
                 prompt_tokens=len(work.prompt),
                 completion_tokens=len(row.generated),
                 logprobs=told,
+                problem=row.problem or None,
             )
         )
 
@@ -262,5 +263,7 @@ class WarmUpFeed:
 
 def _row(work: Work, model: LoadedModel, tokens: int | None = None) -> Row:
     """A row for `work`, or for a few `tokens` of it."""
-    sampling = work.sampling if tokens is None else replace(work.sampling, max_new_tokens=tokens, ignore_eos=True)
+    sampling = work.sampling
+    if tokens is not None:
+        sampling = replace(sampling, max_new_tokens=tokens, ignore_eos=True, answer_format=None)
     return model.row(work.prompt, sampling, index=work.index)

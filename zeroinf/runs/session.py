@@ -189,6 +189,7 @@ class Session:
             completion_tokens=len(found.tokens),
             logprobs=told,
             extra=None if isinstance(request, Work) else request.extra,
+            problem=found.problem or None,
         )
 
     def close(self) -> None:

@@ -34,5 +34,6 @@ def planned_lengths(
         logprobs=logprobs,
         sampled=True,
         penalized=True,
+        structured=True,
         scored_tokens=(prompt_tokens or room) if scores_prompts else 0,
     )

@@ -247,6 +247,7 @@ class Service:
                 tokens=told.tokens,
                 likelihoods=told.likelihoods,
                 finish_reason=told.finish_reason,
+                problem=told.problem,
             )
         )
 
@@ -338,6 +339,7 @@ class _Running:
             row.generated[first:],
             row.likelihoods[first:],
             row.finish_reason,
+            problem=row.problem,
         )
 
 

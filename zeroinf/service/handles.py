@@ -22,6 +22,8 @@ class TokenEvent:
     """Of each of `tokens`, where the request asks for them."""
     finish_reason: FinishReason | None = None
     """In the last event: why it is the last."""
+    problem: str = ""
+    """Why it ended in error, where the model's scores were numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     likelihoods: Sequence[Likelihood] = ()
+    problem: str = ""
+    """Why it ended in error, where the model's scores were numbers."""
 
 
 class Handle:
@@ -73,6 +77,7 @@ class Handle:
             finish_reason=last,
             prompt_tokens=self.prompt_tokens,
             likelihoods=[one for event in events for one in event.likelihoods],
+            problem=events[-1].problem,
         )
 
     def when_changed(self, listener: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.prompts import decoder_start
-from zeroinf.generation.row import Row, Sampling
+from zeroinf.generation.row import Decode, Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
@@ -37,6 +37,7 @@ from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 from zeroinf.service.observer import Observer
 from zeroinf.service.text import TextCodec
+from zeroinf.structured.matcher import AnswerState, Vocabulary
 
 
 class LoadedModel:
@@ -133,6 +134,9 @@ class LoadedModel:
         self._start = decoder_start(model) if plan.anatomy.encoder is not None else None
         rules = TokenRules(model, self.codec.pad_token, self.codec.eos_tokens)
         self.pad_token = rules.pad_token
+        self._vocabulary = Vocabulary(
+            self.codec.piece, plan.anatomy.vocabulary, self.codec.special_tokens, rules.eos_tokens
+        )
         self.stops = rules.stops
         """Stop strings of the model's generation config."""
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(model.config))
@@ -150,16 +154,24 @@ class LoadedModel:
 
     def row(self, prompt: Sequence[int], sampling: Sampling, *, index: int = 0, urgent: bool = False) -> Row:
         """A row that completes `prompt`. `index` tells its random numbers from those of rows with the same seed."""
+        asked = sampling.answer_format
         given, source = (prompt, ()) if self._start is None else ((self._start,), prompt)
         return Row(
             index=index,
             prompt=given,
             source=source,
             sampling=sampling,
-            decode=self.codec.decode if sampling.skip_special_tokens else self.codec.decode_all,
+            decode=self._decode(sampling),
             piece=self.codec.piece,
             urgent=urgent,
+            answer=None if asked is None else AnswerState(self._vocabulary, asked),
         )
+
+    def _decode(self, sampling: Sampling) -> Decode:
+        """What makes text of the tokens of a row."""
+        if sampling.answer_format is not None:
+            return self.codec.decode_as_it_is
+        return self.codec.decode if sampling.skip_special_tokens else self.codec.decode_all
 
     @property
     def shares_scores(self) -> bool:

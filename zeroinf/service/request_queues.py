@@ -60,6 +60,8 @@ class RequestEvent:
     likelihoods: Sequence[Likelihood] = ()
     finish_reason: FinishReason | None = None
     scores: TokenScores | None = None
+    problem: str = ""
+    """Why it ended in error, where the model's scores were numbers."""
 
 
 class RequestQueue(Protocol):

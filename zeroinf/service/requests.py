@@ -118,6 +118,8 @@ class Result:
     """Of each generated token, as the output tells them, where the request asks for them."""
     extra: Extra | None = None
     """Known where results are written, not on their way there."""
+    problem: str | None = None
+    """Why it failed, where the model's scores were numbers."""
 
     @property
     def failed(self) -> bool:
@@ -127,7 +129,7 @@ class Result:
     def reason(self) -> str:
         """Why it failed, if it did."""
         tokens = "1 token" if self.completion_tokens == 1 else f"{self.completion_tokens} tokens"
-        return f"after {tokens} {NOT_NUMBERS}; {NOT_NUMBERS_HINT}" if self.failed else ""
+        return f"after {tokens} {self.problem or f'{NOT_NUMBERS}; {NOT_NUMBERS_HINT}'}" if self.failed else ""
 
     @property
     def text(self) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from zeroinf.compat.chat_templates import clock_at
@@ -56,6 +56,14 @@ class TextCodec:
     def eos_tokens(self) -> tuple[int, ...]:
         token = self._tokenizer.eos_token_id if self._tokenizer is not None else None
         return () if token is None else (token,)
+
+    @cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        if self._tokenizer is None:
+            return frozenset()
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(self._tokenizer.all_special_ids) | {token for token, one in added if one.special}
 
     def encode(self, request: Request) -> list[int]:
         """Token ids of a request's prompt, checked against the model.
@@ -135,7 +143,9 @@ class TextCodec:
         return list(ids)
 
     def _check_settings(self, sampling: Sampling) -> None:
-        """Raises ValueError for a setting that names a token which the model has not."""
+        """Raises ValueError for a setting that names a token which the model has not, or needs a tokenizer."""
+        if sampling.answer_format is not None and self._tokenizer is None:
+            raise ValueError("response_format needs the text of tokens, and the model has no tokenizer")
         named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
         for name, tokens in named.items():
             if tokens and max(tokens) >= self._anatomy.vocabulary:
@@ -211,6 +221,13 @@ class TextCodec:
     def decode_all(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones included."""
         return self._decoded(tokens, skip_special_tokens=False)
+
+    def decode_as_it_is(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out, and nothing else changed: tokenizers may drop or add
+        spaces."""
+        special = self.special_tokens
+        pieces = (self.piece(token) or b"" for token in tokens if token not in special)
+        return b"".join(pieces).decode(errors="replace")
 
     def _decoded(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
         if self._tokenizer is not None:

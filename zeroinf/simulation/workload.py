@@ -27,6 +27,7 @@ from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
+from zeroinf.structured.answer_format import AnswerFormat
 
 _META = torch.device("meta")
 # So many blocks of each kind are run: the gaps that one leaves behind for the next stop growing after a few (GPT-NeoX:
@@ -314,6 +315,7 @@ def _expand(model: Any, blocks: ModuleList) -> ExpansionCost:
 
 _SAMPLED: dict[str, Any] = {"temperature": 0.5, "top_k": 50, "top_p": 0.9, "min_p": 0.1}
 _PENALIZED: dict[str, Any] = {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1}
+_STRUCTURED = AnswerFormat("regex", ".")
 """Settings of rows that take as much memory as any."""
 
 
@@ -328,8 +330,9 @@ def _parts(rows: int, start: int, count: int, padded: bool) -> tuple[Part, ...]:
 def _group(parts: Sequence[Part], lengths: Lengths, sources: Sequence[int], *, on_host: bool) -> Group:
     sampling = Sampling(
         max_new_tokens=lengths.new_tokens,
-        ignore_eos=True,
+        ignore_eos=not lengths.structured,
         logprobs=lengths.logprobs,
+        answer_format=_STRUCTURED if lengths.structured else None,
         **(_SAMPLED if lengths.sampled else {}),
         **(_PENALIZED if lengths.penalized else {}),
     )
