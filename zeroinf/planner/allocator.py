@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROUND_BYTES = 512
 SMALL_BYTES = 1 << 20
@@ -22,8 +23,7 @@ _START_BITS = 48
 _START = (1 << _START_BITS) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):  # which is made and read several times as fast as a dataclass: plans take millions
     """An allocation of `nbytes` under the name `key`, or, with `nbytes` None, its end."""
 
     key: int
@@ -60,16 +60,15 @@ class Allocator:
     def replay(self, events: Iterable[Event]) -> None:
         """Carry out `events` in order. Raises KeyError for the end of something that was never allocated."""
         places, small, large, live, peak = self._places, self._small, self._large, self._live, self._peak
-        for event in events:
-            nbytes = event.nbytes
+        for key, nbytes in events:
             if nbytes is None:
-                pool, start, size = places.pop(event.key)
+                pool, start, size = places.pop(key)
                 pool.free(start, size)
                 live -= size
                 continue
             size = rounded(nbytes)
             pool = small if size <= SMALL_BYTES else large
-            places[event.key] = (pool, pool.allocate(size), size)
+            places[key] = (pool, pool.allocate(size), size)
             live += size
             if live > peak:
                 peak = live

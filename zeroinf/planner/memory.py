@@ -253,12 +253,12 @@ def _changes(step: Step) -> list[tuple[int, int]]:
     found = []
     for events in (step.inputs, *step.sections, step.end, step.choice):
         live = most = 0
-        for event in events:
-            if event.nbytes is None:
-                live -= sizes.pop(event.key)
+        for key, nbytes in events:
+            if nbytes is None:
+                live -= sizes.pop(key)
             else:
-                sizes[event.key] = rounded(event.nbytes)
-                live += sizes[event.key]
+                sizes[key] = rounded(nbytes)
+                live += sizes[key]
                 most = max(most, live)
         found.append((most, live))
     return found

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, hypot
 from typing import Literal
@@ -278,6 +278,8 @@ class _Work(ABC):
     waits: dict[Resource, float]
     overlaps: bool
     """The engine copies weights while it computes."""
+    known: dict[tuple[float, float, float], tuple[float, Resource]] = field(default_factory=dict, init=False)
+    """What `passing` found: most passes of a job are alike."""
 
     def seconds(self, prompts: float, decode: float, forwards: float = 0.0) -> float:
         """Of a pass, as `passing` says."""
@@ -287,8 +289,12 @@ class _Work(ABC):
         """Seconds of a pass with such parts of a full load of prompts and of a step of all rows, and what they are
         spent on; prompts take so many forwards, or as many as their part of a full load's.
         """
-        both = self.cost(prompts, decode, forwards)
-        return _pass(both, self.expansion, self.prompt_waits if prompts else self.waits, overlaps=self.overlaps)
+        found = self.known.get((prompts, decode, forwards))
+        if found is None:
+            both, waits = self.cost(prompts, decode, forwards), self.prompt_waits if prompts else self.waits
+            found = _pass(both, self.expansion, waits, overlaps=self.overlaps)
+            self.known[prompts, decode, forwards] = found
+        return found
 
     def filling_s(self, rows: float) -> float:
         """Seconds until so many rows have entered, which from then on have a step in every pass."""

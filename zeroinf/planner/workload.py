@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from statistics import fmean
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event
@@ -121,8 +121,7 @@ Pattern = Literal["straight", "converted", "crossed", "repeated"]
 over some in another order, or over some elements several times."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One kernel: floating point operations of matrix products (0 for all else), bytes read and written."""
 
     flops: int
@@ -296,16 +295,16 @@ def _told(step: Step, count: int, number: int) -> tuple[Events, ...]:
     parts = (step.inputs, *step.sections, step.end, step.choice)
     if count == 1:
         return parts
-    return tuple(tuple(Event(event.key * count + number, event.nbytes) for event in part) for part in parts)
+    return tuple(tuple(Event(key * count + number, nbytes) for key, nbytes in part) for part in parts)
 
 
 def repeated(passes: Sequence[Pass]) -> list[Event]:
     """The events of `passes`, in order; what stays alive after them ends, as rows do."""
     events = [event for steps in passes for event in lock_step(steps)]
     alive: dict[int, None] = {}
-    for event in events:
-        if event.nbytes is None:
-            del alive[event.key]
+    for key, nbytes in events:
+        if nbytes is None:
+            del alive[key]
         else:
-            alive[event.key] = None
+            alive[key] = None
     return events + [Event(key) for key in alive]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache, cached_property
 from itertools import chain
 from typing import Any
@@ -94,16 +93,18 @@ class _Plane:
 
     def at(self, tokens: int, choices: int) -> Step:
         """Raises ValueError where the three do not do the same things in other sizes."""
-        away = tokens - _CORNER[0], choices - _CORNER[1]
+        (over_tokens, over_choices), corner = self._over, _CORNER
+        more_tokens, more_choices = tokens - corner[0], choices - corner[1]
 
-        def between(corner: int, *more: int) -> int:
-            slopes = zip(more, away, self._over, strict=True)
-            return corner + sum((other - corner) * far // over for other, far, over in slopes)
+        def between(at: int, beside: int, above: int) -> int:
+            return at + (beside - at) * more_tokens // over_tokens + (above - at) * more_choices // over_choices
 
         def events(*of_each: Events) -> Events:
             return tuple(
-                one[0] if any(event.nbytes is None for event in one) else Event(one[0].key, between(*_sizes(one)))
-                for one in zip(*of_each, strict=True)
+                one
+                if one.nbytes is None or two.nbytes is None or three.nbytes is None
+                else Event(one.key, between(one.nbytes, two.nbytes, three.nbytes))
+                for one, two, three in zip(*of_each, strict=True)
             )
 
         def kernels(*of_each: Kernels) -> Kernels:
@@ -111,12 +112,13 @@ class _Plane:
             return Kernels(
                 of_each[0].times,
                 tuple(
-                    replace(
-                        one[0],
-                        flops=between(*(kernel.flops for kernel in one)),
-                        nbytes=between(*(kernel.nbytes for kernel in one)),
+                    Kernel(
+                        between(one.flops, two.flops, three.flops),
+                        between(one.nbytes, two.nbytes, three.nbytes),
+                        one.operator,
+                        one.pattern,
                     )
-                    for one in found
+                    for one, two, three in found
                 ),
             )
 
@@ -128,10 +130,6 @@ class _Plane:
             choice=events(*(step.choice for step in steps)),
             kernels=tuple(kernels(*groups) for groups in zip(*(step.kernels for step in steps), strict=True)),
         )
-
-
-def _sizes(events: Iterable[Event]) -> Iterator[int]:
-    return (event.nbytes for event in events if event.nbytes is not None)
 
 
 def fullest(sides: Sequence[tuple[ByTokens, int]], shape: Shape) -> tuple[Pass, ...]:

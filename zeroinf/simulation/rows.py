@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Events, Kernel, Kernels, Step, same
@@ -84,7 +84,9 @@ class _Line:
 
     def _kernels(self, one: tuple[Kernel, ...], other: tuple[Kernel, ...], rows: int) -> tuple[Kernel, ...]:
         return tuple(
-            replace(a, flops=self._between(a.flops, b.flops, rows), nbytes=self._between(a.nbytes, b.nbytes, rows))
+            Kernel(
+                self._between(a.flops, b.flops, rows), self._between(a.nbytes, b.nbytes, rows), a.operator, a.pattern
+            )
             for a, b in zip(one, other, strict=True)
         )
 

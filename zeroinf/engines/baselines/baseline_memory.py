@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from zeroinf.model.anatomy import HostSize
+from zeroinf.planner.allocator import Event
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import Overhead, Term, dynamic_terms, piece_bytes, pieces, process_terms
@@ -42,7 +43,7 @@ def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhe
     }
     yield from (Term("gpu", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
     cache = tuple(
-        event if event.nbytes is None else replace(event, nbytes=_share(event.nbytes, mine, whole))
+        event if event.nbytes is None else Event(event.key, _share(event.nbytes, mine, whole))
         for event in workload.cache
     )
     yield from dynamic_terms([n for n in held.values() if n], replace(workload, cache=cache), overhead)
