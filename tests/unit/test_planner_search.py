@@ -31,7 +31,8 @@ from zeroinf.errors import DoesNotFitError
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision
 from zeroinf.planner.memory import Overhead, store_bytes, total
-from zeroinf.planner.search import MOST_MICRO_BATCH_ROWS, MOST_ROWS, Planner
+from zeroinf.planner.pass_shapes import MOST_MICRO_BATCH_ROWS, MOST_ROWS
+from zeroinf.planner.search import Planner
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.workload import Shape, Workload
 

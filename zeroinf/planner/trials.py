@@ -1,0 +1,218 @@
+"""Tries settings: whether they fit into the memory that is there, and how fast they are.
+
+Input: the facts of a search, the user's constraints and the budgets of memory in bytes. Output: a `Candidate` with its
+memory terms and times, or a `Rejection` that says what is short.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+from zeroinf.planner.choice import Choice, Fetch, Offload
+from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.decision import Candidate, Rejection, Shortage
+from zeroinf.planner.descriptor import descriptor_of
+from zeroinf.planner.facts import Facts
+from zeroinf.planner.memory import (
+    GAPS,
+    LOADING_STAGES,
+    REQUESTS,
+    SCORES,
+    SLOTS,
+    SMALL_PAGES,
+    MemoryPlace,
+    Term,
+    pieces,
+    scores_bytes,
+    total,
+)
+from zeroinf.planner.pass_shapes import PassShapes
+from zeroinf.planner.search_space import OFFLOADS
+from zeroinf.planner.timing import time_plan
+from zeroinf.planner.workload import Shape, Workload
+
+Budgets = Mapping[MemoryPlace, int]
+"""Bytes that a run may take of each place."""
+
+
+class Trials:
+    """Settings under some constraints, tried against one set of budgets."""
+
+    def __init__(self, facts: Facts, constraints: Constraints, budgets: Budgets, shapes: PassShapes) -> None:
+        self._facts, self._anatomy = facts, facts.anatomy
+        self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
+        self._engine = descriptor_of(constraints.engine)
+
+    def choice(self, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
+        """The settings of `rows` rows and so many resident blocks, before the shape of their passes is known."""
+        constraints, on_disk = self._constraints, 0
+        if offload == "nvme":
+            on_disk = len(self._anatomy.blocks) - residents
+            if constraints.offload == "auto" and self._engine.mixes_tiers:
+                on_disk -= min(on_disk, self._blocks_in_host(rows))
+        return Choice(
+            engine=constraints.engine,
+            offload=offload,
+            fetch=fetch,
+            batch_size=rows,
+            micro_batch_rows=rows,
+            prefill_tokens=rows * self._facts.lengths.prompt_tokens,
+            resident_blocks=residents,
+            nvme_blocks=on_disk,
+            wire=constraints.wire,
+            host_rows=self._shapes.host_rows(rows),
+            kv_dtype=constraints.kv_dtype,
+        )
+
+    def fewest_residents(self, offload: Offload) -> int:
+        """Blocks that must stay on the GPU, by the user's word or since the host cannot hold them."""
+        blocks, asked = len(self._anatomy.blocks), self._constraints.resident_blocks
+        if offload == "none":
+            return blocks
+        if asked is not None:
+            return min(asked, blocks)
+        if offload == "cpu" and self._facts.device == "cuda" and self._engine.mixes_tiers:
+            return max(0, min(blocks - 1, blocks - self._blocks_in_host(1)))
+        return 0
+
+    def in_any_shape(self, choice: Choice) -> Candidate | Rejection:
+        """The first shape of passes that fits, of those that take most memory and least time first."""
+        rejected = self.too_many_rows(choice)
+        for shape in self._shapes.of_rows(choice.batch_size) if rejected is None else ():
+            outcome = self.in_shape(choice, shape)
+            if isinstance(outcome, Candidate):
+                return outcome
+            rejected = outcome
+        assert rejected is not None
+        return rejected
+
+    def in_shape(self, choice: Choice, shape: Shape) -> Candidate | Rejection:
+        """`choice` in passes of `shape`."""
+        choice = replace(
+            choice,
+            micro_batch_rows=shape.micro_batch_rows,
+            prefill_tokens=shape.prefill_tokens,
+            forward_tokens=shape.forward_tokens,
+        )
+        workload = self._facts.simulate(shape)
+        terms = self._terms(choice, workload)
+        needed = {place: total(terms, place) for place in self._budgets}
+        shortages = tuple(
+            Shortage(place=place, needed_bytes=needed[place], available_bytes=available)
+            for place, available in self._budgets.items()
+            if needed[place] > available
+        )
+        if shortages:
+            return Rejection.of(choice, *shortages)
+        constraints = self._constraints
+        timing = time_plan(
+            self._anatomy,
+            choice,
+            workload,
+            self._facts.speeds,
+            constraints.streams,
+            constraints.requests,
+            static=constraints.static_batches,
+        )
+        return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
+
+    def too_many_rows(self, choice: Choice) -> Rejection | None:
+        """What the KV cache alone says of more rows than one, which takes no simulation."""
+        place = self._facts.compute_place
+        size = self._facts.lengths.pool(self._anatomy, choice.batch_size, choice.host_rows)
+        pool, available = self._anatomy.pool_bytes(size), self._budgets[place]
+        if self._constraints.batch_size is not None or choice.batch_size == 1 or pool <= available:
+            return None
+        return Rejection.of(choice, Shortage(place=place, needed_bytes=pool, available_bytes=available))
+
+    def with_more_residents(self, candidate: Candidate, shape: Shape | None = None) -> list[Candidate]:
+        """The same with as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
+        choice, blocks, place = candidate.choice, len(self._anatomy.blocks), self._facts.compute_place
+        if self._constraints.resident_blocks is not None or choice.offload == "none" or not self._engine.places_blocks:
+            return []
+        free = self._budgets[place] - total(candidate.terms, place)
+        room, slots = free // max(pieces(self._anatomy, choice.wire)), SLOTS[choice.fetch]
+        for residents in range(blocks - 1, choice.resident_blocks, -1):
+            # The last that stream pass through fewer slots: one more that stays takes nothing then.
+            spared = min(slots, blocks - choice.resident_blocks) - min(slots, blocks - residents)
+            if residents - choice.resident_blocks > room + spared:
+                continue
+            changed = self.choice(choice.offload, choice.fetch, choice.batch_size, residents)
+            is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
+            if is_another_way:
+                continue
+            outcome = self.in_any_shape(changed) if shape is None else self.in_shape(changed, shape)
+            if isinstance(outcome, Candidate):
+                return [outcome]
+        return []
+
+    def true_shortage(self, rejected: Rejection, fewest: int) -> Rejection:
+        """Why a way does not fit: what the host lacks, where blocks had to stay on the GPU for want of host memory."""
+        if rejected.offload != "cpu" or self._constraints.resident_blocks is not None or not fewest:
+            return rejected
+        choice = self.choice("cpu", rejected.fetch, rejected.batch_size, 0)
+        with_plenty = Trials(self._facts, self._constraints, {**self._budgets, "host": sys.maxsize}, self._shapes)
+        outcome = with_plenty.in_any_shape(choice)
+        blocks = len(self._anatomy.blocks) * max(pieces(self._anatomy, self._constraints.wire))
+        needed = self._host_bytes_beside_blocks(1) + blocks
+        if isinstance(outcome, Candidate):
+            needed = max(needed, total(outcome.terms, "host"))
+        short = Shortage(place="host", needed_bytes=needed, available_bytes=self._facts.host_bytes)
+        return Rejection.of(choice, short, *(outcome.shortages if isinstance(outcome, Rejection) else ()))
+
+    def merit(self, candidate: Candidate) -> tuple[float, int, int, int]:
+        """More tokens/s; of equals, what needs fewer things to work, then more rows, then fewer blocks on the GPU.
+
+        A CPU computes few rows as fast as many, and its memory belongs to others, too: there, fewer rows of equals.
+        """
+        choice, on_cpu = candidate.choice, self._facts.device == "cpu"
+        speed = float(f"{candidate.timing.tokens_per_second:.{2 if on_cpu else 3}g}")
+        rows = -choice.batch_size if on_cpu else choice.batch_size
+        return (speed, -OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
+
+    def _blocks_in_host(self, rows: int) -> int:
+        """How many blocks the host can hold beside everything else there."""
+        free = self._facts.host_bytes - self._host_bytes_beside_blocks(rows)
+        return max(0, free // max(pieces(self._anatomy, self._constraints.wire)))
+
+    def _host_bytes_beside_blocks(self, rows: int) -> int:
+        """What the host holds beside blocks, the stages of resident ones included."""
+        blocks, on_gpu = len(self._anatomy.blocks), self._facts.device == "cuda"
+        resident = min(LOADING_STAGES - 1, blocks) if on_gpu else 0
+        nothing = Choice(
+            engine=self._constraints.engine,
+            offload="nvme",
+            fetch="replicated",
+            batch_size=rows,
+            micro_batch_rows=rows,
+            prefill_tokens=rows,
+            resident_blocks=resident,
+            nvme_blocks=blocks - resident,
+            wire=self._constraints.wire,
+        )
+        terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms())
+        if not on_gpu:  # what computes lies there, too
+            terms = self._terms(nothing, self._facts.simulate(next(self._shapes.of_rows(rows))))
+        return total(terms, "host")
+
+    def _request_terms(self) -> tuple[Term, ...]:
+        """Host memory that the job's requests take."""
+        held = self._facts.lengths.request_bytes
+        return (Term("host", REQUESTS, held, "counted"),) if held else ()
+
+    def _terms(self, choice: Choice, workload: Workload) -> tuple[Term, ...]:
+        own = self._facts.engine_terms
+        terms = (*own.gpu(choice, workload), *own.elsewhere(choice, workload.host), *self._request_terms())
+        if scored := scores_bytes(self._anatomy, self._facts.lengths.scored_tokens):
+            terms = (*terms, Term("gpu", SCORES, scored, "counted"))
+        if self._facts.device == "cpu":
+            ranks = self._constraints.world_size
+            terms = tuple(_on_host(term, ranks) for term in terms if term.name not in (SMALL_PAGES, GAPS))
+        return terms
+
+
+def _on_host(term: Term, world_size: int) -> Term:
+    """Without a GPU each rank computes in host memory."""
+    return replace(term, place="host", nbytes=term.nbytes * world_size) if term.place == "gpu" else term
