@@ -95,6 +95,7 @@ def plan(
     output_len: int = 128,
     requests: int | None = None,
     machine: str | None = None,
+    gpu: str | None = None,
     num_gpus: int | None = None,
     gpu_memory: Size | None = None,
     host_memory: Size | None = None,
@@ -109,8 +110,8 @@ def plan(
     """What `zeroinf plan` would do: where every byte goes (`terms`) and how long it takes (`timing`, seconds).
 
     `input_len` and `output_len` are tokens a row. `machine` is a name of configs/machines or a file of `zeroinf doctor
-    --json`; without one it is this machine. No weights are loaded. Raises DoesNotFitError when nothing fits, UsageError
-    for what would have no effect.
+    --json`; without one it is this machine. `gpu` is one of those machines', which takes the place of its own. No
+    weights are loaded. Raises DoesNotFitError when nothing fits, UsageError for what would have no effect.
     """
     return make_plan(plan_input_of(from_keywords(PlanOptions, locals()))).plan
 

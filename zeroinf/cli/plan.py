@@ -5,8 +5,9 @@ allocated.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,15 +23,18 @@ from zeroinf.options.contradictions import check_folders, refuse_idle
 from zeroinf.options.options import (
     EngineOptions,
     MachineOptions,
-    ModelOptions,
+    PlannedModelOptions,
     PlanOptions,
     RestOptions,
     TransferOptions,
 )
 
+if TYPE_CHECKING:
+    from zeroinf.options.lists import Listed
+
 
 @command(short_help="Say what fits, how fast it would be, and why.")
-@options_of(ModelOptions)
+@options_of(PlannedModelOptions)
 @options_of(EngineOptions)
 @options_of(RestOptions)
 @options_of(TransferOptions)
@@ -57,10 +61,18 @@ def plan(
       zeroinf plan --model llama-2-70b --gpu-memory 24GiB --host-memory 256GiB
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
+      zeroinf plan --models all --machine 1xRTX4090-24GB-64GiB
+      zeroinf plan --model llama-3-70b --host-memory 128GiB --gpus all
     """
     options = asked_of(ctx, PlanOptions, asked)
     refuse_idle(options)
     _refuse_idle_output(options.engine, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
+    from zeroinf.options.lists import listed
+
+    varied, _ = listed(options)
+    if varied is not None:
+        _print_table(options, varied, as_json=as_json, explain=explain, plot=plot, advice=advice)
+        return
     _refuse_early(options)
     with importing():
         from zeroinf.cli.plan_view import print_plan, to_json
@@ -84,6 +96,22 @@ def plan(
         click.echo(json.dumps(to_json(plan_input, found), indent=2))
     else:
         print_plan(plan_input, found, explain=explain)
+
+
+def _print_table(
+    options: PlanOptions, varied: Listed, *, as_json: bool, explain: bool, plot: Path | None, advice: bool
+) -> None:
+    """What fits, of a list of models or GPUs."""
+    if idle := [flag for flag, given in (("--explain", explain), ("--plot", plot)) if given]:
+        raise UsageError(f"{', '.join(idle)} has no effect with a table", hint=f"drop it, or name one --{varied}")
+    with importing():
+        from zeroinf.cli.plan_table import plan_all, print_table, table_json
+
+    rows = plan_all(options, advise=advice, show=sys.stderr.isatty())
+    if as_json:
+        click.echo(json.dumps(table_json(options, rows, varied), indent=2))
+    else:
+        print_table(options, rows, varied)
 
 
 def _refuse_early(options: PlanOptions) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from zeroinf.engines.registry import descriptor_of
+from zeroinf.hardware.machine import Machine
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
@@ -28,7 +29,11 @@ _LARGE_TERMS = 4
 def print_plan(plan_input: PlanInput, found: PlanResult, *, explain: bool) -> None:
     """The plan on stdout, in a page; with `explain` every term and rate."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    for name, text in (("model", _model(plan_input)), ("machine", _machine(plan_input)), ("job", _job(plan_input))):
+    for name, text in (
+        ("model", _model(plan_input)),
+        ("machine", machine_line(plan_input.machine)),
+        ("job", _job(plan_input)),
+    ):
         console.print(f"{name:<8} {text}")
     for index, line in enumerate(plan_lines(found.plan)):
         console.print(f"{'' if index else 'plan':<8} {line}")
@@ -52,8 +57,8 @@ def _model(plan_input: PlanInput) -> str:
     )
 
 
-def _machine(plan_input: PlanInput) -> str:
-    machine = plan_input.machine
+def machine_line(machine: Machine) -> str:
+    """GPUs, host memory and disks of a machine in a line."""
     host = f"{gib(machine.memory.available_bytes)} of host memory"
     if not machine.gpus:
         return f"no GPU: computes on the CPU, {host}"

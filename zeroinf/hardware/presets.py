@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,51 @@ def load_machine(name_or_path: str) -> MachineFile:
             f"no machine {name_or_path!r}: no preset has that name, and as a file: {error.strerror}",
             hint=f"{nearest}presets: {', '.join(preset_names())}; `zeroinf doctor --json > FILE` saves a machine",
         ) from error
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Names of all GPUs of the presets, sorted: a preset's name without the number of GPUs and its host memory."""
+    return tuple(sorted(_by_gpu()))
+
+
+def with_gpu(machine: Machine, rates: Rates, name: str) -> tuple[Machine, Rates]:
+    """The machine with GPUs of that name (in any case) in the place of its own, one where it has none, and their
+    published rates in the place of measured ones.
+
+    Raises:
+        UsageError: no preset has such a GPU.
+    """
+    presets = {gpu.lower(): preset for gpu, preset in _by_gpu().items()}
+    if name.lower() not in presets:
+        close = get_close_matches(name.lower(), presets, n=1)
+        nearest = f"did you mean {next(one for one in gpu_names() if one.lower() == close[0])}? " if close else ""
+        raise UsageError(f"--gpu {name}: no preset has such a GPU", hint=f"{nearest}known: {', '.join(gpu_names())}")
+    preset = load_machine(presets[name.lower()])
+    gpu = preset.machine.gpus[0]
+    gpus = tuple(replace(gpu, index=index) for index in range(max(1, len(machine.gpus))))
+    own = Rates.of("data sheet", **{rate: getattr(preset.rates, rate) for rate in _GPU_RATES})
+    return replace(machine, gpus=gpus), rates.without(*_GPU_RATES, *_OF_ONE_GPU).updated(own)
+
+
+_GPU_RATES = ("link_gbps", "matmul_tflops", "hbm_gbps", "all_gather_gbps")
+# Measured with the machine's own GPUs.
+_OF_ONE_GPU = (
+    "links_gbps",
+    "context_bytes",
+    "workspace_bytes",
+    "nccl_bytes",
+    "page_lock_gbps",
+    "shared_page_lock_gbps",
+)
+
+
+def _by_gpu() -> dict[str, str]:
+    """The first preset with each GPU."""
+    found: dict[str, str] = {}
+    for preset in preset_names():
+        _, _, rest = preset.partition("x")
+        found.setdefault("-".join(part for part in rest.split("-") if not part.endswith("GiB")), preset)
+    return found
 
 
 def _parse(content: bytes, path: Path) -> MachineFile:

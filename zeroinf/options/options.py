@@ -579,6 +579,19 @@ class RunOptions(LoadOptions, JobOptions, SamplingOptions, AnswerOptions, Measur
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedModelOptions(ModelOptions):
+    """Which model is planned."""
+
+    model: str = option(
+        flags=("-m", "--model", "--models"),
+        positional=True,
+        section="everyday options",
+        help="Hub id, local folder, .gguf file, `demo`, or a name of configs/models; NAME,NAME or `all` of the latter: "
+        "a table of what fits.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MachineOptions(Options):
     """What a plan is made for; None leaves it to the machine."""
 
@@ -609,6 +622,13 @@ class MachineOptions(Options):
         section="everyday options",
         help="A machine that is not here: a name in configs/machines, or doctor's JSON.",
     )
+    gpu: str | None = option(
+        None,
+        flags=("--gpu", "--gpus"),
+        section="everyday options",
+        help="Plan with this GPU in place of the machine's, such as RTX4090-24GB; NAME,NAME or `all`: a table of which "
+        "would do.",
+    )
     gpu_memory: int | None = option(
         None, is_size=True, section="everyday options", help="Plan with at most this much of each GPU, such as 24GiB."
     )
@@ -623,7 +643,7 @@ class MachineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(ModelOptions, EngineOptions, OffloadOptions, MachineOptions):
+class PlanOptions(PlannedModelOptions, EngineOptions, OffloadOptions, MachineOptions):
     """A plan without a run, of this machine or another one."""
 
     @property

@@ -9,7 +9,7 @@ from typing import Literal
 from zeroinf.errors import UsageError
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.override import override
-from zeroinf.hardware.presets import load_machine
+from zeroinf.hardware.presets import load_machine, with_gpu
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
@@ -26,7 +26,7 @@ from zeroinf.simulation.make_plan import PlanInput
 def plan_input_of(options: PlanOptions) -> PlanInput:
     """The planner's question. Raises UsageError for what is without effect, or impossible, on that machine."""
     refuse_idle(options)
-    machine, rates = _machine(options)
+    machine, rates = machine_of(options)
     engine, _ = engine_of(options)
     device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     source = source_of(options, device)
@@ -70,7 +70,7 @@ def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anat
         )
 
 
-def _machine(options: PlanOptions) -> tuple[Machine, Rates]:
+def machine_of(options: PlanOptions) -> tuple[Machine, Rates]:
     """The machine to plan for: this one or the one named, with what the options say instead."""
     if options.machine is None:
         machine = read_machine(options.nvme_paths)
@@ -79,6 +79,8 @@ def _machine(options: PlanOptions) -> tuple[Machine, Rates]:
     else:
         file = load_machine(options.machine)
         machine, rates = file.machine, file.rates
+    if options.gpu is not None:
+        machine, rates = with_gpu(machine, rates, options.gpu)
     return override(
         machine,
         rates,

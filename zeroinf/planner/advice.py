@@ -82,7 +82,7 @@ def alternatives(
 ) -> Iterator[Change]:
     """Changes to a plan that fits: fewer bytes of weights, of keys and values, of both, quantized checkpoints, and a
     disk. `checkpoints` are the hub ids of the model's quantized checkpoints by their names in the catalog."""
-    smaller = list(_smaller_weights(constraints, machine, anatomy))
+    smaller = list(smaller_weights(constraints, machine, anatomy))
     yield from smaller
     cache = list(_smaller_cache(constraints, machine, anatomy))
     yield from cache
@@ -92,19 +92,31 @@ def alternatives(
     yield from _disk(constraints, machine)
 
 
+def smaller_weights(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
+    """Packed weights, the least lossy first; none where they are packed already."""
+    if (
+        "wire" in descriptor_of(constraints.engine).options
+        and constraints.wire == "model"
+        and anatomy.quantized is None
+    ):
+        for wire, quality in _WIRES.items():
+            coded = replace(constraints, wire=wire)
+            yield Change(flags=f"--wire {wire}", constraints=coded, machine=machine, quality=quality)
+
+
 def remedies(
     constraints: Constraints, machine: Machine, anatomy: Anatomy, checkpoints: Mapping[str, str]
 ) -> Iterator[Change]:
     """Single changes with which something may fit where nothing did, those that cost nothing first."""
     yield from _freed(constraints, machine)
-    yield from _smaller_weights(constraints, machine, anatomy)
+    yield from smaller_weights(constraints, machine, anatomy)
     yield from _quantized(constraints, machine, anatomy, checkpoints)
     yield from _disk(constraints, machine)
 
 
 def remedies_together(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """The same, where a single change does not do: smaller weights with another one."""
-    for change in _smaller_weights(constraints, machine, anatomy):
+    for change in smaller_weights(constraints, machine, anatomy):
         yield from (
             change.then(more) for more in (*_freed(change.constraints, machine), *_disk(change.constraints, machine))
         )
@@ -139,17 +151,6 @@ def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
         yield Change(flags="--resident-blocks auto", constraints=blocks, machine=machine)
     if constraints.offload != "auto":
         yield Change(flags="--offload auto", constraints=replace(constraints, offload="auto"), machine=machine)
-
-
-def _smaller_weights(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    if (
-        "wire" in descriptor_of(constraints.engine).options
-        and constraints.wire == "model"
-        and anatomy.quantized is None
-    ):
-        for wire, quality in _WIRES.items():
-            coded = replace(constraints, wire=wire)
-            yield Change(flags=f"--wire {wire}", constraints=coded, machine=machine, quality=quality)
 
 
 def _quantized(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
 
 _PLACES: dict[MemoryPlace, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
-_SOME_REQUESTS = 1000
+SOME_REQUESTS = 1000
+"""A job of which the number of requests is not known is said to have so many."""
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -44,7 +45,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
     """How long a job takes, loading included; one of a thousand requests where no number is known."""
-    count = requests or _SOME_REQUESTS
+    count = requests or SOME_REQUESTS
     return f"{count:,} request{'s' * (count > 1)} in {clock(timing.job_s(count, new_tokens))}"
 
 

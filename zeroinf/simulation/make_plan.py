@@ -18,7 +18,15 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import build_meta, read_anatomy
-from zeroinf.planner.advice import Advice, Change, alternatives, more_memory, remedies, remedies_together
+from zeroinf.planner.advice import (
+    Advice,
+    Change,
+    alternatives,
+    more_memory,
+    remedies,
+    remedies_together,
+    smaller_weights,
+)
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
 from zeroinf.planner.descriptor import refuse_beside_codes
@@ -87,6 +95,29 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
         changes = alternatives(plan_input.constraints, plan_input.machine, plan_input.anatomy, plan_input.checkpoints)
         advice = _planned(plan_input, changes, simulate, rows=None if plan_input.anatomy.is_paged else decision)
     return PlanResult(plan=_plan(plan_input, decision), decision=decision, speeds=speeds, advice=tuple(advice))
+
+
+def sketch_plan(plan_input: PlanInput, *, advise: bool = True) -> tuple[tuple[Advice, ...], str]:
+    """The best of few candidates as asked and, where weights leave the GPU, with `advise` also with packed weights:
+    those with which something fits, without flags as asked; and what is short where it does not fit as asked."""
+    _refuse_beside_an_encoder(plan_input)
+    refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
+    constraints, machine = plan_input.constraints, plan_input.machine
+    simulate = cache(lambda: _simulator(plan_input, None))
+    found, short = list[Advice](), ""
+    try:
+        decision = _planner(plan_input, _speeds(plan_input), simulate, thorough=False).choose(constraints)
+        as_asked = Change(flags="", constraints=constraints, machine=machine)
+        found.append(Advice(change=as_asked, candidate=decision.chosen))
+    except NothingFitsError as error:
+        short = error.nearest.wanted
+    if (
+        advise
+        and constraints.engine == default_engine()
+        and not (found and found[0].candidate.choice.offload == "none")
+    ):
+        found += _planned(plan_input, smaller_weights(constraints, machine, plan_input.anatomy), simulate)
+    return tuple(found), short
 
 
 def _planned(
