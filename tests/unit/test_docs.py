@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -91,6 +92,26 @@ def test_the_benchmarks_are_what_the_stored_figures_say() -> None:
     assert made["CHART"].read_text(encoding="utf-8") == made["chart"](), "run scripts/make-benchmarks"
 
 
+def test_the_tables_of_what_fits_and_the_terminal_are_what_is_stored() -> None:
+    fits = runpy.run_path(str(ROOT / "scripts" / "make-fits"))
+    for page, text in fits["pages"](json.loads(fits["STORED"].read_text(encoding="utf-8"))).items():
+        assert page.read_text(encoding="utf-8") == text, "run scripts/make-fits"
+    terminal = runpy.run_path(str(ROOT / "scripts" / "make-terminal"))
+    recorded = json.loads(terminal["RECORDING"].read_text(encoding="utf-8"))
+    assert [run["command"] for run in recorded] == list(terminal["COMMANDS"]), "run scripts/make-terminal --record"
+    assert terminal["PICTURE"].read_text(encoding="utf-8") == terminal["picture"](recorded), "run scripts/make-terminal"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", ["", "--wire int4"])
+def test_the_tables_of_what_fits_are_what_plans_say(flags: str) -> None:
+    fits = runpy.run_path(str(ROOT / "scripts" / "make-fits"))
+    stored = json.loads(fits["STORED"].read_text(encoding="utf-8"))[fits["command"](fits["LARGE"], flags)]
+    planned = fits["planned"](fits["LARGE"], flags)
+    assert planned["offload"] == stored["offload"], "run scripts/make-fits --plan"
+    assert planned["tokens_per_s"] == pytest.approx(stored["tokens_per_s"], rel=0.15), "run scripts/make-fits --plan"
+
+
 def test_every_figure_has_its_command_its_date_and_its_machine() -> None:
     machines = json.loads((DOCS / "data" / "machines.json").read_text(encoding="utf-8"))
     for file in (DOCS / "data").glob("[0-9]*.json"):
@@ -100,6 +121,23 @@ def test_every_figure_has_its_command_its_date_and_its_machine() -> None:
                 assert row["command"], (file.name, row)
                 assert re.match(r"\d{4}-\d\d", row["date"]), (file.name, row)
                 assert row["machine"] in machines, (file.name, row)
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """Strings of a module, and the constant parts of those that are formatted."""
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_the_errors_that_are_explained_are_those_that_are_raised() -> None:
+    modules = (file.read_text(encoding="utf-8") for file in (ROOT / "zeroinf").rglob("*.py"))
+    said = "\n".join(text for module in modules for text in strings(ast.parse(module)))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [
+        message for line in re.findall(r"^### (.+)$", page, re.MULTILINE) for message in re.findall("`(.+?)`", line)
+    ]
+    assert len(messages) > 20
+    parts = [part for message in messages for part in message.split("…") if len(part.strip(" ,:")) > 3]
+    assert [part for part in parts if part not in said] == []
 
 
 @pytest.mark.full

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "guide").glob("*.md")),
+    "docs/tutorial.md",
+    "docs/troubleshooting.md",
+    "examples/README.md",
     "docs/from-elsewhere.md",
     "docs/reliability.md",
     "docs/benchmarks.md",
