@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,8 +14,18 @@ from rich.console import Console
 
 from zeroinf.cli import console as module
 from zeroinf.cli.console import ConsoleObserver, ResultsBesideDisplay
+from zeroinf.cli.streams import Display
 from zeroinf.cli.waiting import waiting
 from zeroinf.service.observer import Progress
+
+LONGEST = Progress(
+    rows_done=99_999,
+    rows=100_000,
+    tokens=123_456,
+    tokens_left=1e9,
+    elapsed_s=10.0,
+    streamed_bytes=543 * 10**9,
+)
 
 
 class _Terminal(io.StringIO):
@@ -91,6 +103,30 @@ def test_results_are_not_glued_to_what_a_terminal_shows(terminal: _Terminal, obs
     observer.progress(Progress(rows_done=1, rows=2, tokens=1, tokens_left=1, elapsed_s=1, streamed_bytes=0))
     results.write("out=b\n")
     assert screen(terminal.getvalue()) == ["out=a", "out=b"]
+
+
+def test_what_a_library_logs_is_not_glued_to_the_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler holds the stream that there was when it was made, which is not what rich has put in its place."""
+    terminal = _Terminal()
+    monkeypatch.setattr("sys.stderr", Display(terminal))
+    handler = logging.StreamHandler()
+    shown = Console(stderr=True, force_terminal=True, width=80, soft_wrap=True, _environ={"TERM": "xterm"})
+    with ConsoleObserver(shown, quiet=False) as observer:
+        for step in (observer.doing, lambda words: observer.progress(LONGEST)):
+            step("planning")
+            handler.stream.write("a warning\n")
+            print("a line", file=sys.stderr)
+            assert screen(terminal.getvalue())[:-1] == ["a warning", "a line"] * (1 + (step != observer.doing))
+    handler.stream.write("the end\n")
+    assert screen(terminal.getvalue()) == ["a warning", "a line", "a warning", "a line", "the end"]
+
+
+def test_the_longest_progress_line_fits_80_columns(terminal: _Terminal, observer: ConsoleObserver) -> None:
+    observer.progress(LONGEST)
+    until(lambda: "left" in terminal.getvalue())
+    (line,) = screen(terminal.getvalue())
+    assert len(line) <= 80
+    assert line.endswith("99999/100000 12,345.6 tokens/s, 54.3 GB/s of weights, 22:30:01 left")
 
 
 def test_a_log_has_a_line_of_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:

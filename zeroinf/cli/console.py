@@ -5,16 +5,19 @@ Everything here is written to stderr, since stdout is reserved for results.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, TextIO
+from typing import Literal, TextIO, cast
 
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.status import Status
 
+from zeroinf.cli.streams import Display
 from zeroinf.hardware.process import resident
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import plan_lines
@@ -41,6 +44,8 @@ class ConsoleObserver:
         self._words = ""
         self._filled = ""
         self._step_over = threading.Event()
+        self._beside: Display | None = None
+        self._lines: FileProxy | None = None
 
     def __enter__(self) -> ConsoleObserver:
         return self
@@ -73,7 +78,7 @@ class ConsoleObserver:
         self._words, self._filled = step, ""
         if self._console.is_terminal:
             self._spinner = self._console.status(step)
-            self._spinner.start()
+            self._start(self._spinner)
             return
         self._step_over = threading.Event()
         threading.Thread(target=self._tell, args=(step, self._step_over), name="step", daemon=True).start()
@@ -125,12 +130,12 @@ class ConsoleObserver:
         if self._bar is None:
             self.ended()
             self._bar = Bar(
-                TextColumn("sequences"), BarColumn(), TextColumn("{task.fields[rows]}"),
+                TextColumn("sequences"), BarColumn(None), TextColumn("{task.fields[rows]}"),
                 TextColumn("{task.fields[rates]}"),
-                console=self._console, transient=True,
+                console=self._console, transient=True, expand=True,
             )  # fmt: skip
             self._bar.add_task("rows", rows="", rates="")
-            self._bar.start()
+            self._start(self._bar)
         self._bar.update(
             self._bar.task_ids[0],
             total=progress.tokens + progress.tokens_left,
@@ -139,12 +144,25 @@ class ConsoleObserver:
             rates=_rates(progress),
         )
 
+    def _start(self, shown: Bar | Status) -> None:
+        """Redraw `shown` below what others write, loggers among them."""
+        if isinstance(sys.stderr, Display):
+            self._beside = sys.stderr
+            self._console.file = cast(TextIO, self._beside.below())
+            self._lines = FileProxy(self._console, cast(TextIO, self._beside))
+            self._beside.above = self._lines.write
+        shown.start()
+
     def ended(self) -> None:
         self._step_over.set()
         for shown in (self._spinner, self._bar):
             if shown is not None:
                 shown.stop()
         self._spinner = self._bar = None
+        if self._beside is not None and self._lines is not None:
+            self._beside.above = None
+            self._lines.flush()
+            self._beside = self._lines = None
 
 
 class ResultsBesideDisplay:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -48,7 +49,24 @@ class _Steady:
 
 
 class Display(_Steady):
-    """A stream of which failed writes are dropped."""
+    """A stream of which failed writes are dropped.
+
+    While `above` is set, it takes the text that is written: what somebody else redraws on the same terminal would be
+    glued to it otherwise, also where a logger has kept this stream. Whoever redraws writes to `below`.
+    """
+
+    above: Callable[[str], object] | None = None
+
+    def write(self, data: Any) -> int:
+        """Write `data`, text or bytes as the stream is."""
+        if self.above is None or not isinstance(data, str):
+            return super().write(data)
+        self.above(data)
+        return len(data)
+
+    def below(self) -> Display:
+        """A stream to the same place."""
+        return Display(self._stream)
 
     @property
     def buffer(self) -> Display:
