@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -269,6 +270,27 @@ def test_a_slow_model_keeps_its_clients_and_lets_those_go_that_leave(folder: Pat
             wait_until(lambda: not gateway.under_way and scheduler.free_rows == free)
         ended = gateway.metrics.text().decode()
         assert 'finished_reason="length"} 2.0' in ended, "those that left were not run to their end"
+
+
+def test_a_slow_reader_holds_up_nobody(folder: Path) -> None:
+    """It reads nothing of megabytes that are sent to it: others are answered, and its rows become free."""
+    with server(folder, max_queue=256, plan={"rows": 8}) as (client, gateway):
+        body = {"prompt": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        large = json.dumps({**body, "n": 64, "temperature": 1, "logprobs": 20, "stream": True}).encode()
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            slow.connect(("127.0.0.1", client.base_url.port))
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(large), large)
+            )
+            wait_until(lambda: gateway.under_way > 0)
+            assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == NEW_TOKENS
+            wait_until(lambda: not gateway.under_way)
+            scheduler = gateway.service.model.scheduler
+            wait_until(lambda: scheduler.free_rows == gateway.service.model.plan.batch_size)
+            assert client.post("/v1/completions", json=body).status_code == 200
+            assert slow.recv(15) == b"HTTP/1.1 200 OK", "and what was sent to it is there still"
 
 
 def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
