@@ -169,6 +169,38 @@ def test_a_chat_is_answered(folder: Path, tmp_path: Path) -> None:
         assert pieces[-1].choices[0].finish_reason == "length"
 
 
+def test_answers_have_the_format_that_was_asked_for(official: openai.OpenAI, client: httpx.Client) -> None:
+    """A schema, streamed and with choices of its own; what cannot be carried out is refused by name."""
+    pytest.importorskip("llguidance")
+    place = {"type": "object", "properties": {"name": {"enum": ["Paris", "Rome"]}}, "required": ["name"]}
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": place}}
+    length = {"type": "regex", "regex": "[a-f]{3,5}x"}
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": NEW_TOKENS}
+    texts = []
+    for asked in ({}, {"temperature": 1.5, "seed": 3, "n": 3}, {"stream": True}):
+        found = client.post("/v1/completions", json={**body, **asked, "response_format": length})
+        if "stream" not in asked:
+            texts += [choice["text"] for choice in found.json()["choices"]]
+            continue
+        events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+        texts.append("".join(event["choices"][0]["text"] for event in events))
+    assert len(texts) == 5
+    assert all(re.fullmatch("[a-f]{3,5}x", text) for text in texts), texts
+    assert texts[0] == texts[-1]
+    for wrong, said in (
+        ({"type": "json"}, "must have a type"),
+        ({"type": "json_schema", "json_schema": {"schema": {"typ": "string"}}}, "did you mean 'type'"),
+        ({"type": "regex", "regex": "(?=a)"}, "the regex cannot be carried out"),
+    ):
+        refused = client.post("/v1/completions", json={**body, "response_format": wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
+        assert said in refused.json()["error"]["message"]
+    refused = client.post("/v1/completions", json={**body, "guided_json": {}})
+    assert "response_format does it" in refused.json()["error"]["message"]
+    start = official.completions.create(**body, extra_body={"response_format": schema}).choices[0].text
+    assert re.fullmatch(r'\{\s*("n?a?m?e?"?.*)?', start, re.DOTALL), "as far as the tokens go"
+
+
 def test_models_health_version_and_figures(client: httpx.Client, official: openai.OpenAI) -> None:
     assert [model.id for model in official.models.list()] == [MODEL]
     assert official.models.retrieve(MODEL).id == MODEL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,12 +87,13 @@ def test_a_batch_is_what_a_run_is(folder: Path, client: openai.OpenAI, tmp_path:
     good = [line_of(f"a{number}") for number in range(6)]
     good += [line_of(f"s{number}", temperature=0.9, seed=number) for number in range(6)]
     good += [line_of("twice", temperature=0.9, n=2)]
+    good += [line_of("shaped", response_format={"type": "regex", "regex": "[a-f]{5}"})]
     bad = [line_of("tools", tools=[{}]), line_of("long", max_tokens=NEW_TOKENS + 1), line_of("other", model="b")]
     batch = begin(client, jsonl([*good, *bad]))
     assert batch.status == "validating"
     batch = ended(client, batch)
     assert batch.status == "completed"
-    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (16, 13, 3)
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (17, 14, 3)
     output, errors = lines_in(client, batch.output_file_id), lines_in(client, batch.error_file_id)
     (tmp_path / "in.jsonl").write_bytes(jsonl(good))
     done = run_zeroinf(["-m", str(folder), "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "-q"])
@@ -99,6 +101,7 @@ def test_a_batch_is_what_a_run_is(folder: Path, client: openai.OpenAI, tmp_path:
     run = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert texts(output) == texts(run)
     assert list(output) == list(run), "in the order of the input"
+    assert re.fullmatch("[a-f]{5}", texts(output)["shaped"][0])
     said = {name: (line["response"]["status_code"], line["response"]["body"]["error"]) for name, line in errors.items()}
     assert {status for status, _ in said.values()} == {400}
     assert "tools" in said["tools"][1]["message"]

@@ -100,7 +100,8 @@ def _add_completions(app: FastAPI, gateway: Gateway) -> None:
         raw = await json_of(request)
         settings = gateway.settings
         _ = gateway.service  # say first that there is none
-        ask = read_ask(raw, endpoint, settings.model_name, gateway.defaults)
+        # In a thread: large bodies and grammars take their time, and others are answered meanwhile.
+        ask = await asyncio.to_thread(read_ask, raw, endpoint, settings.model_name, gateway.defaults)
         prompts = await asyncio.to_thread(lambda: [gateway.tokens_of(one) for one in ask.requests])
         submitted = gateway.submit(ask, prompts)
         body = (chunks if ask.is_streamed else whole)(gateway, submitted)

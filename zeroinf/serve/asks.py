@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
+from zeroinf.errors import EnvironmentProblem
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.entries import parse_object
 from zeroinf.jobs.foreign import Endpoint
@@ -60,7 +61,10 @@ def read_ask(raw: bytes, endpoint: Endpoint, model_name: str, defaults: Sampling
     name = secrets.token_hex(12)
     line = {"custom_id": name, "method": "POST", "url": PATHS[endpoint], "body": {**body, "model": model_name}}
     source = BytesIO(json.dumps(line).encode())
-    requests, refusals = read_requests((), source, defaults, input_format="jsonl", name="the body")
+    try:
+        requests, refusals = read_requests((), source, defaults, input_format="jsonl", name="the body")
+    except EnvironmentProblem as error:
+        raise ApiError(400, f"{error}, which the server lacks", param="response_format") from None
     if refusals:
         raise ApiError(400, refusals[0].reason, param=next((key for key in body if key in refusals[0].reason), None))
     if scores_prompts:

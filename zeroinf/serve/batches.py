@@ -300,6 +300,7 @@ class Batches:
                 prompt_tokens=len(work.prompt),
                 completion_tokens=len(found.tokens),
                 logprobs=list(map(codec.told, found.tokens, found.likelihoods)) if tells else None,
+                problem=found.problem or None,
             )
             running.output.add(result)
             self._gateway.metrics.batch_done(len(work.prompt), result.completion_tokens, found.finish_reason)

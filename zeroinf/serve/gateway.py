@@ -175,7 +175,7 @@ class Gateway:
                 self._begun.add(handle)
                 watch.heard(len(event.tokens), event.finish_reason)
                 if event.finish_reason == "error":
-                    raise ApiError(500, "the model's scores were not numbers")
+                    raise ApiError(500, event.problem or "the model's scores were not numbers")
                 if event.finish_reason == "cancelled":
                     raise ApiError(503, "the server is stopping", retry_after_s=_RETRY_S)
                 yield event
