@@ -15,7 +15,7 @@ from tiers import tiered
 from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM
 
 from zeroinf.errors import ModelError
-from zeroinf.model.catalog import catalog_config, catalog_names, catalog_parameters, mark_own_head
+from zeroinf.model.catalog import catalog_billions, catalog_config, catalog_names, catalog_parameters, mark_own_head
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.model.kv import cache_name, held_bytes, read_cache
 
@@ -176,23 +176,29 @@ def test_an_encoder_is_counted_with_what_it_leaves_for_the_decoder(name: str) ->
     assert cross + output.encoder_last_hidden_state.nbytes == ROWS * PROMPT * anatomy.encoder.bytes_per_token
 
 
-PUBLISHED = [name for name in catalog_names() if catalog_parameters(name)]
+PUBLISHED = [name for name in catalog_names() if catalog_parameters(name) or catalog_billions(name)]
 
 
-@pytest.mark.parametrize("name", tiered(PUBLISHED, PUBLISHED[::6]))
+@pytest.mark.parametrize("name", tiered(PUBLISHED, PUBLISHED[::10]))
 def test_published_parameter_counts_are_met(name: str) -> None:
     config = catalog_config(name)
     if hasattr(config, "quantization_config"):  # several weights in one element
-        assert read_anatomy(config).parameters == catalog_parameters(name)
-        return
-    model = build_meta(config, "bfloat16")
-    assert sum(parameter.numel() for parameter in model.parameters()) == catalog_parameters(name)
+        found = read_anatomy(config).parameters
+    else:
+        found = sum(parameter.numel() for parameter in build_meta(config, "bfloat16").parameters())
+    if (exact := catalog_parameters(name)) is not None:
+        assert found == exact
+    else:  # with a picture encoder, or by a layer that predicts more tokens, some counts are a little higher
+        assert found / 1e9 == pytest.approx(catalog_billions(name), rel=0.015)
 
 
 def test_counts_that_are_known_by_heart() -> None:
     assert catalog_parameters("EleutherAI/pythia-160m") == 162_322_944
     assert catalog_parameters("Llama-2-7b") == 6_738_415_616
-    assert len([name for name in catalog_names() if catalog_parameters(name)]) >= 25
+    assert catalog_billions("gpt-oss-120b") == 116.83
+    assert set(catalog_names()) - set(PUBLISHED) == {"falcon-40b", "gpt-j-6b", "opt-66b", "opt-175b"}, (
+        "published by name"
+    )
 
 
 def test_176_billion_parameters_take_seconds_and_no_memory() -> None:

@@ -2,8 +2,9 @@
 `configs/models/`.
 
 A file is a `config.json` reduced to the fields that determine shapes, with `_name` (hub id) and, where it was published
-exactly, `_parameters`. A quantized checkpoint of a model in the catalog has that one's name as `_base` and only the
-fields that differ, its `quantization_config` among them.
+exactly, `_parameters`; where it was published rounded, `_billions` of them, of the language model. A quantized
+checkpoint of a model in the catalog has that one's name as `_base` and only the fields that differ, its
+`quantization_config` among them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def catalog_method(name: str) -> str | None:
     return str(found["quant_method"]) if found else None
 
 
+def catalog_billions(name: str) -> float | None:
+    """The published number of parameters of the language model, in billions, rounded as it was published; None where an
+    exact one is known, or none."""
+    entry = _find(name)
+    return entry.get("_billions") if entry else None
+
+
 def catalog_quantized(name: str) -> dict[str, str]:
     """The quantized checkpoints of the catalog's model `name` (a catalog name or a hub id, in any case): their hub ids
     by their names, in the catalog's order."""
@@ -71,6 +79,8 @@ def catalog_config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     fields = {key: value for key, value in entry.items() if not key.startswith("_")}
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise ModelError(f"this release of transformers has no models of type {fields['model_type']}", hint="update it")
     config = CONFIG_MAPPING[fields["model_type"]](**{k: v for k, v in fields.items() if k != "model_type"})
     mark_own_head(config, fields)
     return config
