@@ -103,6 +103,7 @@ def plan(
     link_gbps: float | None = None,
     nvme_gbps: float | None = None,
     nvme_paths: Iterable[str | Path] = (),
+    random_weights: bool = False,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_gpu import GIB, gpu_of, machine_of
 from simulating import shared_simulations
 from small_models import build_tokenizer, small_config
@@ -28,7 +30,8 @@ from zeroinf.model.resolve import resolve_model
 from zeroinf.model.source import ModelSource
 from zeroinf.options import planning
 from zeroinf.options.contradictions import engine_of
-from zeroinf.options.options import RunOptions
+from zeroinf.options.options import PlanOptions, RunOptions
+from zeroinf.options.plan_input import plan_input_of
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.memory import pieces, store_bytes, total
@@ -310,3 +313,27 @@ def test_a_model_that_keeps_no_keys_and_values_has_none_in_host_memory(kv: Any) 
     with pytest.raises(UsageError, match="no layer of MambaForCausalLM keeps keys and values"):
         host_share(kv, "int8", "stream", mamba)
     assert host_share("auto", "model", "stream", mamba) == 0.0
+
+
+def test_a_plan_loads_a_checkpoint_as_its_run_does(tmp_path: Path) -> None:
+    config = small_config("llama")
+    config.save_pretrained(tmp_path)
+
+    def loads(**more: Any) -> str:
+        return plan_input_of(
+            PlanOptions(model=str(tmp_path), host_memory=8 * GIB, input_len=8, output_len=4, **more)
+        ).anatomy.loads
+
+    assert loads() == "in place", "there are no weights yet"
+    torch.save(AutoModelForCausalLM.from_config(config).state_dict(), tmp_path / "pytorch_model.bin")
+    assert loads() == "as a whole"
+    assert loads(random_weights=True) == "in place"
+
+
+def test_a_plan_has_the_room_that_a_store_of_its_run_takes_already(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zeroinf.options.plan_input.room_taken", lambda paths, found, dtype, wire: 3 * GIB)
+    space = PlanOptions(model=source.location, host_memory=8 * GIB, nvme_paths=(tmp_path,), input_len=8, output_len=4)
+    free = shutil.disk_usage(tmp_path).free
+    assert plan_input_of(space).constraints.nvme_space_bytes == pytest.approx(free + 3 * GIB, rel=0.05)

@@ -25,6 +25,7 @@ from zeroinf.options.options import (
     MachineOptions,
     PlannedModelOptions,
     PlanOptions,
+    RandomWeightsOptions,
     RestOptions,
     TransferOptions,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 @command(short_help="Say what fits, how fast it would be, and why.")
 @options_of(PlannedModelOptions)
+@options_of(RandomWeightsOptions)
 @options_of(EngineOptions)
 @options_of(RestOptions)
 @options_of(TransferOptions)

@@ -643,7 +643,7 @@ class MachineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(PlannedModelOptions, EngineOptions, OffloadOptions, MachineOptions):
+class PlanOptions(PlannedModelOptions, RandomWeightsOptions, EngineOptions, OffloadOptions, MachineOptions):
     """A plan without a run, of this machine or another one."""
 
     @property

@@ -4,9 +4,12 @@ one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from zeroinf.errors import UsageError
+from zeroinf.engines.stream.stored_weights import room_taken
+from zeroinf.errors import ModelError, UsageError
+from zeroinf.hardware.gpus import gpus_are_linked
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.presets import load_machine, with_gpu
@@ -15,10 +18,12 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_quantized
+from zeroinf.model.source import ModelSource
+from zeroinf.model.weights import weight_files
 from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
-from zeroinf.options.planning import constraints_of, plan_input_from, share_model
+from zeroinf.options.planning import constraints_of, loading_of, packed_on, plan_input_from, share_model
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput
 
@@ -30,7 +35,8 @@ def plan_input_of(options: PlanOptions) -> PlanInput:
     engine, _ = engine_of(options)
     device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     source = source_of(options, device)
-    anatomy = anatomy_of(options, source, device)
+    loaded = _loaded(options, source)
+    anatomy = _as_run(options, loaded, anatomy_of(options, source, device), machine)
     _refuse_impossible(options, engine, machine, anatomy)
     ranks = max(1, len(machine.gpus))
     parallel = share_model(options.tensor_parallel, engine, anatomy, ranks)
@@ -40,7 +46,8 @@ def plan_input_of(options: PlanOptions) -> PlanInput:
         anatomy,
         world_size=ranks,
         ranks_per_stream=parallel.size,
-        nvme_space_bytes=sum(disk.free_bytes for disk in machine.disks) if machine.disks else None,
+        nvme_space_bytes=_nvme_space(options, machine, loaded, anatomy),
+        gpus_are_linked=not _is_here(options, machine) or gpus_are_linked(ranks),
     )
     return plan_input_from(
         options,
@@ -55,6 +62,37 @@ def plan_input_of(options: PlanOptions) -> PlanInput:
         tensor_parallel=parallel,
         checkpoints=catalog_quantized(source.location),
     )
+
+
+def _is_here(options: PlanOptions, machine: Machine) -> bool:
+    """Whether the plan is for GPUs of this machine."""
+    return options.machine is None and any(gpu.uuid for gpu in machine.gpus)
+
+
+def _as_run(options: PlanOptions, loaded: ModelSource | None, anatomy: Anatomy, machine: Machine) -> Anatomy:
+    """The anatomy, with how a run would load these weights and whether its forwards could be packed on its GPUs."""
+    if _is_here(options, machine):
+        anatomy = packed_on(anatomy, "cuda")
+    return anatomy if loaded is None else replace(anatomy, loads=loading_of(loaded, anatomy))
+
+
+def _loaded(options: PlanOptions, source: ModelSource) -> ModelSource | None:
+    """What a run would load; None where its weights are not on this machine."""
+    if options.random_weights:
+        return source
+    try:
+        own = replace(source, random_weights=False)
+        return own if source.is_local and weight_files(own) else None
+    except ModelError:  # a folder with nothing but a config can be planned
+        return None
+
+
+def _nvme_space(options: PlanOptions, machine: Machine, loaded: ModelSource | None, anatomy: Anatomy) -> int | None:
+    """What a store can take of the disks; None without any. One that is there already has its room."""
+    if not machine.disks:
+        return None
+    free = sum(disk.free_bytes for disk in machine.disks)
+    return free if loaded is None else free + room_taken(options.nvme_paths, loaded, anatomy.dtype, options.wire)
 
 
 def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anatomy: Anatomy) -> None:

@@ -129,7 +129,7 @@ def plan_input_from(
 
 def _as_run(anatomy: Anatomy, source: ModelSource, device: str) -> Anatomy:
     """The anatomy, with how the weights of this checkpoint are loaded and whether its forwards can be packed here."""
-    return replace(packed_on(anatomy, device), loads=_loading(source, anatomy))
+    return replace(packed_on(anatomy, device), loads=loading_of(source, anatomy))
 
 
 def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -> tuple[Machine, Rates]:
@@ -218,7 +218,7 @@ def _nvme_space(options: RunOptions, disks: Sequence[Disk], source: ModelSource,
     )
 
 
-def _loading(source: ModelSource, anatomy: Anatomy) -> Loading:
+def loading_of(source: ModelSource, anatomy: Anatomy) -> Loading:
     """How the weights of this very checkpoint are loaded."""
     if source.random_weights:
         return "in place"
