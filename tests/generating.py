@@ -101,7 +101,10 @@ def desk_of(
     """Tokens and pages for as many of `rows` as `limits` says; memory that nobody has written is NaN."""
     tokens = max(len(row.prompt) for row in rows) + max(row.sampling.max_new_tokens for row in rows)
     pool = PagePool(
-        model, anatomy_of(model), PoolSize(rows=limits.rows, tokens=tokens, pages=limits.pages), model.device
+        model,
+        anatomy_of(model),
+        PoolSize(rows=limits.rows, tokens=tokens, pages=limits.pages, prefix_pages=limits.prefix_pages),
+        model.device,
     )
     for states in pool._states:
         for memory in states:

@@ -78,7 +78,7 @@ def test_every_row_is_computed_in_order_to_its_end_within_the_limits(
                 assert chooses == (computed[row] == len(seat.row.prompt) + chosen[row] - 1 + (not chooses))
     assert chosen == {row.index: row.sampling.max_new_tokens for row in rows}
     assert scheduler.seats == []
-    assert scheduler._pages == shape.pages
+    assert scheduler._free_pages == shape.pages
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_packed_passes_hold_as_many_tokens_as_they_may_side_by_side(
                 chosen[row] += chooses
     assert chosen == {row.index: row.sampling.max_new_tokens for row in rows}
     assert scheduler.seats == []
-    assert scheduler._pages == shape.pages
+    assert scheduler._free_pages == shape.pages
 
 
 def test_a_prompt_goes_on_in_the_next_forward_of_its_pass_and_in_the_next_pass() -> None:

@@ -102,8 +102,8 @@ class View:
     overwrites = False
     """Whether new keys may take the places of some that new queries still see."""
 
-    ring_tokens = 0
-    """0: keys of a row lie side by side."""
+    row_tokens = 0
+    """Tokens that a row's pages may hold; 0: keys of a row lie side by side."""
 
     def __init__(self, tokens: Tokens, window: int | None) -> None:
         self.tokens, self.window = tokens, window
@@ -138,16 +138,30 @@ class View:
 class PackedView(View):
     """Keys and values lie in pages, new ones beside those of before."""
 
-    def __init__(self, tokens: Tokens, pages: torch.Tensor, window: int | None) -> None:
-        """pages: (seats, pages of a row), int64; token i lies in page i // PAGE_TOKENS of its row, in a ring."""
+    def __init__(
+        self,
+        tokens: Tokens,
+        pages: torch.Tensor,
+        window: int | None,
+        ring_tokens: int | None = None,
+        prefix_tokens: torch.Tensor | None = None,
+    ) -> None:
+        """pages: (seats, pages of a row), int64; token i lies in page i // PAGE_TOKENS of its row.
+
+        `ring_tokens` later the row's pages come again (None: behind the last one), but for the first `prefix_tokens` of
+        each row, (seats,), int64; None: of no row.
+        """
         super().__init__(tokens, window)
         self.pages = pages
-        self.ring_tokens = pages.shape[1] * PAGE_TOKENS
-        slots = tokens.positions % self.ring_tokens
+        self.row_tokens = pages.shape[1] * PAGE_TOKENS
+        slots = tokens.positions % self.row_tokens
         flat = (tokens.seats * pages.shape[1]).add_(slots // PAGE_TOKENS)
         self.places = pages.view(-1).index_select(0, flat).mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
         if window is not None:  # a page is written once, by the token that stays there
-            self.places.masked_fill_(tokens.positions < tokens.lengths - self.ring_tokens, _NOWHERE)
+            passed = tokens.positions < tokens.lengths - (ring_tokens or self.row_tokens)
+            if prefix_tokens is not None:
+                passed.logical_and_(tokens.positions >= prefix_tokens.index_select(0, tokens.seats))
+            self.places.masked_fill_(passed, _NOWHERE)
         self.overwrites = window is not None and any(
             start and count > 1 for start, count in zip(tokens.starts, tokens.counts, strict=True)
         )
@@ -161,7 +175,7 @@ class PackedView(View):
     def held(self) -> list[torch.Tensor]:
         found = []
         for seat, start in zip(self.tokens.rows[0].tolist(), self.tokens.starts, strict=True):
-            slots = torch.arange(self.first_seen(start), start) % self.ring_tokens
+            slots = torch.arange(self.first_seen(start), start) % self.row_tokens
             found.append(self.pages[seat].index_select(0, slots // PAGE_TOKENS) * PAGE_TOKENS + slots % PAGE_TOKENS)
         return found
 

@@ -307,12 +307,12 @@ def _launch(
     held_keys, held_values, *scales = layer.memory
     _attend[(blocks.shape[0], heads, splits)](
         query, keys, values, held_keys, held_values, *(scales or (out, out)), out, parts, sums, view.where,
-        rows, blocks, sinks, scores.scale, scores.softcap or 0.0, window or 0, view.ring_tokens, rows.shape[1],
+        rows, blocks, sinks, scores.scale, scores.softcap or 0.0, window or 0, view.row_tokens, rows.shape[1],
         -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0,
         *(each.stride(dim) for each in (query, keys, values) for dim in (1, 0)),
         **shape, WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), QUERIES=max(1, tiles.rows // group),
         ROWS=tiles.rows, KEYS=tiles.keys, KEY_PLACE=held_keys.stride(0), VALUE_PLACE=held_values.stride(0),
-        SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.ring_tokens else 0,
+        SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.row_tokens else 0,
         CODED=bool(scales), CAPPED=scores.softcap is not None, WINDOWED=window is not None,
         NEW=not steps or not view.has_new, SPLIT=splits > 1, PRECISION="ieee", num_warps=tiles.warps,
         num_stages=tiles.stages,

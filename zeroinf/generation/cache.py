@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedView, Tokens
+from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
 from zeroinf.model.packing import windows_of
@@ -91,15 +92,20 @@ class PagePool:
         """Whether any layer keeps something of each token; states alone take no mask once the prompt is through."""
         return any(layer.bytes_per_token for layer in self._layers)
 
-    def open(self, tokens: Mapping[int, int]) -> None:
-        """Give rows, by their seats, pages for so many tokens each."""
+    def open(self, tokens: Mapping[int, int], prefixes: Mapping[int, Sequence[PrefixPage]] | None = None) -> None:
+        """Give rows, by their seats, pages for so many tokens each, of which the first ones lie in shared pages."""
         for table in self._tables.values() if tokens else ():
-            table.open(tokens)
+            table.open(tokens, prefixes or {})
 
     def close(self, seats: Sequence[int]) -> None:
         """Take back the pages of the rows of `seats`; what they still write goes nowhere."""
         for table in self._tables.values() if seats else ():
             table.close(seats)
+
+    def drop(self, prefixes: Sequence[PrefixPage]) -> None:
+        """Take back shared pages that no row uses."""
+        for table in self._tables.values() if prefixes else ():
+            table.drop(prefixes)
 
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""
@@ -131,41 +137,66 @@ class PagePool:
         for layer, states, window in zip(self._layers, self._states, self._windows, strict=True):
             key = layer.window, window
             if key not in views:
-                views[key] = PackedView(tokens, self._tables[layer.window].pages, window)
+                table = self._tables[layer.window]
+                views[key] = PackedView(tokens, table.pages, window, table.ring_tokens, table.prefix_tokens)
             cache.layers.append(PackedLayer(states, views[key], kernel))
         return cache
 
 
 class _Table:
-    """The pages of each row, in layers of one window: token i lies in the row's page i // PAGE_TOKENS, in a ring."""
+    """The pages of each row, in layers of one window: token i lies in the row's page i // PAGE_TOKENS.
+
+    A row begins with pages that it shares. Its own ones come again and again behind them where a window is shorter than
+    the row, so that nothing which another row still sees is ever overwritten.
+    """
 
     def __init__(self, layer: LayerCache, size: PoolSize, device: torch.device) -> None:
         self._layer = layer
-        self._ring = max(1, layer.row_pages(size.tokens))
+        self._width = max(1, -(-size.tokens // PAGE_TOKENS))
+        self.ring_tokens = max(1, layer.row_pages(size.tokens)) * PAGE_TOKENS
+        """Tokens behind which a row's own pages come again."""
         self._free = list(range(layer.pool_pages(size) - 1, 0, -1))
         self._held: dict[int, list[int]] = {}
-        self.pages = torch.zeros(size.rows, self._ring, dtype=torch.int64, device=device)
+        self._shared: dict[PrefixPage, int] = {}
+        self.pages = torch.zeros(size.rows, self._width, dtype=torch.int64, device=device)
+        """(rows, pages of a row), int64."""
+        self.prefix_tokens: torch.Tensor | None = None
+        """(rows,), int64: so many of each row's first tokens lie in shared pages; None where that makes no difference.
+        """
+        if size.prefix_pages and layer.window is not None:
+            self.prefix_tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
 
-    @property
-    def ring_tokens(self) -> int:
-        return self._ring * PAGE_TOKENS
-
-    def open(self, tokens: Mapping[int, int]) -> None:
-        rings: list[int] = []
+    def open(self, tokens: Mapping[int, int], prefixes: Mapping[int, Sequence[PrefixPage]]) -> None:
+        listed: list[int] = []
         for seat, count in tokens.items():
-            taken = self._held[seat] = [self._free.pop() for _ in range(self._layer.row_pages(count))]
-            rings += [*taken, *[0] * (self._ring - len(taken))]
-        device = self.pages.device
-        self.pages.index_copy_(0, to_device(list(tokens), device), to_device(rings, device).view(-1, self._ring))
+            shared = [self._page_of(page) for page in prefixes.get(seat, ())]
+            own = -(-count // PAGE_TOKENS) - len(shared)
+            taken = [self._free.pop() for _ in range(self._layer.row_pages(count - len(shared) * PAGE_TOKENS))]
+            self._held[seat] = taken
+            again = (taken * -(-own // len(taken)))[:own]
+            listed += [*shared, *again, *[0] * (self._width - len(shared) - own)]
+        seats, device = to_device(list(tokens), self.pages.device), self.pages.device
+        self.pages.index_copy_(0, seats, to_device(listed, device).view(-1, self._width))
+        if self.prefix_tokens is not None:
+            starts = [PAGE_TOKENS * len(prefixes.get(seat, ())) for seat in tokens]
+            self.prefix_tokens.index_copy_(0, seats, to_device(starts, device))
+
+    def _page_of(self, page: PrefixPage) -> int:
+        if page not in self._shared:
+            self._shared[page] = self._free.pop()
+        return self._shared[page]
 
     def close(self, seats: Sequence[int]) -> None:
         for seat in seats:
             self._free += reversed(self._held.pop(seat))
         self.pages.index_fill_(0, to_device(seats, self.pages.device), 0)
 
+    def drop(self, prefixes: Sequence[PrefixPage]) -> None:
+        self._free += [self._shared.pop(page) for page in prefixes]
+
     def places(self, seats: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Where tokens lie in a layer's memory. positions: (rows, columns), int64; so is the result."""
-        slots = positions % self.ring_tokens
+        slots = positions % (self._width * PAGE_TOKENS)
         pages = self.pages.index_select(0, seats).gather(1, slots // PAGE_TOKENS)
         return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
 

@@ -193,6 +193,8 @@ class _Passes:
             self._scheduler.release(early)
             self._batch_state.close(early)
             for seat in ended:
+                if seat.row.finish_reason == "error":
+                    self._scheduler.forget_prefix(seat)
                 self._feed.done(seat.row)
         if chosen:
             self._time_step()
@@ -247,7 +249,8 @@ class _Passes:
         if self._scheduler.wants_urgent:
             self._scheduler.add(self._feed.urgent())
         while True:
-            self._batch_state.open(self._scheduler.admit())
+            admitted = self._scheduler.admit()
+            self._batch_state.open(admitted, self._scheduler.take_dropped())
             if self.is_dry or not self._scheduler.wants_rows:
                 return
             rows = self._feed.take()

@@ -22,6 +22,7 @@ from zeroinf.generation.ends import Ends
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.masks import Masks
+from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, NO_TOKEN_ALLOWED, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
@@ -140,8 +141,9 @@ class BatchState:
         self._cache = pool.new_cache()
         self._is_paged = pool.is_whole
 
-    def open(self, seats: Sequence[Seat]) -> None:
-        """Write the tokens of rows that enter, and give them pages."""
+    def open(self, seats: Sequence[Seat], dropped: Sequence[PrefixPage] = ()) -> None:
+        """Write the tokens of rows that enter, and give them pages, of which those `dropped` are free again."""
+        self.pool.drop(dropped)
         if not seats:
             return
         ids = np.full((len(seats), max(seat.known for seat in seats)), self.rules.pad_token)
@@ -152,7 +154,8 @@ class BatchState:
             seat.ends, seat.may_end_early = self.rules.ends(seat.row), self.rules.may_end_early(seat.row)
         numbers = to_device([seat.number for seat in seats], self.device)
         self.ids[:, : ids.shape[1]].index_copy_(0, numbers, to_device(ids.reshape(-1), self.device).view(ids.shape))
-        self.pool.open({seat.number: seat.total for seat in seats if not seat.on_host})
+        paged = [seat for seat in seats if not seat.on_host]
+        self.pool.open({seat.number: seat.total for seat in paged}, {seat.number: seat.prefix for seat in paged})
         self.masks.enter(seats)
 
     def close(self, seats: Sequence[Seat]) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
+from zeroinf.generation.prefixes import PrefixCache, PrefixPage
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.row import Row
+from zeroinf.model.anatomy import PAGE_TOKENS
 from zeroinf.planner.plan import Plan
 
 # A prompt joins a micro-batch that is wider by so many tokens, or by a quarter: to compute the padding costs less than
@@ -46,10 +49,14 @@ class Limits:
     """Rows wait until there is room for so many, where a forward for the prompt of each would take longer."""
     scores_alone: bool = False
     """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
+    prefix_pages: int = 0
+    """Pages that may hold what prompts begin with in common; 0: rows share none."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
             raise ValueError("rows of one micro-batch lie all on the GPU or all in host memory")
+        if self.prefix_pages and (not self.forward_tokens or self.host_tokens or self.breaks_at is not None):
+            raise ValueError("prefixes are shared in packed forwards alone, on the GPU, where no key is computed anew")
 
     @classmethod
     def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
@@ -69,6 +76,7 @@ class Limits:
             forward_tokens=plan.forward_tokens,
             entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
             scores_alone=not shares_passes or packs or plan.packs_scores,
+            prefix_pages=plan.prefix_pages,
         )
 
 
@@ -89,6 +97,8 @@ class Seat:
     """Tokens after which the row may have ended; after any other it goes on, unless it has all its tokens."""
     may_end_early: bool = False
     """Whether one of them may be chosen by the model."""
+    prefix: tuple[PrefixPage, ...] = ()
+    """The pages that its prompt begins with, which other rows may share."""
     total: int = field(init=False)
     """Tokens at the most."""
     is_plain: bool = field(init=False)
@@ -107,6 +117,46 @@ class Seat:
     def due(self) -> int:
         """Tokens to be computed before the next one can be chosen."""
         return self.known - self.computed
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that lie in shared pages."""
+        return PAGE_TOKENS * len(self.prefix)
+
+    def begins_at(self, planned: Container[PrefixPage] = ()) -> int:
+        """Where its next tokens begin: behind those of shared pages that are computed, or `planned` to be before."""
+        at = self.computed
+        while at < self.prefix_tokens:
+            page = self.prefix[at // PAGE_TOKENS]
+            if not page.is_computed and page not in planned:
+                break
+            at = (at // PAGE_TOKENS + 1) * PAGE_TOKENS
+        return at
+
+    def pages_between(self, start: int, end: int) -> tuple[PrefixPage, ...]:
+        """Shared pages that are complete with the tokens from `start` up to `end`."""
+        return self.prefix[start // PAGE_TOKENS : end // PAGE_TOKENS]
+
+
+class Part(NamedTuple):
+    """The next so many `tokens` of a row, behind the `start` that are in the cache before."""
+
+    seat: Seat
+    start: int
+    tokens: int
+
+    @property
+    def pages(self) -> tuple[PrefixPage, ...]:
+        """Shared pages that are complete with it."""
+        return self.seat.pages_between(self.start, self.start + self.tokens)
+
+    def needs(self, made: Container[PrefixPage]) -> bool:
+        """Whether another part has `made` pages that it follows."""
+        return any(page in made for page in self.seat.pages_between(0, self.start))
+
+    def cut(self, count: int) -> tuple[Part, Part]:
+        """Its first so many tokens, and the others."""
+        return self._replace(tokens=count), Part(self.seat, self.start + count, self.tokens - count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +214,8 @@ class Counts:
     passes: int = 0
     prefill_columns: int = 0
     prefill_padding: int = 0
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed: another row had done so."""
     decode_columns: int = 0
     """Columns that decode steps attended to."""
     decode_padding: int = 0
@@ -211,7 +263,8 @@ class Scheduler:
         self.seats: list[Seat] = []
         self._waiting: deque[Row] = deque()
         self._free = list(range(limits.rows - 1, -1, -1))
-        self._pages = limits.pages
+        self._own_pages = 0
+        self._prefixes = PrefixCache(limits.prefix_pages, limits.rows)
         self._host = RangeAllocator(limits.host_tokens)
 
     @property
@@ -231,7 +284,16 @@ class Scheduler:
     @property
     def reserved_pages(self) -> int:
         """Pages that live rows hold."""
-        return self.limits.pages - self._pages
+        return self._own_pages + self._prefixes.pages - self._prefixes.idle_pages
+
+    @property
+    def kept_pages(self) -> int:
+        """Pages that no live row holds, of prefixes that are kept until their room is needed."""
+        return self._prefixes.idle_pages
+
+    @property
+    def _free_pages(self) -> int:
+        return self.limits.pages - self._own_pages - self._prefixes.pages
 
     @property
     def wants_urgent(self) -> bool:
@@ -248,7 +310,7 @@ class Scheduler:
             if needed > self.limits.pages and tokens > self.limits.host_tokens:
                 host = f", or room for {tokens} tokens of {self.limits.host_tokens}" if self.limits.host_tokens else ""
                 raise ValueError(f"row {row.index} needs {needed} pages of a pool of {self.limits.pages}{host}")
-        self._waiting.extend(rows)
+        self._waiting.extend(self._prefixes.expect(rows))
         if any(row.urgent for row in rows):
             self._waiting = deque(sorted(self._waiting, key=lambda row: not row.urgent))
 
@@ -259,6 +321,7 @@ class Scheduler:
                 self.release([seat])
                 return seat
         self._waiting.remove(row)
+        self._prefixes.leaves(row)
         return None
 
     def holds(self, row: Row) -> bool:
@@ -281,6 +344,7 @@ class Scheduler:
                 passed_over.append(row)
                 continue
             self._free.pop()
+            self._prefixes.enters(row)
             self.seats.append(seat)
             admitted.append(seat)
         self._waiting.extendleft(reversed(passed_over))
@@ -291,23 +355,54 @@ class Scheduler:
         several = min(self.limits.entering_rows, len(self._waiting))
         if several < 2 or self.limits.host_tokens:
             return len(self._free) >= several
-        needed = sum(self._row_pages(_most_tokens(row)) for row in islice(self._waiting, several))
-        return len(self._free) >= several and needed <= self._pages
+        if len(self._free) < several:
+            return False
+        needed, missing = 0, 0
+        for row in islice(self._waiting, several):
+            there, wanted = self._prefixes.wanted(row)
+            needed += self._row_pages(_most_tokens(row) - PAGE_TOKENS * wanted)
+            missing = max(missing, wanted - there)
+        return needed + missing <= self._free_pages + self._prefixes.idle_pages
 
     def _find_place(self, seat: Seat) -> bool:
         """Whether there is room for the tokens of `seat`, which is then taken."""
-        pages = self._row_pages(seat.total)
-        if pages <= self._pages:
-            self._pages -= pages
-            return True
-        seat.host_start = self._host.take(seat.total)
+        there, wanted = self._prefixes.wanted(seat.row)
+        for pages in dict.fromkeys((wanted, there, 0)):
+            if self._share(seat, pages):
+                return True
+        seat.host_start = self._host.take(seat.total) if self.limits.host_tokens else None
         return seat.on_host
+
+    def _share(self, seat: Seat, pages: int) -> bool:
+        """Whether there is room for `seat` with so many shared pages, which are then taken, and its own."""
+        prefixes, own = self._prefixes, self._row_pages(seat.total - PAGE_TOKENS * pages)
+        made, spare = prefixes.room_for(seat.row, pages)
+        excess = max(0, own + made - self._free_pages, prefixes.pages + made - self.limits.prefix_pages)
+        if excess > spare:
+            return False
+        seat.prefix = prefixes.hold(seat.row, pages)
+        prefixes.drop(excess)
+        self._own_pages += own
+        return True
 
     def _leave_place(self, seat: Seat) -> None:
         if seat.host_start is None:
-            self._pages += self._row_pages(seat.total)
+            self._own_pages -= self._row_pages(seat.total - seat.prefix_tokens)
+            self._prefixes.let_go(seat.prefix)
         else:
             self._host.give_back(seat.host_start, seat.total)
+
+    def forget_prefix(self, seat: Seat) -> None:
+        """`seat` ended with scores that are no numbers: later rows compute for themselves what it shares."""
+        self._prefixes.forget(seat.prefix)
+
+    def clear_prefixes(self) -> None:
+        """Share nothing of what has been computed so far."""
+        self._prefixes.clear()
+
+    def take_dropped(self) -> list[PrefixPage]:
+        """Shared pages that are free since the last call."""
+        return self._prefixes.take_dropped()
 
     def has_more_than(self, groups: Sequence[Group]) -> bool:
         """Whether rows wait, or are live without being in `groups`."""
@@ -343,7 +438,7 @@ class Scheduler:
         if limits.together:
             groups = [Group.of(self.seats)] if self.seats else []
         elif limits.forward_tokens:
-            groups = [group for seats, counts in self._parts() for group in self._packed(seats, counts)]
+            groups = [group for parts in self._parts() for group in self._packed(parts)]
         else:
             groups = [*(self._prompts() if prompts else ()), *self._decodes()]
         if groups:
@@ -357,8 +452,13 @@ class Scheduler:
     def advance(self, group: Group) -> list[Seat]:
         """`group` has been computed and its tokens chosen; returns the seats that ended, as they have all theirs."""
         ended = []
-        for seat, count, chooses in zip(group.seats, group.counts, group.chooses, strict=True):
-            seat.computed += count
+        of_each = zip(group.seats, group.starts, group.counts, group.chooses, strict=True)
+        for seat, start, count, chooses in of_each:
+            if start < seat.prefix_tokens:
+                for page in seat.pages_between(start, start + count):
+                    page.is_computed = True
+            self.counts.shared_tokens += start - seat.computed
+            seat.computed = start + count
             if chooses:
                 seat.known += 1
                 if seat.known == seat.total and not seat.has_left:
@@ -398,7 +498,8 @@ class Scheduler:
         limits = self.limits = self._smaller(groups)
         if not limits.together:
             for seat in self.seats:
-                seat.computed = 0 if seat.due > 1 else seat.computed
+                if seat.due > 1:  # complete pages that are shared stay as they are
+                    seat.computed = min(seat.computed, seat.prefix_tokens) // PAGE_TOKENS * PAGE_TOKENS
             return []
         given_up = [seat for seat in self.seats if not seat.has_left]
         self._waiting.extendleft(seat.row for seat in reversed(given_up))
@@ -407,50 +508,53 @@ class Scheduler:
         self._vacate(self.seats)
         return given_up
 
-    def _parts(self) -> Iterator[tuple[list[Seat], list[int]]]:
+    def _parts(self) -> Iterator[list[Part]]:
         """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
-        order in which they were admitted: seats and their tokens, all together or, beyond a break and before it, or
-        with keys on the GPU and in host memory, each by themselves."""
-        limits, seats = self.limits, [seat for seat in self.seats if seat.known - seat.computed == 1]
-        steps, left, is_whole = len(seats), limits.prefill_tokens, limits.breaks_at is not None
-        counts = [1] * steps
+        order in which they were admitted, all together or, beyond a break and before it, or with keys on the GPU and in
+        host memory, each by themselves. What rows share is computed by the first of them."""
+        limits = self.limits
+        parts = [Part(seat, seat.computed, 1) for seat in self.seats if seat.known - seat.computed == 1]
+        steps, left, is_whole = len(parts), limits.prefill_tokens, limits.breaks_at is not None
+        planned = set[PrefixPage]()
         for seat in (seat for seat in self.seats if seat.due > 1):
+            start = seat.begins_at(planned)
             most = min(left, limits.forward_tokens) if seat.on_host else left
-            count = seat.due if is_whole else min(seat.due, most)
-            if not count or (count > left and len(seats) > steps):
+            count = seat.due if is_whole else min(seat.known - start, most)
+            if not count or (count > left and len(parts) > steps):
                 break
             left -= count
-            seats.append(seat)
-            counts.append(count)
+            parts.append(Part(seat, start, count))
+            planned.update(parts[-1].pages)
         if not (is_whole or limits.host_tokens):
-            yield from [(seats, counts)] if seats else []
+            yield from [parts] if parts else []
             return
-        for side in sorted(set(map(self._side, seats))):
-            alike = [place for place, seat in enumerate(seats) if self._side(seat) == side]
-            yield [seats[place] for place in alike], [counts[place] for place in alike]
+        for side in sorted({self._side(part.seat) for part in parts}):
+            yield [part for part in parts if self._side(part.seat) == side]
 
-    def _packed(self, seats: Sequence[Seat], counts: Sequence[int]) -> Iterator[Group]:
-        """`counts` tokens of `seats` in forwards of about as many each, whose prompts may go on in the next one: each
-        layer computes it later. Not those in host memory, from which the next one fetches before it has them all."""
-        limits, tokens, starts = self.limits, sum(counts), [seat.computed for seat in seats]
-        may_split = limits.breaks_at is None and not seats[0].on_host
-        forwards = max(-(-tokens // limits.forward_tokens), -(-len(seats) // limits.micro_batch_rows))
-        if forwards == 1:
-            yield Group.packed(seats, starts, counts)
-            return
-        size, rest = -(-tokens // forwards), deque(zip(seats, starts, counts, strict=True))
+    def _packed(self, parts: Sequence[Part]) -> Iterator[Group]:
+        """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
+        computes it later. Not those in host memory, from which the next one fetches before it has them all. Rows that
+        share what another one computes have a later forward."""
+        limits, tokens = self.limits, sum(part.tokens for part in parts)
+        may_split = limits.breaks_at is None and not parts[0].seat.on_host
+        forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
+        size, rest = -(-tokens // forwards), deque(parts)
         while rest:
-            left, taken = size, list[tuple[Seat, int, int]]()
+            left, taken, made = size, list[Part](), set[PrefixPage]()
             while rest and left > 0 and len(taken) < limits.micro_batch_rows:
-                seat, start, count = rest.popleft()
-                if count > left and may_split:
-                    rest.appendleft((seat, start + left, count - left))
-                    count = left
-                elif count > left and taken:
-                    rest.appendleft((seat, start, count))
+                part = rest.popleft()
+                if made and part.needs(made):
+                    rest.appendleft(part)
                     break
-                taken.append((seat, start, count))
-                left -= count
+                if part.tokens > left and may_split:
+                    part, after = part.cut(left)
+                    rest.appendleft(after)
+                elif part.tokens > left and taken:
+                    rest.appendleft(part)
+                    break
+                taken.append(part)
+                made.update(part.pages)
+                left -= part.tokens
             yield Group.packed(*zip(*taken, strict=True))
 
     def _decodes(self) -> Iterator[Group]:

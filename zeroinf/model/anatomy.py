@@ -106,6 +106,8 @@ class PoolSize:
     rows: int
     tokens: int
     pages: int
+    prefix_pages: int = 0
+    """Of these, those that may hold what prompts begin with in common; 0: each row has pages of its own alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,8 +190,8 @@ class LayerCache:
         return replace(self, keys=keys, values=values, bytes_per_token=keys.nbytes + values.nbytes)
 
     def pool_pages(self, size: PoolSize) -> int:
-        """Pages of this layer in a pool: no more than all its rows can take, and one for padding."""
-        return min(size.pages, size.rows * self.row_pages(size.tokens)) + 1
+        """Pages of this layer in a pool: no more than all its rows and prefixes can take, and one for padding."""
+        return min(size.pages, size.rows * self.row_pages(size.tokens) + size.prefix_pages) + 1
 
     def pooled_bytes(self, size: PoolSize) -> int:
         """Bytes of this layer in a pool; 0 where a pool cannot hold it."""

@@ -61,6 +61,8 @@ class Plan:
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
     pool_pages: int = 0
     """Pages of the KV cache, for all live rows together."""
+    prefix_pages: int = 0
+    """Of these, those that may hold what prompts begin with in common; 0: rows share none."""
     host_rows: int = 0
     """Rows whose keys and values rest in host memory; those of the others lie in pages on the GPU."""
     host: HostSize | None = None
@@ -125,7 +127,9 @@ class Plan:
     @property
     def pool(self) -> PoolSize:
         """What the KV cache has room for."""
-        return PoolSize(rows=self.batch_size, tokens=self.row_tokens, pages=self.pool_pages)
+        return PoolSize(
+            rows=self.batch_size, tokens=self.row_tokens, pages=self.pool_pages, prefix_pages=self.prefix_pages
+        )
 
     def with_rows(self, rows: int) -> Plan:
         """The same with fewer rows live at once (1 or more), and passes and a pool that are smaller by as much.
