@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -21,6 +22,7 @@ from zeroinf.options.plan_input import plan_input_of
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
+from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.calls import is_chat, requests_of, sampling_of
@@ -86,6 +88,7 @@ def plan(
     fetch: Fetch | Literal["auto"] = "auto",
     batch_size: int | None = None,
     micro_batch_rows: int | None = None,
+    share_prefixes: bool = True,
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
@@ -150,6 +153,7 @@ def generate(
     fetch: Fetch | Literal["auto"] = "auto",
     batch_size: int | None = None,
     micro_batch_rows: int | None = None,
+    share_prefixes: bool = True,
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
@@ -185,10 +189,13 @@ def generate(
 
     def lengths(source: ModelSource, anatomy: Anatomy) -> Lengths:
         codec = TextCodec(load_tokenizer(source), anatomy)
-        rows = [(len(encode_prompt(codec, request)), request.sampling.max_new_tokens) for request in requests]
+        prompts = [array("i", encode_prompt(codec, request)) for request in requests]
+        most = [request.sampling.max_new_tokens for request in requests]
+        rows = list(zip(map(len, prompts), most, strict=True))
         asked = [count for request in requests if (count := request.sampling.logprobs) is not None]
         return replace(
             Lengths.of(anatomy, rows, max(asked, default=None)),
+            prefixes=PrefixGroups(prompts).shared(anatomy, rows) if share_prefixes else None,
             sampled=any(not request.sampling.is_greedy for request in requests),
             penalized=any(request.sampling.alters_scores for request in requests),
             structured=any(request.sampling.answer_format is not None for request in requests),
@@ -213,6 +220,7 @@ def pipeline(
     fetch: Fetch | Literal["auto"] = "auto",
     batch_size: int | None = None,
     micro_batch_rows: int | None = None,
+    share_prefixes: bool = True,
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",

@@ -211,7 +211,13 @@ def test_models_health_version_and_figures(client: httpx.Client, official: opena
     assert client.get("/tokenizer_info").json()["eos_token"] == "</s>"
     official.completions.create(model=MODEL, prompt=PROMPT, max_tokens=2)
     figures = client.get("/metrics").text
-    for name in ("num_requests_running", "passes_total", "streamed_bytes_total", "time_to_first_token_seconds_count"):
+    for name in (
+        "num_requests_running",
+        "prefix_cache_hits_total",
+        "passes_total",
+        "streamed_bytes_total",
+        "time_to_first_token_seconds_count",
+    ):
         assert f"zeroinf_{name}" in figures
     assert 'zeroinf_request_success_total{finished_reason="length"}' in figures
 

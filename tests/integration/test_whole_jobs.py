@@ -179,6 +179,33 @@ def test_python_refuses_a_prompt_that_the_model_cannot_take_before_anything_runs
         evaluate(RunOptions(model=str(beyond("llama")), sampling=Sampling(max_new_tokens=1)), text, None, CPU, Deaf())
 
 
+@pytest.mark.parametrize(("name", "is_shared"), [("llama", True), ("gpt_oss", True), ("bloom", False)])
+def test_prompts_that_begin_alike_are_computed_once_and_change_no_result(
+    name: str, is_shared: bool, small_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    texts = [("header " * 15, "other words " * 6)[i % 3 == 0] + "abcdefghi"[: 1 + i % 8] * 2 for i in range(20)]
+    draw.shuffle(texts)
+    requests = write_jsonl(tmp_path / "in.jsonl", [{"id": f"r{i}", "prompt": text} for i, text in enumerate(texts)])
+    lines, reports = [], []
+    for share in (True, False):
+        output, how = tmp_path / f"{share}.jsonl", Sampling(max_new_tokens=5, ignore_eos=True)
+        reports.append(run(small_checkpoint(name), requests, output, sampling=how, share_prefixes=share, batch_size=6))
+        lines.append(read_jsonl(output))
+    with_it, without = reports
+    assert lines[0] == lines[1] and [line["id"] for line in lines[0]] == [f"r{i}" for i in range(20)]
+    assert with_it.to_json()["shared_prompt_tokens"] == with_it.shared_prompt_tokens
+    assert without.shared_prompt_tokens == 0
+    if not is_shared:
+        assert with_it.plan.unshared_because and "no shared prefixes" in repr(with_it.plan)
+        assert with_it.shared_prompt_tokens == 0 and "shared" not in repr(without.plan)
+        return
+    assert f"shared prefixes save {with_it.plan.prefixes.saved_share:.0%}" in repr(with_it.plan)
+    assert with_it.shared_prompt_tokens >= 0.9 * with_it.plan.prefixes.saved_tokens * len(texts)
+    assert sum(rank.counts.prefill_columns for rank in with_it.ranks) < 0.4 * with_it.prompt_tokens
+    assert with_it.plan.timing.tokens_per_second > without.plan.timing.tokens_per_second
+
+
 def test_logprobs_are_refused_where_results_have_no_place_for_them(model: Path, tmp_path: Path) -> None:
     requests = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "one", "logprobs": 2}])
     with pytest.raises(UsageError, match="logprobs without --output-file"):

@@ -74,8 +74,18 @@ def test_what_the_package_offers_is_frozen() -> None:
 
 
 HOW_TO_RUN = (
-    *("engine", "offload", "nvme_paths", "fetch", "batch_size", "micro_batch_rows", "wire", "kv", "kv_dtype"),
-    *("resident_blocks", "tensor_parallel", "num_gpus", "gpu_memory", "host_memory", "pin_memory", "aio"),
+    *("engine", "offload", "nvme_paths", "fetch", "batch_size", "micro_batch_rows", "share_prefixes", "wire"),
+    *(
+        "kv",
+        "kv_dtype",
+        "resident_blocks",
+        "tensor_parallel",
+        "num_gpus",
+        "gpu_memory",
+        "host_memory",
+        "pin_memory",
+        "aio",
+    ),
     *("zero_config", "dtype", "revision", "trust_remote_code", "random_weights", "progress"),
 )
 ONE = (

@@ -32,6 +32,7 @@ ASKED: dict[str, Any] = {
     "tensor_parallel": TensorParallel(size=2),
     "tensor_parallel_size": 2,
     "static_batches": True,
+    "share_prefixes": False,
     "zero_config": Path("zero.json"),
 }
 

@@ -50,7 +50,7 @@ def plan_of(
 
 def passes_of(plan: Plan, prompts: list[int], new: list[int]) -> Iterator[list[Group]]:
     scheduler = Scheduler(Limits.of(plan, shares_passes=True, breaks_at=None), plan.anatomy.row_pages)
-    scheduler.add(rows_of([[1] * tokens for tokens in prompts], new))
+    scheduler.add(rows_of([[number] * tokens for number, tokens in enumerate(prompts)], new))
     while True:
         scheduler.admit()
         if not (groups := scheduler.next_pass()):
@@ -78,9 +78,8 @@ class Paper:
 
     def _run(self, group: Group) -> Step:
         plan, recorder = self._plan, Recorder(self._model, self._blocks)
-        lengths = Lengths(prompt_tokens=plan.prompt_tokens, new_tokens=plan.new_tokens)
         with torch.no_grad(), recorder:
-            pool = PagePool(self._model, plan.anatomy, lengths.pool(plan.anatomy, plan.batch_size), META)
+            pool = PagePool(self._model, plan.anatomy, plan.pool, META)
             host = plan.host and HostCache(self._model, plan.anatomy, plan.host, META, None, pin=False)
             batch_state = BatchState(self._model, TokenRules(self._model, None, ()), pool, META, host)
             recorder.cut()

@@ -42,7 +42,7 @@ def share_work(control: Control, work: tuple[Work, ...] | None) -> tuple[Work, .
     tokens = view_of(memory.bytes).cast("B").cast("i")
     if work is not None:
         for item, end in zip(work, ends, strict=True):
-            own = _as_array(item.prompt)
+            own = as_array(item.prompt)
             tokens[end - len(own) : end] = own
             del own[:]
     if control.world.local_size < control.world.size:
@@ -53,7 +53,8 @@ def share_work(control: Control, work: tuple[Work, ...] | None) -> tuple[Work, .
     return tuple(replace(item, prompt=tokens[start:end]) for item, start, end in zip(bare, starts, ends, strict=True))
 
 
-def _as_array(tokens: Sequence[int]) -> array[int]:
+def as_array(tokens: Sequence[int]) -> array[int]:
+    """`tokens` as 4 bytes each: themselves, where they are so already."""
     return tokens if isinstance(tokens, array) else array("i", tokens)
 
 

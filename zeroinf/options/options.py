@@ -136,6 +136,12 @@ class EngineOptions(Options):
         help="Most sequences that run one forward together; several such micro-batches of equal size share a "
         "pass over the weights. With the stream engine.",
     )
+    share_prefixes: bool = option(
+        True,
+        engine_specific=True,
+        help="Compute what prompts begin with in common once, and share its keys and values. With the stream and "
+        "resident engines.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ class Constraints:
     """The part of the rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
     static_batches: bool = False
+    share_prefixes: bool = True
+    """Rows whose prompts begin alike share keys and values of that."""
     ranks_per_stream: int = 1
     """Ranks that hold one model together and run the same rows."""
 

@@ -54,13 +54,14 @@ class PassShapes:
         self._whole_prompts = facts.lengths.whole
         scored = facts.lengths.scored_tokens > 0
         on_host = self.host_rows(MOST_ROWS) > 0
-        self._packs = not why_padded(facts.anatomy, constraints.engine, on_host=on_host, scored=scored)
+        self.packs = not why_padded(facts.anatomy, constraints.engine, on_host=on_host, scored=scored)
+        """Whether rows of a forward lie side by side."""
 
     @property
     def makes_parts(self) -> bool:
         """Whether rows of a pass may run in several micro-batches, and prompts in several passes."""
         shares = descriptor_of(self._constraints.engine).shares_passes and self._facts.anatomy.is_paged
-        return self._packs or shares
+        return self.packs or shares
 
     def host_rows(self, rows: int) -> int:
         """How many of `rows` rows keep their KV cache in host memory."""
@@ -90,7 +91,7 @@ class PassShapes:
             most = self._in_whole_prompts(min(point.rows * self._lengths.prompt_tokens, _PREFILL_TOKENS[1]))
             least = self._lengths.prompt_tokens if self._whole_prompts else min(_SHORTEST_PART, most)
             tokens = max(least, min(point.prefill_tokens, most))
-            if self._packs:
+            if self.packs:
                 return self._packed(point.rows, point.micro_batches, tokens)
             shape = self._padded(point.rows, self._rows_together(point), tokens)
         return (
@@ -146,7 +147,7 @@ class PassShapes:
         tokens = min(rows * prompt, int(sorted((fewest, self._hidden_tokens, most))[1]))
         part = min(tokens, max(tokens // tokens_share, _SHORTEST_PART))
         part = max(part, prompt) if self._whole_prompts else part
-        if self._packs:
+        if self.packs:
             return self._packed(rows, rows_share, part)
         together = self._constraints.micro_batch_rows or MOST_MICRO_BATCH_ROWS // rows_share
         # No more than there are where all rows are live: fewer live rows would else run in larger micro-batches.
@@ -164,7 +165,7 @@ class PassShapes:
         """As many prompt tokens as the longest prompts among `tokens` have, of which padded passes are simulated:
         shorter ones would use up what is left."""
         longest = self._lengths.prompt_tokens
-        return tokens - tokens % longest if tokens > longest and not self._packs else tokens
+        return tokens - tokens % longest if tokens > longest and not self.packs else tokens
 
     def _other_tokens(self, tokens: int, times: float) -> int:
         """So many times as many prompt tokens, in whole prompts, and another number in any case."""

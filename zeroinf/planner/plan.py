@@ -10,6 +10,7 @@ from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.descriptor import packs_scores, why_padded
 from zeroinf.planner.memory import Term
+from zeroinf.planner.prefixes import SharedPrefixes
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
 from zeroinf.planner.wire import Wire
@@ -63,6 +64,10 @@ class Plan:
     """Pages of the KV cache, for all live rows together."""
     prefix_pages: int = 0
     """Of these, those that may hold what prompts begin with in common; 0: rows share none."""
+    prefixes: SharedPrefixes | None = None
+    """What prompts share, where rows may; None: nothing is shared."""
+    unshared_because: str = ""
+    """Why prompts that begin alike are computed one by one, where that was not asked for."""
     host_rows: int = 0
     """Rows whose keys and values rest in host memory; those of the others lie in pages on the GPU."""
     host: HostSize | None = None
@@ -151,6 +156,7 @@ class Plan:
             prefill_tokens=share(self.prefill_tokens),
             forward_tokens=share(self.forward_tokens) if self.forward_tokens else 0,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
+            prefix_pages=share(self.prefix_pages) if self.prefix_pages else 0,
             host_rows=min(self.host_rows, rows),
             timing=timing,
         )

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import cast
 
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy
 
@@ -40,6 +41,8 @@ class SharedPrefixes:
     """Of these, pages that are shared."""
     longest_pages: int
     """Pages of the longest prefix."""
+    saved_share: float = 0.0
+    """Part of all prompt tokens that is saved."""
 
     @classmethod
     def unknown(cls, anatomy: Anatomy, prompt_tokens: int, new_tokens: int) -> SharedPrefixes:
@@ -52,8 +55,8 @@ class PrefixGroups:
     """Prompts in groups that begin alike."""
 
     def __init__(self, prompts: Sequence[array[int]] | Sequence[bytes], page: int = PAGE_TOKENS) -> None:
-        """Prompts have `page` elements for each page."""
-        self._ordered = sorted(range(len(prompts)), key=prompts.__getitem__)
+        """Prompts, all of one kind, have `page` elements for each page."""
+        self._ordered = sorted(range(len(prompts)), key=lambda number: cast("bytes", prompts[number]))
         self._common = [0] * len(prompts)
         """Pages that each of these has in common with the one before."""
         for place in range(1, len(prompts)):
@@ -79,10 +82,8 @@ class PrefixGroups:
         if group:
             yield group
 
-    def shared(self, anatomy: Anatomy, rows: Sequence[tuple[int, int]]) -> SharedPrefixes | None:
-        """What the prompts share, as rows with so many prompt tokens and new ones at the most; None where nothing."""
-        if not any(self._common):
-            return None
+    def shared(self, anatomy: Anatomy, rows: Sequence[tuple[int, int]]) -> SharedPrefixes:
+        """What the prompts share, as rows with so many prompt tokens and new ones at the most."""
         saved, prefix, own, longest = 0, 0, list[int](), 0
         following = [*self._common[1:], 0]
         for number, before, after in zip(self._ordered, self._common, following, strict=True):
@@ -95,4 +96,5 @@ class PrefixGroups:
             longest = max(longest, held)
         lives = [rows[number][1] for number in self._ordered]
         each = prefix / len(rows)
-        return SharedPrefixes(saved / len(rows), fmean(own, lives) + each, each, longest)
+        share = saved / max(1, sum(prompt for prompt, _ in rows))
+        return SharedPrefixes(saved / len(rows), fmean(own, lives) + each, each, longest, share)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _PLACES: dict[MemoryPlace, str] = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
 SOME_REQUESTS = 1000
 """A job of which the number of requests is not known is said to have so many."""
+_WORTH_TELLING = 0.005
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -51,10 +52,18 @@ def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
 
 def _forwards(plan: Plan) -> str:
     if plan.forward_tokens:
-        return f"forwards of up to {plan.forward_tokens:,} packed tokens"
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens{_prefixes(plan)}"
     if plan.packs_scores:
         return f"forwards of up to {plan.prefill_tokens:,} packed tokens"
-    return f"padded forwards ({plan.padded_because})"
+    shared = ", no shared prefixes" if plan.unshared_because else ""
+    return f"padded forwards ({plan.padded_because}){shared}"
+
+
+def _prefixes(plan: Plan) -> str:
+    if plan.unshared_because:
+        return f"; no shared prefixes ({plan.unshared_because})"
+    saved = 0.0 if plan.prefixes is None else plan.prefixes.saved_share
+    return f"; shared prefixes save {saved:.0%} of prompt tokens" if saved >= _WORTH_TELLING else ""
 
 
 def _kv(plan: Plan) -> str:

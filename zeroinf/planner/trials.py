@@ -121,7 +121,8 @@ class Trials:
     def too_many_rows(self, choice: Choice) -> Rejection | None:
         """What the KV cache alone says of more rows than one, which takes no simulation."""
         place = self._facts.compute_place
-        size = self._facts.lengths.pool(self._anatomy, choice.batch_size, choice.host_rows)
+        rows, packed = (choice.batch_size, choice.host_rows), self._shapes.packs
+        size = self._facts.lengths.pool(self._anatomy, *rows, packed=packed)
         pool, available = self._anatomy.pool_bytes(size), self._budgets[place]
         if self._constraints.batch_size is not None or choice.batch_size == 1 or pool <= available:
             return None

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event
+from zeroinf.planner.prefixes import SharedPrefixes
 
 # So many prompts' lengths stand for all of a job's.
 _MOST_PROMPTS = 64
@@ -52,6 +53,8 @@ class Lengths:
     """Tokens that a live row can come to."""
     mean_pages: float | None = None
     """Pages of the KV cache that a live row takes."""
+    prefixes: SharedPrefixes | None = None
+    """What prompts share, where rows may; None: nothing."""
 
     @classmethod
     def of(cls, anatomy: Anatomy, rows: Sequence[tuple[int, int]], logprobs: int | None = None) -> Lengths:
@@ -91,12 +94,26 @@ class Lengths:
         passes = (1 / (tokens // prompt) if prompt <= tokens else ceil(prompt / tokens) for prompt in prompts)
         return len(prompts) / sum(passes)
 
-    def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0) -> PoolSize:
-        """Room for so many rows of these lengths on average, and for the longest of all; some have no pages."""
+    @property
+    def computed_tokens(self) -> float:
+        """Prompt tokens of a row that it does not share, on average."""
+        saved = 0.0 if self.prefixes is None else self.prefixes.saved_tokens
+        return (self.mean_prompt_tokens or self.prompt_tokens) - saved
+
+    def pool(self, anatomy: Anatomy, rows: int, host_rows: int = 0, *, packed: bool = False) -> PoolSize:
+        """Room for so many rows of these lengths on average, and for the longest of all; some have no pages. Rows of
+        `packed` forwards share what their prompts begin with, unless keys rest in host memory."""
         tokens, paged = anatomy.row_tokens(self.prompt_tokens, self.new_tokens), rows - host_rows
         longest = anatomy.row_pages(tokens) if paged else 0
         mean = longest if self.mean_pages is None else self.mean_pages
-        return PoolSize(rows=rows, tokens=tokens, pages=max(longest, ceil(paged * mean)))
+        pages, shared = max(longest, ceil(paged * mean)), self.prefixes
+        if shared is None or not shared.longest_pages or not packed or host_rows:
+            return PoolSize(rows=rows, tokens=tokens, pages=pages)
+        pages = min(pages, ceil(rows * shared.mean_pages) + longest)
+        kept = pages
+        if any(layer.window is not None for layer in anatomy.cache):  # rows have few pages of these, prefixes all
+            kept = min(pages, ceil(rows * shared.prefix_pages) + shared.longest_pages)
+        return PoolSize(rows=rows, tokens=tokens, pages=pages, prefix_pages=kept)
 
     def host(self, shape: Shape, *, whole: int = 0) -> HostSize | None:
         """Room for the rows of `shape` in host memory; None where there are none. Prompts run so many tokens at a time,

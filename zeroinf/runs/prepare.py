@@ -20,7 +20,7 @@ from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import began_before
 from zeroinf.jobs.readers import read_inputs
 from zeroinf.jobs.shape import flags_of
-from zeroinf.jobs.sharing import request_bytes
+from zeroinf.jobs.sharing import as_array, request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
@@ -32,6 +32,7 @@ from zeroinf.options.model import anatomy_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.queue import shortest_last
 from zeroinf.service.requests import Extra, Refusal, Request, Work
@@ -134,12 +135,13 @@ def none_can_run(refusals: Sequence[Refusal]) -> str:
     return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
 
 
-def lengths_of(anatomy: Anatomy, work: Sequence[Work]) -> Lengths:
-    """What is planned for: the lengths of `work` and what its sampling takes."""
+def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | None = None) -> Lengths:
+    """What is planned for: the lengths of `work`, what its sampling takes, and what its prompts share by `groups`."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
     rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
     return replace(
         Lengths.of(anatomy, rows, max(asked, default=None)),
+        prefixes=None if groups is None else groups.shared(anatomy, rows),
         sampled=any(not item.sampling.is_greedy for item in work),
         penalized=any(item.sampling.alters_scores for item in work),
         structured=any(item.sampling.answer_format is not None for item in work),
@@ -151,8 +153,11 @@ def prepare(
 ) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     held = request_bytes([len(item.prompt) for item in reading.job.work], world.local_size)
-    lengths = replace(lengths_of(reading.anatomy, work), request_bytes=held)
+    groups = PrefixGroups([as_array(item.prompt) for item in work]) if options.share_prefixes else None
+    lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
+    if plan.prefix_pages and groups is not None:
+        work = tuple(work[number] for number in groups.order)
     return PreparedRun(
         plan=plan,
         engine_choice=why,

@@ -108,7 +108,7 @@ class RunReport:
             "resident_blocks",
             "host_rows",
         )
-        counted = ("requests", "refused", "failed", "cut", "prompt_tokens", "completion_tokens")
+        counted = ("requests", "refused", "failed", "cut", "prompt_tokens", "completion_tokens", "shared_prompt_tokens")
         moved = ("streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")
@@ -190,6 +190,11 @@ class RunReport:
             "prefill": _share(sum(c.prefill_padding for c in counts), sum(c.prefill_columns for c in counts)),
             "decode": _share(sum(c.decode_padding for c in counts), sum(c.decode_columns for c in counts)),
         }
+
+    @property
+    def shared_prompt_tokens(self) -> int:
+        """Prompt tokens that were not computed: another sequence had the same prefix. All ranks together."""
+        return sum(rank.counts.shared_tokens for rank in self.ranks)
 
     @property
     def pool_share(self) -> dict[str, float]:

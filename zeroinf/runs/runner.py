@@ -219,6 +219,7 @@ class _Job:
     def _run_once(self, number: int, model: LoadedModel, output: Output | None) -> tuple[RequestFeed, float]:
         """All requests, from a queue of its own. Without `output` only the time counts."""
         store = dist.PrefixStore(f"repetition/{number}", self._control.store)
+        model.scheduler.clear_prefixes()  # nothing is known of these requests
         stream = RequestFeed(self._prepared, model, store, output, self._observer)
         self._observer.doing("first pass over the layers")
         try:

@@ -213,6 +213,8 @@ class Gateway:
         model = self._service.model
         stats, plan = model.engine.stats(), model.plan
         yield gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use.", self.kv_cache_usage)
+        shared = model.scheduler.counts.shared_tokens
+        yield counter("prefix_cache_hits", "Prompt tokens that shared prefixes saved, on rank 0.", shared)
         yield counter("passes", "Walks over all layers, on rank 0.", stats.passes)
         yield counter("streamed_bytes", "Weights transferred to where they compute, on rank 0.", stats.streamed_bytes)
         terms: dict[tuple[str, ...], float] = {}

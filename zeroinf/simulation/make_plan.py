@@ -13,6 +13,7 @@ from zeroinf.engines.registry import default_engine, descriptor_of
 from zeroinf.engines.zero.codes import expansion, with_codes
 from zeroinf.engines.zero.config import own_codes
 from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.generation.micro_batch import breaks_at
 from zeroinf.hardware.machine import Machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
@@ -32,6 +33,7 @@ from zeroinf.planner.decision import Decision, NothingFitsError
 from zeroinf.planner.descriptor import refuse_beside_codes
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
+from zeroinf.planner.prefixes import SharedPrefixes
 from zeroinf.planner.search import Planner
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
@@ -82,6 +84,7 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
     """
     _refuse_beside_an_encoder(plan_input)
     refuse_beside_codes(plan_input.anatomy, plan_input.constraints.engine, plan_input.constraints.wire)
+    asked, plan_input = plan_input.lengths.prefixes, _with_prefixes(plan_input)
     speeds = _speeds(plan_input)
     streaming = replace(plan_input, constraints=replace(plan_input.constraints, engine=default_engine()))
     simulate = cache(lambda: _simulator(streaming, None))  # which every plan of the default engine can use
@@ -94,7 +97,28 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
     if advise:
         changes = alternatives(plan_input.constraints, plan_input.machine, plan_input.anatomy, plan_input.checkpoints)
         advice = _planned(plan_input, changes, simulate, rows=None if plan_input.anatomy.is_paged else decision)
-    return PlanResult(plan=_plan(plan_input, decision), decision=decision, speeds=speeds, advice=tuple(advice))
+    plan = _plan(plan_input, decision)
+    if plan_input.constraints.share_prefixes and (asked is None or asked.longest_pages):
+        plan = replace(plan, unshared_because=_why_unshared(plan_input, plan))
+    return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=tuple(advice))
+
+
+def _with_prefixes(plan_input: PlanInput) -> PlanInput:
+    """The same, in which prompts share what they are known to begin with, or may turn out to, where rows may."""
+    lengths, constraints, anatomy = plan_input.lengths, plan_input.constraints, plan_input.anatomy
+    prefixes = lengths.prefixes
+    if not constraints.share_prefixes or lengths.scored_tokens or breaks_at(plan_input.config) is not None:
+        prefixes = None
+    elif prefixes is None:
+        prefixes = SharedPrefixes.unknown(anatomy, lengths.prompt_tokens, lengths.new_tokens)
+    return replace(plan_input, lengths=replace(lengths, prefixes=prefixes))
+
+
+def _why_unshared(plan_input: PlanInput, plan: Plan) -> str:
+    """Why prompts share nothing in a plan for which it was asked; empty where they may."""
+    if plan.padded_because or plan.scored_tokens:
+        return "forwards are padded" if plan.padded_because else "prompts are scored"
+    return "" if breaks_at(plan_input.config) is None else "keys change with the length of a sequence"
 
 
 def sketch_plan(plan_input: PlanInput, *, advise: bool = True) -> tuple[tuple[Advice, ...], str]:
@@ -269,6 +293,8 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         prefill_tokens=choice.prefill_tokens,
         forward_tokens=choice.forward_tokens,
         pool_pages=chosen.pool.pages,
+        prefix_pages=chosen.pool.prefix_pages,
+        prefixes=plan_input.lengths.prefixes if chosen.pool.prefix_pages else None,
         host_rows=choice.host_rows,
         host=chosen.host,
         resident_blocks=choice.resident_blocks,
@@ -305,6 +331,6 @@ def _shares(lengths: Lengths) -> Sequence[Lengths]:
     while found[-1].prompt_tokens > 1:
         prompt, new = max(1, found[-1].prompt_tokens // 2), max(1, found[-1].new_tokens // 2)
         means: dict[str, Any] = dict.fromkeys(("mean_prompt_tokens", "mean_new_tokens", "mean_tokens", "mean_pages"))
-        means["prompts"] = ()
+        means["prompts"], means["prefixes"] = (), None
         found.append(replace(lengths, prompt_tokens=prompt, new_tokens=new, **means))
     return found

@@ -107,7 +107,7 @@ class Simulator:
         """Passes of packed forwards: what they allocate follows from their tokens."""
         lengths = self._lengths
         mean, tokens = lengths.mean_prompt_tokens or lengths.prompt_tokens, shape.prefill_tokens
-        whole, kinds = self._breaks_at is not None, (None, shape.kv_dtype)
+        whole, kinds, computed = self._breaks_at is not None, (None, shape.kv_dtype), lengths.computed_tokens
         rows = shape.rows - shape.host_rows, shape.host_rows
         sides = [(self._forwards(kv), count) for kv, count in zip(kinds, rows, strict=True) if count]
         attention = partial(attention_of, self._anatomy, self._config)
@@ -115,13 +115,13 @@ class Simulator:
         return self._workload(
             shape,
             prompts=(),
-            prompts_rows=tokens / mean,
-            prompts_a_pass=lengths.prompts_a_pass(tokens) if whole else tokens / mean,
+            prompts_rows=tokens / computed,
+            prompts_a_pass=lengths.prompts_a_pass(tokens) if whole else tokens / computed,
             first_decode=(),
             last_decode=(),
             packed=Packed(
                 forwards=sides[0][0].forwards,
-                prompts=attention(tokens / mean, 0, mean),
+                prompts=attention(tokens / computed, mean - computed, computed),
                 decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
             ),
@@ -138,7 +138,7 @@ class Simulator:
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
         recorder = Recorder(self._model, self._blocks)
         with torch.no_grad(), recorder:
-            batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices), kv, parts)
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices, packed=kv is None), kv, parts)
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
@@ -181,7 +181,8 @@ class Simulator:
         )
 
     def _workload(self, shape: Shape, **steps: Any) -> Workload:
-        size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows)
+        packed = shape.forward_tokens > 0
+        size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows, packed=packed)
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         whole = 0 if self._breaks_at is None else longest + new
         return Workload(

@@ -47,6 +47,7 @@ RESIDENT = EngineDescriptor(
     memory_terms=memory_terms,
     transfers=no_transfers,
     offloads=("none",),
+    options=frozenset({"share_prefixes"}),
     packs=True,
     is_replayed=True,
 )

@@ -29,7 +29,9 @@ STREAM = EngineDescriptor(
     transfers=placed_transfers,
     check_disks=_check_disks,
     offloads=("none", "cpu", "nvme"),
-    options=frozenset({"fetch", "resident_blocks", "pin_memory", "wire", "static_batches", "kv", "kv_dtype"}),
+    options=frozenset(
+        {"fetch", "resident_blocks", "pin_memory", "wire", "static_batches", "kv", "kv_dtype", "share_prefixes"}
+    ),
     stripes=True,
     places_blocks=True,
     mixes_tiers=True,
