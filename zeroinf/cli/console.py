@@ -212,6 +212,8 @@ def _counts(report: RunReport | ClusterReport) -> Iterator[tuple[str, str]]:
 
 def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     yield from _counts(report)
+    if report.shared_prompt_tokens:
+        yield "shared prefixes", f"{report.shared_prompt_tokens:,} prompt tokens not computed again"
     yield "load", f"{report.load_s:.1f} s"
     if report.plan.wire != "model":
         yield "weights", f"{report.plan.wire}: lossy"

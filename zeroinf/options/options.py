@@ -139,6 +139,7 @@ class EngineOptions(Options):
     share_prefixes: bool = option(
         True,
         engine_specific=True,
+        section="speed",
         help="Compute what prompts begin with in common once, and share its keys and values. With the stream and "
         "resident engines.",
     )
