@@ -138,7 +138,7 @@ class Seat:
         return self.prefix[start // PAGE_TOKENS : end // PAGE_TOKENS]
 
 
-class Part(NamedTuple):
+class NextTokens(NamedTuple):
     """The next so many `tokens` of a row, behind the `start` that are in the cache before."""
 
     seat: Seat
@@ -154,9 +154,9 @@ class Part(NamedTuple):
         """Whether another part has `made` pages that it follows."""
         return any(page in made for page in self.seat.pages_between(0, self.start))
 
-    def cut(self, count: int) -> tuple[Part, Part]:
+    def cut(self, count: int) -> tuple[NextTokens, NextTokens]:
         """Its first so many tokens, and the others."""
-        return self._replace(tokens=count), Part(self.seat, self.start + count, self.tokens - count)
+        return self._replace(tokens=count), NextTokens(self.seat, self.start + count, self.tokens - count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,12 +508,12 @@ class Scheduler:
         self._vacate(self.seats)
         return given_up
 
-    def _parts(self) -> Iterator[list[Part]]:
+    def _parts(self) -> Iterator[list[NextTokens]]:
         """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
         order in which they were admitted, all together or, beyond a break and before it, or with keys on the GPU and in
         host memory, each by themselves. What rows share is computed by the first of them."""
         limits = self.limits
-        parts = [Part(seat, seat.computed, 1) for seat in self.seats if seat.known - seat.computed == 1]
+        parts = [NextTokens(seat, seat.computed, 1) for seat in self.seats if seat.known - seat.computed == 1]
         steps, left, is_whole = len(parts), limits.prefill_tokens, limits.breaks_at is not None
         planned = set[PrefixPage]()
         for seat in (seat for seat in self.seats if seat.due > 1):
@@ -523,7 +523,7 @@ class Scheduler:
             if not count or (count > left and len(parts) > steps):
                 break
             left -= count
-            parts.append(Part(seat, start, count))
+            parts.append(NextTokens(seat, start, count))
             planned.update(parts[-1].pages)
         if not (is_whole or limits.host_tokens):
             yield from [parts] if parts else []
@@ -531,7 +531,7 @@ class Scheduler:
         for side in sorted({self._side(part.seat) for part in parts}):
             yield [part for part in parts if self._side(part.seat) == side]
 
-    def _packed(self, parts: Sequence[Part]) -> Iterator[Group]:
+    def _packed(self, parts: Sequence[NextTokens]) -> Iterator[Group]:
         """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
         computes it later. Not those in host memory, from which the next one fetches before it has them all. Rows that
         share what another one computes have a later forward."""
@@ -540,7 +540,7 @@ class Scheduler:
         forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
         size, rest = -(-tokens // forwards), deque(parts)
         while rest:
-            left, taken, made = size, list[Part](), set[PrefixPage]()
+            left, taken, made = size, list[NextTokens](), set[PrefixPage]()
             while rest and left > 0 and len(taken) < limits.micro_batch_rows:
                 part = rest.popleft()
                 if made and part.needs(made):
