@@ -92,6 +92,29 @@ def test_the_benchmarks_are_what_the_stored_figures_say() -> None:
     assert made["CHART"].read_text(encoding="utf-8") == made["chart"](), "run scripts/make-benchmarks"
 
 
+def test_figures_in_running_text_are_stored_ones() -> None:
+    found = runpy.run_path(str(ROOT / "scripts" / "make-benchmarks"))["figures"]()
+    rate = {name: row["tokens_per_s"] for name, row in found.items() if "tokens_per_s" in row}
+    told = {
+        "README.md": [
+            f"gives {rate['llama-2-13b']} tokens/s",
+            f"{rate['llama-2-13b'] / rate['llama-2-13b-zero']:.2f} times DeepSpeed's",
+        ],
+        "CHANGELOG.md": [
+            f"{rate['llama-2-13b'] / rate['llama-2-13b-zero']:.1f} times DeepSpeed's",
+            f"{rate['4-gpus'] / rate['4-gpus-zero']:.1f} times on",
+        ],
+        "docs/guide/70b-on-24gb.md": [f"gives {rate['llama-2-70b-24']} new tokens a second"],
+        "docs/guide/moe.md": [
+            f"gives {rate['qwen3-30b-a3b']} new tokens a second",
+            f"in 16 bit {rate['qwen3-30b-a3b-16-bit']}",
+        ],
+    }
+    for page, texts in told.items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert [each for each in texts if each not in text] == [], page
+
+
 def test_the_tables_of_what_fits_and_the_terminal_are_what_is_stored() -> None:
     fits = runpy.run_path(str(ROOT / "scripts" / "make-fits"))
     for page, text in fits["pages"](json.loads(fits["STORED"].read_text(encoding="utf-8"))).items():
