@@ -26,6 +26,8 @@ from zeroinf.errors import InputError, ModelError, RankError, UsageError
 from zeroinf.options.definition import Options, definitions
 from zeroinf.options.options import LoadOptions, PlanOptions
 from zeroinf.planner.plan import AioSettings, TensorParallel
+from zeroinf.runs.progress import ProgressObserver
+from zeroinf.service.observer import Progress
 
 NEW_TOKENS = 6
 PROMPTS = ["One", "A prompt of some length", "x"]
@@ -71,6 +73,25 @@ def test_what_the_package_offers_is_frozen() -> None:
     assert all(getattr(zeroinf, name) is not None for name in zeroinf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = zeroinf.nothing
+
+
+def test_a_call_tells_how_far_it_is_by_tokens(ours: zeroinf.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Progress] = []
+    monkeypatch.setattr(ProgressObserver, "progress", lambda self, progress: told.append(progress))
+    results = ours.generate([*PROMPTS, {"prompt": "longer", "max_new_tokens": 16}], max_new_tokens=NEW_TOKENS)
+    generated = sum(result.completion_tokens for result in results)
+    assert [one.rows_done for one in told if one.rows_done] == [1, 2, 3, 4]
+    assert (told[-1].rows, told[-1].tokens, told[-1].tokens_left, told[-1].left_s) == (4, generated, 0, 0)
+    assert told[0].tokens_left > 0
+
+
+def test_a_calls_bar_shows_tokens_a_second_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    observer = ProgressObserver(True)
+    for number in observer.counted(range(2), 2):
+        observer.progress(
+            Progress(rows_done=number + 1, rows=2, tokens=10, tokens_left=30, elapsed_s=2.0, streamed_bytes=0)
+        )
+    assert "2/2 5.0 tokens/s, 0:06 left" in capsys.readouterr().err
 
 
 HOW_TO_RUN = (

@@ -124,7 +124,7 @@ class ConsoleObserver:
         self._step_over.set()
         if time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"{progress.rows_done}/{progress.rows} sequences, {progress.tokens:,} tokens, {_rates(progress)}")
+            self._say(f"{progress.rows_done}/{progress.rows} sequences, {progress.tokens:,} tokens, {progress.rates}")
 
     def _redraw(self, progress: Progress) -> None:
         if self._bar is None:
@@ -141,7 +141,7 @@ class ConsoleObserver:
             total=progress.tokens + progress.tokens_left,
             completed=progress.tokens,
             rows=f"{progress.rows_done}/{progress.rows}",
-            rates=_rates(progress),
+            rates=progress.rates,
         )
 
     def _start(self, shown: Bar | Status) -> None:
@@ -183,17 +183,6 @@ class ResultsBesideDisplay:
 
     def fileno(self) -> int:
         return self._stream.fileno()
-
-
-def _rates(progress: Progress) -> str:
-    parts = [f"{progress.tokens_per_second:,.1f} tokens/s"]
-    if progress.streamed_bytes:
-        parts.append(f"{progress.streamed_bytes / max(progress.elapsed_s, 1e-9) / 1e9:.1f} GB/s of weights")
-    if progress.nodes:
-        parts.append(f"{progress.nodes} node{'s' * (progress.nodes > 1)}")
-    if progress.left_s is not None:
-        parts.append(f"{clock(progress.left_s)} left")
-    return ", ".join(parts)
 
 
 def print_report(console: Console, report: RunReport) -> None:

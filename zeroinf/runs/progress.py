@@ -25,23 +25,26 @@ class ProgressObserver:
         self._console = Console(stderr=True)
         self._shown = (self._console.is_terminal or self._console.is_jupyter) if shown is None else shown
         self._bar: Progress | None = None
+        self._counting: Progress | None = None
 
     def counted(self, found: Iterable[_T], total: int) -> Iterator[_T]:
-        """What is `found`, `total` in all, with a bar."""
+        """What is `found`, `total` in all, with a bar that `progress` moves."""
         if not self._shown:
             yield from found
             return
-        with self._made("prompts", total) as bar:
-            for each in found:
-                bar.advance(bar.task_ids[0])
-                yield each
-
-    def _made(self, what: str, total: float) -> Progress:
-        bar = Progress(
-            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console
+        columns = (
+            TextColumn("prompts"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]}"),
+            TextColumn("{task.fields[rates]}"),
         )
-        bar.add_task(what, total=total)
-        return bar
+        with Progress(*columns, console=self._console) as bar:
+            bar.add_task("prompts", rows=f"0/{total}", rates="")
+            self._counting = bar
+            try:
+                yield from found
+            finally:
+                self._counting = None
 
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
@@ -57,7 +60,9 @@ class ProgressObserver:
 
     def loading(self, plan: Plan) -> None:
         if self._shown:
-            self._bar = self._made("MiB of weights", 0)
+            columns = (TextColumn("MiB of weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.add_task("weights", total=0)
             self._bar.start()
 
     def filled(self, done_bytes: int, total_bytes: int) -> None:
@@ -67,7 +72,15 @@ class ProgressObserver:
     def loaded(self, seconds: float) -> None:
         self.ended()
 
-    def progress(self, progress: observer.Progress) -> None: ...
+    def progress(self, progress: observer.Progress) -> None:
+        if self._counting is not None:
+            self._counting.update(
+                self._counting.task_ids[0],
+                total=progress.tokens + progress.tokens_left,
+                completed=progress.tokens,
+                rows=f"{progress.rows_done}/{progress.rows}",
+                rates=progress.rates,
+            )
 
     def ended(self) -> None:
         if self._bar is not None:

@@ -8,7 +8,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -31,11 +31,57 @@ from zeroinf.service.core import Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
 from zeroinf.service.loaded import LoadedModel
-from zeroinf.service.observer import Observer
+from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Request, Result, Work
 from zeroinf.service.text import encode_prompt
 
 _POLL_S = 0.02
+_TELL_EVERY_S = 0.5
+
+
+class CallProgress:
+    """Says how far a call is. Tokens are those of all calls that run beside it."""
+
+    def __init__(self, service: Service, requests: Sequence[Request]) -> None:
+        self._service, self._rows = service, len(requests)
+        self._most = {request.index: request.sampling.max_new_tokens for request in requests}
+        self._asked_of_all = sum(request.sampling.max_new_tokens for request in requests)
+        self._asked_of_done = self._generated = self._ended_early = self._done = 0
+        self._tokens_before, self._started = service.tokens, time.perf_counter()
+
+    def add(self, result: Result) -> None:
+        """A request has its result."""
+        asked = self._most[result.index]
+        self._done += 1
+        self._asked_of_done += asked
+        self._generated += result.completion_tokens
+        self._ended_early += result.completion_tokens < asked
+
+    def now(self) -> Progress:
+        """The progress at this moment."""
+        tokens = self._service.tokens - self._tokens_before
+        unfinished = max(0, tokens - self._generated)
+        return Progress(
+            rows_done=self._done,
+            rows=self._rows,
+            tokens=tokens,
+            tokens_left=tokens_left(
+                rows=self._rows - self._done,
+                most=max(0, self._asked_of_all - self._asked_of_done - unfinished),
+                tokens=tokens,
+                ended_early=self._ended_early,
+            ),
+            elapsed_s=time.perf_counter() - self._started,
+            streamed_bytes=0,
+        )
+
+
+def _next_of(finished: SimpleQueue[int]) -> int | None:
+    """The number of the next request that has finished; None while there is none for so long that one wants to know."""
+    try:
+        return finished.get(timeout=_TELL_EVERY_S)
+    except Empty:
+        return None
 
 
 class Session:
@@ -63,6 +109,7 @@ class Session:
 
         Raises what a run raises before its first token, on every rank if on rank 0."""
         self.source = source
+        self._observer = observer
         self._calls = 0
         self._ranks = ranks
         self._is_sound = False
@@ -122,9 +169,14 @@ class Session:
                 handle = self._submit(prompt, request, "batch", stream=False)
                 handles.append(handle)
                 handle.when_changed(lambda number=number: finished.put(number))  # type: ignore[misc]
+            progress = CallProgress(self.service, requests)
             for _ in requests:
-                number = finished.get()
-                yield self.result(handles[number].result(), requests[number])
+                while (one := _next_of(finished)) is None:
+                    self._observer.progress(progress.now())
+                result = self.result(handles[one].result(), requests[one])
+                progress.add(result)
+                self._observer.progress(progress.now())
+                yield result
         finally:
             for handle in handles:
                 handle.cancel()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from zeroinf.service.requests import Refusal
+from zeroinf.sizes import clock
 
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
@@ -37,6 +38,18 @@ class Progress:
     def left_s(self) -> float | None:
         """Seconds until the end at this rate; None before the first token."""
         return left_s(self.tokens, self.tokens_left, self.elapsed_s)
+
+    @property
+    def rates(self) -> str:
+        """Tokens/s, what was transferred, nodes at work and the time left, in words."""
+        parts = [f"{self.tokens_per_second:,.1f} tokens/s"]
+        if self.streamed_bytes:
+            parts.append(f"{self.streamed_bytes / max(self.elapsed_s, 1e-9) / 1e9:.1f} GB/s of weights")
+        if self.nodes:
+            parts.append(f"{self.nodes} node{'s' * (self.nodes > 1)}")
+        if self.left_s is not None:
+            parts.append(f"{clock(self.left_s)} left")
+        return ", ".join(parts)
 
 
 def rate(tokens: int, seconds: float) -> float:
