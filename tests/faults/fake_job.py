@@ -95,8 +95,8 @@ def open_stream(
 ) -> RequestFeed:
     """The feed of a rank whose engine does nothing."""
     ranks = control.world.size
-    anatomy = SimpleNamespace(is_paged=True, encoder=None)
-    plan = SimpleNamespace(batch_size=ROWS, world_size=ranks, streams=ranks, static_batches=False, anatomy=anatomy)
+    anatomy, sizes = SimpleNamespace(is_paged=True, encoder=None), {"batch_size": ROWS, "world_size": ranks}
+    plan = SimpleNamespace(**sizes, streams=ranks, static_batches=False, anatomy=anatomy, timing=None)
     prepared: Any = SimpleNamespace(work=left, rows_before=len(job.work) - len(left), plan=plan)
     stats = SimpleNamespace(passes=0, streamed_bytes=0)
     engine: Any = SimpleNamespace(in_step=False, shares_passes=True, stats=lambda: stats)

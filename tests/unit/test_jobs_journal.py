@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from observers import Notes
 from test_jobs_output import begun, job, result
 
 from zeroinf.cli.main import cli
 from zeroinf.jobs import journal
 from zeroinf.jobs.journal import Journal
+from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.request_feed import Output
+from zeroinf.runs.shutdown import Shutdown
 from zeroinf.service.observer import Progress, tokens_left
 
 
@@ -82,6 +88,43 @@ def test_status_tells_tokens_and_time_left_before_the_first_row_is_finished(tmp_
     output.abandon("the disk is on fire")
     found = json.loads(status(out, "--json"))
     assert (found["tokens_per_second"], found["left_s"]) == (5.0, None), "a stopped job has no end"
+
+
+def test_the_time_left_is_the_plans_after_the_first_pass_and_the_measured_one_later(tmp_path: Path) -> None:
+    """The first pass of a run takes as long as a hundred others: loading of kernels, and the first prompts."""
+    output = begun(tmp_path / "out.jsonl", job(4))
+    early = replace(progress(8, left=11992, elapsed_s=6.0), expected_s=90.0)
+    assert early.left_s == pytest.approx(90, rel=0.3)
+    output.progress(early)
+    assert json.loads(status(tmp_path / "out.jsonl", "--json"))["left_s"] == early.left_s
+    late = replace(progress(6000, left=6000, elapsed_s=1000.0), expected_s=90.0)
+    assert late.left_s == pytest.approx(1000, rel=0.15)
+    assert replace(progress(12000, left=0, elapsed_s=1000.0), expected_s=90.0).left_s == 0
+
+
+@pytest.mark.parametrize(("done", "generated"), [(0, 0), (0, 40), (1, 40)])
+def test_who_stops_a_run_in_its_first_wave_is_told_what_is_saved_and_what_is_not(
+    done: int, generated: int, tmp_path: Path
+) -> None:
+    out, notes = tmp_path / "out.jsonl", Notes()
+    output = Output(begun(out, job(4)))
+    for index in range(done):
+        output.add(result(index))
+    output.progress(progress(output.completion_tokens + generated, left=100))
+    with Interrupts() as interrupts:
+        shutdown = Shutdown(out, "zeroinf run --resume", output, notes, interrupts)
+        interrupts.deferred = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interrupts.requested == signal.SIGUSR1
+        shutdown.on_error(interrupted(signal.SIGUSR1))
+        shutdown.finished()
+    saved = (
+        f"1 finished result is saved in {out}.journal"
+        if done
+        else "no request has finished, so there is nothing to save"
+    )
+    lost = "40 tokens of unfinished completions are lost; " if generated else ""
+    assert notes.notes == [f"{lost}{saved}; to go on: zeroinf run --resume"]
 
 
 def test_rows_that_end_early_are_expected_to_go_on_ending_as_they_did() -> None:

@@ -152,6 +152,8 @@ class JournalOutput:
         told = {name: getattr(progress, name) for name in ("tokens", "tokens_left", "elapsed_s")}
         if progress.nodes:
             told["nodes"] = progress.nodes
+        if progress.expected_s is not None:
+            told["expected_s"] = progress.expected_s
         try:
             self._journal.note(progress=told)
         except OSError as error:

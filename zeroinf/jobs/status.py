@@ -33,6 +33,8 @@ class JobStatus:
     """From its first forward until then."""
     nodes: int = 0
     """Nodes of a cluster that it then had at work; 0 for a run without a cluster."""
+    expected_s: float | None = None
+    """From its first forward to its end, as planned; None where nothing was."""
     runs: int = 0
     last_error: str | None = None
     """Why the last run that ended before its time did, if it said so."""
@@ -46,8 +48,10 @@ class JobStatus:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the end of a job that runs, at this rate; None before the first token."""
-        return left_s(self.tokens, self.tokens_left, self.seconds) if self.state == "running" else None
+        """Seconds until the end of a job that runs; None before the first token."""
+        if self.state != "running":
+            return None
+        return left_s(self.tokens, self.tokens_left, self.seconds, self.expected_s)
 
 
 @dataclass(slots=True)
@@ -96,14 +100,15 @@ class StatusReader:
             failed = self._session["refused"]
             changed = tuple(dict.fromkeys((*status.changed, *self._session.get("changed", ()))))
             status = replace(status, runs=status.runs + 1, failed=failed, changed=changed)
-            status = replace(status, tokens=0, tokens_left=0.0, seconds=0.0, nodes=0, state="stopped")
+            status = replace(status, tokens=0, tokens_left=0.0, seconds=0.0, nodes=0, expected_s=None, state="stopped")
         elif "result" in record:
             result = record["result"]
             self._came[result["index"]] = result["finish_reason"] == "error"
         elif "progress" in record:
             told = record["progress"]
             named = {name: told[name] for name in ("tokens", "tokens_left")}
-            status = replace(status, **named, seconds=told["elapsed_s"], nodes=told.get("nodes", 0))
+            named |= {"seconds": told["elapsed_s"], "nodes": told.get("nodes", 0), "expected_s": told.get("expected_s")}
+            status = replace(status, **named)
         elif "ended" in record:
             status = replace(status, last_error=record["ended"])
         elif "published" in record:

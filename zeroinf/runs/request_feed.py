@@ -18,6 +18,7 @@ from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Refusal, Result, Work
 
 if TYPE_CHECKING:
+    from zeroinf.planner.timing import Timing
     from zeroinf.runs.prepare import PreparedRun
     from zeroinf.service.loaded import LoadedModel
 
@@ -42,6 +43,8 @@ class Output:
         """Those that reached their most tokens."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.unfinished_tokens = 0
+        """Generated for requests that have no result yet, as was last told."""
 
     def add(self, result: Result) -> None:
         with self._lock:
@@ -55,6 +58,7 @@ class Output:
 
     def progress(self, progress: Progress) -> None:
         """Keep how far the run is where `zeroinf status` finds it."""
+        self.unfinished_tokens = max(0, progress.tokens - self.completion_tokens)
         with self._lock:
             if self._abandoned is None:
                 self._writer.progress(progress)
@@ -82,12 +86,13 @@ class Output:
 class JobProgress:
     """Takes in the results of a run, whoever has computed them, and says how far the run is."""
 
-    def __init__(self, work: Sequence[Work], rows_before: int, output: Output) -> None:
-        """`rows_before`: requests that earlier runs have done."""
+    def __init__(self, work: Sequence[Work], rows_before: int, output: Output, timing: Timing | None = None) -> None:
+        """`rows_before`: requests that earlier runs have done; `timing`: as planned for `work`."""
         self._most = {item.index: item.sampling.max_new_tokens for item in work}
         self._asked = sum(self._most.values())
         self._asked_of_done = self._ended_early = 0
         self._rows_before, self._output = rows_before, output
+        self._expected_s = None if timing is None else self._asked / timing.tokens_per_second
 
     def add(self, result: Result) -> None:
         """Write a result. Raises OutputError."""
@@ -113,6 +118,7 @@ class JobProgress:
             elapsed_s=elapsed_s,
             streamed_bytes=streamed_bytes,
             nodes=nodes,
+            expected_s=self._expected_s,
         )
         output.progress(progress)
         return progress
@@ -128,7 +134,9 @@ class RequestFeed:
     ) -> None:
         self._prepared = prepared
         self._work = {work.index: work for work in prepared.work}
-        self._progress = None if output is None else JobProgress(prepared.work, prepared.rows_before, output)
+        self._progress = None
+        if output is not None:
+            self._progress = JobProgress(prepared.work, prepared.rows_before, output, prepared.plan.timing)
         self._model = model
         self._part = model.part
         engine = model.engine

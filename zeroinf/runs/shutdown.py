@@ -108,9 +108,13 @@ class Shutdown:
         except OutputError as error:
             self._observer.failed(error.message)
             return
-        if saved.path is not None:
+        unfinished = self._output.unfinished_tokens
+        lost = f"{unfinished:,} tokens of unfinished completions are lost; " if unfinished else ""
+        if saved.path is None and self._file is not None and (unfinished or self._interrupts.requested):
+            self._report_saved(f"{lost}no request has finished, so there is nothing to save")
+        elif saved.path is not None:
             count = "1 finished result is" if saved.results == 1 else f"{saved.results} finished results are"
-            self._report_saved(f"{count} saved in {saved.path}")
+            self._report_saved(f"{lost}{count} saved in {saved.path}")
 
     def _report_saved(self, what: str) -> None:
         self._has_reported_saved = True

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
 
 
+_PLANNED_COUNTS = 0.02
+"""At this share of a run, what is planned of it counts as much as what was measured."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """The progress of a run at one moment."""
@@ -29,6 +33,8 @@ class Progress:
     streamed_bytes: int
     nodes: int = 0
     """Nodes of a cluster that are at work; 0 where the run is none of a cluster."""
+    expected_s: float | None = None
+    """Seconds from the first forward to the end, as planned; None where nothing was planned for these requests."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -36,8 +42,8 @@ class Progress:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the end at this rate; None before the first token."""
-        return left_s(self.tokens, self.tokens_left, self.elapsed_s)
+        """Seconds until the end; None before the first token."""
+        return left_s(self.tokens, self.tokens_left, self.elapsed_s, self.expected_s)
 
     @property
     def rates(self) -> str:
@@ -57,9 +63,21 @@ def rate(tokens: int, seconds: float) -> float:
     return tokens / seconds if seconds else 0.0
 
 
-def left_s(tokens: int, tokens_left: float, seconds: float) -> float | None:
-    """Seconds until the end, where `seconds` were needed for `tokens`; None before the first token."""
-    return tokens_left / rate(tokens, seconds) if tokens and seconds else None
+def left_s(tokens: int, tokens_left: float, seconds: float, expected_s: float | None = None) -> float | None:
+    """Seconds until the end, where `seconds` were needed for `tokens`; None before the first token.
+
+    The first passes of a run say little of the others: until a part of the run is done, what was planned counts, too.
+    (As a geometric mean, since the two may be orders of magnitude apart.)
+    """
+    if not tokens or not seconds:
+        return None
+    measured = tokens_left / rate(tokens, seconds)
+    if not expected_s or not measured:
+        return measured
+    done = tokens / (tokens + tokens_left)
+    share = done / (done + _PLANNED_COUNTS)
+    planned: float = expected_s * (1 - done)
+    return float(measured**share * planned ** (1 - share))
 
 
 def tokens_left(rows: int, most: int, tokens: int, ended_early: int) -> float:
