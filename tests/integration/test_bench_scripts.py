@@ -57,3 +57,16 @@ def test_a_model_that_is_not_there_fails_its_cells_only(tmp_path: Path) -> None:
     (found,) = lines("bench-throughput", "--models", str(tmp_path), "--cells", "2x2", "--requests", "2")
     assert found["code"] > 0
     assert str(tmp_path) in found["error"]
+
+
+@pytest.mark.full
+def test_a_start_is_told_by_its_phases() -> None:
+    run = "run -m demo --prompt x --max-new-tokens 1"
+    command = [sys.executable, SCRIPTS / "bench-start", "--runs", "1", "--command", run, "--command", "run -m ./absent"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    header, started, refused, reference = (line.split(" | ") for line in done.stdout.splitlines())
+    figures = dict(zip(header, started, strict=True))
+    assert all(float(figures[phase]) > 0 for phase in header[2:])
+    assert dict(zip(header, refused, strict=True))["imports"] == ""
+    assert reference[0].startswith("python -c 'import torch, transformers': ")
