@@ -191,6 +191,7 @@ def rank(**changed: Any) -> RankReport:
         "pinned_host_bytes": 5 * GIB,
         "stalls": Stalls(link_s=1.0, compute_s=2.0),
         "repetitions": (Phases(generate_s=4.0, first_token_s=1.0, prefill_s=2.0),),
+        "mask_wait_s": 0.0,
     }
     return RankReport(**{**fields, **changed})
 

@@ -12,6 +12,7 @@ then.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -37,6 +38,8 @@ class Masks:
         self._following = ThreadPoolExecutor(1, thread_name_prefix="zeroinf-answers")
         self._filling = ThreadPoolExecutor(1, thread_name_prefix="zeroinf-masks")
         self._filled: dict[Row, Future[None]] = {}
+        self.waited_s = 0.0
+        """Seconds that the loop has waited for masks: those that a pass did not hide."""
 
     def enter(self, seats: Sequence[Seat]) -> None:
         """`seats` are taken by rows, of which some may have generated tokens already."""
@@ -128,9 +131,11 @@ class Masks:
 
     def _on_device(self, seats: Sequence[Seat], words: int) -> torch.Tensor:
         """The masks of `seats`, once they are filled: (seats, words), int64, on the device."""
+        started = time.perf_counter()
         for seat in seats:
             if seat.row in self._filled:
                 self._filled[seat.row].result()
+        self.waited_s += time.perf_counter() - started
         numbers = to_device([seat.number for seat in seats], self._device)
         if self._packed is None:  # a simulated choice
             return torch.empty(self._seats, words, dtype=torch.int64, device=self._device).index_select(0, numbers)

@@ -57,6 +57,8 @@ class RankReport:
     """Host memory page-locked by this rank, what it shares with others included."""
     stalls: Stalls
     """Where the time of the measured part went."""
+    mask_wait_s: float
+    """Seconds that passes waited for the masks of structured answers, since the model was loaded."""
     repetitions: tuple[Phases, ...]
     """Of the same requests; what else is measured is the last one's."""
 

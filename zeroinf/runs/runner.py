@@ -259,6 +259,7 @@ class _Job:
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=model.pinned_host_bytes,
             stalls=stats.stalls - self._stalls_before,
+            mask_wait_s=model.mask_wait_s,
             repetitions=tuple(self._repetitions),
         )
 

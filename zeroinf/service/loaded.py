@@ -219,6 +219,11 @@ class LoadedModel:
         return (self._host.link.fetched_bytes, self._host.link.sent_bytes) if self._host is not None else (0, 0)
 
     @property
+    def mask_wait_s(self) -> float:
+        """Seconds that passes have waited for the masks of structured answers."""
+        return self._batch_state.masks.waited_s
+
+    @property
     def pinned_host_bytes(self) -> int:
         """Host memory that this rank has page-locked, what it shares with others included."""
         host = self._host.pinned_bytes if self._host is not None else 0
