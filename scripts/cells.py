@@ -24,7 +24,12 @@ def show(**fields: Any) -> None:
 
 def write_prompts(path: Path, count: int, tokens: int) -> None:
     """Requests for models without a tokenizer: a prompt's bytes are its tokens."""
-    path.write_text((json.dumps({"prompt": "x" * tokens}) + "\n") * count)
+    path.write_text("".join(json.dumps({"prompt": prompt_of(number, tokens)}) + "\n" for number in range(count)))
+
+
+def prompt_of(number: int, tokens: int) -> str:
+    """A prompt of so many bytes that no other number has, from the first ones on: nothing of it is shared."""
+    return f"{number:x}".ljust(tokens, "x")[:tokens]
 
 
 class Fresh:

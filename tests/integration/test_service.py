@@ -21,6 +21,7 @@ from tiers import tiered
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, UsageError, ZeroinfError
 from zeroinf.generation.row import Sampling
+from zeroinf.model.anatomy import PAGE_TOKENS
 from zeroinf.model.inspect import find_blocks
 from zeroinf.service.core import Service
 from zeroinf.service.handles import Completion
@@ -38,12 +39,18 @@ def model(folder: Path) -> Any:
     return plain(folder, "llama")
 
 
+SHARED = {"forward_tokens": 40, "prefix_pages": 8}
+"""Packed forwards whose rows share what their prompts begin with."""
+
+
 def storm(service: Service, count: int, seed: int) -> list[tuple[list[int], bool, Completion]]:
-    """Requests at random times, of random lengths and priorities; every third is cancelled at some time. Of each its
-    prompt, whether it was cancelled, and what came of it."""
+    """Requests at random times, of random lengths and priorities, half of which begin alike; every third is cancelled
+    at some time. Of each its prompt, whether it was cancelled, and what came of it."""
     draw, found = random.Random(seed), []
     timers = []
     for number, prompt in enumerate(some_prompts(count, seed)):
+        if number % 2 and len(prompt) > PAGE_TOKENS:
+            prompt[:PAGE_TOKENS] = range(10, 10 + PAGE_TOKENS)
         handle = service.submit(
             prompt,
             greedy(draw.randint(1, NEW_TOKENS), ignore_eos=True),
@@ -72,13 +79,13 @@ def check(model: Any, found: Sequence[tuple[list[int], bool, Completion]]) -> No
     ("name", "changed"),
     [
         ("llama", {}),
-        ("llama", {"forward_tokens": 40}),
+        ("llama", SHARED),
         ("llama", {"on_host": True}),
         ("gemma2", {"rows": 3}),
         ("mamba", {}),
         ("t5", {"scored_tokens": 0}),
     ],
-    ids=["pages", "packed", "host memory", "windows", "states", "encoder"],
+    ids=["pages", "packed, with shared prefixes", "host memory", "windows", "states", "encoder"],
 )
 def test_a_storm_of_requests_gives_every_one_its_tokens_and_all_room_back(
     name: str, changed: dict[str, Any], small_checkpoint: Callable[[str], Path]
@@ -90,14 +97,17 @@ def test_a_storm_of_requests_gives_every_one_its_tokens_and_all_room_back(
         scheduler = service.model.scheduler
         assert scheduler.reserved_pages == 0
         assert scheduler.free_rows == scheduler.limits.rows
+        assert (scheduler.counts.shared_tokens > 0) == ("prefix_pages" in changed)
     check(plain(folder, name), found)
 
 
 @pytest.mark.parametrize("count", [REQUESTS, pytest.param(1000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("fetch", ["replicated", "partitioned"])
-def test_so_does_one_on_two_ranks_which_share_the_work(fetch: str, count: int, folder: Path, model: Any) -> None:
+@pytest.mark.parametrize(("fetch", "changed"), [("replicated", {}), ("partitioned", SHARED)])
+def test_so_does_one_on_two_ranks_which_share_the_work(
+    fetch: str, changed: dict[str, Any], count: int, folder: Path, model: Any
+) -> None:
     def body(control: Control) -> Any:
-        with serving(folder, control, fetch=fetch) as service:
+        with serving(folder, control, fetch=fetch, **changed) as service:
             found = storm(service, count, seed=2) if control.world.is_main else None
             if not control.world.is_main:
                 service.wait()

@@ -113,8 +113,9 @@ def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
     assert "/b" not in words(offload="nvme", engine="zero")
     assert "--engine stream --offload cpu" in words(engine="stream/replicated", num_gpus=2)
     assert words(engine="stream/replicated", num_gpus=2).endswith(
-        "--fetch replicated --num-gpus 2 --random-weights --gpu-memory 7B"
+        "--no-share-prefixes --fetch replicated --num-gpus 2 --random-weights --gpu-memory 7B"
     )
+    assert "--no-share-prefixes" not in words(engine="zero"), "all prompts of a cell are the same"
 
 
 # Figures

@@ -23,6 +23,7 @@ import psutil
 from zeroinf.bench.matrix import BenchmarkSettings, Cell
 from zeroinf.bench.prompt import prompt_of
 from zeroinf.bench.results import CellResult, Results, cell_result_of
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import DoesNotFitError, InterruptedRunError, UsageError, ZeroinfError
 from zeroinf.runs.interrupts import interrupted
 from zeroinf.signals import STOP_SIGNALS
@@ -111,6 +112,8 @@ def arguments(cell: Cell, settings: BenchmarkSettings, folder: Path) -> list[str
     words += ["--report", folder / "report.json"]
     if cell.offload != "none" and engine in ("stream", "accelerate"):
         words += ["--resident-blocks", settings.resident_blocks]
+    if "share_prefixes" in descriptor_of(engine).options:  # all sequences of a cell have the same prompt
+        words.append("--no-share-prefixes")
     words += ["--fetch", fetch] if fetch else []
     words += ["--num-gpus", cell.num_gpus] if cell.num_gpus > 1 else []
     words += ["--random-weights"] if settings.random_weights else []

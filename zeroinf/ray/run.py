@@ -24,7 +24,7 @@ from zeroinf.ray.messages import NodeSpec
 from zeroinf.ray.report import ClusterReport
 from zeroinf.runs.interrupts import Interrupts
 from zeroinf.runs.opening import open_job, outcome_of
-from zeroinf.runs.prepare import JobInput, lengths_of
+from zeroinf.runs.prepare import JobInput, groups_of, lengths_of
 from zeroinf.runs.report import RunOutcome
 from zeroinf.runs.request_feed import JobProgress, Output
 from zeroinf.runs.shutdown import Shutdown
@@ -51,7 +51,10 @@ def run_on_cluster(
         source = source_of(options, device)
 
         def prepare(reading: JobInput, left: tuple[Work, ...]) -> tuple[NodeSpec, tuple[Work, ...]]:
-            lengths = lengths_of(reading.anatomy, left)
+            groups = groups_of(options, left)
+            lengths = lengths_of(reading.anatomy, left, groups)
+            if groups is not None:
+                left = tuple(left[number] for number in groups.order)
             # Inputs and outputs are this process's alone; a node takes the commit that is here.
             own = replace(options, prompts=(), input_files=(), output_file=None, revision=_commit(options, source))
             environ = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}

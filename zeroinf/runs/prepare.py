@@ -148,12 +148,17 @@ def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | No
     )
 
 
+def groups_of(options: RunOptions, work: Sequence[Work]) -> PrefixGroups | None:
+    """`work` in groups that begin alike; None where prefixes are not to be shared."""
+    return PrefixGroups([as_array(item.prompt) for item in work]) if options.share_prefixes else None
+
+
 def prepare(
     options: RunOptions, source: ModelSource, reading: JobInput, work: tuple[Work, ...], world: World, device: str
 ) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     held = request_bytes([len(item.prompt) for item in reading.job.work], world.local_size)
-    groups = PrefixGroups([as_array(item.prompt) for item in work]) if options.share_prefixes else None
+    groups = groups_of(options, work)
     lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     if plan.prefix_pages and groups is not None:
