@@ -10,6 +10,8 @@ from pathlib import Path
 _RUN = ("run", "-m", "demo", "--prompt", "x")
 _MISTAKES = {
     ("run", "-m", "demo", "-i", "absent.jsonl"): "no such input file: absent.jsonl",
+    ("run", "-m", "demo", "-i", "there.jsonl"): "none of the 1 requests can be run: ",
+    ("run", "-m", "demo", "-i", "empty.jsonl"): "empty input: empty.jsonl holds no request",
     (*_RUN, "-o", "there.jsonl"): "there.jsonl exists already",
     (*_RUN, "-o", "absent/out.jsonl"): "the folder of absent/out.jsonl does not exist",
     (*_RUN, "--offload", "nvme", "--nvme-path", "absent"): "--nvme-path absent is not a folder",
@@ -55,25 +57,31 @@ _MISTAKES = {
     (*_RUN, "--gpu-memory", "24576"): "error: --gpu-memory: 24576 what? write 24576MiB",
     ("plan", "demo", "--host-memory", "64Gi"): "'64Gi' is not a size: write 24GiB",
 }
+_HEAVY = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "scipy", "sympy", "pandas", "matplotlib", "rich")
 _PROGRAM = """
 import io, json, sys
 from contextlib import redirect_stderr
 from zeroinf.cli.main import main
 said = []
+heavy = sys.argv[2:]
 for sys.argv[1:] in json.loads(sys.argv[1]):
     with redirect_stderr(io.StringIO()) as stderr:
         try:
             main()
         except SystemExit as end:
             said.append((end.code, stderr.getvalue()))
-print(json.dumps([said, [name for name in ("torch", "transformers") if name in sys.modules]]))
+print(json.dumps([said, sorted(set(heavy) & set(sys.modules))]))
 """
 
 
 def test_mistakes_that_need_no_model_are_refused_without_torch(tmp_path: Path) -> None:
     (tmp_path / "there.jsonl").write_text("x")
+    (tmp_path / "empty.jsonl").touch()
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, json.dumps(list(_MISTAKES))], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", _PROGRAM, json.dumps(list(_MISTAKES)), *_HEAVY],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     answers, loaded = json.loads(done.stdout)

@@ -21,22 +21,27 @@ def _python(program: str, *arguments: str) -> str:
 _UNUSED = ("scipy", "sklearn", "pandas", "torchvision", "torch.distributed.tensor", "torch.nn.attention.flex_attention")
 
 
-def test_a_run_executes_no_compiler_and_imports_nothing_that_it_does_not_use(
+def test_a_plan_and_a_run_execute_no_compiler_and_import_nothing_that_they_do_not_use(
     small_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """From the first import to the last token; what reads the masks of packed and of padded rows included."""
     program = f"""
 import sys
 from zeroinf.cli.main import main
-sys.argv = ["zeroinf", "run", "-m", sys.argv[1], "-q", "--prompt", "a", "--prompt", "b c", "-o", sys.argv[2]]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
+model, out = sys.argv[1:]
+plan = ["plan", model, "--json", "--input-len", "8", "--max-new-tokens", "8"]
+run = ["run", model, "-q", "--prompt", "a", "--prompt", "b c", "-o", out]
+for arguments in (plan, run):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
 unused = [name for name in {_UNUSED} if name in sys.modules]
 print({_COMPILER}, unused, "transformers.masking_utils" in sys.modules)
 """
-    assert _python(program, str(small_checkpoint("llama")), str(tmp_path / "out.jsonl")) == "[] [] True\n"
+    said = _python(program, str(small_checkpoint("llama")), str(tmp_path / "out.jsonl"))
+    assert said.splitlines()[-1] == "[] [] True"
 
 
 def test_whoever_compiles_gets_the_whole_compiler_with_what_was_marked_before() -> None:

@@ -21,7 +21,7 @@ from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import OutputError, RequestsFailedError, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
-from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files
+from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files, refuse_unreadable
 from zeroinf.options.options import (
     AnswerOptions,
     EngineOptions,
@@ -245,6 +245,7 @@ def _write_report(file: Path, report: RunReport | ClusterReport) -> None:
 
 def _run_here(options: RunOptions, world: World, *, report_file: Path | None, quiet: bool) -> int:
     if world.is_main:  # it speaks for all ranks, and other nodes may lack its files
+        refuse_unreadable(options)
         refuse_early(options)
     from rich.console import Console
 
@@ -267,6 +268,7 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
 
 
 def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report_file: Path | None, quiet: bool) -> int:
+    refuse_unreadable(options)
     refuse_early(options)
     from rich.console import Console
 

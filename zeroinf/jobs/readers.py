@@ -31,6 +31,11 @@ class InputRequests(NamedTuple):
     unused: Sequence[str] = ()
 
 
+def none_can_run(refusals: Sequence[Refusal]) -> str:
+    """What there is to say of a job of which every request is refused."""
+    return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
+
+
 def read_inputs(
     prompts: Sequence[str],
     files: Sequence[InputFile],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import stat
+
 from zeroinf.errors import InputError, UsageError
+from zeroinf.jobs.inputs import STDIN, find_inputs, is_url, local_paths
 from zeroinf.jobs.output_files import check_output
 from zeroinf.options.options import RunOptions
+
+_SMALL_BYTES = 1 << 20
 
 
 def refuse_idle_files(options: RunOptions, *, on_nodes: bool) -> None:
@@ -30,6 +35,26 @@ def refuse_idle_files(options: RunOptions, *, on_nodes: bool) -> None:
         raise UsageError("--input-format without --input-file", hint="add -i FILE, or drop it")
     if not options.prompts and not options.input_files:
         raise InputError("no input", hint="give --prompt TEXT, -i FILE, or -i - for stdin")
+
+
+def refuse_unreadable(options: RunOptions) -> None:
+    """Raise InputError for input files that the job would refuse as a whole, before anything is loaded for it.
+
+    Small files are read for that, and once more when the job begins. Large ones, standard input, pipes and URLs are
+    read then alone.
+    """
+    local = local_paths(options.input_files)
+    if not local or any(argument == STDIN or is_url(argument) for argument in options.input_files):
+        return
+    found = [path.stat() for path in local]
+    if sum(one.st_size for one in found) > _SMALL_BYTES or not all(stat.S_ISREG(one.st_mode) for one in found):
+        return
+    from zeroinf.jobs.readers import none_can_run, read_inputs
+
+    files = find_inputs(options.input_files)
+    read = read_inputs(options.prompts, files, options.sampling, input_format=options.input_format, shape=options.shape)
+    if not read.requests and options.output_file is None:
+        raise InputError(none_can_run(read.refusals))
 
 
 def check_output_of(options: RunOptions) -> None:

@@ -13,10 +13,11 @@ from zeroinf.errors import RequestsFailedError
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job, Writer
 from zeroinf.jobs.output_files import errors_path, journal_path
+from zeroinf.jobs.readers import none_can_run
 from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
 from zeroinf.model.source import ModelSource
 from zeroinf.options.options import RunOptions
-from zeroinf.runs.prepare import JobInput, none_can_run, read_job
+from zeroinf.runs.prepare import JobInput, read_job
 from zeroinf.runs.report import RunOutcome, RunReport
 from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import reason_of

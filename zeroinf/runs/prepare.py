@@ -18,7 +18,7 @@ from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import began_before
-from zeroinf.jobs.readers import read_inputs
+from zeroinf.jobs.readers import none_can_run, read_inputs
 from zeroinf.jobs.shape import flags_of
 from zeroinf.jobs.sharing import as_array, request_bytes
 from zeroinf.model.anatomy import Anatomy
@@ -128,11 +128,6 @@ def defaults_of(options: RunOptions) -> Sampling:
         return options.sampling if asked is None else replace(options.sampling, answer_format=asked)
     except ValueError as error:
         raise UsageError(str(error), hint="drop one of them") from error
-
-
-def none_can_run(refusals: Sequence[Refusal]) -> str:
-    """What there is to say of a job of which every request is refused."""
-    return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
 
 
 def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | None = None) -> Lengths:
