@@ -36,9 +36,14 @@ def test_a_file_with_one_repetition_and_failed_cells_is_drawn(tmp_path: Path) ->
     read = read_results(tmp_path / "r.json")
     figure = drawing(read)
     assert lines(figure) == {"stream (cpu)": [2.0, 8.0], "zero (cpu)": [2.0]}
-    assert [axis.get_ylabel() for axis in figure.axes] == ["milliseconds a token", "tokens/s"]
-    assert {axis.get_xlabel() for axis in figure.axes} == {"rows of a stream"}
-    assert figure.get_suptitle() == "m: CPU"
+    assert [axis.get_title("left") for axis in figure.axes] == ["milliseconds a token", "tokens/s"]
+    assert {axis.get_xlabel() for axis in figure.axes} == {"sequences of a stream"}
+    assert figure.get_suptitle() == "m on CPU"
+    assert "prompt and" in figure.texts[-1].get_text()
+    drawn = [bar.lines[0] for bar in figure.axes[0].containers]
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn}
+    assert [len(set(column)) for column in zip(*styles, strict=True)] == [2, 2, 2], "told apart without colour"
+    assert "$" not in "".join(axis.yaxis.get_major_formatter()(20.0, 0) for axis in figure.axes)
     draw(read, tmp_path / "picture")
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
 

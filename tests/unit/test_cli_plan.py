@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -158,6 +161,8 @@ def test_explain_prints_every_term_and_every_rate(plan: dict[str, Any]) -> None:
         (["--machine", "1xH200", "--nvme-path", "."], "--nvme-path"),
         (["--nvme-path", "no/such/folder"], "--nvme-path no/such/folder"),
         (["--plot", "no/such/folder/plan.png"], "--plot"),
+        (["--html", "no/such/folder/plan.html"], "--html"),
+        (["--dark"], "--dark"),
     ],
 )
 def test_what_contradicts_itself_or_would_have_no_effect_is_refused_by_name(arguments: list[str], named: str) -> None:
@@ -237,24 +242,78 @@ def test_the_zero_config_is_the_one_that_config_prints(offload: list[str]) -> No
     assert emitted == json.loads(CliRunner().invoke(cli, ["config", *asked]).stdout)
 
 
-def test_plot_writes_a_png_with_every_term_and_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_writes_a_png_of_memory_by_kind_and_of_tokens_against_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    from zeroinf.bench.plot_style import DARK, KINDS, LIGHT
     from zeroinf.cli import plan_plot
 
     drawn: list[Any] = []
     draw = plan_plot.plan_drawing
-    monkeypatch.setattr(plan_plot, "plan_drawing", lambda *asked: drawn.append(draw(*asked)) or drawn[0])
+    monkeypatch.setattr(plan_plot, "plan_drawing", lambda *asked: drawn.append(draw(*asked)) or drawn[-1])
     file = tmp_path / "plan"
-    printed(*MODEL, *BOX, "--plot", str(file))
+    page = tmp_path / "plan.html"
+    printed(*MODEL, *BOX, "--no-advice", "--plot", str(file), "--dark", "--html", str(page))
     assert file.read_bytes().startswith(b"\x89PNG")
     left, right = drawn[0].axes
-    terms = [text.get_text() for text in left.get_legend().get_texts()]
-    assert {name.partition(":")[0] for name in terms} == {tick.get_text().split()[0] for tick in left.get_xticklabels()}
-    assert any(name.startswith("gpu: KV cache, ") and name.endswith("GiB") for name in terms)
-    assert left.get_ylabel() == "% of what is available"
-    assert right.get_xlabel() == "batch on each GPU (dashed: the plan)"
+    assert drawn[0].get_suptitle() == "pythia-70m on generic GPU"
+    assert "512 prompt and 128 new tokens" in drawn[0].texts[-1].get_text()
+    kinds = [text.get_text() for text in left.get_legend().get_texts()]
+    assert kinds == [kind for kind in KINDS if kind in kinds], "each once, in the same order"
+    assert any(re.fullmatch(r"GPU: [\d.]+ GiB of 2.00 GiB, \d+ %", text.get_text()) for text in left.texts)
+    assert drawn[0].get_facecolor()[:3] != (1, 1, 1), "on dark ground"
     assert right.get_ylabel() == "tokens/s (estimated)"
     assert len(right.lines[0].get_xdata()) > 1
+    assert [tick.get_text() for tick in right.get_xticklabels()][:1] == ["1"], "no powers"
+    assert len(set(LIGHT.kinds)) == len(set(DARK.kinds)) == len(KINDS)
+    check_page(page.read_text())
+
+
+def check_page(page: str) -> None:
+    """A page that needs nothing but itself, and that its own policy allows."""
+    style = re.search(r"<style>(.*)</style>", page, re.DOTALL)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in page
+    assert not re.search(r"<script|<link|<img|https?:|url\(|\sstyle=|\son\w+=", page)
+    parser = _Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    for words in ("<h1>pythia-70m on generic GPU</h1>", "tokens a second", "for 1,000 requests", "KV cache</td>"):
+        assert words in page
+
+
+class _Balanced(HTMLParser):
+    """The elements that are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+
+def test_a_page_shows_changes_with_bars_and_writes_names_as_text(tmp_path: Path) -> None:
+    folder = tmp_path / "<b>model"
+    catalog_config("pythia-70m").save_pretrained(folder)
+    page = tmp_path / "plan.html"
+    few = ("-b", "2", "--input-len", "16", "--output-len", "4", "--offload", "cpu")
+    printed("--model", str(folder), "--gpu-memory", "2GiB", "--host-memory", "16GiB", *few, "--html", str(page))
+    found = page.read_text()
+    assert "<h1>&lt;b&gt;model on generic GPU</h1>" in found
+    assert "<code>--wire int4</code>" in found
+    widths = [float(width) for width in re.findall(r'<rect class=(?:ours|other) rx=2 width="([\d.]+)%"', found)]
+    assert len(widths) > 2
+    assert max(widths) == 100
 
 
 def needed(rows: int, prompt: int) -> tuple[int, int, int]:

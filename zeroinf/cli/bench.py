@@ -96,6 +96,7 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 @option("--overwrite", is_flag=True, help="Begin an existing -o again.")
 @option("--format", "form", type=_FORMATS, default="human", help="Of what is printed.")
 @option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw latency and throughput as a PNG.")
+@option("--dark", is_flag=True, help="With --plot: draw on dark ground.")
 @option("--dry-run", is_flag=True, help="Print the cells and how long they should take, and run none.")
 @click.pass_context
 def bench(
@@ -107,6 +108,7 @@ def bench(
     overwrite: bool,
     form: str,
     plot: Path | None,
+    dark: bool,
     dry_run: bool,
     time_limit_s: float | None,
     **asked: Any,
@@ -128,6 +130,8 @@ def bench(
     _refuse_contradictions(output_file, plot, form, overwrite=overwrite, dry_run=dry_run, time_limit_s=time_limit_s)
     cells, settings = _matrix(preset, models_dir, asked).cells(), _settings(asked)
     _refuse_unused(ctx, cells)
+    if dark and plot is None:
+        raise UsageError("--dark has no effect without --plot", hint="add it, or drop --dark")
     if plot is not None:
         from zeroinf.bench.plot import check_plot, draw
 
@@ -143,7 +147,7 @@ def bench(
         results = _run(cells, settings, results, output_file, time_limit_s)
     click.echo(shown(results, preset, form), nl=False)
     if plot is not None:
-        draw(results, plot)
+        draw(results, plot, dark=dark)
     return 0 if any(outcome.status == "ok" for outcome in results.outcomes) else 1
 
 

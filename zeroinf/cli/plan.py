@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
 @option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")
+@option("--dark", is_flag=True, help="With --plot: draw on dark ground.")
+@option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan as one HTML page.")
 @option("--advice/--no-advice", default=True, help="Plan what other settings, checkpoints or hardware would give.")
 @option("--emit-zero-config", is_flag=True, help="Print the plan as DeepSpeed's JSON. With --engine zero.")
 @click.pass_context
@@ -53,6 +55,8 @@ def plan(
     as_json: bool,
     explain: bool,
     plot: Path | None,
+    dark: bool,
+    page: Path | None,
     advice: bool,
     emit_zero_config: bool,
     **asked: Any,
@@ -63,17 +67,21 @@ def plan(
       zeroinf plan --model llama-2-70b --gpu-memory 24GiB --host-memory 256GiB
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
+      zeroinf plan --model qwen3-30b-a3b --machine 1xRTX4090-24GB-64GiB --html plan.html
       zeroinf plan --models all --machine 1xRTX4090-24GB-64GiB
       zeroinf plan --model llama-3-70b --host-memory 128GiB --gpus all
     """
     options = asked_of(ctx, PlanOptions, asked)
     refuse_idle(options)
     _refuse_idle_output(options.engine, emit_zero_config=emit_zero_config, as_json=as_json, explain=explain, plot=plot)
+    _check_files(plot, page, dark=dark)
     from zeroinf.options.lists import listed
 
     varied, _ = listed(options)
     if varied is not None:
-        _print_table(options, varied, as_json=as_json, explain=explain, plot=plot, advice=advice)
+        idle = {"--explain": explain, "--plot": plot, "--html": page}
+        _refuse_beside_table(varied, [flag for flag, given in idle.items() if given])
+        _print_table(options, varied, as_json=as_json, advice=advice)
         return
     _refuse_early(options)
     with importing():
@@ -81,15 +89,18 @@ def plan(
         from zeroinf.options.plan_input import plan_input_of
         from zeroinf.simulation.make_plan import make_plan
 
-    if plot is not None and not plot.parent.is_dir():
-        raise OutputError(f"--plot {plot}: its folder does not exist", hint="choose another")
     with uncollected(), waiting("planning"):
         plan_input = plan_input_of(options)
-        found = make_plan(plan_input, advise=advice and not (as_json or emit_zero_config), remedy=advice)
+        shown = page is not None or not (as_json or emit_zero_config)
+        found = make_plan(plan_input, advise=advice and shown, remedy=advice)
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 
-        draw_plan(plan_input, found, plot)
+        draw_plan(options.model, plan_input, found, plot, dark=dark)
+    if page is not None:
+        from zeroinf.cli.plan_page import write_page
+
+        write_page(options.model, plan_input, found, page)
     if emit_zero_config:
         from zeroinf.engines.zero.config import build_zero_config
 
@@ -100,12 +111,22 @@ def plan(
         print_plan(plan_input, found, explain=explain)
 
 
-def _print_table(
-    options: PlanOptions, varied: Listed, *, as_json: bool, explain: bool, plot: Path | None, advice: bool
-) -> None:
-    """What fits, of a list of models or GPUs."""
-    if idle := [flag for flag, given in (("--explain", explain), ("--plot", plot)) if given]:
+def _check_files(plot: Path | None, page: Path | None, *, dark: bool) -> None:
+    """What is to be written, before anything is planned."""
+    if dark and plot is None:
+        raise UsageError("--dark has no effect without --plot", hint="add it, or drop --dark")
+    for flag, file in (("--plot", plot), ("--html", page)):
+        if file is not None and not file.parent.is_dir():
+            raise OutputError(f"{flag} {file}: its folder does not exist", hint="choose another")
+
+
+def _refuse_beside_table(varied: Listed, idle: list[str]) -> None:
+    if idle:
         raise UsageError(f"{', '.join(idle)} has no effect with a table", hint=f"drop it, or name one --{varied}")
+
+
+def _print_table(options: PlanOptions, varied: Listed, *, as_json: bool, advice: bool) -> None:
+    """What fits, of a list of models or GPUs."""
     with importing():
         from zeroinf.cli.plan_table import plan_all, print_table, table_json
 
