@@ -105,6 +105,7 @@ def test_figures_in_running_text_are_stored_ones() -> None:
             f"{rate['4-gpus'] / rate['4-gpus-zero']:.1f} times on",
         ],
         "docs/guide/70b-on-24gb.md": [f"gives {rate['llama-2-70b-24']} new tokens a second"],
+        "docs/guide/gpus.md": [f"| 4, partitioned | {rate['4-gpus']} |"],
         "docs/guide/moe.md": [
             f"gives {rate['qwen3-30b-a3b']} new tokens a second",
             f"in 16 bit {rate['qwen3-30b-a3b-16-bit']}",
