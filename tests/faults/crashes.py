@@ -12,6 +12,7 @@ import random
 import shutil
 import stat
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +23,7 @@ CRASHES: tuple[Fault, ...] = ("kill", "torn write", "unsynced lost", "unsynced t
 FAILURES: tuple[Failure, ...] = ("disk full", "sync fails", "folder vanishes")
 DIED = 77
 
-_AUDITED = frozenset(("open", "os.rename", "os.remove", "os.truncate", "fcntl.flock"))
+_AUDITED = frozenset(("open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.link", "fcntl.flock"))
 
 
 class Faults:
@@ -38,14 +39,17 @@ class Faults:
         self._synced: dict[int, int] = {}
         """Bytes of each file, by inode, that are on the disk for good."""
         self._names: list[tuple[str, Path, Path | None, bytes | None]] = []
-        """What was done to names since the folder was synced: what, where, from where, and what was there before."""
+        """What was done to names since their folder was synced: what, where, from where, and what was there before."""
+        self._lock = threading.RLock()
+        """Held by a thread that dies, so that nothing happens beside it."""
         self._failing = self._is_full = False
         self._quiet = False
         self._wrap()
 
     def _wrap(self) -> None:
         self._os: dict[str, Any] = {
-            name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "unlink", "ftruncate")
+            name: getattr(os, name)
+            for name in ("open", "write", "fsync", "replace", "unlink", "ftruncate", "mkdir", "link")
         }
         for name in self._os:
             setattr(os, name, getattr(self, f"_{name}"))
@@ -64,6 +68,10 @@ class Faults:
         return os.fspath(what).startswith(self._folder) if isinstance(what, str | os.PathLike) else False
 
     def _happens(self, event: str, torn: tuple[int, bytes] | None = None) -> None:
+        with self._lock:
+            self._happens_alone(event, torn)
+
+    def _happens_alone(self, event: str, torn: tuple[int, bytes] | None) -> None:
         self.events.append(event)
         if len(self.events) != self._at or self._failing:
             return
@@ -90,7 +98,7 @@ class Faults:
 
     def _lose_power(self) -> None:
         """What a machine may do that stops: data that was not synced is gone, in part or all, and so are names."""
-        for file in Path(self._folder).iterdir():
+        for file in filter(Path.is_file, Path(self._folder).rglob("*")):
             status = file.stat()
             synced = min(self._synced.get(status.st_ino, status.st_size), status.st_size)
             if self._fault == "unsynced lost":
@@ -101,13 +109,27 @@ class Faults:
                 os.truncate(file, synced)
                 os.truncate(file, status.st_size)
         if self._fault == "names lost":
-            for what, name, source, before in reversed(self._names):
+            while self._names:
+                what, name, source, before = self._names.pop()
                 if what == "rename" and source is not None:
                     self._os["replace"](name, source)
+                    self._move_names(name, source)
                 if before is not None:
                     name.write_bytes(before)
                 elif what == "create":
                     name.unlink(missing_ok=True)
+                elif what == "create folder":
+                    shutil.rmtree(name, ignore_errors=True)
+
+    def _move_names(self, source: Path, target: Path) -> None:
+        """A folder has another name, and so has what lies in it."""
+
+        def moved(path: Path) -> Path:
+            return target / path.relative_to(source) if path.is_relative_to(source) else path
+
+        self._names = [
+            (what, moved(name), None if old is None else moved(old), before) for what, name, old, before in self._names
+        ]
 
     def _open(self, path: Any, flags: int, *more: Any, **named: Any) -> int:
         is_new = bool(flags & os.O_CREAT) and not Path(path).exists() and self._is_ours(path)
@@ -145,13 +167,17 @@ class Faults:
             self._quiet = False
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if stat.S_ISDIR(status.st_mode):
-            self._names.clear()
+            folder = Path(f"/proc/self/fd/{descriptor}").readlink()
+            self._names = [one for one in self._names if one[1].parent != folder]
         else:
             self._synced[status.st_ino] = status.st_size
 
     def _replace(self, source: Any, target: Any) -> None:
-        before = Path(target).read_bytes() if Path(target).exists() else None
+        before = Path(target).read_bytes() if Path(target).is_file() else None
         self._os["replace"](source, target)
+        if not self._is_ours(target):
+            return
+        self._move_names(Path(source), Path(target))
         self._names.append(("rename", Path(target), Path(source), before))
 
     def _unlink(self, path: Any, **named: Any) -> None:
@@ -159,6 +185,16 @@ class Faults:
         self._os["unlink"](path, **named)
         if before is not None:
             self._names.append(("remove", Path(path), None, before))
+
+    def _mkdir(self, path: Any, *more: Any, **named: Any) -> None:
+        self._os["mkdir"](path, *more, **named)
+        if self._is_ours(path):
+            self._names.append(("create folder", Path(path), None, None))
+
+    def _link(self, source: Any, target: Any, **named: Any) -> None:
+        self._os["link"](source, target, **named)
+        if self._is_ours(target):
+            self._names.append(("create", Path(target), None, None))
 
     def _ftruncate(self, descriptor: int, length: int) -> None:
         self._os["ftruncate"](descriptor, length)

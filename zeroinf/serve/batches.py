@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from zeroinf.errors import ZeroinfError
-from zeroinf.jobs.files import rename, write_lines, write_new
+from zeroinf.jobs.files import make_folder, rename, write_lines, write_new
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import errors_path
@@ -73,7 +73,7 @@ class Batches:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_stopping = False
         self._threads: list[threading.Thread] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for each in sorted(folder.iterdir()):
             if each.name.endswith(_UNFINISHED):
                 shutil.rmtree(each)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zeroinf.jobs.files import rename, sync_folder, write_lines, write_new
+from zeroinf.jobs.files import make_folder, rename, sync_folder, write_lines, write_new
 from zeroinf.serve.errors import ApiError
 
 _CHUNK_BYTES = 1 << 20
@@ -45,7 +45,7 @@ class FileStore:
         """Removes what earlier servers did not finish. `max_bytes`: the most that all files together may have."""
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._files: dict[str, StoredFile] = {}
         for each in sorted(folder.iterdir()):
             if each.name.endswith(_UNFINISHED):

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from zeroinf.errors import InterruptedRunError, UsageError
 from zeroinf.generation.row import MOST_LOGPROBS
+from zeroinf.jobs.files import make_folder
 from zeroinf.jobs.output import Job
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.source import ModelSource
@@ -157,7 +158,7 @@ def _state(app: FastAPI, gateway: Gateway) -> Iterator[Batches]:
     settings = gateway.settings
     assert settings.state is not None
     try:
-        settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(settings.state, 0o700)
         lock = open_lock(settings.state / "lock")
     except OSError as error:
         raise UsageError(f"--state {settings.state}: {error.strerror}", hint="name a folder of your own") from error
