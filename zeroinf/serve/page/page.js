@@ -135,6 +135,7 @@ by("try").addEventListener("submit", async (event) => {
   control = new AbortController();
   answer.textContent = "";
   answer.className = "";
+  answer.setAttribute("aria-busy", "true"); // it is read out once it is there, not word by word
   by("send").disabled = !(by("stop").disabled = false);
   try {
     const found = await ask(isChat ? "v1/chat/completions" : "v1/completions", {
@@ -148,7 +149,10 @@ by("try").addEventListener("submit", async (event) => {
   } catch (error) {
     if (error.name !== "AbortError") { answer.textContent += `\n${error.message}`; answer.className = "bad"; }
   }
+  answer.setAttribute("aria-busy", "false");
+  const wasHere = document.activeElement === by("stop") || document.activeElement === document.body;
   by("stop").disabled = !(by("send").disabled = false);
+  if (wasHere) by("send").focus(); // a button that is switched off loses the focus
 });
 by("stop").addEventListener("click", () => control?.abort());
 by("key-form").addEventListener("submit", (event) => {
