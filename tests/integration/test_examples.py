@@ -1,4 +1,4 @@
-"""Every example runs: those of `examples/` as files, and the consoles of README.md and the tutorial word for word."""
+"""Every example runs: those of `examples/` as files, and the consoles of pages word for word."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check(command: str, expected: list[str]) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/guide/models.md"])
 def test_the_page_shows_what_its_commands_print(page: str, folder: Path) -> None:
     os.chdir(folder.parent)
     assert list(consoles(page))

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from zeroinf.cli import console as module
 from zeroinf.cli.console import ConsoleObserver, ResultsBesideDisplay
 from zeroinf.cli.streams import Display
 from zeroinf.cli.waiting import waiting
+from zeroinf.planner.plan import Plan
 from zeroinf.service.observer import Progress
 
 LONGEST = Progress(
@@ -127,6 +129,23 @@ def test_the_longest_progress_line_fits_80_columns(terminal: _Terminal, observer
     (line,) = screen(terminal.getvalue())
     assert len(line) <= 80
     assert line.endswith("99999/100000 12,345.6 tokens/s, 54.3 GB/s of weights, 22:30:01 left")
+
+
+def test_a_plan_is_broken_between_words_on_a_terminal_and_not_in_a_log(
+    terminal: _Terminal, observer: ConsoleObserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "word " * 30 + "--host-memory"
+    monkeypatch.setattr(module, "plan_lines", lambda plan: iter([said, "short"]))
+    observer.loading(cast(Plan, None))
+    observer.ended()
+    lines = screen(terminal.getvalue())
+    assert (len(lines), lines[-1]) == (4, "      short")
+    assert max(map(len, lines)) <= 80
+    assert "".join(line.strip() + " " for line in lines[:-1]).split() == ["plan:", *said.split()]
+    log = io.StringIO()
+    with ConsoleObserver(Console(file=log, width=80, soft_wrap=True), quiet=False) as other:
+        other.loading(cast(Plan, None))
+    assert f"plan: {said}\n" in log.getvalue()
 
 
 def test_a_log_has_a_line_of_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def flags_of(name: str) -> dict[str, str]:
     return {flag[2:].replace("-", "_"): flag for flag in flags}
 
 
-FLAGS = flags_of("run") | flags_of("plan") | flags_of("serve")
+FLAGS = flags_of("run") | flags_of("plan") | flags_of("serve") | flags_of("bench")
 
 
 def test_what_names_elsewhere_lead_to_is_there() -> None:

@@ -6,6 +6,7 @@ Everything here is written to stderr, since stdout is reserved for results.
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,12 @@ class ConsoleObserver:
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def _say_wrapped(self, text: str, indent: str) -> None:
+        """Break it between words where a terminal is narrower; in logs it stays one line."""
+        width = self._console.width if self._console.is_terminal else len(text)
+        for line in textwrap.wrap(text, max(width, 40), subsequent_indent=indent, break_on_hyphens=False):
+            self._say(line)
+
     def note(self, text: str) -> None:
         self._say(f"note: {text}")
 
@@ -94,7 +101,7 @@ class ConsoleObserver:
             return
         self.ended()
         for index, line in enumerate(plan_lines(plan)):
-            self._say(f"{'' if index else 'plan:':<6}{line}")
+            self._say_wrapped(f"{'' if index else 'plan:':<6}{line}", " " * 8)
         if not self._console.is_terminal:
             self._say("loading weights ...")
         self.doing("loading weights")

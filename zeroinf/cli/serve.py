@@ -58,6 +58,7 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 )
 @option(
     "--prompt-logprobs",
+    section="server",
     is_flag=True,
     help="Plan memory for log-probabilities of prompts (echo with logprobs). Prompts run whole and forwards are padded "
     "then, which is slower.",
@@ -68,18 +69,21 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 @option(
     "--allowed-host",
     "allowed_hosts",
+    section="server",
     multiple=True,
     help="Host header that is answered, such as llm.example.org; may be given many times. [default: on loopback its "
     "names, elsewhere any]",
 )
 @option(
     "--state",
+    section="server",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of files and batches, which survive the server. [default: there are none]",
 )
 @option(
     "--max-state",
     "max_state_bytes",
+    section="server",
     type=SizeType(),
     default="64GiB",
     help="The most that clients' files may take in --state.",
@@ -87,25 +91,29 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 @option(
     "--max-file",
     "max_file_bytes",
+    section="server",
     type=SizeType(),
     default="512MiB",
     help="The largest file that a client may upload.",
 )
-@option("--served-model-name", help="What clients call the model. [default: --model]")
+@option("--served-model-name", section="server", help="What clients call the model. [default: --model]")
 @option(
     "--max-queue",
+    section="server",
     type=click.IntRange(min=1),
     default=256,
     help="Interactive completions under way at once; more are answered 429.",
 )
 @option(
     "--heartbeat-seconds",
+    section="server",
     type=FiniteFloat(min=0.01),
     default=1.0,
     help="Longest silence towards a client that waits, so that none with a short time-out asks twice.",
 )
 @option(
     "--drain-seconds",
+    section="server",
     type=FiniteFloat(min=0),
     default=600.0,
     help="Longest wait for answers under way when the server is stopped.",

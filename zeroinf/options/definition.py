@@ -34,6 +34,7 @@ Section = Literal[
     "speed",
     "several GPUs",
     "machine",
+    "server",
     "engines and baselines",
     "other",
 ]

@@ -123,6 +123,7 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("file f in input prompts_file prompt_file dataset dataset_name dataset_path data", "input_file")
     yield same("output out output_path save_path results", "output_file")
     yield same("p prompts text query", "prompt", "it may be given many times")
+    yield same("json jsonl", "format", "", "JSON lines on standard output: {output_file} -")
     yield same("system_prompt sys", "system")
     yield same("apply_chat_template conversation cnv", "chat")
     yield none("chat_template", "the model's own is used: put yours into its folder; {template} is for plain prompts")
