@@ -111,7 +111,7 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What `zeroinf plan` would do: where every byte goes (`terms`) and how long it takes (`timing`, seconds).
+    """Plan as `zeroinf plan` does: where every byte goes (`terms`) and how long it takes (`timing`, seconds).
 
     `input_len` and `output_len` are tokens a row. `machine` is a name of configs/machines or a file of `zeroinf doctor
     --json`; without one it is this machine. `gpu` is one of those machines', which takes the place of its own. No
@@ -284,7 +284,7 @@ class Pipeline:
 
     @property
     def plan(self) -> Plan:
-        """How it runs."""
+        """The plan that the model runs by."""
         return self._session.plan
 
     @property
@@ -418,8 +418,8 @@ class Pipeline:
         echo: bool = False,
         logprobs: int | None = None,
     ) -> Iterator[Result]:
-        """The same results as they finish; `index` says whose each is. What is left is cancelled where the caller
-        stops."""
+        """Yield the results of `generate` as they finish; `index` says whose each is. What is left is cancelled where
+        the caller stops."""
         sampling = sampling_of(locals(), self._max_new_tokens)
         return self._session.results(requests_of(prompts, sampling, n=n, echo=echo))
 

@@ -73,7 +73,7 @@ def open_lock(file: Path) -> int:
 
 
 def owner_of(path: Path) -> str:
-    """Who owns `path`: a user's name, or a number without one."""
+    """The owner of `path`: a user's name, or a number without one."""
     try:
         return path.owner()
     except KeyError:

@@ -11,6 +11,6 @@ STOPPED_CODES = frozenset(128 + number for number in STOP_SIGNALS)
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
-    """Those that stop this process: not a SIGHUP or SIGUSR1 that it was started to ignore, as by `nohup`."""
+    """The signals that stop this process: not a SIGHUP or SIGUSR1 that it was started to ignore, as by `nohup`."""
     ignorable = (signal.SIGHUP, signal.SIGUSR1)
     return tuple(n for n in STOP_SIGNALS if n not in ignorable or signal.getsignal(n) is not signal.SIG_IGN)

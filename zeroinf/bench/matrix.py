@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for the same cell in another file."""
+        """A key that the same cell has in every file."""
         return "|".join(str(value) for value in asdict(self).values())
 
     @property

@@ -47,7 +47,7 @@ class Figure:
 
     @property
     def std(self) -> float:
-        """Of the samples; 0 of a single one."""
+        """The samples' standard deviation; 0 for a single one."""
         return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
 
 
@@ -110,7 +110,7 @@ class Results:
         return next((outcome for outcome in self.outcomes if outcome.cell.key == cell.key), None)
 
     def with_outcome(self, outcome: CellResult) -> Results:
-        """The same with `outcome` in the place of an earlier one of its cell."""
+        """These results with `outcome` in the place of an earlier one of its cell."""
         others = (other for other in self.outcomes if other.cell.key != outcome.cell.key)
         return replace(self, outcomes=(*others, outcome))
 

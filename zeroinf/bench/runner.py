@@ -69,7 +69,8 @@ def run_cells(
 
 
 def _environment(settings: BenchmarkSettings) -> dict[str, str]:
-    """That of a cell: the matrix says all of its options, and none comes from what is set for other runs."""
+    """The environment of a cell's process: the matrix says all options, and none comes from what is set for other
+    runs."""
     own = {"DS_ACCELERATOR": "cpu"} if settings.device == "cpu" else {}
     return {name: value for name, value in os.environ.items() if not name.startswith("ZEROINF_RUN_")} | own
 

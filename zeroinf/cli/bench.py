@@ -236,7 +236,7 @@ def _settings(asked: dict[str, Any]) -> BenchmarkSettings:
 
 
 def _so_far(settings: BenchmarkSettings, output_file: Path | None, *, overwrite: bool) -> Results:
-    """What an earlier call has left in `output_file`, with the record of this machine."""
+    """The results that an earlier call has left in `output_file`, with the record of this machine."""
     from zeroinf.bench.results import machine_record, start_or_resume
     from zeroinf.hardware.profile import read_profile
     from zeroinf.hardware.snapshot import read_machine

@@ -82,12 +82,12 @@ class SectionedGroup(_Sectioned, click.Group):
 
 
 def command(**attributes: Any) -> Callable[[_Function], SectionedCommand]:
-    """What click's `command` is, for a command of zeroinf."""
+    """Do what click's `command` does, for a command of zeroinf."""
     return click.command(cls=SectionedCommand, **attributes)
 
 
 def group(**attributes: Any) -> Callable[[_Function], SectionedGroup]:
-    """What click's `group` is, for a group of zeroinf."""
+    """Do what click's `group` does, for a group of zeroinf."""
     return click.group(cls=SectionedGroup, **attributes)
 
 

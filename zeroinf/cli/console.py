@@ -270,7 +270,7 @@ def _figure(value: float, unit: str) -> str:
 
 
 def _stalls(report: RunReport) -> str:
-    """Where the ranks' time went, on average, in shares of the whole."""
+    """The shares of the ranks' time by what they waited for, on average."""
     words = {
         "compute_s": "computing layers",
         "host_s": "between layers",

@@ -91,7 +91,7 @@ def _names(ctx: click.Context) -> set[str | None]:
 
 
 def option(*flags: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """What click's `option` is, for an option that the environment can set as well."""
+    """Do what click's `option` does, for an option that the environment can set as well."""
     return click.option(*flags, cls=EnvironmentOption, **attributes)
 
 
@@ -124,7 +124,7 @@ def refuse_unknown(command: click.Command, prefix: str) -> None:
 
 
 def prefix_of(*commands: str) -> str:
-    """How the variables of a command begin: of `zeroinf bench compare`, ZEROINF_BENCH_COMPARE."""
+    """The beginning of a command's variables: of `zeroinf bench compare`, ZEROINF_BENCH_COMPARE."""
     prefix = "ZEROINF"
     for name in commands:
         prefix = _variable(prefix, name)

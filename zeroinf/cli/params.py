@@ -164,7 +164,7 @@ def _flag(one: Definition, *, required: bool, argument: str | None) -> Callable[
 
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """What Tab makes of the beginning of a model's name: models on this machine, of the catalog, or a path."""
+    """Complete the beginning of a model's name: models on this machine, of the catalog, or a path."""
     from zeroinf.model.catalog import catalog_names
     from zeroinf.model.local import local_models
 
@@ -174,7 +174,7 @@ def complete_models(ctx: click.Context, parameter: click.Parameter, begun: str) 
 
 
 def _type_of(one: Definition, written: Any) -> Any:
-    """What click makes of the text of a value."""
+    """Let click convert the text of a value."""
     known = one.option
     if one.choices:
         return AliasedChoice(one.choices, known.aliases)
@@ -210,7 +210,7 @@ def asked_of(ctx: click.Context, options: type[_Options], given_: Mapping[str, A
 
 
 def given(ctx: click.Context, *names: str) -> list[str]:
-    """Those of the parameters `names` that the user set for this command, by a flag or in the environment."""
+    """The parameters among `names` that the user set for this command, by a flag or in the environment."""
     explicit = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     return [name for name in names if ctx.get_parameter_source(name) in explicit]
 

@@ -126,7 +126,7 @@ def _refuse_beside_table(varied: Listed, idle: list[str]) -> None:
 
 
 def _print_table(options: PlanOptions, varied: Listed, *, as_json: bool, advice: bool) -> None:
-    """What fits, of a list of models or GPUs."""
+    """Print which of a list of models or GPUs fit."""
     with importing():
         from zeroinf.cli.plan_table import plan_all, print_table, table_json
 
@@ -151,7 +151,7 @@ def _refuse_early(options: PlanOptions) -> None:
 def _refuse_idle_output(
     engine: str, *, emit_zero_config: bool, as_json: bool, explain: bool, plot: Path | None
 ) -> None:
-    """What would not be printed or drawn."""
+    """Refuse options whose output would not be printed or drawn."""
     if emit_zero_config and engine != "zero":
         raise UsageError("--emit-zero-config prints DeepSpeed's settings", hint="add --engine zero")
     if emit_zero_config and (as_json or explain):

@@ -198,7 +198,7 @@ def _refuse_another_world(num_gpus: int | None, hostfile: Path | None, world: Wo
 def _node_limits(
     options: RunOptions, ray: str | None, ray_nodes: str | None, beside: Mapping[str, Any], world: World
 ) -> NodeLimits:
-    """How many nodes of a cluster the job wants. Raises UsageError for what means nothing beside --ray."""
+    """The number of cluster nodes that the job wants. Raises UsageError for what means nothing beside --ray."""
     from zeroinf.ray.limits import NodeLimits
 
     if ray is None:
@@ -230,7 +230,7 @@ def _offers_to_resume(options: RunOptions) -> bool:
 
 
 def _resume_command(arguments: Sequence[str]) -> str:
-    """What goes on with a run that was started with `arguments`, safe to paste into a shell."""
+    """The command that resumes a run that was started with `arguments`, safe to paste into a shell."""
     dropped = ("--overwrite", "--resume", "--local_rank", "--local-rank")
     words = [word for word in arguments if word.partition("=")[0] not in dropped]
     return shlex.join(["zeroinf", *words, *(() if "--resume-anyway" in words else ("--resume",))])

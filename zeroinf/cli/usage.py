@@ -18,7 +18,7 @@ class HintedError(click.UsageError):
         self.hint = hint
 
     def format_message(self) -> str:
-        """As click says it."""
+        """The message in click's words."""
         return f"{self.message}: {self.hint}"
 
 
@@ -65,7 +65,7 @@ def no_such_command(name: str, known: Sequence[str], ctx: click.Context) -> Hint
 
 
 def explained(error: click.ClickException, words: Sequence[str]) -> UsageError:
-    """What `error` says, as an error of zeroinf; `words` are what the user typed."""
+    """Turn `error` into an error of zeroinf; `words` are what the user typed."""
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     if ctx is not None and ctx.parent is not None and (other := _of_other_programs(ctx, words)):
         return _no_such_option(ctx, other)
@@ -142,7 +142,7 @@ def _bad_value(ctx: click.Context | None, error: click.BadParameter) -> UsageErr
 
 
 def _flag_of(parameter: click.Parameter, ctx: click.Context | None) -> str:
-    """How the user writes it and, where the value came from the environment, the variable."""
+    """The parameter as the user writes it and, where the value came from the environment, the variable."""
     if isinstance(parameter, click.Argument):
         return parameter.make_metavar(ctx) if ctx is not None else str(parameter.name)
     flag = next((flag for flag in parameter.opts if flag.startswith("--")), parameter.opts[0])

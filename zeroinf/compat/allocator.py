@@ -26,7 +26,8 @@ def set_allocator(settings: str) -> None:
 
 
 def environment_settings(environ: Mapping[str, str]) -> str:
-    """What torch took from `environ` when it was loaded, expandable segments (which are off by default) named."""
+    """The allocator settings that torch took from `environ` when it was loaded, with expandable segments named either
+    way."""
     # PYTORCH_ALLOC_CONF wins over its older name (pytorch, c10/core/AllocatorConfig.h).
     settings = environ.get("PYTORCH_ALLOC_CONF", environ.get("PYTORCH_CUDA_ALLOC_CONF", "")).strip(" ,")
     if _SEGMENTS in settings:

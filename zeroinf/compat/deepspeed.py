@@ -80,7 +80,7 @@ def has_codes(weight: Any) -> bool:
 
 
 def codes_of(weight: Any, numbers: Any) -> Any:
-    """What `weight`, which `has_codes`, holds where it stands for `numbers`: codes, scales and minima in one tensor.
+    """The data that `weight`, which `has_codes`, holds in place of `numbers`: codes, scales and minima in one tensor.
 
     Relies on `quantizer.quantize` of a weight and on `concat_to_compat_param`.
     """

@@ -127,7 +127,8 @@ class _Late(Loader):
         return function
 
     def _disable(self, fn: Function | None = None, *arguments: Any, **named: Any) -> Any:
-        """As `torch._dynamo.disable`; what it returns calls `fn` itself until something could compile it."""
+        """Does the job of `torch._dynamo.disable`; the function it returns calls `fn` itself until something could
+        compile it."""
         if fn is None:
             return lambda late: self._disable(late, *arguments, **named)
         if self.executed or not isinstance(fn, FunctionType):

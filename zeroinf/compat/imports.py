@@ -119,8 +119,8 @@ def _no(*ignored: object) -> bool:
 
 
 def _kept(models: Path, cache_folder: Path, define: Callable[[], Structure]) -> Structure:
-    """What `define` says of the files below `models`, out of `cache_folder` where it was asked about the same files
-    before."""
+    """The answer of `define` for the files below `models`, read from `cache_folder` where it was asked about the same
+    files before."""
     files = sorted(_files(models))
     key = hashlib.sha256(repr((sys.version_info, models, files)).encode()).hexdigest()[:32]
     kept = cache_folder / "transformers-modules" / f"{key}.json"

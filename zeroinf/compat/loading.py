@@ -45,8 +45,8 @@ def convert_and_load(model: Any, stored: Mapping[str, Any], *, on_meta: bool = F
 
 
 def converted_name(name: str, mapping: Sequence[Any], prefix: str, own: Container[str]) -> tuple[str, str | None]:
-    """Which of the model's tensors (`own`, below `prefix` or not) the stored tensor `name` becomes, or a part of; and
-    the pattern of a conversion of several tensors into one, None where there is none."""
+    """The name of the model's tensor (one of `own`, below `prefix` or not) that the stored tensor `name` becomes, or a
+    part of; and the pattern of a conversion of several tensors into one, None where there is none."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]

@@ -37,7 +37,7 @@ def _mask(
     allow_is_bidirectional_skip: bool = False,
     **shape: Any,
 ) -> torch.Tensor | None:
-    """As transformers' own; see AttentionMaskInterface there."""
+    """Makes a mask with the signature of transformers' own functions; see AttentionMaskInterface there."""
     is_open = attention_mask is None
     mask: torch.Tensor | None = sdpa_mask(
         attention_mask=attention_mask,

@@ -186,7 +186,7 @@ class Control:
 
     @property
     def _ranks(self) -> range:
-        """Those of this group, as all ranks count them."""
+        """The ranks of this group, by their numbers among all ranks."""
         return range(self._first, self._first + self.world.size)
 
     def _collective_name(self, kind: str) -> str:

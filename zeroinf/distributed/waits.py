@@ -194,7 +194,7 @@ class WaitWatch:
 
 
 def _waiting_messages(states: Sequence[RankState], waiting: set[int]) -> Iterator[str]:
-    """For each collective at which ranks wait and others are missing: a message that names both."""
+    """A message for each collective at which ranks wait and others are missing, which names both."""
     for at in dict.fromkeys(states[rank].waits_at for rank in sorted(waiting)):
         here = [rank for rank, state in enumerate(states) if state.waits_at == at]
         missing = [rank for rank in states[here[0]].awaited if rank not in here]

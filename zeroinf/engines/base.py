@@ -61,7 +61,7 @@ class LoadListener(Protocol):
         ...
 
     def doing(self, step: str) -> None:
-        """What is done now, which may take seconds."""
+        """Reports the step that runs now, which may take seconds."""
         ...
 
     def filled(self, done_bytes: int, total_bytes: int) -> None:

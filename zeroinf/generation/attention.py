@@ -72,7 +72,7 @@ def tokens_of(seats: Sequence[int], starts: Sequence[int], counts: Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What becomes of the products of queries and keys."""
+    """The steps from products of queries and keys to weights: scale, soft cap, sinks."""
 
     scale: float
     softcap: float | None
@@ -95,7 +95,7 @@ class AttentionKernel(Protocol):
 
 
 class View:
-    """What layers of one window read and write in one forward; see its two kinds."""
+    """The keys and values that layers of one window read and write in one forward; see its two kinds."""
 
     places: torch.Tensor | None = None
     """(tokens,), int64: where new keys and values go among those of before; None: they go elsewhere."""
@@ -110,7 +110,7 @@ class View:
 
     @property
     def where(self) -> torch.Tensor:
-        """Where keys and values of rows lie, as the view's kind has it."""
+        """Locations of the rows' keys and values, as the view's kind has them."""
         raise NotImplementedError
 
     @property
@@ -120,7 +120,7 @@ class View:
 
     @cached_property
     def held(self) -> list[torch.Tensor]:
-        """Where the keys of before lie that each row sees: (keys,), int64, on the CPU alone."""
+        """Locations of the earlier keys that each row sees: (keys,), int64, on the CPU alone."""
         raise NotImplementedError
 
     @cached_property
@@ -181,7 +181,8 @@ class PackedView(View):
 
 
 class StagedView(View):
-    """What a row sees of before lies side by side where it was fetched to; new keys and values go elsewhere."""
+    """A view in which a row's earlier keys lie side by side where they were fetched to; new keys and values go
+    elsewhere."""
 
     def __init__(self, tokens: Tokens, window: int | None) -> None:
         super().__init__(tokens, window)
@@ -208,7 +209,7 @@ class MarkingLayer(DynamicLayer):  # type: ignore[misc]
         self.is_sliding, self.sliding_window = window is not None, window
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """As a kernel does."""
+        """Attend as a kernel does."""
         raise NotImplementedError
 
     def update(
@@ -234,7 +235,7 @@ class PackedLayer(MarkingLayer):
         self.memory, self.view, self._kernel = memory, view, kernel
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """As a kernel does."""
+        """Attend as a kernel does."""
         return self._kernel(self, query, keys, values, scores)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -262,7 +263,8 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls. query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width).
+    """The attention function that transformers calls. query: (1, heads, tokens, width); key, value: (1, kv heads,
+    tokens, width).
 
     Returns (1, tokens, heads, width of values). Raises RuntimeError where anything is handed over that it does not
     understand, which `zeroinf.model.packing` would have found.
@@ -311,8 +313,8 @@ def attend_in_torch(
 
 
 def _sees(new: int, held: int, window: int | None) -> torch.Tensor | None:
-    """Which keys each of the `new` queries sees, of `held` ones before them and their own: (new, keys), bool; None
-    where they see all."""
+    """A mask of the keys that each of the `new` queries sees, of `held` ones before them and their own: (new, keys),
+    bool; None where they see all."""
     if new == 1:
         return None
     distance = torch.arange(held, held + new)[:, None] - torch.arange(held + new)

@@ -182,7 +182,7 @@ def _combine(  # type: ignore[no-untyped-def]
     parts, part_sums, out, rows, blocks, sinks, count_rows, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
-    """What the programs that share a block's keys have found, for one of its heads."""
+    """Combine what the programs that share a block's keys have found, for one of its heads."""
     block, head, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(blocks + 2 * block)
     first = tl.load(rows + 3 * count_rows + row)
@@ -207,7 +207,7 @@ def _combine(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """How a block of queries is worked on."""
+    """The tile sizes with which a block of queries is worked on."""
 
     rows: int
     """Of the product: queries times the heads that share keys."""
@@ -219,7 +219,7 @@ class _Tiles:
 def attend_on_gpu(
     layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """As a `AttentionKernel`, on the current stream, without waiting for the GPU."""
+    """An `AttentionKernel` on the current stream, which does not wait for the GPU."""
     tokens, view = layer.view.tokens, layer.view
     query, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values))
     out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
@@ -247,7 +247,7 @@ def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> 
 
 
 def _tiles(query: torch.Tensor, values: torch.Tensor, group: int, *, steps: bool) -> _Tiles:
-    """As large as the multiprocessors' shared memory and registers allow."""
+    """Tiles as large as the multiprocessors' shared memory and registers allow."""
     size, widths = query.element_size(), [triton.next_power_of_2(each.shape[2]) for each in (query, values)]
     rows, keys, stages = (16, 128, 2) if steps else (64, 64, 3)  # measured with scripts/bench-attention
     rows = max(rows, triton.next_power_of_2(group))
@@ -324,5 +324,5 @@ def _launch(
 
 
 def _splits(programs: int, longest: int) -> int:
-    """How many programs share the keys of a block."""
+    """The number of programs that share the keys of a block."""
     return max(1, min(MOST_PARTS // programs, longest // _SHORTEST_SPLIT))

@@ -195,7 +195,7 @@ class _Table:
         self._free += [self._shared.pop(page) for page in prefixes]
 
     def places(self, seats: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where tokens lie in a layer's memory. positions: (rows, columns), int64; so is the result."""
+        """Locations of tokens in a layer's memory. positions: (rows, columns), int64; so is the result."""
         slots = positions % (self._width * PAGE_TOKENS)
         pages = self.pages.index_select(0, seats).gather(1, slots // PAGE_TOKENS)
         return pages.mul_(PAGE_TOKENS).add_(slots.remainder_(PAGE_TOKENS))
@@ -216,7 +216,7 @@ class CacheView:
 
 
 class _PagedView(CacheView):
-    """What they read and write."""
+    """The keys and values that packed layers read and write."""
 
     def __init__(self, table: _Table, columns: Columns, window: int | None) -> None:
         super().__init__(columns, window)

@@ -101,7 +101,7 @@ class HostCache:
 
 
 class _HostView(CacheView):
-    """Which records layers of one window fetch and send back."""
+    """The records that layers of one window fetch and send back."""
 
     def __init__(self, columns: Columns, group: Group, window: int | None) -> None:
         super().__init__(columns, window)
@@ -125,7 +125,7 @@ class _HostView(CacheView):
                     self.empty[row] = True
 
     def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
-        """What is fetched of a layer, if anything, and what is sent."""
+        """The unit that is fetched of a layer, if any, and the one that is sent."""
         fetched = Unit(layer, memory, self._rows * self.seen, self._fetched) if self._fetched else None
         return fetched, Unit(layer, memory, self._rows * self._new, self._sent)
 
@@ -154,7 +154,7 @@ class _HostLayer(SharedLayer):
 
 
 class _PackedHostView(StagedView):
-    """Which records layers of one window fetch and send back, those of a row side by side."""
+    """The records that layers of one window fetch and send back, those of a row side by side."""
 
     def __init__(self, tokens: Tokens, group: Group, window: int | None) -> None:
         super().__init__(tokens, window)
@@ -170,7 +170,7 @@ class _PackedHostView(StagedView):
             self._sent.append(Run(new, seat.host_start + start, count))
 
     def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
-        """What is fetched of a layer, if anything, and what is sent."""
+        """The unit that is fetched of a layer, if any, and the one that is sent."""
         fetched = Unit(layer, memory, self.total, self._fetched) if self._fetched else None
         return fetched, Unit(layer, memory, self.tokens.total, self._sent)
 

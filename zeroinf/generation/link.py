@@ -156,7 +156,7 @@ class _Slots:
         return self._slots[at]
 
     def full(self) -> None:
-        """What is enqueued so far has filled the slot that was claimed last."""
+        """Note that what is enqueued so far has filled the slot that was claimed last."""
         _record(self._full[(self._claimed - 1) % len(self._slots)])
 
     def wait(self) -> torch.Tensor:
@@ -167,7 +167,7 @@ class _Slots:
         return self._slots[at]
 
     def free(self) -> None:
-        """What is enqueued so far is the last use of the next slot."""
+        """Note that what is enqueued so far is the last use of the next slot."""
         _record(self._free[self._freed % len(self._slots)])
         self._freed += 1
 

@@ -126,7 +126,8 @@ class _Passes:
             self.halve(groups, scored)
 
     def _next_scores(self) -> Sequence[ScoreBatch]:
-        """What is scored in the next pass. It takes the place of prompts, or of all rows, which have the one after."""
+        """The sequences that are scored in the next pass. They take the place of prompts, or of all rows, which have
+        the one after."""
         scheduler, has_scored = self._scheduler, self._has_scored
         self._has_scored = False
         waits = bool(scheduler.seats) if scheduler.limits.scores_alone else scheduler.has_prompts

@@ -77,8 +77,8 @@ class TokenRules:
         return self._forces_end or self._counts_prompt or bool(self.processors((1, 0), device))
 
     def kind(self, row: Row) -> tuple[int, int]:
-        """What a row's processors depend on: its prompt's length and, where its last token is forced, its own; 1 and 0
-        where they depend on neither."""
+        """The facts that a row's processors depend on: its prompt's length and, where its last token is forced, its
+        own; 1 and 0 where they depend on neither."""
         prompt = len(row.prompt)
         total = prompt + row.sampling.max_new_tokens if self._forces_end else 0
         return prompt if self._counts_prompt else 1, total
@@ -211,7 +211,7 @@ class MicroBatch(ABC):
 
     @abstractmethod
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each row whose prompt is through: scores (rows, vocabulary), seat and length (rows,), both int64."""
+        """Scores (rows, vocabulary), seats and lengths (rows,), both int64, of the rows whose prompts are through."""
 
     def choose(self, output: Any) -> Chosen | None:
         """Choose the next token of each row whose prompt is through; None where there is none.
@@ -411,5 +411,5 @@ class Chosen:
 
 
 def _numbers(seats: Sequence[Seat]) -> list[int]:
-    """Which token of its row is chosen for each seat, counted from 0."""
+    """The number of the token that is chosen for each seat, counted from 0 in its row."""
     return [seat.known - len(seat.row.prompt) for seat in seats]

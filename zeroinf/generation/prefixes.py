@@ -89,7 +89,7 @@ class PrefixCache:
         del self._sorted[bisect_left(self._sorted, prompt)]
 
     def wanted(self, row: Row) -> tuple[int, int]:
-        """Of the prompt of `row`, which waits: pages that are there, and pages that would be worth having."""
+        """Pages of the prompt of `row`, which waits, that are there, and pages that would be worth having."""
         if not self.most_pages:
             return 0, 0
         prompt, most = self._prompts[row], shareable_pages(len(row.prompt))

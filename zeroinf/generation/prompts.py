@@ -46,7 +46,7 @@ class EncodedPrompts:
         self._cross = DynamicCache()
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward is given of the prompts."""
+        """The arguments of the model's forward for the prompts."""
         mask = {} if self._mask is None else {"attention_mask": self._mask}
         return {**self._given, **mask}
 

@@ -203,8 +203,8 @@ class Row:
         return self.decode(self.generated[:-1] if leaves_out and not self.sampling.include_stop else self.generated)
 
     def _find_stop(self, stops: tuple[str, ...]) -> tuple[int, int, str] | None:
-        """Where the first of `stops` begins that ends in the last token: a generated token's number, and a byte in its
-        piece; number -1 where that is in the prompt. And which of `stops` it is.
+        """The beginning of the first of `stops` that ends in the last token: a generated token's number, and a byte in
+        its piece; number -1 where that is in the prompt. And which of `stops` it is.
 
         As in transformers' StopStringCriteria, as many tokens are looked at as the longest stop string has bytes.
         """

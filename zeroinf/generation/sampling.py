@@ -47,12 +47,12 @@ class Likelihoods:
     """(places, most of counts), int64: the likeliest."""
 
     def to_host(self) -> Likelihoods:
-        """The same in host memory, once the device has come so far."""
+        """A copy in host memory, once the device has come so far."""
         logs, tokens = (each.to("cpu", non_blocking=True) for each in (self.logs, self.tokens))
         return replace(self, logs=logs, tokens=tokens)
 
     def by_place(self) -> dict[int, Likelihood]:
-        """What each row is told."""
+        """The likelihood for each row, by its place."""
         told = zip(self.places, self.counts, self.logs.tolist(), self.tokens.tolist(), strict=True)
         return {
             place: Likelihood(own, tuple(zip(tokens, top, strict=True))[:count])
@@ -61,7 +61,7 @@ class Likelihoods:
 
 
 def likelihoods_of(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[Row]) -> Likelihoods | None:
-    """What the model's own scores say of the tokens `chosen` for `rows`; None where no row asks.
+    """The likelihoods that the model's own scores give the tokens `chosen` for `rows`; None where no row asks.
 
     scores: (rows, vocabulary), of any dtype, as the model gave them; chosen: (rows,), int64.
     """
@@ -135,7 +135,7 @@ def _penalized(scores: torch.Tensor, rows: Sequence[Row], tokens: torch.Tensor, 
 
 
 def _first(tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Where the counted tokens of each row stand for the first time. (rows, width), bool."""
+    """A mask of the first places of each row's counted tokens: (rows, width), bool."""
     marked = torch.where(counted, tokens, -1)
     ordered, places = marked.sort(dim=1, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)

@@ -60,7 +60,7 @@ class Limits:
 
     @classmethod
     def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
-        """Those of `plan`, for an engine whose passes serve several micro-batches or one."""
+        """The limits of `plan`, for an engine whose passes serve several micro-batches or one."""
         regroups, packs = plan.anatomy.is_paged, plan.forward_tokens > 0
         return cls(
             rows=plan.batch_size,
@@ -124,7 +124,8 @@ class Seat:
         return PAGE_TOKENS * len(self.prefix)
 
     def begins_at(self, planned: Container[PrefixPage] = ()) -> int:
-        """Where its next tokens begin: behind those of shared pages that are computed, or `planned` to be before."""
+        """The position of its next tokens: behind those of shared pages that are computed, or `planned` to be
+        before."""
         at = self.computed
         while at < self.prefix_tokens:
             page = self.prefix[at // PAGE_TOKENS]
@@ -174,7 +175,7 @@ class Group:
 
     @classmethod
     def packed(cls, seats: Sequence[Seat], starts: Sequence[int], counts: Sequence[int]) -> Group:
-        """Of each seat the next so many tokens behind those in the cache, side by side."""
+        """A group of each seat's next `counts` tokens behind those in the cache, side by side."""
         chooses = [seat.known == start + count for seat, start, count in zip(seats, starts, counts, strict=True)]
         return cls(tuple(seats), tuple(starts), tuple(counts), tuple(chooses), is_packed=True)
 
@@ -193,7 +194,7 @@ class Group:
 
     @property
     def on_host(self) -> bool:
-        """Where keys and values of all its rows rest."""
+        """Whether keys and values of all its rows rest in host memory."""
         return self.seats[0].on_host
 
     @property
@@ -278,7 +279,7 @@ class Scheduler:
 
     @property
     def free_rows(self) -> int:
-        """How many more rows could be live."""
+        """The number of further rows that could be live."""
         return len(self._free)
 
     @property

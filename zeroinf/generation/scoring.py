@@ -85,7 +85,8 @@ def _token_scores(scores: Sequence[Sequence[float]]) -> TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a forward shall end in: scores of `tokens`, (scored,), by the logits in a row and a column, (scored,) each.
+    """The scores that a forward shall end in: those of `tokens`, (scored,), by the logits in a row and a column,
+    (scored,) each.
 
     Columns count from the last one, which is -1, so that it does not matter how many a model computes.
     """
@@ -127,7 +128,7 @@ class Scorer:
 
 
 def _scores(logits: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
-    """Of logits (rows, columns, vocabulary): (scored, 4)."""
+    """Scores out of logits (rows, columns, vocabulary): (scored, 4)."""
     found = []
     for start in range(0, len(wanted.tokens), _TOKENS):
         part = slice(start, start + _TOKENS)
@@ -183,7 +184,7 @@ class ScoreBatch(ABC):
             start += each.scored
 
     def halves(self) -> Iterator[ScoreBatch]:
-        """The same sequences in two batches; one alone comes again as it is."""
+        """Split the sequences into two batches; one alone comes again as it is."""
         half = -(-len(self.sequences) // 2)
         for part in (self.sequences[:half], self.sequences[half:]):
             if part:
@@ -210,7 +211,7 @@ class PaddedScores(ScoreBatch):
 
     @property
     def _kept_columns(self) -> int:
-        """From the one before the first token that is scored."""
+        """The number of columns from the one before the first token that is scored."""
         return self.width - min(each.start for each in self.sequences) + 1
 
     def inputs(self) -> dict[str, Any]:
@@ -238,7 +239,7 @@ class _Span:
 
 
 class _WholeView:
-    """What tokens of packed sequences see, in layers of one window."""
+    """The keys that tokens of packed sequences see, in layers of one window."""
 
     def __init__(self, spans: Sequence[_Span], places: torch.Tensor, window: int | None) -> None:
         """places: (2, tokens), int64: the token's place in its text; its continuation, from 1 on, or 0 for none."""
@@ -247,7 +248,7 @@ class _WholeView:
 
     @cached_property
     def sees(self) -> list[torch.Tensor]:
-        """Of each sequence, which tokens of it each one of its continuations' sees: (queries, keys), bool."""
+        """Masks of each sequence's tokens that each one of its continuations' sees: (queries, keys), bool."""
         found = []
         for span in self.spans:
             (asks, asking), (at, of) = self._places[:, span.branches : span.end], self._places[:, span.first : span.end]

@@ -12,7 +12,7 @@ _COMPILERS = ("gcc", "clang", "cc")
 
 
 def why_no_kernels() -> str:
-    """What Triton lacks to compile kernels for this machine's GPUs; empty where it lacks nothing."""
+    """The reason why Triton cannot compile kernels for this machine's GPUs; empty where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     chosen = os.environ.get("CC")

@@ -47,8 +47,8 @@ mark; and at least four of them."""
 
 @dataclass(frozen=True, slots=True)
 class FileContents:
-    """What is in a file: `stream` gives it from its beginning on, `head` is its first 64 KiB, `name` lacks the ending
-    of a compression."""
+    """The contents of a file: `stream` gives it from its beginning on, `head` is its first 64 KiB, `name` lacks the
+    ending of a compression."""
 
     name: str
     stream: BinaryIO
@@ -56,7 +56,8 @@ class FileContents:
 
 
 def open_contents(source: BinaryIO, name: str) -> FileContents:
-    """What `source` holds. Raises InputError for what is known not to be an input, and for other binary bytes."""
+    """Recognize the contents of `source`. Raises InputError for what is known not to be an input, and for other binary
+    bytes."""
     stream, head = _with_head(source)
     ending = PurePosixPath(name.lower()).suffix
     packed = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -99,7 +100,7 @@ def _lines(contents: FileContents) -> Iterator[bytes]:
 
 
 def seekable(stream: BinaryIO) -> BinaryIO:
-    """The same bytes in a stream that can be read at any place; in a temporary file where `stream` cannot."""
+    """The bytes of `stream` in a stream that can be read at any place; in a temporary file where `stream` cannot."""
     if stream.seekable():
         return stream
     from shutil import copyfileobj

@@ -61,7 +61,7 @@ class Draft:
 
 
 def draft_of(record: InputRecord, defaults: Sampling, shaper: Shaper | None = None) -> Draft:
-    """What `record` asks for; `defaults` holds for every setting that it leaves out.
+    """Read the request in `record`; `defaults` holds for every setting that it leaves out.
 
     Without a `shaper`, an entry is a request as it stands, and a key that requests do not have is an error. Raises
     LineError.
@@ -141,7 +141,8 @@ def _misspelt(name: str) -> str | None:
 
 
 def _settings_of(entry: Mapping[str, Any], shaper: Shaper) -> dict[str, Any]:
-    """What of `entry` makes a request; other columns are left, unless one is taken for a misspelt setting."""
+    """The settings in `entry` that make a request; other columns are left, unless one is taken for a misspelt
+    setting."""
     fixed = ("prompt", "messages", "id")
     settings = {
         name: value

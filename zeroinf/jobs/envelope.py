@@ -31,7 +31,7 @@ class Envelope:
         return self._wrapped(choices[0].id, 200, self.body(choices))
 
     def body(self, choices: Sequence[Result]) -> dict[str, Any]:
-        """What the API answers to one entry, whose completions are `choices`."""
+        """The API's answer to one entry, whose completions are `choices`."""
         first = choices[0]
         extra = first.extra or Extra()
         chat = extra.endpoint == "chat" or (extra.endpoint is None and first.prompt is None)
@@ -63,7 +63,7 @@ class Envelope:
         return json.dumps(line, ensure_ascii=False)
 
     def _digest(self, name: str) -> str:
-        """The same for the same entry, so that an output that is written again has the same bytes."""
+        """A digest that is the same for the same entry, so that an output that is written again has the same bytes."""
         return hashlib.blake2b(f"{self.created}/{name}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
@@ -96,7 +96,7 @@ def _text_choice(result: Result) -> dict[str, Any]:
 
 
 def text_logprobs(told: Sequence[dict[str, Any]] | None, offset: int = 0) -> dict[str, Any] | None:
-    """The same as text completions have them; the first token begins at character `offset`."""
+    """Log-probabilities as text completions have them; the first token begins at character `offset`."""
     if told is None:
         return None
     offsets = []

@@ -41,7 +41,7 @@ _PARQUET_ROWS = 10_000
 
 
 def pick_format(path: Path, asked: OutputFormat, *, is_batch: bool) -> ResultFormat:
-    """What `path` is to hold: what was asked for, or what its ending says; of JSON lines those of OpenAI's batches
+    """The format of `path`: the one asked for, or the one of its ending; of JSON lines those of OpenAI's batches
     where the input was one. Raises OutputError for an ending that says nothing."""
     if asked != "auto":
         return asked

@@ -67,7 +67,7 @@ def _option(value: Any) -> str:
 
 
 def request_value(request: Request) -> list[Any]:
-    """What of a request as it was written can change its completion."""
+    """The parts of a request as it was written that can change its completion."""
     r = request
     return [r.index, r.id, r.prompt, r.tokens, r.messages, repr(r.chat), r.truncate]
 
@@ -84,7 +84,7 @@ class ListDigest:
         self._separator = b", "
 
     def digest(self) -> str:
-        """Of all that was added; nothing can be added afterwards."""
+        """The digest of all that was added; nothing can be added afterwards."""
         self._hash.update(b"]")
         return self._hash.hexdigest()
 
@@ -101,7 +101,7 @@ def _digest(value: Any) -> str:
 
 
 def _code_digest(source: ModelSource) -> str:
-    """Of what a local folder would run here; the code of the hub's models belongs to their commit."""
+    """A digest of the code that a local folder would run here; the code of the hub's models belongs to their commit."""
     folder = Path(source.location)
     code = sorted(folder.rglob("*.py")) if source.trust_remote_code and source.is_local else []
     return _digest([[str(file.relative_to(folder)), file_digest(file)] for file in code])

@@ -97,7 +97,8 @@ _ALIKE = 0.8
 
 
 def endpoint_of(url: str) -> Endpoint | None:
-    """What a batch line's `url` asks for, with or without a host, a version and slashes around; None for others."""
+    """The endpoint that a batch line's `url` names, with or without a host, a version and slashes around; None for
+    others."""
     parts = urlsplit(url.strip().lower()).path.strip("/").split("/")
     if parts[-1] != "completions":
         return None
@@ -123,7 +124,7 @@ def is_foreign(key: str) -> bool:
 
 
 def meant_by(key: str, known: Iterable[str]) -> str | None:
-    """What among `known` a key probably means: the name of the same thing, or one that is spelt alike."""
+    """The name among `known` that a key probably means: the name of the same thing, or one that is spelt alike."""
     known = list(known)
     if (same := _SAME.get(key)) in known:
         return same

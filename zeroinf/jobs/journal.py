@@ -127,7 +127,7 @@ class Journal:
         self._place(result.index, offset, failed=result.failed)
 
     def requests(self) -> Iterator[tuple[int, str, str]]:
-        """Of each result, in the order of indices: its index, the id of its request, and the request's digest."""
+        """Yield each result's index, the id of its request and the request's digest, in the order of indices."""
         order = sorted(self.results)
         for index, record in zip(order, self._records(order), strict=True):
             yield index, record["result"]["id"], record.get("request", "")

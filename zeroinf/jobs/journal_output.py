@@ -202,7 +202,7 @@ class JournalOutput:
             journal.sync()
 
     def _results(self) -> Iterator[Result]:
-        """Those of the output, in input order; a request may have had another id when its result came."""
+        """The output's results, in input order; a request may have had another id when its result came."""
         order = [work for work in self._job.work if work.index not in self._journal.failed]
         for work, result in zip(order, self._journal.read(work.index for work in order), strict=True):
             yield replace(

@@ -32,7 +32,7 @@ def prompt_digest(text: str | None, tokens: Sequence[int]) -> str:
 
 
 def kept_results(results: Iterable[tuple[int, str, str]], work: Iterable[Work]) -> Runs:
-    """Where the `results` (index, id and digest of their requests, in the order of indices) stand in `work`."""
+    """The positions of `results` (index, id and digest of their requests, in the order of indices) in `work`."""
     places: defaultdict[tuple[str, str], deque[int]] = defaultdict(deque)
     for index, request_id, digest in results:
         places[_known_by(request_id), digest].append(index)

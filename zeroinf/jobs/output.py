@@ -62,7 +62,7 @@ class Writer(Protocol):
     def add(self, result: Result) -> None: ...
 
     def progress(self, progress: Progress) -> None:
-        """How far the run is, now and then and at its end."""
+        """Take the run's progress, now and then and at its end."""
         ...
 
     def settle(self) -> int:

@@ -14,7 +14,7 @@ RESUME_HINT = "pass --resume to go on with it, or --overwrite to discard it"
 
 
 def journal_path(path: Path) -> Path:
-    """Where results are as soon as they come, and what a job goes on from."""
+    """The file where results are as soon as they come, and from which a job resumes."""
     return path.with_name(path.name + ".journal")
 
 
@@ -27,12 +27,12 @@ def began_before(path: Path) -> float | None:
 
 
 def partial_path(path: Path) -> Path:
-    """What becomes the output once it is whole."""
+    """The file that becomes the output once it is whole."""
     return path.with_name(path.name + ".partial")
 
 
 def errors_path(path: Path) -> Path:
-    """Where the refusals of a job go."""
+    """The file of a job's refusals."""
     return path.with_name(path.name + ".errors.jsonl")
 
 

@@ -76,7 +76,8 @@ def read_requests(
     input_format: InputFormat = "auto",
     name: str,
 ) -> tuple[list[Request], list[Refusal]]:
-    """The same of `prompts` and one stream of bytes, called `name`, whose entries are requests and nothing else."""
+    """Read requests from `prompts` and one stream of bytes, called `name`, whose entries are requests and nothing
+    else."""
     records: Iterable[InputRecord] = () if source is None else read_records(source, name, input_format)
     return _requests(prompts, ((None, record) for record in records), defaults, "" if source is None else name)
 

@@ -43,7 +43,7 @@ class JobStatus:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the last run, from its first forward: what its progress and its report say."""
+        """The speed of the last run from its first forward on, as its progress and its report say it."""
         return rate(self.tokens, self.seconds)
 
     @property

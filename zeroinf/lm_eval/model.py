@@ -109,7 +109,7 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def plan(self) -> Plan | None:
-        """How it runs; None until something has been asked."""
+        """The plan that the model runs by; None until something has been asked."""
         return None if self._session is None else self._session.plan
 
     @property
@@ -134,7 +134,7 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text that has nothing before it."""
         if self._prefix_token_id is not None:
             return self._prefix_token_id
         bos = self._tokenizer.bos_token_id
@@ -142,7 +142,7 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of prompts."""
+        """The tokenizer's name for the harness's caches of prompts."""
         return str(self._tokenizer.name_or_path).replace("/", "__")
 
     @property
@@ -190,7 +190,7 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Of each request (texts, tokens of the context, tokens of the continuation) the log-likelihood of the
+        """For each request (texts, tokens of the context, tokens of the continuation), the log-likelihood of the
         continuation, and whether it is what greedy decoding gives."""
         if not requests:
             return []
@@ -229,7 +229,7 @@ class ZeroinfLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of its stops."""
+        """The text that follows each context, up to the first of its stops."""
         if not requests:
             return []
         prompts = [self._prompt(index, *request.args) for index, request in enumerate(requests)]

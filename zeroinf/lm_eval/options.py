@@ -86,7 +86,7 @@ def refuse_idle(max_batch_size: int | None, device: str | None, think_end_token:
 
 
 def sampling_of(given: Mapping[str, Any], max_new_tokens: int, eos: str) -> Sampling:
-    """What a task asks of a generation, by the harness's names. Raises UsageError for what it cannot have."""
+    """Read a task's settings of a generation, by the harness's names. Raises UsageError for what it cannot have."""
     settings = dict(given)
     until = settings.pop("until", None) or []
     stops = [until] if isinstance(until, str) else list(until)

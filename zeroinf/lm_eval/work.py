@@ -71,7 +71,7 @@ class ScoredContext:
 def grouped(
     requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int, *, shares_contexts: bool
 ) -> list[ScoredContext]:
-    """What is to be computed for `requests`, the longest first; of what is too long, the beginning is left out.
+    """The contexts to be computed for `requests`, the longest first; one that is too long loses its beginning.
 
     With `shares_contexts` requests share their context, else all but their last token.
     """

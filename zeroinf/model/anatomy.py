@@ -124,7 +124,7 @@ class HostSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """How the keys and values of a token lie in host memory and cross the link: where each part begins, in bytes.
+    """The layout of a token's keys and values in host memory and on the link: where each part begins, in bytes.
 
     Keys, values, and, of codes, a float32 scale for each head of the keys and of the values.
     """
@@ -135,7 +135,7 @@ class Record:
 
     @property
     def starts(self) -> tuple[int, int, int, int, int]:
-        """Where keys, values, scales of keys, scales of values, and the next record begin."""
+        """Offsets in bytes of keys, values, scales of keys, scales of values, and of the next record."""
         coded = self.dtype == "int8"
         sizes = [state.heads * state.width if coded else state.nbytes for state in (self.keys, self.values)]
         sizes += [state.heads * _SCALE_BYTES if coded else 0 for state in (self.keys, self.values)]
@@ -171,7 +171,7 @@ class LayerCache:
         return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
 
     def record(self, dtype: KvDtype) -> Record | None:
-        """How a token of this layer lies in host memory; None where that cannot hold it."""
+        """The layout of a token of this layer in host memory; None where that cannot hold it."""
         if self.keys is None or self.values is None:
             return None
         return Record(keys=self.keys, values=self.values, dtype=dtype)
@@ -183,7 +183,7 @@ class LayerCache:
         return -(-(tokens if self.window is None else min(tokens, self.window)) // PAGE_TOKENS)
 
     def with_heads_shared(self, parts: int, part: int) -> LayerCache:
-        """As the anatomy's."""
+        """This layer's cache with a share of its heads, as `Anatomy.with_heads_shared` says."""
         if self.keys is None or self.values is None:
             raise ValueError("a layer keeps more than keys and values")
         keys, values = (replace(state, heads=_share(state.heads, parts, part)) for state in (self.keys, self.values))
@@ -244,7 +244,7 @@ class Anatomy:
     """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
 
     def __hash__(self) -> int:
-        """Of a few facts: equal ones are the same object, as a rule, and all tensors take a while."""
+        """Hash a few facts: equal anatomies are the same object, as a rule, and hashing all tensors takes a while."""
         return hash((self.architecture, self.dtype, len(self.blocks), self.hidden_size, self.vocabulary))
 
     def tensors(self) -> Iterator[TensorSpec]:
@@ -266,7 +266,7 @@ class Anatomy:
 
     @property
     def encoder_blocks(self) -> int:
-        """How many of the first blocks are an encoder's."""
+        """The number of first blocks that are an encoder's."""
         return self.encoder.blocks if self.encoder is not None else 0
 
     @property
@@ -315,7 +315,7 @@ class Anatomy:
         return any(layer.pooled for layer in self.cache) and len(self.cache) == len(self.blocks)
 
     def records(self, dtype: KvDtype) -> dict[int, Record]:
-        """How a token lies in host memory in each layer that it can hold, by the layer's number."""
+        """The layout of a token in host memory for each layer that can lie there, by the layer's number."""
         found = {index: layer.record(dtype) for index, layer in enumerate(self.cache)}
         return {index: record for index, record in found.items() if record is not None}
 
@@ -329,8 +329,8 @@ class Anatomy:
         return FETCHED_UNITS * size.seen_columns * widest, SENT_UNITS * size.new_columns * widest
 
     def with_heads_shared(self, parts: int, part: int) -> Anatomy:
-        """The same with a share of the heads in each layer's cache: number `part` of `parts`, of which the first get
-        what is over.
+        """This anatomy with a share of the heads in each layer's cache: number `part` of `parts`, of which the first
+        get what is over.
 
         Raises ValueError where a share is empty, or a layer keeps anything else than keys and values.
         """

@@ -37,7 +37,7 @@ def catalog_parameters(name: str) -> int | None:
 
 
 def catalog_method(name: str) -> str | None:
-    """How the catalog's checkpoint `name` is quantized; None where it is not."""
+    """The quantization method of the catalog's checkpoint `name`; None where it has none."""
     entry = _find(name)
     found = entry.get("quantization_config") if entry else None
     return str(found["quant_method"]) if found else None

@@ -69,10 +69,10 @@ def _main_dtype(held: Iterable[HeldTensor]) -> str | None:
 
 
 class _Account:
-    """What becomes of each stored tensor in `model`, a model on the meta device."""
+    """Tells what becomes of each stored tensor in `model`, a model on the meta device."""
 
     def __init__(self, stored: StoredTensors, model: Any, parted: Mapping[str, Sequence[str]]) -> None:
-        """Those of `parted` are made of the stored tensors named there, which transformers does not get to see."""
+        """Tensors of `parted` are made of the stored tensors named there, which transformers does not get to see."""
         taken = {one for names in parted.values() for one in names}
         self._parted, self._lost = set(parted), sorted(taken - stored.tensors.keys())
         self._stored, self._model, self._own = stored.without(taken), model, model.state_dict()
@@ -154,7 +154,7 @@ class _Account:
         return {own for names in self._shared if not self._present.keys().isdisjoint(names) for own in names}
 
     def untied(self) -> tuple[str, ...]:
-        """Those that the class ties to others, and that are stored with other values than they."""
+        """Names of tensors that the class ties to others, but that are stored with other values."""
         found = []
         for target, source in self._tied.items():
             names = self._present.get(target), self._present.get(source)

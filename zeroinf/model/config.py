@@ -24,7 +24,7 @@ def names_dtype(config: Any) -> bool:
 
 
 def quantization(config: Any) -> dict[str, Any] | None:
-    """What `config` (a transformers config) says of how its checkpoint is quantized, its method's name under
+    """The quantization settings in `config` (a transformers config), its method's name under
     `quant_method`; None where it is not."""
     found = getattr(config, "quantization_config", None)
     if not found:

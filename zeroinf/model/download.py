@@ -42,7 +42,7 @@ class DownloadPlan:
 
 
 def plan_download(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> DownloadPlan:
-    """What fetching the model `name`, a hub id or a name of the catalog, takes. Nothing is fetched but the list.
+    """Plan the download of the model `name`, a hub id or a name of the catalog. Nothing is fetched but the list.
 
     Raises ModelError where the hub has no such model, UsageError for what is here without a hub, DoesNotFitError where
     the disk has too little room.

@@ -122,7 +122,7 @@ def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache:
 
 
 def _token_states(layer: Any) -> tuple[TokenState, TokenState] | tuple[None, None]:
-    """What a token leaves in a layer of plain attention; None for every other kind."""
+    """The keys and values that a token leaves in a layer of plain attention; None for every other kind."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return None, None
     keys, values = (
@@ -157,7 +157,7 @@ def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
 
 
 def _forward(model: Any, rows: int, tokens: int, *, prompt: int, **cache: Any) -> Any:
-    """What a forward of `tokens` returns; where an encoder reads a `prompt` of so many, they are the decoder's."""
+    """The output of a forward of `tokens`; where an encoder reads a `prompt` of so many, they are the decoder's."""
     try:
         with torch.no_grad(), torch.device("meta"), ReadsAsZero():
             ids = torch.zeros(rows, tokens, dtype=torch.long)

@@ -47,7 +47,7 @@ class _UnlikeError(Exception):
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What torch's operator `func` returns; where its results are new tensors on the meta device, each has a storage
+    """Call torch's operator `func`; where its results are new tensors on the meta device, each has a storage
     of its own."""
     if _makes_new(func):
         try:
@@ -70,7 +70,7 @@ def _makes_new(func: Any) -> bool:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _made(func: Any, args: Any, kwargs: Any, default_dtype: torch.dtype) -> Any:
-    """What `func` returns for such arguments; None where it is anything but new tensors on the meta device."""
+    """The result of `func` for such arguments; None where it is anything but new tensors on the meta device."""
     given = _thawed(args), {name: _thawed(value) for name, value in kwargs}
     out = func(*given[0], **given[1])
     taken = {storage_id(tensor) for tensor in _tensors((*given[0], *given[1].values()))}

@@ -33,13 +33,13 @@ _NOT_DISPATCHED = "its layers do not all hand attention to a function that trans
 
 
 def windows_of(config: Any) -> list[int | None]:
-    """What attention of each layer sees of a row: so many tokens, or all of them. `config` is the decoder's."""
+    """The window of each layer's attention in tokens; None where it sees all of them. `config` is the decoder's."""
     own = DynamicCache(config=config).layers
     return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
 
 
 def not_understood(arguments: Mapping[str, Any]) -> list[str]:
-    """Which of the `arguments` that a layer hands to attention would change what it computes, and are not known."""
+    """Names of the `arguments` that a layer hands to attention, would change what it computes, and are not known."""
     unknown = (name for name in arguments if name not in _IGNORED | _UNDERSTOOD)
     return [name for name in unknown if isinstance(arguments[name], torch.Tensor) or arguments[name]]
 
@@ -145,7 +145,7 @@ class _ProbedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _window(mask_function: Callable[..., Any], furthest: int) -> int | None:
-    """How many of the tokens up to its own each query sees, None for all; 0 where a mask is of another kind."""
+    """The number of tokens up to its own that each query sees, None for all; 0 where a mask is of another kind."""
     found: set[int | None] = set()
     with torch.device("cpu"):
         keys = torch.arange(furthest)

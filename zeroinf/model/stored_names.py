@@ -21,14 +21,14 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
-    """What the files of a checkpoint hold, by the names there."""
+    """The tensors in the files of a checkpoint, by the names there."""
 
     model: str
     """The model's name in messages."""
     tensors: Mapping[str, HeldTensor]
 
     def without(self, names: Container[str]) -> StoredTensors:
-        """The same without the tensors `names`."""
+        """These tensors without `names`."""
         return StoredTensors(self.model, {one: tensor for one, tensor in self.tensors.items() if one not in names})
 
     def refusal(self, what: str, names: Sequence[str], hint: str = "fetch the checkpoint again") -> ModelError:
@@ -102,5 +102,5 @@ def _without_block(name: str) -> str:
 
 
 def and_more(count: int, named: int) -> str:
-    """How a list of `count` things goes on of which the first are `named`."""
+    """The end of a list of `count` things of which the first are `named`."""
     return f" and {count - named} more" if count > named else ""

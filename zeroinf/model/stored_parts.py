@@ -25,7 +25,7 @@ def set_parts(parameter: torch.Tensor, parts: tuple[StoredPart, ...]) -> None:
 
 
 def parts_of(parameter: torch.Tensor) -> tuple[StoredPart, ...] | None:
-    """What `parameter` is made of; None where it is one stored tensor of its own name."""
+    """The stored tensors that `parameter` is made of; None where it is one of its own name."""
     found: tuple[StoredPart, ...] | None = getattr(parameter, _ATTRIBUTE, None)
     return found
 

@@ -49,7 +49,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 
 
 def _tokenizer_folder(source: ModelSource) -> Path:
-    """Where the tokenizer lies: an adapter may have brought its own."""
+    """The tokenizer's folder: an adapter may have brought its own."""
     own = source.adapter.folder if source.adapter is not None else None
     if own is not None and any((own / file).is_file() for file in _TOKENIZER_FILES):
         return own

@@ -130,7 +130,7 @@ def local_weight_files(folder: Path) -> list[Path]:
 
 
 def held_tensors(name: str, files: Sequence[Path]) -> dict[str, HeldTensor]:
-    """What `files`, the weights of the model `name`, hold, by the names there; no values are read.
+    """The tensors in `files`, the weights of the model `name`, by the names there; no values are read.
 
     Raises ModelError for files that are damaged, for pickles that would run code, where an index names a tensor that
     its shard lacks, and where two files hold the same one.

@@ -28,7 +28,7 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedPlan:
-    """What a plan with some flags gives."""
+    """The outcome of a plan with some flags."""
 
     flags: str
     """Beside those that were asked for; empty: as asked."""

@@ -43,7 +43,7 @@ Section = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """What is known of an option beside the name, the type and the default of its field."""
+    """The facts of an option beside the name, the type and the default of its field."""
 
     help: str
     flags: tuple[str, ...] = ()

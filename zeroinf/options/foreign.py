@@ -27,7 +27,7 @@ class ForeignOption:
 
 
 def advice(name: str, known: Mapping[str, str]) -> str | None:
-    """What to write instead of the unknown option `name`; None where nothing is like it.
+    """Advice on what to write instead of the unknown option `name`; None where nothing is like it.
 
     `known` are the options that may be written, by their flags without dashes in front and with underscores, each as it
     is written: `{"gpu_memory": "--gpu-memory"}` on the command line.
@@ -53,7 +53,7 @@ def is_foreign(name: str) -> bool:
 
 
 class _Written(dict[str, str]):
-    """How options are written; those that a command lacks, as flags."""
+    """Writes options as the user does; those that a command lacks, as flags."""
 
     def __missing__(self, name: str) -> str:
         return f"--{name.replace('_', '-')}"

@@ -17,7 +17,7 @@ Listed = Literal["model", "gpu"]
 
 
 def listed(options: PlanOptions) -> tuple[Listed | None, tuple[str, ...]]:
-    """Which of the options is a list, and what it names; None: neither is.
+    """The option that is a list, and the names in it; None: neither is.
 
     Raises UsageError where both are, or a GPU is not known, and ModelError for a model that cannot be.
     """

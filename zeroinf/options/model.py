@@ -12,7 +12,7 @@ from zeroinf.planner.descriptor import expands_once, needs_full_weights
 
 
 def source_of(options: RunOptions | PlanOptions | ConfigOptions, device: str) -> ModelSource:
-    """Where the model comes from. Without a run only shapes are wanted, so the catalog's will do; it knows no
+    """The source of the model. Without a run only shapes are wanted, so the catalog's will do; it knows no
     revisions."""
     in_full = isinstance(options, ConfigOptions) or needs_full_weights(engine_of(options)[0], options.wire)
     return resolve_model(

@@ -41,7 +41,7 @@ DTYPE_ALIASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """Which model."""
+    """The model."""
 
     model: str = option(
         flags=("-m", "--model"),
@@ -72,7 +72,7 @@ class RandomWeightsOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(Options):
-    """What runs the model, and how."""
+    """The engine that runs the model, and its settings."""
 
     engine: str = option(
         "auto",
@@ -147,7 +147,7 @@ class EngineOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RestOptions(Options):
-    """Where weights rest."""
+    """The places of the weights."""
 
     offload: Offload | Literal["auto"] = option(
         "auto",
@@ -165,7 +165,7 @@ class RestOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions(Options):
-    """How offloaded weights are held and read."""
+    """The ways in which offloaded weights are held and read."""
 
     pin_memory: bool = option(
         True,
@@ -202,12 +202,12 @@ class TransferOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadOptions(RestOptions, TransferOptions):
-    """Where weights rest, and how they are held and read there."""
+    """The places of the weights, and the ways they are held and read there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions(Options):
-    """How DeepSpeed-Inference splits a model."""
+    """The split of a model by DeepSpeed-Inference."""
 
     tensor_parallel: TensorParallel = parts(
         TensorParallel(size=0),
@@ -290,7 +290,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(Options):
-    """What goes in, and where results go."""
+    """The input, and the place of the results."""
 
     prompts: tuple[str, ...] = option(
         (), flags=("--prompt",), section="everyday options", help="A prompt; may be given many times."
@@ -395,7 +395,7 @@ class JobOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Options):
-    """How tokens are chosen, and when a completion ends."""
+    """The choice of tokens, and the end of a completion."""
 
     sampling: Sampling = parts(
         max_new_tokens=Option(
@@ -476,7 +476,7 @@ def _choices(text: str | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions(Options):
-    """What answers must look like."""
+    """The format of answers."""
 
     json_schema: Path | None = option(
         None,
@@ -499,7 +499,8 @@ class AnswerOptions(Options):
     )
 
     def answer_format(self) -> AnswerFormat | None:
-        """What is asked for, if anything. Raises UsageError for what contradicts itself or cannot be carried out."""
+        """The format that is asked for, if any. Raises UsageError for what contradicts itself or cannot be carried
+        out."""
         named = self.asked("json_schema", "regex", "choices")
         if not named:
             return None
@@ -517,7 +518,7 @@ class AnswerOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions(Options):
-    """How many ranks are started, and where."""
+    """The ranks that are started, and their GPUs."""
 
     num_gpus: int | None = option(
         None,
@@ -547,7 +548,7 @@ class LaunchOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions(Options):
-    """What is measured."""
+    """The measurements."""
 
     static_batches: bool = option(
         False,
@@ -572,7 +573,7 @@ class MeasureOptions(Options):
 class LoadOptions(
     ModelOptions, RandomWeightsOptions, EngineOptions, OffloadOptions, ParallelOptions, LimitOptions, ZeroOptions
 ):
-    """How a model is loaded and run, whatever for: what `zeroinf run` and the Python API have in common."""
+    """Loading and running a model, whatever for: what `zeroinf run` and the Python API have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,7 +588,7 @@ class RunOptions(LoadOptions, JobOptions, SamplingOptions, AnswerOptions, Measur
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModelOptions(ModelOptions):
-    """Which model is planned."""
+    """The model that is planned."""
 
     model: str = option(
         flags=("-m", "--model", "--models"),
@@ -600,7 +601,7 @@ class PlannedModelOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions(Options):
-    """What a plan is made for; None leaves it to the machine."""
+    """The machine and the job of a plan; None leaves it to the machine."""
 
     input_len: int = option(512, minimum=1, section="everyday options", help="Tokens of the longest prompt.")
     output_len: int = option(
@@ -672,7 +673,7 @@ class EvaluationLimits(LimitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroRestOptions(RestOptions):
-    """Where DeepSpeed's ZeRO leaves weights, with nothing to choose by itself."""
+    """The places where DeepSpeed's ZeRO leaves weights, with nothing to choose by itself."""
 
     offload: Offload = option(
         "cpu",

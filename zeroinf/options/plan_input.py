@@ -77,7 +77,7 @@ def _as_run(options: PlanOptions, loaded: ModelSource | None, anatomy: Anatomy, 
 
 
 def _loaded(options: PlanOptions, source: ModelSource) -> ModelSource | None:
-    """What a run would load; None where its weights are not on this machine."""
+    """The source that a run would load; None where its weights are not on this machine."""
     if options.random_weights:
         return source
     try:
@@ -88,7 +88,7 @@ def _loaded(options: PlanOptions, source: ModelSource) -> ModelSource | None:
 
 
 def _nvme_space(options: PlanOptions, machine: Machine, loaded: ModelSource | None, anatomy: Anatomy) -> int | None:
-    """What a store can take of the disks; None without any. One that is there already has its room."""
+    """Bytes that a store can take of the disks; None without any. One that is there already has its room."""
     if not machine.disks:
         return None
     free = sum(disk.free_bytes for disk in machine.disks)
@@ -96,7 +96,7 @@ def _nvme_space(options: PlanOptions, machine: Machine, loaded: ModelSource | No
 
 
 def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anatomy: Anatomy) -> None:
-    """What would have no effect with the machine or the model, or is impossible."""
+    """Refuse options that would have no effect with the machine or the model, or are impossible."""
     if options.offload == "nvme" and not machine.disks:
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     refuse_beside_model(options, engine, max(1, len(machine.gpus)), len(anatomy.blocks), regroups=anatomy.is_paged)

@@ -115,7 +115,7 @@ def constraints_of(options: RunOptions | PlanOptions, engine: str, anatomy: Anat
 def plan_input_from(
     options: RunOptions | PlanOptions, source: ModelSource, anatomy: Anatomy, constraints: Constraints, **more: Any
 ) -> PlanInput:
-    """What the planner is asked, of which `more` is what neither options nor the model say."""
+    """The planner's input; `more` is what neither options nor the model say."""
     return PlanInput(
         config=source.config,
         anatomy=anatomy,
@@ -150,7 +150,7 @@ def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -
 
 
 class _Unloaded(GenerationMixin):  # type: ignore[misc]
-    """What transformers' generation asks of a model before any forward."""
+    """Stands for a model where transformers' generation asks for its config before any forward."""
 
     def __init__(self, config: Any, generation_config: Any) -> None:
         self.config, self.generation_config = config, generation_config
@@ -184,7 +184,7 @@ def _with_codes(plan: Plan, own_config: Mapping[str, Any], source: ModelSource) 
 
 
 def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int) -> TensorParallel:
-    """What was asked, with the ranks of a group: all, unless the user says how many.
+    """The split that was asked for, with the ranks of a group: all, unless the user says how many.
 
     Raises UsageError where `ranks` cannot hold the model together like that.
     """
@@ -209,8 +209,8 @@ def share_model(asked: TensorParallel, engine: str, anatomy: Anatomy, ranks: int
 
 
 def _nvme_space(options: RunOptions, disks: Sequence[Disk], source: ModelSource, dtype: str, engine: str) -> int | None:
-    """What a store can take of the disks, None without any or where the user says where weights rest; a store that is
-    there already has its room."""
+    """Bytes that a store can take of the disks, None without any or where the user says where weights rest; a store
+    that is there already has its room."""
     if not disks or possible_offload(engine, options.offload) != "auto":
         return None
     return sum(disk.free_bytes for disk in disks) + room_taken(
@@ -219,7 +219,7 @@ def _nvme_space(options: RunOptions, disks: Sequence[Disk], source: ModelSource,
 
 
 def loading_of(source: ModelSource, anatomy: Anatomy) -> Loading:
-    """How the weights of this very checkpoint are loaded."""
+    """The way in which the weights of this very checkpoint are loaded."""
     if source.random_weights:
         return "in place"
     if source.is_local and not can_be_converted(weight_files(source)):
@@ -248,7 +248,7 @@ def _read_zero_config(path: Path) -> dict[str, Any]:
 
 
 def _offload_of(config: dict[str, Any]) -> tuple[Offload, tuple[Path, ...]]:
-    """Where a user's JSON lets parameters rest."""
+    """The offload target and the folders of a user's JSON."""
     zero = config.get("zero_optimization")
     section = (zero.get("offload_param") if isinstance(zero, dict) else None) or {}
     device, path = section.get("device", "none"), section.get("nvme_path")

@@ -71,7 +71,7 @@ class Advice:
 
     @property
     def flags(self) -> str:
-        """What to write, with the space that a disk needs."""
+        """The flags to write, with the space that a disk needs."""
         store = total(self.candidate.terms, "disk")
         with_disk = " DIR" in self.change.flags and store
         return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
@@ -115,7 +115,7 @@ def remedies(
 
 
 def remedies_together(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
-    """The same, where a single change does not do: smaller weights with another one."""
+    """Changes for where a single one does not do: smaller weights with another one."""
     for change in smaller_weights(constraints, machine, anatomy):
         yield from (
             change.then(more) for more in (*_freed(change.constraints, machine), *_disk(change.constraints, machine))

@@ -45,7 +45,7 @@ class Usage:
 
 
 def rounded(nbytes: int) -> int:
-    """What an allocation of `nbytes` takes."""
+    """Bytes that an allocation of `nbytes` takes."""
     return -(-nbytes // ROUND_BYTES) * ROUND_BYTES or ROUND_BYTES
 
 

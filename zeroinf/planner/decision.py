@@ -56,7 +56,7 @@ class Rejection:
 
     @classmethod
     def of(cls, choice: Choice, *shortages: Shortage) -> Rejection:
-        """That of `choice`."""
+        """The rejection of `choice`."""
         return cls(
             offload=choice.offload,
             fetch=choice.fetch,
@@ -67,7 +67,7 @@ class Rejection:
 
     @property
     def price(self) -> float:
-        """Of all that is missing, in bytes of host memory that cost about as much."""
+        """The price of all that is missing, in bytes of host memory that cost about as much."""
         return sum(
             _PRICES[shortage.place] * (shortage.needed_bytes - shortage.available_bytes) for shortage in self.shortages
         )
@@ -85,7 +85,7 @@ class Rejection:
 
     @property
     def wanted(self) -> str:
-        """What would have to be added, in words."""
+        """The memory that would have to be added, in words."""
         return " and ".join(
             f"{shortage.missing_gib:.2f} GiB more {_NAMES[shortage.place]}" for shortage in self.shortages
         )

@@ -14,7 +14,7 @@ from zeroinf.planner.workload import Lengths, Simulate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What stays the same while settings are searched; memory is in bytes that are free."""
+    """Facts that stay the same while settings are searched; memory is in bytes that are free."""
 
     anatomy: Anatomy
     speeds: Speeds
@@ -30,5 +30,5 @@ class Facts:
 
     @property
     def compute_place(self) -> MemoryPlace:
-        """Where rows and forwards take memory."""
+        """The place where rows and forwards take memory."""
         return "gpu" if self.device == "cuda" else "host"

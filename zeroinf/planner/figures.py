@@ -177,7 +177,7 @@ def _shares(fitted: FittedFigures, operator: str, pattern: Pattern) -> ProductSh
 
 @cache
 def unmeasured_figures() -> UnmeasuredFigures:
-    """What is assumed of a machine that was not measured."""
+    """The figures that are assumed of a machine that was not measured."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(UnmeasuredFigures).validate_json((configs_directory() / "figures" / _UNMEASURED).read_bytes())
@@ -190,7 +190,7 @@ def fitted_figures(capability: Capability | None = None) -> FittedFigures:
 
 
 def nearest(fitted: Sequence[FittedFigures], capability: Capability) -> FittedFigures:
-    """Those of the nearest compute capability: first by its major number, then by its minor one."""
+    """The figures of the nearest compute capability: first by its major number, then by its minor one."""
 
     def distance(one: FittedFigures) -> tuple[int, int]:
         (major, minor), (own_major, own_minor) = capability, one.compute_capability

@@ -131,7 +131,7 @@ class Walk:
 
     @property
     def streamed(self) -> int:
-        """How many blocks pass through slots."""
+        """The number of blocks that pass through slots."""
         return len(self.sizes) - self.resident
 
     @property
@@ -148,7 +148,7 @@ class Walk:
 
 
 def scores_bytes(anatomy: Anatomy, tokens: int) -> int:
-    """What the model's scores in the places of so many tokens take, with the two copies that are made of them."""
+    """Bytes of the model's scores in the places of so many tokens, with the two copies that are made of them."""
     return tokens * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
 
 
@@ -202,7 +202,7 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
 
 @dataclass(frozen=True, slots=True)
 class _Passing:
-    """What passes take of torch's allocator beside weights, in bytes; `cache` lasts."""
+    """Memory that passes take of torch's allocator beside weights, in bytes; `cache` lasts."""
 
     cache: int
     allocated: int
@@ -214,8 +214,9 @@ class _Passing:
 
 @lru_cache(maxsize=256)
 def _usage(workload: Workload) -> _Passing:
-    """What is allocated follows from all micro-batches of a pass. What is lost in pages and gaps comes from a replay
-    with a few of each kind, twice: the second time passes find the memory as the first one left it."""
+    """Replay passes: the memory that is allocated follows from all micro-batches of a pass. What is lost in pages and
+    gaps comes from a replay with a few of each kind, twice: the second time passes find the memory as the first one
+    left it."""
     allocator = Allocator()
     allocator.replay(workload.cache)
     cache, events = allocator.live_bytes, repeated([_few(steps) for steps in workload.passes])
@@ -248,7 +249,7 @@ def peak_bytes(steps: Pass) -> int:
 
 @lru_cache(maxsize=1024)
 def _changes(step: Step) -> list[tuple[int, int]]:
-    """Of each phase of a micro-batch: the most bytes it adds at any time, and what is left of them."""
+    """For each phase of a micro-batch, the most bytes it adds at any time, and what is left of them."""
     sizes: dict[int, int] = {}
     found = []
     for events in (step.inputs, *step.sections, step.end, step.choice):
@@ -265,7 +266,7 @@ def _changes(step: Step) -> list[tuple[int, int]]:
 
 
 def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
-    """What `world_size` processes and the system take of host memory."""
+    """Host memory that `world_size` processes and the system take."""
     nbytes, origin = overhead.process
     return (
         Term("host", "processes with their libraries", world_size * nbytes, origin),

@@ -64,13 +64,13 @@ class PassShapes:
         return self.packs or shares
 
     def host_rows(self, rows: int) -> int:
-        """How many of `rows` rows keep their KV cache in host memory."""
+        """The number of rows, of `rows`, that keep their KV cache in host memory."""
         assert self._constraints.host_share != "auto"
         return round(self._constraints.host_share * rows)
 
     @property
     def most_rows(self) -> int:
-        """As many as a stream has requests, within reason."""
+        """The most rows that are tried: as many as a stream has requests, within reason."""
         requests = self._constraints.requests
         return MOST_ROWS if requests is None else min(MOST_ROWS, -(-requests // self._constraints.streams))
 
@@ -117,7 +117,7 @@ class PassShapes:
             yield replace(point, rows=-(-requests // waves))
 
     def _sides(self, rows: int) -> tuple[int, int]:
-        """How many of `rows` rows have their KV cache on the GPU, and how many in host memory."""
+        """The numbers of rows, of `rows`, with their KV cache on the GPU and in host memory."""
         on_host = self.host_rows(rows)
         return rows - on_host, on_host
 
@@ -162,18 +162,18 @@ class PassShapes:
         return link_s * speeds.tflops * 1e12 / (2 * anatomy.parameters)
 
     def _in_whole_prompts(self, tokens: int) -> int:
-        """As many prompt tokens as the longest prompts among `tokens` have, of which padded passes are simulated:
+        """Round `tokens` down to whole prompts of the longest length, of which padded passes are simulated:
         shorter ones would use up what is left."""
         longest = self._lengths.prompt_tokens
         return tokens - tokens % longest if tokens > longest and not self.packs else tokens
 
     def _other_tokens(self, tokens: int, times: float) -> int:
-        """So many times as many prompt tokens, in whole prompts, and another number in any case."""
+        """Multiply `tokens`, in whole prompts; the result is another number in any case."""
         other, prompt = self._in_whole_prompts(int(tokens * times)), self._lengths.prompt_tokens
         return other if other != tokens else tokens + (prompt if times > 1 else -prompt)
 
 
 def _other(number: int, times: float) -> int:
-    """So many times as many, and another number in any case."""
+    """Multiply `number`; the result is another number in any case."""
     other = round(number * times)
     return other if other != number else number + (1 if times > 1 else -1)

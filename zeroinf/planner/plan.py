@@ -131,13 +131,13 @@ class Plan:
 
     @property
     def pool(self) -> PoolSize:
-        """What the KV cache has room for."""
+        """The size of the KV cache."""
         return PoolSize(
             rows=self.batch_size, tokens=self.row_tokens, pages=self.pool_pages, prefix_pages=self.prefix_pages
         )
 
     def with_rows(self, rows: int) -> Plan:
-        """The same with fewer rows live at once (1 or more), and passes and a pool that are smaller by as much.
+        """This plan with fewer rows live at once (1 or more), and passes and a pool that are smaller by as much.
 
         Terms, predicted rates and room in host memory stay those of all rows.
         """

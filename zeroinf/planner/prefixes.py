@@ -31,7 +31,7 @@ def common_pages(one: Sequence[int], other: Sequence[int], page: int = PAGE_TOKE
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """What prompts share, for a plan."""
+    """The prefixes that prompts share, for a plan."""
 
     saved_tokens: float
     """Tokens of a prompt that need not be computed, on average, where each prefix is computed once."""
@@ -46,7 +46,7 @@ class SharedPrefixes:
 
     @classmethod
     def unknown(cls, anatomy: Anatomy, prompt_tokens: int, new_tokens: int) -> SharedPrefixes:
-        """For prompts of up to so many tokens that nobody has seen: one long prefix finds room."""
+        """The prefixes of prompts of up to so many tokens that nobody has seen: one long prefix finds room."""
         pages = anatomy.row_pages(anatomy.row_tokens(prompt_tokens, new_tokens))
         return cls(0.0, float(pages), 0.0, shareable_pages(prompt_tokens))
 
@@ -83,7 +83,7 @@ class PrefixGroups:
             yield group
 
     def shared(self, anatomy: Anatomy, rows: Sequence[tuple[int, int]]) -> SharedPrefixes:
-        """What the prompts share, as rows with so many prompt tokens and new ones at the most."""
+        """The prefixes that the prompts share, as rows with so many prompt tokens and new ones at the most."""
         saved, prefix, own, longest = 0, 0, list[int](), 0
         following = [*self._common[1:], 0]
         for number, before, after in zip(self._ordered, self._common, following, strict=True):

@@ -42,7 +42,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
 
 
 def overhead_of(machine: Machine, rates: Rates, *, world_size: int, gathers: bool) -> Overhead:
-    """What each process takes of its GPU beside tensors; nothing without GPUs."""
+    """Memory that each process takes of its GPU beside tensors; none without GPUs."""
     if not machine.gpus:
         return Overhead()
     assumed, capability = unmeasured_figures(), machine.gpus[0].capability
@@ -79,7 +79,7 @@ def _reached(rates: Rates, name: str) -> float:
 
 
 def _link_gbps(rates: Rates, gpu: Gpu | None, world_size: int) -> float:
-    """Of one rank while all pull at once."""
+    """The rate of one rank's link while all pull at once."""
     together = (rates.links_gbps or {}).get(world_size)
     if together is not None:
         return together / world_size * _reached(rates, "links_gbps")

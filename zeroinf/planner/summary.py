@@ -45,7 +45,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
-    """How long a job takes, loading included; one of a thousand requests where no number is known."""
+    """The duration of a job, loading included; one of a thousand requests where no number is known."""
     count = requests or SOME_REQUESTS
     return f"{count:,} request{'s' * (count > 1)} in {clock(timing.job_s(count, new_tokens))}"
 
@@ -86,7 +86,7 @@ def _tiers(plan: Plan, blocks: int) -> str:
 
 
 def limited_by(timing: Timing, device: str) -> str:
-    """What a decode step waits for, in words that hold for the device."""
+    """The resource that a decode step waits for, in words that hold for the device."""
     words = dict[str, str](link="PCIe transfer", disk="disk reads")
     words |= {"GPU memory": "GPU memory bandwidth", "all-gather": "the all-gather between GPUs"}
     if device == "cpu":
@@ -107,7 +107,7 @@ def _speed(plan: Plan) -> str:
 
 
 def plan_html(plan: Plan) -> str:
-    """The same lines, and a table of all terms of memory, the largest of each place first."""
+    """The lines of `plan_lines` as HTML, and a table of all terms of memory, the largest of each place first."""
     lines = "".join(f"<div>{escape(line)}</div>" for line in plan_lines(plan))
     terms = sorted(plan.terms, key=lambda term: (list(_PLACES).index(term.place), -term.nbytes))
     rows = "".join(

@@ -29,7 +29,7 @@ def tiers(blocks: int, resident: int, nvme: int, *, encoder: int = 0) -> tuple[T
 
 
 def shares(blocks: int, resident: int, nvme: int, encoder: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of so many resident blocks and blocks on NVMe those of the decoder, and those of the encoder."""
+    """Share out resident blocks and blocks on NVMe: those of the decoder, and those of the encoder."""
     decoder_resident = min(resident, blocks - encoder)
     encoder_resident = resident - decoder_resident
     encoder_nvme = min(nvme, encoder - encoder_resident)

@@ -75,11 +75,11 @@ class Timing:
     """Rows had better wait for each other until so many enter together."""
 
     def first_token_s(self, prompt_tokens: int, prefill_tokens: int) -> float:
-        """From the start until the first prompt's first token is known; a pass computes `prefill_tokens`."""
+        """Seconds from the start until the first prompt's first token is known; a pass computes `prefill_tokens`."""
         return self.load_s + ceil(prompt_tokens / prefill_tokens) * self.prefill_s
 
     def job_s(self, requests: int, new_tokens: float) -> float:
-        """From the start until all requests have their `new_tokens`."""
+        """Seconds from the start until all requests have their `new_tokens`."""
         return self.load_s + requests * new_tokens / self.tokens_per_second
 
 
@@ -138,7 +138,8 @@ def _waits(
 
 
 def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Kernels, ...]:
-    """What turns codes into weights again in a pass: ours, a kernel and a copy for each block, or a checkpoint's."""
+    """The kernels that turn codes into weights again in a pass: ours, a kernel and a copy for each block, or a
+    checkpoint's."""
     if workload.expansion is not None:
         return workload.expansion.kernels
     if choice.wire == "model":
@@ -267,7 +268,7 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class _Work(ABC):
-    """What passes are made of on one rank, in seconds of each resource."""
+    """The work of passes on one rank, in seconds of each resource."""
 
     workload: Workload
     cost: _Cost
@@ -282,7 +283,7 @@ class _Work(ABC):
     """What `passing` found: most passes of a job are alike."""
 
     def seconds(self, prompts: float, decode: float, forwards: float = 0.0) -> float:
-        """Of a pass, as `passing` says."""
+        """Seconds of a pass, as `passing` says."""
         return self.passing(prompts, decode, forwards)[0]
 
     def passing(self, prompts: float, decode: float, forwards: float = 0.0) -> tuple[float, Resource]:
@@ -308,8 +309,8 @@ class _Work(ABC):
 
     @property
     def entering_rows(self) -> int:
-        """How many rows had best enter together where one ends now and then: each forward for prompts takes its
-        launches, places that wait for others' stay empty. Few, where more would gain next to nothing."""
+        """The number of rows that had best enter together where one ends now and then: each forward for prompts takes
+        its launches, places that wait for others' stay empty. Few, where more would gain next to nothing."""
         most = int(max(1, min(self.workload.prompts_a_pass, self.workload.shape.rows / _FEWEST_GROUPS)))
         tried, costs = [1], [self.steady_s(1)]
         while tried[-1] < most:
@@ -389,7 +390,7 @@ class _Mixed(_Work):
 
 
 def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:
-    """Of a step of all rows, on average over their way."""
+    """The work of a step of all rows, on average over their way."""
     first, last = _work(workload.first_decode, speeds), _work(workload.last_decode, speeds)
     return {name: first[name] + workload.decode_at * (last[name] - first[name]) for name in first}
 

@@ -37,7 +37,8 @@ CountTransfers = Callable[[Anatomy, Choice, Sequence[Walk], int, EngineFigures],
 def placed_transfers(
     anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
 ) -> Transfers:
-    """Of an engine that is told where each layer rests: those on the GPU stay there, the others are copied once."""
+    """Count for an engine that is told where each layer rests: those on the GPU stay there, the others are copied
+    once."""
     streamed = sum(walk.streamed_bytes for walk in visited)
     parts = world_size if choice.fetch == "partitioned" else 1
     return Transfers(
@@ -50,5 +51,5 @@ def placed_transfers(
 def no_transfers(
     anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
 ) -> Transfers:
-    """Of an engine whose weights all stay on the GPUs."""
+    """Count for an engine whose weights all stay on the GPUs."""
     return Transfers(link_bytes=0)

@@ -119,7 +119,7 @@ class Trials:
         return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
     def too_many_rows(self, choice: Choice) -> Rejection | None:
-        """What the KV cache alone says of more rows than one, which takes no simulation."""
+        """Reject more rows than one by the KV cache alone, which takes no simulation."""
         place = self._facts.compute_place
         rows, packed = (choice.batch_size, choice.host_rows), self._shapes.packs
         size = self._facts.lengths.pool(self._anatomy, *rows, packed=packed)
@@ -129,7 +129,7 @@ class Trials:
         return Rejection.of(choice, Shortage(place=place, needed_bytes=pool, available_bytes=available))
 
     def with_more_residents(self, candidate: Candidate, shape: Shape | None = None) -> list[Candidate]:
-        """The same with as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
+        """Give `candidate` as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
         choice, blocks, place = candidate.choice, len(self._anatomy.blocks), self._facts.compute_place
         if self._constraints.resident_blocks is not None or choice.offload == "none" or not self._engine.places_blocks:
             return []
@@ -174,12 +174,12 @@ class Trials:
         return (speed, -OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
 
     def _blocks_in_host(self, rows: int) -> int:
-        """How many blocks the host can hold beside everything else there."""
+        """The number of blocks that the host can hold beside everything else there."""
         free = self._facts.host_bytes - self._host_bytes_beside_blocks(rows)
         return max(0, free // max(pieces(self._anatomy, self._constraints.wire)))
 
     def _host_bytes_beside_blocks(self, rows: int) -> int:
-        """What the host holds beside blocks, the stages of resident ones included."""
+        """Bytes that the host holds beside blocks, the stages of resident ones included."""
         blocks, on_gpu = len(self._anatomy.blocks), self._facts.device == "cuda"
         resident = min(LOADING_STAGES - 1, blocks) if on_gpu else 0
         nothing = Choice(

@@ -39,7 +39,7 @@ CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
 
 
 def is_coded(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> list[bool]:
-    """For each of a block's tensors, whether it is quantized: the large weights are. `dtype` is the model's.
+    """Tell for each of a block's tensors whether it is quantized: the large weights are. `dtype` is the model's.
 
     Norms, biases, buffers, weights kept in another dtype and those with short rows (convolutions, states) do not.
     """

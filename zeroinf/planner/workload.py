@@ -58,7 +58,8 @@ class Lengths:
 
     @classmethod
     def of(cls, anatomy: Anatomy, rows: Sequence[tuple[int, int]], logprobs: int | None = None) -> Lengths:
-        """Those of a job: of each row the tokens of its prompt, and those that are added to it at the most."""
+        """The lengths of a job; `rows` gives the tokens of each row's prompt, and those that are added to it at the
+        most."""
         prompts, lives = [prompt for prompt, _ in rows], [new for _, new in rows]
         pages = [anatomy.row_pages(anatomy.row_tokens(prompt, new)) for prompt, new in rows]
         return cls(
@@ -88,7 +89,7 @@ class Lengths:
         return mean + (longest - mean) / micro_batches
 
     def prompts_a_pass(self, tokens: int) -> float:
-        """How many prompts a pass takes that computes so many tokens: like-long ones run together, and what is left
+        """The number of prompts in a pass that computes so many tokens: like-long ones run together, and what is left
         over is too short for one more. A longer one takes several passes."""
         prompts = self.prompts or (self.prompt_tokens,)
         passes = (1 / (tokens // prompt) if prompt <= tokens else ceil(prompt / tokens) for prompt in prompts)

@@ -28,7 +28,7 @@ _CLOSE_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a node says, and which of the connections it is from."""
+    """A message of a node, and the connection that it is from."""
 
     connection: NodeConnection
     events: Sequence[NodeEvent]
@@ -41,8 +41,8 @@ class NodeConnection(Protocol):
     """A supervisor on a node, as the driver sees it."""
 
     def exchange(self, draw: Sequence[Work], wait_s: float, linger_s: float) -> None:
-        """As `NodeSupervisor.exchange`, without waiting: the answer comes in the cluster's queue, and is a NodeFailed
-        where the node or the supervisor is gone. One at a time."""
+        """Do what `NodeSupervisor.exchange` does, without waiting: the answer comes in the cluster's queue, and is a
+        NodeFailed where the node or the supervisor is gone. One at a time."""
         ...
 
     def kill(self) -> None:
@@ -56,7 +56,7 @@ class Cluster(Protocol):
     answers: Answers
 
     def nodes(self) -> Sequence[NodeInfo]:
-        """Those that are alive now and have what the job needs."""
+        """The nodes that are alive now and have what the job needs."""
         ...
 
     def start(self, node: NodeInfo, spec: NodeSpec) -> NodeConnection:
@@ -171,7 +171,7 @@ def _joined(address: str) -> Any:
 
 
 def _failure(error: BaseException) -> NodeFailed:
-    """What Ray says of an actor that does not answer, in one line."""
+    """Ray's reason why an actor does not answer, in one line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):  # the supervisor's own error
         return NodeFailed.of(cause, is_final=False)

@@ -115,7 +115,7 @@ class Driver:
             self._cluster.close(list(self._of))
 
     def _answers(self) -> Iterator[Answer]:
-        """Those that are there, or that come within a moment."""
+        """Yield the answers that are there, or that come within a moment."""
         try:
             yield self._cluster.answers.get(timeout=_POLL_S)
             while True:
@@ -242,8 +242,8 @@ class Driver:
         node.connection.exchange(draw, _WAIT_S + nodes / 500, nodes / 1000)
 
     def _room(self, node: _Node) -> int:
-        """How many more requests the node gets: as many as run at once, and as many ahead of them, unless other nodes
-        have room for those."""
+        """The number of further requests that the node gets: as many as run at once, and as many ahead of them, unless
+        other nodes have room for those."""
         ready = [one.capacity - len(one.held) for one in self._of.values() if one.capacity and one is not node]
         starting = sum(not one.capacity for one in self._of.values())
         elsewhere = sum(room for room in ready if room > 0) + starting * node.capacity

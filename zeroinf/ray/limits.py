@@ -12,7 +12,7 @@ _LIMITS = re.compile(r"(?:(\d*):)?(\d*)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeLimits:
-    """How many nodes a job wants."""
+    """The fewest and the most nodes that a job wants."""
 
     least: int = 1
     """The job begins when so many are there."""

@@ -29,7 +29,7 @@ class NodeInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeSpec:
-    """What every node is told before its first request."""
+    """The facts that every node is told before its first request."""
 
     options: RunOptions
     lengths: Lengths
@@ -84,7 +84,7 @@ class NodeFailed:
 
     @classmethod
     def of(cls, error: BaseException, *, is_final: bool) -> NodeFailed:
-        """What `error` says."""
+        """A message that tells of `error`."""
         if isinstance(error, ZeroinfError):
             return cls(message=error.message, hint=error.hint, exit_code=error.exit_code, is_final=is_final)
         words = str(error).strip().splitlines()

@@ -106,7 +106,7 @@ class NodeSupervisor:
 
 
 def _end_of(code: int, words: Sequence[str]) -> str:
-    """How a process ended, as its exit code and its last words say."""
+    """The end of a process in words, by its exit code and its last lines."""
     how = "its process ended"
     if code < 0:
         how = f"its process was killed by {signal.Signals(-code).name}"

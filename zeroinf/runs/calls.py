@@ -73,7 +73,7 @@ def _as_schema(schema: Any) -> Any:
 
 
 def requests_of(prompts: Sequence[Any], sampling: Sampling, *, n: int = 1, echo: bool = False) -> list[Request]:
-    """What `prompts` ask for, read as lines of JSONL are, whose own settings win: one request for each completion.
+    """The requests of `prompts`, read as lines of JSONL are, whose own settings win: one request for each completion.
 
     Raises InputError for one that cannot be run.
     """
@@ -91,7 +91,8 @@ def requests_of(prompts: Sequence[Any], sampling: Sampling, *, n: int = 1, echo:
 
 
 def _shown(extra: Extra | None) -> Extra | None:
-    """What a result says beside its completion: which one of its prompt's it is, and whether the prompt precedes it."""
+    """The part of a result beside its completion: which one of its prompt's it is, and whether the prompt precedes
+    it."""
     if extra is None or (extra.choice is None and not extra.echo):
         return None
     return Extra(choice=extra.choice, echo=extra.echo, first=extra.first)

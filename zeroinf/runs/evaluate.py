@@ -172,7 +172,7 @@ def _check_scores_fit(options: RunOptions, anatomy: Anatomy, window: int, device
 
 
 def _nats_of_all(session: Session, windows: Sequence[Sequence[int]], lead: int, observer: Observer) -> Iterator[float]:
-    """What each window's tokens behind its `lead` cost, many windows to a pass."""
+    """Yield the nats of each window's tokens behind its `lead`, many windows to a pass."""
     started, tokens, engine = time.perf_counter(), 0, session.model.engine
     before = engine.stats().streamed_bytes
     scored = session.service.score([(window, lead) for window in windows])

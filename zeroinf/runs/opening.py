@@ -81,7 +81,7 @@ def outcome_of(
     report: RunReport | None,
     observer: Observer,
 ) -> RunOutcome:
-    """What came of a job whose output is published. Raises RequestsFailedError where every request was refused."""
+    """The outcome of a job whose output is published. Raises RequestsFailedError where every request was refused."""
     if not job.work:
         where = f"see {errors_path(options.output_file)}" if options.output_file is not None else None
         raise RequestsFailedError(none_can_run(job.refusals), hint=where)

@@ -131,7 +131,8 @@ def defaults_of(options: RunOptions) -> Sampling:
 
 
 def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | None = None) -> Lengths:
-    """What is planned for: the lengths of `work`, what its sampling takes, and what its prompts share by `groups`."""
+    """The lengths that are planned for: those of `work`, what its sampling takes, and what its prompts share by
+    `groups`."""
     asked = [count for item in work if (count := item.sampling.logprobs) is not None]
     rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
     return replace(

@@ -28,7 +28,7 @@ class ProgressObserver:
         self._counting: Progress | None = None
 
     def counted(self, found: Iterable[_T], total: int) -> Iterator[_T]:
-        """What is `found`, `total` in all, with a bar that `progress` moves."""
+        """Yield what is `found`, `total` in all, with a bar that `progress` moves."""
         if not self._shown:
             yield from found
             return

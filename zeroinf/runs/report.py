@@ -145,7 +145,7 @@ class RunReport:
 
     @property
     def repetitions(self) -> tuple[Phases, ...]:
-        """Of the whole run: the ranks' longest times."""
+        """The phases of the whole run: the ranks' longest times."""
         return tuple(
             Phases(
                 generate_s=max(phases.generate_s for phases in ranks),
@@ -157,7 +157,7 @@ class RunReport:
 
     @property
     def peak_gpu_bytes(self) -> int | None:
-        """What the run took of the GPU that it took most of; None without a GPU."""
+        """Memory of the GPU that the run took most of; None without a GPU."""
         uses = [rank.gpu for rank in self.ranks if rank.gpu is not None]
         return max((use.process or use.reserved for use in uses), default=None)
 
@@ -168,7 +168,7 @@ class RunReport:
 
     @property
     def peak_host_loading_bytes(self) -> int:
-        """The same while weights were loaded."""
+        """Host memory of all ranks while weights were loaded."""
         return self._together([rank.host_loading for rank in self.ranks])
 
     @property

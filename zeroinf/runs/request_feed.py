@@ -64,7 +64,7 @@ class Output:
                 self._writer.progress(progress)
 
     def settle(self) -> int:
-        """How many results are durable, those of earlier runs included."""
+        """Make results durable if that is due; their number, those of earlier runs included."""
         with self._lock:
             if self._abandoned is None:
                 self.durable = self._writer.settle()

@@ -87,7 +87,7 @@ def run_job(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Start:
-    """What a rank begins with; `writer` and `job` are there on rank 0 only."""
+    """The things that a rank begins with; `writer` and `job` are there on rank 0 only."""
 
     source: ModelSource
     prepared: PreparedRun | None

@@ -144,7 +144,7 @@ class Session:
 
     @property
     def plan(self) -> Plan:
-        """How it runs."""
+        """The plan that the model runs by."""
         return self.model.plan
 
     def submit(self, request: Request, *, priority: Priority = "interactive", stream: bool = False) -> Handle:
@@ -182,7 +182,7 @@ class Session:
                 handle.cancel()
 
     def _shared(self, work: Callable[[], Iterator[Result]]) -> Iterator[Result]:
-        """What `work` yields, which the other ranks get in the end."""
+        """Yield what `work` does, which the other ranks get in the end."""
         if self._control.world.size == 1:
             yield from work()
             return
@@ -201,7 +201,7 @@ class Session:
             self._control.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
 
     def _answer(self) -> list[Result]:
-        """What rank 0 gave for this call."""
+        """The results that rank 0 gave for this call."""
         self._calls += 1
         key = f"answer/{self._calls}"
         while not self._control.store.check([key]):
@@ -228,7 +228,7 @@ class Session:
         return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
 
     def result(self, found: Completion, request: Request | Work) -> Result:
-        """What `request` came to."""
+        """The result of `request`."""
         tells = request.sampling.logprobs is not None and found.finish_reason != "error"
         told = list(map(self.model.codec.told, found.tokens, found.likelihoods)) if tells else None
         return Result(

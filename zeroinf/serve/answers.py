@@ -67,7 +67,7 @@ async def chunks(gateway: Gateway, submitted: Submitted) -> AsyncGenerator[bytes
 
 
 async def _prompt_logprobs(codec: TextCodec, submitted: Submitted) -> list[list[dict[str, Any]]]:
-    """Of each request, the tokens of its prompt as the answer tells them; empty where nobody asked."""
+    """The tokens of each request's prompt as the answer tells them; empty where nobody asked."""
     found = list[list[dict[str, Any]]]()
     scores: TokenScores | None
     for prompt, future in zip(submitted.prompts, submitted.scores, strict=True):

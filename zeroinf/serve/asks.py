@@ -49,7 +49,7 @@ def read_object(raw: bytes) -> dict[str, Any]:
 
 
 def read_ask(raw: bytes, endpoint: Endpoint, model_name: str, defaults: Sampling) -> Ask:
-    """What `raw`, the body of a call of `endpoint`, asks for. `defaults` holds for what it leaves out.
+    """Read `raw`, the body of a call of `endpoint`. `defaults` holds for what it leaves out.
 
     Sampled requests without a seed get one by chance. Raises ApiError for what is wrong with it, or not done here.
     """

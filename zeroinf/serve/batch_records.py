@@ -59,7 +59,7 @@ class Batch:
         return self.status in OVER
 
     def to_json(self) -> dict[str, Any]:
-        """As the API gives it."""
+        """The batch as the API gives it."""
         told = asdict(self)
         errors, counts = told.pop("errors"), {name: told.pop(name) for name in ("total", "completed", "failed")}
         spent = {name: told.pop(name) for name in ("input_tokens", "output_tokens")}

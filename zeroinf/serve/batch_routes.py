@@ -96,7 +96,7 @@ def _add_files(app: FastAPI, gateway: Gateway, files: FileStore) -> None:
 
     @app.get("/v1/files/{file_id}/content")
     async def content(file_id: str) -> Response:
-        """What a file holds."""
+        """The contents of a file."""
         return FileResponse(files.content(file_id), media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}")

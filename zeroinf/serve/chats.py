@@ -102,7 +102,7 @@ class ServerChat:
     settings: Mapping[str, Any]
 
     def answer(self, messages: Sequence[Message]) -> Generator[ChatPiece]:
-        """As `Chat` says."""
+        """Answer as `Chat` says."""
         body = {**self.settings, "model": self.model, "messages": list(messages), "stream": True}
         with closing(self.server.stream("/v1/chat/completions", body)) as events:  # type: ignore[type-var]
             for event in events:
@@ -111,7 +111,7 @@ class ServerChat:
 
 
 def served_model(server: ApiServer, named: str | None) -> str:
-    """What requests shall call the model: `named`, or the only one that `server` has. Raises InputError."""
+    """The model's name in requests: `named`, or the only one that `server` has. Raises InputError."""
     known = [str(one["id"]) for one in server.get("/v1/models").get("data", ())]
     if named in known:
         return str(named)
@@ -132,7 +132,7 @@ class ModelChat:
     """Sampled answers are drawn with the seed of `sampling`, not each with one by chance."""
 
     def answer(self, messages: Sequence[Message]) -> Generator[ChatPiece]:
-        """As `Chat` says."""
+        """Answer as `Chat` says."""
         from zeroinf.service.requests import Request
 
         sampling = self.sampling if self.fixed_seed else replace(self.sampling, seed=secrets.randbits(31))

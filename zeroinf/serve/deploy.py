@@ -47,7 +47,7 @@ class DeployedClient:
             return list(pool.map(lambda prompt: self._answer({**settings, "prompt": prompt}), given))
 
     def query(self, request: Mapping[str, Any], **settings: Any) -> list[DeployedAnswer]:
-        """The same for `{"query": prompts}`, as MII's handles take it."""
+        """Generate for `{"query": prompts}`, as MII's handles take it."""
         if set(request) != {"query"}:
             raise InputError(f"a request has the key query, not {', '.join(request)}", hint='{"query": ["..."]}')
         return self.generate(request["query"], **settings)

@@ -11,7 +11,7 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer. `retry_after_s` says when to ask again, in whole seconds."""
+    """An error that a client gets instead of an answer. `retry_after_s` says when to ask again, in whole seconds."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: BaseException) -> ApiError:
-        """What a client is told of `error`: nothing of its insides unless it was raised on purpose."""
+        """The error that a client gets for `error`: nothing of its insides unless it was raised on purpose."""
         if isinstance(error, ApiError):
             return error
         known = isinstance(error, ZeroinfError)

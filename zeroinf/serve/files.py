@@ -104,7 +104,7 @@ class FileStore:
             return found
 
     def content(self, file_id: str) -> Path:
-        """Where its content lies. Raises ApiError where there is none of that id."""
+        """The path of a file's content. Raises ApiError where there is none of that id."""
         return self._folder / self.get(file_id).id / "content"
 
     def delete(self, file_id: str) -> None:
@@ -117,7 +117,7 @@ class FileStore:
         shutil.rmtree(gone)
 
     def all(self, purpose: str | None) -> Sequence[StoredFile]:
-        """Those of a purpose, or all, the newest first."""
+        """The files of a purpose, or all, the newest first."""
         with self._lock:
             files = [file for file in self._files.values() if purpose in (None, file.purpose)]
         return sorted(files, key=lambda file: (file.created_at, file.id), reverse=True)

@@ -105,7 +105,7 @@ class Gateway:
 
     @property
     def model(self) -> LoadedModel | None:
-        """What was loaded, also while nothing more is taken in."""
+        """The model that was loaded, also while nothing more is taken in."""
         return None if self._service is None else self._service.model
 
     @property

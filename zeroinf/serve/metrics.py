@@ -61,7 +61,7 @@ class Watch:
         self._metrics, self._began, self._last = metrics, time.monotonic(), 0.0
 
     def heard(self, tokens: int, finish_reason: str | None) -> None:
-        """So many tokens have come; where it has ended, why."""
+        """Count tokens that have come, and why the request has ended, if it has."""
         now, metrics = time.monotonic(), self._metrics
         if tokens:
             metrics.generated(tokens)

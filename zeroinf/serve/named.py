@@ -93,7 +93,7 @@ def find_server(name: str) -> NamedServer | None:
 
 
 def all_servers() -> list[NamedServer]:
-    """Those of this user that live, by name."""
+    """The servers of this user that live, by name."""
     found = (find_server(each.stem) for each in sorted((cache_directory() / "servers").glob("*.json")))
     return [server for server in found if server is not None]
 

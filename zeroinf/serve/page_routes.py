@@ -45,7 +45,7 @@ def add_page(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/status")
     async def status() -> dict[str, Any]:
-        """What the page shows: load, plan, memory, and counts of which it makes rates."""
+        """The facts that the page shows: load, plan, memory, and counts of which it makes rates."""
         return status_of(gateway)
 
 

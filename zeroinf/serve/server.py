@@ -90,7 +90,7 @@ def answering(app: FastAPI, listener: socket.socket) -> Iterator[str]:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where a server can be reached from this machine."""
+    """The address at which a server can be reached from this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -196,7 +196,7 @@ def job_reader(options: RunOptions, source: ModelSource, device: str) -> ReadJob
 def _lengths(
     options: RunOptions, prompt_tokens: int | None, scores_prompts: bool, source: ModelSource, anatomy: Anatomy
 ) -> Lengths:
-    """What memory is planned for."""
+    """The lengths that memory is planned for."""
     return planned_lengths(
         anatomy,
         prompt_tokens=prompt_tokens,

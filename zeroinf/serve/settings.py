@@ -11,7 +11,7 @@ from zeroinf.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `zeroinf serve` is told beside what a run is told. Raises UsageError for what would be unsafe."""
+    """The settings of `zeroinf serve` beside those of a run. Raises UsageError for what would be unsafe."""
 
     model_name: str
     """What clients call the model."""

@@ -59,7 +59,7 @@ def detokenized(gateway: Gateway, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_info(gateway: Gateway) -> dict[str, Any]:
-    """What lm-eval's remote tokenizer asks for. Raises ApiError for a model without a tokenizer."""
+    """The facts that lm-eval's remote tokenizer asks for. Raises ApiError for a model without a tokenizer."""
     tokenizer = gateway.codec.tokenizer
     if tokenizer is None:
         raise ApiError(404, "the model has no tokenizer")

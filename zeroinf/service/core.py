@@ -96,7 +96,7 @@ class Service:
     def score(
         self, sequences: Sequence[tuple[Sequence[int], int]], following: Sequence[Sequence[Sequence[int]]] | None = None
     ) -> list[Future[TokenScores]]:
-        """For each sequence of token ids, what the model thinks of those from the given place on, many to a pass.
+        """Score the tokens of each sequence of token ids from the given place on, many sequences to a pass.
 
         `following` has continuations for each sequence, token ids, which are scored behind its last token, each as if
         it were the only one; of one token each unless the model `shares_scores`. Like-long sequences should be
@@ -327,7 +327,7 @@ class _Running:
         self._text = TextStream(row.decode, (*row.sampling.stop, *stops))
 
     def news(self) -> RequestEvent | None:
-        """What has come since the last time, if anything."""
+        """The text and tokens that have come since the last call, if any."""
         row = self.row
         if row.finish_reason is None and len(row.generated) == self._told:
             return None
@@ -400,7 +400,7 @@ class _QueueFeed:
         return found
 
     def scores(self) -> list[ScoreBatch]:
-        """As many sequences as a pass has memory for in the place of prompts."""
+        """Take as many sequences as a pass has memory for in the place of prompts."""
         taken, self._held = self._held, []
         while more := self._take("score", self._room_for(taken, self._model.plan.prompt_tokens)):
             taken += more
@@ -409,7 +409,7 @@ class _QueueFeed:
         return list(self._model.score_batches([self._scored(posted) for posted in taken]))
 
     def _room_for(self, taken: Sequence[QueuedRequest], longest: int) -> int:
-        """How many more sequences fit a pass beside those that were `taken`, if they are as long as the longest of
+        """The number of sequences that fit a pass beside those that were `taken`, if they are as long as the longest of
         them, or as `longest` where there are none; below 0 where those that were taken do not fit."""
         room, lengths = self._model.scheduler.limits.prefill_tokens, [posted.length for posted in taken]
         if not lengths:

@@ -110,7 +110,7 @@ class GpuMemory:
         return self._plan.with_rows(int(rows))
 
     def use(self, slot_bytes: int, cache_bytes: int) -> GpuUse:
-        """What was taken until now."""
+        """Memory that was taken until now."""
         used = self._used()
         return GpuUse(
             loaded=self._loaded,

@@ -168,7 +168,7 @@ class LoadedModel:
         )
 
     def _decode(self, sampling: Sampling) -> Decode:
-        """What makes text of the tokens of a row."""
+        """The function that makes text of the tokens of a row."""
         if sampling.answer_format is not None:
             return self.codec.decode_as_it_is
         return self.codec.decode if sampling.skip_special_tokens else self.codec.decode_all
@@ -230,7 +230,7 @@ class LoadedModel:
         return self.engine.stats().pinned_host_bytes + host
 
     def gpu_use(self) -> GpuUse | None:
-        """What was taken of the GPU until now; None without one."""
+        """Memory that was taken of the GPU until now; None without one."""
         if self._gpu is None:
             return None
         staging = self._host.link.staging_bytes if self._host is not None else 0

@@ -81,7 +81,7 @@ def left_s(tokens: int, tokens_left: float, seconds: float, expected_s: float | 
 
 
 def tokens_left(rows: int, most: int, tokens: int, ended_early: int) -> float:
-    """How many tokens `rows` unfinished rows will still generate, of `most` that they may.
+    """The number of tokens that `rows` unfinished rows will still generate, of `most` that they may.
 
     Of `tokens` generated so far, `ended_early` were the last of their row before its limit: each token to come is one
     with the same chance. (The lengths of finished rows alone would tell too few: short ones are finished first.)

@@ -84,7 +84,7 @@ class RequestQueue(Protocol):
     def tell(self, told: Sequence[RequestEvent]) -> None: ...
 
     def count(self, tokens: int) -> None:
-        """So many more tokens were generated."""
+        """Add `tokens` to those that were generated."""
         ...
 
     def wait(self) -> None:

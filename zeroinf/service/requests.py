@@ -33,7 +33,7 @@ class ChatOptions:
             raise ValueError("add_generation_prompt and continue_final_message contradict each other")
 
     def with_variables(self, more: Mapping[str, Any]) -> ChatOptions:
-        """The same, and `more` variables, which win."""
+        """These options, and `more` variables, which win."""
         merged = dict(self.variables) | {name: json.dumps(value, sort_keys=True) for name, value in more.items()}
         return replace(self, variables=tuple(sorted(merged.items())))
 
@@ -139,7 +139,7 @@ class Result:
         )
 
     def to_fields(self) -> dict[str, Any]:
-        """What the output says of it."""
+        """The fields that the output has for it."""
         told = {} if self.logprobs is None else {"logprobs": self.logprobs}
         own = self.extra or Extra()
         return {

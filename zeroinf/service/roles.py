@@ -102,7 +102,7 @@ def _is_text(part: object) -> bool:
 
 
 def _shape(content: object) -> object:
-    """What of a content may matter beside its text."""
+    """The parts of a content that may matter beside its text."""
     if isinstance(content, list | tuple):
         return tuple(repr({**part, "text": ""} if _is_text(part) else part) for part in content)
     return type(content).__name__

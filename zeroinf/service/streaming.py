@@ -26,7 +26,7 @@ class TextStream:
         self._told = ""
 
     def take(self, tokens: Sequence[int]) -> str:
-        """What can be told now that a row has generated `tokens`, and was not told before."""
+        """The text that can be told now that a row has generated `tokens`, and was not told before."""
         before = self._decode(tokens[self._begin : self._read])
         now = self._decode(tokens[self._begin :])
         if now.endswith(_PART_OF_A_CHARACTER) or not now.startswith(before):

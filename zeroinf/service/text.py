@@ -84,7 +84,7 @@ class TextCodec:
         return ids
 
     def encode_all(self, requests: Sequence[Request]) -> Iterator[list[int] | ValueError]:
-        """What `encode` returns or raises for each of `requests`; fast tokenizers take many at a time, on all
+        """Yield what `encode` returns or raises for each of `requests`; fast tokenizers take many at a time, on all
         cores, and chat templates are rendered one by one before."""
         for start in range(0, len(requests), _AT_A_TIME):
             yield from self._encode_batch(requests[start : start + _AT_A_TIME])
@@ -272,7 +272,7 @@ class TextCodec:
 
 
 def encode_prompt(codec: TextCodec, request: Request) -> list[int]:
-    """As `encode`; raises InputError that names the prompt by its number."""
+    """Encode as `encode` does; raises InputError that names the prompt by its number."""
     try:
         return codec.encode(request)
     except ValueError as error:

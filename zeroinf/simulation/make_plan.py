@@ -104,7 +104,7 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
 
 
 def _with_prefixes(plan_input: PlanInput) -> PlanInput:
-    """The same, in which prompts share what they are known to begin with, or may turn out to, where rows may."""
+    """The input in which prompts share what they are known to begin with, or may turn out to, where rows may."""
     lengths, constraints, anatomy = plan_input.lengths, plan_input.constraints, plan_input.anatomy
     prefixes = lengths.prefixes
     if not constraints.share_prefixes or lengths.scored_tokens or breaks_at(plan_input.config) is not None:
@@ -147,8 +147,8 @@ def sketch_plan(plan_input: PlanInput, *, advise: bool = True) -> tuple[tuple[Ad
 def _planned(
     plan_input: PlanInput, changes: Iterable[Change], simulate: Callable[[], Simulate], rows: Decision | None = None
 ) -> Iterator[Advice]:
-    """Those of `changes` with which something fits, each planned with few candidates; with as many rows as in `rows`
-    where simulating others takes long."""
+    """The advice of `changes` with which something fits, each planned with few candidates; with as many rows as in
+    `rows` where simulating others takes long."""
     for change in changes:
         constraints = change.constraints
         if rows is not None:
@@ -229,7 +229,7 @@ def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulat
 def _planner(
     plan_input: PlanInput, speeds: Speeds, streaming: Callable[[], Simulate], *, thorough: bool = True
 ) -> Planner:
-    """For one question; `streaming` gives what simulates its model under the default engine."""
+    """A planner for one question; `streaming` gives what simulates its model under the default engine."""
     anatomy, lengths, constraints = plan_input.anatomy, plan_input.lengths, plan_input.constraints
     expanded = None
     if codes := own_codes(plan_input.own_zero_config or {}):

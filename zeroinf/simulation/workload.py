@@ -199,7 +199,7 @@ class Simulator:
         )
 
     def _cache(self, size: PoolSize) -> Events:
-        """What lasts for a job: the pool and the rows' tokens."""
+        """The memory that lasts for a job: the pool and the rows' tokens."""
         if size not in self._caches:
             with torch.no_grad(), Recorder(self._model, ()) as recorder:
                 batch_state = self._batch_state(size)
@@ -209,7 +209,7 @@ class Simulator:
         return self._caches[size]
 
     def _batch_state(self, size: PoolSize, kv: KvDtype | None = None, parts: Sequence[Part] = ()) -> BatchState:
-        """For rows on the GPU, or for `parts` of some that rest in host memory as `kv`."""
+        """A batch state for rows on the GPU, or for `parts` of some that rest in host memory as `kv`."""
         pool = PagePool(self._model, self._anatomy, size, _META)
         host = None
         if kv is not None:
@@ -274,7 +274,8 @@ class Simulator:
 
 
 def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Recorder, times: Sequence[float]) -> Step:
-    """What `group` does in one pass of the loop; block i of those that `recorder` watches stands for `times[i]`."""
+    """Record what `group` does in one pass of the loop; block i of those that `recorder` watches stands for
+    `times[i]`."""
     recorder.cut_kernels(times)
     batch_state.kernel = OnPaper(recorder)
     batch = batch_state.batch(group)

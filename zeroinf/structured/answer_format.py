@@ -32,7 +32,7 @@ _EVERY_TOKEN = '%llguidance {"no_forcing": true}'
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What an answer must look like. Made by the functions of this module, which check it."""
+    """The format that an answer must have. Made by the functions of this module, which check it."""
 
     kind: Kind
     text: str
@@ -83,8 +83,8 @@ def of_choices(choices: object) -> AnswerFormat:
 
 
 def of_response_format(value: object) -> AnswerFormat | None:
-    """What `response_format` asks for, as OpenAI has it, and `{"type": "regex", "regex": ...}` and `{"type": "choices",
-    "choices": [...]}` beside it; None where that is plain text."""
+    """The format that `response_format` asks for, as OpenAI has it, and `{"type": "regex", "regex": ...}` and `{"type":
+    "choices", "choices": [...]}` beside it; None where that is plain text."""
     if not isinstance(value, Mapping):
         raise ValueError(f"must be an object, not {_shown(value)}")
     kind = value.get("type")
@@ -107,7 +107,7 @@ def of_response_format(value: object) -> AnswerFormat | None:
 
 
 def of_file(text: str) -> AnswerFormat:
-    """What a file of `--json-schema` asks for: a schema, or an object as `response_format` has it."""
+    """The format that a file of `--json-schema` asks for: a schema, or an object as `response_format` has it."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

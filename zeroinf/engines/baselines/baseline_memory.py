@@ -31,7 +31,7 @@ def memory_terms(
 
 
 def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhead) -> Iterator[Term]:
-    """Of one rank. Activations are those of the whole model: split over ranks they are smaller."""
+    """GPU memory of one rank. Activations are those of the whole model: split over ranks they are smaller."""
     sizes = sorted(pieces(asked.anatomy), reverse=True)
     # The first rank of a group has the most heads where they cannot be shared equally.
     mine, whole = (anatomy.kv_bytes_per_token for anatomy in (asked.rank_anatomy(0), asked.anatomy))
@@ -54,8 +54,8 @@ def _share(nbytes: int, mine: int, whole: int) -> int:
 
 
 def _host_terms(asked: Plan, choice: Choice, overhead: Overhead) -> Iterator[Term]:
-    """Of all ranks: accelerate's have a copy each, the parts of a split model are cut from one that is there for a
-    while."""
+    """Host memory of all ranks: accelerate's have a copy each, the parts of a split model are cut from one that is
+    there for a while."""
     sizes = sorted(pieces(asked.anatomy), reverse=True)
     on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
     if choice.engine == "accelerate" and choice.offload == "cpu" and on_host:

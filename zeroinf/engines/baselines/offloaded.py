@@ -56,7 +56,8 @@ class AccelerateEngine(PlainEngine):
 
 
 def _device_map(source: ModelSource, plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Where each module goes, in accelerate's words. Modules outside the blocks stay on the device."""
+    """The device of each module, as accelerate's `device_map` names it. Modules outside the blocks stay on the
+    device."""
     model = build_skeleton(source, plan.dtype)
     path, blocks = find_blocks(model)
     elsewhere = "disk" if plan.offload == "nvme" else "cpu"

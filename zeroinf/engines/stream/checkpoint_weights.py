@@ -107,7 +107,7 @@ class CheckpointWeights:
             self._fill_all([piece], self._read_piece(piece[0]))
 
     def _read_piece(self, index: int) -> _Read:
-        """How to read the tensors of a group whose weights transformers converts."""
+        """A reader for the tensors of a group whose weights transformers converts."""
         number = index if index < len(self._groups) - 1 else None
         with self._loading:
             if self._read is None and self._converter is not None:
@@ -160,7 +160,7 @@ def _random_tiles(groups: Sequence[TensorGroup]) -> dict[torch.dtype, torch.Tens
 
 
 def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> _Read | None:
-    """How to read tensors straight from `files`: under their own names, with or without the model's prefix, or by the
+    """A reader of tensors straight from `files`: under their own names, with or without the model's prefix, or by the
     parts that the skeleton says they are made of.
 
     None where transformers renames, splits or fuses weights as it loads them, or some tensor is not there.

@@ -88,12 +88,12 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, kind: Codes, weights: torc
 
 
 def _offset(kind: Codes) -> int:
-    """What is added to codes to make them unsigned."""
+    """The number that is added to codes to make them unsigned."""
     return 1 << (kind.bits - 1)
 
 
 def _part(of: torch.Tensor, start: int, elements: int, each: int) -> torch.Tensor:
-    """What belongs to `elements` weights from `start` on, where `each` of them share one entry."""
+    """The entries that belong to `elements` weights from `start` on, where `each` of them share one entry."""
     return of[start // each : (start + elements) // each]
 
 

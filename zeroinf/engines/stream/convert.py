@@ -57,6 +57,7 @@ class Converter:
 
 
 def _loaded(tensor: Tensor) -> torch.Tensor | None:
-    """What lies where `tensor` is used since it was loaded; None where that is still the tensor itself."""
+    """The tensor that has taken the place of `tensor` since it was loaded; None where that is still the tensor
+    itself."""
     values = [getattr(module, name) for module, name in tensor.sites]
     return next((value for value in values if value is not tensor.value), None)

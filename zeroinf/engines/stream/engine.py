@@ -145,7 +145,7 @@ class StreamEngine:
         return ring
 
     def _taking(self, ring: Ring, turn: int, group: TensorGroup) -> Callable[[], None]:
-        """What gives a block the tensors of its `turn`."""
+        """A function that gives a block the tensors of its `turn`."""
         slots = ring.slots if self._expander is None else [self._expander.slot]
         views = [_ready(group.views(slot)) for slot in slots]
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is

@@ -39,7 +39,7 @@ class CodedWeights:
 
     @property
     def nbytes(self) -> int:
-        """In full."""
+        """Bytes of the piece in full, before it is quantized."""
         return self.elements * self.dtype.itemsize
 
 
@@ -68,31 +68,31 @@ class Layout:
         return round_up(self._scales_start + kind.scale_bytes(elements), PIECE_ALIGNMENT)
 
     def codes(self, wire_piece: torch.Tensor) -> torch.Tensor:
-        """Of a piece as it crosses the link (uint8), the codes."""
+        """The codes in a piece as it crosses the link (uint8)."""
         assert self.coded is not None
         return wire_piece[: self.coded.kind.nbytes(self.coded.elements)]
 
     def scales(self, wire_piece: torch.Tensor) -> torch.Tensor:
-        """Of a piece as it crosses the link (uint8), the scales."""
+        """The scales in a piece as it crosses the link (uint8)."""
         assert self.coded is not None
         start = self._scales_start
         return wire_piece[start : start + self.coded.kind.scale_bytes(self.coded.elements)].view(SCALE_DTYPE)
 
     def weights(self, piece: torch.Tensor) -> torch.Tensor:
-        """Of a piece in full (uint8), what crosses as codes, in one dimension."""
+        """The weights of a piece in full (uint8) that cross as codes, in one dimension."""
         assert self.coded is not None
         return piece[: self.coded.nbytes].view(self.coded.dtype)
 
     def wire_location(self, location: TensorLocation) -> TensorLocation:
-        """Where a tensor that is not coded lies in a piece as it crosses the link."""
+        """The location of a tensor that is not quantized in a piece as it crosses the link."""
         return replace(location, offset=location.offset - self._coded_bytes + self._rest_start)
 
     def rest(self, piece: torch.Tensor) -> torch.Tensor:
-        """Of a piece in full (uint8), the bytes that cross as they are."""
+        """The bytes of a piece in full (uint8) that cross as they are."""
         return piece[self._coded_bytes : self.end]
 
     def wire_rest(self, wire_piece: torch.Tensor) -> torch.Tensor:
-        """The same in a piece as it crosses the link."""
+        """The bytes of a piece as it crosses the link that are not quantized."""
         return wire_piece[self._rest_start : self._scales_start]
 
     @property
@@ -109,7 +109,8 @@ class Layout:
 
 
 def lay_out(tensors: Sequence[torch.Tensor], kind: Codes | None = None, coded: Sequence[bool] = ()) -> Layout:
-    """Those `coded` as `kind` first, else one after the other, in the order given, each aligned.
+    """Lay tensors out in one piece: those `coded` as `kind` first, else one after the other, in the order given, each
+    aligned.
 
     Coded tensors are of one dtype. The whole is a multiple of PIECE_ALIGNMENT.
     """

@@ -29,7 +29,7 @@ class LockStep:
             block.register_forward_hook(self._after(index))
 
     def run(self, forwards: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each of `forwards` returns; each must visit every block once, in order.
+        """Run `forwards` side by side and return their results; each must visit every block once, in order.
 
         What one of them raises is raised here, after the others have been ended where they stood.
         """

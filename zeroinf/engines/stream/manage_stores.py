@@ -132,7 +132,7 @@ def remove_store(paths: Sequence[Path], name: str) -> int:
 
 
 def _holding(paths: Sequence[Path], name: str) -> list[Path]:
-    """Those of `paths` below which a part of the store lies, in the order of its parts."""
+    """The folders among `paths` below which a part of the store lies, in the order of its parts."""
     return [path for path in in_order(paths) if store_folder(path, name).is_dir()]
 
 

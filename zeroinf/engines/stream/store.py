@@ -74,7 +74,7 @@ class StoreContents:
 
     @property
     def name(self) -> str:
-        """The same name means the same bytes."""
+        """The store's name: stores of the same name hold the same bytes."""
         layout = [CHUNK_BYTES, STRIPE_BYTES, self.architecture, self.made, [asdict(p) for p in self.pieces]]
         return f"{source_key(self.source, self.dtype, self.wire, self.parts)}-{digest_of(_canonical(layout))[:12]}"
 
@@ -121,7 +121,7 @@ def source_key(identity: str, dtype: str, wire: Wire, parts: int) -> str:
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
-    """Which path holds which part: the same, in whatever order the user names them."""
+    """Sort `paths`, so that each holds the same part in whatever order the user names them."""
     return sorted(paths, key=Path.resolve)
 
 
@@ -177,7 +177,7 @@ def data_file(folder: Path) -> Path:
 
 
 def padded(nbytes: int) -> int:
-    """What a piece takes in the data."""
+    """Bytes that a piece of `nbytes` takes in the data file."""
     return round_up(nbytes, CHUNK_BYTES)
 
 

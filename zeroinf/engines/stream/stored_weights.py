@@ -133,12 +133,12 @@ def room_taken(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wir
 
 
 def _pattern(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wire) -> str:
-    """What the names of all stores of these weights match."""
+    """A glob pattern that the names of all stores of these weights match."""
     return f"{source_key(weights_identity(source), dtype, wire, len(paths))}-*"
 
 
 def describe(groups: Sequence[TensorGroup], plan: Plan, source: ModelSource) -> StoreContents:
-    """What the store of a model's groups holds."""
+    """The contents of a store for a model's groups of tensors."""
     pieces, end = [], 0
     for group in groups:
         named = zip(group.tensors, group.layout.locations, strict=True)

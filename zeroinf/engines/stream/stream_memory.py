@@ -116,7 +116,7 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
 
 
 def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
-    """What each rank pulls of a piece."""
+    """Bytes of a piece that each rank pulls."""
     if choice.fetch == "replicated":
         return piece
     return round_up(-(-piece // world_size), CHUNK_BYTES if choice.offload == "nvme" else PIECE_ALIGNMENT)

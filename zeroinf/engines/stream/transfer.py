@@ -31,7 +31,7 @@ class WeightTransfer(Protocol):
         ...
 
     def slot_bytes(self, nbytes: int) -> int:
-        """What a piece of `nbytes` takes in a slot."""
+        """Bytes that a piece of `nbytes` takes in a slot."""
         ...
 
     def transfer(
@@ -154,7 +154,7 @@ class ComputeStream:
             self._stream = current
 
     def wait(self, event: Any) -> None:
-        """What is enqueued from here on waits for `event`."""
+        """Let all that is enqueued from here on wait for `event`."""
         if self.is_there:
             self._stream.wait_event(event)
 

@@ -31,7 +31,7 @@ def _decode(codes, scales, weights, groups, bits: tl.constexpr, group: tl.conste
 
 
 def decode_on_gpu(codes: torch.Tensor, scales: torch.Tensor, kind: Codes, weights: torch.Tensor) -> None:
-    """As `codes.decode`, bit for bit, by one kernel on the current stream."""
+    """Decode as `codes.decode` does, bit for bit, with one kernel on the current stream."""
     rows = _WEIGHTS_A_PROGRAM // kind.group
     programs = triton.cdiv(scales.numel(), rows)
     _decode[(programs,)](codes, scales, weights, scales.numel(), bits=kind.bits, group=kind.group, rows=rows)

@@ -102,7 +102,7 @@ def _finish(piece: int, writes: Iterable[Future[list[str]]], files: DataFiles, j
 
 
 class _Journal:
-    """Which pieces are on the disks already: a line each, with their digests."""
+    """Records the pieces that are on the disks already: a line each, with their digests."""
 
     def __init__(self, folders: Sequence[Path], contents: StoreContents) -> None:
         self._file = journal_file(folders[0])
@@ -145,7 +145,7 @@ def require_room(paths: Sequence[Path], data_bytes: int, pattern: str) -> None:
 
 
 def taken_bytes(path: Path, pattern: str) -> int:
-    """What stores below `path` whose name matches `pattern` have taken of the disk."""
+    """Bytes of disk that stores below `path` take whose name matches `pattern`."""
     files = [data_file(store_folder(path, name)) for name in store_names(path, pattern)]
     return sum(file.stat().st_blocks * 512 for file in files if is_there(file))
 

@@ -26,7 +26,7 @@ class WriteTarget:
 
     @property
     def nbytes(self) -> int:
-        """What is written, gaps left out."""
+        """Bytes that are written, gaps left out."""
         coded, location = self._coded, self.location
         if coded is None:
             return location.nbytes

@@ -16,7 +16,7 @@ _CODED_MODULES = (nn.Linear, nn.Embedding)
 
 
 def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> ExpansionCost:
-    """How DeepSpeed makes the weights of `anatomy`, none of which is coded yet, of their codes: of the largest one
+    """The cost of DeepSpeed's expansion of the weights of `anatomy`, none of which is quantized yet: of the largest one
     itself is alive, and a byte an element where codes are of 4 bits. For `model` and `codes` see `with_codes`."""
     unpacked = 1 if codes["num_bits"] == 4 else 0
     names = _coded_names(model)
@@ -27,7 +27,7 @@ def expansion(anatomy: Anatomy, model: nn.Module, codes: Mapping[str, Any]) -> E
 
 
 def _kernels(tensor: TensorSpec, codes: Mapping[str, Any]) -> Iterator[Kernel]:
-    """What `DeQuantizer` launches for one weight."""
+    """The kernels that `DeQuantizer` launches for one weight."""
     elements, packed = tensor.numel, tensor.numel * codes["num_bits"] // 8
     full = elements * DTYPE_BYTES[tensor.dtype]
     if tensor.dtype == "float16" and codes["group_dim"] == 1 and codes["group_size"] % 8 == 0:

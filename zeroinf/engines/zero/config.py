@@ -127,7 +127,7 @@ def check_user_config(config: Mapping[str, Any], plan: Plan) -> None:
 
 
 def codes_of(config: Mapping[str, Any]) -> Wire:
-    """How weights rest and cross the link with a DeepSpeed JSON that `check_user_config` accepts."""
+    """The wire format of weights with a DeepSpeed JSON that `check_user_config` accepts."""
     bits = own_codes(config).get("num_bits")
     return "model" if bits is None else "int4" if bits == 4 else "int8"
 

@@ -23,7 +23,7 @@ def _load(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, 
 
 
 def _check_disks(plan: Plan, source: Any, disks: Sequence[Disk], own_config: Mapping[str, Any] | None) -> None:
-    """What DeepSpeed's NVMe offload needs, before it fails in its own way: late, or by SIGABRT."""
+    """Refuse disks that lack what DeepSpeed's NVMe offload needs, which fails late or by SIGABRT without it."""
     from zeroinf.hardware.aio_op import read_aio_op
     from zeroinf.hardware.checks import check_aio_op, check_memlock, require
     from zeroinf.hardware.snapshot import read_memory

@@ -29,12 +29,12 @@ def zero_transfers(
 
 
 def _tied_bytes(anatomy: Anatomy) -> int:
-    """Of weights that are used a second time, when DeepSpeed's engine has let them go."""
+    """Bytes of tied weights, which are fetched twice: DeepSpeed's engine has let them go by their second use."""
     sizes = {tensor.name: tensor.nbytes for tensor in anatomy.outside}
     return sum(sizes.get(canonical, 0) for _, canonical in anatomy.tied)
 
 
 @lru_cache(maxsize=16)
 def _parameters(anatomy: Anatomy) -> int:
-    """How many tensors of weights there are."""
+    """The number of tensors of weights."""
     return sum(not tensor.is_buffer for tensor in anatomy.tensors())

@@ -95,7 +95,7 @@ def build_config(header: GgufHeader) -> _Config:
 
 
 def _dtype(header: GgufHeader) -> str:
-    """That of the numbers in the file, where all matrices are numbers; else bfloat16."""
+    """The dtype of the file's matrices, where none is quantized; else bfloat16."""
     kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
     return FLOAT_TYPES[kinds.pop()] if len(kinds) == 1 and kinds <= set(FLOAT_TYPES) else "bfloat16"
 
@@ -106,7 +106,7 @@ def _tokens(metadata: Mapping[str, Any]) -> _Config:
 
 
 def _decoder(facts: _Facts, kind: str, name: str) -> _Config:
-    """What all decoders have. Sizes of tensors are taken from the tensors."""
+    """The config entries that all decoders have. Sizes of tensors are taken from the tensors."""
     vocabulary, hidden = facts.shape("token_embd.weight")
     facts.expect("embedding_length", hidden)
     facts.expect("vocab_size", vocabulary)
@@ -171,7 +171,7 @@ def _rope(facts: _Facts, width: int, *, partial: bool = False) -> _Config:
 
 
 def _llama3(factors: list[float], theta: float, turned: int) -> _Config:
-    """What files keep of Llama 3's rule are the factors that it comes to, frequency by frequency."""
+    """Llama 3's rope settings, found from the factors of each frequency, which are all that a file keeps of them."""
     factor, low, high, original = max(factors), 1.0, 4.0, 8192
     for at, found in enumerate(factors):
         turns = original * theta ** (-2 * at / turned) / (2 * math.pi)
@@ -212,7 +212,7 @@ def _qwen3(facts: _Facts) -> _Config:
 
 
 def _experts(facts: _Facts) -> _Config:
-    """Of Qwen's mixtures, in which all layers have experts."""
+    """The config entries of Qwen's mixtures of experts, in which all layers have experts."""
     width = facts.shape("blk.0.ffn_down_exps.weight")[-1]
     facts.expect("expert_feed_forward_length", width)
     return {

@@ -37,7 +37,7 @@ def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:
 
 
 def _digest(header: GgufHeader) -> str:
-    """Of all bytes before the weights, and of those weights that the config is made of."""
+    """A digest of all bytes before the weights, and of those weights that the config is made of."""
     digest = hashlib.sha256()
     for part in header.parts:
         ends = [tensor.offset for tensor in header.tensors.values() if tensor.path == part]
@@ -60,7 +60,7 @@ def _write(header: GgufHeader, folder: Path) -> None:
 
 
 def _generation(header: GgufHeader) -> dict[str, Any]:
-    """Which tokens end a text: a chat's turns may end with another one than texts do."""
+    """The generation config with the tokens that end a text: a chat's turns may end with another one than texts do."""
     found = {key: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
     ends = [end for end in dict.fromkeys((found["eos"], found["eot"])) if end is not None]
     tokens = {"bos_token_id": found["bos"], "eos_token_id": ends, "pad_token_id": found["padding"]}

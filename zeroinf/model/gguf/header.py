@@ -46,7 +46,7 @@ class GgufTensor:
 
     @property
     def held_dtype(self) -> str:
-        """That of its numbers; bytes where they are quantized."""
+        """The dtype of its numbers; uint8 where they are quantized."""
         return FLOAT_TYPES.get(self.kind, "uint8")
 
     @property

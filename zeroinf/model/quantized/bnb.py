@@ -80,7 +80,7 @@ class _FourBits(MatrixFormat):
         return Stored(torch.float32, (1,)) if name.startswith(_STATE) else one
 
     def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """Of what a layer says of itself, JSON in bytes, what is added to the scales of blocks."""
+        """The offset of the blocks' scales, out of the JSON in bytes that a layer stores about itself."""
         if not name.startswith(_STATE):
             return stored
         try:

@@ -55,7 +55,7 @@ class Expansion:
 
 
 def expansions(module: Module) -> list[Expansion]:
-    """Those of `module` and all modules inside, none where its weights are in full."""
+    """The expansions of `module` and all modules inside; none where its weights are in full."""
     found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
     return [owner for owner in found if isinstance(owner, Expansion)]
 

@@ -131,7 +131,8 @@ def _q3_k(blocks: _Blocks) -> torch.Tensor:
 
 
 def _scales_and_least(blocks: _Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of Q4_K and Q5_K: scales of eight groups, and what is subtracted from each, six bits apiece in twelve bytes."""
+    """Scales of the eight groups of Q4_K and Q5_K, and what is subtracted from each: six bits apiece in twelve
+    bytes."""
     one, two, both = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((one & 63, (both & 15) | ((one >> 2) & 48)), dim=1)
     least = torch.cat((two & 63, (both >> 4) | ((two >> 2) & 48)), dim=1)

@@ -157,7 +157,7 @@ def _numbers(stored: torch.Tensor, kind: int, dtype: torch.dtype) -> torch.Tenso
 
 
 class _Names:
-    """What the file calls the model's parameters."""
+    """Translates between the model's parameters and their names in the file."""
 
     def __init__(self, model: Any, found: dict[str, Any]) -> None:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map

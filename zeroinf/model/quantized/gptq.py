@@ -48,7 +48,7 @@ def hold_awq(model: Any, found: dict[str, Any]) -> None:
 
 
 def hold_auto_round(model: Any, found: dict[str, Any]) -> None:
-    """As GPTQ's version 1 or AWQ, whichever the checkpoint is packed like."""
+    """Hold AutoRound's weights as GPTQ's version 1 or as AWQ, whichever the checkpoint is packed like."""
     packing = str(found.get("packing_format") or found.get("backend") or "")
     if found.get("data_type", "int") != "int":
         raise refused(model, f"auto-round of {found['data_type']}", "it runs int")
@@ -61,7 +61,7 @@ def hold_auto_round(model: Any, found: dict[str, Any]) -> None:
 
 
 def _kept(found: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Which linear layers are not quantized, as far as a config says it: heads and routers never are."""
+    """A test for linear layers that are not quantized, as far as a config says it: heads and routers never are."""
     names = [*(found.get("modules_to_not_convert") or ()), "lm_head"]
     dropped = [rule[2:] for rule in found.get("dynamic") or {} if rule.startswith("-:")]
 

@@ -63,11 +63,11 @@ class MatrixFormat(ABC):
         return name != "bias"
 
     def held(self, name: str, one: Stored) -> Stored:
-        """What of the tensor `name` is held: all of it."""
+        """The part of the tensor `name` that is held: all of it."""
         return one
 
     def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """The same, made of its values. Raises ModelError where they are not those that are expected."""
+        """The held tensor, made of the stored values. Raises ModelError where they are not those that are expected."""
         return stored
 
 
@@ -146,7 +146,7 @@ def hold_linears(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a module holds of one of its parameters, `own`."""
+    """Describes what a module holds of one of its parameters, `own`."""
 
     own: str
     shape: torch.Size
@@ -191,7 +191,7 @@ def _parts(form: MatrixFormat, matrices: _Matrices, suffix: str, one: Stored) ->
 
 
 def _read(form: MatrixFormat, name: str, of_stack: tuple[int, ...] | None, stored: torch.Tensor) -> torch.Tensor:
-    """What is held of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have."""
+    """The held form of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have."""
     if of_stack is None:
         return form.read(name, stored)
     return form.read(name, stored)[None] if tuple(stored.shape) == of_stack else stored.new_empty(0)
@@ -252,7 +252,7 @@ class _Origin:
 
 
 def _origins(model: Any, what: str) -> dict[str, _Origin]:
-    """What each tensor of the checkpoint is in `model`, by the name that it has there.
+    """The place in `model` of each tensor of the checkpoint, by the name that it has there.
 
     transformers' conversion is undone with numbers for rows, a few for each matrix.
     """

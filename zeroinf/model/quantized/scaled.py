@@ -186,7 +186,7 @@ def _as_matrix(scales: torch.Tensor, stacked: bool) -> torch.Tensor:
 
 
 def _some_rows(values: torch.Tensor, some: slice, rows: int) -> torch.Tensor:
-    """Those of `some` of `rows` rows, where a value may belong to several of them."""
+    """The values of `some` of `rows` rows, where a value may belong to several of them."""
     if values.shape[-2] == 1:
         return values
     return values.repeat_interleave(rows // values.shape[-2], dim=-2)[..., some, :]
