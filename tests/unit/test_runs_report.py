@@ -203,6 +203,7 @@ def report(**changed: Any) -> RunReport:
         "refused": 0,
         "failed": 0,
         "cut": 0,
+        "cut_answers": 0,
         "prompt_tokens": 80,
         "completion_tokens": 800,
         "start_to_ready_s": 12.0,

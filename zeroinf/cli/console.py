@@ -200,7 +200,7 @@ def print_report(console: Console, report: RunReport) -> None:
 
 def _counts(report: RunReport | ClusterReport) -> Iterator[tuple[str, str]]:
     counts = {"done": report.requests, "refused": report.refused, "failed": report.failed}
-    counts["cut at their length"] = report.cut
+    counts |= {"cut at their length": report.cut, "cut before their format was complete": report.cut_answers}
     yield "requests", ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
     yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"

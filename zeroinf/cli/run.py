@@ -320,6 +320,8 @@ def _incomplete(outcome: RunOutcome, output_file: Path | None) -> RequestsFailed
     refused, failed, count = outcome.refused, outcome.failed, outcome.requests + outcome.refused + outcome.failed
     if not outcome.requests:
         all_of_them = f"all {failed} requests that ran" if failed > 1 else "the request"
+        if NOT_NUMBERS not in outcome.why_failed:
+            return RequestsFailedError(f"{all_of_them} failed: {outcome.why_failed}")
         return RequestsFailedError(f"{all_of_them} failed: {NOT_NUMBERS}", hint=NOT_NUMBERS_HINT)
     where = f"see {errors_path(output_file)}" if output_file is not None else "their reasons stand above"
     if not refused:

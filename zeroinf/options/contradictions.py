@@ -23,7 +23,7 @@ from zeroinf.planner.descriptor import possible_offload
 def refuse_early(options: RunOptions) -> None:
     """Raise the error of whatever does not hold, as far as the options, files and this machine's disks say it."""
     check_output_of(options)
-    options.answer_format()
+    options.settings()
     if options.zero_config is None:  # else the JSON says where weights rest
         check_folders([read_disk(path) for path in options.nvme_paths])
     check_name(options.model, options.revision, random_weights=options.random_weights)

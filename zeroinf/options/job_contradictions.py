@@ -52,7 +52,8 @@ def refuse_unreadable(options: RunOptions) -> None:
     from zeroinf.jobs.readers import none_can_run, read_inputs
 
     files = find_inputs(options.input_files)
-    read = read_inputs(options.prompts, files, options.sampling, input_format=options.input_format, shape=options.shape)
+    defaults = options.settings()
+    read = read_inputs(options.prompts, files, defaults, input_format=options.input_format, shape=options.shape)
     if not read.requests and options.output_file is None:
         raise InputError(none_can_run(read.refusals))
 

@@ -7,7 +7,7 @@ constraints and the fingerprint of a job are filled from them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -584,6 +584,14 @@ class RunOptions(LoadOptions, JobOptions, SamplingOptions, AnswerOptions, Measur
     """Write JSON lines to standard output; without it and a file, in=/out= pairs go there."""
     resume_command: str = ""
     """What the user types to go on with this run."""
+
+    def settings(self) -> Sampling:
+        """Those of requests that say nothing else. Raises UsageError for a format of answers that does not hold."""
+        asked = self.answer_format()
+        try:
+            return self.sampling if asked is None else replace(self.sampling, answer_format=asked)
+        except ValueError as error:
+            raise UsageError(str(error), hint="drop one of them") from error
 
 
 @dataclass(frozen=True, kw_only=True)

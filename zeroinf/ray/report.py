@@ -39,6 +39,7 @@ class ClusterReport:
     refused: int = 0
     failed: int = 0
     cut: int = 0
+    cut_answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

@@ -95,6 +95,7 @@ def _with_counts(report: ClusterReport, output: Output, job: Job) -> ClusterRepo
         refused=len(job.refusals),
         failed=output.failed,
         cut=output.cut,
+        cut_answers=output.cut_answers,
         prompt_tokens=output.prompt_tokens,
         completion_tokens=output.completion_tokens,
     )

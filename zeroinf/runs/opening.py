@@ -87,10 +87,21 @@ def outcome_of(
         raise RequestsFailedError(none_can_run(job.refusals), hint=where)
     if (note := _cut_note(job.work, output)) is not None:
         observer.note(note)
+    if output.cut_answers:
+        observer.note(
+            f"answers cut before they had their format: {output.cut_answers} of {output.results} "
+            '(finish_reason "length"); --max-new-tokens sets more tokens'
+        )
     done = len(job.work) - len(failures)
     if done:  # else they have failed as one, and the command line says so once
         observer.left_out("failed", failures)
-    return RunOutcome(requests=done, refused=len(job.refusals), failed=len(failures), report=report)
+    return RunOutcome(
+        requests=done,
+        refused=len(job.refusals),
+        failed=len(failures),
+        report=report,
+        why_failed=next((one.reason for one in failures), ""),
+    )
 
 
 def _cut_note(work: Sequence[Work], output: Output) -> str | None:

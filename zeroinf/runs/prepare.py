@@ -11,7 +11,6 @@ from typing import Any
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
-from zeroinf.generation.row import Sampling
 from zeroinf.generation.settings import notes, refuse_sampling
 from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
 from zeroinf.jobs.inputs import find_inputs
@@ -77,7 +76,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     requests, refusals, unused = read_inputs(
         options.prompts,
         find_inputs(options.input_files),
-        defaults_of(options),
+        options.settings(),
         input_format=options.input_format,
         shape=options.shape,
     )
@@ -119,15 +118,6 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     said = list(_notes_on_input(plain, unused, codec))
     said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
     return JobInput(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
-
-
-def defaults_of(options: RunOptions) -> Sampling:
-    """The settings of requests that say nothing else. Raises UsageError for a format of answers that does not hold."""
-    asked = options.answer_format()
-    try:
-        return options.sampling if asked is None else replace(options.sampling, answer_format=asked)
-    except ValueError as error:
-        raise UsageError(str(error), hint="drop one of them") from error
 
 
 def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | None = None) -> Lengths:

@@ -75,6 +75,8 @@ class RunReport:
     """Requests of this run that came to nothing, as the model's scores were not numbers; their tokens count below."""
     cut: int
     """Results of this run that were cut at their most tokens, `finish_reason` "length"."""
+    cut_answers: int
+    """Those of them whose answers have a format (a JSON schema, a regex, choices), which is not complete."""
     prompt_tokens: int
     completion_tokens: int
     """Tokens really generated: no padding, end-of-sequence tokens included."""
@@ -110,7 +112,16 @@ class RunReport:
             "resident_blocks",
             "host_rows",
         )
-        counted = ("requests", "refused", "failed", "cut", "prompt_tokens", "completion_tokens", "shared_prompt_tokens")
+        counted = (
+            "requests",
+            "refused",
+            "failed",
+            "cut",
+            "cut_answers",
+            "prompt_tokens",
+            "completion_tokens",
+            "shared_prompt_tokens",
+        )
         moved = ("streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
         rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")
@@ -255,3 +266,5 @@ class RunOutcome:
     """Requests that came to nothing, those of earlier runs included."""
     report: RunReport | None
     """None where earlier runs had done everything."""
+    why_failed: str = ""
+    """Why the first of those that failed did."""

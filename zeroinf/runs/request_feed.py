@@ -41,18 +41,21 @@ class Output:
         self.failed = 0
         self.cut = 0
         """Those that reached their most tokens."""
+        self.cut_answers = 0
+        """Those of them whose answers have a format, which is not complete."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.unfinished_tokens = 0
         """Generated for requests that have no result yet, as was last told."""
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result, *, has_format: bool = False) -> None:
         with self._lock:
             if self._abandoned is None:
                 self._writer.add(result)
         self.results += 1
         self.failed += result.failed
         self.cut += result.finish_reason == "length"
+        self.cut_answers += has_format and result.finish_reason == "length"
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
 
@@ -89,6 +92,7 @@ class JobProgress:
     def __init__(self, work: Sequence[Work], rows_before: int, output: Output, timing: Timing | None = None) -> None:
         """`rows_before`: requests that earlier runs have done; `timing`: as planned for `work`."""
         self._most = {item.index: item.sampling.max_new_tokens for item in work}
+        self._with_format = {item.index for item in work if item.sampling.answer_format is not None}
         self._asked = sum(self._most.values())
         self._asked_of_done = self._ended_early = 0
         self._rows_before, self._output = rows_before, output
@@ -96,7 +100,7 @@ class JobProgress:
 
     def add(self, result: Result) -> None:
         """Write a result. Raises OutputError."""
-        self._output.add(result)
+        self._output.add(result, has_format=result.index in self._with_format)
         asked = self._most[result.index]
         self._asked_of_done += asked
         self._ended_early += result.completion_tokens < asked

@@ -187,6 +187,7 @@ class _Job:
             refused=self._prepared.refused,
             failed=self._output.failed,
             cut=self._output.cut,
+            cut_answers=self._output.cut_answers,
             prompt_tokens=self._output.prompt_tokens,
             completion_tokens=self._output.completion_tokens,
             start_to_ready_s=ready_s,
