@@ -18,7 +18,7 @@ from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.definition import from_keywords
 from zeroinf.options.keywords import with_known_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
-from zeroinf.options.plan_input import plan_input_of
+from zeroinf.options.plan_input import input_of_best_gpus
 from zeroinf.planner.choice import Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
@@ -117,7 +117,7 @@ def plan(
     --json`; without one it is this machine. `gpu` is one of those machines', which takes the place of its own. No
     weights are loaded. Raises DoesNotFitError when nothing fits, UsageError for what would have no effect.
     """
-    return make_plan(plan_input_of(from_keywords(PlanOptions, locals()))).plan
+    return make_plan(input_of_best_gpus(from_keywords(PlanOptions, locals()))).plan
 
 
 @with_known_keywords

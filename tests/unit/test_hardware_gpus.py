@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.hardware.gpus import read_driver, read_gpus, read_used_bytes, visible_indices
+from zeroinf.hardware.gpus import read_cuda_memory, read_driver, read_gpus, read_used_bytes, visible_indices
 
 GIB = 1 << 30
 UUIDS = ("GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3")
@@ -168,3 +168,27 @@ def test_machine_without_the_nvml_package_has_no_gpus(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert read_gpus() == ()
     assert read_driver() is None
+
+
+def test_memory_that_nvml_does_not_report_is_cudas_and_is_the_hosts(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(handle: int, version: int | None = None) -> Any:
+        raise NVMLError("not supported")
+
+    nvml.nvmlDeviceGetMemoryInfo = unsupported  # type: ignore[method-assign]
+    monkeypatch.setattr("zeroinf.hardware.gpus.read_cuda_memory", lambda index: (121 * GIB, index == 0))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=128 * GIB, available=110 * GIB))
+    unified, own = read_gpus()[:2]
+    assert (unified.total_bytes, unified.free_bytes, unified.is_unified) == (121 * GIB, 110 * GIB, True)
+    assert (own.total_bytes, own.free_bytes, own.is_unified) == (121 * GIB, 121 * GIB, False)
+
+
+def test_a_chip_without_memory_of_its_own_is_known_by_its_name(nvml: FakeNvml) -> None:
+    nvml.nvmlDeviceGetName = lambda handle: "NVIDIA GB10" if handle else "NVIDIA GH200 480GB"  # type: ignore[method-assign]
+    assert [gpu.is_unified for gpu in read_gpus()] == [False, True, True]
+
+
+def test_without_a_cuda_driver_cuda_tells_nothing() -> None:
+    assert read_cuda_memory(0, "no-such-library.so") is None
+    assert read_cuda_memory(0, "libc.so.6") is None, "a library of another kind"

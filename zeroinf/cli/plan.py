@@ -86,11 +86,11 @@ def plan(
     _refuse_early(options)
     with importing():
         from zeroinf.cli.plan_view import print_plan, to_json
-        from zeroinf.options.plan_input import plan_input_of
+        from zeroinf.options.plan_input import input_of_best_gpus
         from zeroinf.simulation.make_plan import make_plan
 
     with uncollected(), waiting("planning"):
-        plan_input = plan_input_of(options)
+        plan_input = input_of_best_gpus(options)
         shown = page is not None or not (as_json or emit_zero_config)
         found = make_plan(plan_input, advise=advice and shown, remedy=advice)
     if plot is not None:  # before anything is printed: it may fail

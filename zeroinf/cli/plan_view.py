@@ -35,6 +35,8 @@ def print_plan(plan_input: PlanInput, found: PlanResult, *, explain: bool) -> No
         ("job", _job(plan_input)),
     ):
         console.print(f"{name:<8} {text}")
+    if plan_input.gpus_chosen:
+        console.print(f"GPUs     {plan_input.gpus_chosen}")
     for index, line in enumerate(plan_lines(found.plan)):
         console.print(f"{'' if index else 'plan':<8} {line}")
     for place in _PLACES:
@@ -65,7 +67,8 @@ def machine_line(machine: Machine) -> str:
     alike = Counter((gpu.name, gib(gpu.free_bytes)) for gpu in machine.gpus)
     gpus = ", ".join(f"{count} x {name}, {free} free" for (name, free), count in alike.items())
     disks = f", {gib(sum(disk.free_bytes for disk in machine.disks))} of disk" if machine.disks else ""
-    return f"{gpus}, {host}{disks}"
+    shared = " of the same pool" if any(gpu.is_unified for gpu in machine.gpus) else ""
+    return f"{gpus}, {host}{shared}{disks}"
 
 
 def _job(plan_input: PlanInput) -> str:

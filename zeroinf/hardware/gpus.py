@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any, TypeVar
+
+import psutil
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware.machine import Gpu
 
 _Answer = TypeVar("_Answer")
+
+# CU_DEVICE_ATTRIBUTE_INTEGRATED in cuda.h.
+_CUDA_INTEGRATED = 18
+# Chips whose GPU has no memory of its own, by what NVML calls them; some releases of the driver report the host's.
+_UNIFIED = ("GB10", "Thor", "Orin", "Xavier", "Tegra", "nvgpu")
 
 # NVML_P2P_CAPS_INDEX_READ in nvml.h; nvidia-ml-py has a tuple under that name, which NVML refuses.
 _P2P_READ = 0
@@ -126,11 +135,17 @@ def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
             return None
 
     memory = _memory_info(nvml, handle)
+    name = str(ask(nvml.nvmlDeviceGetName) or "unknown")
+    is_unified = any(mark in name for mark in _UNIFIED)
+    if memory is None and (found := read_cuda_memory(index)) is not None:
+        total, is_unified = found
+        free = min(total, psutil.virtual_memory().available) if is_unified else total
+        memory = SimpleNamespace(total=total, free=free, used=0)
     processes = ask(nvml.nvmlDeviceGetComputeRunningProcesses) or []
     own_bytes = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     return Gpu(
         index=index,
-        name=str(ask(nvml.nvmlDeviceGetName) or "unknown"),
+        name=name,
         total_bytes=memory.total if memory else 0,
         free_bytes=memory.free if memory else 0,
         other_bytes=max(0, memory.used - own_bytes) if memory else 0,
@@ -138,4 +153,23 @@ def _read_gpu(nvml: Any, index: int, handle: Any) -> Gpu:
         pcie_width=ask(nvml.nvmlDeviceGetCurrPcieLinkWidth),
         capability=ask(nvml.nvmlDeviceGetCudaComputeCapability),
         uuid=ask(nvml.nvmlDeviceGetUUID),
+        is_unified=is_unified,
     )
+
+
+def read_cuda_memory(index: int, library: str = "libcuda.so.1") -> tuple[int, bool] | None:
+    """Bytes of the visible GPU `index` as the CUDA driver has them, and whether they are the host's; None where it does
+    not tell. For GPUs of which NVML reports no memory, as GB10; makes no context.
+    """
+    total, is_integrated, device = ctypes.c_size_t(), ctypes.c_int(), ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL(library)
+        failed = (
+            cuda.cuInit(0)
+            or cuda.cuDeviceGet(ctypes.byref(device), index)
+            or cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+            or cuda.cuDeviceGetAttribute(ctypes.byref(is_integrated), _CUDA_INTEGRATED, device)
+        )
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (total.value, bool(is_integrated.value))

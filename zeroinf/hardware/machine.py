@@ -24,6 +24,8 @@ class Gpu:
     pcie_width: int | None
     capability: tuple[int, int] | None
     uuid: str | None = None
+    is_unified: bool = False
+    """It has no memory of its own: what it takes, the host lacks (GB10, Jetson)."""
 
     def __post_init__(self) -> None:
         _refuse_negative_sizes(self)

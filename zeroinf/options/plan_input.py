@@ -4,13 +4,15 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+from zeroinf.engines.registry import descriptor_of
 from zeroinf.engines.stream.stored_weights import room_taken
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.hardware.gpus import gpus_are_linked
-from zeroinf.hardware.machine import Machine
+from zeroinf.hardware.machine import Gpu, Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.presets import load_machine, with_gpu
 from zeroinf.hardware.profile import read_profile
@@ -24,19 +26,27 @@ from zeroinf.options.contradictions import check_folders, engine_of, refuse_besi
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.planning import constraints_of, loading_of, packed_on, plan_input_from, share_model
+from zeroinf.planner.unified import divided
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.make_plan import PlanInput
+from zeroinf.simulation.make_plan import PlanInput, sketch_plan
+
+# GPUs of which one has at least this part of the other's free memory are planned as one size.
+_ALIKE = 0.95
 
 
-def plan_input_of(options: PlanOptions) -> PlanInput:
-    """The planner's question. Raises UsageError for what is without effect, or impossible, on that machine."""
+def plan_input_of(options: PlanOptions, gpus: tuple[Gpu, ...] | None = None) -> PlanInput:
+    """The planner's question, for some of the machine's GPUs or all. Raises UsageError for what is without effect, or
+    impossible, on that machine."""
     refuse_idle(options)
     machine, rates = machine_of(options)
+    if gpus is not None:
+        machine = replace(machine, gpus=gpus)
     engine, _ = engine_of(options)
     device: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
     source = source_of(options, device)
     loaded = _loaded(options, source)
     anatomy = _as_run(options, loaded, anatomy_of(options, source, device), machine)
+    machine = divided(machine, anatomy)
     _refuse_impossible(options, engine, machine, anatomy)
     ranks = max(1, len(machine.gpus))
     parallel = share_model(options.tensor_parallel, engine, anatomy, ranks)
@@ -62,6 +72,43 @@ def plan_input_of(options: PlanOptions) -> PlanInput:
         tensor_parallel=parallel,
         checkpoints=catalog_quantized(source.location),
     )
+
+
+def input_of_best_gpus(options: PlanOptions) -> PlanInput:
+    """The planner's question for those of a machine's GPUs that together give most tokens/s, which says so.
+
+    Ranks hold as much as the GPU with the least memory does: a small GPU, or a busy one, can cost more than it brings.
+    Where the user says how many there are, or all are alike, all are taken. Raises the errors of `plan_input_of`.
+    """
+    whole = plan_input_of(options)
+    groups = list(_groups(whole.machine.gpus)) if options.num_gpus is None and whole.tensor_parallel.size == 1 else []
+    if len(groups) < 2 or not descriptor_of(whole.constraints.engine).is_timed:
+        return whole
+    inputs = [whole if len(gpus) == len(whole.machine.gpus) else plan_input_of(options, gpus) for gpus in groups]
+    rates = [_coarse_rate(one) for one in inputs]
+    best = max(range(len(groups)), key=lambda at: (rates[at], len(groups[at])))
+    if len(groups[best]) == len(whole.machine.gpus):
+        return whole
+    every = f"{rates[-1]:,.1f} tokens/s at first sight" if rates[-1] else "nothing would fit"
+    numbers = ",".join(str(gpu.index) for gpu in groups[best])
+    chosen = (
+        f"{len(groups[best])} of {len(whole.machine.gpus)} (CUDA_VISIBLE_DEVICES={numbers}): with all, as large as the "
+        f"least, {every} where these give {rates[best]:,.1f}"
+    )
+    return replace(inputs[best], gpus_chosen=chosen)
+
+
+def _groups(gpus: tuple[Gpu, ...]) -> Iterator[tuple[Gpu, ...]]:
+    """The GPUs with the most free memory, so many that one more would have clearly less; all of them last."""
+    by_size = sorted(gpus, key=lambda gpu: -gpu.free_bytes)
+    for count in range(1, len(gpus) + 1):
+        if count == len(gpus) or by_size[count].free_bytes < _ALIKE * by_size[count - 1].free_bytes:
+            yield tuple(sorted(by_size[:count], key=lambda gpu: gpu.index))
+
+
+def _coarse_rate(plan_input: PlanInput) -> float:
+    found, _ = sketch_plan(plan_input, advise=False)
+    return found[0].candidate.timing.tokens_per_second if found else 0.0
 
 
 def _is_here(options: PlanOptions, machine: Machine) -> bool:

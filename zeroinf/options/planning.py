@@ -37,6 +37,7 @@ from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.descriptor import possible_offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
+from zeroinf.planner.unified import divided
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, make_plan, plan_as_requested
 
@@ -66,6 +67,7 @@ def plan_run(
     parallel = share_model(options.tensor_parallel, engine, anatomy, world.size)
     anatomy = _as_run(anatomy, source, device)
     machine, rates = _machine(options, lengths, world, device)
+    machine = divided(machine, anatomy, lengths.request_bytes)
     plan_input = plan_input_from(
         options,
         source,

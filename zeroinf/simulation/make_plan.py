@@ -65,6 +65,8 @@ class PlanInput:
     """The user's DeepSpeed JSON in the place of ours."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     """Hub ids of the model's quantized checkpoints by their names in the catalog, which advice may name."""
+    gpus_chosen: str = ""
+    """Which of the machine's GPUs are planned with, and why; empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
