@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,12 +16,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by their ids. `broken` are names of files that it does not hand out; `asked` is what was asked for:
+    """Repositories by their ids. `broken` are names of files that it does not hand out, of which `slow` it
+    hands out half; `asked` is what was asked for:
     the method and the path."""
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.repositories, self.broken = repositories, set[str]()
+        self.repositories, self.broken, self.slow = repositories, set[str](), set[str]()
+        self.ending = threading.Event()
         self.asked: list[tuple[str, str]] = []
 
     @property
@@ -32,6 +34,10 @@ class Hub(ThreadingHTTPServer):
 class _Answers(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that has gone
+            super().handle()
 
     def log_message(self, *words: object) -> None:
         pass
@@ -79,15 +85,20 @@ class _Answers(BaseHTTPRequestHandler):
             self._refuse("EntryNotFound")
         else:
             headers = {"ETag": f'"{_digest(folder / name)}"', "X-Repo-Commit": COMMIT}
-            self._send(200, (folder / name).read_bytes(), headers, with_body=with_body)
+            self._send(200, (folder / name).read_bytes(), headers, with_body=with_body, slow=name in self.server.slow)
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str], *, with_body: bool = True) -> None:
+    def _send(
+        self, status: int, data: bytes, headers: dict[str, str], *, with_body: bool = True, slow: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if with_body:
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if slow else data)
+        if with_body and slow:
+            self.wfile.flush()
+            self.server.ending.wait(60)
 
     def _refuse(self, code: str) -> None:
         self._send(404, b"", {"X-Error-Code": code})
@@ -106,6 +117,7 @@ def fake_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ending.set()
         hub.shutdown()
         hub.server_close()
         thread.join()

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from click.testing import CliRunner
 
 from zeroinf.cli import main
+from zeroinf.cli.command import whole_help
 from zeroinf.cli.main import cli
 from zeroinf.cli.run import run as run_command
 from zeroinf.errors import (
@@ -248,6 +249,16 @@ def commands_of(command: click.Command) -> Iterator[click.Command]:
             child = command.get_command(context, name)
             assert child is not None
             yield from commands_of(child)
+
+
+def test_help_fits_80_columns_but_for_examples() -> None:
+    ctx = click.Context(cli, info_name="zeroinf", terminal_width=80, max_content_width=80)
+    for command in commands_of(cli):
+        own = click.Context(command, info_name=command.name, parent=ctx)
+        own.help_option_names = ["-h", "--help"]
+        text = whole_help(own) if command is not cli and command.name != "lm-eval" else command.get_help(own)
+        long = [line for line in text.splitlines() if len(line) > 80 and not line.startswith("    ")]
+        assert long == [], command.name
 
 
 FLOATS = [

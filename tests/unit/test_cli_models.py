@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,6 +116,25 @@ def test_a_download_fetches_what_a_run_needs_and_goes_on_where_it_stopped(machin
     (found,) = json.loads(as_json.out)["local"]
     assert (found["name"], found["quantized"], found["state"]) == ("org/model", "awq", "whole")
     assert found["bytes"] > 600_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_download_that_is_stopped_ends_at_once_and_leaves_no_parts_of_files(number: int, machine: Machine) -> None:
+    machine.hub.slow = {"model-2.safetensors"}
+    blobs, whole_but_one = machine.home / "hub" / "models--org--model" / "blobs", ["", "", "", "", ".incomplete"]
+    words = [sys.executable, "-m", "zeroinf", "download", "org/model"]
+    with subprocess.Popen(words, env=machine.environment, stderr=subprocess.PIPE, text=True) as process:
+        while [file.suffix for file in sorted(blobs.glob("*"), key=lambda file: file.suffix)] != whole_but_one:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert err.endswith(
+        f"error: stopped by {signal.Signals(number).name}\n\n"
+        "hint: files that are whole stay; the same command fetches the others\n"
+    )
+    assert not list(blobs.glob("*.incomplete"))
 
 
 def test_a_download_without_safetensors_takes_pickles_and_what_is_no_model_is_refused(machine: Machine) -> None:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
 import click
 
 from zeroinf.cli.command import command
@@ -9,6 +17,10 @@ from zeroinf.cli.environment import option
 from zeroinf.cli.params import complete_models
 from zeroinf.cli.transfer import transfer_shown
 from zeroinf.cli.waiting import waiting
+from zeroinf.signals import heeded_signals
+
+if TYPE_CHECKING:
+    from zeroinf.model.download import DownloadPlan
 
 
 @command(short_help="Fetch a model of the hub.")
@@ -41,6 +53,26 @@ def download(model: str, revision: str | None, trust_remote_code: bool, dry_run:
         return
     if not quiet:
         click.echo(f"{what}{have}", err=True)
-    with transfer_shown(plan.missing_bytes, quiet=quiet or not plan.missing_bytes) as moved:
+    with transfer_shown(plan.missing_bytes, quiet=quiet or not plan.missing_bytes) as moved, _stopped_at_once(plan):
         folder = fetch(plan, moved)
     click.echo(str(folder))
+
+
+@contextmanager
+def _stopped_at_once(plan: DownloadPlan) -> Iterator[None]:
+    """A signal that stops runs ends the process: the threads that fetch would go on to the end of their files."""
+    from zeroinf.model.download import drop_unfinished
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        drop_unfinished(plan)
+        lost = "files that are whole stay; the same command fetches the others"
+        shown = "\x1b[?25h\r\x1b[2K" if sys.stderr.isatty() else ""  # the cursor again, and no bar
+        click.echo(f"{shown}error: stopped by {signal.Signals(number).name}\n\nhint: {lost}", err=True)
+        os._exit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in heeded_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

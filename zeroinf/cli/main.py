@@ -95,9 +95,9 @@ def cli() -> None:
     --batch-size 16`. A flag comes before the environment. `zeroinf config show run` says what holds, and why.
 
     \b
-    Exit codes: 0 done, 1 failure, 2 usage, 3 does not fit, 4 this machine lacks something,
-    5 finished, but requests were refused or failed, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP,
-    138 SIGUSR1.
+    Exit codes: 0 done, 1 failure, 2 usage, 3 does not fit, 4 this machine lacks
+    something, 5 finished, but requests were refused or failed, 130 Ctrl-C,
+    143 SIGTERM, 129 SIGHUP, 138 SIGUSR1.
     """
 
 

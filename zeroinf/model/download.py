@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,15 @@ def download(plan: DownloadPlan, progress: Callable[[int], None]) -> Path:
         ) from error
     local_weight_files(Path(folder))
     return Path(folder)
+
+
+def drop_unfinished(plan: DownloadPlan) -> None:
+    """Remove the files that this process is fetching: nobody could go on with them. For who ends it on the spot."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            file = descriptor.readlink()
+            if file.suffix == ".incomplete" and file.is_relative_to(plan.folder.resolve()):
+                file.unlink()
 
 
 def _repository(name: str) -> str:
