@@ -260,6 +260,19 @@ def test_rows_that_begin_alike_follow_each_other_wherever_they_stand_among_those
     assert scheduler.counts.prefill_columns <= 3 * 33, "each header once, though there is room for one at a time"
 
 
+def test_two_thousand_prompts_of_one_header_compute_a_fifteenth_of_their_tokens() -> None:
+    draw = random.Random(0)
+    header, own = [draw.randrange(VOCABULARY) for _ in range(1500)], range(100)
+    rows = rows_of([[*header, *(draw.randrange(VOCABULARY) for _ in own)] for _ in range(2000)], 1)
+    size = {"rows": 64, "pages": 64 * 101, "micro_batch_rows": 64, "prefill_tokens": 2048, "forward_tokens": 2112}
+    scheduler = Scheduler(Limits(**size, prefix_pages=64 * 101), pages_of)
+    for start in range(0, len(rows), 64):
+        scheduler.add(rows[start : start + 64])
+        _finish(scheduler)
+    assert scheduler.counts.prefill_columns == 1600 + 1999 * (1600 - 1500 // PAGE * PAGE)
+    assert scheduler.counts.prefill_columns + scheduler.counts.shared_tokens == 2000 * 1600
+
+
 LIMITS: dict[str, Any] = {"rows": 4, "pages": 40, "micro_batch_rows": 4, "prefill_tokens": 60, "forward_tokens": 25}
 
 
