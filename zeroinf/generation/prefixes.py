@@ -57,6 +57,8 @@ class PrefixCache:
         """Prompts of rows that wait, and of the last ones that entered."""
         self._entered: deque[bytes] = deque()
         self._remembered = max(rows, _REMEMBERED)
+        self._wanted: dict[Row, tuple[int, int]] = {}
+        """What `wanted` has found of rows that wait, until anything changes."""
 
     @property
     def idle_pages(self) -> int:
@@ -68,6 +70,7 @@ class PrefixCache:
         if not self.most_pages:
             return list(rows)
         prompts = [array("i", row.prompt).tobytes() for row in rows]
+        self._wanted.clear()
         for row, prompt in zip(rows, prompts, strict=True):
             self._prompts[row] = prompt
             insort(self._sorted, prompt)
@@ -86,12 +89,18 @@ class PrefixCache:
             self._forget_prompt(self._prompts.pop(row))
 
     def _forget_prompt(self, prompt: bytes) -> None:
+        self._wanted.clear()
         del self._sorted[bisect_left(self._sorted, prompt)]
 
     def wanted(self, row: Row) -> tuple[int, int]:
         """Pages of the prompt of `row`, which waits, that are there, and pages that would be worth having."""
         if not self.most_pages:
             return 0, 0
+        if row not in self._wanted:
+            self._wanted[row] = self._look_up(row)
+        return self._wanted[row]
+
+    def _look_up(self, row: Row) -> tuple[int, int]:
         prompt, most = self._prompts[row], shareable_pages(len(row.prompt))
         there = min(most, len(self._find(prompt)))
         at = bisect_left(self._sorted, prompt)
@@ -121,6 +130,7 @@ class PrefixCache:
         for start in range(0, pages * PAGE_BYTES, PAGE_BYTES):
             tokens = prompt[start : start + PAGE_BYTES]
             if tokens not in following:
+                self._wanted.clear()
                 following[tokens] = PrefixPage(tokens, held[-1] if held else None)
                 self.pages += 1
             held.append(following[tokens])
@@ -149,6 +159,7 @@ class PrefixCache:
             self._drop(page)
 
     def _drop(self, page: PrefixPage) -> None:
+        self._wanted.clear()
         self.pages -= 1
         self._dropped.append(page)
 
@@ -157,6 +168,7 @@ class PrefixCache:
         when nobody holds them any more."""
         if not pages or self._first.get(pages[0].tokens) is not pages[0]:
             return
+        self._wanted.clear()
         left = [self._first.pop(pages[0].tokens)]
         while left:
             page = left.pop()

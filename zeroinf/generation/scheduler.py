@@ -377,6 +377,8 @@ class Scheduler:
     def _share(self, seat: Seat, pages: int) -> bool:
         """Whether there is room for `seat` with so many shared pages, which are then taken, and its own."""
         prefixes, own = self._prefixes, self._row_pages(seat.total - PAGE_TOKENS * pages)
+        if own > self._free_pages + prefixes.idle_pages:
+            return False
         made, spare = prefixes.room_for(seat.row, pages)
         excess = max(0, own + made - self._free_pages, prefixes.pages + made - self.limits.prefix_pages)
         if excess > spare:
