@@ -214,6 +214,8 @@ def test_models_health_version_and_figures(client: httpx.Client, official: opena
     for name in (
         "num_requests_running",
         "prefix_cache_hits_total",
+        'columns_total{phase="prefill"}',
+        'padding_columns_total{phase="decode"}',
         "passes_total",
         "streamed_bytes_total",
         "time_to_first_token_seconds_count",

@@ -217,6 +217,18 @@ class Gateway:
         yield counter("prefix_cache_hits", "Prompt tokens that shared prefixes saved, on rank 0.", shared)
         yield counter("passes", "Walks over all layers, on rank 0.", stats.passes)
         yield counter("streamed_bytes", "Weights transferred to where they compute, on rank 0.", stats.streamed_bytes)
+        counts = model.scheduler.counts
+        computed: dict[tuple[str, ...], float] = {
+            ("prefill",): counts.prefill_columns,
+            ("decode",): counts.decode_columns,
+        }
+        padding: dict[tuple[str, ...], float] = {
+            ("prefill",): counts.prefill_padding,
+            ("decode",): counts.decode_padding,
+        }
+        text = "Columns that forwards computed or attended to"
+        yield labelled("columns", f"{text}, on rank 0.", ["phase"], computed, counts=True)
+        yield labelled("padding_columns", f"{text} and that held no token.", ["phase"], padding, counts=True)
         terms: dict[tuple[str, ...], float] = {}
         for term in plan.terms:
             terms[term.place, term.name] = terms.get((term.place, term.name), 0) + term.nbytes

@@ -91,9 +91,11 @@ def counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"zeroinf_{name}", text, value=value)
 
 
-def labelled(name: str, text: str, labels: list[str], values: dict[tuple[str, ...], float]) -> Metric:
-    """A gauge with a value for each set of labels."""
-    family = GaugeMetricFamily(f"zeroinf_{name}", text, labels=labels)
+def labelled(
+    name: str, text: str, labels: list[str], values: dict[tuple[str, ...], float], *, counts: bool = False
+) -> Metric:
+    """A gauge, or a counter, with a value for each set of labels."""
+    family = (CounterMetricFamily if counts else GaugeMetricFamily)(f"zeroinf_{name}", text, labels=labels)
     for of, value in values.items():
         family.add_metric(of, value)
     return family
