@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import build_tokenizer
@@ -15,7 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, StopStringCrite
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.model.demo import demo_file
 from zeroinf.model.gguf.convert import convert_gguf
+from zeroinf.service.streaming import TextStream
+from zeroinf.service.text import TextCodec
 from zeroinf.service.token_bytes import TokenBytes
+from zeroinf.structured.answer_format import of_regex
+from zeroinf.structured.matcher import AnswerState, Vocabulary
 
 TEXT = "The fox — über 日本.\n\n<|im_end|>\n<|im_start|>user\nHi 🙂!! don't <s>[a]</s>, stop <|endoftext|> of it"
 
@@ -86,3 +93,28 @@ def test_rows_end_with_the_token_with_which_transformers_ends_them(make: Callabl
         assert decode(row.generated).startswith(row.text)
         assert row.finish_reason == "length" or stop not in row.text
     assert fired >= trials // 4
+
+
+@TOKENIZERS
+def test_answers_with_a_format_are_their_tokens_bytes(make: Callable[[], Any]) -> None:
+    """Beginning with a space, characters in parts and texts of special tokens: what the grammar saw is the text."""
+    tokenizer = make()
+    codec = TextCodec(tokenizer, SimpleNamespace(vocabulary=len(tokenizer)))  # type: ignore[arg-type]
+    vocabulary = Vocabulary(codec.piece, len(tokenizer), codec.special_tokens, {tokenizer.eos_token_id})
+    pattern = " ?(fox|ü[日🙂]|</s>|the 't){2} "
+    mask, found = np.zeros((1, vocabulary.words), np.int64), set[str]()
+    for seed in range(8):
+        draw, answer, tokens = random.Random(seed), AnswerState(vocabulary, of_regex(pattern)), list[int]()
+        while not answer.is_complete:
+            vocabulary.fill([(answer, 0)], mask.ctypes.data, 1)
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            tokens.append(int(draw.choice(np.flatnonzero(bits))))
+            answer.take(tokens[-1])
+        assert not codec.special_tokens & {*tokens}
+        stream = TextStream(codec.decode_as_it_is, ())
+        told = [stream.take(tokens[:count]) for count in range(1, len(tokens) + 1)]
+        text = codec.decode_as_it_is([*tokens, tokenizer.eos_token_id])
+        assert "".join([*told, stream.finish(text)]) == text
+        assert re.fullmatch(pattern, text)
+        found.add(text)
+    assert any(text.startswith(" ") for text in found)

@@ -30,6 +30,7 @@ from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event, Usage
 from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
 from zeroinf.simulation.workload import Simulator
+from zeroinf.structured.answer_format import AnswerFormat
 
 CPU = torch.device("cpu")
 ROWS, PROMPT, NEW = 4, 40, 9
@@ -119,7 +120,7 @@ def groups_of(shape: Shape, start: int, count: int, prompts: bool, **sampling: A
         seats = []
         for number in range(at, min(rows, at + shape.micro_batch_rows)):
             behind = number > at
-            how = Sampling(max_new_tokens=NEW, ignore_eos=True, **sampling)
+            how = Sampling(**{"max_new_tokens": NEW, "ignore_eos": True, **sampling})
             row = Row(index=number, prompt=[5] * (PROMPT - behind), sampling=how, decode=str)
             seat = Seat(row, number, start + count - behind)
             seat.computed = start - (behind and count == 1)
@@ -186,6 +187,7 @@ def test_so_are_those_of_rows_that_ask_for_logprobs(logprobs: int) -> None:
 
 
 SAMPLED = {"temperature": 0.7, "top_k": 9, "top_p": 0.5, "min_p": 0.2}
+STRUCTURED = {"answer_format": AnswerFormat("regex", "."), "ignore_eos": False}
 PENALIZED = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
 
 
@@ -195,9 +197,13 @@ PENALIZED = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_pena
         ({"sampled": True}, SAMPLED),
         ({"penalized": True}, PENALIZED),
         ({"sampled": True, "penalized": True}, SAMPLED | PENALIZED),
+        ({"structured": True}, STRUCTURED),
+        ({"sampled": True, "structured": True}, SAMPLED | STRUCTURED),
     ],
 )
-def test_so_are_those_of_rows_that_are_sampled_or_penalized(asked: dict[str, bool], sampling: dict[str, Any]) -> None:
+def test_so_are_those_of_rows_that_are_sampled_or_penalized_or_have_a_format(
+    asked: dict[str, bool], sampling: dict[str, Any]
+) -> None:
     config = eager("llama")
     config.vocab_size = 30_000  # scores are the largest of all then
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -120,13 +120,14 @@ class Masks:
             return None
         packed = self._on_device([seats[number] for number in members], -(-scores.shape[1] // WORD_BITS))
         index = None if len(members) == len(seats) else to_device(members, scores.device)
+        bits = to_device([1 << bit for bit in range(8)], scores.device).to(torch.uint8)
         step = max(1, _AT_ONCE // scores.shape[1])
         for start in range(0, len(members), step):
             part = slice(start, start + step)
             if index is None:
-                _forbid(scores[part], packed[part])
+                _forbid(scores[part], packed[part], bits)
             else:
-                scores.index_copy_(0, index[part], _forbid(scores.index_select(0, index[part]), packed[part]))
+                scores.index_copy_(0, index[part], _forbid(scores.index_select(0, index[part]), packed[part], bits))
         return scores.amax(dim=-1).isneginf()
 
     def _on_device(self, seats: Sequence[Seat], words: int) -> torch.Tensor:
@@ -147,9 +148,8 @@ def _goes_on(row: Row) -> bool:
     return row.answer is not None and row.finish_reason is None
 
 
-def _forbid(scores: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+def _forbid(scores: torch.Tensor, packed: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """`scores` (rows, vocabulary), those whose bits are not set in `packed` (rows, words) at minus infinity."""
-    bits = to_device([1 << bit for bit in range(8)], scores.device).to(torch.uint8)
     held = packed.view(torch.uint8)[:, :, None].bitwise_and(bits).view(len(packed), -1)
     scores[:, : held.shape[1]].masked_fill_(held[:, : scores.shape[1]].eq(0), -torch.inf)
     scores[:, held.shape[1] :] = -torch.inf  # no tokens of the model's
