@@ -105,6 +105,7 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     # Speed
     yield same("max_num_seqs per_device_eval_batch_size bs batch gpu_batch_size parallel np", "batch_size")
     yield none("max_num_batched_tokens ubatch_size ub enable_chunked_prefill", "nothing: the plan sizes each pass")
+    yield same("enable_prefix_caching cache_prompt", "share_prefixes")
     yield none("threads t cpu_threads", "set OMP_NUM_THREADS in the environment")
     yield none("enforce_eager attn_implementation flash_attn fa use_flash_attention use_cache", "nothing: it is chosen")
     yield none("percent", "nothing: the plan chooses the shares; {gpu_memory} and {host_memory} bound it")
@@ -145,6 +146,10 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("random_seed s", "seed")
     yield same("num_return_sequences best_of", "samples")
     yield same("stop_sequences stop_strings stop_sequence reverse_prompt antiprompt", "stop")
+    yield same("guided_json structured_outputs response_format", "json_schema")
+    yield same("guided_regex", "regex")
+    yield same("guided_choice", "choices")
+    yield none("guided_grammar grammar grammar_file", "not supported; {json_schema}, {regex} and {choices} are")
     yield none("num_beams use_beam_search", "there is no beam search; {samples} asks for several samples of a prompt")
     yield none("typical_p mirostat tfs", "not supported; {temperature}, {top_p}, {top_k} and {min_p} are")
     yield none("sampling_params generation_config", "its settings are options of their own, such as {temperature}")
