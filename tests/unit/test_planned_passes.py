@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import COMPUTED, peak_bytes
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.workload import Lengths, Step
 from zeroinf.simulation.make_plan import PlanInput, make_plan
 from zeroinf.simulation.recorder import Recorder
@@ -32,10 +35,12 @@ _FULLEST = 4
 
 
 def plan_of(
-    model: str, prompts: list[int], new: list[int], gpu_bytes: int, host_share: float, rows: int | None
+    model: str, prompts: list[list[int]], new: list[int], gpu_bytes: int, host_share: float, rows: int | None
 ) -> Plan:
     anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
-    lengths = Lengths.of(anatomy, list(zip(prompts, new, strict=True)))
+    asked = list(zip(map(len, prompts), new, strict=True))
+    groups = PrefixGroups([array("i", prompt) for prompt in prompts])
+    lengths = replace(Lengths.of(anatomy, asked), prefixes=groups.shared(anatomy, asked))
     plan_input = PlanInput(
         config=catalog_config(model),
         anatomy=anatomy,
@@ -48,9 +53,9 @@ def plan_of(
     return make_plan(plan_input).plan
 
 
-def passes_of(plan: Plan, prompts: list[int], new: list[int]) -> Iterator[list[Group]]:
+def passes_of(plan: Plan, prompts: list[list[int]], new: list[int]) -> Iterator[list[Group]]:
     scheduler = Scheduler(Limits.of(plan, shares_passes=True, breaks_at=None), plan.anatomy.row_pages)
-    scheduler.add(rows_of([[number] * tokens for number, tokens in enumerate(prompts)], new))
+    scheduler.add(rows_of(prompts, new))
     while True:
         scheduler.admit()
         if not (groups := scheduler.next_pass()):
@@ -100,9 +105,22 @@ def test_no_pass_takes_more_than_the_plan_said(
     model: str, least: int, most: int, requests: int, gpu_mib: int, rows: int | None, host_share: float
 ) -> None:
     draw = random.Random(requests)
-    prompts = [draw.randint(least, most) for _ in range(requests)]
+    prompts = [[number] * draw.randint(least, most) for number in range(requests)]
     new = [draw.randint(2 if rows is None else 24, 24) for _ in range(requests)]
     plan = plan_of(model, prompts, new, gpu_mib * MIB, host_share, rows)
+    check_passes(model, plan, prompts, new)
+
+
+def test_nor_does_one_whose_rows_share_what_their_prompts_begin_with() -> None:
+    draw = random.Random(1)
+    prompts = [[7] * 600 + [number] * draw.randint(1, 90) for number in range(300)]
+    new = [draw.randint(2, 24) for _ in prompts]
+    plan = plan_of("pythia-70m", prompts, new, 1500 * MIB, 0.0, None)
+    assert plan.prefixes is not None and plan.prefixes.saved_share > 0.8
+    check_passes("pythia-70m", plan, prompts, new)
+
+
+def check_passes(model: str, plan: Plan, prompts: list[list[int]], new: list[int]) -> None:
     planned = next(term.nbytes for term in plan.terms if term.name == COMPUTED)
     paper = Paper(model, plan)
     passes = list(passes_of(plan, prompts, new))
