@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from driver import run_cell
 from generating import run_rows, words
+from observers import Deaf
 from ranks import on_ranks
 from small_models import SEQ2SEQ_MODELS, auto_class, build_tokenizer
 from tiers import tiered
@@ -139,7 +139,7 @@ def test_eval_wants_a_model_that_predicts(small_checkpoint: Callable[[str], Path
     (tmp_path / "text.txt").write_text("A text.")
     options = RunOptions(model=str(small_checkpoint("t5")), sampling=Sampling(max_new_tokens=1))
     with pytest.raises(UsageError, match="T5ForConditionalGeneration has an encoder"):
-        evaluate(options, tmp_path / "text.txt", None, torch.device("cpu"), SimpleNamespace())
+        evaluate(options, tmp_path / "text.txt", None, torch.device("cpu"), Deaf())
 
 
 def test_an_encoder_crosses_the_link_once_for_its_prompts(small_checkpoint: Callable[[str], Path]) -> None:
