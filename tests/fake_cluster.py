@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from random import Random
 from typing import Any
+
+from fake_cluster_results import result_of
 
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.journal_output import JournalOutput
@@ -21,24 +23,10 @@ from zeroinf.ray.report import ClusterReport
 from zeroinf.runs.interrupts import Interrupts
 from zeroinf.runs.request_feed import JobProgress, Output
 from zeroinf.service.observer import Observer
-from zeroinf.service.requests import Result, Work
+from zeroinf.service.requests import Work
 
 Act = Callable[["FakeNode"], Sequence[NodeEvent] | None]
 """What a node answers when it has its model; None: it is silent from then on."""
-
-
-def result_of(work: Work) -> Result:
-    """A made-up result that depends on the request alone. Nodes know neither ids nor texts."""
-    most = work.sampling.max_new_tokens
-    return Result(
-        index=work.index,
-        id="",
-        prompt=None,
-        completion=f"{sum(work.prompt)} é",
-        finish_reason="length",
-        prompt_tokens=len(work.prompt),
-        completion_tokens=most,
-    )
 
 
 class FakeNode(NodeConnection):
@@ -126,7 +114,14 @@ def coming_and_going(cluster: FakeCluster, chance: Random) -> Callable[[], None]
 
 
 def drive(
-    job: Job, out: Path, cluster: Cluster, observer: Observer, *, limits: NodeLimits | None = None, resume: bool = False
+    job: Job,
+    out: Path,
+    cluster: Cluster,
+    observer: Observer,
+    *,
+    limits: NodeLimits | None = None,
+    resume: bool = False,
+    environ: Mapping[str, str] | None = None,
 ) -> ClusterReport:
     """Complete `job` on `cluster`, as `run_on_cluster` does it."""
     writer = JournalOutput(out, job, overwrite=False, resume=resume, resume_anyway=False)
@@ -134,7 +129,7 @@ def drive(
     left = tuple(writer.left)
     writer.begin(1)
     sampling = Sampling(max_new_tokens=1)
-    whole: dict[str, Any] = {"requests": len(left), "facts": {}, "environ": {}, "folder": out.parent}
+    whole: dict[str, Any] = {"requests": len(left), "facts": {}, "environ": environ or {}, "folder": out.parent}
     spec = NodeSpec(
         options=RunOptions(model="fake", sampling=sampling), lengths=Lengths(prompt_tokens=1, new_tokens=1), **whole
     )

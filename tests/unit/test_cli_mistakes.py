@@ -55,6 +55,10 @@ _MISTAKES = {
     (*_RUN, "--num-gpus", "many"): "error: --num-gpus: 'many' is no whole number",
     (*_RUN, "--gpu-memory", "24"): "error: --gpu-memory: 24 what? write 24GiB",
     (*_RUN, "--gpu-memory", "24576"): "error: --gpu-memory: 24576 what? write 24576MiB",
+    (*_RUN, "--ray", "auto", "--num-gpus", "2"): "--num-gpus with --ray: each node runs with all of its GPUs",
+    (*_RUN, "--ray", "auto", "--ray-nodes", "8:2"): "MAX no less than MIN",
+    (*_RUN, "--ray", "ray://head:10001"): "Ray's client cannot drive a job",
+    (*_RUN, "--ray-nodes", "2:8"): "--ray-nodes has no effect without --ray",
     ("plan", "demo", "--host-memory", "64Gi"): "'64Gi' is not a size: write 24GiB",
 }
 _HEAVY = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "scipy", "sympy", "pandas", "matplotlib", "rich")

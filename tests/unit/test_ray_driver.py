@@ -7,7 +7,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fake_cluster import FakeCluster, FakeNode, coming_and_going, drive, result_of, unruly
+from fake_cluster import FakeCluster, FakeNode, coming_and_going, drive, unruly
+from fake_cluster_results import result_of
 from fake_job import entries, read_job
 from observers import Notes
 
@@ -146,7 +147,7 @@ def test_status_tells_how_many_nodes_are_at_work(job: Job, tmp_path: Path) -> No
     ("text", "least", "most"), [("2:8", 2, 8), ("2:", 2, None), ("4", 1, 4), (":4", 1, 4), ("1:1", 1, 1)]
 )
 def test_limits_of_nodes_are_read(text: str, least: int, most: int | None) -> None:
-    assert NodeLimits.parse(text) == NodeLimits(least=least, most=most)
+    assert NodeLimits.parse(text) == NodeLimits(least=least, most=most, waits=True)
 
 
 @pytest.mark.parametrize("text", ["", ":", "0", "3:2", "two", "1:2:3", "-1"])

@@ -199,7 +199,7 @@ def _node_limits(
     options: RunOptions, ray: str | None, ray_nodes: str | None, beside: Mapping[str, Any], world: World
 ) -> NodeLimits:
     """The number of cluster nodes that the job wants. Raises UsageError for what means nothing beside --ray."""
-    from zeroinf.ray.limits import NodeLimits
+    from zeroinf.ray.limits import NodeLimits, check_address
 
     if ray is None:
         if ray_nodes is not None:
@@ -213,6 +213,7 @@ def _node_limits(
         raise UsageError(
             f"{', '.join(named)} with --ray: each node runs with all of its GPUs", hint=f"drop {named[0]}, or --ray"
         )
+    check_address(ray)
     return NodeLimits() if ray_nodes is None else NodeLimits.parse(ray_nodes)
 
 
@@ -280,8 +281,10 @@ def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report
     console = Console(stderr=True, soft_wrap=True)
     observer = ConsoleObserver(console, quiet=quiet)
     results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
-    with observer, redirect_stdout(sys.stderr):
-        cluster = RayCluster(address)
+    # Ray prints the death of each process to standard output.
+    with observer, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        observer.doing("joining the Ray cluster")
+        cluster = RayCluster(address, waits=limits.waits)
         try:
             outcome, report = run_on_cluster(options, cluster, cluster.device, limits, results, observer)
         finally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 _POLL_S = 0.05
 
@@ -78,3 +82,8 @@ class PeakMemory:
         now = resident()
         if now.total_bytes > self._peak.total_bytes:
             self._peak = now
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started: imports and all."""
+    return time.time() - psutil.Process(os.getpid()).create_time()

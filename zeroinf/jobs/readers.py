@@ -123,11 +123,11 @@ def _numbered(drafts: Iterable[tuple[int, int | None, str | None, Draft]], taken
             candidates = chain([stem], (f"{stem}-{suffix}" for suffix in count(2)))
             request_id = next(candidate for candidate in candidates if candidate not in taken)
             taken.add(request_id)
-        requests += _choices(draft, index, line, file, request_id)
+        requests += choices_of(draft, index, line, file, request_id)
     return requests
 
 
-def _choices(draft: Draft, index: int, line: int | None, file: str | None, request_id: str) -> Iterator[Request]:
+def choices_of(draft: Draft, index: int, line: int | None, file: str | None, request_id: str) -> Iterator[Request]:
     """A request for each completion that an entry asks for, prompt by prompt."""
     prompts: Sequence[str | tuple[int, ...] | None] = draft.prompts or (None,)
     extra = Extra(columns=draft.columns, echo=draft.echo, endpoint=draft.endpoint, model=draft.model)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
-from zeroinf.errors import EnvironmentProblem, UsageError
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.ray.limits import check_address
 from zeroinf.ray.messages import NodeEvent, NodeFailed, NodeInfo, NodeSpec
 from zeroinf.ray.supervisor import NodeSupervisor
 from zeroinf.service.requests import Work
@@ -71,11 +72,11 @@ class Cluster(Protocol):
 class RayCluster:
     """A Ray cluster, joined by this process until `leave`."""
 
-    def __init__(self, address: str, *, supervisor: type[Any] = NodeSupervisor) -> None:
+    def __init__(self, address: str, *, waits: bool = True, supervisor: type[Any] = NodeSupervisor) -> None:
         """Join the cluster at `address`; `auto` is the one of this machine, `local` starts one of this machine alone.
 
-        Raises EnvironmentProblem where Ray is not installed or there is no cluster, or none of its nodes has a GPU
-        while DS_ACCELERATOR does not ask for the CPU.
+        Raises EnvironmentProblem where Ray is not installed or there is no cluster, or, unless the job `waits` for
+        nodes, where none has what the job needs.
         """
         self.answers: Answers = SimpleQueue()
         self._ray = _joined(address)
@@ -83,6 +84,13 @@ class RayCluster:
         self.device: Device = "cuda"
         if os.environ.get("DS_ACCELERATOR") == "cpu" or (address == "local" and not self.nodes()):
             self.device = "cpu"
+        if not waits and not self.nodes():
+            self.leave()
+            what = "GPUs" if self.device == "cuda" else "CPUs"
+            raise EnvironmentProblem(
+                f"--ray {address}: no node of the cluster has {what} for the job",
+                hint="DS_ACCELERATOR=cpu runs on CPUs; --ray-nodes 1: waits for a node to join",
+            )
 
     def nodes(self) -> list[NodeInfo]:
         """Nodes that are alive: all with GPUs, or with CPUs where the job runs on these."""
@@ -146,19 +154,15 @@ class _Connection:
 
 
 def _joined(address: str) -> Any:
-    if address.startswith("ray://"):
-        raise UsageError(
-            f"--ray {address}: Ray's client cannot drive a job",
-            hint="start it on a node of the cluster with --ray auto: ray job submit -- zeroinf run --ray auto ...",
-        )
-    try:
-        import ray
-    except ImportError as error:
-        raise EnvironmentProblem(f"--ray needs Ray: {error}", hint="pip install 'zeroinf[ray]'") from error
+    check_address(address)
+    import ray
+
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         how |= {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of what it will do one day
+    # Else Ray warns of what it will do one day, and of answers that nobody waits for any more.
+    for name, value in (("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"), ("RAY_IGNORE_UNHANDLED_ERRORS", "1")):
+        os.environ.setdefault(name, value)
     try:
         ray.init(address=address, **how)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -176,5 +180,8 @@ def _failure(error: BaseException) -> NodeFailed:
     if isinstance(cause, BaseException):  # the supervisor's own error
         return NodeFailed.of(cause, is_final=False)
     words = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in words if "exit_detail" in line or "unexpectedly" in line or "node" in line), None)
-    return NodeFailed(message=f"Ray lost it: {told or (words[0] if words else type(error).__name__)}")
+    if "creation task" in words[0]:  # with the traceback of what its node lacks
+        return NodeFailed(message=words[-1])
+    # Between the first line and the last one there are ids.
+    told = words[-1].partition(" Some common causes")[0] if words else type(error).__name__
+    return NodeFailed(message=f"Ray lost its supervisor: {told}")

@@ -100,6 +100,7 @@ class Driver:
         """Complete all requests; what the nodes did. Raises ClusterError where no node is left that could go on,
         InterruptedRunError after a signal, OutputError. No supervisor outlives the call."""
         self._interrupts.deferred = True
+        self._observer.doing("nodes load the model")
         try:
             while self._left:
                 self._look()
@@ -281,9 +282,12 @@ class Driver:
         codes = {node.failure.exit_code for node in failed if node.failure is not None}
         first = failed[0].failure
         assert first is not None
-        code = next(iter(codes)) if len(codes) == 1 and codes <= _KNOWN_CODES else ClusterError.exit_code
+        alike = next(iter(codes)) if len(codes) == 1 else None
+        code = alike if alike in _KNOWN_CODES else None
         count = "the only node" if len(failed) == 1 else f"all {len(failed)} nodes"
-        return ClusterError(f"{count} failed; {failed[0].info.name}: {_words(first)}", hint=first.hint, exit_code=code)
+        return ClusterError(
+            f"{count} failed; {failed[0].info.name}: {_words(first)}", hint=first.hint, exit_code=code or 1
+        )
 
     # How far it is.
 
@@ -320,4 +324,4 @@ class Driver:
 
 
 def _words(failure: NodeFailed) -> str:
-    return f"{failure.message} (exit code {failure.exit_code})"
+    return failure.message + (f" (exit code {failure.exit_code})" if failure.exit_code is not None else "")

@@ -77,8 +77,8 @@ class NodeFailed:
 
     message: str
     hint: str | None = None
-    exit_code: int = ZeroinfError.exit_code
-    """What a plain run would have ended with."""
+    exit_code: int | None = None
+    """The process's; as a shell has it after a signal. None where nobody knows it."""
     is_final: bool = False
     """Starting it again would end the same way: its plan does not fit, or it lacks something."""
 
@@ -88,7 +88,8 @@ class NodeFailed:
         if isinstance(error, ZeroinfError):
             return cls(message=error.message, hint=error.hint, exit_code=error.exit_code, is_final=is_final)
         words = str(error).strip().splitlines()
-        return cls(message=f"{type(error).__name__}: {words[-1]}" if words else type(error).__name__)
+        name = type(error).__name__
+        return cls(message=f"{name}: {words[-1]}" if words else name, exit_code=ZeroinfError.exit_code)
 
 
 NodeEvent: TypeAlias = NodeReady | NodeNote | NodeResults | NodeFailed

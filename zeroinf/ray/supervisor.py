@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from zeroinf.ray.messages import NodeEvent, NodeFailed, NodeSpec
 from zeroinf.service.requests import Work
 
-_MODULE = "zeroinf.ray.worker"
 _LAST_WORDS = 20
 _END_S = 3.0
 
@@ -28,11 +28,15 @@ _END_S = 3.0
 class NodeSupervisor:
     """Starts the node's process; `exchange` gives it requests and takes what came of earlier ones."""
 
+    module = "zeroinf.ray.worker"
+
     def __init__(self, spec: NodeSpec) -> None:
         path = os.pathsep.join(each for each in sys.path if each)
         environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # Ray's: one thread
+        # DeepSpeed looks for ninja on PATH; it lies beside this Python.
+        environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environ.get("PATH", "")))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE],
+            [sys.executable, "-m", self.module],
             env={**environ, **spec.environ, "PYTHONPATH": path},
             cwd=spec.folder if spec.folder.is_dir() else None,
             stdin=subprocess.PIPE,

@@ -12,31 +12,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from zeroinf.compat.imports import quicken_imports
 from zeroinf.errors import EnvironmentProblem, ZeroinfError
-from zeroinf.hardware.snapshot import read_machine
-from zeroinf.options.options import RunOptions
+from zeroinf.hardware.process import process_age_s
+from zeroinf.paths import cache_directory
 from zeroinf.planner.summary import plan_lines
-from zeroinf.ray.facts import node_facts
 from zeroinf.ray.messages import NodeEvent, NodeFailed, NodeNote, NodeReady, NodeResults, NodeSpec
+from zeroinf.ray.node import ranks_here, within_ray
 from zeroinf.runs.progress import ProgressObserver
-from zeroinf.runs.runner import process_age_s
-from zeroinf.runs.session import Session, open_session
-from zeroinf.service.handles import Handle
 from zeroinf.service.requests import Result, Work
+
+if TYPE_CHECKING:
+    from zeroinf.runs.session import Session
+    from zeroinf.service.handles import Handle
 
 _TELL_EVERY_S = 0.5
 _END_S = 8.0
 """How long the model may take to close; what is left of the process then ends as it is."""
-_NO_MONITOR, _MEMORY_SHARE = "RAY_memory_monitor_refresh_ms", "RAY_memory_usage_threshold"
-"""Ray's variables: 0 for no limit of memory; the share of a node's memory above which Ray kills processes."""
-_RAY_MEMORY_SHARE = 0.95
-"""That share, where the variable does not say another."""
-
 Send = Callable[[NodeEvent], None]
 
 
@@ -69,25 +65,17 @@ def main() -> int:
 
 def _open(spec: NodeSpec, send: Send) -> Session:
     """The loaded model. Raises what a run raises before its first token."""
-    options = _within_ray(spec.options)
+    quicken_imports(cache_directory())
+    from zeroinf.ray.facts import node_facts
+    from zeroinf.runs.session import open_session
+
+    options = within_ray(spec.options)
     _check_facts(spec.facts, node_facts(options))
-    gpus = len([one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one])
-    ranks = gpus if gpus > 1 and os.environ.get("DS_ACCELERATOR") != "cpu" else None
-    session = open_session(options, spec.lengths, spec.requests, _Notes(send), ranks)
+    session = open_session(options, spec.lengths, spec.requests, _Notes(send), ranks_here())
     plan = session.plan
     how = next(iter(plan_lines(plan)))
     send(NodeReady(capacity=plan.batch_size * plan.streams, load_s=process_age_s(), plan=how))
     return session
-
-
-def _within_ray(options: RunOptions) -> RunOptions:
-    """The options with host memory limited to what Ray lets a node take before it kills the process that took most."""
-    if os.environ.get(_NO_MONITOR) == "0":
-        return options
-    share = float(os.environ.get(_MEMORY_SHARE, _RAY_MEMORY_SHARE))
-    memory = read_machine(()).memory
-    room = max(0, memory.available_bytes - int((1 - share) * memory.total_bytes))
-    return replace(options, host_memory=room if options.host_memory is None else min(room, options.host_memory))
 
 
 def _check_facts(wanted: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TextIO
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,7 +19,7 @@ from zeroinf.errors import RankError
 from zeroinf.generation.loop import Feed
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
-from zeroinf.hardware.process import PeakMemory, uncollected
+from zeroinf.hardware.process import PeakMemory, process_age_s, uncollected
 from zeroinf.jobs.output import Job, Writer
 from zeroinf.jobs.output_files import errors_path
 from zeroinf.jobs.sharing import share_work
@@ -263,8 +260,3 @@ class _Job:
             mask_wait_s=model.mask_wait_s,
             repetitions=tuple(self._repetitions),
         )
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started: imports and all."""
-    return time.time() - psutil.Process(os.getpid()).create_time()
