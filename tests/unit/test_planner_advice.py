@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 from fake_machines import CHAIN, GIB, machine_of
 
@@ -142,3 +144,30 @@ def test_without_advice_a_plan_is_just_that_and_a_hint_says_what_is_short() -> N
 
 def test_a_disk_on_which_nothing_would_rest_is_not_advised() -> None:
     assert "--nvme-path" not in roomy()
+
+
+def assert_words(text: str, name: str, request: pytest.FixtureRequest) -> None:
+    """The words of `text` are those of a golden file, which figures, and so how wide columns are, do not change.
+
+    `--update-golden` writes it anew; the diff shows what a reader would read otherwise.
+    """
+    said = re.sub(r"[#.]{5,}", "BAR", text)
+    words = "\n".join(" ".join(re.sub(r"(?<![\w-])\d[\d,.:]*", "N", line).split()) for line in said.splitlines()) + "\n"
+    file = Path(__file__).parents[1] / "golden" / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        file.write_text(words)
+    assert words == file.read_text(), "read the diff; --update-golden writes it anew"
+
+
+def test_a_plan_and_a_refusal_are_in_plain_words(request: pytest.FixtureRequest) -> None:
+    assert_words(roomy(), "pythia-1b-in-words", request)
+    assert_words(f"error: {refused().message}\n\nhint: {refused().hint}", "pythia-1b-refused-in-words", request)
+
+
+@pytest.mark.full
+def test_llama_2_70b_without_host_memory_is_told_of_packed_weights(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zeroinf.options.plan_input.read_machine", lambda paths: MACHINE)  # whatever is free here
+    error = plan("--model", "llama-2-70b").exception
+    assert_words(f"error: {error.message}\n\nhint: {error.hint}", "llama-2-70b-refused-in-words", request)
