@@ -150,9 +150,10 @@ class Batches:
             thread.join()
 
     def _set(self, batch: Batch, **changes: Any) -> Batch:
-        """To be called with the lock held."""
-        changed = self._batches[batch.id] = replace(self._batches[batch.id], **changes)
+        """To be called with the lock held. Clients are told what is on the disk. Raises OSError."""
+        changed = replace(self._batches[batch.id], **changes)
         changed.save(self._folder / batch.id)
+        self._batches[batch.id] = changed
         return changed
 
     def _change(self, batch_id: str, status: Status, **changes: Any) -> None:
@@ -168,7 +169,11 @@ class Batches:
                 if not known:
                     logging.getLogger(__name__).exception("batch %s", batch_id)
                 why = str(error) if known else "the server failed to read it; its log says more"
-                self._fail(batch_id, [{"code": "failed", "line": None, "message": why, "param": None}])
+                try:
+                    self._fail(batch_id, [{"code": "failed", "line": None, "message": why, "param": None}])
+                except OSError as full:  # the next server goes on with it
+                    self._gateway.fail(full)
+                    return
                 continue
             if running is not None:
                 self._inbox.put(lambda running=running: self._begin(running))  # type: ignore[misc]
