@@ -182,7 +182,7 @@ asked.repartition(6).write_parquet({str(tmp_path / "in")!r})
 settings = dict(model="demo", dtype="float32", max_prompt_tokens=16, max_new_tokens=4, batch_size=8)
 done = ray.data.read_parquet({str(tmp_path / "in")!r}).map_batches(
     Generate, fn_constructor_kwargs=settings, batch_format="pyarrow", batch_size=5,
-    concurrency={min(2, len(cluster.nodes))}, num_cpus=0.5, max_concurrency=2,
+    concurrency={min(2, len(cluster.nodes))}, num_cpus=0, max_concurrency=2,
 )
 done.write_parquet({str(tmp_path / "out")!r})
 """
