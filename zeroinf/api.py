@@ -27,6 +27,7 @@ from zeroinf.planner.wire import Wire
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.calls import is_chat, requests_of, sampling_of
 from zeroinf.runs.progress import ProgressObserver
+from zeroinf.runs.report import RunReport
 from zeroinf.runs.session import Session, open_session
 from zeroinf.service.core import Priority
 from zeroinf.service.handles import Completion, Handle, TokenEvent
@@ -286,6 +287,14 @@ class Pipeline:
     def plan(self) -> Plan:
         """The plan that the model runs by."""
         return self._session.plan
+
+    def report(self) -> RunReport:
+        """What was done since the model was loaded: counts, times, bytes, memory beside the plan, where time went.
+
+        It waits for the pass that runs. `to_json()` gives what `zeroinf run --report` writes. Under a launcher only
+        rank 0 asks. Raises UsageError once the pipeline is closed.
+        """
+        return self._session.report()
 
     @property
     def tokenizer(self) -> Any:

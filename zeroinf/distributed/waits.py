@@ -111,12 +111,21 @@ class WaitWatch:
     """A thread that publishes this rank's activity in the store. Rank 0's thread also reads those of all ranks.
 
     On rank 0 `note` is called with messages about long waits. In a deadlock `on_end(message, reports)` is called on
-    every rank, with `reports` true on rank 0, and the process ends with the exit code of a RankError.
+    every rank, with `reports` true on rank 0, and the process ends with the exit code of a RankError; with
+    `ends_process` False it goes on, and is watched no more: it is a user's own.
     """
 
-    def __init__(self, control: Control, note: Callable[[str], None], on_end: Callable[[str, bool], None]) -> None:
+    def __init__(
+        self,
+        control: Control,
+        note: Callable[[str], None],
+        on_end: Callable[[str, bool], None],
+        *,
+        ends_process: bool = True,
+    ) -> None:
         self._control, self._note = control, note
         self.on_end = on_end
+        self._ends_process = ends_process
         self._stop, self._ending = threading.Event(), threading.Event()
         self._published: RankState | None = None
         self._seen: dict[int, tuple[RankState, float]] = {}
@@ -189,8 +198,10 @@ class WaitWatch:
         self.on_end(message, reports)
         if reports:
             self._control.store.set(_ENDED, message)
-            time.sleep(_GRACE_S)
-        os._exit(RankError.exit_code)
+        self._stop.set()
+        if self._ends_process:
+            time.sleep(_GRACE_S if reports else 0.0)
+            os._exit(RankError.exit_code)
 
 
 def _waiting_messages(states: Sequence[RankState], waiting: set[int]) -> Iterator[str]:

@@ -63,11 +63,14 @@ class PeerWatch:
     only, the lowest that lives. A rank that fails on purpose stores its reason and exit code with
     `publish_exit_reason`: the other ranks report the reason and end with the exit code. Rank 0 holds the store and
     reports its own error: then no other rank does.
+
+    With `ends_process` False the process goes on after `on_death`, and is watched no more: it is a user's own.
     """
 
-    def __init__(self, control: Control, on_death: Callable[[str, bool], None]) -> None:
+    def __init__(self, control: Control, on_death: Callable[[str, bool], None], *, ends_process: bool = True) -> None:
         self._control = control
         self._on_death = on_death
+        self._ends_process = ends_process
         self._stop = threading.Event()
         self._ending = threading.Event()
         process = psutil.Process()
@@ -132,6 +135,8 @@ class PeerWatch:
             self._ending.set()
             if reason is not None:
                 self._on_death(reason[0], self._control.world.is_main)
+                if not self._ends_process:
+                    return
                 self._wait_for_rank_0_message()
                 os._exit(reason[1])
             reasons = [self._exit_reason_of(peer.rank) for peer in dead]
@@ -141,6 +146,8 @@ class PeerWatch:
             if self._remote_peers:
                 self._publish_reason("; ".join(texts), exit_code)
             self._on_death("; ".join(texts), first_alive == self._control.world.rank)
+            if not self._ends_process:
+                return
             time.sleep(_GRACE_S)  # the others shall see who died first, not that this rank followed
             os._exit(exit_code)
         while self._remote_peers and not time.sleep(_HEARTBEAT_EVERY_S):  # type: ignore[func-returns-value]

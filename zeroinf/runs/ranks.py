@@ -8,21 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from zeroinf.distributed.ports import free_port
 from zeroinf.distributed.world import World, world_from_environment
-from zeroinf.errors import EnvironmentProblem, RankError, UsageError, ZeroinfError
+from zeroinf.errors import EnvironmentProblem, UsageError, ZeroinfError
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.environment import Environment
 
 _GRACE_S = 10.0
 """How long ranks have to end by themselves."""
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,6 @@ class Ranks:
         where there are fewer GPUs."""
         _check(count)
         self.world = World(rank=0, size=count, local_rank=0, local_size=count, launched=True)
-        self._is_over = threading.Event()
         sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(count))
         common = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._environment = Environment({**common, "RANK": "0", "LOCAL_RANK": "0"})
@@ -66,25 +63,8 @@ class Ranks:
             self.close()
             raise
 
-    def watch(self, died: Callable[[RankError], None]) -> None:
-        """Call `died` if a rank ends before `close`."""
-        threading.Thread(target=self._watch, args=(died,), name="zeroinf-ranks", daemon=True).start()
-
-    def _watch(self, died: Callable[[RankError], None]) -> None:
-        while not self._is_over.wait(_POLL_S):
-            codes = [process.poll() for process in self._processes]
-            gone = next((rank for rank, code in enumerate(codes, start=1) if code is not None), None)
-            if gone is not None:
-                died(RankError(f"rank {gone} died with exit code {codes[gone - 1]}", hint="its own message says why"))
-                return
-
-    def ending(self) -> None:
-        """Ranks will end now, in order."""
-        self._is_over.set()
-
     def close(self) -> None:
         """End the other ranks, and take back what the environment was told."""
-        self._is_over.set()
         deadline = time.monotonic() + _GRACE_S
         for process in self._processes:
             try:

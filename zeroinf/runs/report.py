@@ -14,17 +14,7 @@ from zeroinf.planner.plan import Plan
 from zeroinf.runs.compare import Compared, compare_gpu, compare_host, compare_time
 from zeroinf.service.gpu_memory import GpuUse
 from zeroinf.service.observer import rate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Phases:
-    """Times of one rank's generation, in seconds."""
-
-    generate_s: float
-    first_token_s: float
-    """From the start until the first tokens were known; 0 on a rank that had no rows."""
-    prefill_s: float
-    """From the drawing of each micro-batch until its first tokens were known, all of them together."""
+from zeroinf.service.phases import Phases
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

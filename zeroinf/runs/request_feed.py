@@ -13,8 +13,8 @@ import torch.distributed as dist
 from zeroinf.generation.row import Row
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue
-from zeroinf.runs.report import Phases
 from zeroinf.service.observer import Observer, Progress, tokens_left
+from zeroinf.service.phases import PhaseClock, Phases
 from zeroinf.service.requests import Refusal, Result, Work
 
 if TYPE_CHECKING:
@@ -156,18 +156,16 @@ class RequestFeed:
         self._walks = 1 if engine.in_step else prepared.plan.streams
         self._output = output
         self._observer = observer
-        self._filling_since: float | None = None
-        self._first_token_s: float | None = None
-        self._prefill_s = 0.0
         self._engine = engine
-        self._before = engine.stats()
-        self._started = self._told = time.perf_counter()
+        self._streamed_before = engine.stats().streamed_bytes
+        self._told = time.perf_counter()
+        self._clock = PhaseClock()
 
     def take(self) -> list[Row]:
         """Rows of the next micro-batch; none when the queue is empty. Ranks of one stream get the same."""
         drawn = self._part.broadcast(self._queue.draw() if self._part.world.is_main else None)
-        if drawn and self._filling_since is None:
-            self._filling_since = time.perf_counter()
+        if drawn:
+            self._clock.drew()
         return [_row(self._prepared.work[position], self._model) for position in drawn]
 
     def done(self, row: Row) -> None:
@@ -195,11 +193,8 @@ class RequestFeed:
     def grew(self, rows: int) -> None:
         """Count a forward's tokens, and now and then gather results and say how far the run is."""
         self._untold += rows if self._part.world.is_main else 0
-        if rows and self._filling_since is not None:
-            now = time.perf_counter()
-            self._first_token_s = self._first_token_s or now - self._started
-            self._prefill_s += now - self._filling_since
-            self._filling_since = None
+        if rows:
+            self._clock.grew()
         if time.perf_counter() - self._told >= _TELL_EVERY_S:
             self._tell()
 
@@ -224,40 +219,26 @@ class RequestFeed:
 
     def finish(self) -> float:
         """Tell the last progress, whose figures are the report's; seconds since the stream began."""
-        elapsed_s = time.perf_counter() - self._started
+        elapsed_s = self._clock.elapsed_s
         if self._output is not None:
             self._show(self._output.completion_tokens, elapsed_s)
         return elapsed_s
 
     def phases(self) -> Phases:
         """This rank's times until now."""
-        return Phases(
-            generate_s=time.perf_counter() - self._started,
-            first_token_s=self._first_token_s or 0.0,
-            prefill_s=self._prefill_s,
-        )
-
-    @property
-    def passes(self) -> int:
-        """Walks over the blocks of this rank since the stream began."""
-        return self._engine.stats().passes - self._before.passes
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Weight bytes that these walks streamed."""
-        return self._engine.stats().streamed_bytes - self._before.streamed_bytes
+        return self._clock.phases()
 
     def _tell(self) -> None:
         self._told = time.perf_counter()
         tokens = self._tokens.add(self._untold)
         self._untold = 0
         self.gather()
-        self._show(tokens, self._told - self._started)
+        self._show(tokens, self._clock.elapsed_s)
 
     def _show(self, tokens: int, elapsed_s: float) -> None:
         """Show how far the run is, and keep it beside the results."""
         if self._progress is not None:
-            streamed = self.streamed_bytes * self._walks
+            streamed = (self._engine.stats().streamed_bytes - self._streamed_before) * self._walks
             self._observer.progress(self._progress.told(tokens, elapsed_s, streamed_bytes=streamed))
 
 

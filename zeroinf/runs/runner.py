@@ -13,11 +13,9 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.waits import WaitWatch, report_long_wait
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World
-from zeroinf.engines.base import Stalls
 from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import RankError
 from zeroinf.generation.loop import Feed
-from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory, process_age_s, uncollected
 from zeroinf.jobs.output import Job, Writer
@@ -28,13 +26,15 @@ from zeroinf.options.model import source_of
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.plan import Plan
 from zeroinf.runs.interrupts import Interrupts, interrupted
+from zeroinf.runs.measure import RankMeter, streamed_by_all
 from zeroinf.runs.opening import open_job, outcome_of
 from zeroinf.runs.prepare import JobInput, PreparedRun, prepare
-from zeroinf.runs.report import Phases, RankReport, RunOutcome, RunReport
+from zeroinf.runs.report import RunOutcome, RunReport
 from zeroinf.runs.request_feed import Output, RequestFeed, WarmUpFeed
 from zeroinf.runs.shutdown import Shutdown
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
+from zeroinf.service.phases import Phases
 from zeroinf.service.requests import Refusal, Work
 
 _WARM_UP_TOKENS = 3
@@ -142,8 +142,6 @@ class _Job:
         self._output = output
         self._observer = observer
         self._interrupts = interrupts
-        self._stalls_before = Stalls()
-        self._moved_before = (0, 0)
         self._repetitions: list[Phases] = []
 
     def run(
@@ -166,14 +164,12 @@ class _Job:
         )
         try:
             ready_s = process_age_s()
-            stream, generate_s = self._generate(model)
+            generate_s, meter = self._generate(model)
             finish_s = process_age_s()
             if watch is not None:
                 watch.stop()
             stats = model.engine.stats()
-            ranks = self._control.all_gather(self._rank_report(model, stream))
-            # In step, the ranks of one pass share one walk over the weights; otherwise each makes its own.
-            streamed = (max if model.engine.in_step else sum)(rank.streamed_bytes for rank in ranks)
+            ranks = self._control.all_gather(meter.report(self._repetitions, model.peak.stop()))
         finally:
             model.close()
         if self._output is None:
@@ -192,7 +188,7 @@ class _Job:
             tokenize_s=self._prepared.tokenize_s,
             generate_s=generate_s,
             start_to_finish_s=finish_s,
-            streamed_bytes=streamed,
+            streamed_bytes=streamed_by_all(ranks, in_step=model.engine.in_step),
             shared_host_bytes=stats.shared_host_bytes,
             ranks=tuple(ranks),
             output=self._options.output_file,
@@ -203,19 +199,19 @@ class _Job:
         if not read_aio_op(with_gpu=plan.device == "cuda").usable_at_once:
             self._observer.note("DeepSpeed compiles its NVMe op on first use: this takes minutes, once")
 
-    def _generate(self, model: LoadedModel) -> tuple[RequestFeed, float]:
+    def _generate(self, model: LoadedModel) -> tuple[float, RankMeter]:
+        """The seconds of the measured part, and what counted its passes."""
         if self._options.benchmark:
             warm_up = WarmUpFeed(self._prepared, model, min(_WARM_UP_TOKENS, self._prepared.plan.new_tokens))
             self._loop(model, Feed(take=warm_up.take, done=lambda row: None))
         for number in range(1, self._options.repetitions):
             self._run_once(number, model, None)
             self._control.all_gather(None)  # ranks begin together
-        model.scheduler.counts = Counts()
-        self._stalls_before, self._moved_before = model.engine.stats().stalls, model.moved_bytes
-        return self._run_once(0, model, self._output)
+        meter = RankMeter(model)
+        return self._run_once(0, model, self._output), meter
 
-    def _run_once(self, number: int, model: LoadedModel, output: Output | None) -> tuple[RequestFeed, float]:
-        """All requests, from a queue of its own. Without `output` only the time counts."""
+    def _run_once(self, number: int, model: LoadedModel, output: Output | None) -> float:
+        """All requests, from a queue of its own, and the seconds they take. Without `output` only the time counts."""
         store = dist.PrefixStore(f"repetition/{number}", self._control.store)
         model.scheduler.clear_prefixes()  # nothing is known of these requests
         stream = RequestFeed(self._prepared, model, store, output, self._observer)
@@ -228,7 +224,7 @@ class _Job:
         finally:
             stream.gather()
             self._observer.ended()
-        return stream, generate_s
+        return generate_s
 
     def _loop(self, model: LoadedModel, feed: Feed) -> None:
         self._interrupts.deferred = True
@@ -239,24 +235,3 @@ class _Job:
             self._control.activity.now("has generated its tokens")
         if stopped_by:
             raise interrupted(stopped_by)
-
-    def _rank_report(self, model: LoadedModel, stream: RequestFeed) -> RankReport:
-        fetched, sent = (now - before for now, before in zip(model.moved_bytes, self._moved_before, strict=True))
-        stats = model.engine.stats()
-        return RankReport(
-            host_loading=model.loading,
-            host=model.peak.stop(),
-            gpu=model.gpu_use(),
-            link_gbps=model.link_gbps,
-            passes=stream.passes,
-            streamed_bytes=stream.streamed_bytes,
-            counts=model.scheduler.counts,
-            pool_pages=model.scheduler.limits.pages,
-            kv_fetched_bytes=fetched,
-            kv_sent_bytes=sent,
-            slot_bytes=stats.slot_bytes,
-            pinned_host_bytes=model.pinned_host_bytes,
-            stalls=stats.stalls - self._stalls_before,
-            mask_wait_s=model.mask_wait_s,
-            repetitions=tuple(self._repetitions),
-        )

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from zeroinf.distributed.control import Control, OtherRankFailedError
+from zeroinf.distributed.waits import WaitWatch
+from zeroinf.distributed.watch import PeerWatch
 from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.zero.config import build_zero_config
-from zeroinf.errors import InputError, ZeroinfError
+from zeroinf.errors import InputError, RankError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
+from zeroinf.hardware.process import process_age_s
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import anatomy_of, source_of
@@ -26,7 +29,9 @@ from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
+from zeroinf.runs.measure import RankMeter, streamed_by_all
 from zeroinf.runs.ranks import Ranks, SessionSpec
+from zeroinf.runs.report import RankReport, RunReport
 from zeroinf.service.core import Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
@@ -111,7 +116,6 @@ class Session:
         self.source = source
         self._observer = observer
         self._calls = 0
-        self._ranks = ranks
         self._is_sound = False
         """Whether all ranks can leave together."""
         self._closing = ExitStack()
@@ -120,6 +124,7 @@ class Session:
                 self._closing.callback(ranks.close)
             self._control = Control(world, device.type)
             self._closing.callback(self._leave)
+            self._watch_ranks(observer)
             observer.doing("planning")
             planned, own_config = self._control.run_on_main(
                 lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
@@ -134,13 +139,34 @@ class Session:
                 gpu_memory_bytes=options.gpu_memory,
             )
             self._closing.callback(self.model.close)
-            self.service = Service(self.model)
+            self._meter, self._ready_s, self._tokenize_s = RankMeter(self.model), process_age_s(), 0.0
+            self.service = Service(self.model, lambda phases: self._meter.report([phases], self.model.peak.so_far()))
             self._closing.callback(self.service.close)
-        except BaseException:
+        except BaseException as error:
             self._closing.close()
+            if self._lost:
+                raise RankError(self._lost) from error
             raise
-        if ranks is not None:
-            ranks.watch(self.service.fail)
+        if self._lost:
+            self.service.fail(RankError(self._lost))
+
+    def _watch_ranks(self, observer: Observer) -> None:
+        """Learn of ranks that die, and of ranks that wait for each other, also while they load."""
+        self._lost = ""
+        if self._control.world.size == 1:
+            return
+        peers = PeerWatch(self._control, lambda message, reports: self._lose(message), ends_process=False)
+        waits = WaitWatch(
+            self._control, observer.note, lambda message, reports: self._lose(message), ends_process=False
+        )
+        self._closing.callback(waits.stop)
+        self._closing.callback(peers.stop)
+
+    def _lose(self, message: str) -> None:
+        """Ranks cannot go on together: whoever waits for a result is told."""
+        self._lost = message
+        if "service" in self.__dict__:
+            self.service.fail(RankError(message))
 
     @property
     def plan(self) -> Plan:
@@ -213,7 +239,9 @@ class Session:
         return answer
 
     def _encoded(self, request: Request) -> array[int]:
+        started = time.perf_counter()
         prompt = encode_prompt(self.model.codec, request)
+        self._tokenize_s += time.perf_counter() - started
         config = self.model.engine.model.generation_config
         if not request.sampling.is_greedy and (why := refuse_sampling(config)):
             raise InputError(f"prompt {request.index}: {why}")
@@ -244,11 +272,36 @@ class Session:
             problem=found.problem or None,
         )
 
+    def report(self) -> RunReport:
+        """What was done since the model was loaded, all ranks together, between two passes. On rank 0.
+
+        Raises UsageError on other ranks and once the session is closed.
+        """
+        ranks: list[RankReport] = self.service.reports()  # type: ignore[assignment]
+        done = self.service.tally
+        return RunReport(
+            plan=self.plan,
+            requests=done.results - done.failed,
+            refused=0,
+            failed=done.failed,
+            cut=done.cut,
+            prompt_tokens=done.prompt_tokens,
+            completion_tokens=done.completion_tokens,
+            start_to_ready_s=self._ready_s,
+            load_s=self.model.load_s,
+            tokenize_s=self._tokenize_s,
+            generate_s=max(rank.repetitions[0].generate_s for rank in ranks),
+            start_to_finish_s=process_age_s(),
+            streamed_bytes=streamed_by_all(ranks, in_step=self.model.engine.in_step),
+            shared_host_bytes=self.model.engine.stats().shared_host_bytes,
+            ranks=tuple(ranks),
+            output=None,
+            errors=None,
+        )
+
     def close(self) -> None:
         """Free the model. Every rank must call it."""
         self._is_sound = not self.service.has_failed
-        if self._ranks is not None:
-            self._ranks.ending()
         self._closing.close()
 
     def _leave(self) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scoring import ScoreBatch, Scored, TokenScores
 from zeroinf.service.handles import Handle, TokenEvent
 from zeroinf.service.loaded import LoadedModel
+from zeroinf.service.phases import PhaseClock, Phases
 from zeroinf.service.request_queues import (
     Kind,
     LocalRequestQueue,
@@ -45,14 +47,38 @@ _TAKES = 4
 """Ranks that share work take a part of a batch at a time, so that none is left without in the end."""
 
 
+@dataclass(slots=True)
+class Tally:
+    """What came of the requests of a service: those that were cancelled count by their tokens alone."""
+
+    results: int = 0
+    failed: int = 0
+    cut: int = 0
+    """Results that reached their most tokens."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, told: RequestEvent, prompt_tokens: int) -> None:
+        """Count an event of a request whose prompt has so many tokens."""
+        self.completion_tokens += len(told.tokens)
+        if told.finish_reason not in (None, "cancelled"):
+            self.results += 1
+            self.failed += told.finish_reason == "error"
+            self.cut += told.finish_reason == "length"
+            self.prompt_tokens += prompt_tokens
+
+
 class Service:
     """Requests in, events out, around the loop of a `LoadedModel`, which runs in a thread of its own.
 
     Every rank makes one of its own model. `close` ends the loop; the model is closed by whoever opened it.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, report: Callable[[Phases], object] = lambda phases: phases) -> None:
+        """`report` tells what this rank has done, after generating for so long; it runs between two passes."""
         self.model = model
+        self.tally = Tally()
+        """What came of requests until now, on rank 0."""
         self._control: Control = model.control
         self._numbers = itertools.count()
         self._lock = threading.Condition()
@@ -62,7 +88,7 @@ class Service:
         self._is_closed = False
         self._is_stopping = False
         self._queue = _open_request_queue(model, self._heard)
-        self._feed = _QueueFeed(model, self._queue)
+        self._feed = _QueueFeed(model, self._queue, report)
         self._loop = threading.Thread(target=self._run, name="zeroinf-loop", daemon=True)
         self._loop.start()
         if isinstance(self._queue, SharedRequestQueue) and self._control.world.is_main:
@@ -153,6 +179,18 @@ class Service:
         self._loop.join()
         self.check()
 
+    def reports(self) -> list[object]:
+        """The reports of all ranks, of the same moment: between two passes of each. On rank 0.
+
+        Raises UsageError where the model is closed, and the error with which a rank failed.
+        """
+        self._refuse_if_over()
+        number, ranks = self._queue.ask_reports(), self._control.world.size
+        while (found := self._queue.reports(number, ranks)) is None:
+            self._refuse_if_over()
+            time.sleep(_HEAR_EVERY_S)
+        return found
+
     @property
     def tokens(self) -> int:
         """Tokens generated until now by all ranks, those of unfinished requests included; other ranks' half a second
@@ -233,6 +271,7 @@ class Service:
                 future = self._scores.pop(told.number)
             else:
                 handle = self._handles[told.number]
+                self.tally.add(told, handle.prompt_tokens)
                 if told.finish_reason is not None:
                     del self._handles[told.number]
             if not (self._handles or self._scores):
@@ -349,8 +388,9 @@ class _QueueFeed:
     Ranks that hold one model together take what the first of them takes.
     """
 
-    def __init__(self, model: LoadedModel, queue: RequestQueue) -> None:
+    def __init__(self, model: LoadedModel, queue: RequestQueue, report: Callable[[Phases], object]) -> None:
         self._model, self._queue, self._part = model, queue, model.part
+        self._report, self._reported, self._clock = report, 0, PhaseClock()
         self._running: dict[int, _Running] = {}
         """By the request's number."""
         self._streamed: dict[int, _Running] = {}
@@ -364,10 +404,13 @@ class _QueueFeed:
 
     def cancelled(self) -> list[Row]:
         self.flush()
-        numbers = self._from_first(self._queue.look)
+        numbers, asked = self._from_first(lambda: (self._queue.look(), self._queue.reports_asked))
+        while self._reported < asked:
+            self._reported += 1
+            self._queue.report(self._reported, self._model.control.world.rank, self._report(self._clock.phases()))
         return [self._running[number].row for number in numbers if number in self._running]
 
-    def _from_first(self, ask: Callable[[], Sequence[int]]) -> Sequence[int]:
+    def _from_first(self, ask: Callable[[], tuple[Sequence[int], int]]) -> tuple[Sequence[int], int]:
         return self._part.broadcast(ask() if self._part.world.is_main else None)  # type: ignore[no-any-return]
 
     def _take(self, kind: Kind, most: int) -> list[QueuedRequest]:
@@ -389,6 +432,8 @@ class _QueueFeed:
 
     def _rows(self, taken: Sequence[QueuedRequest], *, urgent: bool) -> list[Row]:
         found = []
+        if taken:
+            self._clock.drew()
         for posted in taken:
             assert posted.sampling is not None
             row = self._model.row(posted.tokens, posted.sampling, index=posted.index, urgent=urgent)
@@ -425,7 +470,9 @@ class _QueueFeed:
 
     def wait(self) -> None:
         self.flush()
+        started = time.perf_counter()
         self._queue.wait()
+        self._clock.idled(time.perf_counter() - started)
 
     def done(self, row: Row) -> None:
         running = self._running.pop(self._of_row.pop(id(row)))
@@ -435,6 +482,8 @@ class _QueueFeed:
 
     def grew(self, rows: int) -> None:
         """Rows have got their tokens of a pass."""
+        if rows:
+            self._clock.grew()
         if self._part.world.is_main:
             self._queue.count(rows)
         for running in self._streamed.values():
