@@ -170,6 +170,7 @@ class _Job:
                 watch.stop()
             stats = model.engine.stats()
             ranks = self._control.all_gather(meter.report(self._repetitions, model.peak.stop()))
+            streamed = streamed_by_all(ranks, in_step=model.engine.in_step)
         finally:
             model.close()
         if self._output is None:
@@ -188,7 +189,7 @@ class _Job:
             tokenize_s=self._prepared.tokenize_s,
             generate_s=generate_s,
             start_to_finish_s=finish_s,
-            streamed_bytes=streamed_by_all(ranks, in_step=model.engine.in_step),
+            streamed_bytes=streamed,
             shared_host_bytes=stats.shared_host_bytes,
             ranks=tuple(ranks),
             output=self._options.output_file,
