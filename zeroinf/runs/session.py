@@ -285,6 +285,7 @@ class Session:
             refused=0,
             failed=done.failed,
             cut=done.cut,
+            cut_answers=done.cut_answers,
             prompt_tokens=done.prompt_tokens,
             completion_tokens=done.completion_tokens,
             start_to_ready_s=self._ready_s,

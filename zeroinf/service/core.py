@@ -55,16 +55,19 @@ class Tally:
     failed: int = 0
     cut: int = 0
     """Results that reached their most tokens."""
+    cut_answers: int = 0
+    """Those of them whose answer has a format, which it does not keep then."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def add(self, told: RequestEvent, prompt_tokens: int) -> None:
-        """Count an event of a request whose prompt has so many tokens."""
+    def add(self, told: RequestEvent, prompt_tokens: int, *, has_format: bool) -> None:
+        """Count an event of a request whose prompt has so many tokens, and whose answer may have a format."""
         self.completion_tokens += len(told.tokens)
         if told.finish_reason not in (None, "cancelled"):
             self.results += 1
             self.failed += told.finish_reason == "error"
             self.cut += told.finish_reason == "length"
+            self.cut_answers += has_format and told.finish_reason == "length"
             self.prompt_tokens += prompt_tokens
 
 
@@ -83,6 +86,8 @@ class Service:
         self._numbers = itertools.count()
         self._lock = threading.Condition()
         self._handles: dict[int, Handle] = {}
+        self._formatted: set[int] = set()
+        """Numbers of those whose answers have a format."""
         self._scores: dict[int, Future[TokenScores]] = {}
         self._error: BaseException | None = None
         self._is_closed = False
@@ -116,6 +121,8 @@ class Service:
         with self._lock:
             self._refuse_if_over()
             self._handles[handle.number] = handle
+            if sampling.answer_format is not None:
+                self._formatted.add(handle.number)
         self._queue.post("urgent" if urgent else "batch", QueuedRequest(handle.number, prompt, sampling, index, stream))
         return handle
 
@@ -271,9 +278,10 @@ class Service:
                 future = self._scores.pop(told.number)
             else:
                 handle = self._handles[told.number]
-                self.tally.add(told, handle.prompt_tokens)
+                self.tally.add(told, handle.prompt_tokens, has_format=told.number in self._formatted)
                 if told.finish_reason is not None:
                     del self._handles[told.number]
+                    self._formatted.discard(told.number)
             if not (self._handles or self._scores):
                 self._lock.notify_all()
         if told.scores is not None:
