@@ -73,7 +73,7 @@ def run_cell(cell: dict[str, Any], world: World, control: Control) -> dict[str, 
             "batch_size": prepared.plan.batch_size,
             "prompts": [list(work.prompt) for work in prepared.work],
             "pad_token": model.pad_token,
-            "forwards": stream.passes,
+            "forwards": engine.stats().passes,
             "bytes_on_disk": on_disk,
             "partitioned": all(
                 p.numel() == 0 for p in engine.model.parameters() if not getattr(p, "ds_persist", False)
