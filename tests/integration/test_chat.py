@@ -236,7 +236,7 @@ def test_a_terminal_stops_answers_and_takes_commands(
             while not gateway.under_way:
                 time.sleep(0.01)
             screen.type("\x03")
-            screen.until(r"\[stopped\]")
+            screen.until(r"\[stopped\][\s\S]*> $")  # the prompt that the next Ctrl-C finds
             while gateway.under_way:
                 time.sleep(0.01)
         finally:

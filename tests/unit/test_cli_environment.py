@@ -61,7 +61,7 @@ def parsed(names: tuple[str, ...], arguments: list[str], patch: dict[str, str] |
     needed = [
         word
         for one in command.params
-        if isinstance(one, EnvironmentOption) and one.required and one.opts[-1] not in arguments
+        if isinstance(one, EnvironmentOption) and one.required and not set(one.opts) & set(arguments)
         and not any((patch or {}).get(variable) for variable in one.variables(prefix_of(*names)))
         for word in (one.opts[-1], sample(one))
     ]  # fmt: skip

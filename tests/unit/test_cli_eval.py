@@ -19,7 +19,7 @@ from wire_reference import save_through_codes
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, InputError, UsageError
 from zeroinf.options import planning
-from zeroinf.planner import search
+from zeroinf.planner import pass_shapes
 from zeroinf.runs import session
 from zeroinf.runs.evaluate import cut
 
@@ -89,7 +89,7 @@ def test_a_plan_counts_a_window_in_one_part_where_prompts_of_a_run_would_be_part
         plans.append(planning.plan_run(*arguments)[0])
         return plans[-1], None, None
 
-    monkeypatch.setattr(search, "_PREFILL_TOKENS", (8, 8))
+    monkeypatch.setattr(pass_shapes, "_PREFILL_TOKENS", (8, 8))
     monkeypatch.setattr(session, "plan_run", note)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

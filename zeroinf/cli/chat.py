@@ -154,7 +154,7 @@ def _loaded(ctx: click.Context, asked: dict[str, Any], settings: dict[str, Any])
         )
 
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=not sys.stderr.isatty())
-    with observer, redirect_stdout(sys.stderr):  # what libraries print is no answer
+    with redirect_stdout(sys.stderr), observer:  # what libraries print is no answer
         session = open_session(options, lengths, 1, observer, num_gpus)
     with session:
         yield ModelChat(session=session, sampling=options.sampling, fixed_seed=bool(given(ctx, "seed")))

@@ -34,7 +34,10 @@ _REFUSALS_SHOWN = 5
 
 
 class ConsoleObserver:
-    """Shows a run on a terminal as a redrawn bar, elsewhere as plain lines now and then."""
+    """Shows a run on a terminal as a redrawn bar, elsewhere as plain lines now and then.
+
+    A display gives standard output back as it found it, so the observer's block ends before one that redirects it.
+    """
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self._console = console

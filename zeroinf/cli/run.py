@@ -258,7 +258,7 @@ def _run_here(options: RunOptions, world: World, *, report_file: Path | None, qu
     console = Console(stderr=True, soft_wrap=True)
     observer = ConsoleObserver(console, quiet=quiet or not world.is_main)
     results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
-    with observer, redirect_stdout(sys.stderr):  # what libraries print is no result
+    with redirect_stdout(sys.stderr), observer:  # what libraries print is no result
         outcome = run_job(options, world, pick_device(world), results, observer)
     if outcome is None:
         return 0
@@ -282,7 +282,7 @@ def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report
     observer = ConsoleObserver(console, quiet=quiet)
     results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
     # Ray prints the death of each process to standard output.
-    with observer, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), observer:
         observer.doing("joining the Ray cluster")
         cluster = RayCluster(address, waits=limits.waits)
         try:
