@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from zeroinf.compat import models
 from zeroinf.compat.loading import conversions
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
-from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Quantized, TensorSpec
+from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Quantized, TensorSpec
 from zeroinf.model.config import config_dtype
 from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
@@ -52,7 +53,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
-    cache = read_cache(model, limit)
+    cache = _cache_of(model, config, dtype, limit)
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
@@ -69,6 +70,18 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         quantized=quantized,
         padded_because=why_padded(model, cache, len(blocks), limit),
     )
+
+
+def _cache_of(model: Any, config: Any, dtype: str, limit: int | None) -> tuple[LayerCache, ...]:
+    """The KV cache of each layer. It does not depend on how weights are quantized, so it is read once for all ways."""
+    unquantized = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    key = type(config), json.dumps(unquantized, default=str, sort_keys=True), dtype
+    if key not in _caches:
+        _caches[key] = read_cache(model, limit)
+    return _caches[key]
+
+
+_caches: dict[tuple[object, ...], tuple[LayerCache, ...]] = {}
 
 
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
