@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import has_results, run_zeroinf, started, wait_until
+from tiers import full
 
 from zeroinf.engines.stream.manage_stores import list_stores, verify_store
 from zeroinf.engines.stream.store import open_store
@@ -24,7 +25,7 @@ def many(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGKILL, None, 1)]
+    ("number", "code", "ranks"), [full(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGKILL, None, 1)]
 )
 def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
     number: int, code: int | None, ranks: int, many: Path, small_checkpoint: Callable[[str], Path], tmp_path: Path

@@ -47,6 +47,7 @@ def test_ranks_go_on_without_standard_streams(job: list[str], out: Path) -> None
     assert (done.code, len(read_jsonl(out))) == (0, PROMPTS)
 
 
+@pytest.mark.full
 def test_ranks_of_torchrun_go_on_when_the_disk_of_their_log_is_full(job: list[str], out: Path) -> None:
     command = command_line([*job, "-o", str(out)], ranks=2, launcher="torchrun")
     with Path("/dev/full").open("wb") as full:

@@ -179,6 +179,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("offline")
 def test_tasks_of_a_real_model_come_to_the_same(tmp_path: Path) -> None:
     """SmolLM2, whose layers are streamed, beside the harness's own model."""
@@ -227,6 +228,7 @@ def test_answers_that_are_in_the_harness_s_cache_are_not_asked_again(folder: Pat
         assert second.plan is None
 
 
+@pytest.mark.full
 def test_ranks_share_the_work(folder: Path) -> None:
     asked = questions(seed=5)
     with ZeroinfLM(str(folder), dtype="float32") as alone, ZeroinfLM(str(folder), dtype="float32", num_gpus=2) as two:

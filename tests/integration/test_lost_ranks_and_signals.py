@@ -89,7 +89,7 @@ def gone(processes: list[int]) -> bool:
     return not any(map(lives, processes))
 
 
-@pytest.mark.parametrize(("launcher", "victim", "engine"), [("num-gpus", 0, "zero"), ("torchrun", 1, "stream")])
+@pytest.mark.parametrize(("launcher", "victim", "engine"), [full("num-gpus", 0, "zero"), ("torchrun", 1, "stream")])
 def test_a_killed_rank_takes_the_job_down_and_is_named(
     launcher: Launcher, victim: int, engine: str, model: Path, many: Path, tmp_path: Path
 ) -> None:
@@ -179,7 +179,7 @@ if rank == "{rank}":
     return changed(tmp_path, {module: code})
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, full(1)])
 def test_a_rank_that_fails_while_generating_names_its_cause(rank: int, model: Path, many: Path, tmp_path: Path) -> None:
     env = failing_on_rank(rank, tmp_path, "zeroinf.runs.request_feed:RequestFeed.done")
     done = run_zeroinf(

@@ -45,7 +45,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 
 
 @pytest.mark.parametrize(
-    ("launcher", "engine"), [("num-gpus", "stream"), ("deepspeed", "zero"), full("torchrun", "stream")]
+    ("launcher", "engine"), [full("num-gpus", "stream"), ("deepspeed", "zero"), full("torchrun", "stream")]
 )
 def test_two_ranks_answer_each_request_once_in_input_order_as_one_rank_would(
     launcher: Launcher, engine: str, model: Path, alone: list[dict[str, Any]], tmp_path: Path

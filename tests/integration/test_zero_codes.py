@@ -58,6 +58,7 @@ def test_weights_that_fit_as_codes_only_are_planned_as_codes(tmp_path: Path) -> 
         assert done.code == code, done.err
 
 
+@pytest.mark.full
 def test_random_weights_are_drawn_before_they_become_codes(tmp_path: Path) -> None:
     """The likeliest token of such small weights is hardly likelier than others; of codes overwritten, it is."""
     out = tmp_path / "out.jsonl"

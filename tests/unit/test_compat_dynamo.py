@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiers import full
 
 _COMPILER = "[name for name in ('torch._dynamo.eval_frame', 'torch._inductor') if name in sys.modules]"
 
@@ -79,7 +80,7 @@ assert is_callable_allowed(opaque) and not is_callable_allowed(hidden)
 
 @pytest.mark.parametrize(
     ("module", "taken"),
-    [("eval_frame", "optimize"), ("source", "guards.ConstantSource"), ("backends.registry", "list_backends")],
+    [("eval_frame", "optimize"), full("source", "guards.ConstantSource"), full("backends.registry", "list_backends")],
 )
 def test_a_module_of_the_compiler_can_be_what_is_imported_first(module: str, taken: str) -> None:
     """It is executed once: what others have taken out of it, here `taken`, is still its own."""

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _PROGRAM = """
 import importlib.util, json, sys
 from pathlib import Path
+
+import pytest
 from zeroinf.compat.imports import quicken_imports
 quicken_imports(Path(sys.argv[1]))
 import transformers
@@ -25,6 +29,7 @@ print(json.dumps([same, transformers.LlamaConfig().model_type, transformers.is_s
 """
 
 
+@pytest.mark.full
 def test_transformers_knows_the_same_modules_of_its_own_whether_they_are_read_or_remembered(tmp_path: Path) -> None:
     def found() -> list[object]:
         done = subprocess.run(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tiers import tiered
 
 from zeroinf.cli.main import cli
 
@@ -57,7 +58,7 @@ def assert_same(found: Any, golden: Any, path: str) -> None:
         assert found == golden, path
 
 
-@pytest.mark.parametrize(("model", "machine"), PAIRS)
+@pytest.mark.parametrize(("model", "machine"), tiered(PAIRS, [pair for pair in PAIRS if pair[0] != "opt-30b"]))
 def test_the_plan_is_the_one_that_was_agreed_on(model: str, machine: str, request: pytest.FixtureRequest) -> None:
     found = plan("--model", model, "--machine", machine)
     file = GOLDEN / f"{model}-on-{machine}.json"

@@ -110,6 +110,7 @@ def test_each_change_that_a_hint_names_does(tmp_path: Any) -> None:
     assert plan(*BOX, "--host-memory", f"{enough}MiB", "--no-advice").exit_code == 0
 
 
+@pytest.mark.full
 def test_a_page_shows_changes_with_speed_duration_and_quality_and_json_does_not() -> None:
     page = roomy()
     assert re.search(r"first token after \d+:\d\d, 100 requests in \d+:\d\d", page)
