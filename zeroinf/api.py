@@ -19,7 +19,7 @@ from zeroinf.options.definition import from_keywords
 from zeroinf.options.keywords import with_known_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
 from zeroinf.options.plan_input import input_of_best_gpus
-from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.prefixes import PrefixGroups
@@ -93,6 +93,7 @@ def plan(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    embeddings: Embeddings | Literal["auto"] = "auto",
     resident_blocks: int | None = None,
     tensor_parallel_size: int | None = None,
     input_len: int = 512,
@@ -158,6 +159,7 @@ def generate(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    embeddings: Embeddings | Literal["auto"] = "auto",
     resident_blocks: int | None = None,
     tensor_parallel: TensorParallel | None = None,
     num_gpus: int | None = None,
@@ -225,6 +227,7 @@ def pipeline(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    embeddings: Embeddings | Literal["auto"] = "auto",
     resident_blocks: int | None = None,
     tensor_parallel: TensorParallel | None = None,
     num_gpus: int | None = None,

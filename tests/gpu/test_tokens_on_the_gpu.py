@@ -94,7 +94,14 @@ def test_the_stream_engine_with_blocks_on_any_tier(
     assert tokens_of(folder, limits, **where) == plain_tokens(folder)
 
 
-@pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 5}])
+def test_embeddings_in_host_memory(name: str, limits: dict[str, int], tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    assert tokens_of(folder, limits, embeddings="cpu") == plain_tokens(folder)
+
+
+@pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}, {"embeddings": "cpu"}])
 def test_a_call_under_another_stream_waits_for_weights(
     where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

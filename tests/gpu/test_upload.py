@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zeroinf.engines.stream.gather import copy_to_device
 from zeroinf.generation.upload import to_device
 
 pytestmark = pytest.mark.gpu
@@ -35,3 +36,12 @@ def test_values_wait_in_memory_of_their_own_until_they_are_read() -> None:
     nothing = to_device([], GPU, torch.int64)
     assert [each.tolist() for each in moved] == [[number, -number] for number in range(500)]
     assert torch.equal(fractions.cpu(), torch.tensor([0.25, 0.1])) and nothing.shape == (0,)
+
+
+def test_bytes_of_page_locked_memory_arrive_as_they_were_whatever_they_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pinned = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=generator).pin_memory()
+    target = torch.zeros(4096, dtype=torch.uint8, device=GPU)
+    copy_to_device(pinned, target, 1003)
+    assert torch.equal(target[:1003].cpu(), pinned[:1003])
+    assert not target[1008:].any()

@@ -83,7 +83,7 @@ def test_what_stays_on_the_device_passes_through_the_host_in_no_more_memory_than
     monkeypatch.setattr(weights, "HostMemory", Counted)
     folder = small_checkpoint("llama")
     engine = stream(folder, offload="none", resident_blocks=blocks_of(folder))
-    groups, outside = group_tensors(engine.model)
+    groups, outside, _ = group_tensors(engine.model)
     blocks = max(group.nbytes for group in groups)
     assert len(groups) >= 2
     assert sum(made) == 2 * blocks + max(blocks, outside.nbytes)

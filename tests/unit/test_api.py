@@ -100,6 +100,7 @@ HOW_TO_RUN = (
     *(
         "kv",
         "kv_dtype",
+        "embeddings",
         "resident_blocks",
         "tensor_parallel",
         "num_gpus",

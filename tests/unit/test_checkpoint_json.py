@@ -47,7 +47,7 @@ def source_of(model: Any) -> ModelSource:
 def loaded(model: Any, listing: Path) -> dict[str, torch.Tensor]:
     """What `listing` fills a skeleton of `model` with."""
     skeleton = build_skeleton(source_of(model), "float32")
-    blocks, outside = group_tensors(skeleton)
+    blocks, outside, _ = group_tensors(skeleton)
     groups = (*blocks, outside)
     pieces = [(i, torch.zeros(group.nbytes, dtype=torch.uint8)) for i, group in enumerate(groups)]
     origin = ListedWeights(

@@ -26,6 +26,7 @@ ASKED: dict[str, Any] = {
     "wire": "int8",
     "kv": "host",
     "kv_dtype": "int8",
+    "embeddings": "cpu",
     "resident_blocks": 1,
     "pin_memory": False,
     "aio": AioSettings(threads=2),

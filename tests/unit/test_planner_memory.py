@@ -56,7 +56,7 @@ def test_pieces_are_as_long_as_the_engine_lays_them_out(name: str) -> None:
     anatomy = read_anatomy(small_config(name))
     model = build_model(name)
     for wire in WIRES:
-        blocks, outside = group_tensors(model, wire)
+        blocks, outside, _ = group_tensors(model, wire)
         assert list(pieces(anatomy, wire)) == [group.nbytes for group in blocks]
         assert list(pieces(anatomy)) == [group.layout.nbytes for group in blocks]
         assert piece_bytes(anatomy.outside) == outside.nbytes

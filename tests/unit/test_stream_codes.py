@@ -84,7 +84,7 @@ def test_four_bit_codes_take_half_a_byte_each_and_eight_bit_codes_one() -> None:
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("name", ["mixtral", "gptj", "gpt2", "mamba"])
 def test_what_is_written_in_a_piece_comes_out_of_the_expanded_slot(name: str, wire: Wire) -> None:
-    groups, _ = group_tensors(build_model(name), wire)
+    groups, *_ = group_tensors(build_model(name), wire)
     expander = Expander(groups, torch.device("cpu"))
     for group in groups:
         wire_piece = torch.full((group.nbytes,), 7, dtype=torch.uint8)
@@ -100,7 +100,7 @@ def test_what_is_written_in_a_piece_comes_out_of_the_expanded_slot(name: str, wi
 
 
 def test_small_tensors_norms_buffers_and_short_rows_stay_as_they_are() -> None:
-    groups, outside = group_tensors(build_model("mamba"), "int4")
+    groups, outside, _ = group_tensors(build_model("mamba"), "int4")
     layout = groups[0].layout
     assert layout.coded is not None
     ends = layout.coded.nbytes

@@ -221,6 +221,31 @@ class Quantized:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A matrix of which each token reads a few rows, such as input embeddings, and nothing uses the whole."""
+
+    tensor: str
+    """Full dotted name of the parameter."""
+    rows: int
+    width: int
+    dtype: str
+    rows_per_token: int = 1
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a token reads."""
+        return self.rows_per_token * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
     """A language model, counted: every tensor once, tied weights once."""
 
@@ -242,10 +267,24 @@ class Anatomy:
     """None where tensors are weights themselves, in `dtype` for the most part."""
     padded_because: str = "its attention was not looked at"
     """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
+    tables: tuple[Table, ...] = ()
+    """Those of the tensors that tokens read by row: they need not be where the others are."""
 
     def __hash__(self) -> int:
         """Hash a few facts: equal anatomies are the same object, as a rule, and hashing all tensors takes a while."""
         return hash((self.architecture, self.dtype, len(self.blocks), self.hidden_size, self.vocabulary))
+
+    def without_tables(self) -> Anatomy:
+        """This anatomy without the tensors that tokens read by row."""
+        apart = {table.tensor for table in self.tables}
+        outside = tuple(tensor for tensor in self.outside if tensor.name not in apart)
+        blocks = tuple(
+            block
+            if apart.isdisjoint(tensor.name for tensor in block.tensors)
+            else replace(block, tensors=tuple(tensor for tensor in block.tensors if tensor.name not in apart))
+            for block in self.blocks
+        )
+        return replace(self, outside=outside, blocks=blocks, tables=())
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""

@@ -23,6 +23,7 @@ from zeroinf.model.kv import read_cache, read_encoded_bytes
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
 from zeroinf.model.stored_parts import parts_of
+from zeroinf.model.tables import find_tables
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).
@@ -69,6 +70,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
         quantized=quantized,
         padded_because=why_padded(model, cache, len(blocks), limit),
+        tables=find_tables(model),
     )
 
 

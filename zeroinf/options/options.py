@@ -19,7 +19,7 @@ from zeroinf.jobs.formats import InputFormat
 from zeroinf.jobs.shape import EntryShape
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.options.definition import Option, Options, option, parts
-from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.kv import Kv
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
@@ -110,6 +110,14 @@ class EngineOptions(Options):
         fingerprint="keys and values",
         section="memory",
         help="The KV cache in host memory: in the model's dtype, or quantized to int8, which is lossy.",
+    )
+    embeddings: Embeddings | Literal["auto"] = option(
+        "auto",
+        engine_specific=True,
+        section="memory",
+        help="Where input embeddings and other tables that tokens read by row are: with the other weights, or in host "
+        "memory, where the CPU gathers the rows of each forward. auto takes what makes more tokens/s. With the "
+        "stream engine.",
     )
     resident_blocks: int | None = option(
         None,

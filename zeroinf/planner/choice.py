@@ -11,6 +11,8 @@ from zeroinf.planner.wire import Wire
 Offload = Literal["none", "cpu", "nvme"]
 Fetch = Literal["replicated", "partitioned"]
 """Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
+Embeddings = Literal["gpu", "cpu"]
+"""Where tables that tokens read by row rest: with the other weights, or in host memory, where rows are gathered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,3 +36,4 @@ class Choice:
     host_rows: int = 0
     """Rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
+    embeddings: Embeddings = "gpu"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zeroinf.errors import UsageError
-from zeroinf.model.anatomy import KvDtype
-from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.kv import HostShare
 from zeroinf.planner.wire import Wire
@@ -35,6 +35,7 @@ class Constraints:
     host_share: HostShare = 0.0
     """The part of the rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
+    embeddings: Embeddings | Literal["auto"] = "auto"
     static_batches: bool = False
     share_prefixes: bool = True
     """Rows whose prompts begin alike share keys and values of that."""
@@ -44,6 +45,16 @@ class Constraints:
     @property
     def streams(self) -> int:
         return self.world_size // self.ranks_per_stream
+
+
+def check_embeddings(embeddings: Embeddings | Literal["auto"], anatomy: Anatomy) -> None:
+    """Raise UsageError where embeddings cannot rest in host memory as asked."""
+    if embeddings == "cpu" and not anatomy.tables:
+        why = "its head uses the same matrix" if anatomy.tied else "no table is read by row alone"
+        raise UsageError(
+            f"--embeddings cpu: {anatomy.architecture} has no embeddings that could rest in host memory: {why}",
+            hint="drop it",
+        )
 
 
 def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Table, TensorSpec
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event, rounded
-from zeroinf.planner.choice import Choice, Fetch
+from zeroinf.planner.choice import Choice, Embeddings, Fetch
 from zeroinf.planner.figures import MemoryFigures, fitted_figures
 from zeroinf.planner.tiers import shares
 from zeroinf.planner.wire import CODES, Wire, is_coded
@@ -39,6 +39,9 @@ STAGES = 4
 
 READ_BUFFERS = 3
 """For blocks on NVMe: one is copied to the device, which is quick, while the next is read and another one begun."""
+
+INDEX_BYTES = 8
+"""Of a row's number in a table."""
 
 LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
@@ -116,9 +119,50 @@ def wire_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int:
 
 
 @lru_cache(maxsize=16)
+def _without_tables(anatomy: Anatomy) -> Anatomy:
+    return anatomy.without_tables()
+
+
+def with_layers(anatomy: Anatomy, embeddings: Embeddings) -> Anatomy:
+    """The anatomy of what is on the GPU or streams through it; tables whose rows are gathered elsewhere are not."""
+    return anatomy if embeddings == "gpu" else _without_tables(anatomy)
+
+
+def table_pieces(anatomy: Anatomy, embeddings: Embeddings) -> tuple[int, ...]:
+    """The bytes of the piece of each table that rests in host memory."""
+    if embeddings == "gpu":
+        return ()
+    sizes = (table.rows * table.row_bytes for table in anatomy.tables)
+    return tuple(round_up(size, PIECE_ALIGNMENT) for size in sizes)
+
+
+def gathered_tokens(passes: Passes) -> int:
+    """Tokens of one forward, at the most."""
+    return passes.forward_tokens or max(passes.prefill_tokens, passes.micro_batch_rows)
+
+
+def gathered_bytes(tables: Sequence[Table], tokens: int) -> tuple[int, int]:
+    """Bytes of two buffers for what so many tokens read of any one table: its rows, and their numbers from 0 on."""
+    widest = max((table.token_bytes for table in tables), default=0)
+    most = max((table.rows_per_token for table in tables), default=0)
+    return round_up(tokens * widest, INDEX_BYTES), tokens * most * INDEX_BYTES
+
+
+@lru_cache(maxsize=16)
 def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     """The bytes of each block's piece as it rests and crosses the link."""
     return tuple(wire_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
+
+
+class Passes(Protocol):
+    """What a choice and a plan say of their passes."""
+
+    @property
+    def forward_tokens(self) -> int: ...
+    @property
+    def prefill_tokens(self) -> int: ...
+    @property
+    def micro_batch_rows(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +198,7 @@ def scores_bytes(anatomy: Anatomy, tokens: int) -> int:
 
 def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
     """The decoder's blocks, which every pass visits, and the encoder's, if there is one, which new prompts visit."""
-    sizes, first = pieces(anatomy, choice.wire), anatomy.encoder_blocks
+    sizes, first = pieces(with_layers(anatomy, choice.embeddings), choice.wire), anatomy.encoder_blocks
     parts = (sizes[first:], sizes[:first]) if first else (sizes,)
     counts = shares(len(sizes), choice.resident_blocks, choice.nvme_blocks, first)
     return tuple(
@@ -163,9 +207,11 @@ def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
     )
 
 
-def store_bytes(anatomy: Anatomy, wire: Wire = "model") -> int:
+def store_bytes(anatomy: Anatomy, wire: Wire = "model", embeddings: Embeddings = "gpu") -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
-    return sum(round_up(piece, CHUNK_BYTES) for piece in (*pieces(anatomy, wire), piece_bytes(anatomy.outside)))
+    layers = with_layers(anatomy, embeddings)
+    sizes = (*pieces(layers, wire), piece_bytes(layers.outside), *table_pieces(anatomy, embeddings))
+    return sum(round_up(piece, CHUNK_BYTES) for piece in sizes)
 
 
 def round_up(size: int, unit: int) -> int:
@@ -278,7 +324,7 @@ def store_terms(anatomy: Anatomy, choice: Choice) -> tuple[Term, ...]:
     """Disk space of an engine that copies weights to a store on NVMe."""
     if choice.offload != "nvme" or not choice.nvme_blocks:
         return ()
-    return (Term("disk", "store", store_bytes(anatomy, choice.wire), "counted"),)
+    return (Term("disk", "store", store_bytes(anatomy, choice.wire, choice.embeddings), "counted"),)
 
 
 def taken(terms: Iterable[Term], place: MemoryPlace) -> int:

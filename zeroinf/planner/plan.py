@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
-from zeroinf.planner.choice import Fetch, Offload
+from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import packs_scores, why_padded
-from zeroinf.planner.memory import Term
+from zeroinf.planner.memory import Term, gathered_tokens
 from zeroinf.planner.prefixes import SharedPrefixes
 from zeroinf.planner.summary import plan_html, plan_lines
 from zeroinf.planner.timing import Timing
@@ -88,6 +88,8 @@ class Plan:
     nvme_paths: tuple[Path, ...] = ()
     wire: Wire = "model"
     """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""
+    embeddings: Embeddings = "gpu"
+    """Where tables that tokens read by row rest."""
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
@@ -128,6 +130,11 @@ class Plan:
     def row_tokens(self) -> int:
         """Tokens of a row in the KV cache at the most."""
         return self.anatomy.row_tokens(self.prompt_tokens, self.new_tokens)
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Tokens whose rows of a table in host memory a forward gathers, at the most."""
+        return gathered_tokens(self)
 
     @property
     def pool(self) -> PoolSize:

@@ -15,11 +15,11 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection
-from zeroinf.planner.descriptor import EngineTerms
+from zeroinf.planner.descriptor import EngineTerms, descriptor_of
 from zeroinf.planner.facts import Facts
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import MemoryPlace
+from zeroinf.planner.memory import MemoryPlace, table_pieces
 from zeroinf.planner.pass_shapes import PassShapes, SearchPoint
 from zeroinf.planner.search_space import fetches_of, offloads_of
 from zeroinf.planner.timing import Speeds
@@ -36,6 +36,8 @@ _NEAR = 0.8
 _HOST_SHARES = (0.0, 0.75, 1.0)
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
+# So does what tokens read by row, if it takes so large a part of the GPU.
+_WORTHWHILE_SHARE = 1 / 32
 
 
 class Planner:
@@ -68,6 +70,34 @@ class Planner:
 
     def choose(self, constraints: Constraints) -> Decision:
         """The best plan for `constraints`. Raises NothingFitsError when there is none, with the nearest misses."""
+        if constraints.embeddings != "auto":
+            return self._choose(constraints)
+        may_leave = self._may_leave(constraints)
+        try:
+            best = self._choose(replace(constraints, embeddings="gpu"))
+        except NothingFitsError as error:
+            if not may_leave:
+                raise
+            try:
+                return self._choose(replace(constraints, embeddings="cpu"))
+            except NothingFitsError as other:
+                raise min(error, other, key=lambda one: one.nearest.price) from None
+        if best.chosen.choice.offload == "none" or not may_leave:
+            return best
+        try:
+            other_way = self._choose(replace(constraints, embeddings="cpu"))
+        except NothingFitsError:
+            return best
+        return other_way if other_way.tokens_per_second > _WORTHWHILE * best.tokens_per_second else best
+
+    def _may_leave(self, constraints: Constraints) -> bool:
+        """Whether tables may leave the GPU, and are large enough for a plan to be another one without them there."""
+        facts, offload = self._facts, constraints.offload
+        if facts.device != "cuda" or offload == "none" or "embeddings" not in descriptor_of(constraints.engine).options:
+            return False
+        return sum(table_pieces(facts.anatomy, "cpu")) > facts.gpu_bytes * _WORTHWHILE_SHARE
+
+    def _choose(self, constraints: Constraints) -> Decision:
         if constraints.host_share != "auto":
             outcome = _Search(self._facts, constraints).best()
             if not isinstance(outcome, Decision):

@@ -79,10 +79,11 @@ def _tiers(plan: Plan, blocks: int) -> str:
         return f"{blocks} layers"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
+    gathered = ", embeddings in host memory" if plan.embeddings == "cpu" else ""
     parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
     (first, where), *others = ((count, where) for count, where in parts if count)
     whole = f"{first} of {blocks} layers {where}" if others else f"{blocks} layers {where}"
-    return ", ".join((whole, *(f"{count} {where}" for count, where in others)))
+    return ", ".join((whole, *(f"{count} {where}" for count, where in others))) + gathered
 
 
 def limited_by(timing: Timing, device: str) -> str:

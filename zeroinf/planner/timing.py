@@ -17,7 +17,7 @@ from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import Walk, pieces, walks
+from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
@@ -29,6 +29,8 @@ _FEW = 1e-6
 # Rows enter in so many groups at least in the time of a row, and in smaller ones where that takes as good as no longer.
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
+# Kernels' launches that the host spends on a gather beside its bytes: numbers come from the GPU, rows go there.
+_GATHER_LAUNCHES = 8
 _NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
 
 
@@ -144,7 +146,8 @@ def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Ke
         return workload.expansion.kernels
     if choice.wire == "model":
         return ()
-    both = zip(pieces(anatomy), pieces(anatomy, choice.wire), strict=True)
+    layers = with_layers(anatomy, choice.embeddings)
+    both = zip(pieces(layers), pieces(layers, choice.wire), strict=True)
     return (Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0)))),)
 
 
@@ -166,8 +169,9 @@ def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: S
     on_disk = sum(walk.nvme_bytes for walk in visited)
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
     encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))
+    tables = sum(table_pieces(anatomy, choice.embeddings))
     return (
-        (sum(sum(walk.sizes) for walk in visited) - resident - on_disk) / speeds.fill_gbps
+        (sum(sum(walk.sizes) for walk in visited) + tables - resident - on_disk) / speeds.fill_gbps
         + from_store
         + encoded / speeds.fitted.engines.encode_gbps
     ) / 1e9
@@ -183,6 +187,19 @@ def _copies_s(anatomy: Anatomy, choice: Choice, speeds: Speeds) -> float:
     return len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
 
 
+def _add_gathering(
+    times: dict[Resource, float], anatomy: Anatomy, choice: Choice, speeds: Speeds, tokens: float, forwards: int
+) -> None:
+    """Add what gathering rows of tables in host memory takes for so many tokens in so many forwards: the host waits for
+    their numbers, reads and writes each row, and a kernel fetches them over the link."""
+    if choice.embeddings == "gpu":
+        return
+    nbytes = tokens * sum(table.token_bytes for table in anatomy.tables)
+    times["GPU memory"] += nbytes / speeds.link_gbps / 1e9
+    times["kernel launches"] += 2 * nbytes / speeds.fill_gbps / 1e9
+    times["kernel launches"] += _GATHER_LAUNCHES * forwards * len(anatomy.tables) * speeds.model_launch_s
+
+
 def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
     """Micro-batches of prompts and others of steps: one of few rows launches as much as one of many."""
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -192,6 +209,8 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     batches = -(-choice.host_rows // choice.micro_batch_rows)
     of_decode["kernel launches"] += len(anatomy.cache) * batches * speeds.fitted.passes.host_layer_s
     copies_s = _copies_s(anatomy, choice, speeds)
+    _add_gathering(of_prompts, anatomy, choice, speeds, workload.shape.prefill_tokens, len(workload.prompts))
+    _add_gathering(of_decode, anatomy, choice, speeds, workload.shape.rows, len(workload.last_decode))
 
     def cost(prompts: float, decode: float, forwards: float) -> dict[Resource, float]:
         both = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in of_prompts}
@@ -236,6 +255,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         attention["kernel launches"] += decode * shape.rows * host.row_s
         attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
+        _add_gathering(attention, anatomy, choice, speeds, tokens, count)
         return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
 
     return cost

@@ -27,6 +27,7 @@ from zeroinf.planner.memory import (
     pieces,
     scores_bytes,
     total,
+    with_layers,
 )
 from zeroinf.planner.pass_shapes import PassShapes
 from zeroinf.planner.search_space import OFFLOADS
@@ -42,6 +43,10 @@ class Trials:
 
     def __init__(self, facts: Facts, constraints: Constraints, budgets: Budgets, shapes: PassShapes) -> None:
         self._facts, self._anatomy = facts, facts.anatomy
+        assert constraints.embeddings != "auto"
+        self._embeddings = constraints.embeddings
+        layers = pieces(with_layers(facts.anatomy, self._embeddings), constraints.wire)
+        self._largest_piece = max(layers)
         self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
         self._engine = descriptor_of(constraints.engine)
 
@@ -64,6 +69,7 @@ class Trials:
             wire=constraints.wire,
             host_rows=self._shapes.host_rows(rows),
             kv_dtype=constraints.kv_dtype,
+            embeddings=self._embeddings,
         )
 
     def fewest_residents(self, offload: Offload) -> int:
@@ -134,7 +140,7 @@ class Trials:
         if self._constraints.resident_blocks is not None or choice.offload == "none" or not self._engine.places_blocks:
             return []
         free = self._budgets[place] - total(candidate.terms, place)
-        room, slots = free // max(pieces(self._anatomy, choice.wire)), SLOTS[choice.fetch]
+        room, slots = free // self._largest_piece, SLOTS[choice.fetch]
         for residents in range(blocks - 1, choice.resident_blocks, -1):
             # The last that stream pass through fewer slots: one more that stays takes nothing then.
             spared = min(slots, blocks - choice.resident_blocks) - min(slots, blocks - residents)
@@ -156,7 +162,7 @@ class Trials:
         choice = self.choice("cpu", rejected.fetch, rejected.batch_size, 0)
         with_plenty = Trials(self._facts, self._constraints, {**self._budgets, "host": sys.maxsize}, self._shapes)
         outcome = with_plenty.in_any_shape(choice)
-        blocks = len(self._anatomy.blocks) * max(pieces(self._anatomy, self._constraints.wire))
+        blocks = len(self._anatomy.blocks) * self._largest_piece
         needed = self._host_bytes_beside_blocks(1) + blocks
         if isinstance(outcome, Candidate):
             needed = max(needed, total(outcome.terms, "host"))
@@ -176,7 +182,7 @@ class Trials:
     def _blocks_in_host(self, rows: int) -> int:
         """The number of blocks that the host can hold beside everything else there."""
         free = self._facts.host_bytes - self._host_bytes_beside_blocks(rows)
-        return max(0, free // max(pieces(self._anatomy, self._constraints.wire)))
+        return max(0, free // self._largest_piece)
 
     def _host_bytes_beside_blocks(self, rows: int) -> int:
         """Bytes that the host holds beside blocks, the stages of resident ones included."""
@@ -192,6 +198,7 @@ class Trials:
             resident_blocks=resident,
             nvme_blocks=blocks - resident,
             wire=self._constraints.wire,
+            embeddings=self._embeddings,
         )
         terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms())
         if not on_gpu:  # what computes lies there, too

@@ -101,6 +101,7 @@ class RunReport:
             "batch_size",
             "resident_blocks",
             "host_rows",
+            "embeddings",
         )
         counted = (
             "requests",

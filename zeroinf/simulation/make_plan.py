@@ -301,6 +301,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         host=chosen.host,
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
+        embeddings=choice.embeddings,
         terms=chosen.terms,
         timing=chosen.timing if descriptor_of(choice.engine).is_timed else None,
     )

@@ -83,7 +83,7 @@ class _WholeModel:
 
     def __init__(self, plan: Plan, source: ModelSource, control: Control, listener: LoadListener) -> None:
         self.model = build_skeleton(source, plan.dtype)
-        blocks, outside = group_tensors(self.model)
+        blocks, outside, _ = group_tensors(self.model)
         groups = (*blocks, outside)
         starts = [0, *accumulate(group.nbytes for group in groups)]
         self.memory = HostMemory(starts[-1], control, pin=False)

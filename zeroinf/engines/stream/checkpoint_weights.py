@@ -89,7 +89,7 @@ class CheckpointWeights:
                 )
             self._parts = 1 if self._part == 0 else 0
             if can_be_converted(files) and self._parts:
-                self._converter = Converter(model, files)
+                self._converter = Converter(model, files, self._groups)
         self._source, self._model = source, model
         self._loading = threading.Lock()
 
@@ -108,10 +108,9 @@ class CheckpointWeights:
 
     def _read_piece(self, index: int) -> _Read:
         """A reader for the tensors of a group whose weights transformers converts."""
-        number = index if index < len(self._groups) - 1 else None
         with self._loading:
             if self._read is None and self._converter is not None:
-                values = self._converter.convert(self._groups[index], number)
+                values = self._converter.convert(self._groups[index])
                 if values is not None:
                     return lambda tensor: [(0, values.pop(tensor.names[0]), self._source.location)]
             if self._read is None:

@@ -22,14 +22,17 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 class Converter:
     """Lets transformers convert what a checkpoint holds for one group, so that no more than that lies in memory.
 
-    `model` is the skeleton that the groups come from, blocks first. A block's weights are those whose names have its
+    `model` is the skeleton that `groups` come from. A block's weights are those whose names have its
     number first, whatever else transformers does with their names.
     """
 
-    def __init__(self, model: Any, files: Sequence[Path]) -> None:
+    def __init__(self, model: Any, files: Sequence[Path], groups: Sequence[TensorGroup]) -> None:
         from safetensors import safe_open
 
         self._model = model
+        self._siblings: dict[int | None, list[Tensor]] = defaultdict(list)
+        for group in groups:
+            self._siblings[group.block] += group.tensors
         self._lock = threading.Lock()
         self._held: dict[int | None, dict[str, Any]] = defaultdict(dict)
         for file in files:
@@ -39,18 +42,18 @@ class Converter:
                 number = _NUMBER.search(name)
                 self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
 
-    def convert(self, group: TensorGroup, number: int | None) -> dict[str, torch.Tensor] | None:
-        """The stored tensors of `group` by their first names; `number` is its block's, None for what lies outside.
+    def convert(self, group: TensorGroup) -> dict[str, torch.Tensor] | None:
+        """The stored tensors of `group` by their first names.
 
-        None where the weights with that number do not make all of the group.
+        None where the weights with its block's number do not make all of it.
         """
         stored = [tensor for tensor in group.tensors if tensor.stored]
         with self._lock:
             try:
-                convert_and_load(self._model, self._held[number])
+                convert_and_load(self._model, self._held[group.block])
                 found = {tensor.names[0]: _loaded(tensor) for tensor in stored}
             finally:
-                for tensor in group.tensors:
+                for tensor in self._siblings[group.block]:
                     tensor.bind(tensor.value)
         whole = {name: value for name, value in found.items() if value is not None}
         return whole if len(whole) == len(stored) else None

@@ -30,7 +30,17 @@ STREAM = EngineDescriptor(
     check_disks=_check_disks,
     offloads=("none", "cpu", "nvme"),
     options=frozenset(
-        {"fetch", "resident_blocks", "pin_memory", "wire", "static_batches", "kv", "kv_dtype", "share_prefixes"}
+        {
+            "fetch",
+            "resident_blocks",
+            "pin_memory",
+            "wire",
+            "static_batches",
+            "kv",
+            "kv_dtype",
+            "share_prefixes",
+            "embeddings",
+        }
     ),
     stripes=True,
     places_blocks=True,

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import Embedding
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
 from zeroinf.engines.stream.expand import Expander
+from zeroinf.engines.stream.gather import Gatherer
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
@@ -30,7 +32,9 @@ from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.tiers import tiers
+from zeroinf.planner.tiers import Tier, tiers
+
+_HOST: Tier = "host"
 
 
 class StreamEngine:
@@ -59,15 +63,16 @@ class StreamEngine:
         self._device = device
         self._place = control.activity
         self._model = build_skeleton(source, plan.dtype)
-        groups, outside = group_tensors(self._model, plan.wire)
+        apart = plan.anatomy.tables if plan.embeddings == "cpu" else ()
+        groups, outside, tables = group_tensors(self._model, plan.wire, [table.tensor for table in apart])
         if expansions(self._model):
             require_kernels(device)
         self._expander = Expander(groups, device) if plan.wire != "model" else None
         where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
         self._weights = Weights(
             plan,
-            (*groups, outside),
-            (*where, "gpu"),
+            (*groups, outside, *tables),
+            (*where, "gpu", *(_HOST for _ in tables)),
             self._model,
             source,
             control,
@@ -80,13 +85,18 @@ class StreamEngine:
         self._rings: dict[int, Ring] = {}
         """Of each stack of blocks that streams, by its number in the model."""
         self._ahead: list[ReadAhead] = []
+        self._gatherer: Gatherer | None = None
         self._compute = ComputeStream(device)
         self._stalls = StallMeter(device, self._compute)
         try:
             streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
-            in_memory = self._weights.keep([index for index in streamed if where[index] == "host"])
+            in_host = [index for index in streamed if where[index] == "host"]
+            numbers = range(len(groups) + 1, len(groups) + 1 + len(tables))
+            in_memory = self._weights.keep([*in_host, *numbers])
             self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
+            if tables:  # once all is loaded: transformers converts weights in the modules that use them
+                self._gather(plan, [(group, in_memory[number]) for number, group in zip(numbers, tables, strict=True)])
             if plan.wire != "model" and device.type == "cuda":
                 torch.cuda.empty_cache()  # plans know nothing of where codes were made
             stacks = [list(layers) for _, layers in find_stacks(self._model)]
@@ -113,6 +123,16 @@ class StreamEngine:
             else:
                 _bind(_ready(groups[index].views(self._expander.slot)))
                 self._before[index] = partial(self._expander.expand, groups[index], piece)
+
+    def _gather(self, plan: Plan, tables: Sequence[tuple[TensorGroup, torch.Tensor]]) -> None:
+        """Let embeddings read rows of `tables`, groups of one tensor each with their pieces in host memory."""
+        pin = plan.pin_memory and self._device.type == "cuda"
+        self._gatherer = Gatherer(plan.anatomy.tables, plan.gathered_tokens, self._device, pin=pin)
+        for group, piece in tables:
+            ((tensor, matrix),) = group.views(piece)
+            ((module, _),) = tensor.sites
+            assert isinstance(module, Embedding)
+            self._gatherer.attach(module, matrix)
 
     def _stream(
         self,
@@ -205,7 +225,9 @@ class StreamEngine:
             encodings=sum(self._walks[:-1]),
             streamed_bytes_per_encoding=sum(self._streamed_bytes[:-1]),
             shared_host_bytes=self._weights.shared_bytes,
-            pinned_host_bytes=self._weights.pinned_bytes + sum(ahead.pinned_bytes for ahead in self._ahead),
+            pinned_host_bytes=self._weights.pinned_bytes
+            + sum(ahead.pinned_bytes for ahead in self._ahead)
+            + (self._gatherer.pinned_bytes if self._gatherer is not None else 0),
             slot_bytes=sum(slot.numel() for slot in slots),
             stalls=self._stalls.total() if self._rings else Stalls(),
         )
@@ -215,6 +237,8 @@ class StreamEngine:
             torch.cuda.synchronize()  # copies still run ahead of a pass that never comes
         for ahead in self._ahead:
             ahead.close()
+        if self._gatherer is not None:
+            self._gatherer.close()
         self._weights.close()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zeroinf.model.anatomy import Anatomy, HostSize
-from zeroinf.planner.choice import Choice
+from zeroinf.planner.choice import Choice, Embeddings
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import (
     CHUNK_BYTES,
@@ -21,15 +21,21 @@ from zeroinf.planner.memory import (
     Overhead,
     Term,
     dynamic_terms,
+    gathered_bytes,
+    gathered_tokens,
     piece_bytes,
     pieces,
     process_terms,
     round_up,
     store_terms,
+    table_pieces,
     walks,
+    with_layers,
 )
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Workload
+
+OUTSIDE: dict[Embeddings, str] = {"gpu": "embeddings, head, norms", "cpu": "head, norms"}
 
 
 def memory_terms(
@@ -63,13 +69,15 @@ def stream_gpu_terms(
         slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed)
         stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
         resident += walk.sizes[: walk.resident]
+    layers = with_layers(anatomy, choice.embeddings)
     fixed = {
-        "embeddings, head, norms": [piece_bytes(anatomy.outside)],
+        OUTSIDE[choice.embeddings]: [piece_bytes(layers.outside)],
         "resident layers": resident,
         "slots": slots,
         "staging buffers (load only)": stages,
-        "expanded slot": [] if choice.wire == "model" else [max(pieces(anatomy))],
+        "expanded slot": [] if choice.wire == "model" else [max(pieces(layers))],
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
+        "rows of embeddings": list(_gathered_bytes(anatomy, choice)),
         KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
@@ -92,13 +100,16 @@ def stream_host_terms(
     of_one = _locked_bytes(anatomy, choice, world_size, kv)
     locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
     largest = max((walk.sizes[0] for walk in walks(anatomy, choice) if walk.resident), default=0)
-    stages = max(piece_bytes(anatomy.outside), largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
+    outside = piece_bytes(with_layers(anatomy, choice.embeddings).outside)
+    stages = max(outside, largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
+        Term("host", "embeddings, page-locked", of_one["tables"], "counted"),
+        Term("host", "gathered rows, page-locked", of_one["gathered rows"] * world_size, "counted"),
         Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
-        Term("host", "weights on their way through transformers", _passing_bytes(anatomy, locked), "counted"),
+        Term("host", "weights on their way through transformers", _passing_bytes(anatomy, choice, locked), "counted"),
         *process_terms(world_size, overhead),
     ]
     return tuple(term for term in terms if term.nbytes)
@@ -110,6 +121,8 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
     read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
     return {
         "weights": sum(walk.host_bytes for walk in all_walks),
+        "tables": sum(table_pieces(anatomy, choice.embeddings)),
+        "gathered rows": sum(_gathered_bytes(anatomy, choice)[:1]),
         "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
         "NVMe read ring": READ_BUFFERS * read,
     }
@@ -122,12 +135,21 @@ def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
     return round_up(-(-piece // world_size), CHUNK_BYTES if choice.offload == "nvme" else PIECE_ALIGNMENT)
 
 
-def _passing_bytes(anatomy: Anatomy, locked_bytes: int) -> int:
+def _gathered_bytes(anatomy: Anatomy, choice: Choice) -> tuple[int, ...]:
+    """Bytes of the buffers for what a forward gathers of tables in host memory; empty where there are none."""
+    if choice.embeddings == "gpu" or not anatomy.tables:
+        return ()
+    return gathered_bytes(anatomy.tables, gathered_tokens(choice))
+
+
+def _passing_bytes(anatomy: Anatomy, choice: Choice, locked_bytes: int) -> int:
     """Host memory that loading takes beside stages and page-locked weights.
 
     One piece is converted from what the checkpoint holds of it while another one is copied; of weights that are loaded
     as a whole each is let go when it has been copied.
     """
-    sizes = [piece_bytes(anatomy.outside), *pieces(anatomy)]
+    layers, tables = with_layers(anatomy, choice.embeddings), table_pieces(anatomy, choice.embeddings)
+    sizes = [piece_bytes(layers.outside), *pieces(layers), *tables]
+    locked_bytes += sum(tables)
     converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
     return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)

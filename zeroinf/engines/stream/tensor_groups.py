@@ -17,7 +17,7 @@ from zeroinf.model.inspect import find_stacks, home_of
 from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tensor:
     """One parameter or buffer, which several modules may share."""
 
@@ -54,6 +54,8 @@ class TensorGroup:
 
     tensors: tuple[Tensor, ...]
     layout: Layout
+    block: int | None = None
+    """The index of the block that the tensors lie in; None outside."""
 
     @property
     def nbytes(self) -> int:
@@ -76,17 +78,31 @@ class TensorGroup:
         ]
 
 
-def group_tensors(model: Any, wire: Wire = "model") -> tuple[tuple[TensorGroup, ...], TensorGroup]:
-    """A group for each block, whose weights cross in the format `wire`, and one of what lies outside, as it is."""
+def group_tensors(
+    model: Any, wire: Wire = "model", apart: Sequence[str] = ()
+) -> tuple[tuple[TensorGroup, ...], TensorGroup, tuple[TensorGroup, ...]]:
+    """A group for each block, whose weights cross in the format `wire`, one of what lies outside, as it is, and one for
+    each of the tensors `apart`, which are part of none of these."""
     inside, outside = _sort_tensors(model)
     dtype = str(model.dtype).removeprefix("torch.")
+    named = {tensor.names[0]: (index, tensor) for index, own in enumerate([*inside, outside]) for tensor in own}
+    own_groups = []
+    for name in apart:
+        index, tensor = named[name]
+        own_groups.append(_tensor_group([tensor], index if index < len(inside) else None))
+        (inside[index] if index < len(inside) else outside).remove(tensor)
     coded = (is_coded([_spec(tensor) for tensor in tensors], dtype, wire) for tensors in inside)
-    blocks = (_tensor_group(tensors, CODES.get(wire), which) for tensors, which in zip(inside, coded, strict=True))
-    return tuple(blocks), _tensor_group(outside)
+    blocks = (
+        _tensor_group(tensors, index, CODES.get(wire), which)
+        for index, (tensors, which) in enumerate(zip(inside, coded, strict=True))
+    )
+    return tuple(blocks), _tensor_group(outside), tuple(own_groups)
 
 
-def _tensor_group(tensors: Sequence[Tensor], kind: Codes | None = None, coded: Sequence[bool] = ()) -> TensorGroup:
-    return TensorGroup(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded))
+def _tensor_group(
+    tensors: Sequence[Tensor], block: int | None = None, kind: Codes | None = None, coded: Sequence[bool] = ()
+) -> TensorGroup:
+    return TensorGroup(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded), block)
 
 
 def _spec(tensor: Tensor) -> TensorSpec:
