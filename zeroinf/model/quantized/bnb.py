@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
-from zeroinf.model.quantized.integers import by_slices
+from zeroinf.model.quantized.fused import Random, fused, random_bytes, random_scales
+from zeroinf.model.quantized.integers import PER_127, by_slices, expand_integers
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 _STATE = "weight.quant_state.bitsandbytes__"
-_PER_127 = 7.874015718698502e-3
 
 
 def hold_bitsandbytes(model: Any, found: Mapping[str, Any]) -> None:
@@ -92,21 +93,44 @@ class _FourBits(MatrixFormat):
             raise ModelError(f"{name} of a layer cannot be read: {error}", hint=OTHER_CHECKPOINT) from error
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        stacks = whole if whole.dim() > 2 else whole[None]
-        for number, into in enumerate(stacks):
-            own = {name: tensor[number] if whole.dim() > 2 else tensor for name, tensor in held.items()}
-            _expand_four_bits(own, into)
-
-
-def _expand_four_bits(held: Held, whole: torch.Tensor) -> None:
-    rows, columns = whole.shape
-    scales = held["weight.absmax"]
-    if (nested := held.get("weight.nested_absmax")) is not None:
+        nested = "weight.nested_absmax" in held
         offset = next(tensor for name, tensor in held.items() if name.startswith(_STATE))
-        shared = nested.repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
-        scales = held["weight.nested_quant_map"][scales.long()] * shared + offset
+        rows, columns = whole.shape[-2:]
+        scales = held["weight.absmax"]
+        is_usual = columns % 8 == 0 and rows * columns // scales.shape[-1] % 8 == 0
+        (_expand_fused if is_usual else _expand)(
+            whole,
+            held["weight"].flatten(-2),
+            held["weight.quant_map"],
+            scales,
+            held["weight.nested_absmax"] if nested else None,
+            held["weight.nested_quant_map"] if nested else None,
+            offset if nested else None,
+            _NESTED_BLOCK,
+        )
+
+
+def _expand(
+    whole: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    nested: torch.Tensor | None,
+    nested_values: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_block: int,
+) -> None:
+    """Fill `whole` (..., rows, columns) with `values` of codes times scales of blocks; of a stack, all are stacked."""
+    if whole.dim() > 2:
+        for number, into in enumerate(whole):
+            own = [None if one is None else one[number] for one in (nested, nested_values, offset)]
+            _expand(into, codes[number], values[number], scales[number], own[0], own[1], own[2], nested_block)
+        return
+    rows, columns = whole.shape
     block = rows * columns // scales.numel()
-    codes, values = held["weight"].view(-1), held["weight.quant_map"]
+    if nested is not None and nested_values is not None and offset is not None:
+        shared = nested.repeat_interleave(nested_block)[: scales.numel()]
+        scales = nested_values[scales.long()] * shared + offset
 
     def weights(stack: slice, some: slice) -> torch.Tensor:
         first, last = some.start * columns, min(some.stop, rows) * columns
@@ -116,6 +140,34 @@ def _expand_four_bits(held: Held, whole: torch.Tensor) -> None:
         return found * scales[at]
 
     by_slices(whole, 1, weights)
+
+
+@cache
+def _random(is_nested: bool) -> Random:
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        blocks = rows * columns // _BLOCK
+        more: tuple[torch.Tensor | None, ...] = (None, None, None)
+        scales = random_scales(generator, torch.float32, stack, blocks)
+        if is_nested:
+            scales = random_bytes(generator, stack, blocks)
+            shapes = (ceil(blocks / _NESTED_BLOCK),), (256,), (1,)
+            more = tuple(random_scales(generator, torch.float32, stack, *shape) for shape in shapes)
+        values = random_scales(generator, torch.float32, stack, 16) - 1
+        return random_bytes(generator, stack, rows * columns // 2), values, scales, *more, _NESTED_BLOCK
+
+    return random
+
+
+_expand_fused = fused(
+    "expand_four_bits(Tensor(a!) whole, Tensor codes, Tensor values, Tensor scales, Tensor? nested, "
+    "Tensor? nested_values, Tensor? offset, int nested_block) -> ()",
+    _expand,
+    lambda whole, codes, values, scales, nested, *more: _random(nested is not None),
+    {
+        "bitsandbytes, nf4 or fp4": _random(False),
+        "bitsandbytes, nf4 or fp4 with double quantization": _random(True),
+    },
+)
 
 
 class _Int8(MatrixFormat):
@@ -133,10 +185,4 @@ class _Int8(MatrixFormat):
         return f"has {wrong[0]} as {stored.get(wrong[0])}" if wrong else None
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        codes, scales = held["weight"], held["SCB"][..., None]
-
-        def weights(stack: slice, some: slice) -> torch.Tensor:
-            own, scale = (codes[stack, some], scales[stack, some]) if whole.dim() > 2 else (codes[some], scales[some])
-            return own.float() * scale * _PER_127
-
-        by_slices(whole, 1, weights)
+        expand_integers(whole, held["weight"], held["SCB"][..., None], factor=PER_127)

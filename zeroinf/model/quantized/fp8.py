@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
-from zeroinf.model.quantized.fused import fused
+from zeroinf.model.quantized.fused import Random, fused, random_bytes, random_scales
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
@@ -76,7 +77,7 @@ class _Fp8(MatrixFormat):
         else:
             height, width = 1 if scales.numel() > whole[..., 0, 0].numel() else rows, columns
         down = ceil(rows / height)
-        _expand_fused(whole, held["weight"], scales.reshape(*whole.shape[:-2], down, -1), height, width)
+        expand_fp8(whole, held["weight"], scales.reshape(*whole.shape[:-2], down, -1), height, width)
 
 
 def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
@@ -91,4 +92,37 @@ def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, heig
         whole[..., full * width :].mul_(of_rows[..., full:])
 
 
-_expand_fused = fused("expand_fp8(Tensor(a!) whole, Tensor codes, Tensor scales, int height, int width) -> ()", _expand)
+@cache
+def _random(is_down: bool, is_across: bool, height: int) -> Random:
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        high, width = height if is_down else rows, 128 if is_across else columns
+        return (
+            random_bytes(generator, stack, rows, columns).view(torch.float8_e4m3fn),
+            random_scales(generator, torch.float32, stack, ceil(rows / high), ceil(columns / width)),
+            high,
+            width,
+        )
+
+    return random
+
+
+_expand_fused = fused(
+    "expand_fp8(Tensor(a!) whole, Tensor codes, Tensor scales, int height, int width) -> ()",
+    _expand,
+    lambda whole, codes, scales, height, width: _random(scales.shape[-2] > 1, scales.shape[-1] > 1, min(height, 64)),
+    {
+        "FP8, blocks of 128": _random(True, True, 64),
+        "FP8, a scale a row": _random(True, False, 1),
+        "FP8, one scale": _random(False, False, 64),
+    },
+)
+
+
+def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
+    """Fill `whole` (..., rows, columns) with codes (float8_e4m3fn) times scales, by a kernel if that takes such blocks.
+
+    `scales` (..., blocks down, blocks across) are float32, of blocks of `height` x `width`.
+    """
+    columns = whole.shape[-1]
+    is_usual = columns % 8 == 0 and (width % 8 == 0 or scales.shape[-1] == 1)
+    (_expand_fused if is_usual else _expand)(whole, codes, scales, height, width)

@@ -1,12 +1,15 @@
 """Operators of torch that expand a matrix, or a stack of matrices, in one call: on a GPU by one kernel.
 
 On the meta device an operator does nothing, and counts as one kernel that reads codes and writes weights. Its first
-argument, `whole` (..., rows, columns; strided), is its output.
+argument, `whole` (..., rows, columns; strided), is its output. Before a kernel is used, it expands random codes of the
+same form; where that fails, or gives other bits than the operators of torch, those do the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +17,101 @@ import torch
 from zeroinf.errors import EnvironmentProblem
 
 _LIBRARY: Any = torch.library.Library("zeroinf", "DEF")  # type: ignore[no-untyped-call]
+# A stack, rows and columns that every format's blocks and groups divide, and tiles as most matrices have them.
+_TRIAL = 2, 96, 1024
+
+Random = Callable[[int, int, int, torch.Generator], tuple[Any, ...]]
+"""Makes random arguments of an operator, those after `whole`: for a stack, rows and columns."""
 
 
-def fused(schema: str, on_cpu: Callable[..., None]) -> Callable[..., None]:
-    """The operator of `schema`: `on_cpu` on the CPU, the function of its name in `expansion_kernels` on a GPU."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A form of codes that an operator expands, with which its kernel is tested and measured."""
+
+    operator: str
+    """Name under `torch.ops.zeroinf`, and of the function in `expansion_kernels`."""
+    random: Random
+
+
+EXAMPLES: dict[str, Example] = {}
+"""All forms of codes that have a kernel, by the names that readers know; those of the modules that are imported."""
+
+
+def fused(
+    schema: str,
+    in_torch: Callable[..., None],
+    like: Callable[..., Random],
+    examples: Mapping[str, Random],
+) -> Callable[..., None]:
+    """The operator of `schema`: `in_torch` on the CPU, the function of its name in `expansion_kernels` on a GPU.
+
+    `like` takes the operator's arguments and returns what makes random ones of the same form, for a trial
+    of the kernel: an object that equals others of the same form.
+    """
     name = schema.partition("(")[0]
+    known: dict[Any, bool] = {}
     _LIBRARY.define(schema)
+    EXAMPLES.update({title: Example(name, random) for title, random in examples.items()})
 
-    def on_gpu(*args: Any) -> None:
-        from zeroinf.model.quantized import expansion_kernels
+    def on_gpu(whole: torch.Tensor, *args: Any) -> None:
+        random = like(whole, *args)
+        form = random, whole.dtype, whole.stride(-1) == 1
+        if form not in known:
+            known[form] = _agree(name, in_torch, random, whole)
+        (_kernel(name) if known[form] else in_torch)(whole, *args)
 
-        getattr(expansion_kernels, name)(*args)
-
-    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, in_torch, "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
     _LIBRARY.impl(name, _on_paper, "Meta")
     operator: Callable[..., None] = getattr(torch.ops.zeroinf, name)
     return operator
+
+
+def fills_units(columns: int, groups: int) -> bool:
+    """Whether groups of columns are of a multiple of eight, as kernels take them."""
+    return columns % (8 * groups) == 0
+
+
+def random_bytes(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+
+
+def random_words(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return random_bytes(generator, *shape, 4).view(torch.int32)[..., 0]
+
+
+def random_scales(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (torch.rand(shape, generator=generator, device="cpu") + 0.5).to(dtype)
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    from zeroinf.model.quantized import expansion_kernels
+
+    kernel: Callable[..., None] = getattr(expansion_kernels, name)
+    return kernel
+
+
+def _agree(name: str, in_torch: Callable[..., None], random: Random, like: torch.Tensor) -> bool:
+    """Whether kernel and operators of torch fill a tensor with the same bits, in the dtype and order of `like`."""
+    stack, rows, columns = _TRIAL
+    device = like.device
+    args = [
+        one.to(device) if isinstance(one, torch.Tensor) else one
+        for one in random(stack, rows, columns, torch.Generator().manual_seed(0))
+    ]
+    found, right = (torch.empty(_TRIAL, dtype=like.dtype, device=device) for _ in range(2))
+    if like.stride(-1) != 1:
+        found = torch.empty(stack, columns, rows, dtype=like.dtype, device=device).transpose(1, 2)
+    in_torch(right, *args)
+    try:
+        _kernel(name)(found, *args)
+        if torch.equal(found.nan_to_num(), right.nan_to_num()):
+            return True
+        why = "its results differ"
+    except Exception as error:  # Triton has errors of many kinds, and none of them may end a run
+        why = str(error).partition("\n")[0]
+    warnings.warn(f"weights are expanded by operators of torch, not by the kernel {name}: {why}", stacklevel=2)
+    return False
 
 
 def _on_paper(*ignored: Any) -> None:
@@ -44,9 +125,7 @@ def require_kernels(device: torch.device) -> None:
     try:
         whole = torch.empty(1, 32, dtype=torch.bfloat16, device=device)
         packed = torch.zeros(1, 34, dtype=torch.uint8, device=device)
-        from zeroinf.model.quantized.expansion_kernels import expand_ggml
-
-        expand_ggml(whole, packed, 8, 32, 34)
+        _kernel("expand_ggml")(whole, packed, 8, 32, 34, None)
     except (ImportError, RuntimeError, OSError) as error:
         raise EnvironmentProblem(
             f"quantized weights cannot be expanded on this GPU: {str(error).splitlines()[0]}",

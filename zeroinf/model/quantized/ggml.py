@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
-from zeroinf.model.quantized.fused import fused
+from zeroinf.model.quantized.fused import Random, fused, random_bytes
 
 _Blocks = torch.Tensor
 """(blocks, bytes of one) uint8."""
@@ -41,10 +42,8 @@ class GgmlType:
 
 def expand(packed: torch.Tensor, kind: GgmlType, whole: torch.Tensor) -> None:
     """Write the weights that `packed` (..., bytes of a row; uint8) stands for into `whole` (..., columns; strided)."""
-    if kind.name in _FUSED:
-        _expand_fused(whole, packed, _NUMBERS[kind.name], kind.weights, kind.nbytes)
-    else:
-        _expand(packed, kind, whole)
+    table = _words_of_table(kind.name, packed.device) if kind.name.startswith("IQ") else None
+    _expand_fused(whole, packed, _NUMBERS[kind.name], kind.weights, kind.nbytes, table)
 
 
 def _expand(packed: torch.Tensor, kind: GgmlType, whole: torch.Tensor) -> None:
@@ -291,10 +290,32 @@ QUANTIZED_TYPES = {
 """By the number that files give them."""
 
 _NUMBERS = {kind.name: number for number, kind in QUANTIZED_TYPES.items()}
-# Types of which a kernel knows.
-_FUSED = {"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
+
+
+@cache
+def _words_of_table(name: str, device: torch.device) -> torch.Tensor:
+    """The values of a type's codes, or its points of four or eight bytes, as int32 that its kernel reads."""
+    if name.startswith("IQ4"):
+        return _table(_IQ4_VALUES, device).int()
+    points: torch.Tensor = _grid(name, torch.device("cpu")).to(torch.int8).contiguous()
+    return points.view(torch.int32).flatten().to(device)
+
+
+@cache
+def _random(kind: int) -> Random:
+    own = QUANTIZED_TYPES[kind]
+
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        packed = random_bytes(generator, stack, rows, own.row_bytes(columns))
+        table = _words_of_table(own.name, packed.device) if own.name.startswith("IQ") else None
+        return packed, kind, own.weights, own.nbytes, table
+
+    return random
+
 
 _expand_fused = fused(
-    "expand_ggml(Tensor(a!) whole, Tensor packed, int kind, int weights, int nbytes) -> ()",
+    "expand_ggml(Tensor(a!) whole, Tensor packed, int kind, int weights, int nbytes, Tensor? table) -> ()",
     lambda whole, packed, kind, *ignored: _expand(packed, QUANTIZED_TYPES[kind], whole),
+    lambda whole, packed, kind, *ignored: _random(kind),
+    {f"GGUF {kind.name}": _random(number) for number, kind in QUANTIZED_TYPES.items()},
 )

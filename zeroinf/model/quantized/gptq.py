@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
-from zeroinf.model.quantized.fused import fused
+from zeroinf.model.quantized.fused import Random, fills_units, fused, random_scales, random_words
 from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
@@ -107,8 +108,7 @@ class _Gptq(MatrixFormat):
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         order = held["g_idx"] if self.is_ordered else None
-        expand = _expand_fused if self.bits in _FUSED_BITS else _expand
-        expand(whole, held["qweight"], held["qzeros"], held["scales"], order, self.bits, self.less, False)
+        _expand_any(whole, held["qweight"], held["qzeros"], held["scales"], order, self.bits, self.less, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class _Awq(MatrixFormat):
         return _why_not(self, self.usual(rows, columns), columns, stored, (4,))
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        _expand_fused(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)
+        _expand_any(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)
 
 
 def _why_not(
@@ -179,13 +179,47 @@ def _expand(
     by_slices(whole, 32, weights)
 
 
+@cache
+def _random(bits: int, less: int, awq: bool, is_ordered: bool, is_grouped: bool, dtype: torch.dtype) -> Random:
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        groups = columns // 128 if is_grouped else 1
+        shape = (columns, packed_size(rows, bits)) if awq else (packed_size(columns, bits), rows)
+        order = torch.randint(0, groups, (stack, columns), dtype=torch.int32, generator=generator, device="cpu")
+        return (
+            random_words(generator, stack, *shape),
+            random_words(generator, stack, groups, packed_size(rows, bits)),
+            random_scales(generator, dtype, stack, groups, rows),
+            order if is_ordered else None,
+            bits,
+            less,
+            awq,
+        )
+
+    return random
+
+
 _expand_fused = fused(
     "expand_words(Tensor(a!) whole, Tensor codes, Tensor zeros, Tensor scales, Tensor? order, int bits, int less, "
     "bool awq) -> ()",
     _expand,
+    lambda whole, codes, zeros, scales, order, bits, less, awq: _random(
+        bits, less, awq, order is not None, scales.shape[-2] > 1, scales.dtype
+    ),
+    {
+        **{f"GPTQ, {bits} bits": _random(bits, 1, False, False, True, torch.float16) for bits in (2, 3, 4, 8)},
+        "GPTQ, 4 bits, desc_act": _random(4, 1, False, True, True, torch.float16),
+        "GPTQ, 4 bits, a scale a row": _random(4, 0, False, False, False, torch.bfloat16),
+        "AWQ": _random(4, 0, True, False, True, torch.float16),
+    },
 )
-# Widths of codes of which a kernel knows.
-_FUSED_BITS = (2, 4, 8)
+
+
+def _expand_any(
+    whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, *more: Any
+) -> None:
+    """Fill `whole` by a kernel, if that takes groups of this size."""
+    is_usual = fills_units(whole.shape[-1], scales.shape[-2]) and whole.shape[-2] % 32 == 0
+    (_expand_fused if is_usual else _expand)(whole, codes, zeros, scales, *more)
 
 
 def _grouped(codes: torch.Tensor, groups: int) -> torch.Tensor:

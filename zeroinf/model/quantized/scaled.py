@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from zeroinf.model.quantized.expansion import Held, refused
-from zeroinf.model.quantized.integers import by_slices, unpack
+from zeroinf.model.quantized.fp4 import expand_fp4
+from zeroinf.model.quantized.fp8 import expand_fp8
+from zeroinf.model.quantized.integers import code_bits, expand_integers
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
-# Values of codes of four bits (E2M1).
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,8 +112,8 @@ class _Scaled(MatrixFormat):
             torch.int8: (rows, columns), torch.float8_e4m3fn: (rows, columns), torch.uint8: (rows, columns // 2)
         }  # fmt: skip
         if codes.dtype == torch.int32:
-            if codes.shape[0] != rows or _bits(codes.shape, columns) not in (2, 4, 8):
-                return f"has codes of {_bits(codes.shape, columns)} bits in the shape {codes.shape}"
+            if codes.shape[0] != rows or code_bits(codes.shape, columns) not in (2, 4, 8):
+                return f"has codes of {code_bits(codes.shape, columns)} bits in the shape {codes.shape}"
         elif codes.dtype not in kinds or codes.shape != kinds[codes.dtype]:
             return f"has codes of {codes.dtype} in the shape {codes.shape}"
         scales = needed["weight_scale"]
@@ -128,7 +128,7 @@ class _Scaled(MatrixFormat):
         if "weight_g_idx" in needed and (needed["weight_g_idx"].shape != (columns,) or down != rows):
             return "has groups in an order of their own, and scales of another shape"
         zeros = needed.get("weight_zero_point")
-        words = ceil(rows * _bits(codes.shape, columns) / 32) if codes.dtype == torch.int32 else 0
+        words = ceil(rows * code_bits(codes.shape, columns) / 32) if codes.dtype == torch.int32 else 0
         packed = Stored(torch.int32, (words, across)), Stored(torch.int8, scales.shape)
         return (
             None if zeros is None or zeros in packed else f"has zero points of {zeros.dtype} in the shape {zeros.shape}"
@@ -149,72 +149,25 @@ class _Scaled(MatrixFormat):
             _expand_fp4(held, codes, whole)
             return
         rows, columns = whole.shape[-2:]
-        stacked = whole.dim() > 2
-        scales = _as_matrix(held["weight_scale"], stacked)
-        order = held.get("weight_g_idx")
-        zeros = held.get("weight_zero_point")
-        bits = _bits(codes.shape, columns) if codes.dtype == torch.int32 else 8
-        if zeros is not None:
-            offset = 1 << (bits - 1)
-            unpacked = unpack(zeros, bits, -2)[..., :rows, :] if zeros.dtype == torch.int32 else zeros + offset
-            zeros = unpacked.float() - offset
-
-        def weights(stack: slice, some: slice) -> torch.Tensor:
-            own = codes[stack, some] if stacked else codes[some]
-            scale = _some_rows(scales[stack] if stacked else scales, some, rows)
-            values = own.float()
-            if own.dtype == torch.int32:
-                values = unpack(own, bits, -1)[..., :columns].float() - (1 << (bits - 1))
-            if zeros is not None:
-                zero = _some_rows(zeros[stack] if stacked else zeros, some, rows)
-                values = values - _spread(zero, columns, order, stack)
-            return values * _spread(scale, columns, order, stack)
-
-        by_slices(whole, 32, weights)
-
-
-def _bits(shape: Sequence[int], columns: int) -> int:
-    """The width of codes of which so many lie in the words of a row."""
-    return shape[-1] * 32 // columns
+        scales = _as_matrix(held["weight_scale"], stacked=whole.dim() > 2)
+        order, zeros = held.get("weight_g_idx"), held.get("weight_zero_point")
+        if codes.dtype == torch.float8_e4m3fn and order is None and zeros is None:
+            down, across = scales.shape[-2:]
+            expand_fp8(whole, codes, scales.float(), rows // down, columns // across)
+        else:
+            expand_integers(whole, codes, scales, zeros, order)
 
 
 def _as_matrix(scales: torch.Tensor, stacked: bool) -> torch.Tensor:
-    """Scales (..., blocks down, blocks across) in float32."""
+    """Scales as (..., blocks down, blocks across)."""
     lead = scales.shape[:1] if stacked else ()
     inner = scales.shape[len(lead) :]
-    return scales.float().reshape(*lead, *((*inner, 1, 1)[:2] if inner else (1, 1)))
-
-
-def _some_rows(values: torch.Tensor, some: slice, rows: int) -> torch.Tensor:
-    """The values of `some` of `rows` rows, where a value may belong to several of them."""
-    if values.shape[-2] == 1:
-        return values
-    return values.repeat_interleave(rows // values.shape[-2], dim=-2)[..., some, :]
-
-
-def _spread(values: torch.Tensor, columns: int, order: torch.Tensor | None, stack: slice) -> torch.Tensor:
-    """A value for each column, of groups that lie side by side or are told by `order`."""
-    if order is None:
-        return values.repeat_interleave(columns // values.shape[-1], dim=-1)
-    index = (order[stack] if order.dim() > 1 else order).long()
-    return values.gather(-1, index[..., None, :].expand(*values.shape[:-1], columns))
+    return scales.reshape(*lead, *((*inner, 1, 1)[:2] if inner else (1, 1)))
 
 
 def _expand_fp4(held: Held, codes: torch.Tensor, whole: torch.Tensor) -> None:
     """NVFP4, of which 16 weights share a scale in FP8 and all of them one in float32, or MXFP4: 32 a power of two."""
-    stacked = whole.dim() > 2
-    scales = held["weight_scale"]
-    if scales.dtype == torch.uint8:
-        shared = torch.exp2(scales.float() - 127)
-    else:
-        name = "weight_global_scale" if "weight_global_scale" in held else "weight_scale_2"
-        of_all = held[name].float().reshape(-1, 1, 1) if stacked else held[name].float().reshape(1, 1)
-        shared = scales.float() / of_all if name == "weight_global_scale" else scales.float() * of_all
-    values = torch.tensor(_FP4_VALUES, device=codes.device)
-
-    def weights(stack: slice, some: slice) -> torch.Tensor:
-        own, scale = (codes[stack, some], shared[stack, some]) if stacked else (codes[some], shared[some])
-        unpacked = values[torch.stack((own & 15, own >> 4), dim=-1).flatten(-2).long()]
-        return unpacked * scale.repeat_interleave(unpacked.shape[-1] // scale.shape[-1], dim=-1)
-
-    by_slices(whole, 1, weights)
+    of_all = next((held[name] for name in ("weight_global_scale", "weight_scale_2") if name in held), None)
+    if of_all is not None:
+        of_all = of_all.float().reshape(-1)
+    expand_fp4(whole, codes, held["weight_scale"], of_all, "weight_global_scale" in held)

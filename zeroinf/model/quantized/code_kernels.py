@@ -1,0 +1,166 @@
+"""The Triton kernels that expand codes with scales: integers, FP4, FP8 and bitsandbytes' codes of four bits.
+
+Where codes lie is given by strides, so that one kernel reads the words of GPTQ and those of compressed-tensors. What is
+computed is that of the forms in torch, to the last bit.
+"""
+
+# ruff: noqa: N803  constants of a kernel are written large
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zeroinf.model.quantized.tile_kernels import (
+    e2m1,
+    e4m3,
+    half_e8m0,
+    joined,
+    load_float,
+    load_int,
+    matrix,
+    tile,
+    write,
+)
+
+
+# Triton looks annotations up while it compiles, and knows none of Python's types.
+@triton.jit  # type: ignore[untyped-decorator]
+def _unit_codes(at, stride, unit, place, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The eight codes of a unit, out of words that are `stride` apart."""
+    word = unit * BITS // 4
+    low = load_int(at + word * stride, inside)
+    if BITS == 8:
+        low = tl.where(place < 4, low, load_int(at + (word + 1) * stride, inside))
+        shift = place % 4 * 8
+    elif BITS == 4:
+        shift = place * 4
+    elif BITS == 2:
+        low = low >> (unit % 2 * 16)
+        shift = place * 2
+    else:
+        first = unit * 24 % 32
+        low = joined(low, load_int(at + (word + 1) * stride, inside & (first > 8)), first)
+        shift = place * 3
+    return (low >> shift) & ((1 << BITS) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _code(at, stride, number, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Code `number` out of words that are `stride` apart."""
+    word, first = number * BITS // 32, (number * BITS % 32).to(tl.int32)
+    low = load_int(at + word * stride, inside)
+    if BITS == 3:
+        return joined(low, load_int(at + (word + 1) * stride, inside & (first > 29)), first) & 7
+    return (low >> first) & ((1 << BITS) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_affine(  # type: ignore[no-untyped-def]
+    whole, codes, zeros, scales, order, rows, units,
+    code_stack, code_row, code_word, zero_stack, zero_row, zero_group, scale_stack, scale_row, scale_group, order_stack,
+    stack_stride, row_stride, column_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, IS_SIGNED: tl.constexpr, ZEROS: tl.constexpr, ZERO: tl.constexpr,
+    FACTOR: tl.constexpr, IS_ORDERED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """`(code - zero) * scale`, times `FACTOR` if that is not 1.
+
+    A group is `GROUP` units, or what `order` tells each column. Zero points are codes `ZERO` too low, bytes `ZERO` too
+    low, or `ZERO` for all (`ZEROS`: 2, 1, 0). Signed codes are taken 128 too high.
+    """
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    code = _unit_codes(codes + matrix() * code_stack + row * code_row, code_word, unit, place, inside, BITS)
+    if IS_SIGNED:
+        code = code ^ 128
+    part = unit // GROUP
+    if IS_ORDERED:
+        part = load_int(order + matrix() * order_stack + unit * 8 + place, unit < units)
+    at_zero = zeros + matrix() * zero_stack + part * zero_group
+    if ZEROS == 2:
+        zero = (_code(at_zero, zero_row, row, inside, BITS) + ZERO) & ((1 << BITS) - 1)
+    elif ZEROS == 1:
+        zero = load_int(at_zero + row * zero_row, inside) + ZERO
+    else:
+        zero = ZERO
+    scale = load_float(scales + matrix() * scale_stack + row * scale_row + part * scale_group, inside)
+    value = (code - zero).to(tl.float32) * scale
+    if FACTOR != 1.0:
+        value = value * FACTOR
+    write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_awq(  # type: ignore[no-untyped-def]
+    whole, codes, zeros, scales, words, units, groups, stack_stride, row_stride, column_stride,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """AWQ: a word holds codes of eight rows; of each eight, row 1 lies in the fifth place."""
+    word, unit, place = tile(ROWS, UNITS, False)
+    inside = (word < words) & (unit < units)
+    code = load_int(codes + (matrix() * units * 8 + unit * 8 + place) * words + word, inside)
+    group = matrix() * groups + unit // GROUP
+    zero = load_int(zeros + group * words + word, inside)
+    for other in tl.static_range(8):
+        row = word * 8 + other
+        scale = load_float(scales + group * words * 8 + row, inside)
+        own = (code >> (other // 2 * 4 + other % 2 * 16)) & 15
+        least = (zero >> (other // 2 * 4 + other % 2 * 16)) & 15
+        value = (own - least).to(tl.float32) * scale
+        write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_e2m1(  # type: ignore[no-untyped-def]
+    whole, codes, scales, of_all, rows, units, stack_stride, row_stride, column_stride,
+    GROUP: tl.constexpr, OF_ALL: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """FP4: words of eight codes. `GROUP` units share a power of two, or a scale in FP8 times (`OF_ALL`: 1), or divided
+    by (2), one of the matrix."""
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    first = (matrix() * rows + row) * units
+    code = load_int(codes + first + unit, inside) >> (place * 4)
+    own = load_int(scales + first // GROUP + unit // GROUP, inside)
+    if OF_ALL == 0:
+        scale, value = half_e8m0(own), e2m1(code) * 2.0
+    else:
+        shared = tl.load(of_all + matrix())
+        scale, value = tl.math.div_rn(e4m3(own), shared) if OF_ALL == 2 else e4m3(own) * shared, e2m1(code)
+    write(whole, value * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_e4m3(  # type: ignore[no-untyped-def]
+    whole, codes, scales, rows, units, down, across, stack_stride, row_stride, column_stride,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """FP8: `HEIGHT` rows x `WIDTH` units share a scale."""
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    code = load_int(codes + (matrix() * rows + row) * units * 8 + unit * 8 + place, inside)
+    scale = load_float(scales + (matrix() * down + row // HEIGHT) * across + unit // WIDTH, inside)
+    write(whole, e4m3(code) * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_table(  # type: ignore[no-untyped-def]
+    whole, codes, values, scales, nested, nested_values, offset, rows, units, scale_count, nested_count,
+    stack_stride, row_stride, column_stride,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """bitsandbytes: words of eight codes, the first of a byte in its high bits, which number `values`. `BLOCK` units
+    share a scale; if `NESTED`, that is a code too, and so many of them share a scale."""
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    at = row * units + unit
+    word = load_int(codes + matrix() * rows * units + at, inside)
+    number = at // BLOCK
+    if NESTED == 0:
+        scale = load_float(scales + matrix() * scale_count + number, inside)
+    else:
+        code = load_int(scales + matrix() * scale_count + number, inside)
+        shared = load_float(nested + matrix() * nested_count + number // NESTED, inside)
+        scale = load_float(nested_values + matrix() * 256 + code, inside) * shared + tl.load(offset + matrix())
+    value = load_float(values + matrix() * 16 + ((word >> ((place ^ 1) * 4)) & 15), inside)
+    write(whole, value * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
