@@ -126,7 +126,7 @@ def drive(
     """Complete `job` on `cluster`, as `run_on_cluster` does it."""
     writer = JournalOutput(out, job, overwrite=False, resume=resume, resume_anyway=False)
     output = Output(writer)
-    left = tuple(writer.left)
+    left = writer.left
     writer.begin(1)
     sampling = Sampling(max_new_tokens=1)
     whole: dict[str, Any] = {"requests": len(left), "facts": {}, "environ": environ or {}, "folder": out.parent}

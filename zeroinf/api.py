@@ -198,7 +198,9 @@ def generate(
         asked = [count for request in requests if (count := request.sampling.logprobs) is not None]
         return replace(
             Lengths.of(anatomy, rows, max(asked, default=None)),
-            prefixes=PrefixGroups(prompts).shared(anatomy, rows) if share_prefixes else None,
+            prefixes=PrefixGroups([prompt.tobytes() for prompt in prompts]).shared(anatomy, rows)
+            if share_prefixes
+            else None,
             sampled=any(not request.sampling.is_greedy for request in requests),
             penalized=any(request.sampling.alters_scores for request in requests),
             structured=any(request.sampling.answer_format is not None for request in requests),

@@ -20,6 +20,7 @@ from zeroinf.jobs import journal
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs import request_feed
 from zeroinf.runs.interrupts import Interrupts, interrupted
 from zeroinf.runs.request_feed import Output, RequestFeed
@@ -78,7 +79,9 @@ def read_job(lines: Sequence[str]) -> Job:
         )
         for r in requests
     )
-    return Job(work=work, refusals=tuple(refusals), fingerprint={"model": "fake", "prompts": str(len(lines))})
+    return Job(
+        work=WorkList.of(work), refusals=tuple(refusals), fingerprint={"model": "fake", "prompts": str(len(lines))}
+    )
 
 
 def next_token(row: Row) -> int:
@@ -90,9 +93,7 @@ def decode(tokens: Sequence[int]) -> str:
     return " ".join(f"{token}é" for token in tokens)
 
 
-def open_stream(
-    job: Job, left: tuple[Work, ...], control: Control, output: Output | None, observer: Any
-) -> RequestFeed:
+def open_stream(job: Job, left: WorkList, control: Control, output: Output | None, observer: Any) -> RequestFeed:
     """The feed of a rank whose engine does nothing."""
     ranks = control.world.size
     anatomy, sizes = SimpleNamespace(is_paged=True, encoder=None), {"batch_size": ROWS, "world_size": ranks}
@@ -135,7 +136,7 @@ def run_job(lines: Sequence[str], out: Path, ear: Any, *, pause_s: float = 0.0) 
             try:
                 if output.left:
                     output.begin(1)
-                    flow = open_stream(job, tuple(output.left), Control(World(), "cpu"), held, ear)
+                    flow = open_stream(job, output.left, Control(World(), "cpu"), held, ear)
                     interrupts.deferred = True
                     try:
                         generate(flow, interrupts, pause_s)

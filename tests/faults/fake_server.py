@@ -19,6 +19,7 @@ from zeroinf.jobs.journal import read_records
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import journal_path
 from zeroinf.jobs.readers import read_requests
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.serve import batches as batches_module
 from zeroinf.serve.batches import Batches
 from zeroinf.serve.errors import ApiError
@@ -58,8 +59,8 @@ def read_job(input_file: Path, output_file: Path, model: str) -> Job:
     extras = {r.index: r.extra for r in requests if r.extra is not None}
     marks = {"model": model, "prompts": str(len(requests))}
     return Job(
-        work=work, refusals=tuple(refusals), fingerprint=marks, extras=extras, output_format="openai", model=model,
-        began=1_000_000.0,
+        work=WorkList.of(work, extras), refusals=tuple(refusals), fingerprint=marks, output_format="openai",
+        model=model, began=1_000_000.0,
     )  # fmt: skip
 
 

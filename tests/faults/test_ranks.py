@@ -17,6 +17,7 @@ from tiers import tiered
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import PeerWatch
 from zeroinf.jobs.journal_output import JournalOutput
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs.interrupts import Interrupts
 from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import Shutdown
@@ -36,7 +37,7 @@ def run_on(control: Control, bench: Bench, out: Path, die_after_s: float | None)
         if control.world.is_main:
             output = JournalOutput(out, job, overwrite=False, resume=True, resume_anyway=False)
             output.begin(control.world.size)
-        work = control.broadcast(output and tuple(output.left))
+        work = (output.left if output is not None else WorkList()).shared(control)
         held = Output(output) if output is not None else None
         shutdown = Shutdown(out, "zeroinf run --resume", held, Ear(), interrupts)
         shutdown.watch = PeerWatch(control, shutdown.on_peer_death) if control.world.size > 1 else None

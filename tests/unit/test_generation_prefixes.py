@@ -4,6 +4,7 @@ page of the KV cache behind them."""
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from zeroinf.distributed.world import World
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.planner.prefixes import PrefixGroups
 
 PAGE = 16
 VOCABULARY = 300
@@ -26,6 +28,7 @@ VOCABULARY = 300
 # some releases of transformers let run packed.
 ARCHITECTURES = ("llama", "gpt2", "gemma3_text", "gpt_oss", "mixtral", "qwen3_moe", "mistral", "gemma2", "opt", "phi3")
 LATENT = "deepseek_v3"
+ANATOMY = anatomy_of(build_model("llama"))
 TIGHT: dict[str, Any] = {"rows": 5, "pages": 24, "prefill_tokens": 64, "forward_tokens": 33, "prefix_pages": 24}
 
 
@@ -106,6 +109,28 @@ def run(model: Any, rows: Sequence[Row], *, seed: int = 1, cancels: bool = False
 
 def are_greedy(model: Any, rows: Sequence[Row]) -> bool:
     return all(row.generated == greedy_by_transformers(model, row.prompt, row.generated) for row in rows)
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_prompts_that_begin_alike_follow_each_other_and_save_what_they_share(draw: random.Random, count: int) -> None:
+    pages = [array("i", [number] * PAGE).tobytes() for number in range(3)]
+    prompts = [b"".join(draw.choices(pages, k=draw.randrange(5))) + b"last" for _ in range(count)]
+    beginnings = [tuple(prompt[: end * len(pages[0])] for end in range(1, 1 + len(prompt) // 64)) for prompt in prompts]
+    groups = PrefixGroups(prompts)
+    order = list(groups.order)
+    assert sorted(order) == list(range(count))
+    for beginning in {one for each in beginnings for one in each}:
+        places = [at for at, number in enumerate(order) if beginning in beginnings[number]]
+        assert places == list(range(places[0], places[-1] + 1))
+    first_of: dict[bytes, int] = {}
+    for number, beginning in enumerate(beginnings):
+        first_of.setdefault(beginning[0] if beginning else b"%d" % number, number)
+    firsts = [first_of[beginnings[at][0] if beginnings[at] else b"%d" % at] for at in order]
+    assert firsts == sorted(firsts), "groups are in the order of their first prompts"
+    rows = [(len(prompt) // 4, 1) for prompt in prompts]
+    saved = sum(map(len, beginnings)) - len({one for each in beginnings for one in each})
+    assert round(groups.shared(ANATOMY, rows).saved_tokens * count) == PAGE * saved
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, LATENT])

@@ -34,7 +34,9 @@ ROWS = [
 
 def read(*names: str | Path, input_format: InputFormat = "auto") -> tuple[list[Request], list[Refusal]]:
     found = read_inputs((), find_inputs([str(name) for name in names]), DEFAULTS, input_format=input_format)
-    return found.requests, found.refusals
+    entries = list(found)
+    requests = [entry for entry in entries if isinstance(entry, Request)]
+    return requests, [entry for entry in entries if isinstance(entry, Refusal)]
 
 
 def prompts(*names: str | Path, **how: Any) -> list[str | None]:

@@ -26,6 +26,7 @@ from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import check_output, errors_path, journal_path, partial_path
 from zeroinf.jobs.status import read_status
 from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.service.requests import Extra, Refusal, Result, Work
 
 
@@ -55,7 +56,7 @@ def work(index: int) -> Work:
 
 def job(count: int, *, refused: Sequence[int] = (), **marks: str) -> Job:
     return Job(
-        work=tuple(work(index) for index in range(count) if index not in refused),
+        work=WorkList.of(work(index) for index in range(count) if index not in refused),
         refusals=tuple(refusal(index) for index in refused),
         fingerprint={"model": "m", "dtype": "float32", **marks},
     )
@@ -192,7 +193,7 @@ def of_asked(*prompts: str | tuple[str, str]) -> Job:
     """A job of prompts, or of ids and prompts, with a fingerprint of its own."""
     items = (one if isinstance(one, tuple) else (None, one) for one in prompts)
     asked = tuple(asks(index, prompt, own) for index, (own, prompt) in enumerate(items))
-    return Job(work=asked, refusals=(), fingerprint={"prompts": str(prompts)})
+    return Job(work=WorkList.of(asked), refusals=(), fingerprint={"prompts": str(prompts)})
 
 
 def answer_to(item: Work) -> Result:
@@ -504,7 +505,7 @@ def test_parquet_without_pyarrow_is_refused_before_the_work_with_what_to_install
 
 def test_pairs_are_printed_in_input_order() -> None:
     stream = io.StringIO()
-    output = PairsOutput(stream, [work(0), work(2), work(3)])
+    output = PairsOutput(stream, WorkList.of([work(0), work(2), work(3)]))
     output.add(result(2, prompt=None, completion="c"))
     output.add(result(0, prompt="a", completion="b"))
     dashes = "-" * 60
@@ -517,7 +518,7 @@ def test_pairs_are_printed_in_input_order() -> None:
 
 def test_abandoned_pairs_are_printed_and_counted() -> None:
     stream = io.StringIO()
-    output = PairsOutput(stream, [work(4), work(5)])
+    output = PairsOutput(stream, WorkList.of([work(4), work(5)]))
     output.add(result(5))
     assert output.abandon("stopped") == (None, 1)
     assert stream.getvalue().startswith("in=in\nout=out\n")
@@ -525,7 +526,7 @@ def test_abandoned_pairs_are_printed_and_counted() -> None:
 
 def test_a_terminal_that_is_not_utf8_shows_an_escape() -> None:
     raw = io.BytesIO()
-    output = PairsOutput(io.TextIOWrapper(raw, encoding="latin-1"), [work(0)])
+    output = PairsOutput(io.TextIOWrapper(raw, encoding="latin-1"), WorkList.of([work(0)]))
     output.add(result(0, completion="ü€"))
     assert b"out=\xfc\\u20ac\n" in raw.getvalue()
 
@@ -535,7 +536,7 @@ def test_a_closed_pipe_is_an_output_error() -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    output = PairsOutput(ClosedPipe(), [work(0)])
+    output = PairsOutput(ClosedPipe(), WorkList.of([work(0)]))
     with pytest.raises(OutputError, match="Broken pipe; 0 results were printed"):
         output.add(result(0))
     assert output.abandon("a closed pipe") == (None, 0)
@@ -553,7 +554,7 @@ def batch_job(endpoint: Any = "chat") -> Job:
         2: Extra(endpoint=endpoint),
     }
     refused = (Refusal(index=3, line=3, id="c", reason="no"),)
-    return Job(work=tuple(items), refusals=refused, fingerprint={}, began=1700000000.5, extras=extras, model="demo")
+    return Job(work=WorkList.of(items, extras), refusals=refused, fingerprint={}, began=1700000000.5, model="demo")
 
 
 def test_an_openai_batch_is_answered_as_openai_does(out: Path) -> None:
@@ -618,7 +619,7 @@ def test_jsonl_of_a_batch_where_it_is_asked_for(out: Path) -> None:
 
 
 def test_an_echo_stands_before_the_completion(out: Path) -> None:
-    output = begun(out, replace(job(1), extras={0: Extra(echo=True)}))
+    output = begun(out, replace(job(1), work=WorkList.of([work(0)], {0: Extra(echo=True)})))
     output.add(result(0))
     output.finish()
     assert json.loads(out.read_text())["completion"] == "inout"
@@ -629,7 +630,7 @@ def test_an_echo_stands_before_the_completion(out: Path) -> None:
 
 def test_csv_holds_the_same_rows_and_the_columns_of_the_input(tmp_path: Path) -> None:
     extras = {0: Extra(columns={"label": 1, "deep": {"a": [1]}}), 1: Extra(columns={"label": "x,\n", "deep": None})}
-    output = begun(tmp_path / "out.csv", replace(job(2), extras=extras))
+    output = begun(tmp_path / "out.csv", replace(job(2), work=WorkList.of([work(0), work(1)], extras)))
     for index in (1, 0):
         output.add(result(index, completion='say "hi",\nü'))
     output.finish()

@@ -15,21 +15,27 @@ from zeroinf.generation.row import Sampling
 from zeroinf.jobs.inputs import InputFile
 from zeroinf.jobs.readers import InputRequests, read_inputs
 from zeroinf.jobs.shape import EntryShape
-from zeroinf.service.requests import ChatOptions, Request
+from zeroinf.service.requests import ChatOptions, Refusal, Request
 
 DEFAULTS = Sampling(max_new_tokens=16)
 HI = [{"role": "user", "content": "hi"}]
 
 
-def read(*entries: Any, name: str = "in.jsonl", prompts: tuple[str, ...] = (), **shape: Any) -> InputRequests:
+def read_all(*entries: Any, name: str = "in.jsonl", prompts: tuple[str, ...] = (), **shape: Any) -> InputRequests:
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     source = io.BytesIO("\n".join(lines).encode())
     files = [InputFile(name, lambda: nullcontext(source))] if entries else []
     return read_inputs(prompts, files, DEFAULTS, shape=EntryShape(**shape))
 
 
+def read(*entries: Any, **how: Any) -> tuple[list[Request], list[Refusal]]:
+    found = list(read_all(*entries, **how))
+    requests = [entry for entry in found if isinstance(entry, Request)]
+    return requests, [entry for entry in found if isinstance(entry, Refusal)]
+
+
 def one(entry: Any, **how: Any) -> Request:
-    (request,), refusals, _ = read(entry, **how)
+    (request,), refusals = read(entry, **how)
     assert not refusals
     return request
 
@@ -41,7 +47,7 @@ def kept(entry: Any, **how: Any) -> Any:
 
 
 def reason(entry: Any, **how: Any) -> str:
-    requests, (refusal,), _ = read(entry, **how)
+    requests, (refusal,) = read(entry, **how)
     assert not requests
     return refusal.reason
 
@@ -50,10 +56,9 @@ def reason(entry: Any, **how: Any) -> str:
 
 
 def test_columns_that_nothing_uses_are_left_out_and_named() -> None:
-    found = read({"prompt": "Say hi", "label": 1}, {"prompt": "b", "source": "x", "label": 2})
-    assert [request.prompt for request in found.requests] == ["Say hi", "b"]
+    found = read_all({"prompt": "Say hi", "label": 1}, {"prompt": "b", "source": "x", "label": 2})
+    assert [(request.prompt, request.extra) for request in found] == [("Say hi", None), ("b", None)]
     assert found.unused == ("label", "source")
-    assert all(request.extra is None for request in found.requests)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_a_template_may_be_a_file_and_takes_plain_text_as_prompt(tmp_path: Path)
     (tmp_path / "t.jinja").write_text("<{{ prompt }}>\n")
     request = one("hello {{ x }}", name="in.txt", template=f"@{tmp_path / 't.jinja'}")
     assert request.prompt == "<hello {{ x }}>"
-    assert read(prompts=("a",), template="{{ prompt }}!").requests[0].prompt == "a!"
+    assert read(prompts=("a",), template="{{ prompt }}!")[0][0].prompt == "a!"
 
 
 def test_settings_and_ids_of_an_entry_stand_beside_its_columns() -> None:
@@ -156,16 +161,16 @@ def test_a_shape_that_cannot_work_ends_the_job(shape: dict[str, Any], error: typ
 
 
 def test_limit_counts_entries_refused_ones_included() -> None:
-    found = read({"prompt": "a"}, "oops", {"prompt": "b"}, prompts=("first",), limit=3)
-    assert [request.prompt for request in found.requests] == ["first", "a"]
-    assert [refusal.index for refusal in found.refusals] == [2]
+    requests, refusals = read({"prompt": "a"}, "oops", {"prompt": "b"}, prompts=("first",), limit=3)
+    assert [request.prompt for request in requests] == ["first", "a"]
+    assert [refusal.index for refusal in refusals] == [2]
 
 
 # Chats
 
 
 def test_prompts_become_chats() -> None:
-    (first, second), _, _ = read({"prompt": "a"}, prompts=("first",), chat=True, system="s")
+    (first, second), _ = read({"prompt": "a"}, prompts=("first",), chat=True, system="s")
     assert first.messages == ({"role": "system", "content": "s"}, {"role": "user", "content": "first"})
     assert (second.prompt, second.messages and second.messages[1]["content"]) == (None, "a")
 

@@ -39,7 +39,7 @@ def plan_of(
 ) -> Plan:
     anatomy = read_anatomy(catalog_config(model), dtype="bfloat16")
     asked = list(zip(map(len, prompts), new, strict=True))
-    groups = PrefixGroups([array("i", prompt) for prompt in prompts])
+    groups = PrefixGroups([array("i", prompt).tobytes() for prompt in prompts])
     lengths = replace(Lengths.of(anatomy, asked), prefixes=groups.shared(anatomy, asked))
     plan_input = PlanInput(
         config=catalog_config(model),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
 from zeroinf.service.requests import Result, Work
 
@@ -59,7 +60,7 @@ def passes_of(work: Sequence[Work], rows: int) -> int:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_order(seed: int) -> None:
     drawn, rows = random.Random(seed), 16
-    work = [
+    work = WorkList.of(
         Work(
             index=i,
             line=None,
@@ -69,24 +70,24 @@ def test_the_last_rows_that_run_together_end_together_and_the_others_keep_their_
             sampling=Sampling(max_new_tokens=drawn.randint(4, 128)),
         )
         for i in range(400)
-    ]
+    )
     ordered = shortest_last(work, rows)
     assert sorted(item.index for item in ordered) == list(range(400))
-    assert ordered[:300] == tuple(work[:300])
+    assert list(ordered[:300]) == list(work[:300])
     least = sum(item.sampling.max_new_tokens for item in work) / rows
     assert passes_of(ordered, rows) < 1.02 * least
     assert passes_of(work, rows) > 1.02 * least
 
 
 def test_work_of_equal_lengths_or_of_no_more_than_fills_the_rows_is_run_in_its_order() -> None:
-    def work(*lengths: int) -> tuple[Work, ...]:
-        return tuple(
+    def work(*lengths: int) -> WorkList:
+        return WorkList.of(
             Work(index=i, line=None, id=f"{i}", text=None, prompt=(1,), sampling=Sampling(max_new_tokens=new))
             for i, new in enumerate(lengths)
         )
 
-    assert shortest_last(work(*[7] * 9), 4) == work(*[7] * 9)
-    assert shortest_last(work(1, 7, 3), 3) == work(1, 7, 3)
+    assert list(shortest_last(work(*[7] * 9), 4)) == list(work(*[7] * 9))
+    assert list(shortest_last(work(1, 7, 3), 3)) == list(work(1, 7, 3))
 
 
 @pytest.mark.parametrize(("total", "rows", "ranks"), [(0, 4, 2), (1, 4, 3), (7, 8, 2), (8, 8, 2), (101, 3, 8)])

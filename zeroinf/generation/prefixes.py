@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from zeroinf.generation.row import Row
-from zeroinf.model.anatomy import PAGE_TOKENS
-from zeroinf.planner.prefixes import PrefixGroups, common_pages, shareable_pages
+from zeroinf.planner.prefixes import PAGE_BYTES, PrefixGroups, common_pages, shareable_pages
 
-PAGE_BYTES = PAGE_TOKENS * array("i").itemsize
 _REMEMBERED = 64
 """Prompts of rows that have entered, with which later ones are compared, at least."""
 
@@ -74,7 +72,7 @@ class PrefixCache:
         for row, prompt in zip(rows, prompts, strict=True):
             self._prompts[row] = prompt
             insort(self._sorted, prompt)
-        return [rows[number] for number in PrefixGroups(prompts, PAGE_BYTES).order]
+        return [rows[number] for number in PrefixGroups(prompts).order]
 
     def enters(self, row: Row) -> None:
         """`row` waits no longer."""
@@ -105,7 +103,7 @@ class PrefixCache:
         there = min(most, len(self._find(prompt)))
         at = bisect_left(self._sorted, prompt)
         beside = self._sorted[max(0, at - 1) : at] + self._sorted[at + 1 : at + 2]  # at `at` is its own, or its equal
-        worth = max((common_pages(prompt, other, PAGE_BYTES) for other in beside), default=0)
+        worth = max((common_pages(prompt, other) for other in beside), default=0)
         return there, max(there, min(most, worth))
 
     def _find(self, prompt: bytes) -> list[PrefixPage]:

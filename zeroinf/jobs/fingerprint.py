@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from zeroinf import __version__
 from zeroinf.engines.registry import descriptor_of
+from zeroinf.generation.row import Sampling
 from zeroinf.model.cache import file_digest
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.skeleton import read_generation_config
@@ -42,6 +44,11 @@ def fingerprint(
     that change completions, of which files count with what they hold.
     """
     libraries = ("torch", "transformers", *descriptor_of(engine).libraries)
+    tokens, settings = ListDigest(), ListDigest()
+    encoded = lru_cache(_encoded_settings)
+    for item in work:
+        tokens.add([item.index, list(item.prompt)])
+        settings.add_encoded(encoded(item.sampling))
     return {
         **{name: _option(value) for name, value in options.items() if value is not None},
         "code of the model": _code_digest(source),
@@ -51,13 +58,17 @@ def fingerprint(
         "generation config": _digest(read_generation_config(source).to_dict()),
         "template": _digest(getattr(tokenizer, "chat_template", None)),
         "prompts": prompts,
-        "tokens": _digest_of_all([w.index, list(w.prompt)] for w in work),
-        "refused requests": _digest([r.index for r in refusals]),
-        "sampling": _digest_of_all(asdict(w.sampling) for w in work),
+        "tokens": tokens.digest(),
+        "refused requests": _digest_of_all(r.index for r in refusals),
+        "sampling": settings.digest(),
         "device": device,
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},
     }
+
+
+def _encoded_settings(sampling: Sampling) -> bytes:
+    return json.dumps(asdict(sampling), default=str).encode()
 
 
 def _option(value: Any) -> str:
@@ -80,7 +91,11 @@ class ListDigest:
         self._separator = b""
 
     def add(self, value: Any) -> None:
-        self._hash.update(self._separator + json.dumps(value, default=str).encode())
+        self.add_encoded(json.dumps(value, default=str).encode())
+
+    def add_encoded(self, value: bytes) -> None:
+        """Add a value by its JSON."""
+        self._hash.update(self._separator + value)
         self._separator = b", "
 
     def digest(self) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +28,39 @@ Runs = Sequence[Sequence[int]]
 _Value = TypeVar("_Value")
 
 _OPENING = f'{{"zeroinf_journal": {FORMAT}, '.encode()
+_NOWHERE = -1
 _SYNC_EVERY_S = 0.5
 _SYNC_SHARE = 0.01
 """The most of a run's time that goes into making results durable: after a slow fsync the next one waits longer."""
+
+
+class _Places(Mapping[int, int]):
+    """Offsets by index, in 8 bytes each, by rising indices."""
+
+    def __init__(self, known: Mapping[int, int] | None = None) -> None:
+        self._places, self._count = array("q"), 0
+        for index, offset in (known or {}).items():
+            self.put(index, offset)
+
+    def put(self, index: int, offset: int) -> None:
+        if (missing := index + 1 - len(self._places)) > 0:
+            self._places.extend(repeat(_NOWHERE, missing))
+        self._count += self._places[index] == _NOWHERE
+        self._places[index] = offset
+
+    def __getitem__(self, index: int) -> int:
+        if index not in self:
+            raise KeyError(index)
+        return self._places[index]
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and 0 <= index < len(self._places) and self._places[index] != _NOWHERE
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index, offset in enumerate(self._places) if offset != _NOWHERE)
 
 
 class Journal:
@@ -43,7 +75,7 @@ class Journal:
         self.manifest: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
         """What the last run that wrote here was like."""
-        self.results: dict[int, int] = {}
+        self.results = _Places()
         """Where each result lies: offset by index."""
         self.failed: set[int] = set()
         """Indices of the results that came to nothing."""
@@ -98,7 +130,7 @@ class Journal:
         self.published = record.get("published", self.published)
 
     def _place(self, index: int, offset: int, *, failed: bool) -> None:
-        self.results[index] = offset
+        self.results.put(index, offset)
         if failed:
             self.failed.add(index)
         else:  # a forced resume may have done it again
@@ -107,7 +139,7 @@ class Journal:
     def start(self, manifest: dict[str, Any]) -> None:
         """Begin anew with `manifest`; whatever is in the file goes."""
         self._file.cut(0)
-        self.manifest, self.results, self.failed = {"zeroinf_journal": FORMAT, **manifest}, {}, set()
+        self.manifest, self.results, self.failed = {"zeroinf_journal": FORMAT, **manifest}, _Places(), set()
         self.published, self.durable = None, 0
         self._file.append(_line(self.manifest))
         self.sync()
@@ -128,14 +160,13 @@ class Journal:
 
     def requests(self) -> Iterator[tuple[int, str, str]]:
         """Yield each result's index, the id of its request and the request's digest, in the order of indices."""
-        order = sorted(self.results)
-        for index, record in zip(order, self._records(order), strict=True):
+        for index, record in zip(self.results, self._records(self.results), strict=True):
             yield index, record["result"]["id"], record.get("request", "")
 
     def keep(self, kept: Runs) -> None:
         """Forget all results but those in `kept`, which get the indices that it says."""
         failed = moved(dict.fromkeys(self.failed, True), kept)
-        self.results, self.failed = moved(self.results, kept), set(failed)
+        self.results, self.failed = _Places(moved(self.results, kept)), set(failed)
         self.durable = len(self.results)
 
     def sync_if_due(self) -> None:

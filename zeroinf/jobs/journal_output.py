@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from heapq import merge
 from pathlib import Path
 
 from zeroinf.errors import OutputError
@@ -25,7 +26,7 @@ from zeroinf.jobs.output_files import (
     partial_path,
 )
 from zeroinf.service.observer import Progress
-from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.requests import Refusal, Result
 
 _PROGRESS_EVERY_S = 5.0
 
@@ -46,7 +47,6 @@ class JournalOutput:
         check_output(path, overwrite=overwrite, resume=resume, output_format=job.output_format)
         self._format = pick_format(path, job.output_format, is_batch=job.is_batch)
         self._path, self._job, self._overwrite = path, job, overwrite
-        self._work = {work.index: work for work in job.work}
         self._kept: Runs = ()
         self._progress_due = 0.0
         self._begun = self._new = self._is_lost = False
@@ -65,8 +65,8 @@ class JournalOutput:
         except BaseException:
             self._journal.close()
             raise
-        done = {} if self._new else self._journal.results
-        self.left: Sequence[Work] = tuple(work for work in job.work if work.index not in done)
+        done = () if self._new else self._journal.results
+        self.left = job.work.selected(at for at, index in enumerate(job.work.indices) if index not in done)
 
     @property
     def damaged(self) -> int:
@@ -121,11 +121,14 @@ class JournalOutput:
     def _write_errors(self) -> tuple[Refusal, ...]:
         """Refusals, and the requests that have come to nothing so far; returns the latter."""
         journal, errors, partial = self._journal, errors_path(self._path), partial_path(self._path)
-        failed = [work for work in self._job.work if work.index in journal.failed]
-        results = journal.read(work.index for work in failed)
-        failures = tuple(Refusal.of(work, result.reason) for work, result in zip(failed, results, strict=True))
-        if lines := sorted((*self._job.refusals, *failures), key=lambda refusal: refusal.index):
-            failed_ones = {work.index for work in failed}
+        failed = [index for index in self._job.work.indices if index in journal.failed]
+        failures = tuple(
+            Refusal.of(self._job.work.at(index), result.reason)
+            for index, result in zip(failed, journal.read(failed), strict=True)
+        )
+        if failures or self._job.refusals:
+            lines = merge(self._job.refusals, failures, key=lambda refusal: refusal.index)
+            failed_ones = set(failed)
             write_new(partial, write_lines(self._error_line(one, one.index in failed_ones) for one in lines))
             rename(partial, errors)
         elif errors.exists():
@@ -139,7 +142,7 @@ class JournalOutput:
     def add(self, result: Result) -> None:
         """Journal it. Raises OutputError, or ValueError where its index has a result already."""
         try:
-            self._journal.add(result, request_digest(self._work[result.index]))
+            self._journal.add(result, request_digest(self._job.work.at(result.index)))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -169,8 +172,9 @@ class JournalOutput:
 
     def finish(self) -> Sequence[Refusal]:
         """Publish the output. Raises OutputError, or ValueError if a result is missing."""
-        if missing := [work.index for work in self._job.work if work.index not in self._journal.results]:
-            raise ValueError(f"index {missing[0]} has no result")
+        done = self._journal.results
+        if (missing := next((index for index in self._job.work.indices if index not in done), None)) is not None:
+            raise ValueError(f"index {missing} has no result")
         failures: Sequence[Refusal] = ()
         if self.changed and not self._begun:  # with nothing to run: requests are gone, or stand elsewhere
             self.begin(0)
@@ -186,7 +190,7 @@ class JournalOutput:
 
     def _publish(self) -> None:
         partial, path, journal = partial_path(self._path), self._path, self._journal
-        job, columns = self._job, column_types(self._job.extras.values())
+        job, columns = self._job, column_types(self._job.work.extras())
         write_new(partial, writer_for(self._format, self._results(), columns, job.envelope))
         digest = content_digest(partial)
         assert journal.manifest is not None
@@ -203,11 +207,10 @@ class JournalOutput:
 
     def _results(self) -> Iterator[Result]:
         """The output's results, in input order; a request may have had another id when its result came."""
-        order = [work for work in self._job.work if work.index not in self._journal.failed]
-        for work, result in zip(order, self._journal.read(work.index for work in order), strict=True):
-            yield replace(
-                result, index=work.index, id=work.id, prompt=work.text, extra=self._job.extras.get(work.index)
-            )
+        work, failed = self._job.work, self._journal.failed
+        order = work.selected(at for at, index in enumerate(work.indices) if index not in failed)
+        for (one, extra), result in zip(order.with_extras(), self._journal.read(order.indices), strict=True):
+            yield replace(result, index=one.index, id=one.id, prompt=one.text, extra=extra)
 
     def abandon(self, why: str) -> Saved:
         """Keep what is done, with the reason why it is not more; a journal of which nothing depends goes."""

@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol
 
 from zeroinf.jobs.envelope import Envelope
 from zeroinf.jobs.export import OutputFormat
+from zeroinf.jobs.work_list import IN_BATCH, WorkList
 from zeroinf.service.observer import Progress
-from zeroinf.service.requests import Extra, Refusal, Result, Work
+from zeroinf.service.requests import Refusal, Result
 
 
 class Saved(NamedTuple):
@@ -25,11 +26,9 @@ class Saved(NamedTuple):
 class Job:
     """The requests of a job, and everything that its results depend on."""
 
-    work: tuple[Work, ...]
-    refusals: tuple[Refusal, ...]
+    work: WorkList
+    refusals: Sequence[Refusal]
     fingerprint: Mapping[str, str]
-    extras: Mapping[int, Extra] = field(default_factory=dict)
-    """What the output says of requests beside their results, by their index."""
     output_format: OutputFormat = "auto"
     model: str = ""
     began: float = field(default_factory=time.time)
@@ -38,9 +37,7 @@ class Job:
     @property
     def is_batch(self) -> bool:
         """Whether the input is an OpenAI batch: all that can run comes from its lines."""
-        return bool(self.work) and all(
-            (extra := self.extras.get(work.index)) is not None and extra.endpoint is not None for work in self.work
-        )
+        return bool(self.work) and self.work.all(IN_BATCH)
 
     @property
     def envelope(self) -> Envelope:
@@ -52,7 +49,7 @@ class Writer(Protocol):
     write.
     """
 
-    left: Sequence[Work]
+    left: WorkList
     """What is still to be done."""
 
     def begin(self, ranks: int) -> None:

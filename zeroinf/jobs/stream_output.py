@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TextIO
 
 from zeroinf.errors import OutputError
 from zeroinf.jobs.output import Job, Saved
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.service.observer import Progress
-from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.requests import Refusal, Result
 
 _DASHES = "-" * 60  # as DeepSpeed's and the BLOOM inference scripts print
 
@@ -24,12 +26,11 @@ class PairsOutput:
     Nothing of it can be resumed.
     """
 
-    def __init__(self, stream: TextIO, work: Sequence[Work]) -> None:
+    def __init__(self, stream: TextIO, work: WorkList) -> None:
         self.left = work
         self._stream = stream
         self._encoding = stream.encoding or "utf-8"
-        self._work = {work.index: work for work in work}
-        self._order = iter(self._work)
+        self._order = iter(work.indices)
         self._next = next(self._order, None)
         self._waiting: dict[int, Result] = {}
         self._failures: list[Refusal] = []
@@ -71,7 +72,7 @@ class PairsOutput:
     def _print(self, index: int) -> None:
         result = self._waiting.pop(index)
         if result.failed:
-            self._failures.append(Refusal.of(self._work[index], result.reason))
+            self._failures.append(Refusal.of(self.left.at(index), result.reason))
             return
         self._show(result)
         self._printed += 1
@@ -102,20 +103,19 @@ class LinesOutput(PairsOutput):
         super().__init__(stream, job.work)
         self._job = job
         self._envelope = job.envelope if job.output_format == "openai" or job.is_batch else None
-        ids = [work.id for work in job.work]
-        following = zip(job.work, [*ids[1:], None], strict=True)
-        self._last = {work.index for work, after in following if work.id != after}
-        """Requests that are the last one of their entries."""
         self._choices: list[Result] = []
 
     def _print(self, index: int) -> None:
+        work = self.left
+        at = bisect_left(work.indices, index)
         super()._print(index)
-        if index in self._last:
+        if at + 1 == len(work) or work[at + 1].id != work[at].id:  # the last one of its entry
             self._flush()
 
     def _show(self, result: Result) -> None:
-        work = self._work[result.index]
-        self._choices.append(replace(result, id=work.id, prompt=work.text, extra=self._job.extras.get(work.index)))
+        work = self.left.at(result.index)
+        extra = self.left.extra(result.index)
+        self._choices.append(replace(result, id=work.id, prompt=work.text, extra=extra))
 
     def _flush(self) -> None:
         """Write the completions of one entry."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import stat
+from itertools import takewhile
 
 from zeroinf.errors import InputError, UsageError
 from zeroinf.jobs.inputs import STDIN, find_inputs, is_url, local_paths
 from zeroinf.jobs.output_files import check_output
 from zeroinf.options.options import RunOptions
+from zeroinf.service.requests import Refusal
 
 _SMALL_BYTES = 1 << 20
 
@@ -54,8 +56,12 @@ def refuse_unreadable(options: RunOptions) -> None:
     files = find_inputs(options.input_files)
     defaults = options.settings()
     read = read_inputs(options.prompts, files, defaults, input_format=options.input_format, shape=options.shape)
-    if not read.requests and options.output_file is None:
-        raise InputError(none_can_run(read.refusals))
+    if options.output_file is None:
+        refusals = [
+            entry for entry in takewhile(lambda entry: isinstance(entry, Refusal), read) if isinstance(entry, Refusal)
+        ]
+        if len(refusals) == len(read):
+            raise InputError(none_can_run(refusals))
 
 
 def check_output_of(options: RunOptions) -> None:

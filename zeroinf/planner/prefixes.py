@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import cast
+
+import numpy as np
 
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy
+
+PAGE_BYTES = PAGE_TOKENS * array("i").itemsize
 
 
 def shareable_pages(tokens: int) -> int:
@@ -21,12 +24,43 @@ def shareable_pages(tokens: int) -> int:
     return max(0, tokens - 1) // PAGE_TOKENS
 
 
-def common_pages(one: Sequence[int], other: Sequence[int], page: int = PAGE_TOKENS) -> int:
-    """Pages, of `page` elements each, with which both begin."""
-    if one[:page] != other[:page]:
+def common_pages(one: bytes, other: bytes) -> int:
+    """Pages with which both begin, which are the tokens of prompts, 4 bytes each."""
+    if one[:PAGE_BYTES] != other[:PAGE_BYTES]:
         return 0
-    most = min(len(one), len(other)) // page
-    return bisect_left(range(1, most + 1), True, key=lambda pages: one[: pages * page] != other[: pages * page])
+    most = min(len(one), len(other)) // PAGE_BYTES
+    return bisect_left(
+        range(1, most + 1), True, key=lambda pages: one[: pages * PAGE_BYTES] != other[: pages * PAGE_BYTES]
+    )
+
+
+def _common_to_all(prompts: Sequence[bytes], group: Sequence[int], known: int) -> int:
+    """Pages with which all prompts of a group begin; at least so many are `known`."""
+    first, found = prompts[group[0]], len(prompts[group[0]]) // PAGE_BYTES
+    for number in group[1:]:
+        found = min(found, common_pages(first, prompts[number]))
+        if found <= known:
+            return known
+    return found
+
+
+def _parts(prompts: Sequence[bytes], group: Sequence[int], pages: int) -> list[Sequence[int]]:
+    """A group whose prompts begin with so many pages in common, in parts that go on alike, in the order of their first
+    prompts. A prompt that ends there is a part by itself."""
+    start, end = pages * PAGE_BYTES, (pages + 1) * PAGE_BYTES
+    keys = array("q")
+    for number in group:
+        page = prompts[number][start:end]
+        keys.append(hash(page) if len(page) == PAGE_BYTES else hash((number,)))
+    values = np.frombuffer(keys, dtype=np.int64)
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.r_[True, values[order[1:]] != values[order[:-1]]])
+    if len(starts) == 1:  # unlike pages have one hash
+        return [group[at : at + 1] for at in range(len(group))]
+    numbers = np.asarray(group)[order]
+    by_first = np.argsort(order[starts])
+    ends = np.r_[starts[1:], len(order)]
+    return [numbers[starts[at] : ends[at]].tolist() for at in by_first]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +86,29 @@ class SharedPrefixes:
 
 
 class PrefixGroups:
-    """Prompts in groups that begin alike."""
+    """Prompts in groups that begin alike: those that share a first page follow each other, those that share more next
+    to each other. Groups are in the order of their first prompts, and so are the prompts of each."""
 
-    def __init__(self, prompts: Sequence[array[int]] | Sequence[bytes], page: int = PAGE_TOKENS) -> None:
-        """Prompts, all of one kind, have `page` elements for each page."""
-        self._ordered = sorted(range(len(prompts)), key=lambda number: cast("bytes", prompts[number]))
-        self._common = [0] * len(prompts)
-        """Pages that each of these has in common with the one before."""
-        for place in range(1, len(prompts)):
-            one, other = (prompts[self._ordered[at]] for at in (place - 1, place))
-            self._common[place] = common_pages(one, other, page)
+    def __init__(self, prompts: Sequence[bytes]) -> None:
+        """The tokens of each prompt, 4 bytes each. A prompt is read twice, and twice more each time that it goes on
+        like some of those with which it begins alike, and unlike others."""
+        self._ordered, self._common = array("q"), array("i")
+        """Numbers of the prompts, and pages that each has in common with the one before."""
+        waiting: list[tuple[Sequence[int], int, int]] = [(range(len(prompts)), 0, 0)] if prompts else []
+        while waiting:
+            group, known, common = waiting.pop()
+            if len(group) == 1:
+                self._ordered.append(group[0])
+                self._common.append(common)
+                continue
+            pages = _common_to_all(prompts, group, known)
+            parts = _parts(prompts, group, pages)
+            waiting += reversed([(part, pages + 1, pages if at else common) for at, part in enumerate(parts)])
 
     @property
-    def order(self) -> list[int]:
-        """Numbers of the prompts: those that share a first page follow each other, those that share more next to each
-        other. Groups are in the order of their first prompts."""
-        groups: dict[int, list[int]] = {}
-        for group in self._groups():
-            groups[min(group)] = group
-        return [number for first in sorted(groups) for number in groups[first]]
-
-    def _groups(self) -> Iterator[list[int]]:
-        group: list[int] = []
-        for number, common in zip(self._ordered, self._common, strict=True):
-            if group and not common:
-                yield group
-                group = []
-            group.append(number)
-        if group:
-            yield group
+    def order(self) -> Sequence[int]:
+        """The prompts by their numbers: groups one after the other."""
+        return self._ordered
 
     def shared(self, anatomy: Anatomy, rows: Sequence[tuple[int, int]]) -> SharedPrefixes:
         """The prefixes that the prompts share, as rows with so many prompt tokens and new ones at the most."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from queue import Empty
 
 from zeroinf.errors import ClusterError
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.ray.cluster import Answer, Cluster, NodeConnection
 from zeroinf.ray.limits import NodeLimits
 from zeroinf.ray.messages import NodeEvent, NodeFailed, NodeInfo, NodeNote, NodeReady, NodeResults, NodeSpec
@@ -77,7 +78,7 @@ class Driver:
         self,
         cluster: Cluster,
         spec: NodeSpec,
-        work: Sequence[Work],
+        work: WorkList,
         limits: NodeLimits,
         progress: JobProgress,
         observer: Observer,
@@ -85,8 +86,10 @@ class Driver:
     ) -> None:
         self._cluster, self._spec, self._limits = cluster, spec, limits
         self._progress, self._observer, self._interrupts = progress, observer, interrupts
-        self._pending = deque(work)
-        self._left = {item.index for item in work}
+        self._work = work
+        self._pending = deque(work.indices)
+        """Indices of requests that no node has."""
+        self._left = set(self._pending)
         """Requests without a result."""
         self._nodes: dict[str, _Node] = {}
         self._of: dict[NodeConnection, _Node] = {}
@@ -228,13 +231,16 @@ class Driver:
         self._observer.note(f"{node.info.name} is ready after {event.load_s:.0f} s: {event.plan}")
         if not self._is_sorted:
             self._is_sorted = True
-            self._pending = deque(shortest_last(list(self._pending), event.capacity * len(self._nodes)))
+            pending = set(self._pending)
+            waiting = self._work.selected(at for at, index in enumerate(self._work.indices) if index in pending)
+            self._pending = deque(shortest_last(waiting, event.capacity * len(self._nodes)).indices)
 
     def _exchange(self, node: _Node) -> None:
         """Give the node what it has room for, and ask for what comes next."""
         if node.connection is None or node.is_asked:
             return
-        draw = [self._pending.popleft() for _ in range(self._room(node))] if node.capacity else []
+        count = self._room(node) if node.capacity else 0
+        draw = [self._work.at(self._pending.popleft()) for _ in range(count)]
         node.held.update((work.index, work) for work in draw)
         if node.capacity and not node.held:  # idle, until something is given back
             return
@@ -261,7 +267,7 @@ class Driver:
             return
         connection.kill()
         del self._of[connection]
-        back = [work for work in node.held.values() if work.index in self._left]
+        back = [index for index in node.held if index in self._left]
         self._pending.extendleft(reversed(back))
         node.held.clear()
         node.capacity, node.is_asked = 0, False

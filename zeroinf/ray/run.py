@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from zeroinf.jobs.output import Job
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.model.identity import hub_commit
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import source_of
@@ -29,7 +30,7 @@ from zeroinf.runs.report import RunOutcome
 from zeroinf.runs.request_feed import JobProgress, Output
 from zeroinf.runs.shutdown import Shutdown
 from zeroinf.service.observer import Observer
-from zeroinf.service.requests import Refusal, Work
+from zeroinf.service.requests import Refusal
 
 _INHERITED = ("ZEROINF_", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "OMP_NUM_THREADS")
 """Variables of this process's environment that the processes on all nodes get."""
@@ -50,11 +51,11 @@ def run_on_cluster(
     with Interrupts() as interrupts:
         source = source_of(options, device)
 
-        def prepare(reading: JobInput, left: tuple[Work, ...]) -> tuple[NodeSpec, tuple[Work, ...]]:
+        def prepare(reading: JobInput, left: WorkList) -> tuple[NodeSpec, WorkList]:
             groups = groups_of(options, left)
             lengths = lengths_of(reading.anatomy, left, groups)
             if groups is not None:
-                left = tuple(left[number] for number in groups.order)
+                left = left.selected(groups.order)
             # Inputs and outputs are this process's alone; a node takes the commit that is here.
             own = replace(options, prompts=(), input_files=(), output_file=None, revision=_commit(options, source))
             environ = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}

@@ -15,6 +15,7 @@ from zeroinf.jobs.output import Job, Writer
 from zeroinf.jobs.output_files import errors_path, journal_path
 from zeroinf.jobs.readers import none_can_run
 from zeroinf.jobs.stream_output import LinesOutput, PairsOutput
+from zeroinf.jobs.work_list import KNOWN_END, WorkList
 from zeroinf.model.source import ModelSource
 from zeroinf.options.options import RunOptions
 from zeroinf.runs.prepare import JobInput, read_job
@@ -22,7 +23,7 @@ from zeroinf.runs.report import RunOutcome, RunReport
 from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import reason_of
 from zeroinf.service.observer import Observer
-from zeroinf.service.requests import Refusal, Work
+from zeroinf.service.requests import Refusal
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
 
 _Prepared = TypeVar("_Prepared")
@@ -44,7 +45,7 @@ def open_job(
     device: str,
     results: TextIO,
     observer: Observer,
-    prepare: Callable[[JobInput, tuple[Work, ...]], _Prepared],
+    prepare: Callable[[JobInput, WorkList], _Prepared],
     ranks: int,
 ) -> OpenedJob[_Prepared]:
     """Read the requests, and `prepare` to run what earlier runs have not done; the journal says that `ranks` begin.
@@ -64,7 +65,7 @@ def open_job(
             observer.note(f"all {len(job.work)} requests were done by earlier runs")
             return OpenedJob(job=job, writer=writer, prepared=None)
         observer.doing("planning")
-        prepared = prepare(reading, tuple(writer.left)) if job.work else None
+        prepared = prepare(reading, writer.left) if job.work else None
         writer.begin(ranks)
         _check_error_rate(options, job)
     except BaseException as error:
@@ -104,9 +105,9 @@ def outcome_of(
     )
 
 
-def _cut_note(work: Sequence[Work], output: Output) -> str | None:
+def _cut_note(work: WorkList, output: Output) -> str | None:
     """The note for a run most of whose completions were cut at the default length; None for any other."""
-    lengths = {item.sampling.max_new_tokens for item in work if not item.sampling.ignore_eos}
+    lengths = set(work.having(KNOWN_END).new_tokens)
     if lengths != {DEFAULT_NEW_TOKENS} or 2 * output.cut <= output.results:
         return None
     return (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from zeroinf.distributed.world import World
@@ -17,9 +18,10 @@ from zeroinf.jobs.inputs import find_inputs
 from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import began_before
-from zeroinf.jobs.readers import none_can_run, read_inputs
+from zeroinf.jobs.readers import InputRequests, none_can_run, read_inputs
 from zeroinf.jobs.shape import flags_of
-from zeroinf.jobs.sharing import as_array, request_bytes
+from zeroinf.jobs.spool import Spool
+from zeroinf.jobs.work_list import ALTERED, FORMATTED, SAMPLED, WorkList, request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
@@ -34,11 +36,11 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.queue import shortest_last
-from zeroinf.service.requests import Extra, Refusal, Request, Work
+from zeroinf.service.requests import Refusal, Request, Work
 from zeroinf.service.text import TextCodec
 
 _PART = 4096
-"""Requests that are tokenized, and then let go of, together."""
+"""Entries that are in memory, and tokenized, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ class PreparedRun:
     engine_choice: str | None
     """Why `auto` did not take the default engine, if it did not."""
     zero_config: dict[str, Any]
-    work: tuple[Work, ...]
+    work: WorkList
     """What is still to be done."""
     refused: int
     rows_before: int
@@ -73,29 +75,29 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     check_output_of(options)
     before = began_before(options.output_file) if options.output_file is not None and options.resume else None
     began = before or round(time.time(), 3)
-    requests, refusals, unused = read_inputs(
+    folder = None if options.output_file is None else options.output_file.parent
+    entries = read_inputs(
         options.prompts,
         find_inputs(options.input_files),
         options.settings(),
         input_format=options.input_format,
         shape=options.shape,
+        folder=folder,
     )
     tokenizer = load_tokenizer(source)
     anatomy = anatomy_of(options, source, device)
     started = time.perf_counter()
     codec = TextCodec(tokenizer, anatomy, began)
     generation = read_generation_config(source)
-    plain = sum(request.prompt is not None for request in requests)
-    read = _tokenize(requests, codec, refuse_sampling(generation), keeps_text=options.output_file is None)
-    work, too_long = read.work, read.refusals
+    read = _tokenize(entries, codec, refuse_sampling(generation), folder, keeps_text=options.output_file is None)
+    work, refused = read.work, read.refusals
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
-        raise InputError(none_can_run(refusals + too_long))
+        raise InputError(none_can_run(refused))
     _refuse_idle_sampling_flags(options, work)
     pairs = options.output_file is None and not options.to_stdout
-    if pairs and any(item.sampling.logprobs is not None for item in work):
+    if pairs and work.most_logprobs is not None:
         raise UsageError("logprobs without --output-file: in=/out= pairs hold none", hint="add -o FILE, or drop them")
-    refused = tuple(sorted(refusals + too_long, key=lambda refusal: refusal.index))
     marks = fingerprint(
         source,
         tokenizer,
@@ -111,44 +113,42 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
         refusals=refused,
         fingerprint=marks,
         began=began,
-        extras=read.extras,
         output_format=options.output_format,
         model=options.model,
     )
-    said = list(_notes_on_input(plain, unused, codec))
-    said += notes(generation, sampled=any(not item.sampling.is_greedy for item in work))
+    said = list(_notes_on_input(read.plain, entries.unused, codec))
+    said += notes(generation, sampled=work.any(SAMPLED))
     return JobInput(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
-def lengths_of(anatomy: Anatomy, work: Sequence[Work], groups: PrefixGroups | None = None) -> Lengths:
+def lengths_of(anatomy: Anatomy, work: WorkList, groups: PrefixGroups | None = None) -> Lengths:
     """The lengths that are planned for: those of `work`, what its sampling takes, and what its prompts share by
     `groups`."""
-    asked = [count for item in work if (count := item.sampling.logprobs) is not None]
-    rows = [(len(item.prompt), item.sampling.max_new_tokens) for item in work]
+    rows = work.lengths
     return replace(
-        Lengths.of(anatomy, rows, max(asked, default=None)),
+        Lengths.of(anatomy, rows, work.most_logprobs),
         prefixes=None if groups is None else groups.shared(anatomy, rows),
-        sampled=any(not item.sampling.is_greedy for item in work),
-        penalized=any(item.sampling.alters_scores for item in work),
-        structured=any(item.sampling.answer_format is not None for item in work),
+        sampled=work.any(SAMPLED),
+        penalized=work.any(ALTERED),
+        structured=work.any(FORMATTED),
     )
 
 
-def groups_of(options: RunOptions, work: Sequence[Work]) -> PrefixGroups | None:
+def groups_of(options: RunOptions, work: WorkList) -> PrefixGroups | None:
     """`work` in groups that begin alike; None where prefixes are not to be shared."""
-    return PrefixGroups([as_array(item.prompt) for item in work]) if options.share_prefixes else None
+    return PrefixGroups(work.prompts) if options.share_prefixes else None
 
 
 def prepare(
-    options: RunOptions, source: ModelSource, reading: JobInput, work: tuple[Work, ...], world: World, device: str
+    options: RunOptions, source: ModelSource, reading: JobInput, work: WorkList, world: World, device: str
 ) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
-    held = request_bytes([len(item.prompt) for item in reading.job.work], world.local_size)
+    held = request_bytes(len(reading.job.work), world.local_size)
     groups = groups_of(options, work)
     lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     if plan.prefix_pages and groups is not None:
-        work = tuple(work[number] for number in groups.order)
+        work = work.selected(groups.order)
     return PreparedRun(
         plan=plan,
         engine_choice=why,
@@ -162,47 +162,52 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class _Tokenized:
-    """Requests that became work, those that could not, and what is kept of all of them."""
+    """Requests that became work and those that could not, each by rising indices."""
 
-    work: tuple[Work, ...]
-    refusals: list[Refusal]
+    work: WorkList
+    refusals: Spool[Refusal]
     prompts: str
     """The digest of all prompts as they were written."""
-    extras: dict[int, Extra]
+    plain: int
+    """Prompts that are no chats."""
 
 
-def _tokenize(requests: list[Request], codec: TextCodec, cannot_sample: str | None, *, keeps_text: bool) -> _Tokenized:
-    """Let go of `requests`, part by part: there may be more text than memory has room for beside its tokens.
+def _tokenize(
+    entries: InputRequests, codec: TextCodec, cannot_sample: str | None, folder: Path | None, *, keeps_text: bool
+) -> _Tokenized:
+    """Tokenize `entries` part by part: there may be more of them than memory has room for. They are kept in `folder`.
 
     `cannot_sample` is why sampled requests are refused, if they are.
     """
-    work, refusals, extras, prompts = list[Work](), list[Refusal](), dict[int, Extra](), ListDigest()
-    requests.reverse()
-    while requests:
-        part = [requests.pop() for _ in range(min(_PART, len(requests)))]
-        for request, found in zip(part, codec.encode_all(part), strict=True):
-            prompts.add(request_value(request))
-            if request.extra is not None:
-                extras[request.index] = request.extra
-            if isinstance(found, list) and cannot_sample is not None and not request.sampling.is_greedy:
+    work, refusals, prompts, plain = WorkList(folder), Spool[Refusal](folder), ListDigest(), 0
+    following = iter(entries)
+    while part := list(islice(following, _PART)):
+        tokens = codec.encode_all([entry for entry in part if isinstance(entry, Request)])
+        for entry in part:
+            if isinstance(entry, Refusal):
+                refusals.append(entry)
+                continue
+            found = next(tokens)
+            prompts.add(request_value(entry))
+            plain += entry.prompt is not None
+            if isinstance(found, list) and cannot_sample is not None and not entry.sampling.is_greedy:
                 found = ValueError(cannot_sample)
             if isinstance(found, ValueError):
-                refusals.append(Refusal.of(request, str(found)))
+                refusals.append(Refusal.of(entry, str(found)))
                 continue
-            text = _text(request, found, codec)
-            work.append(
-                Work(
-                    index=request.index,
-                    line=request.line,
-                    file=request.file,
-                    id=request.id,
-                    text=text if keeps_text or (request.extra is not None and request.extra.echo) else None,
-                    prompt=array("i", found),
-                    sampling=request.sampling,
-                    digest=prompt_digest(text, found),
-                )
+            text = _text(entry, found, codec)
+            item = Work(
+                index=entry.index,
+                line=entry.line,
+                file=entry.file,
+                id=entry.id,
+                text=text if keeps_text or (entry.extra is not None and entry.extra.echo) else None,
+                prompt=found,
+                sampling=entry.sampling,
+                digest=prompt_digest(text, found),
             )
-    return _Tokenized(tuple(work), refusals, prompts.digest(), extras)
+            work.append(item, entry.extra)
+    return _Tokenized(work, refusals, prompts.digest(), plain)
 
 
 def _text(request: Request, prompt: Sequence[int], codec: TextCodec) -> str | None:
@@ -223,9 +228,9 @@ def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iter
         yield f"{codec.doubled} prompts begin with the beginning-of-sequence token already: no second one is added"
 
 
-def _refuse_idle_sampling_flags(options: RunOptions, work: Sequence[Work]) -> None:
+def _refuse_idle_sampling_flags(options: RunOptions, work: WorkList) -> None:
     idle = options.asked("top_p", "top_k", "min_p", "seed")
-    if idle and work and all(item.sampling.is_greedy for item in work):
+    if idle and work and not work.any(SAMPLED):
         raise UsageError(
             f"{', '.join(idle)} has no effect: every request is greedy", hint="add --temperature, or drop it"
         )

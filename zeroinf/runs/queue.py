@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING
 
-from zeroinf.service.requests import Result, Work
+from zeroinf.jobs.work_list import WorkList
+from zeroinf.service.requests import Result
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-def shortest_last(work: Sequence[Work], rows: int) -> tuple[Work, ...]:
+def shortest_last(work: WorkList, rows: int) -> WorkList:
     """`work` in its order, but for the end of it, where the longest completions begin first, so that the last of `rows`
     rows that are live together end together and none runs on alone."""
     if len(work) <= rows:
-        return tuple(work)
-    most = max(item.sampling.max_new_tokens for item in work)
-    mean = sum(item.sampling.max_new_tokens for item in work) / len(work)
-    start = max(0, len(work) - ceil(rows * most / mean))
-    return (*work[:start], *sorted(work[start:], key=lambda item: -item.sampling.max_new_tokens))
+        return work
+    new = work.new_tokens
+    start = max(0, len(work) - ceil(rows * max(new) * len(work) / sum(new)))
+    return work.selected(chain(range(start), sorted(range(start, len(work)), key=lambda number: -new[number])))
 
 
 class WorkQueue:

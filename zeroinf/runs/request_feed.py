@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from zeroinf.generation.row import Row
 from zeroinf.jobs.output import Saved, Writer
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue
 from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.phases import PhaseClock, Phases
@@ -89,19 +90,18 @@ class Output:
 class JobProgress:
     """Takes in the results of a run, whoever has computed them, and says how far the run is."""
 
-    def __init__(self, work: Sequence[Work], rows_before: int, output: Output, timing: Timing | None = None) -> None:
+    def __init__(self, work: WorkList, rows_before: int, output: Output, timing: Timing | None = None) -> None:
         """`rows_before`: requests that earlier runs have done; `timing`: as planned for `work`."""
-        self._most = {item.index: item.sampling.max_new_tokens for item in work}
-        self._with_format = {item.index for item in work if item.sampling.answer_format is not None}
-        self._asked = sum(self._most.values())
+        self._work, self._rows = work, len(work)
+        self._asked = sum(work.new_tokens)
         self._asked_of_done = self._ended_early = 0
         self._rows_before, self._output = rows_before, output
         self._expected_s = None if timing is None else self._asked / timing.tokens_per_second
 
     def add(self, result: Result) -> None:
         """Write a result. Raises OutputError."""
-        self._output.add(result, has_format=result.index in self._with_format)
-        asked = self._most[result.index]
+        self._output.add(result, has_format=self._work.has_format_at(result.index))
+        asked = self._work.new_tokens_at(result.index)
         self._asked_of_done += asked
         self._ended_early += result.completion_tokens < asked
 
@@ -111,10 +111,10 @@ class JobProgress:
         output = self._output
         progress = Progress(
             rows_done=output.settle(),
-            rows=self._rows_before + len(self._most),
+            rows=self._rows_before + self._rows,
             tokens=tokens,
             tokens_left=tokens_left(
-                rows=len(self._most) - output.results,
+                rows=self._rows - output.results,
                 most=max(0, self._asked - self._asked_of_done - max(0, tokens - output.completion_tokens)),
                 tokens=tokens,
                 ended_early=self._ended_early,
@@ -137,7 +137,8 @@ class RequestFeed:
         self, prepared: PreparedRun, model: LoadedModel, store: dist.Store, output: Output | None, observer: Observer
     ) -> None:
         self._prepared = prepared
-        self._work = {work.index: work for work in prepared.work}
+        self._live: dict[int, Work] = {}
+        """Those whose rows are here, by their indices."""
         self._progress = None
         if output is not None:
             self._progress = JobProgress(prepared.work, prepared.rows_before, output, prepared.plan.timing)
@@ -166,13 +167,15 @@ class RequestFeed:
         drawn = self._part.broadcast(self._queue.draw() if self._part.world.is_main else None)
         if drawn:
             self._clock.drew()
-        return [_row(self._prepared.work[position], self._model) for position in drawn]
+        found = [self._prepared.work[position] for position in drawn]
+        self._live.update((work.index, work) for work in found)
+        return [_row(work, self._model) for work in found]
 
     def done(self, row: Row) -> None:
         """Send a finished row's result on its way, once a stream."""
+        work = self._live.pop(row.index)
         if not self._part.world.is_main:
             return
-        work = self._work[row.index]
         assert row.finish_reason is not None
         tells = work.sampling.logprobs is not None and row.finish_reason != "error"
         told = list(map(self._model.codec.told, row.generated, row.likelihoods)) if tells else None

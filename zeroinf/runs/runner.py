@@ -20,7 +20,7 @@ from zeroinf.hardware.aio_op import read_aio_op
 from zeroinf.hardware.process import PeakMemory, process_age_s, uncollected
 from zeroinf.jobs.output import Job, Writer
 from zeroinf.jobs.output_files import errors_path
-from zeroinf.jobs.sharing import share_work
+from zeroinf.jobs.work_list import WorkList
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import source_of
 from zeroinf.options.options import RunOptions
@@ -35,7 +35,7 @@ from zeroinf.runs.shutdown import Shutdown
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer
 from zeroinf.service.phases import Phases
-from zeroinf.service.requests import Refusal, Work
+from zeroinf.service.requests import Refusal
 
 _WARM_UP_TOKENS = 3
 
@@ -102,21 +102,21 @@ def _start_together(
     def start() -> PreparedRun | None:
         started.append(_start(options, control.world, device.type, results, observer))
         prepared = started[0].prepared
-        return None if prepared is None else replace(prepared, work=())
+        return None if prepared is None else replace(prepared, work=WorkList())
 
     prepared = control.run_on_main(start)
     mine = started[0] if started else _Start(source=source_of(options, device.type), prepared=prepared)
     if prepared is None:
         return mine
-    whole = mine.prepared.work if started and mine.prepared is not None else None
-    return replace(mine, prepared=replace(prepared, work=share_work(control, whole)))
+    own = mine.prepared.work if mine.prepared is not None else prepared.work
+    return replace(mine, prepared=replace(prepared, work=own.shared(control)))
 
 
 def _start(options: RunOptions, world: World, device: str, results: TextIO, observer: Observer) -> _Start:
     observer.doing("reading the model")
     source = source_of(options, device)
 
-    def prepare_here(reading: JobInput, left: tuple[Work, ...]) -> PreparedRun:
+    def prepare_here(reading: JobInput, left: WorkList) -> PreparedRun:
         with uncollected():
             return prepare(options, source, reading, left, world, device)
 

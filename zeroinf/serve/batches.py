@@ -52,12 +52,13 @@ class _Running:
     id: str
     job: Job
     output: JournalOutput
-    left: deque[Work]
+    left: deque[int]
+    """Indices of requests that are to be submitted."""
     under_way: dict[Handle, Work] = field(default_factory=dict)
     choices: Counter[str] = field(default_factory=Counter)
     """Completions that an entry still lacks, by its id."""
-    missing: list[Work] = field(default_factory=list)
-    """Requests that will not run."""
+    missing: list[int] = field(default_factory=list)
+    """Indices of requests that will not run."""
     ending: Literal["completed", "cancelled", "expired"] = "completed"
 
 
@@ -190,7 +191,7 @@ class Batches:
         job = self._runnable(service, read_job(folder / _INPUT, folder / _OUTPUT, batch.model))
         output = JournalOutput(folder / _OUTPUT, job, overwrite=False, resume=True, resume_anyway=False)
         output.begin(service.model.control.world.size)
-        running = _Running(batch_id, job, output, deque(output.left))
+        running = _Running(batch_id, job, output, deque(output.left.indices))
         running.choices.update(work.id for work in output.left)
         done = {work.id for work in job.work} - running.choices.keys()
         refused = {refusal.id for refusal in job.refusals}
@@ -203,14 +204,14 @@ class Batches:
 
     def _runnable(self, service: Service, job: Job) -> Job:
         """`job` without what this server cannot run; one refusal for an entry."""
-        served, work, refusals = self._gateway.settings.model_name, list[Work](), list(job.refusals)
-        for item in job.work:
-            named = (job.extras.get(item.index) or Extra()).model
+        served, runnable, refusals = self._gateway.settings.model_name, list[int](), list(job.refusals)
+        for at, (item, extra) in enumerate(job.work.with_extras()):
+            named = (extra or Extra()).model
             reason = None if named in (None, served) else f"there is no model {named!r}: this server has {served!r}"
             with suppress(ApiError):
                 check_room(service, len(item.prompt), item.sampling)
                 if reason is None:
-                    work.append(item)
+                    runnable.append(at)
                     continue
             if reason is None:
                 reason = _too_long(service, item)
@@ -219,7 +220,7 @@ class Batches:
         plan = service.model.plan
         return replace(
             job,
-            work=tuple(work),
+            work=job.work.selected(runnable),
             refusals=tuple(sorted(once.values(), key=lambda refusal: refusal.index)),
             fingerprint={**job.fingerprint, "longest": f"{plan.prompt_tokens} and {plan.new_tokens} tokens"},
         )
@@ -275,7 +276,7 @@ class Batches:
         waiting = deque(running for running in self._running.values() if running.left)
         while waiting and under_way < most:
             running = waiting.popleft()
-            work = running.left.popleft()
+            work = running.job.work.at(running.left.popleft())
             handle = service.submit(work.prompt, work.sampling, priority="batch", index=work.index)
             running.under_way[handle] = work
             handle.when_changed(lambda running=running, handle=handle: self._heard(running, handle))  # type: ignore[misc]
@@ -311,7 +312,7 @@ class Batches:
             self._gateway.metrics.batch_done(len(work.prompt), result.completion_tokens, found.finish_reason)
             self._count(running, work, result)
         else:
-            running.missing.append(work)
+            running.missing.append(work.index)
         if not (running.left or running.under_way) and not self._is_stopping:
             self._finish(running)
 
@@ -329,12 +330,12 @@ class Batches:
         del self._running[running.id]
         folder, ending = self._folder / running.id, running.ending
         self._change(running.id, "finalizing")
-        lacking = {work.id for work in running.missing}
+        lacking = {running.job.work.at(index).id for index in running.missing}
         if lacking:
             running.output.abandon(ending)
-            done = tuple(work for work in running.job.work if work.id not in lacking)
+            done = [at for at, work in enumerate(running.job.work) if work.id not in lacking]
             if done:
-                job = replace(running.job, work=done)
+                job = replace(running.job, work=running.job.work.selected(done))
                 output = JournalOutput(folder / _OUTPUT, job, overwrite=False, resume=True, resume_anyway=False)
                 output.begin(1)
                 output.finish()
