@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy
 
 PAGE_BYTES = PAGE_TOKENS * array("i").itemsize
@@ -47,6 +45,8 @@ def _common_to_all(prompts: Sequence[bytes], group: Sequence[int], known: int) -
 def _parts(prompts: Sequence[bytes], group: Sequence[int], pages: int) -> list[Sequence[int]]:
     """A group whose prompts begin with so many pages in common, in parts that go on alike, in the order of their first
     prompts. A prompt that ends there is a part by itself."""
+    import numpy as np
+
     start, end = pages * PAGE_BYTES, (pages + 1) * PAGE_BYTES
     keys = array("q")
     for number in group:
