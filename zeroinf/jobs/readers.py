@@ -21,7 +21,7 @@ from zeroinf.jobs.entries import Draft, draft_of
 from zeroinf.jobs.formats import InputFormat, InputRecord, read_records
 from zeroinf.jobs.inputs import InputFile
 from zeroinf.jobs.shape import EntryShape, LineError, Shaper
-from zeroinf.jobs.spool import Spool, Table, first_of_equals
+from zeroinf.jobs.spool import Spool, ValueTable, first_of_equals
 from zeroinf.service.requests import ChatOptions, Extra, Refusal, Request
 
 _NOTHING = Extra()
@@ -42,7 +42,7 @@ class InputRequests:
         self.unused: Sequence[str] = ()
         """Columns that are neither used nor kept."""
         self._entries: Spool[tuple[Any, ...]] = Spool(folder)
-        self._samplings, self._chats = Table[Sampling](), Table[ChatOptions]()
+        self._samplings, self._chats = ValueTable[Sampling](), ValueTable[ChatOptions]()
         self._named, self._hashes = array("q"), array("q")
         """Entries whose users named them, and the hashes of those names."""
         self._like_ours: set[str] = set()

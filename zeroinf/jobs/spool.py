@@ -121,7 +121,7 @@ class Spool(Sequence[_T], Generic[_T]):
         return (self[number] for number in range(len(self)))
 
 
-class Table(Generic[_T]):
+class ValueTable(Generic[_T]):
     """Values that many records have in common, each once: a record holds a number in its place, or the value itself
     where there are too many of them."""
 

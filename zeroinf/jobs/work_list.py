@@ -15,7 +15,7 @@ from typing import Any, cast, overload
 from zeroinf.distributed.control import Control
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.generation.row import Sampling
-from zeroinf.jobs.spool import ByteStore, Table
+from zeroinf.jobs.spool import ByteStore, ValueTable
 from zeroinf.service.requests import Extra, Work
 
 _TOKEN_BYTES = array("i").itemsize
@@ -40,7 +40,7 @@ class _Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.bytes = ByteStore(folder)
-        self.samplings = Table[Sampling]()
+        self.samplings = ValueTable[Sampling]()
         self.starts = array("q", [0])
         self.indices = array("q")
         self.prompt_tokens, self.new_tokens = array("i"), array("i")
@@ -107,7 +107,7 @@ class _Store:
         store.bytes = held
         store.starts, store.indices, store.prompt_tokens, store.new_tokens = columns[:4]
         store.logprobs, store.facts, samplings = columns[4:]
-        store.samplings = Table(samplings)
+        store.samplings = ValueTable(samplings)
         return store
 
 
