@@ -29,7 +29,7 @@ class ByteStore:
 
     def __init__(self, folder: Path | None = None) -> None:
         """A file that is needed lies in `folder`; None: in the user's folder for temporary files."""
-        self._folder = folder
+        self.folder = folder
         self._start = 0
         """Bytes that are in the file."""
         self._waiting = bytearray()
@@ -56,17 +56,17 @@ class ByteStore:
     def _flush(self) -> None:
         try:
             if self._file < 0:
-                with tempfile.TemporaryFile(dir=self._folder) as file:
+                with tempfile.TemporaryFile(dir=self.folder) as file:
                     self._file = os.dup(file.fileno())
             left = memoryview(self._waiting)
             while left:
                 done = os.pwrite(self._file, left, self._start)
                 self._start, left = self._start + done, left[done:]
         except OSError as error:
-            folder = self._folder or tempfile.gettempdir()
+            folder = self.folder or tempfile.gettempdir()
             raise OutputError(
                 f"cannot keep the requests of the job in {folder}: {error.strerror}",
-                hint="free space there" + ("" if self._folder else ", or let TMPDIR name another folder"),
+                hint="free space there" + ("" if self.folder else ", or let TMPDIR name another folder"),
             ) from error
         self._waiting = bytearray()
 

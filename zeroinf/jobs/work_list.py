@@ -242,7 +242,7 @@ class WorkList(Sequence[Work]):
         told = (self._store.columns, self._places, held.size, held.descriptor is not None) if is_main else None
         columns, places, size, is_file = control.broadcast(told)
         one_node = control.world.local_size == control.world.size
-        copy = held if is_main else ByteStore(held._folder)
+        copy = held if is_main else ByteStore(held.folder)
         for start in range(0, 0 if one_node and is_file else size, _CHUNK_BYTES):
             end = min(start + _CHUNK_BYTES, size)
             part = control.broadcast(held.read(start, end) if is_main else None)
