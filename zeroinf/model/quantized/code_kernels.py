@@ -120,13 +120,14 @@ def expand_e2m1(  # type: ignore[no-untyped-def]
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
     first = (matrix() * rows + row) * units
-    code = load_int(codes + first + unit, inside) >> (place * 4)
+    code = e2m1(load_int(codes + first + unit, inside) << (28 - place * 4))
     own = load_int(scales + first // GROUP + unit // GROUP, inside)
     if OF_ALL == 0:
-        scale, value = half_e8m0(own), e2m1(code) * 2.0
+        scale, value = half_e8m0(own), code * 2.0
     else:
         shared = tl.load(of_all + matrix())
-        scale, value = tl.math.div_rn(e4m3(own), shared) if OF_ALL == 2 else e4m3(own) * shared, e2m1(code)
+        scale, value = e4m3(own << 24), code
+        scale = tl.math.div_rn(scale, shared) if OF_ALL == 2 else scale * shared
     write(whole, value * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
 
 
@@ -135,12 +136,23 @@ def expand_e4m3(  # type: ignore[no-untyped-def]
     whole, codes, scales, rows, units, down, across, stack_stride, row_stride, column_stride,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """FP8: `HEIGHT` rows x `WIDTH` units share a scale."""
+    """FP8, in words of four codes: `HEIGHT` rows x `WIDTH` units share a scale."""
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
-    code = load_int(codes + (matrix() * rows + row) * units * 8 + unit * 8 + place, inside)
+    words = codes + ((matrix() * rows + row) * units + unit) * 2
+    word = tl.where(place < 4, load_int(words, inside), load_int(words + 1, inside))
     scale = load_float(scales + (matrix() * down + row // HEIGHT) * across + unit // WIDTH, inside)
-    write(whole, e4m3(code) * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
+    write(
+        whole,
+        e4m3(word << (24 - place % 4 * 8)) * scale,
+        row,
+        unit,
+        place,
+        stack_stride,
+        row_stride,
+        column_stride,
+        inside,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

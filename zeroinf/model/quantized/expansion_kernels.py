@@ -42,7 +42,7 @@ def expand_fp4(
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
     """Weights in FP8; `scales` (..., blocks down, blocks across) are float32, blocks `height` x `width`."""
     down, across = scales.shape[-2:]
-    given = _ready(codes).view(torch.uint8), _ready(scales)
+    given = _ready(codes).view(torch.int32), _ready(scales)
     blocks = _ALL if down == 1 else height, _ALL if across == 1 else width // _UNIT
     _launch(expand_e4m3, whole, given, (down, across), HEIGHT=blocks[0], WIDTH=blocks[1])
 

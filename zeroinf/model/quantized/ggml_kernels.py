@@ -11,14 +11,17 @@ import triton
 import triton.language as tl
 
 from zeroinf.model.quantized.tile_kernels import (
+    byte_of,
     e2m1,
     half_e8m0,
+    load_eight,
     load_float,
     load_half,
     load_int,
     load_short,
     load_signed,
     matrix,
+    spread,
     tile,
     write,
 )
@@ -29,59 +32,73 @@ from zeroinf.model.quantized.tile_kernels import (
 def _small_block(at, unit, place, table, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """Blocks of 32 weights; all but Q8_0 have the low bits of the first 16, then those of the others, in one byte."""
     start: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 else 6 if KIND == 6 else 8 if KIND == 7 else 2
+    aligned: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 or KIND == 7 else 2
     if KIND == 8:
-        value = load_half(at, inside) * load_signed(at + 2 + unit * 8 + place, inside)
+        low, high = load_eight(at + 2 + unit * 8, inside, 2)
+        return load_half(at, inside) * _signed_byte(low, high, place)
+    low, high = load_eight(at + start + unit % 2 * 8, inside, aligned)
+    low, high = (low >> (unit // 2 * 4)) & 0x0F0F0F0F, (high >> (unit // 2 * 4)) & 0x0F0F0F0F
+    if KIND == 6 or KIND == 7:
+        fifth = load_int(at + start - 4 + unit, inside)
+        low, high = low | (spread(fifth) << 4), high | (spread(fifth >> 4) << 4)
+    code = byte_of(low, high, place)
+    if KIND == 39:
+        value = half_e8m0(load_int(at, inside)) * (e2m1(code << 28) * 2.0)
+    elif KIND == 20:
+        value = load_half(at, inside) * load_float(table + code, inside)
+    elif KIND == 2 or KIND == 6:
+        value = load_half(at, inside) * (code - (8 if KIND == 2 else 16)).to(tl.float32)
     else:
-        codes = at + start
-        code = (load_int(codes + unit % 2 * 8 + place, inside) >> (unit // 2 * 4)) & 15
-        if KIND == 6 or KIND == 7:
-            code = code | (((load_int(codes - 4 + unit, inside) >> place) & 1) << 4)
-        if KIND == 39:
-            value = half_e8m0(load_int(at, inside)) * (e2m1(code) * 2.0)
-        elif KIND == 20:
-            value = load_half(at, inside) * load_float(table + code, inside)
-        elif KIND == 2 or KIND == 6:
-            value = load_half(at, inside) * (code - (8 if KIND == 2 else 16)).to(tl.float32)
-        else:
-            value = load_half(at, inside) * code.to(tl.float32) + load_half(at + 2, inside)
+        value = tl.fma(load_half(at, inside), code.to(tl.float32), load_half(at + 2, inside))
     return value
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _k_block(at, unit, place, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q2_K to Q6_K: 256 weights, whose groups of 16 or 32 have scales of their own."""
-    if KIND == 10 or KIND == 11 or KIND == 14:
-        half, quarter, low = unit // 16, unit // 4 % 4, unit % 4 * 8 + place
+    """Q2_K, Q3_K and Q6_K: 256 weights, of which 16 share a scale; a byte has bits of weights that are 32 apart."""
+    half, quarter, first = unit // 16, unit // 4 % 4, unit % 4 * 8
+    if KIND == 14:
+        low, high = load_eight(at + half * 64 + quarter % 2 * 32 + first, inside, 2)
+        low, high = (low >> (quarter // 2 * 4)) & 0x0F0F0F0F, (high >> (quarter // 2 * 4)) & 0x0F0F0F0F
+        above, more = load_eight(at + 128 + half * 32 + first, inside, 2)
+        low = low | (((above >> (quarter * 2)) & 0x03030303) << 4)
+        high = high | (((more >> (quarter * 2)) & 0x03030303) << 4)
+        scale = load_half(at + 208, inside) * load_signed(at + 192 + unit // 2, inside)
+        return scale * (byte_of(low, high, place) - 32).to(tl.float32)
+    start: tl.constexpr = 16 if KIND == 10 else 32
+    low, high = load_eight(at + start + half * 32 + first, inside, 4 if KIND == 10 else 2)
+    low, high = (low >> (quarter * 2)) & 0x03030303, (high >> (quarter * 2)) & 0x03030303
     if KIND == 10:
-        code = (load_int(at + 16 + half * 32 + low, inside) >> (quarter * 2)) & 3
         own = load_int(at + unit // 2, inside)
         scale = load_half(at + 80, inside) * (own & 15).to(tl.float32)
-        value = scale * code.to(tl.float32) - load_half(at + 82, inside) * (own >> 4).to(tl.float32)
-    elif KIND == 11:
-        code = (load_int(at + 32 + half * 32 + low, inside) >> (quarter * 2)) & 3
-        above = (load_int(at + low, inside) >> (half * 4 + quarter)) & 1
-        group = unit // 2
-        one = (load_int(at + 96 + group % 8, inside) >> (group // 8 * 4)) & 15
-        two = (load_int(at + 104 + group % 4, inside) >> (group // 4 * 2)) & 3
-        scale = load_half(at + 108, inside) * ((one | (two << 4)) - 32).to(tl.float32)
-        value = scale * ((code | (above << 2)) - 4).to(tl.float32)
-    elif KIND == 14:
-        code = (load_int(at + half * 64 + quarter % 2 * 32 + low, inside) >> (quarter // 2 * 4)) & 15
-        above = (load_int(at + 128 + half * 32 + low, inside) >> (quarter * 2)) & 3
-        scale = load_half(at + 208, inside) * load_signed(at + 192 + unit // 2, inside)
-        value = scale * ((code | (above << 4)) - 32).to(tl.float32)
-    else:
-        group = unit // 4
-        code = load_int(at + (48 if KIND == 13 else 16) + unit // 8 * 32 + unit % 4 * 8 + place, inside)
-        code = (code >> (group % 2 * 4)) & 15
-        if KIND == 13:
-            code = code | (((load_int(at + 16 + unit % 4 * 8 + place, inside) >> group) & 1) << 4)
-        one, two = load_int(at + 4 + group % 4, inside), load_int(at + 8 + group % 4, inside)
-        both = load_int(at + 12 + group % 4, inside)
-        scale = tl.where(group < 4, one & 63, (both & 15) | ((one >> 2) & 48)).to(tl.float32)
-        least = tl.where(group < 4, two & 63, (both >> 4) | ((two >> 2) & 48)).to(tl.float32)
-        value = (load_half(at, inside) * scale) * code.to(tl.float32) - load_half(at + 2, inside) * least
-    return value
+        least = load_half(at + 82, inside) * (own >> 4).to(tl.float32)
+        return tl.fma(scale, byte_of(low, high, place).to(tl.float32), -least)
+    above, more = load_eight(at + first, inside, 2)
+    low = low | (((above >> (half * 4 + quarter)) & 0x01010101) << 2)
+    high = high | (((more >> (half * 4 + quarter)) & 0x01010101) << 2)
+    group = unit // 2
+    one = (load_int(at + 96 + group % 8, inside) >> (group // 8 * 4)) & 15
+    two = (load_int(at + 104 + group % 4, inside) >> (group // 4 * 2)) & 3
+    scale = load_half(at + 108, inside) * ((one | (two << 4)) - 32).to(tl.float32)
+    return scale * (byte_of(low, high, place) - 4).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _k_block_with_least(at, unit, place, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Q4_K and Q5_K: 256 weights, of which 32 share a scale and what is subtracted, of six bits each."""
+    group = unit // 4
+    low, high = load_eight(at + (48 if KIND == 13 else 16) + unit // 8 * 32 + unit % 4 * 8, inside, 4)
+    low, high = (low >> (group % 2 * 4)) & 0x0F0F0F0F, (high >> (group % 2 * 4)) & 0x0F0F0F0F
+    if KIND == 13:
+        fifth, more = load_eight(at + 16 + unit % 4 * 8, inside, 4)
+        low = low | (((fifth >> group) & 0x01010101) << 4)
+        high = high | (((more >> group) & 0x01010101) << 4)
+    one, two = load_int(at + 4 + group % 4, inside), load_int(at + 8 + group % 4, inside)
+    both = load_int(at + 12 + group % 4, inside)
+    scale = tl.where(group < 4, one & 63, (both & 15) | ((one >> 2) & 48)).to(tl.float32)
+    least = tl.where(group < 4, two & 63, (both >> 4) | ((two >> 2) & 48)).to(tl.float32)
+    scale, least = load_half(at, inside) * scale, load_half(at + 2, inside) * least
+    return tl.fma(scale, byte_of(low, high, place).to(tl.float32), -least)
 
 
 @triton.jit
@@ -100,14 +117,21 @@ def _even(code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _signed(value, signs, place):  # type: ignore[no-untyped-def]
-    return tl.where(((signs >> place) & 1) == 1, -value, value)
+    """The value with its sign changed where the bit of its place is set."""
+    bits = value.to(tl.int32, bitcast=True) ^ ((signs << (31 - place)) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _signed_byte(low, high, place):  # type: ignore[no-untyped-def]
+    """The byte of each place, of two words, with its sign."""
+    return ((tl.where(place < 4, low, high) << (24 - place % 4 * 8)) >> 24).to(tl.float32)
 
 
 @triton.jit
 def _points(table, low, high, place, inside):  # type: ignore[no-untyped-def]
     """Eight bytes with signs, of which four are word `low` of the table and four are word `high`."""
-    word = tl.where(place < 4, load_int(table + low, inside), load_int(table + high, inside))
-    return ((word << (24 - place % 4 * 8)) >> 24).to(tl.float32)
+    return _signed_byte(load_int(table + low, inside), load_int(table + high, inside), place)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -170,11 +194,12 @@ def _one_bit(at, unit, place, table, inside, KIND: tl.constexpr):  # type: ignor
 @triton.jit
 def _iq4_xs(at, unit, place, table, inside):  # type: ignore[no-untyped-def]
     group = unit // 4
-    code = load_int(at + 8 + group * 16 + unit % 2 * 8 + place, inside) >> (unit // 2 % 2 * 4)
+    words = load_eight(at + 8 + group * 16 + unit % 2 * 8, inside, 4)
+    code = (byte_of(words[0], words[1], place) >> (unit // 2 % 2 * 4)) & 15
     low = (load_int(at + 4 + group // 2, inside) >> (group % 2 * 4)) & 15
     high = (load_short(at + 2, inside) >> (group * 2)) & 3
     scale = load_half(at, inside) * ((low | (high << 4)) - 32).to(tl.float32)
-    return scale * load_float(table + (code & 15), inside)
+    return scale * load_float(table + code, inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -191,6 +216,8 @@ def expand_blocks(  # type: ignore[no-untyped-def]
     own = unit % each
     if WEIGHTS == 32:
         value = _small_block(at, own, place, table, inside, KIND)
+    elif KIND == 12 or KIND == 13:
+        value = _k_block_with_least(at, own, place, inside, KIND)
     elif KIND <= 14:
         value = _k_block(at, own, place, inside, KIND)
     elif KIND == 19 or KIND == 29:

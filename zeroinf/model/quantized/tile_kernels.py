@@ -71,6 +71,32 @@ def load_short(at, inside):  # type: ignore[no-untyped-def]
     return load_int(at.to(tl.pointer_type(tl.uint16)), inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def load_eight(at, inside, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Eight bytes, in two words, at an address that `ALIGNED` divides."""
+    if ALIGNED == 4:
+        words = at.to(tl.pointer_type(tl.int32))
+        return load_int(words, inside), load_int(words + 1, inside)
+    if ALIGNED == 2:
+        low, high = load_short(at + 2, inside) << 16, load_short(at + 6, inside) << 16
+        return load_short(at, inside) | low, load_short(at + 4, inside) | high
+    low = load_int(at, inside) | (load_int(at + 1, inside) << 8) | (load_int(at + 2, inside) << 16)
+    high = load_int(at + 4, inside) | (load_int(at + 5, inside) << 8) | (load_int(at + 6, inside) << 16)
+    return low | (load_int(at + 3, inside) << 24), high | (load_int(at + 7, inside) << 24)
+
+
+@triton.jit
+def byte_of(low, high, place):  # type: ignore[no-untyped-def]
+    """The byte of each place, of two words."""
+    return (tl.where(place < 4, low, high) >> (place % 4 * 8)) & 255
+
+
+@triton.jit
+def spread(bits):  # type: ignore[no-untyped-def]
+    """Four bits as the lowest ones of the four bytes of a word."""
+    return ((bits & 15) * 0x00204081) & 0x01010101
+
+
 @triton.jit
 def joined(low, high, shift):  # type: ignore[no-untyped-def]
     """32 bits from bit `shift` on of two words."""
@@ -79,18 +105,18 @@ def joined(low, high, shift):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def e2m1(code):  # type: ignore[no-untyped-def]
-    """The value of a code of four bits."""
-    bits = ((code & 7) << 9) | ((code & 8) << 12)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+def e2m1(bits):  # type: ignore[no-untyped-def]
+    """The value of a code in the highest four of 32 bits: as a float32 its exponent is too low by 126."""
+    found = (bits & -0x80000000) | ((bits >> 6) & 0x01C00000)
+    return found.to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
 @triton.jit
-def e4m3(code):  # type: ignore[no-untyped-def]
-    """The value of a code of eight bits."""
-    bits = ((code & 127) << 7) | ((code & 128) << 8)
-    value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 127) == 127, float("nan"), value)
+def e4m3(bits):  # type: ignore[no-untyped-def]
+    """The value of a code in the highest eight of 32 bits: as a float32 its exponent is too low by 120."""
+    size = (bits >> 4) & 0x07F00000
+    value = ((bits & -0x80000000) | size).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(size == 0x07F00000, float("nan"), value)
 
 
 @triton.jit
