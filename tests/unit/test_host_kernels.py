@@ -1,0 +1,157 @@
+"""Attention on the CPU over records in host memory: the compiled kernel gives what torch's operators give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zeroinf.errors import EnvironmentProblem
+from zeroinf.generation.attention import Scores, attend_row
+from zeroinf.generation.host_kernels import CompiledKernel, TorchKernel, host_kernel
+from zeroinf.generation.records import parts, read, write
+from zeroinf.hardware import host_library
+from zeroinf.hardware.host_library import ThreadPool, attention_threads
+from zeroinf.model.anatomy import KvDtype, Record, TokenState
+
+TOKENS = (1, 2, 31, 33, 200, 517)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> CompiledKernel:
+    return CompiledKernel(3)
+
+
+class Rows:
+    """Rows of `TOKENS` tokens behind each other, of which a window may hide the first ones."""
+
+    def __init__(
+        self,
+        dtype: str,
+        kv: KvDtype = "model",
+        heads: tuple[int, int] = (6, 2),
+        widths: tuple[int, int] = (32, 32),
+        window: int | None = None,
+        scores: Scores | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        kind = getattr(torch, dtype)
+        states = [TokenState(heads=heads[1], width=width, dtype=dtype) for width in widths]
+        self.record = Record(keys=states[0], values=states[1], dtype=kv)
+        total = sum(TOKENS)
+        keys, values = (2 * torch.randn(1, heads[1], total, width) for width in widths)
+        self.memory = torch.empty(total, self.record.nbytes, dtype=torch.uint8)
+        write(self.record, self.memory[None], keys.to(kind), values.to(kind))
+        ends = torch.tensor(TOKENS).cumsum(0)
+        self.fresh = self.memory[ends - 1].clone()
+        self.memory[ends - 1] = 255  # to be put there by the kernel
+        counts = torch.tensor(TOKENS).clamp(max=window or total)
+        self.rows = torch.stack((ends - counts, counts), dim=1)
+        self.query = torch.randn(len(TOKENS), heads[0], widths[0]).to(kind)
+        self.scores = scores or Scores(widths[0] ** -0.5, None, None)
+
+    def by(self, kernel: CompiledKernel | TorchKernel) -> torch.Tensor:
+        out = self.query.new_empty(*self.query.shape[:2], self.record.values.width)
+        kernel(self.record, self.memory, self.rows, self.fresh, self.query, out, self.scores)
+        return out
+
+    def exact(self) -> torch.Tensor:
+        """In float32, of records that are all in their places."""
+        found = []
+        record = self.record
+        for row, (first, count) in enumerate(self.rows.tolist()):
+            keys, values = (each[0].float() for each in read(record, self.memory[None, first : first + count]))
+            found.append(attend_row(self.query[row, :, None].float(), keys, values, None, self.scores)[:, 0])
+        return torch.stack(found)
+
+
+def scores_of(heads: int, width: int, *, softcap: float | None = None, sinks: bool = False) -> Scores:
+    return Scores(width**-0.5, softcap, torch.linspace(-2, 3, heads) if sinks else None)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"dtype": "float32", "kv": "int8"},
+        {"dtype": "bfloat16", "kv": "int8", "heads": (8, 1), "widths": (64, 64)},
+        {"dtype": "float32", "window": 40},
+        {"dtype": "float32", "heads": (4, 4), "widths": (24, 8)},
+        {"dtype": "bfloat16", "heads": (14, 2), "widths": (192, 128)},
+        {"dtype": "float16", "heads": (12, 1), "widths": (80, 80)},
+        {"dtype": "float32", "heads": (6, 3), "widths": (5, 7), "scores": scores_of(6, 5, sinks=True)},
+        {"dtype": "bfloat16", "scores": scores_of(6, 32, softcap=5.0, sinks=True), "window": 130},
+        {"dtype": "float32", "heads": (40, 40), "widths": (128, 128)},
+    ],
+    ids=lambda rows: " ".join(f"{name}={value}" for name, value in rows.items() if name != "scores"),
+)
+def test_the_compiled_kernel_attends_as_torch_does(rows: dict[str, Any], kernel: CompiledKernel) -> None:
+    case = Rows(**rows)
+    found, exact = case.by(kernel).float(), case.exact()
+    limit = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}[rows["dtype"]]
+    assert float((found - exact).abs().max() / exact.abs().max()) < limit
+    new = case.rows.sum(1) - 1
+    for put, given in zip(parts(case.record, case.memory[new]), parts(case.record, case.fresh), strict=True):
+        assert torch.equal(put, given)
+
+
+def test_so_does_torchs_own_way() -> None:
+    case = Rows("float32", scores=scores_of(6, 32, sinks=True), window=40)
+    found = case.by(TorchKernel())
+    assert torch.allclose(found, case.exact(), atol=1e-5)
+
+
+def test_what_is_no_number_stays_none(kernel: CompiledKernel) -> None:
+    case = Rows("float32")
+    case.query[3] = float("nan")
+    case.query[4] = float("inf")
+    found = case.by(kernel)
+    assert found[3:5].isnan().all()
+    assert found[[0, 1, 2, 5]].isfinite().all()
+
+
+@pytest.mark.full  # the compiler takes seconds for each
+@pytest.mark.parametrize("machine", ["x86-64", "haswell"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_instructions_of_older_processors_give_the_same(machine: str, dtype: str, kernel: CompiledKernel) -> None:
+    older, case = CompiledKernel(2, machine), Rows(dtype, scores=scores_of(6, 32, softcap=9.0))
+    assert torch.allclose(case.by(older).float(), case.by(kernel).float(), atol=1e-2 if dtype != "float32" else 1e-5)
+
+
+def test_memory_is_read_whole() -> None:
+    pool = ThreadPool(2)
+    memory = torch.arange((1 << 20) + 512, dtype=torch.int32)
+    sums = [pool.read(memory.data_ptr(), memory.nbytes) for _ in range(2)]
+    memory[-1] += 7
+    assert sums[0] == sums[1]
+    assert pool.read(memory.data_ptr(), memory.nbytes) == sums[0] + 7
+    pool.close()
+
+
+def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    host_library.host_library.cache_clear()
+    assert "no-such-compiler" in host_library.why_no_host_kernel()
+    assert isinstance(host_kernel(2), TorchKernel)
+    with pytest.raises(EnvironmentProblem, match="no C\\+\\+ compiler"):
+        ThreadPool(1)
+
+
+def test_what_does_not_compile_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("#error no\n")
+    monkeypatch.setattr(host_library, "SOURCE", source)
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    host_library.host_library.cache_clear()
+    with pytest.raises(EnvironmentProblem, match="does not compile"):
+        ThreadPool(1)
+    assert list((tmp_path / "cache" / "host-attention").iterdir()) == []
+
+
+def test_ranks_of_a_node_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert [attention_threads(ranks) for ranks in (1, 2, 8, 32)] == [15, 7, 1, 1]

@@ -1,0 +1,668 @@
+// Attention of decode steps over keys and values that rest in host memory, one record of bytes for each token.
+//
+// Called by zeroinf/hardware/host_library.py, which compiles it for the machine's own instructions. A task is a part of
+// a row's tokens and some of its heads; its records are read once, in order, and prefetched a block ahead, since heads
+// of one record lie further apart than processors fetch by themselves. Sums are in float32.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+// Tokens that are scored before their values are added; of many queries, fewer, which stay in the smallest cache.
+constexpr int BLOCK = 32, SMALL_BLOCK = 16, FEW_QUERIES = 2;
+constexpr int64_t BLOCK_BYTES = 64 << 10;  // of a small block, for the heads of one task: two of them stay in the cache
+constexpr int TASKS_A_THREAD = 8;
+
+using Floats = float __attribute__((vector_size(LANES * 4)));
+using Ints = int32_t __attribute__((vector_size(LANES * 4)));
+using Words = uint32_t __attribute__((vector_size(LANES * 4)));
+using Halves = uint16_t __attribute__((vector_size(LANES * 2)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
+
+enum Kind { BFLOAT16 = 0, FLOAT16 = 1, FLOAT32 = 2, INT8 = 3 };  // as in zeroinf/generation/host_kernels.py
+
+constexpr int size_of(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+
+template <typename T> inline T read(const void *at) {
+    T value;
+    std::memcpy(&value, at, sizeof(T));
+    return value;
+}
+
+template <int KIND> inline Floats load(const uint8_t *at) {
+    if constexpr (KIND == FLOAT32) return read<Floats>(at);
+#if defined(__AVX512F__)
+    if constexpr (KIND == BFLOAT16) return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(at)), 16);
+    if constexpr (KIND == INT8) return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(at)));
+    return (Floats)_mm512_cvtph_ps(read<__m256i>(at));
+#elif defined(__AVX2__) && defined(__F16C__)
+    if constexpr (KIND == BFLOAT16) return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(at)), 16);
+    if constexpr (KIND == INT8) return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+    return (Floats)_mm256_cvtph_ps(read<__m128i>(at));
+#else
+    if constexpr (KIND == BFLOAT16) return (Floats)(__builtin_convertvector(read<Halves>(at), Words) << 16);
+    if constexpr (KIND == INT8) return __builtin_convertvector(__builtin_convertvector(read<Bytes>(at), Ints), Floats);
+    Words bits = __builtin_convertvector(read<Halves>(at), Words);
+    Words special = (Words)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Words)magnitude | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+// The last elements of a head, and zeros behind them.
+template <int KIND> inline Floats load_part(const uint8_t *at, int count) {
+    alignas(64) uint8_t padded[LANES * 4] = {};
+    std::memcpy(padded, at, count * size_of(KIND));
+    return load<KIND>(padded);
+}
+
+inline uint16_t rounded_bfloat16(float value) {
+    uint32_t bits = read<uint32_t>(&value);
+    if (std::isnan(value)) return (bits >> 16) | 0x40;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline uint16_t rounded_float16(float value) {
+#if defined(__F16C__) || defined(__AVX512F__)
+    return _cvtss_sh(value, 0);
+#else
+#if defined(__FLT16_MANT_DIG__)
+    _Float16 half = value;
+#else
+    __fp16 half = value;
+#endif
+    return read<uint16_t>(&half);
+#endif
+}
+
+inline void store(int kind, uint8_t *at, float value) {
+    if (kind == FLOAT32) std::memcpy(at, &value, 4);
+    else {
+        uint16_t half = kind == BFLOAT16 ? rounded_bfloat16(value) : rounded_float16(value);
+        std::memcpy(at, &half, 2);
+    }
+}
+
+// NaN stays NaN; what is below the smallest normal number becomes that.
+inline Floats exponential(Floats x) {
+    x = x < -87.3f ? (Floats{} - 87.3f) : x;
+    Floats shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
+    Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats p = Floats{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
+}
+
+// Lanes of two vectors of which every other STEP change places, so that their sums lie in one vector.
+template <int STEP, bool HIGH, size_t... LANE> constexpr Ints swapped(std::index_sequence<LANE...>) {
+    return Ints{(LANE & STEP ? (int)(LANES + (HIGH ? LANE : LANE ^ STEP)) : (int)(HIGH ? LANE ^ STEP : LANE))...};
+}
+
+inline Floats shuffled(Floats a, Floats b, Ints lanes) {
+#if defined(__clang__)
+    Floats found;
+    for (int lane = 0; lane < LANES; ++lane) found[lane] = lanes[lane] < LANES ? a[lanes[lane]] : b[lanes[lane] - LANES];
+    return found;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+struct Sum {
+    static Floats of(Floats a, Floats b) { return a + b; }
+};
+
+struct Largest {
+    static Floats of(Floats a, Floats b) { return larger(a, b); }
+};
+
+// What an operation makes of each of LANES vectors' lanes, of number i in lane i.
+template <typename Operation, int STEP = 1> inline __attribute__((always_inline)) Floats fold(const Floats *of) {
+    if constexpr (STEP == LANES) return of[0];
+    else {
+        constexpr auto ALL = std::make_index_sequence<LANES>{};
+        Floats half[LANES / STEP / 2];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / STEP / 2; ++i) {
+            Floats low = shuffled(of[2 * i], of[2 * i + 1], swapped<STEP, false>(ALL));
+            half[i] = Operation::of(low, shuffled(of[2 * i], of[2 * i + 1], swapped<STEP, true>(ALL)));
+        }
+        return fold<Operation, STEP * 2>(half);
+    }
+}
+
+// What a task reads next, in the order of its addresses: a run of keys and a run of values of each record. Processors
+// fetch by themselves what is read in order, and memory is quickest at it, but heads are read one after the other.
+struct Ahead {
+    const uint8_t *at = nullptr, *end = nullptr;
+    int64_t runs[2], gaps[2];  // bytes of keys and of values, and between them
+    int64_t left = 0;          // runs
+    int kind = 0;
+
+    inline void fetch() {
+        if (at >= end) {
+            if (left == 0) return;
+            --left;
+            at = end + gaps[kind];
+            kind ^= 1;
+            end = at + runs[kind];
+        }
+        __builtin_prefetch(at, 0, 3);
+        at += 64;
+    }
+};
+
+// Queries times the keys of a block. query: (GROUP, width, padded with zeros); scores: (GROUP, BLOCK).
+template <int KIND, int GROUP>
+void multiply_keys(const float *query, int padded, const uint8_t *keys, int64_t stride, Ahead &ahead, int width,
+                   int count, float *scores) {
+    constexpr int KEYS = LANES / GROUP;
+    const int whole = width / LANES * LANES;
+    for (int first = 0; first < count; first += KEYS) {
+        const uint8_t *at[KEYS];
+        for (int k = 0; k < KEYS; ++k) at[k] = keys + std::min(first + k, count - 1) * stride;
+        Floats sums[LANES] = {};
+        for (int c = 0; c < whole; c += LANES)
+#pragma GCC unroll 16
+            for (int k = 0; k < KEYS; ++k) {
+                Floats key = load<KIND>(at[k] + c * size_of(KIND));
+                if (c % (64 / size_of(KIND)) == 0) ahead.fetch();
+#pragma GCC unroll 16
+                for (int g = 0; g < GROUP; ++g) sums[g * KEYS + k] += key * read<Floats>(query + g * padded + c);
+            }
+        if (whole < width)
+            for (int k = 0; k < KEYS; ++k) {
+                Floats key = load_part<KIND>(at[k] + whole * size_of(KIND), width - whole);
+                for (int g = 0; g < GROUP; ++g) sums[g * KEYS + k] += key * read<Floats>(query + g * padded + whole);
+            }
+        Floats found = fold<Sum>(sums);
+        for (int g = 0; g < GROUP; ++g) std::memcpy(scores + g * BLOCK + first, (float *)&found + g * KEYS, KEYS * 4);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// The same with products of pairs. query: (GROUP, width) in bfloat16, of which 32 fill a vector.
+template <int GROUP>
+void multiply_pairs(const uint16_t *query, int padded, const uint8_t *keys, int64_t stride, Ahead &ahead, int width,
+                    int count, float *scores) {
+    constexpr int KEYS = LANES / GROUP;
+    for (int first = 0; first < count; first += KEYS) {
+        const uint8_t *at[KEYS];
+        for (int k = 0; k < KEYS; ++k) at[k] = keys + std::min(first + k, count - 1) * stride;
+        Floats sums[LANES] = {};
+        for (int c = 0; c < width; c += 32)
+#pragma GCC unroll 16
+            for (int k = 0; k < KEYS; ++k) {
+                __m512bh key = (__m512bh)_mm512_loadu_si512(at[k] + c * 2);
+                ahead.fetch();
+#pragma GCC unroll 16
+                for (int g = 0; g < GROUP; ++g) {
+                    __m512bh other = (__m512bh)_mm512_loadu_si512(query + g * padded + c);
+                    sums[g * KEYS + k] = (Floats)_mm512_dpbf16_ps((__m512)sums[g * KEYS + k], key, other);
+                }
+            }
+        Floats found = fold<Sum>(sums);
+        for (int g = 0; g < GROUP; ++g) std::memcpy(scores + g * BLOCK + first, (float *)&found + g * KEYS, KEYS * 4);
+    }
+}
+#endif
+
+// Adds a block's values to CHUNKS vectors of the sums. weights: (GROUP, BLOCK); sums: (GROUP, padded).
+template <int KIND, int GROUP, int CHUNKS>
+inline void add_chunks(const float *weights, const float *fading, const uint8_t *values, int64_t stride, Ahead &ahead,
+                       int count, float *sums, int padded) {
+    Floats held[GROUP][CHUNKS];
+    for (int g = 0; g < GROUP; ++g)
+        for (int c = 0; c < CHUNKS; ++c) held[g][c] = read<Floats>(sums + g * padded + c * LANES) * fading[g];
+    for (int t = 0; t < count; ++t, values += stride) {
+#pragma GCC unroll 8
+        for (int b = 0; b < CHUNKS * LANES * size_of(KIND); b += 64) ahead.fetch();
+#pragma GCC unroll 8
+        for (int c = 0; c < CHUNKS; ++c) {
+            Floats value = load<KIND>(values + c * LANES * size_of(KIND));
+#pragma GCC unroll 16
+            for (int g = 0; g < GROUP; ++g) held[g][c] += value * weights[g * BLOCK + t];
+        }
+    }
+    for (int g = 0; g < GROUP; ++g)
+        for (int c = 0; c < CHUNKS; ++c) std::memcpy(sums + g * padded + c * LANES, &held[g][c], sizeof(Floats));
+}
+
+template <int KIND, int GROUP>
+void add_values(const float *weights, const float *fading, const uint8_t *values, int64_t stride, Ahead &ahead,
+                int width, int count, float *sums, int padded) {
+    constexpr int MOST = std::min(8, std::max(1, LANES / GROUP));
+    const int whole = width / LANES * LANES;
+    int c = 0;
+    for (; c + MOST * LANES <= whole; c += MOST * LANES)
+        add_chunks<KIND, GROUP, MOST>(weights, fading, values + c * size_of(KIND), stride, ahead, count, sums + c, padded);
+    for (; c < whole; c += LANES)
+        add_chunks<KIND, GROUP, 1>(weights, fading, values + c * size_of(KIND), stride, ahead, count, sums + c, padded);
+    if (c == width) return;
+    for (int g = 0; g < GROUP; ++g) {
+        Floats held = read<Floats>(sums + g * padded + c) * fading[g];
+        for (int t = 0; t < count; ++t)
+            held += load_part<KIND>(values + t * stride + c * size_of(KIND), width - c) * weights[g * BLOCK + t];
+        std::memcpy(sums + g * padded + c, &held, sizeof(Floats));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Field by field as `Layout` in zeroinf/hardware/host_library.py.
+struct Layout {
+    int64_t stride, keys_at, values_at, key_scales_at, value_scales_at;
+    int32_t heads, group, width, value_width, kind, query_kind;
+    float scale, softcap;  // 0: none
+    const float *sinks;    // of each head of the queries, or null
+};
+
+struct RowTokens {
+    int64_t first, count;  // records that the row's query sees, its own among them as the last one
+};
+}
+
+namespace {
+
+class Pool {
+  public:
+    explicit Pool(int threads) {
+        for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ends_ = true;
+        }
+        wakes_.notify_all();
+        for (auto &thread : threads_) thread.join();
+    }
+
+    int size() const { return (int)threads_.size() + 1; }
+
+    // Calls act(task) for each of `count` tasks, by all threads and this one. Only one caller at a time.
+    template <typename Act> void run(int count, Act act) {
+        auto job = std::make_shared<Job>();
+        job->count = count;
+        job->act = [&act](int task) { act(task); };
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = job;
+            ++number_;
+        }
+        wakes_.notify_all();
+        work(*job);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [&] { return job->done.load() == count; });
+        job_.reset();
+    }
+
+  private:
+    struct Job {
+        std::function<void(int)> act;
+        std::atomic<int> next{0}, done{0};
+        int count = 0;
+    };
+
+    void work(Job &job) {
+        for (int task; (task = job.next.fetch_add(1)) < job.count;) {
+            job.act(task);
+            if (job.done.fetch_add(1) + 1 == job.count) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                done_.notify_all();
+            }
+        }
+    }
+
+    void serve() {
+        uint64_t seen = 0;
+        for (;;) {
+            std::shared_ptr<Job> job;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wakes_.wait(lock, [&] { return ends_ || (number_ != seen && job_); });
+                if (ends_) return;
+                seen = number_;
+                job = job_;
+            }
+            work(*job);
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable wakes_, done_;
+    std::shared_ptr<Job> job_;
+    uint64_t number_ = 0;
+    bool ends_ = false;
+};
+
+int round_up(int number, int unit) { return (number + unit - 1) / unit * unit; }
+
+class Attention {
+  public:
+    Attention(const Layout &layout, const RowTokens *rows, int64_t count, uint8_t *memory, const uint8_t *fresh,
+              const uint8_t *query, uint8_t *out, int threads)
+        : of_(layout), rows_(rows), memory_(memory), fresh_(fresh), query_(query), out_(out) {
+        padded_ = round_up(layout.width, 32);
+        value_padded_ = round_up(layout.value_width, LANES);
+        tile_ = std::min(8, LANES);
+        while (tile_ > 1 && tile_ / 2 >= layout.group) tile_ /= 2;
+        group_ = round_up(layout.group, tile_);
+        block_ = tile_ <= FEW_QUERIES ? BLOCK : SMALL_BLOCK;
+        int64_t head_bytes = (int64_t)(layout.width + layout.value_width) * size_of(layout.kind);
+        heads_ = (int)std::clamp<int64_t>(BLOCK_BYTES / SMALL_BLOCK / head_bytes, 1, layout.heads);
+        parts_ = (layout.heads + heads_ - 1) / heads_;
+        int64_t total = 0;
+        for (int64_t row = 0; row < count; ++row) total += rows[row].count;
+        int64_t share = total * parts_ / ((int64_t)threads * TASKS_A_THREAD);
+        tokens_ = std::max<int64_t>(4 * BLOCK, (share + BLOCK - 1) / BLOCK * BLOCK);
+        for (int64_t row = 0; row < count; ++row) {
+            int splits = (int)((rows[row].count + tokens_ - 1) / tokens_);
+            for (int part = 0; part < parts_; ++part) {
+                for (int split = 0; split < splits; ++split) tasks_.push_back({row, part, split, splits});
+            }
+        }
+        results_ = std::vector<std::atomic<int>>(count * parts_);
+        firsts_.resize(tasks_.size());
+        int64_t at = 0;
+        for (size_t task = 0; task < tasks_.size(); ++task) firsts_[task] = at, at += result_floats(tasks_[task].part);
+        held_.reset(new float[at]);
+    }
+
+    int tasks() const { return (int)tasks_.size(); }
+
+    void act(int number) {
+        const Task &task = tasks_[number];
+        float *result = held_.get() + firsts_[number];
+        attend(task, result);
+        auto &done = results_[task.row * parts_ + task.part];
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.splits) combine(task, number - task.split);
+        // `number` is whichever part came last; the parts of one result lie side by side
+    }
+
+  private:
+    struct Task {
+        int64_t row;
+        int part, split, splits;
+    };
+
+    int first_head(int part) const { return part * heads_; }
+    int head_count(int part) const { return std::min(heads_, of_.heads - part * heads_); }
+    int64_t result_floats(int part) const { return (int64_t)head_count(part) * group_ * (value_padded_ + 2); }
+
+    void place_new(const Task &task, uint8_t *record) {
+        const uint8_t *from = fresh_ + task.row * of_.stride;
+        auto copy = [&](int64_t at, int64_t nbytes) {  // of one head
+            at += first_head(task.part) * nbytes;
+            std::memcpy(record + at, from + at, head_count(task.part) * nbytes);
+        };
+        copy(of_.keys_at, (int64_t)of_.width * size_of(of_.kind));
+        copy(of_.values_at, (int64_t)of_.value_width * size_of(of_.kind));
+        if (of_.kind == INT8) copy(of_.key_scales_at, 4), copy(of_.value_scales_at, 4);
+    }
+
+    void attend(const Task &task, float *result) {
+        const RowTokens &row = rows_[task.row];
+        int64_t begin = task.split * tokens_, end = std::min(row.count, begin + tokens_);
+        uint8_t *records = memory_ + row.first * of_.stride;
+        if (end == row.count) place_new(task, records + (row.count - 1) * of_.stride);
+        const int heads = head_count(task.part), lines = heads * group_;
+        static thread_local std::vector<float> floats;
+        static thread_local std::vector<uint16_t> pairs;
+        floats.assign((size_t)lines * padded_, 0.0f);
+        pairs.assign((size_t)lines * padded_, 0);
+        for (int head = 0; head < heads; ++head)
+            for (int g = 0; g < of_.group; ++g) {
+                int64_t line = (int64_t)task.row * of_.heads * of_.group + (first_head(task.part) + head) * of_.group + g;
+                read_query(query_ + line * of_.width * size_of(of_.query_kind),
+                           floats.data() + (size_t)(head * group_ + g) * padded_,
+                           pairs.data() + (size_t)(head * group_ + g) * padded_);
+            }
+        float *highest = result, *totals = result + lines, *sums = result + 2 * lines;
+        std::fill(highest, highest + lines, -1e30f);
+        std::fill(totals, result + lines * (2 + value_padded_), 0.0f);
+        for (int64_t at = begin; at < end; at += block_) {
+            int count = (int)std::min<int64_t>(block_, end - at);
+            const uint8_t *block = records + at * of_.stride;
+            Ahead ahead = ahead_of(block + block_ * of_.stride, task.part, std::clamp<int64_t>(end - at - block_, 0, block_));
+            for (int head = 0; head < heads; ++head) {
+                for (int g = 0; g < group_; g += tile_) {
+                    int line = head * group_ + g;
+                    one(block, ahead, first_head(task.part) + head, count, floats.data() + (size_t)line * padded_,
+                        pairs.data() + (size_t)line * padded_, highest + line, totals + line,
+                        sums + (size_t)line * value_padded_);
+                }
+            }
+        }
+    }
+
+    Ahead ahead_of(const uint8_t *block, int part, int64_t count) const {
+        int64_t key = (int64_t)of_.width * size_of(of_.kind), value = (int64_t)of_.value_width * size_of(of_.kind);
+        int64_t keys = of_.keys_at + first_head(part) * key, values = of_.values_at + first_head(part) * value;
+        Ahead ahead;
+        ahead.runs[0] = head_count(part) * key, ahead.runs[1] = head_count(part) * value;
+        ahead.gaps[0] = values - keys - ahead.runs[0], ahead.gaps[1] = of_.stride - (values - keys) - ahead.runs[1];
+        ahead.left = 2 * count, ahead.kind = 1;
+        ahead.end = block + keys - ahead.gaps[1];
+        ahead.at = ahead.end;
+        return ahead;
+    }
+
+    void read_query(const uint8_t *from, float *floats, uint16_t *pairs) const {
+        if (of_.query_kind == BFLOAT16) std::memcpy(pairs, from, of_.width * 2);
+        for (int c = 0; c < of_.width; c += LANES) {
+            int left = std::min(LANES, of_.width - c);
+            const uint8_t *at = from + c * size_of(of_.query_kind);
+            Floats found = of_.query_kind == FLOAT32    ? load_part<FLOAT32>(at, left)
+                           : of_.query_kind == BFLOAT16 ? load_part<BFLOAT16>(at, left)
+                                                        : load_part<FLOAT16>(at, left);
+            std::memcpy(floats + c, &found, sizeof(Floats));
+        }
+    }
+
+    void one(const uint8_t *block, Ahead &ahead, int head, int count, const float *floats, const uint16_t *pairs,
+             float *highest, float *totals, float *sums) const {
+        alignas(64) float scores[8 * BLOCK], key_scales[BLOCK], value_scales[BLOCK], fading[LANES];
+        const uint8_t *keys = block + of_.keys_at + (int64_t)head * of_.width * size_of(of_.kind);
+        const uint8_t *values = block + of_.values_at + (int64_t)head * of_.value_width * size_of(of_.kind);
+        if (of_.kind == INT8)
+            for (int t = 0; t < count; ++t) {
+                key_scales[t] = read<float>(block + t * of_.stride + of_.key_scales_at + head * 4);
+                value_scales[t] = read<float>(block + t * of_.stride + of_.value_scales_at + head * 4);
+            }
+        multiply(keys, ahead, count, floats, pairs, scores);
+        if (tile_ == 1) weigh<1>(scores, count, key_scales, value_scales, highest, totals, fading);
+        else if (tile_ == 2) weigh<2>(scores, count, key_scales, value_scales, highest, totals, fading);
+        else if (tile_ == 4) weigh<4>(scores, count, key_scales, value_scales, highest, totals, fading);
+        else weigh<8>(scores, count, key_scales, value_scales, highest, totals, fading);
+        add(scores, fading, values, ahead, count, sums);
+    }
+
+    // Turns scores of a block into weights; `fading` is what earlier sums are to be multiplied by.
+    template <int GROUP>
+    void weigh(float *scores, int count, const float *key_scales, const float *value_scales, float *highest,
+               float *totals, float *fading) const {
+        Floats most[LANES], sums[LANES] = {}, before{}, total{};
+        std::memcpy(&before, highest, GROUP * 4);
+        std::memcpy(&total, totals, GROUP * 4);
+        for (int lane = 0; lane < LANES; ++lane) most[lane] = Floats{} - INFINITY;
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; ++g) {
+            float *own = scores + g * BLOCK;
+            for (int t = 0; t < count; t += LANES) {
+                Floats x = read<Floats>(own + t) * of_.scale;
+                if (of_.kind == INT8) x *= read<Floats>(key_scales + t);
+                if (of_.softcap != 0) x = capped(x);
+                for (int lane = std::min(LANES, count - t); lane < LANES; ++lane) x[lane] = -INFINITY;
+                std::memcpy(own + t, &x, sizeof(Floats));
+                most[g] = larger(x, most[g]);
+            }
+        }
+        Floats now = larger(before, fold<Largest>(most)), faded = exponential(before - now);
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUP; ++g) {
+            float *own = scores + g * BLOCK;
+            for (int t = 0; t < count; t += LANES) {
+                Floats x = exponential(read<Floats>(own + t) - now[g]);
+                for (int lane = std::min(LANES, count - t); lane < LANES; ++lane) x[lane] = 0;
+                sums[g] += x;
+                if (of_.kind == INT8) x *= read<Floats>(value_scales + t);
+                std::memcpy(own + t, &x, sizeof(Floats));
+            }
+        }
+        total = total * faded + fold<Sum>(sums);
+        std::memcpy(highest, &now, GROUP * 4);
+        std::memcpy(totals, &total, GROUP * 4);
+        std::memcpy(fading, &faded, sizeof(Floats));
+    }
+
+    Floats capped(Floats x) const {
+        Floats most = Floats{} + 40.0f * of_.softcap, inside = x > most ? most : x;
+        inside = inside < -most ? -most : inside;
+        return of_.softcap * (1.0f - 2.0f / (exponential(inside * (2 / of_.softcap)) + 1.0f));
+    }
+
+    template <int KIND, int GROUP>
+    void multiply_as(const uint8_t *keys, Ahead &ahead, int count, const float *floats, const uint16_t *pairs, float *scores) const {
+#if defined(__AVX512BF16__)
+        if constexpr (KIND == BFLOAT16)
+            if (of_.query_kind == BFLOAT16 && of_.width % 32 == 0)
+                return multiply_pairs<GROUP>(pairs, padded_, keys, of_.stride, ahead, of_.width, count, scores);
+#endif
+        multiply_keys<KIND, GROUP>(floats, padded_, keys, of_.stride, ahead, of_.width, count, scores);
+    }
+
+    template <int KIND>
+    void multiply_tile(const uint8_t *keys, Ahead &ahead, int count, const float *floats, const uint16_t *pairs, float *scores) const {
+        if (tile_ == 1) multiply_as<KIND, 1>(keys, ahead, count, floats, pairs, scores);
+        else if (tile_ == 2) multiply_as<KIND, 2>(keys, ahead, count, floats, pairs, scores);
+        else if (tile_ == 4) multiply_as<KIND, 4>(keys, ahead, count, floats, pairs, scores);
+        else multiply_as<KIND, 8>(keys, ahead, count, floats, pairs, scores);
+    }
+
+    void multiply(const uint8_t *keys, Ahead &ahead, int count, const float *floats, const uint16_t *pairs, float *scores) const {
+        if (of_.kind == BFLOAT16) multiply_tile<BFLOAT16>(keys, ahead, count, floats, pairs, scores);
+        else if (of_.kind == FLOAT16) multiply_tile<FLOAT16>(keys, ahead, count, floats, pairs, scores);
+        else if (of_.kind == FLOAT32) multiply_tile<FLOAT32>(keys, ahead, count, floats, pairs, scores);
+        else multiply_tile<INT8>(keys, ahead, count, floats, pairs, scores);
+    }
+
+    template <int KIND>
+    void add_tile(const float *weights, const float *fading, const uint8_t *values, Ahead &ahead, int count, float *sums) const {
+        auto with = [&](auto add) { add(weights, fading, values, of_.stride, ahead, of_.value_width, count, sums, value_padded_); };
+        if (tile_ == 1) with(add_values<KIND, 1>);
+        else if (tile_ == 2) with(add_values<KIND, 2>);
+        else if (tile_ == 4) with(add_values<KIND, 4>);
+        else with(add_values<KIND, 8>);
+    }
+
+    void add(const float *weights, const float *fading, const uint8_t *values, Ahead &ahead, int count, float *sums) const {
+        if (of_.kind == BFLOAT16) add_tile<BFLOAT16>(weights, fading, values, ahead, count, sums);
+        else if (of_.kind == FLOAT16) add_tile<FLOAT16>(weights, fading, values, ahead, count, sums);
+        else if (of_.kind == FLOAT32) add_tile<FLOAT32>(weights, fading, values, ahead, count, sums);
+        else add_tile<INT8>(weights, fading, values, ahead, count, sums);
+    }
+
+    // The parts of a row's tokens become the result of some of its heads.
+    void combine(const Task &task, int first) {
+        const int heads = head_count(task.part), lines = heads * group_, size = size_of(of_.query_kind);
+        for (int head = 0; head < heads; ++head)
+            for (int g = 0; g < of_.group; ++g) {
+                int line = head * group_ + g, index = (first_head(task.part) + head) * of_.group + g;
+                float most = of_.sinks ? of_.sinks[index] : -1e30f;
+                for (int split = 0; split < task.splits; ++split) {
+                    float other = held_[firsts_[first + split] + line];
+                    most = other > most || std::isnan(other) ? other : most;
+                }
+                float total = of_.sinks ? std::exp(of_.sinks[index] - most) : 0.0f;
+                static thread_local std::vector<float> sums;
+                sums.assign(of_.value_width, 0.0f);
+                for (int split = 0; split < task.splits; ++split) {
+                    const float *part = held_.get() + firsts_[first + split];
+                    float share = std::exp(part[line] - most);
+                    total += part[lines + line] * share;
+                    const float *theirs = part + 2 * lines + (size_t)line * value_padded_;
+                    for (int c = 0; c < of_.value_width; ++c) sums[c] += theirs[c] * share;
+                }
+                uint8_t *into = out_ + (task.row * of_.heads * of_.group + index) * (int64_t)of_.value_width * size;
+                for (int c = 0; c < of_.value_width; ++c) store(of_.query_kind, into + c * size, sums[c] / total);
+            }
+    }
+
+    const Layout of_;
+    const RowTokens *rows_;
+    uint8_t *memory_;
+    const uint8_t *fresh_, *query_;
+    uint8_t *out_;
+    int padded_, value_padded_, tile_, group_, block_, heads_, parts_;
+    int64_t tokens_;
+    std::vector<Task> tasks_;
+    std::vector<int64_t> firsts_;
+    std::vector<std::atomic<int>> results_;
+    std::unique_ptr<float[]> held_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void *zeroinf_new_pool(int threads) { return new Pool(threads); }
+
+void zeroinf_end_pool(void *pool) { delete (Pool *)pool; }
+
+// memory: a layer's records. fresh: (rows, stride), the records of new tokens, which are put in their places. query:
+// (rows, heads * group, width); out: (rows, heads * group, value_width).
+void zeroinf_attend(void *pool, const Layout *layout, const RowTokens *rows, int64_t count, uint8_t *memory,
+                    const uint8_t *fresh, const uint8_t *query, uint8_t *out) {
+    Pool &threads = *(Pool *)pool;
+    Attention attention(*layout, rows, count, memory, fresh, query, out, threads.size());
+    threads.run(attention.tasks(), [&](int task) { attention.act(task); });
+}
+
+// Reads all of `memory` once; the result depends on every byte.
+uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {
+    constexpr int64_t PART = 1 << 20;
+    std::atomic<uint64_t> result{0};
+    ((Pool *)pool)->run((int)((nbytes + PART - 1) / PART), [&](int task) {
+        const uint8_t *at = memory + task * PART, *end = memory + std::min(nbytes, (task + 1) * PART);
+        Words sums[8] = {};
+        for (; at + sizeof(sums) <= end; at += sizeof(sums))
+            for (int i = 0; i < 8; ++i) sums[i] += read<Words>(at + i * sizeof(Words));
+        uint64_t sum = 0;
+        for (auto &each : sums)
+            for (int lane = 0; lane < LANES; ++lane) sum += each[lane];
+        result += sum;
+    });
+    return result;
+}
+}
