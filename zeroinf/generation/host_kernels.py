@@ -13,7 +13,7 @@ import torch
 
 from zeroinf.generation.attention import Scores, attend_row
 from zeroinf.generation.records import read
-from zeroinf.hardware.host_library import Layout, ThreadPool, why_no_host_kernel
+from zeroinf.hardware.host_library import HostLayout, ThreadPool, why_no_host_kernel
 from zeroinf.model.anatomy import Record
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3}
@@ -57,7 +57,7 @@ class CompiledKernel:
         scores: Scores,
     ) -> None:
         heads = record.keys.heads
-        layout = Layout(
+        layout = HostLayout(
             record.nbytes,
             *record.starts[:4],
             heads,

@@ -277,7 +277,7 @@ void add_values(const float *weights, const float *fading, const uint8_t *values
 
 extern "C" {
 
-// Field by field as `Layout` in zeroinf/hardware/host_library.py.
+// Field by field as `HostLayout` in zeroinf/hardware/host_library.py.
 struct Layout {
     int64_t stride, keys_at, values_at, key_scales_at, value_scales_at;
     int32_t heads, group, width, value_width, kind, query_kind;

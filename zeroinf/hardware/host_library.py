@@ -31,7 +31,7 @@ _BUILD_S = 600
 _OTHERWISE = "--kv-attention gpu, or another compiler in CXX"
 
 
-class Layout(ctypes.Structure):
+class HostLayout(ctypes.Structure):
     """The layout of records, and the steps from products to weights, as `host_attention.cpp` has them."""
 
     _fields_ = (
@@ -83,7 +83,7 @@ def host_library(machine: str = "native") -> ctypes.CDLL:
     library.zeroinf_attend.restype = None
     library.zeroinf_attend.argtypes = (
         ctypes.c_void_p,
-        ctypes.POINTER(Layout),
+        ctypes.POINTER(HostLayout),
         ctypes.c_void_p,
         ctypes.c_int64,
         *(ctypes.c_void_p,) * 4,
@@ -153,7 +153,7 @@ class ThreadPool:
         self.threads, self._library = threads, host_library(machine)
         self._pool: int | None = self._library.zeroinf_new_pool(threads)
 
-    def attend(self, layout: Layout, rows: int, count: int, memory: int, fresh: int, query: int, out: int) -> None:
+    def attend(self, layout: HostLayout, rows: int, count: int, memory: int, fresh: int, query: int, out: int) -> None:
         """Attend to what lies at the given addresses; see `zeroinf_attend`."""
         self._library.zeroinf_attend(self._pool, ctypes.byref(layout), rows, count, memory, fresh, query, out)
 
