@@ -122,6 +122,8 @@ def host_of(model: Any, tokens: int, limits: Limits, dtype: KvDtype, stream: Any
         new_columns=limits.forward_tokens
         or max(limits.prefill_tokens, rows * (tokens if limits.together else 1), tokens),
         dtype=dtype,
+        cpu_rows=limits.cpu_rows,
+        query_heads=model.config.get_text_config(decoder=True).num_attention_heads if limits.cpu_rows else 0,
     )
     on_gpu = model.device.type == "cuda"
     host = HostCache(model, anatomy_of(model), size, model.device, stream, pin=on_gpu)

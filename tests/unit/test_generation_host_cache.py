@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from small_models import PACKED_MODELS, VOCABULARY, build_model
 from transformers import DynamicCache
 
+from zeroinf.generation.host_steps import HostSteps
 from zeroinf.generation.link import Link, Run, Unit
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
@@ -27,6 +30,12 @@ MIXED = {"draw": 2, "rows": 5, "pages": 3, "host_tokens": 80, "micro_batch_rows"
 ALL = {**MIXED, "rows": 3, "pages": 0}
 PACKED = {**MIXED, "forward_tokens": 9}
 ALL_PACKED = {**ALL, "forward_tokens": 5}
+BY_CPU = {**PACKED, "cpu_rows": 5}
+ALL_BY_CPU = {**ALL_PACKED, "cpu_rows": 3}
+ROOM = {
+    "draw": (1, 4), "rows": (2, 8), "pages": (0, 6), "host_tokens": (40, 160), "micro_batch_rows": (1, 4),
+    "prefill_tokens": (5, 30), "forward_tokens": (3, 30),
+}  # fmt: skip
 TOGETHER = {"draw": 2, "rows": 3, "pages": 0, "host_tokens": 120}
 
 
@@ -52,6 +61,41 @@ def test_tokens_are_those_of_plain_transformers(name: str, limits: dict[str, int
     assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
 
 
+FIRST = ("llama", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "mixtral", "exaone4", "phi3")
+"""Groups of heads, soft caps, windows, sinks, experts, and more."""
+
+
+@pytest.mark.parametrize("limits", [ALL_BY_CPU, BY_CPU], ids=["all", "mixed"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.full) for name in PACKED_MODELS]
+)
+def test_where_the_cpu_attends_they_are_too(name: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list[int]()
+
+    def submit(self: HostSteps, *given: Any) -> Any:
+        steps.append(len(given[4]))
+        return submitted(self, *given)
+
+    submitted = HostSteps.submit
+    monkeypatch.setattr(HostSteps, "submit", submit)
+    model = build_model(name)
+    ran = tokens_of(model, limits)
+    assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
+    assert max(steps) == 2, "micro-batches of steps"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PACKED_MODELS)
+def test_so_they_are_whatever_rows_come_when(name: str, seed: int) -> None:
+    model, draw = build_model(name), Random(f"{name} {seed}")
+    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 24))] for _ in range(draw.randint(6, 12))]
+    ran = rows_of(prompts, [draw.randint(1, 12) for _ in prompts], ignore_eos=True)
+    limits = {name: draw.randint(*room) for name, room in ROOM.items()}
+    run_rows(PlainEngine(model), ran, **limits, cpu_rows=limits["rows"])
+    assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
 def test_layers_with_other_states_keep_them_on_the_gpu(name: str) -> None:
     model = build_model(name)
@@ -72,7 +116,7 @@ class Rounded(DynamicCache):  # type: ignore[misc]
 
 @pytest.mark.parametrize(
     ("name", "limits"),
-    [("deepseek_v3", ALL), *((name, limits) for name in ("llama", "gemma2") for limits in (ALL, ALL_PACKED))],
+    [("deepseek_v3", ALL), *product(("llama", "gemma2"), (ALL, ALL_PACKED, ALL_BY_CPU))],
 )
 def test_codes_of_a_byte_change_tokens_as_rounding_does_and_by_nothing_else(name: str, limits: dict[str, int]) -> None:
     model = build_model(name)

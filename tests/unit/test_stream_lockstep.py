@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count as count_up
 from typing import Any
 
 import pytest
 import torch
 from small_models import build_model
 
-from zeroinf.engines.stream.lockstep import LockStep
+from zeroinf.engines.stream.lockstep import LockStep, step_aside
 from zeroinf.model.inspect import find_blocks
 
 IDS = [torch.tensor([[5 + i, 6, 7 * i]]) for i in range(3)]
@@ -51,6 +52,30 @@ def test_one_walk_serves_every_forward(walk: Walk, count: int) -> None:
     ]
     for ids, output in zip(IDS, outputs, strict=False):
         assert torch.equal(output.logits, walk.run([partial(walk.model, input_ids=ids)])[0].logits)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_forward_that_steps_aside_lets_the_others_of_its_block_go_first(walk: Walk, count: int) -> None:
+    plain = [output.logits for output in walk.run(walk.forwards()[:count])]
+    turns = count_up()
+
+    def attend(*ignored: Any) -> None:
+        number = next(turns) % count
+        walk.seen.append(f"ask {number}")
+        for _ in range(2 if number == 0 else 0):
+            step_aside()
+        walk.seen.append(f"go on {number}")
+
+    for block in find_blocks(walk.model)[1]:
+        block.self_attn.register_forward_pre_hook(attend)
+    walk.seen.clear()
+    outputs = walk.run(walk.forwards()[:count])
+    assert all(torch.equal(output.logits, before) for output, before in zip(outputs, plain, strict=True))
+    others = [what for number in range(1, count) for what in (f"ask {number}", f"go on {number}", "run")]
+    one = [["enter", "ask 0", *others, "go on 0", "run", "leave"]] * 3
+    assert walk.seen == [
+        f"{what} {index}" if what in ("enter", "leave") else what for index, turn in enumerate(one) for what in turn
+    ]
 
 
 @pytest.mark.parametrize("block", [0, 2])

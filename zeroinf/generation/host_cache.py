@@ -1,5 +1,5 @@
 """The KV cache in host memory: keys and values are transferred to the GPU before their use, new ones are transferred
-back.
+back. Or, of decode steps, the CPU attends to them where they rest (`zeroinf.generation.host_steps`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, Scores, StagedView, Tokens
 from zeroinf.generation.cache import CacheView, Columns, SharedLayer
+from zeroinf.generation.host_steps import HostSteps, StepLayer, StepView
 from zeroinf.generation.link import Link, Run, Unit
 from zeroinf.generation.records import parts, read, write
 from zeroinf.generation.scheduler import Group
@@ -28,8 +29,17 @@ class HostCache:
     """
 
     def __init__(
-        self, model: Any, anatomy: Anatomy, size: HostSize, device: torch.device, stream: Any, *, pin: bool
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        size: HostSize,
+        device: torch.device,
+        stream: Any,
+        *,
+        pin: bool,
+        ranks: int = 1,
     ) -> None:
+        """`ranks` of this node share its processors."""
         self.size = size
         self._device = device
         self._windows = windows_of(model.config.get_text_config(decoder=True))
@@ -43,7 +53,11 @@ class HostCache:
             held = torch.empty(0, dtype=torch.uint8) if self._host is None else self._host.bytes[start:end]
             self._memory[layer] = held.view(-1, record.nbytes)
             start = end
+        self.steps: HostSteps | None = None
+        """For decode steps, where the CPU attends."""
         try:
+            if size.cpu_rows:
+                self.steps = HostSteps(anatomy, size, device, ranks)
             self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
         except BaseException:  # staging takes GPU memory
             self.close()
@@ -74,6 +88,8 @@ class HostCache:
 
     def pack(self, tokens: Tokens, group: Group, kernel: AttentionKernel) -> tuple[DynamicCache, list[Unit]]:
         """A cache for one packed forward of `tokens`, those of `group`, and what it will fetch, for `begin`."""
+        if self.steps is not None and all(count == 1 for count in group.counts):
+            return self._pack_steps(self.steps, tokens, group), []
         found: list[Unit] = []
         views: dict[int | None, _PackedHostView] = {}
         cache = DynamicCache()
@@ -87,13 +103,30 @@ class HostCache:
             cache.layers.append(_PackedHostLayer(self.link, record, views[window], kernel, fetched, sent))
         return cache, found
 
+    def _pack_steps(self, steps: HostSteps, tokens: Tokens, group: Group) -> DynamicCache:
+        """A cache for a packed forward of steps, for which the CPU attends."""
+        views: dict[int | None, StepView] = {}
+        cache, room = DynamicCache(), steps.take(tokens.total)
+        cache.layers = []
+        for index, record in self._records.items():
+            window = self._windows[index]
+            if window not in views:
+                views[window] = StepView(tokens, group, window)
+            layer = StepLayer(steps, record, self._memory[index], views[window], room, self.link.written(index))
+            cache.layers.append(layer)
+        return cache
+
     def begin(self, batches: Sequence[Sequence[Unit]]) -> None:
         """The next pass runs micro-batches that fetch `batches`, in this order in each block."""
+        if self.steps is not None:
+            self.steps.begin()
         units = [unit for batch in batches for unit in batch]
         self.link.begin(sorted(units, key=lambda unit: unit.layer))
 
     def close(self) -> None:
         """Unlock the memory, once nothing is on its way to it or from it."""
+        if self.steps is not None:
+            self.steps.close()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         if self._host is not None:

@@ -112,6 +112,10 @@ class Link:
             self._sent.free()
             _record(self._written[unit.layer])
 
+    def written(self, layer: int) -> Any:
+        """The event after which all that was sent of `layer` is in host memory; None without a GPU."""
+        return self._written[layer]
+
     def _let_go(self) -> None:
         """All that is enqueued so far is the last use of the unit that was taken."""
         if self._is_held:

@@ -51,6 +51,9 @@ class Limits:
     """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
     prefix_pages: int = 0
     """Pages that may hold what prompts begin with in common; 0: rows share none."""
+    cpu_rows: int = 0
+    """Rows in host memory for whose steps the CPU attends, at the most: steps and prompts have forwards of their own.
+    0: the GPU attends."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -77,6 +80,7 @@ class Limits:
             entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
             scores_alone=not shares_passes or packs or plan.packs_scores,
             prefix_pages=plan.prefix_pages,
+            cpu_rows=plan.host.cpu_rows if plan.host is not None else 0,
         )
 
 
@@ -531,8 +535,10 @@ class Scheduler:
         if not (is_whole or limits.host_tokens):
             yield from [parts] if parts else []
             return
-        for side in sorted({self._side(part.seat) for part in parts}):
-            yield [part for part in parts if self._side(part.seat) == side]
+        by_cpu = [bool(limits.cpu_rows) and part.seat.on_host and part.tokens == 1 for part in parts]
+        sides = [(not own, *self._side(part.seat)) for own, part in zip(by_cpu, parts, strict=True)]
+        for side in sorted(set(sides)):  # the CPU begins first
+            yield [part for part, own in zip(parts, sides, strict=True) if own == side]
 
     def _packed(self, parts: Sequence[NextTokens]) -> Iterator[Group]:
         """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer

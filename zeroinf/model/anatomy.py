@@ -120,6 +120,10 @@ class HostSize:
     new_columns: int
     """Columns that one micro-batch adds, at the most."""
     dtype: KvDtype = "model"
+    cpu_rows: int = 0
+    """Rows for whose decode steps the CPU attends, at the most; 0: the GPU attends, to what is copied to it."""
+    query_heads: int = 0
+    """Heads of the queries that cross the link for that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,6 +365,17 @@ class Anatomy:
     def host_token_bytes(self, dtype: KvDtype) -> int:
         """Bytes of a token of one row in host memory, in all layers together."""
         return sum(record.nbytes for record in self.records(dtype).values())
+
+    def step_row_bytes(self, size: HostSize) -> int:
+        """Bytes that cross the link, there and back, for a step of one row in one layer where the CPU attends: its new
+        record, queries, sinks and results."""
+        rows = [
+            record.nbytes
+            + size.query_heads * (record.keys.width + record.values.width) * DTYPE_BYTES[record.keys.dtype]
+            + size.query_heads * DTYPE_BYTES["float32"]
+            for record in self.records(size.dtype).values()
+        ]
+        return -(-max(rows, default=0) // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
 
     def staging_bytes(self, size: HostSize) -> tuple[int, int]:
         """Bytes of the two allocations on the GPU: for keys and values that arrive, and for those that leave."""
