@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+_JSON = {"Content-Type": "application/json"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -48,12 +49,24 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_POST(self) -> None:
+        """What a repository holds under some paths."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append((self.command, path))
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        found = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/paths-info/[^/]+", path)
+        if found is None or (folder := self.server.repositories.get(found[1])) is None:
+            self._refuse("RepoNotFound")
+            return
+        there = [folder / name for name in asked.get("paths", ()) if (folder / name).exists()]
+        self._send(200, json.dumps([_entry(folder, one) for one in there]).encode(), _JSON)
+
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append((self.command, path))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/.*)?", path):
             self._list(found[1], found[2] or "")
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if found[2] in ("main", COMMIT):
                 self._send_file(found[1], found[3], with_body=with_body)
             else:
@@ -69,13 +82,12 @@ class _Answers(BaseHTTPRequestHandler):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [(str(path.relative_to(folder)), path) for path in files]
         if rest.startswith("/tree"):
-            found: object = [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)[:40]}
-                for name, path in names
-            ]
+            below = folder / rest.partition("/tree/")[2].partition("/")[2]
+            whole = "recursive=true" in urlsplit(self.path).query.lower()
+            found: object = [_entry(folder, path) for path in sorted(below.rglob("*") if whole else below.glob("*"))]
         else:
             found = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in names]}
-        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        self._send(200, json.dumps(found).encode(), _JSON)
 
     def _send_file(self, repository: str, name: str, *, with_body: bool) -> None:
         folder = self.server.repositories.get(repository)
@@ -102,6 +114,13 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _refuse(self, code: str) -> None:
         self._send(404, b"", {"X-Error-Code": code})
+
+
+def _entry(folder: Path, path: Path) -> dict[str, object]:
+    name = str(path.relative_to(folder))
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": "0" * 40}
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)[:40]}
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from launching import read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zeroinf.cli.main import cli
 from zeroinf.distributed.world import World
+from zeroinf.errors import OutputError
 from zeroinf.generation.row import Sampling
 from zeroinf.jobs.shape import EntryShape
 from zeroinf.options.options import RunOptions
@@ -35,25 +39,92 @@ def run(model: Path, requests: Path | str, output: Path, **options: Any) -> Any:
     return run_job(RunOptions(**asked), World(), torch.device("cpu"), sys.stdout, Deaf())
 
 
+def command_line(words: list[str]) -> Result:
+    return CliRunner().invoke(cli, words, prog_name="zeroinf", standalone_mode=False)
+
+
 @pytest.fixture(scope="module")
 def model(small_checkpoint: Callable[[str], Path]) -> Path:
     return small_checkpoint("llama")
 
 
-def test_the_same_prompts_complete_alike_from_every_format(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [(12, ["in.csv"]), pytest.param(300, ["in.csv", "in.json", "in.jsonl.gz"], marks=pytest.mark.full)],
+)
+def test_the_same_prompts_complete_alike_from_every_format(
+    model: Path, tmp_path: Path, count: int, names: list[str]
+) -> None:
     import fsspec
     from pyarrow import Table, parquet
 
-    entries = [{"id": f"p{number}", "prompt": f"word {number}, " * (1 + number % 3)} for number in range(12)]
+    entries = [{"id": f"p{number}", "prompt": f"word {number}, " * (1 + number % 3)} for number in range(count)]
     requests = write_jsonl(tmp_path / "in.jsonl", entries)
     (tmp_path / "in.csv").write_text("id,prompt\n" + "".join(f'{e["id"]},"{e["prompt"]}"\n' for e in entries))
+    (tmp_path / "in.json").write_text(json.dumps(entries, indent=1))
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(requests.read_bytes()))
     parquet.write_table(Table.from_pylist(entries), tmp_path / "in.parquet")
     fsspec.filesystem("memory").pipe("/job/in.parquet", (tmp_path / "in.parquet").read_bytes())
     run(model, requests, tmp_path / "out.jsonl")
     wanted = (tmp_path / "out.jsonl").read_text()
-    for number, other in enumerate([str(tmp_path / "in.csv"), "memory://job/in.parquet"]):
+    others = [str(tmp_path / name) for name in names]
+    for number, other in enumerate([*others, "memory://job/in.parquet"]):
         run(model, other, tmp_path / f"out{number}.jsonl")
         assert (tmp_path / f"out{number}.jsonl").read_text() == wanted
+
+
+def test_an_output_at_a_url_is_uploaded_at_the_end_and_again_after_a_failure(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    files, monitor = fsspec.filesystem("memory"), pytest.MonkeyPatch()
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "-m", str(model), "--dtype", "float32", "--offload", "cpu", "--max-new-tokens", "2"]
+    words += ["--prompt", "word", "-o", "memory://uploads/out.jsonl"]
+    try:
+        monitor.setattr(type(files), "put_file", lambda *given, **how: 1 / 0)
+        error = command_line(words).exception
+        assert isinstance(error, OutputError)
+        assert "cannot upload out.jsonl to memory://uploads/out.jsonl" in error.message
+        assert "all results are in out.jsonl" in str(error.hint)
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+        monitor.undo()
+        again = command_line([*words, "--resume"])
+        assert (again.exception, "uploaded to memory://uploads/out.jsonl" in again.stderr) == (None, True)
+        assert files.cat("/uploads/out.jsonl") == (tmp_path / "out.jsonl").read_bytes()
+    finally:
+        monitor.undo()
+        files.store.clear()
+
+
+@pytest.mark.full
+def test_s3_gives_and_takes_what_a_folder_does(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    monkeypatch.chdir(tmp_path)
+    local = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    local.start()
+    host, port = local.get_host_and_port()
+    own = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+    for name, value in {**own, "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        requests = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"word {number}"} for number in range(300)])
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        files.put_file(str(requests), "bucket/in/in.jsonl")
+        run(model, requests, tmp_path / "wanted.jsonl")
+        words = ["run", "-m", str(model), "--dtype", "float32", "--offload", "cpu", "--max-new-tokens", "4"]
+        words += ["-i", "s3://bucket/in/*.jsonl", "-o"]
+        absent = command_line([*words, "s3://absent/out.jsonl"]).exception
+        assert isinstance(absent, OutputError)
+        assert "The specified bucket does not exist" in absent.message
+        assert not (tmp_path / "out.jsonl.journal").exists(), "nothing was run"
+        assert command_line([*words, "s3://bucket/out/out.jsonl"]).exception is None
+        assert files.cat("bucket/out/out.jsonl") == (tmp_path / "wanted.jsonl").read_bytes()
+        assert files.find("bucket/out") == ["bucket/out/out.jsonl"]
+    finally:
+        local.stop()
 
 
 def test_columns_of_the_input_are_in_the_output(model: Path, tmp_path: Path) -> None:

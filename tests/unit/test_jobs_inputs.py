@@ -307,5 +307,5 @@ def test_urls_are_read_through_fsspec() -> None:
 
 
 def test_a_url_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(InputError, match="cannot read moon://job"):
+    with pytest.raises(InputError, match="cannot open moon://job: Protocol not known"):
         find_inputs(["moon://job"])

@@ -20,6 +20,7 @@ from zeroinf.cli.params import asked_of, options_of
 from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import OutputError, RequestsFailedError, UsageError
+from zeroinf.jobs.remote import name_of, upload, url_of
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files, refuse_unreadable
 from zeroinf.options.options import (
@@ -142,7 +143,10 @@ def _options(ctx: click.Context, asked: dict[str, Any]) -> RunOptions:
     to_stdout = asked["output_file"] == Path("-")
     if to_stdout:
         asked["output_file"] = None
-    options = asked_of(ctx, RunOptions, asked, to_stdout=to_stdout)
+    upload_to = url_of(asked["output_file"]) if asked["output_file"] is not None else None
+    if upload_to is not None:
+        asked["output_file"] = Path(name_of(upload_to))
+    options = asked_of(ctx, RunOptions, asked, to_stdout=to_stdout, upload_to=upload_to)
     return replace(options, resume=options.resume or options.resume_anyway)
 
 
@@ -303,7 +307,8 @@ def _end(
     report_file: Path | None,
     quiet: bool,
 ) -> int:
-    """Write and show the report. Raises RequestsFailedError where a request came to nothing."""
+    """Write and show the report, and upload the output. Raises RequestsFailedError where a request came to nothing,
+    OutputError where the upload fails."""
     if report is not None:
         if report_file is not None:
             _write_report(report_file, report)
@@ -311,6 +316,10 @@ def _end(
             show(console, report)
     elif report_file is not None:
         observer.note(f"no report in {report_file}: nothing was run")
+    if options.upload_to is not None:
+        assert options.output_file is not None
+        uploaded = upload(options.output_file, options.upload_to)
+        observer.note(f"uploaded to {' and '.join(uploaded)}; {options.output_file} stays here")
     if outcome.refused or outcome.failed:
         raise _incomplete(outcome, options.output_file)
     return 0

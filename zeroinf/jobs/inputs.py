@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from zeroinf.errors import EnvironmentProblem, InputError
+from zeroinf.errors import InputError
+from zeroinf.jobs.remote import is_url, open_filesystem
 
 STDIN = "-"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -45,10 +45,6 @@ def local_paths(arguments: Sequence[str]) -> list[Path]:
     `find_inputs` does."""
     local = [argument for argument in arguments if argument != STDIN and not is_url(argument)]
     return [path for argument in local for path in _local(argument)]
-
-
-def is_url(argument: str) -> bool:
-    return _URL.match(argument) is not None
 
 
 def _files(argument: str) -> Iterator[InputFile]:
@@ -99,14 +95,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _remote(url: str) -> Iterator[InputFile]:
-    from fsspec.core import url_to_fs
-
-    try:
-        files, path = url_to_fs(url)
-    except ImportError as error:
-        raise EnvironmentProblem(f"cannot read {url}: {error}", hint="install the package that it names") from error
-    except ValueError as error:
-        raise InputError(f"cannot read {url}: {error}") from error
+    files, path = open_filesystem(url)
     try:
         found = _below(files, path) if not url.startswith(("http://", "https://")) else [path]
     except Exception as error:  # each kind of file system has errors of its own

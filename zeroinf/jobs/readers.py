@@ -137,6 +137,8 @@ def read_inputs(
                 with file.open() as source:
                     for record in read_records(source, file.name, input_format):
                         yield (file.name if many else None), record
+            except FileNotFoundError as error:
+                raise InputError(f"no such input file: {file.name}") from error
             except OSError as error:
                 raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error
 

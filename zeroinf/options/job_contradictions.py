@@ -6,8 +6,9 @@ import stat
 from itertools import takewhile
 
 from zeroinf.errors import InputError, UsageError
-from zeroinf.jobs.inputs import STDIN, find_inputs, is_url, local_paths
+from zeroinf.jobs.inputs import STDIN, find_inputs, local_paths
 from zeroinf.jobs.output_files import check_output
+from zeroinf.jobs.remote import check_upload, is_url, open_filesystem
 from zeroinf.options.options import RunOptions
 from zeroinf.service.requests import Refusal
 
@@ -43,10 +44,13 @@ def refuse_unreadable(options: RunOptions) -> None:
     """Raise InputError for input files that the job would refuse as a whole, before anything is loaded for it.
 
     Small files are read for that, and once more when the job begins. Large ones, standard input, pipes and URLs are
-    read then alone.
+    read then alone; the packages that URLs need are looked for here.
     """
+    urls = [argument for argument in options.input_files if is_url(argument)]
+    for url in urls:
+        open_filesystem(url)
     local = local_paths(options.input_files)
-    if not local or any(argument == STDIN or is_url(argument) for argument in options.input_files):
+    if not local or urls or STDIN in options.input_files:
         return
     found = [path.stat() for path in local]
     if sum(one.st_size for one in found) > _SMALL_BYTES or not all(stat.S_ISREG(one.st_mode) for one in found):
@@ -74,6 +78,8 @@ def check_output_of(options: RunOptions) -> None:
             resume=options.resume,
             output_format=options.output_format,
         )
+    if options.upload_to is not None:
+        check_upload(options.upload_to, overwrite=options.overwrite, resume=options.resume)
 
 
 def _refuse_beside_stdout(options: RunOptions, *, on_nodes: bool) -> None:

@@ -316,7 +316,7 @@ class JobOptions(Options):
         flags=("-o", "--output-file"),
         section="everyday options",
         help="Results, in input order: JSONL, Parquet or CSV by its ending; - is JSONL to stdout. Without it, in=/out= "
-        "pairs go there.",
+        "pairs go there. A URL (s3://...) gets a copy of the file that is made here.",
     )
     output_format: OutputFormat = option(
         "auto",
@@ -590,6 +590,8 @@ class RunOptions(LoadOptions, JobOptions, SamplingOptions, AnswerOptions, Measur
 
     to_stdout: bool = False
     """Write JSON lines to standard output; without it and a file, in=/out= pairs go there."""
+    upload_to: str | None = None
+    """The URL to which the finished output file is copied."""
     resume_command: str = ""
     """What the user types to go on with this run."""
 
