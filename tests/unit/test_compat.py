@@ -252,8 +252,7 @@ def test_modules_of_compressed_tensors() -> None:
     quantizers.hold_as_compressed_tensors(made, found)
     linear = made.model.layers[0].mlp.up_proj
     assert linear.weight.dtype == torch.int8
-    codes, scale = torch.ones(4, 8, dtype=torch.int8), torch.full((4, 1), 0.5)
-    assert quantizers.dequantized(codes, scale, linear.quantization_scheme.weights).eq(0.5).all()
+    assert linear.quantization_scheme.weights.block_structure is None
 
 
 def test_chat_templates_get_the_time_that_is_set() -> None:

@@ -1,8 +1,8 @@
 """Asks transformers and compressed-tensors which modules of a model they quantize, and how.
 
-Relies on `transformers.quantizers` and on `GptOssExperts`, as they are in transformers 5.17 to 5.24, and on
-`dequantize` of compressed-tensors 0.15 to 0.20; each function names its own. Without them, the rules of each format
-about what stays unquantized would have to be repeated. `tests/unit/test_compat.py` fails when they change.
+Relies on `transformers.quantizers` and on `GptOssExperts`, as they are in transformers 5.17 to 5.24, and on modules of
+compressed-tensors 0.15 to 0.20; each function names its own. Without them, the rules of each format about what stays
+unquantized would have to be repeated. `tests/unit/test_compat.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any
-
-import torch
 
 
 def is_quantized(name: str, kept: Sequence[str] | None) -> bool:
@@ -53,11 +51,3 @@ def hold_as_compressed_tensors(model: Any, found: Mapping[str, Any]) -> None:
     with redirect_stderr(io.StringIO()):  # its progress bars: nothing is computed here
         quantizer.preprocess_model(model)
     quantizer.compressor.remove_decompression_hook(model)
-
-
-def dequantized(codes: torch.Tensor, scale: torch.Tensor, args: Any) -> torch.Tensor:
-    """The numbers that `codes` stand for in the scheme `args` of a module. Relies on `dequantize` of the library."""
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    numbers: torch.Tensor = dequantize(codes, scale, None, args)
-    return numbers

@@ -13,7 +13,7 @@ from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.model.quantized.expansion import Expansion, Held, refused
 from zeroinf.model.quantized.linears import is_fused
-from zeroinf.model.quantized.scaled import hold_scaled
+from zeroinf.model.quantized.scaled import expand_scaled, hold_scaled
 
 # Formats in which a weight is codes in the order of its elements, and one scale for some of them.
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -66,14 +66,12 @@ def _check_scheme(model: Any, module: Module, scheme: Any) -> None:
 
 
 def _expand_compressed_tensors(args: Any, columns: int, held: Held) -> dict[str, torch.Tensor]:
-    packed = held.get("weight_packed")
-    codes = held["weight"] if packed is None else _unpack(packed, args.num_bits, columns)
-    return {"weight": quantizers.dequantized(codes, held["weight_scale"], args)}
-
-
-def _unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Codes (rows, columns; int8) of `packed` (int32), which holds them from its lowest bits on, above zero."""
-    codes = packed.view(torch.uint8)
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return (codes[:, :columns] - (1 << bits - 1)).view(torch.int8)
+    """A product of a code and a scale is exact in float32, so rounding it once gives what the library computes."""
+    packed, scales = held.get("weight_packed"), held["weight_scale"]
+    codes = held["weight"] if packed is None else packed
+    whole = torch.empty(codes.shape[0], columns, dtype=scales.dtype, device=codes.device)
+    block = tuple(args.block_structure) if args.block_structure else None
+    expand_scaled(
+        whole, codes, scales if scales.dim() > 1 else scales[None], order=held.get("weight_g_idx"), block=block
+    )
+    return {"weight": whole}

@@ -148,14 +148,28 @@ class _Scaled(MatrixFormat):
         if codes.dtype == torch.uint8:
             _expand_fp4(held, codes, whole)
             return
-        rows, columns = whole.shape[-2:]
         scales = _as_matrix(held["weight_scale"], stacked=whole.dim() > 2)
-        order, zeros = held.get("weight_g_idx"), held.get("weight_zero_point")
-        if codes.dtype == torch.float8_e4m3fn and order is None and zeros is None:
-            down, across = scales.shape[-2:]
-            expand_fp8(whole, codes, scales.float(), rows // down, columns // across)
-        else:
-            expand_integers(whole, codes, scales, zeros, order)
+        expand_scaled(whole, codes, scales, held.get("weight_zero_point"), held.get("weight_g_idx"))
+
+
+def expand_scaled(
+    whole: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    block: tuple[int, int] | None = None,
+) -> None:
+    """Fill `whole` (..., rows, columns) with integer or FP8 codes, and scales (..., blocks down, blocks across) of
+    `block` rows and columns, of which the last may be smaller; None where blocks are equal."""
+    (rows, columns), (down, across) = whole.shape[-2:], scales.shape[-2:]
+    height, width = block or (rows // down, columns // across)
+    if codes.dtype == torch.float8_e4m3fn and order is None and zeros is None:
+        expand_fp8(whole, codes, scales.float(), height, width)
+        return
+    if rows % down or columns % across:
+        scales = scales.repeat_interleave(height, -2)[..., :rows, :].repeat_interleave(width, -1)[..., :columns]
+    expand_integers(whole, codes, scales, zeros, order)
 
 
 def _as_matrix(scales: torch.Tensor, stacked: bool) -> torch.Tensor:
