@@ -218,6 +218,81 @@ def bnb_int8(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.n
     return packed, (codes.float() * most[:, None] * 7.874015718698502e-3).numpy()
 
 
+def torchao(kind: str) -> Pack:
+    """torchao's tensor classes as its safetensors have them: Int8Tensor with a scale a row, IntxUnpackedToInt8Tensor
+    with groups, Float8Tensor, Int4Tensor, and Int4TilePackedTo4dTensor, whose tiles are filled one weight at a time."""
+
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        rows, columns = weight.shape
+        if kind == "float8":
+            scale = np.abs(weight).max(1, keepdims=True) / 448
+            codes = torch.from_numpy(weight / scale).to(torch.float8_e4m3fn)
+            packed = {"_weight_qdata": codes, "_weight_scale": torch.from_numpy(scale)}
+            return packed, codes.float().numpy() * scale
+        groups = np.arange(columns) // (columns if kind == "int8" else GROUP)
+        codes, zeros, scales = _grouped(weight, 8 if kind == "int8" else 4, groups)
+        middle = 128 if kind == "int8" else 8
+        if kind in ("int8", "intx"):
+            packed = {
+                "_weight_qdata": torch.from_numpy((codes - middle).astype(np.int8)),
+                "_weight_scale": torch.from_numpy(scales),
+                "_weight_zero_point": torch.from_numpy((zeros - middle).astype(np.int8)),
+            }
+            return packed, ((codes - zeros[:, groups]) * scales[:, groups]).astype(np.float32)
+        lowest = ((middle - zeros) * scales).astype(np.float32)
+        full = ((codes - middle).astype(np.float32) * scales[:, groups] + lowest[:, groups]).astype(np.float32)
+        if kind == "int4":
+            pairs = (codes - middle) & 15
+            packed = {
+                "_weight_qdata": torch.from_numpy((pairs[:, 0::2] | pairs[:, 1::2] << 4).astype(np.uint8)),
+                "_weight_scale": torch.from_numpy(scales.T.copy()),
+                "_weight_zero_point": torch.from_numpy(lowest.T.copy()),
+            }
+            return packed, full
+        width = -(-columns // 128) * 128
+        words = np.zeros((rows // 8, width // 128, 32, 4), np.uint32)
+        for lane in range(32):
+            for pair in range(4):
+                for place, across in enumerate((0, 8, 16, 24, 1, 9, 17, 25)):
+                    at = np.arange(0, width, 128) + 32 * pair + across + 2 * (lane % 4)
+                    of_lane = np.pad(codes, ((0, 0), (0, width - columns)))[lane // 4 :: 8][:, at]
+                    words[:, :, lane, pair] |= of_lane.astype(np.uint32) << np.uint32(4 * place)
+        pad = ((0, 0), (0, width // GROUP - scales.shape[1]))
+        both = np.stack([np.pad(scales, pad).T, np.pad(lowest, pad).T], -1)
+        packed = {
+            "_weight_qdata": torch.from_numpy(words.view(np.int32)),
+            "_weight_scale_and_zero": torch.from_numpy(np.ascontiguousarray(both, np.float32)),
+        }
+        return packed, full
+
+    return pack
+
+
+def hqq(bits: int, axis: int, group: int = GROUP) -> Pack:
+    """HQQ's, whose codes are packed along the first dimension of a matrix of groups."""
+
+    def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
+        groups = weight.reshape(-1, group) if axis else weight.reshape(group, -1)
+        low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
+        scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float32)
+        zero = (-low / scale).astype(np.float16).astype(np.float32)
+        codes = np.clip(np.round(groups / scale + zero), 0, 2**bits - 1).astype(np.int64)
+        count = 10 if bits == 3 else 8 // bits
+        padded = np.pad(codes, ((0, -len(codes) % count), (0, 0))).reshape(count, -1, codes.shape[1])
+        shifts = bits * np.arange(count - 1, -1, -1)[:, None, None]
+        packed = {
+            "W_q": torch.from_numpy((padded << shifts).sum(0).astype(np.int32 if bits == 3 else np.uint8)),
+            "scale": torch.from_numpy(scale).half(),
+            "zero": torch.from_numpy(zero).half(),
+            "nbits": torch.tensor(bits, dtype=torch.int32),
+            "axis": torch.tensor(axis, dtype=torch.int32),
+            "shape": torch.tensor(weight.shape),
+        }
+        return packed, ((codes - zero) * scale).astype(np.float32).reshape(weight.shape)
+
+    return pack
+
+
 def _tensors(form: str, **weights: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
@@ -228,6 +303,16 @@ def _tensors(form: str, **weights: Any) -> dict[str, Any]:
     }
 
 
+def _torchao(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 2, "_data": fields}}}
+
+
+def _hqq(bits: int, axis: int) -> dict[str, Any]:
+    settings = {"nbits": bits, "group_size": GROUP, "axis": axis, "channel_wise": True, "view_as_float": False}
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": settings}, "skip_modules": ["lm_head"]}
+
+
+_IN_GROUPS = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": GROUP}}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
 _BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -281,6 +366,20 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "fp8_powers": (fp8("powers"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_channel": (fp8("channel"), {**_FP8, "weight_block_size": None}),
     "fp8_tensor": (fp8("tensor"), {**_FP8, "weight_block_size": None}),
+    **{f"hqq_{bits}": (hqq(bits, 1), _hqq(bits, 1)) for bits in (1, 2, 3, 4, 8)},
+    "hqq_axis_0": (hqq(4, 0), _hqq(4, 0)),
+    "torchao_int8": (torchao("int8"), _torchao("Int8WeightOnlyConfig")),
+    "torchao_intx": (torchao("intx"), _torchao("IntxWeightOnlyConfig", granularity=_IN_GROUPS)),
+    "torchao_float8": (torchao("float8"), _torchao("Float8WeightOnlyConfig")),
+    "torchao_int4": (torchao("int4"), _torchao("Int4WeightOnlyConfig", group_size=GROUP)),
+    "torchao_tiles": (
+        torchao("tiles"),
+        _torchao(
+            "Int4WeightOnlyConfig",
+            group_size=GROUP,
+            int4_packing_format={"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"},
+        ),
+    ),
 }
 """How each is packed, and what its config says."""
 
@@ -315,6 +414,13 @@ NAMES = {
     "fp8_powers": "fp8 in blocks, scales in float32 that are powers of two (scale_fmt ue8m0)",
     "fp8_channel": "fp8, a scale a row",
     "fp8_tensor": "fp8, one scale",
+    **{f"hqq_{bits}": f"hqq in {bits} bit{'s' if bits > 1 else ''}" for bits in (1, 2, 3, 4, 8)},
+    "hqq_axis_0": "hqq, groups along outputs (axis 0)",
+    "torchao_int8": "torchao, int8, a scale a row",
+    "torchao_intx": "torchao, int1 to int8 in groups, a byte each",
+    "torchao_float8": "torchao, float8, a scale a row",
+    "torchao_int4": "torchao, int4 in groups",
+    "torchao_tiles": "torchao, int4 in tiles of tinygemm",
 }
 """What readers call each."""
 

@@ -44,6 +44,9 @@ USUAL = (
     "modelopt_nvfp4",
     "bnb_nf4_nested",
     "bnb_int8",
+    "hqq_3",
+    "torchao_intx",
+    "torchao_tiles",
 )
 USUAL_MIXED = [
     ("qwen3_moe", "gptq_ordered"),
@@ -84,7 +87,7 @@ def test_experts_that_transformers_fuses_give_these_tokens(name: str, method: st
     assert run(folder) == plain_tokens(folder / "full")
 
 
-@pytest.mark.parametrize("method", ["gptq_ordered", "fp8"])
+@pytest.mark.parametrize("method", tiered(["gptq_ordered", "fp8", "torchao_tiles", "hqq_3"], ["gptq_ordered", "fp8"]))
 def test_nor_do_they_depend_on_where_weights_rest(method: str, packed: Packed, tmp_path: Path) -> None:
     folder = packed("qwen3_moe", method)
     expected = plain_tokens(folder / "full")
@@ -106,7 +109,7 @@ def test_two_ranks_that_gather_codes_give_the_same_tokens(packed: Packed) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8_ue8m0"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8_ue8m0", "torchao_intx"])
 def test_the_planned_bytes_are_those_of_the_checkpoint(name: str, method: str, packed: Packed) -> None:
     folder = packed(name, method)
     anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
@@ -115,7 +118,7 @@ def test_the_planned_bytes_are_those_of_the_checkpoint(name: str, method: str, p
     assert stream(folder).stats().streamed_bytes_per_pass == sum(pieces(anatomy))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "hqq_4", "torchao_intx"])
 def test_a_config_alone_lets_plan_the_same_bytes(method: str, packed: Packed, tmp_path: Path) -> None:
     folder = packed("qwen3_moe", method)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -146,6 +149,29 @@ def test_what_is_not_known_to_be_exact_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         stream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "changed", "message"),
+    [
+        ("torchao_int8", "_weight_act_pre_scale", lambda tensors: torch.ones(1), "_weight_act_pre_scale"),
+        ("torchao_int8", "_weight_scale", lambda tensors: tensors.to(torch.float64), "has scales of torch.float64"),
+        ("torchao_tiles", "_weight_qdata", lambda tensors: tensors.flatten(2), "codes of torch.int32 in the shape"),
+        ("hqq_4", "scale", lambda tensors: tensors.to(torch.uint8), "has scales of torch.uint8"),
+        ("hqq_4", "W_q", lambda tensors: tensors[1:].contiguous(), "has codes"),
+    ],
+)
+def test_tensors_of_another_layout_are_refused_by_name(
+    method: str, layer: str, changed: Callable[[Any], torch.Tensor], message: str, packed: Packed, tmp_path: Path
+) -> None:
+    folder = packed("llama", method)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.mlp.up_proj.{layer}"
+    tensors[name] = changed(tensors.get(name))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        resolve_model(str(tmp_path))
 
 
 def test_experts_of_which_one_is_not_there_are_refused(packed: Packed, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
         resolve_model(str(folder), random_weights=True)
 
 
-@pytest.mark.parametrize("method", ["torchao", "hqq", "higgs"])
+@pytest.mark.parametrize("method", ["quanto", "aqlm", "higgs"])
 def test_weights_in_a_format_of_their_own_are_refused_by_name(method: str, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))

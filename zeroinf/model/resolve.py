@@ -25,7 +25,6 @@ from zeroinf.model.weights import hub_dtype, local_weight_files, weights_at_hand
 _OF_A_CLASS = "its weights are no plain tensors"
 _WHY_NOT = {
     "quanto": _OF_A_CLASS,
-    "torchao": _OF_A_CLASS,
 }
 
 

@@ -19,8 +19,10 @@ _HOLD = {
     "fp8": ("fp8", "hold_fp8"),
     "gguf": ("gguf", "hold_gguf"),
     "gptq": ("gptq", "hold_gptq"),
+    "hqq": ("hqq", "hold_hqq"),
     "modelopt": ("scaled", "hold_modelopt"),
     "mxfp4": ("mxfp4", "hold_mxfp4"),
+    "torchao": ("torchao", "hold_torchao"),
 }
 """Module of this package, and its function that takes a skeleton and the config's `quantization_config`."""
 
