@@ -140,9 +140,11 @@ def test_operators_of_a_dispatch_mode() -> None:
         one.sum().item()
         (one @ one.T).add_(1)
         one[None] @ one.T
+        torch.distributions.Exponential(one)
     assert dispatch.TO_COPY in seen
     assert dispatch.LOCAL_SCALAR in seen
     assert dispatch.UNSAFE_VIEW in seen
+    assert dispatch.IS_ALL_TRUE in seen
     assert torch.ops.aten.add_ in map(dispatch.operator_of, seen)
     mutable = {dispatch.operator_of(func) for func in seen if dispatch.schema_of(func).is_mutable}
     assert mutable == {torch.ops.aten.add_}

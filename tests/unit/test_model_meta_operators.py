@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zeroinf.model import meta_operators
+from zeroinf.model.kv import ReadsAsZero
 
 aten = torch.ops.aten
 
@@ -40,6 +41,16 @@ def test_what_comes_out_is_what_the_operator_returns(call: tuple[Any, tuple[Any,
         for one, other in zip(rights, founds, strict=True):
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
             assert other.device.type == "meta"
+
+
+def test_sizes_that_depend_on_values_are_as_large_as_they_can_be() -> None:
+    mask = meta(3, 4, dtype=torch.bool)
+    with ReadsAsZero():
+        assert mask.nonzero().shape == (12, 2)
+        assert WIDE[mask].shape == (12, 5)
+        assert WIDE.index_put((mask,), meta(12, 5)).shape == WIDE.shape
+        assert [part.shape[1] for part in WIDE.split(COUNTS[:, 0, 0].tolist(), dim=1)] == [0, 0, 4]
+        assert [part.shape[1] for part in WIDE.split([1, 3], dim=1)] == [1, 3]
 
 
 def test_every_result_has_a_storage_of_its_own() -> None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "GROUPED_MM",
+    "IS_ALL_TRUE",
     "LOCAL_SCALAR",
     "SAFE_SOFTMAX",
     "TO_COPY",
@@ -30,6 +31,8 @@ __all__ = [
 
 LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
 """What `Tensor.item` calls."""
+IS_ALL_TRUE = torch.ops.aten._is_all_true.default
+"""What checks of values call, such as those of distributions."""
 TO_COPY = torch.ops.aten._to_copy.default
 """What `Tensor.to` calls where it copies."""
 SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default

@@ -33,7 +33,11 @@ def convert_and_load(model: Any, stored: Mapping[str, Any], *, on_meta: bool = F
     from transformers.utils import logging
 
     where = {"device_map": {"": torch.device("meta")}} if on_meta else {}
-    asked = LoadStateDictConfig(dtype=model.dtype, weight_mapping=conversions(model), **where)
+    mapping = conversions(model)
+    for one in mapping if on_meta else ():
+        if getattr(one, "force_cpu", False):  # it would copy shapes alone to the host
+            one.force_cpu = False
+    asked = LoadStateDictConfig(dtype=model.dtype, weight_mapping=mapping, **where)
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

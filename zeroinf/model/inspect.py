@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Quantized, TensorSpec
 from zeroinf.model.config import config_dtype
-from zeroinf.model.kv import read_cache, read_encoded_bytes
+from zeroinf.model.kv import can_be_pooled, read_cache, read_encoded_bytes, turns_keys
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
 from zeroinf.model.stored_parts import parts_of
@@ -28,6 +30,12 @@ from zeroinf.model.tables import find_tables
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).
 _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+# Models whose masks let padding count.
+_WITHOUT_PADDING = ("GitForCausalLM",)
+# Parts of multimodal models that text does not go through.
+_OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech")
 
 
 def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bool = False) -> Anatomy:
@@ -50,11 +58,15 @@ _read: dict[tuple[object, ...], Anatomy] = {}
 
 def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     model, quantized = _build(config, dtype, trust_remote_code)
+    _refuse_counted_padding(model)
     stacks = find_stacks(model)
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
-    cache = _cache_of(model, config, dtype, limit)
+    cache = _cache_of(model, config, dtype, limit, stacks)
+    padded_because = why_padded(model, cache, len(blocks), limit)
+    if padded_because and not can_be_pooled(model, cache):
+        cache = tuple(replace(layer, keys=None, values=None) for layer in cache)
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
@@ -69,17 +81,37 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         loads="piece by piece" if is_converted(model) else "in place",
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
         quantized=quantized,
-        padded_because=why_padded(model, cache, len(blocks), limit),
+        padded_because=padded_because,
         tables=find_tables(model),
     )
 
 
-def _cache_of(model: Any, config: Any, dtype: str, limit: int | None) -> tuple[LayerCache, ...]:
+def _refuse_counted_padding(model: Any) -> None:
+    """Raise ModelError where padding changes what the model computes: it adds embeddings of positions that it counts
+    itself."""
+    if type(model).__name__ in _WITHOUT_PADDING:
+        raise ModelError(
+            f"{type(model).__name__} takes no notice of padding, so that a row's tokens would depend on its neighbours",
+            hint="it describes images, which zeroinf does not take",
+        )
+    if model.config.is_encoder_decoder or "position_ids" in inspect.signature(model.forward).parameters:
+        return
+    names = {type(module).__name__ for module in model.modules()}
+    if not turns_keys(model) and any(name.endswith("PositionalEmbedding") for name in names):
+        raise ModelError(
+            f"{type(model).__name__} counts padding as tokens, so that a row's tokens would depend on its neighbours",
+            hint="it is the decoder of a larger model: run that as a whole",
+        )
+
+
+def _cache_of(
+    model: Any, config: Any, dtype: str, limit: int | None, stacks: Sequence[tuple[str, ModuleList]]
+) -> tuple[LayerCache, ...]:
     """The KV cache of each layer. It does not depend on how weights are quantized, so it is read once for all ways."""
     unquantized = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     key = type(config), json.dumps(unquantized, default=str, sort_keys=True), dtype
     if key not in _caches:
-        _caches[key] = read_cache(model, limit)
+        _caches[key] = read_cache(model, limit, [block for _, layers in stacks for block in layers])
     return _caches[key]
 
 
@@ -159,12 +191,16 @@ def _parameters(stack: tuple[str, ModuleList]) -> int:
 def find_blocks(model: Any) -> tuple[str, ModuleList]:
     """The decoder layers of `model` and their dotted path: the ModuleList as long as the config's layer count.
 
-    Of several, the one with the most parameters. Raises ModelError when there is none.
+    Of several that are not for images or sound, the one with the most parameters. Where there is none, the one of
+    half as many, each of which has attention twice (LongCat). Raises ModelError when there is none of that kind either.
     """
     if model.config.is_encoder_decoder:
         return find_stacks(model)[-1]
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == layers]
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, ModuleList)]
+    lists = [stack for stack in lists if not _OTHER_SENSES.search(stack[0])]
+    stacks = [stack for stack in lists if len(stack[1]) == layers]
+    stacks = stacks or [stack for stack in lists if 2 * len(stack[1]) == layers]
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no stack of {layers} decoder layers that could be streamed")
     return max(stacks, key=_parameters)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import Module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zeroinf.compat.dispatch import LOCAL_SCALAR, TorchDispatchMode, storage_id
+from zeroinf.compat.dispatch import TorchDispatchMode, storage_id
 from zeroinf.compat.models import CACHE_ARGUMENTS, experts_by, takes_default_cache
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
@@ -21,12 +23,14 @@ from zeroinf.model.anatomy import LayerCache, TokenState
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
 # allows it, is far enough out to see blocks of tokens that a model compresses together (128).
 _SHORT, _LONGER, _FAR = 9, 14, 331
+_GROUP = 128
+"""Tokens of the largest groups that models compress together."""
 _PROMPT = 5
 """Tokens that an encoder reads where the decoder's cache is looked at."""
 
 
 class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets a forward on the meta device ask for a tensor's value: it is 0 or False.
+    """Lets a forward on the meta device ask for a tensor's value: it is 0 or False, alone or on the host.
 
     Models ask whether a mask is full or a position is beyond some length. Neither changes what is cached.
     """
@@ -35,9 +39,9 @@ class ReadsAsZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is LOCAL_SCALAR and args[0].device.type == "meta":
-            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        return meta_operators.call(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        found = meta_operators.values(func, args, kwargs)
+        return meta_operators.call(func, args, kwargs) if found is None else found
 
 
 def cache_name(model: Any) -> str:
@@ -52,30 +56,111 @@ def cache_name(model: Any) -> str:
     return name
 
 
-def read_cache(model: Any, context_limit: int | None) -> tuple[LayerCache, ...]:
-    """`LayerCache` of each layer of `model`, which lies on the meta device.
+def read_cache(model: Any, context_limit: int | None, blocks: Sequence[Module] = ()) -> tuple[LayerCache, ...]:
+    """`LayerCache` of each layer of `model`, which lies on the meta device and runs `blocks` one after the other.
 
     Lengths below and beyond the widest window are run through the model, a prefill and then one decode step, as in
     generation; one more, with two rows, checks the result. Bytes are those of the storages that the cache holds after
     the step, so what a layer keeps beyond what attention sees is counted. A window that `context_limit` lets no row
-    outgrow is None. Raises ModelError when a layer grows in a way that LayerCache cannot express.
+    outgrow is None. Layers that compress tokens are bounded from above. Raises ModelError when a layer grows in a way
+    that LayerCache cannot express, or when a forward does anything but run each of `blocks` once, in order.
     """
     with dense_experts(model):
-        short = _filled(model, rows=1, tokens=_SHORT)
+        with _walking(model, blocks, forwards=2):
+            short = _filled(model, rows=1, tokens=_SHORT)
         longer = _filled(model, rows=1, tokens=_LONGER)
         widest = max(layer.get_max_length() for layer in short)
         beyond = min(max(_FAR, 2 * widest + 1), context_limit or sys.maxsize)
         far = _filled(model, rows=1, tokens=beyond)
         check = beyond * 3 // 4
         checked = _filled(model, rows=2, tokens=check)
-    layers = tuple(
-        _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
-        for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
-    )
+        fitted = [
+            _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
+            for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
+        ]
+        bounds = _bounded(model, widest, context_limit) if None in fitted else ()
+        layers = tuple(layer or bounds[index] for index, layer in enumerate(fitted))
     for index, (layer, found) in enumerate(zip(layers, checked, strict=True)):
-        if (measured := held_bytes(vars(found))) != 2 * layer.nbytes(check):
+        measured, said = held_bytes(vars(found)), 2 * layer.nbytes(check)
+        if measured > said or (measured < said and not _compresses(found)):
             raise _unreadable(model, f"layer {index}: two rows of {check} tokens hold {measured} bytes")
     return layers
+
+
+def can_be_pooled(model: Any, cache: Sequence[LayerCache]) -> bool:
+    """Whether the layers of `cache` that keep only keys and values may find them in pages.
+
+    Not where the model turns keys by columns that it counts itself, since pages lie behind other padding in each
+    forward; nor where it wants keys to lie in memory as concatenation leaves them.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters and turns_keys(model):
+        return False
+    if not all(layer.pooled for layer in cache) or not takes_default_cache(model):
+        return True
+    own = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for layer in own.layers:
+        layer.update = partial(_as_in_pages, layer.update)
+    try:
+        with dense_experts(model):
+            for tokens in (_SHORT, 1):
+                _forward(model, 2, tokens, prompt=0, **{cache_name(model): own})
+    except ModelError:
+        return False
+    return True
+
+
+def turns_keys(model: Any) -> bool:
+    """Whether `model` has rotary embeddings; RoFormer's config says so, its modules do not."""
+    return any("Rotary" in type(module).__name__ for module in model.modules()) or hasattr(model.config, "rotary_value")
+
+
+def _as_in_pages(update: Any, *states: Any, **more: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(found.transpose(1, 2).contiguous().transpose(1, 2) for found in update(*states, **more))
+
+
+@contextmanager
+def _walking(model: Any, blocks: Sequence[Module], forwards: int) -> Iterator[None]:
+    """Raises ModelError at its end if not each of so many forwards ran `blocks` one after the other, each once."""
+    visited: list[int] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, inputs, index=index: visited.append(index))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if visited != [*range(len(blocks))] * forwards:
+        raise ModelError(
+            f"the layers of {type(model).__name__} do not run one after the other, each once",
+            hint="layers that run more than once cannot be streamed: transformers runs it where it fits",
+        )
+
+
+def _compresses(layer: Any) -> bool:
+    """Whether a cache layer is of a class of its model's own."""
+    return isinstance(layer, DynamicLayer) and type(layer).__module__ != DynamicLayer.__module__
+
+
+def _bounded(model: Any, widest: int, context_limit: int | None) -> tuple[LayerCache, ...]:
+    """A bound from above for each layer of the cache: a slope a token, and what is beyond it at the most.
+
+    Layers keep an entry for every group of tokens, and all tokens of the last group: at multiples of a group their
+    bytes are on a line, and one token before that they are farthest above.
+    """
+    first = -(-(widest + 1) // _GROUP) * _GROUP
+    lengths = [_SHORT, first - 1, first, 2 * first - 1, 2 * first]
+    if context_limit is not None and lengths[-1] > context_limit:
+        raise _unreadable(model, f"what it compresses shows in {lengths[-1]} tokens, and it takes {context_limit}")
+    filled = {tokens: _filled(model, rows=1, tokens=tokens) for tokens in lengths}
+    found = []
+    for index in range(len(filled[_SHORT])):
+        nbytes = {tokens: held_bytes(vars(each[index])) for tokens, each in filled.items()}
+        per_token = -(-(nbytes[2 * first] - nbytes[first]) // first)
+        fixed = max(size - per_token * tokens for tokens, size in nbytes.items())
+        found.append(LayerCache(fixed_bytes=fixed, bytes_per_token=per_token))
+    return tuple(found)
 
 
 def read_encoded_bytes(model: Any) -> int:
@@ -98,18 +183,22 @@ def _encoded(model: Any, tokens: int) -> int:
     return int(output.encoder_last_hidden_state.nbytes) + sum(held_bytes(vars(layer)) for layer in layers)
 
 
-def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache:
-    """The LayerCache that explains what a cache layer holds at three lengths."""
+def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache | None:
+    """The LayerCache that explains what a cache layer holds at three lengths; None for one that compresses tokens."""
     short, longer, beyond = filled
     nbytes = {tokens: held_bytes(vars(layer)) for tokens, layer in filled.items()}
     per_token, rest = divmod(nbytes[longer] - nbytes[short], longer - short)
     fixed = nbytes[short] - short * per_token
     if rest or per_token < 0 or fixed < 0:
+        if _compresses(filled[short]):
+            return None
         raise _unreadable(model, f"layer {index}: bytes by length are {nbytes}")
     if per_token == 0:
         return LayerCache(fixed_bytes=fixed, bytes_per_token=0)
     kept, rest = divmod(nbytes[beyond] - fixed, per_token)
     if rest or not longer <= kept <= beyond:
+        if _compresses(filled[short]):
+            return None
         raise _unreadable(model, f"layer {index}: bytes by length are {nbytes}")
     keys, values = _token_states(filled[short])
     return LayerCache(

@@ -13,9 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Parameter
 
-from zeroinf.compat.dispatch import schema_of, storage_id
+from zeroinf.compat.dispatch import IS_ALL_TRUE, LOCAL_SCALAR, TO_COPY, schema_of, storage_id
 
 _REMEMBERED = 1 << 16
+_SPLIT = torch.ops.aten.split_with_sizes.default
+_NONZERO = torch.ops.aten.nonzero.default
+_SIZED_BY_VALUES = {
+    *(_SPLIT, _NONZERO, torch.ops.aten.index.Tensor),
+    *(torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default),
+}
 _PLAIN = {torch.Tensor, Parameter}
 _LISTS = {list, tuple, torch.Size}
 _CONSTANTS = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
@@ -46,9 +52,29 @@ class _UnlikeError(Exception):
     """An argument is something else."""
 
 
+def values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the operator `func` gives that asks for values of a tensor on the meta device, for Python or on the host:
+    zeros, and that checks of values hold. None for operators that do not."""
+    if not args or not isinstance(args[0], torch.Tensor) or args[0].device.type != "meta":
+        return None
+    if func is LOCAL_SCALAR:
+        return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
+    if func is IS_ALL_TRUE:
+        return torch.ones((), dtype=torch.bool, device="cpu")
+    device = kwargs.get("device") if func is TO_COPY else None
+    if device is not None and torch.device(device).type == "cpu":
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
+    return None
+
+
 def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call torch's operator `func`; where its results are new tensors on the meta device, each has a storage
-    of its own."""
+    of its own. Sizes that depend on values are as large as they can be: `nonzero` and masks find all elements, and a
+    split by sizes that were read as zeros gives everything to the last part."""
+    if func in _SIZED_BY_VALUES and args[0].device.type == "meta":
+        args = _at_the_most(func, args)
+        if func is _NONZERO:
+            return args[0]
     if _makes_new(func):
         try:
             given = _frozen(args), tuple((name, _frozen(value)) for name, value in kwargs.items())
@@ -58,6 +84,25 @@ def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if made is not None:
             return _thawed(made)
     return func(*args, **kwargs)
+
+
+def _at_the_most(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments with which the result has the largest size that it can have; of `nonzero` that result."""
+    tensor, *more = args
+    if func is _NONZERO:
+        return (_found(tensor),)
+    if func is _SPLIT:
+        sizes, *where = more
+        return args if any(sizes) else (tensor, [*sizes[:-1], tensor.shape[where[0] if where else 0]], *where)
+    indices, *values = more
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        found += _found(index).unbind(1) if index is not None and index.dtype == torch.bool else [index]
+    return tensor, found, *values
+
+
+def _found(mask: torch.Tensor) -> torch.Tensor:
+    return torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device="meta")
 
 
 @cache

@@ -13,9 +13,7 @@ from torch.nn import Module
 
 from zeroinf.compat.dispatch import (
     GROUPED_MM,
-    LOCAL_SCALAR,
     SAFE_SOFTMAX,
-    TO_COPY,
     TorchDispatchMode,
     flop_registry,
     operator_of,
@@ -64,10 +62,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is LOCAL_SCALAR:
-            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        if func is TO_COPY and _leaves_for_the_host(args[0], kwargs):
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
+        if (found := meta_operators.values(func, args, kwargs)) is not None:
+            return found
         out = _grouped_product(*args) if func is GROUPED_MM.default else meta_operators.call(func, args, kwargs)
         is_new = [self._see(tensor) for tensor in _tensors(out)]
         if func in _OWN_BYTES:
@@ -150,11 +146,6 @@ def _grouped_flops(rows: torch.Tensor, weights: torch.Tensor, *ignored: Any, **a
 
 
 _FLOPS = {**flop_registry, GROUPED_MM: _grouped_flops}
-
-
-def _leaves_for_the_host(tensor: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    device = kwargs.get("device")
-    return tensor.device.type == "meta" and device is not None and torch.device(device).type == "cpu"
 
 
 def _tensors(value: Any) -> Sequence[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import ModuleList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
@@ -33,6 +34,8 @@ _META = torch.device("meta")
 # So many blocks of each kind are run: the gaps that one leaves behind for the next stop growing after a few (GPT-NeoX:
 # five, most others: two).
 _KEPT = 6
+# Caches whose layers hold nothing but keys and values.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 # Keys of what lasts lie apart from those of passes.
 _CACHE_KEYS = 1 << 20
 
@@ -252,8 +255,7 @@ class Simulator:
             if new > 1:
                 found.append(self._record(batch_state, [Part(part.count, 1) for part in prompts], recorder))
             if new > 2:
-                _skip(batch_state, new - 3)
-                skipped = recorder.cut()[0]
+                skipped = self._skip(batch_state, prompts, recorder)
                 last = self._record(batch_state, [Part(part.count + new - 2, 1) for part in prompts], recorder)
                 found.append(replace(last, inputs=(*skipped, *last.inputs)))
         return self._workload(
@@ -264,6 +266,23 @@ class Simulator:
             first_decode=tuple(found[1:2]),
             last_decode=tuple(found[2:]),
         )
+
+    def _skip(self, batch_state: BatchState, prompts: Sequence[Part], recorder: Recorder) -> Events:
+        """Let states stand where they would be before the last step, two steps in; returns what that leaves allocated.
+
+        Where they are more than keys and values, one forward computes all steps that are left out.
+        """
+        left = self._lengths.new_tokens - 3
+        layers = batch_state.cache(anew=False).layers if left else []
+        growing = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
+        if all(type(layer) in _PLAIN_LAYERS for layer in growing):  # recurrent states and pages do not grow
+            for layer in growing:
+                layer.update(*(_more(states, left) for states in (layer.keys, layer.values)))
+            return recorder.cut()[0]
+        step = self._record(batch_state, [Part(part.count + 1, left) for part in prompts], recorder)
+        events = [event for part in (step.inputs, *step.sections, step.end, step.choice) for event in part]
+        times = Counter(event.key for event in events)
+        return tuple(event for event in events if times[event.key] == 1)
 
     def _record(
         self, batch_state: BatchState, parts: Sequence[Part], recorder: Recorder, sources: Sequence[int] = ()
@@ -349,13 +368,6 @@ def _group(parts: Sequence[Part], lengths: Lengths, sources: Sequence[int], *, o
     for seat, part in zip(seats, parts, strict=True):
         seat.computed, seat.host_start = part.start, 0 if on_host else None
     return Group.of(seats)
-
-
-def _skip(batch_state: BatchState, tokens: int) -> None:
-    """Let states stand where they would after `tokens` more steps."""
-    for layer in batch_state.cache(anew=False).layers if tokens else ():
-        if isinstance(layer, DynamicLayer) and layer.keys is not None:  # recurrent states and pages do not grow
-            layer.update(*(_more(states, tokens) for states in (layer.keys, layer.values)))
 
 
 def _more(states: torch.Tensor, tokens: int) -> torch.Tensor:
