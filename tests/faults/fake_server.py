@@ -53,7 +53,14 @@ def read_job(input_file: Path, output_file: Path, model: str) -> Job:
     with input_file.open("rb") as source:
         requests, refusals = read_requests((), source, DEFAULTS, input_format="jsonl", name="in.jsonl")
     work = tuple(
-        Work(index=r.index, line=r.line, id=r.id, text=r.prompt, prompt=(r.prompt or "").encode(), sampling=r.sampling)
+        Work(
+            index=r.index,
+            line=r.line,
+            id=r.id,
+            text=r.prompt,
+            prompt=tuple((r.prompt or "").encode()),
+            sampling=r.sampling,
+        )
         for r in requests
     )
     extras = {r.index: r.extra for r in requests if r.extra is not None}

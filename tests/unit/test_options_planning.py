@@ -12,17 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from fake_gpu import GIB, gpu_of, machine_of
 from simulating import shared_simulations
 from small_models import build_tokenizer, small_config
 from transformers import AutoModelForCausalLM
 
+from zeroinf.cli.main import cli
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.store import data_file, header_file, source_key, store_folder
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.rates import Rates
+from zeroinf.jobs.tokenizing import groups_of, lengths_of
+from zeroinf.jobs.work_list import request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.identity import weights_identity
 from zeroinf.model.inspect import read_anatomy
@@ -213,6 +217,40 @@ def test_a_plan_counts_with_the_longest_prompt_and_the_most_new_tokens(
     assert (prepared.plan.prompt_tokens, prepared.plan.new_tokens) == (30, 9)
     assert prepared.plan.batch_size == (batch_size or 3)
     assert sorted(len(work.prompt) for work in prepared.work) == [1, 12, 30]
+
+
+def test_a_plan_for_an_input_is_that_of_its_run_and_counts_what_its_prompts_share(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    requests = tmp_path / "in.jsonl"
+    prompts = ["header " * 10 + str(number) * (1 + number) for number in range(9)]
+    requests.write_text("".join(json.dumps({"prompt": p, "max_tokens": 3 + len(p) % 4}) + "\n" for p in prompts))
+    run = RunOptions(model=source.name, sampling=Sampling(max_new_tokens=100), input_files=(str(requests),))
+    reading = read_job(run, source, "cpu")
+    of_run = prepare(run, source, reading, reading.job.work, ALONE, "cpu").plan
+    asked = PlanOptions(model=source.name, input_files=(str(requests),), random_weights=source.random_weights)
+    found = plan_input_of(asked)
+    assert (found.constraints.requests, found.lengths.prefixes) == (9, of_run.prefixes)
+    assert found.lengths == replace(lengths_of(reading.anatomy, reading.job.work, groups_of(reading.job.work)),
+                                    request_bytes=request_bytes(9, 1))  # fmt: skip
+    assert found.lengths.prefixes is not None
+    assert found.lengths.prefixes.saved_tokens * 9 == 8 * 64, "each prompt but one finds four pages"
+    assert plan_input_of(replace(asked, share_prefixes=False)).lengths.prefixes is None
+
+
+def test_a_plan_for_an_input_refuses_what_the_input_says_and_what_a_plan_has_no_use_for(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("x\n")
+    file = ("-m", "demo", "-i", str(tmp_path / "in.txt"))
+    for words, wanted in (
+        ((*file, "--input-len", "9"), "--input-len has no effect with -i"),
+        ((*file, "--requests", "9"), "--requests has no effect with -i"),
+        ((*file, "--keep-columns", "a"), "--keep-columns has no effect on a plan"),
+        (("-m", "demo", "--chat"), "--chat has no effect without -i"),
+        (("--models", "all", *file[2:]), "-i has no effect with a table"),
+    ):
+        error = CliRunner().invoke(cli, ["plan", *words], standalone_mode=False).exception
+        assert isinstance(error, UsageError)
+        assert wanted in error.message
 
 
 # Memory

@@ -22,6 +22,7 @@ from zeroinf.model.resolve import check_name
 from zeroinf.options.contradictions import check_folders, refuse_idle
 from zeroinf.options.options import (
     EngineOptions,
+    InputOptions,
     MachineOptions,
     PlannedModelOptions,
     PlanOptions,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @options_of(RestOptions)
 @options_of(TransferOptions)
 @options_of(MachineOptions)
+@options_of(InputOptions)
 @option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @option("--explain", is_flag=True, help="Print every term of memory with its origin, and every rate used.")
 @option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw memory and tokens/s as a PNG.")
@@ -68,6 +70,7 @@ def plan(
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
       zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
       zeroinf plan --model qwen3-30b-a3b --machine 1xRTX4090-24GB-64GiB --html plan.html
+      zeroinf plan --model llama-3-70b --host-memory 128GiB -i prompts.jsonl
       zeroinf plan --models all --machine 1xRTX4090-24GB-64GiB
       zeroinf plan --model llama-3-70b --host-memory 128GiB --gpus all
     """
@@ -79,7 +82,7 @@ def plan(
 
     varied, _ = listed(options)
     if varied is not None:
-        idle = {"--explain": explain, "--plot": plot, "--html": page}
+        idle = {"--explain": explain, "--plot": plot, "--html": page, "-i": options.input_files}
         _refuse_beside_table(varied, [flag for flag, given in idle.items() if given])
         _print_table(options, varied, as_json=as_json, advice=advice)
         return

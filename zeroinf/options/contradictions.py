@@ -100,7 +100,13 @@ def refuse_other_engines(options: Options, engine: str) -> None:
 
 
 def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
-    """Figures of a machine that a plan has no use for."""
+    """Figures of a job or a machine that a plan has no use for."""
+    if options.input_files and (named := options.asked("input_len", "requests")):
+        raise UsageError(f"{', '.join(named)} has no effect with -i, which says it", hint="drop one of them")
+    if (named := options.asked("input_format", "shape")) and not options.input_files:
+        raise UsageError(f"{', '.join(named)} has no effect without -i", hint="add -i FILE, or drop it")
+    if options.shape.keep:
+        raise UsageError("--keep-columns has no effect on a plan", hint="drop it")
     if not descriptor_of(engine).plans_pageable and not options.pin_memory:
         raise UsageError(
             "--no-pin-memory cannot be planned: link rates are those of page-locked memory", hint="drop it"

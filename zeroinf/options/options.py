@@ -297,12 +297,9 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions(Options):
-    """The input, and the place of the results."""
+class InputOptions(Options):
+    """The input of a job, and what is made of it."""
 
-    prompts: tuple[str, ...] = option(
-        (), flags=("--prompt",), section="everyday options", help="A prompt; may be given many times."
-    )
     input_files: tuple[str, ...] = option(
         (),
         flags=("-i", "--input-file"),
@@ -310,18 +307,6 @@ class JobOptions(Options):
         help="Prompts: text (one a line), JSONL (`prompt` or `messages`), OpenAI batch lines, a JSON array, CSV, TSV, "
         "Parquet or Arrow, also packed by gzip or zstd; a file, folder, pattern or URL; - is stdin; may be given "
         "often.",
-    )
-    output_file: Path | None = option(
-        None,
-        flags=("-o", "--output-file"),
-        section="everyday options",
-        help="Results, in input order: JSONL, Parquet or CSV by its ending; - is JSONL to stdout. Without it, in=/out= "
-        "pairs go there. A URL (s3://...) gets a copy of the file that is made here.",
-    )
-    output_format: OutputFormat = option(
-        "auto",
-        section="output",
-        help="What -o holds; auto goes by its ending, and answers OpenAI batches as OpenAI does.",
     )
     input_format: InputFormat = option(
         "auto", section="input", help="What -i holds; auto goes by each file's ending and its first bytes."
@@ -377,6 +362,27 @@ class JobOptions(Options):
             maximum=128,
             help="Completions of each prompt. With --temperature.",
         ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(InputOptions):
+    """The input, and the place of the results."""
+
+    prompts: tuple[str, ...] = option(
+        (), flags=("--prompt",), section="everyday options", help="A prompt; may be given many times."
+    )
+    output_file: Path | None = option(
+        None,
+        flags=("-o", "--output-file"),
+        section="everyday options",
+        help="Results, in input order: JSONL, Parquet or CSV by its ending; - is JSONL to stdout. Without it, in=/out= "
+        "pairs go there. A URL (s3://...) gets a copy of the file that is made here.",
+    )
+    output_format: OutputFormat = option(
+        "auto",
+        section="output",
+        help="What -o holds; auto goes by its ending, and answers OpenAI batches as OpenAI does.",
     )
     overwrite: bool = option(
         False, section="output", help="Start anew: replace an existing output file and its journal."
@@ -669,7 +675,9 @@ class MachineOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(PlannedModelOptions, RandomWeightsOptions, EngineOptions, OffloadOptions, MachineOptions):
+class PlanOptions(
+    PlannedModelOptions, RandomWeightsOptions, EngineOptions, OffloadOptions, MachineOptions, InputOptions
+):
     """A plan without a run, of this machine or another one."""
 
     @property

@@ -10,7 +10,8 @@ from typing import Literal
 
 from zeroinf.engines.registry import descriptor_of
 from zeroinf.engines.stream.stored_weights import room_taken
-from zeroinf.errors import ModelError, UsageError
+from zeroinf.errors import InputError, ModelError, UsageError
+from zeroinf.generation.row import Sampling
 from zeroinf.hardware.gpus import gpus_are_linked
 from zeroinf.hardware.machine import Gpu, Machine
 from zeroinf.hardware.override import override
@@ -18,9 +19,14 @@ from zeroinf.hardware.presets import load_machine, with_gpu
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
+from zeroinf.jobs.inputs import find_inputs
+from zeroinf.jobs.readers import none_can_run, read_inputs
+from zeroinf.jobs.tokenizing import groups_of, lengths_of, tokenize
+from zeroinf.jobs.work_list import request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_quantized
 from zeroinf.model.source import ModelSource
+from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.model.weights import weight_files
 from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
 from zeroinf.options.model import anatomy_of, source_of
@@ -28,15 +34,18 @@ from zeroinf.options.options import PlanOptions
 from zeroinf.options.planning import constraints_of, loading_of, packed_on, plan_input_from, share_model
 from zeroinf.planner.unified import divided
 from zeroinf.planner.workload import Lengths
+from zeroinf.service.text import TextCodec
 from zeroinf.simulation.make_plan import PlanInput, sketch_plan
 
 # GPUs of which one has at least this part of the other's free memory are planned as one size.
 _ALIKE = 0.95
 
 
-def plan_input_of(options: PlanOptions, gpus: tuple[Gpu, ...] | None = None) -> PlanInput:
-    """The planner's question, for some of the machine's GPUs or all. Raises UsageError for what is without effect, or
-    impossible, on that machine."""
+def plan_input_of(
+    options: PlanOptions, gpus: tuple[Gpu, ...] | None = None, known: PlanInput | None = None
+) -> PlanInput:
+    """The planner's question, for some of the machine's GPUs or all; `known` is one for the same job. Raises UsageError
+    for what is without effect, or impossible, on that machine."""
     refuse_idle(options)
     machine, rates = machine_of(options)
     if gpus is not None:
@@ -46,12 +55,13 @@ def plan_input_of(options: PlanOptions, gpus: tuple[Gpu, ...] | None = None) -> 
     source = source_of(options, device)
     loaded = _loaded(options, source)
     anatomy = _as_run(options, loaded, anatomy_of(options, source, device), machine)
-    machine = divided(machine, anatomy)
-    _refuse_impossible(options, engine, machine, anatomy)
     ranks = max(1, len(machine.gpus))
+    lengths, requests = (known.lengths, known.constraints.requests) if known else _job(options, source, anatomy, ranks)
+    machine = divided(machine, anatomy, lengths.request_bytes)
+    _refuse_impossible(options, engine, machine, anatomy)
     parallel = share_model(options.tensor_parallel, engine, anatomy, ranks)
     constraints = constraints_of(
-        options,
+        options if requests == options.requests else replace(options, requests=requests),
         engine,
         anatomy,
         world_size=ranks,
@@ -66,12 +76,34 @@ def plan_input_of(options: PlanOptions, gpus: tuple[Gpu, ...] | None = None) -> 
         constraints,
         machine=machine,
         rates=rates,
-        lengths=Lengths(prompt_tokens=options.input_len, new_tokens=options.output_len),
+        lengths=lengths,
         device=device,
         nvme_paths=options.nvme_paths or tuple(disk.path for disk in machine.disks),
         tensor_parallel=parallel,
         checkpoints=catalog_quantized(source.location),
     )
+
+
+def _job(options: PlanOptions, source: ModelSource, anatomy: Anatomy, ranks: int) -> tuple[Lengths, int | None]:
+    """The lengths of the job, and the number of its requests: those of the input where there is one.
+
+    Raises InputError where nothing of the input can be run, ModelError where its model's tokenizer is not to be had.
+    """
+    if not options.input_files:
+        return Lengths(prompt_tokens=options.input_len, new_tokens=options.output_len), options.requests
+    defaults = Sampling(max_new_tokens=options.output_len)
+    files = find_inputs(options.input_files)
+    entries = read_inputs((), files, defaults, input_format=options.input_format, shape=options.shape)
+    try:
+        tokenizer = load_tokenizer(source if options.random_weights else replace(source, random_weights=False))
+    except ModelError as error:
+        hint = "name a folder that has one, or say --input-len, --output-len and --requests"
+        raise ModelError(f"-i takes the model's tokenizer: {error.message.splitlines()[0]}", hint=hint) from error
+    work = (read := tokenize(entries, TextCodec(tokenizer, anatomy), None, None, keeps_text=False)).work
+    if not work:
+        raise InputError(none_can_run(read.refusals))
+    lengths = lengths_of(anatomy, work, groups_of(work) if options.share_prefixes else None)
+    return replace(lengths, request_bytes=request_bytes(len(work), ranks)), len(work)
 
 
 def input_of_best_gpus(options: PlanOptions) -> PlanInput:
@@ -84,7 +116,7 @@ def input_of_best_gpus(options: PlanOptions) -> PlanInput:
     groups = list(_groups(whole.machine.gpus)) if options.num_gpus is None and whole.tensor_parallel.size == 1 else []
     if len(groups) < 2 or not descriptor_of(whole.constraints.engine).is_timed:
         return whole
-    inputs = [whole if len(gpus) == len(whole.machine.gpus) else plan_input_of(options, gpus) for gpus in groups]
+    inputs = [whole if len(gpus) == len(whole.machine.gpus) else plan_input_of(options, gpus, whole) for gpus in groups]
     rates = [_coarse_rate(one) for one in inputs]
     best = max(range(len(groups)), key=lambda at: (rates[at], len(groups[at])))
     if len(groups[best]) == len(whole.machine.gpus):
@@ -147,6 +179,8 @@ def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anat
     if options.offload == "nvme" and not machine.disks:
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     refuse_beside_model(options, engine, max(1, len(machine.gpus)), len(anatomy.blocks), regroups=anatomy.is_paged)
+    if options.input_files:
+        return
     tokens = anatomy.positions(options.input_len, options.output_len)
     if anatomy.context_limit is not None and tokens > anatomy.context_limit:
         raise UsageError(

@@ -46,7 +46,7 @@ INDEX_BYTES = 8
 LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
-REQUESTS = "requests and their tokens"
+REQUESTS = "requests"
 SCORES = "scores of given tokens"
 KV_STAGING = "KV cache on its way"
 ENCODED = "encoder's states, cross-attention"

@@ -62,8 +62,10 @@ def _forwards(plan: Plan) -> str:
 def _prefixes(plan: Plan) -> str:
     if plan.unshared_because:
         return f"; no shared prefixes ({plan.unshared_because})"
-    saved = 0.0 if plan.prefixes is None else plan.prefixes.saved_share
-    return f"; shared prefixes save {saved:.0%} of prompt tokens" if saved >= _WORTH_TELLING else ""
+    if plan.prefixes is None or plan.prefixes.saved_share < _WORTH_TELLING:
+        return ""
+    tokens = f"{plan.prefixes.saved_tokens * plan.requests:,.0f} " if plan.requests else ""
+    return f"; shared prefixes save {tokens}prompt tokens ({plan.prefixes.saved_share:.0%})"
 
 
 def _kv(plan: Plan) -> str:

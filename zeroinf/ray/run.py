@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from zeroinf.jobs.output import Job
+from zeroinf.jobs.tokenizing import groups_of, lengths_of
 from zeroinf.jobs.work_list import WorkList
 from zeroinf.model.identity import hub_commit
 from zeroinf.model.source import ModelSource
@@ -25,7 +26,7 @@ from zeroinf.ray.messages import NodeSpec
 from zeroinf.ray.report import ClusterReport
 from zeroinf.runs.interrupts import Interrupts
 from zeroinf.runs.opening import open_job, outcome_of
-from zeroinf.runs.prepare import JobInput, groups_of, lengths_of
+from zeroinf.runs.prepare import JobInput
 from zeroinf.runs.report import RunOutcome
 from zeroinf.runs.request_feed import JobProgress, Output
 from zeroinf.runs.shutdown import Shutdown
@@ -52,7 +53,7 @@ def run_on_cluster(
         source = source_of(options, device)
 
         def prepare(reading: JobInput, left: WorkList) -> tuple[NodeSpec, WorkList]:
-            groups = groups_of(options, left)
+            groups = groups_of(left) if options.share_prefixes else None
             lengths = lengths_of(reading.anatomy, left, groups)
             if groups is not None:
                 left = left.selected(groups.order)

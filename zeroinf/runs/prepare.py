@@ -5,23 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from zeroinf.distributed.world import World
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, UsageError
 from zeroinf.generation.settings import notes, refuse_sampling
-from zeroinf.jobs.fingerprint import ListDigest, fingerprint, request_value
+from zeroinf.jobs.fingerprint import fingerprint
 from zeroinf.jobs.inputs import find_inputs
-from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import began_before
-from zeroinf.jobs.readers import InputRequests, none_can_run, read_inputs
+from zeroinf.jobs.readers import none_can_run, read_inputs
 from zeroinf.jobs.shape import flags_of
-from zeroinf.jobs.spool import Spool
-from zeroinf.jobs.work_list import ALTERED, FORMATTED, SAMPLED, WorkList, request_bytes
+from zeroinf.jobs.tokenizing import groups_of, lengths_of, tokenize
+from zeroinf.jobs.work_list import SAMPLED, WorkList, request_bytes
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
@@ -33,14 +30,8 @@ from zeroinf.options.model import anatomy_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.prefixes import PrefixGroups
-from zeroinf.planner.workload import Lengths
 from zeroinf.runs.queue import shortest_last
-from zeroinf.service.requests import Refusal, Request, Work
 from zeroinf.service.text import TextCodec
-
-_PART = 4096
-"""Entries that are in memory, and tokenized, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +80,7 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     started = time.perf_counter()
     codec = TextCodec(tokenizer, anatomy, began)
     generation = read_generation_config(source)
-    read = _tokenize(entries, codec, refuse_sampling(generation), folder, keeps_text=options.output_file is None)
+    read = tokenize(entries, codec, refuse_sampling(generation), folder, keeps_text=options.output_file is None)
     work, refused = read.work, read.refusals
     tokenize_s = time.perf_counter() - started
     if not work and options.output_file is None:
@@ -121,30 +112,12 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     return JobInput(job=job, anatomy=anatomy, tokenize_s=tokenize_s, notes=tuple(said))
 
 
-def lengths_of(anatomy: Anatomy, work: WorkList, groups: PrefixGroups | None = None) -> Lengths:
-    """The lengths that are planned for: those of `work`, what its sampling takes, and what its prompts share by
-    `groups`."""
-    rows = work.lengths
-    return replace(
-        Lengths.of(anatomy, rows, work.most_logprobs),
-        prefixes=None if groups is None else groups.shared(anatomy, rows),
-        sampled=work.any(SAMPLED),
-        penalized=work.any(ALTERED),
-        structured=work.any(FORMATTED),
-    )
-
-
-def groups_of(options: RunOptions, work: WorkList) -> PrefixGroups | None:
-    """`work` in groups that begin alike; None where prefixes are not to be shared."""
-    return PrefixGroups(work.prompts) if options.share_prefixes else None
-
-
 def prepare(
     options: RunOptions, source: ModelSource, reading: JobInput, work: WorkList, world: World, device: str
 ) -> PreparedRun:
     """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
     held = request_bytes(len(reading.job.work), world.local_size)
-    groups = groups_of(options, work)
+    groups = groups_of(work) if options.share_prefixes else None
     lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
     if plan.prefix_pages and groups is not None:
@@ -158,62 +131,6 @@ def prepare(
         rows_before=len(reading.job.work) - len(work),
         tokenize_s=reading.tokenize_s,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokenized:
-    """Requests that became work and those that could not, each by rising indices."""
-
-    work: WorkList
-    refusals: Spool[Refusal]
-    prompts: str
-    """The digest of all prompts as they were written."""
-    plain: int
-    """Prompts that are no chats."""
-
-
-def _tokenize(
-    entries: InputRequests, codec: TextCodec, cannot_sample: str | None, folder: Path | None, *, keeps_text: bool
-) -> _Tokenized:
-    """Tokenize `entries` part by part: there may be more of them than memory has room for. They are kept in `folder`.
-
-    `cannot_sample` is why sampled requests are refused, if they are.
-    """
-    work, refusals, prompts, plain = WorkList(folder), Spool[Refusal](folder), ListDigest(), 0
-    following = iter(entries)
-    while part := list(islice(following, _PART)):
-        tokens = codec.encode_all([entry for entry in part if isinstance(entry, Request)])
-        for entry in part:
-            if isinstance(entry, Refusal):
-                refusals.append(entry)
-                continue
-            found = next(tokens)
-            prompts.add(request_value(entry))
-            plain += entry.prompt is not None
-            if isinstance(found, list) and cannot_sample is not None and not entry.sampling.is_greedy:
-                found = ValueError(cannot_sample)
-            if isinstance(found, ValueError):
-                refusals.append(Refusal.of(entry, str(found)))
-                continue
-            text = _text(entry, found, codec)
-            item = Work(
-                index=entry.index,
-                line=entry.line,
-                file=entry.file,
-                id=entry.id,
-                text=text if keeps_text or (entry.extra is not None and entry.extra.echo) else None,
-                prompt=found,
-                sampling=entry.sampling,
-                digest=prompt_digest(text, found),
-            )
-            work.append(item, entry.extra)
-    return _Tokenized(work, refusals, prompts.digest(), plain)
-
-
-def _text(request: Request, prompt: Sequence[int], codec: TextCodec) -> str | None:
-    """A prompt as it is shown and known again: as it was written, unless it came as tokens or was cut."""
-    whole = request.tokens is None and request.truncate is None
-    return request.prompt if whole or request.messages is not None else codec.decode_all(prompt)
 
 
 def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iterator[str]:
