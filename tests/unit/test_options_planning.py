@@ -22,6 +22,7 @@ from zeroinf.cli.main import cli
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.store import data_file, header_file, source_key, store_folder
 from zeroinf.errors import DoesNotFitError, UsageError
+from zeroinf.generation.masks import Masks
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.rates import Rates
@@ -38,10 +39,11 @@ from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.options.plan_input import plan_input_of
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.kv import host_share
-from zeroinf.planner.memory import pieces, store_bytes, total
+from zeroinf.planner.memory import MASKS, pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.prepare import prepare, read_job
+from zeroinf.structured.matcher import WORD_BITS, Vocabulary
 
 BLOCKS = 12  # more than a ring of read buffers holds
 ALONE, TWO, APART = World(), World(size=2, local_size=2), World(size=2, local_size=1)
@@ -88,6 +90,7 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
         linked: bool = True,
         requests: int = 4,
         device: str = "cuda",
+        lengths: Lengths = LENGTHS,
         **options: Any,
     ) -> Plan:
         here = on or machine_of(*(gpu_of(),) * world.size)
@@ -97,7 +100,7 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(planning, "read_profile", lambda machine: Rates())
         monkeypatch.setattr(planning, "gpus_are_linked", lambda count: linked)
         asked = RunOptions(model=source.name, sampling=Sampling(max_new_tokens=8), **options)
-        return plan_run(asked, source, anatomy, LENGTHS, requests, world, device)[0]
+        return plan_run(asked, source, anatomy, lengths, requests, world, device)[0]
 
     return found
 
@@ -271,6 +274,22 @@ def test_host_memory_is_a_limit_that_is_refused_with_what_would_do(device: str, 
 def test_host_memory_beyond_what_there_is_adds_none(ask: Ask) -> None:
     with pytest.raises(DoesNotFitError, match=r"1\.00 GiB are there"):
         ask(on=machine_of(gpu_of(), host_bytes=GIB), offload="cpu", host_memory=1000 * GIB)
+
+
+def test_masks_of_structured_answers_are_a_term_of_host_memory(ask: Ask, anatomy: Anatomy) -> None:
+    def masks(device: str, lengths: Lengths) -> list[int]:
+        terms = ask(batch_size=3, device=device, lengths=lengths).terms
+        return [term.nbytes for term in terms if (term.name, term.place) == (MASKS, "host")]
+
+    structured = replace(LENGTHS, structured=True)
+    vocabulary = Vocabulary.__new__(Vocabulary)
+    vocabulary.words = -(-anatomy.vocabulary // WORD_BITS)
+    (held,) = masks("cpu", structured)
+    assert held == Masks(3, torch.device("cpu"))._memory(vocabulary).nbytes
+    (locked,) = masks("cuda", structured)
+    assert held <= locked < 2 * held
+    assert locked.bit_count() == 1, "torch locks powers of two"
+    assert masks("cuda", LENGTHS) == []
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -47,6 +47,7 @@ LOADING_STAGES = 3
 """What stays on a GPU passes through these: one is copied while two are filled, which keeps a disk busy."""
 
 REQUESTS = "requests"
+MASKS = "masks of structured answers"
 SCORES = "scores of given tokens"
 KV_STAGING = "KV cache on its way"
 ENCODED = "encoder's states, cross-attention"
@@ -194,6 +195,13 @@ class Walk:
 def scores_bytes(anatomy: Anatomy, tokens: int) -> int:
     """Bytes of the model's scores in the places of so many tokens, with the two copies that are made of them."""
     return tokens * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
+
+
+def mask_bytes(anatomy: Anatomy, rows: int, *, pinned: bool) -> int:
+    """Host memory for the masks of so many rows, a bit for each token of the vocabulary; page-locked by torch, whose
+    allocations are powers of two."""
+    nbytes = rows * 8 * -(-anatomy.vocabulary // 64)
+    return 1 << (nbytes - 1).bit_length() if pinned else nbytes
 
 
 def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:

@@ -18,12 +18,14 @@ from zeroinf.planner.facts import Facts
 from zeroinf.planner.memory import (
     GAPS,
     LOADING_STAGES,
+    MASKS,
     REQUESTS,
     SCORES,
     SLOTS,
     SMALL_PAGES,
     MemoryPlace,
     Term,
+    mask_bytes,
     pieces,
     scores_bytes,
     total,
@@ -200,19 +202,23 @@ class Trials:
             wire=self._constraints.wire,
             embeddings=self._embeddings,
         )
-        terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms())
+        terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms(rows))
         if not on_gpu:  # what computes lies there, too
             terms = self._terms(nothing, self._facts.simulate(next(self._shapes.of_rows(rows))))
         return total(terms, "host")
 
-    def _request_terms(self) -> tuple[Term, ...]:
-        """Host memory that the job's requests take."""
-        held = self._facts.lengths.request_bytes
-        return (Term("host", REQUESTS, held, "counted"),) if held else ()
+    def _request_terms(self, rows: int) -> tuple[Term, ...]:
+        """Host memory that the job's requests take, and the masks of those that run, on all ranks."""
+        lengths, pinned = self._facts.lengths, self._facts.device == "cuda"
+        held = {REQUESTS: lengths.request_bytes}
+        if lengths.structured:
+            held[MASKS] = self._constraints.world_size * mask_bytes(self._anatomy, rows, pinned=pinned)
+        return tuple(Term("host", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
 
     def _terms(self, choice: Choice, workload: Workload) -> tuple[Term, ...]:
         own = self._facts.engine_terms
-        terms = (*own.gpu(choice, workload), *own.elsewhere(choice, workload.host), *self._request_terms())
+        terms = (*own.gpu(choice, workload), *own.elsewhere(choice, workload.host))
+        terms = (*terms, *self._request_terms(choice.batch_size))
         if scored := scores_bytes(self._anatomy, self._facts.lengths.scored_tokens):
             terms = (*terms, Term("gpu", SCORES, scored, "counted"))
         if self._facts.device == "cpu":
