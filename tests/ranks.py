@@ -18,7 +18,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def on_ranks(
-    size: int, body: Callable[[Control], Any], *, seconds: float = 60, local_size: int | None = None
+    size: int, body: Callable[[Control], Any], *, seconds: float = 120, local_size: int | None = None
 ) -> tuple[list[Any], list[int]]:
     """What `body` returned (or its error) on each rank, None where it never did; and the exit codes.
 

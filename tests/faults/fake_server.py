@@ -31,7 +31,7 @@ from zeroinf.service.requests import Work
 
 MODEL, PATH = "fake", "/v1/completions"
 DEFAULTS = Sampling(max_new_tokens=4)
-_WAIT_S = 30.0
+_WAIT_S = 60.0
 
 Told = Callable[[str, str], None]
 """Of a client: what it was told, and of which id."""

@@ -29,7 +29,7 @@ from zeroinf.errors import DoesNotFitError, StoreError
 from zeroinf.model.cache import build_once
 
 BLOCKS = 3
-PROMPTLY_S = 10
+PROMPTLY_S = 60
 
 
 @pytest.fixture

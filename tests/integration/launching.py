@@ -129,7 +129,7 @@ def rank_processes(process: Process) -> dict[int, psutil.Process]:
     return ranks
 
 
-def wait_until(condition: Callable[[], object], process: Process, *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], process: Process, *, seconds: float = 120) -> None:
     """Return once `condition()` holds; fail the test when it does not within `seconds` of `process` at work."""
     deadline = time.monotonic() + seconds
     while not condition():

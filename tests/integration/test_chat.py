@@ -144,7 +144,7 @@ def test_a_model_of_this_process_stops_within_a_pass(folder: Path) -> None:
         free = session.model.scheduler.free_rows
         with closing(conversation.say("tell me")) as pieces:
             first = next(pieces)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while session.model.scheduler.free_rows < free:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -206,7 +206,6 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
         os.close(made.master)
 
 
-@pytest.mark.timeout(60)
 def test_a_terminal_stops_answers_and_takes_commands(
     folder: Path, served: tuple[httpx.Client, Gateway], tmp_path: Path
 ) -> None:
@@ -249,4 +248,4 @@ def test_a_terminal_stops_answers_and_takes_commands(
         # The interpreter learns of a signal between its prompt and its waiting for a key only with the next one.
         screen.until("> $", pressing="\x03")
         screen.type("/exit\n")
-        assert screen.process.wait(20) == 0
+        assert screen.process.wait(60) == 0

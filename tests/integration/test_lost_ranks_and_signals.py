@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from launching import (
 from tiers import full
 
 from zeroinf.jobs.output_files import journal_path
-
-PROMPTLY_S = 15
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +57,9 @@ def arguments(model: Path, prompts: Path, out: Path, *more: str, engine: str = "
     ]
 
 
-def ended(process: Process) -> tuple[str, float]:
-    """Standard error of a process that is about to end, and how long it took."""
-    since = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    return err, time.monotonic() - since
+def ended(process: Process) -> str:
+    """Standard error of a process that is about to end, with far more work left than it could do meanwhile."""
+    return process.communicate(timeout=120)[1]
 
 
 def check_saved(out: Path, err: str) -> None:
@@ -99,8 +94,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named(
         ranks = rank_processes(process)
         assert sorted(ranks) == [0, 1]
         ranks[victim].send_signal(signal.SIGKILL)
-        err, seconds = ended(process)
-        assert seconds < PROMPTLY_S
+        err = ended(process)
         assert process.returncode not in (0, None)
         assert f"rank {victim} (process {ranks[victim].pid}) died" in err
         assert "killed" in err
@@ -127,9 +121,8 @@ def test_a_signal_ends_the_run_in_order(
         wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         assert len(list(nvme.glob("zeroinf-swap-*"))) == ranks
         process.send_signal(number)
-        err, seconds = ended(process)
+        err = ended(process)
     assert process.returncode == code, err
-    assert seconds < PROMPTLY_S
     assert f"stopped by {signal.Signals(number).name}" in err
     check_saved(out, err)
     assert not list(nvme.iterdir())
@@ -143,9 +136,8 @@ def test_ctrl_c_on_a_terminal_reaches_every_process_and_ends_the_run_in_order(
     with started(arguments(model, many, out), ranks=2, launcher="num-gpus", own_group=True) as process:
         wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         os.killpg(process.pid, signal.SIGINT)
-        err, seconds = ended(process)
+        err = ended(process)
     assert process.returncode == 130, err
-    assert seconds < PROMPTLY_S
     check_saved(out, err)
 
 
@@ -183,7 +175,7 @@ if rank == "{rank}":
 def test_a_rank_that_fails_while_generating_names_its_cause(rank: int, model: Path, many: Path, tmp_path: Path) -> None:
     env = failing_on_rank(rank, tmp_path, "zeroinf.runs.request_feed:RequestFeed.done")
     done = run_zeroinf(
-        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
+        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env
     )  # fmt: skip
     assert done.code not in (0, 130, 143)
     assert "the disk is on fire" in done.err
@@ -196,7 +188,7 @@ def test_a_rank_that_fails_while_generating_names_its_cause(rank: int, model: Pa
 def test_a_rank_that_fails_while_loading_names_its_cause(model: Path, many: Path, tmp_path: Path) -> None:
     env = failing_on_rank(1, tmp_path, "zeroinf.engines.zero.engine:ZeroEngine.__init__")
     done = run_zeroinf(
-        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env, timeout=100
+        arguments(model, many, tmp_path / "out.jsonl"), ranks=2, launcher="num-gpus", env=env
     )  # fmt: skip
     assert done.code not in (0, 130, 143)
     assert re.search(r"error: rank 1 \(process \d+\) died: the disk is on fire", done.err)
@@ -210,7 +202,7 @@ import time
 
 def never(stream):
     with stream._place.waiting("a word that nobody says", range(2)):
-        time.sleep(100)
+        time.sleep(600)
 
 if rank == "1":
     own.RequestFeed.gather_all = never
@@ -220,7 +212,7 @@ if rank == "1":
     (tmp_path / "few.txt").write_text("one\ntwo\nthree\nfour\n")
     out = tmp_path / "out.jsonl"
     done = run_zeroinf(
-        arguments(model, tmp_path / "few.txt", out, engine="stream"), ranks=2, launcher="num-gpus", env=env, timeout=100
+        arguments(model, tmp_path / "few.txt", out, engine="stream"), ranks=2, launcher="num-gpus", env=env
     )
     assert done.code == 1, done.err
     assert done.err.count("error: ranks wait for each other, and none will come: ") == 1

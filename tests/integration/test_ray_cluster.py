@@ -93,7 +93,7 @@ def run(folder: Path, cluster: RayNodes, tmp_path: Path) -> Iterator[Callable[..
 
 
 def gone(cluster: RayNodes) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while cluster.workers() + cluster.supervisors() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not cluster.workers() + cluster.supervisors(), "processes of nodes outlived their job"
@@ -158,7 +158,7 @@ def test_a_signal_ends_it_in_order(number: signal.Signals, run: Callable[..., Ru
     job = run()
     job.until(lambda: job.done > 2)
     job.process.send_signal(number)
-    assert job.process.wait(15) == 128 + number, job.words
+    assert job.process.wait(ENDED_S) == 128 + number, job.words
     assert "finished results are saved in" in job.words
     gone(cluster)
     run("--resume").check()
@@ -205,6 +205,5 @@ def test_a_cluster_of_one_machine_that_is_started_for_the_run_ends_with_it(
         command(folder, out, "--ray", "local", "-q"), env={**os.environ, **ENVIRON}, check=True, timeout=ENDED_S
     )
     assert out.read_bytes() == (folder / "plain.jsonl").read_bytes()
-    time.sleep(2)
     left = [one for one in psutil.process_iter() if one.pid not in before and "raylet" in one.name()]
-    assert not left
+    assert not psutil.wait_procs(left, timeout=60)[1]

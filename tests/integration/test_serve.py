@@ -291,8 +291,8 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_a_slow_model_keeps_its_clients_and_lets_those_go_that_leave(folder: Path) -> None:
     """With a time-out far below an answer's time, OpenAI's client sends one request; one that leaves frees its row."""
-    with server(folder, slow_s=0.15, heartbeat_s=0.05, max_queue=2) as (client, gateway):
-        official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", timeout=0.5)
+    with server(folder, slow_s=0.3, heartbeat_s=0.05, max_queue=2) as (client, gateway):
+        official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", timeout=2)
         asked: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
         seen = gateway.metrics
         began = seen.prompt_tokens._value.get()

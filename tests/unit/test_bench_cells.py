@@ -22,7 +22,7 @@ from zeroinf.bench.runner import run_cell, run_cells
 from zeroinf.cli.main import main
 
 FakePython = Callable[[str], Path]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_a_download_that_is_stopped_ends_at_once_and_leaves_no_parts_of_files(nu
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.endswith(
         f"error: stopped by {signal.Signals(number).name}\n\n"

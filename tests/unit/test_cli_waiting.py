@@ -78,7 +78,7 @@ def screen(written: str) -> list[str]:
 
 
 def until(happens: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -14,10 +14,14 @@ import pytest
 from ranks import FORK, on_ranks
 
 from zeroinf.distributed import watch
+from zeroinf.distributed import watch as own
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.watch import Peer, PeerWatch
 from zeroinf.distributed.world import World
 from zeroinf.errors import RankError
+
+FOREVER_S = 600
+"""Longer than `on_ranks` waits."""
 
 
 def heard_by(queue: Any) -> list[Any]:
@@ -79,11 +83,9 @@ def test_a_killed_rank_is_noticed_by_ranks_that_are_stuck_and_one_of_them_speaks
         control.all_gather(None)
         if control.world.rank == dying:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(50)
+        time.sleep(FOREVER_S)
 
-    started = time.monotonic()
     _, codes = on_ranks(3, body)
-    assert time.monotonic() - started < 15
     heard = sorted(heard_by(told))
     assert len(heard) == 2
     assert [rank for rank, _, _ in heard] == [rank for rank in range(3) if rank != dying]
@@ -100,7 +102,7 @@ def test_a_rank_that_confessed_is_quoted() -> None:
         if control.world.rank == 1:
             watch.publish_exit_reason("the disk is on fire", 3)
             os._exit(3)
-        time.sleep(50)
+        time.sleep(FOREVER_S)
 
     _, codes = on_ranks(2, body)
     (message,) = heard_by(told)
@@ -109,15 +111,16 @@ def test_a_rank_that_confessed_is_quoted() -> None:
     assert codes == [3, 3], "all ranks end with the code of the one that failed"
 
 
-def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code() -> None:
+def test_when_rank_0_confessed_the_others_leave_in_silence_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     told = FORK.SimpleQueue()
+    monkeypatch.setattr(watch, "_GRACE_S", 60.0)  # it goes once the others have heard
 
     def body(control: Control) -> None:
         watch = PeerWatch(control, lambda message, reports: told.put((message, reports)))
         if control.world.is_main:
             watch.publish_exit_reason("the disk is on fire", 3)
             os._exit(3)
-        time.sleep(50)
+        time.sleep(FOREVER_S)
 
     _, codes = on_ranks(3, body)
     assert heard_by(told) == [("the disk is on fire", False)] * 2
@@ -128,7 +131,12 @@ def test_a_rank_whose_collective_broke_lets_the_watch_name_the_one_that_died() -
     told = FORK.SimpleQueue()
 
     def body(control: Control) -> None:
-        watch = PeerWatch(control, lambda message, reports: told.put(message))
+        def on_death(message: str, reports: bool) -> None:
+            told.put(message)
+            own._GRACE_S = 0.1
+
+        own._GRACE_S = 60.0  # a thread that notices late is no failure
+        watch = PeerWatch(control, on_death)
         if control.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
@@ -162,7 +170,7 @@ def test_a_peer_is_its_process_and_not_a_later_one_of_the_same_number() -> None:
         assert peer.is_alive()
         assert not namesake.is_alive()
         process.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while peer.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not peer.is_alive(), "dead, though nobody has waited for it yet"
@@ -173,7 +181,8 @@ def test_a_rank_that_dies_on_another_node_ends_all_ranks_on_all_nodes(
     dying: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three nodes, which is what their ranks are told this machine is."""
-    monkeypatch.setattr(watch, "_SILENCE_S", 2.0)
+    monkeypatch.setattr(watch, "_HEARTBEAT_EVERY_S", 0.1)
+    monkeypatch.setattr(watch, "_SILENCE_S", 3.0)
     told: Any = FORK.SimpleQueue()  # what is put is sent at once, also by a process that ends the hard way
 
     def body(control: Control) -> None:
@@ -182,11 +191,9 @@ def test_a_rank_that_dies_on_another_node_ends_all_ranks_on_all_nodes(
         PeerWatch(control, lambda message, reports: told.put((own, message, reports)))
         if own == dying:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(FOREVER_S)
 
-    started = time.monotonic()
     _, codes = on_ranks(3, body)
-    assert time.monotonic() - started < 40
     assert codes[dying] == -signal.SIGKILL
     assert {code for rank, code in enumerate(codes) if rank != dying} == {1}
     words = []
@@ -213,7 +220,8 @@ def test_ranks_on_nodes_of_one_name_are_not_looked_for_on_each_other(monkeypatch
 
 
 def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_SILENCE_S", 1.5)
+    monkeypatch.setattr(watch, "_HEARTBEAT_EVERY_S", 0.1)
+    monkeypatch.setattr(watch, "_SILENCE_S", 3.0)
 
     def body(control: Control) -> str:
         own = control.world.rank
@@ -222,7 +230,7 @@ def test_a_rank_that_is_done_early_is_not_taken_for_dead_by_other_nodes(monkeypa
         if own == 1:
             watching.stop()
         else:
-            time.sleep(3)
+            time.sleep(4)
         control.all_gather(None)
         watching.stop()
         return "done"

@@ -163,7 +163,7 @@ class WaitingEngine(PlainEngine):
 
     def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         outputs = super().forward(micro_batches)
-        assert self._filled.acquire(timeout=20), "masks are made between passes"
+        assert self._filled.acquire(timeout=60), "masks are made between passes"
         return outputs
 
 

@@ -216,7 +216,7 @@ class Filler:
         ((index, memory),) = pieces
         self.begun.append(index)
         if index < 2:
-            self.at_once.wait(10)
+            self.at_once.wait(60)
         if index == self._broken:
             raise StoreError("broken")
         memory.fill_(index)

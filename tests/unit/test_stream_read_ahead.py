@@ -23,7 +23,7 @@ from zeroinf.planner.memory import CHUNK_BYTES
 
 CPU = torch.device("cpu")
 SIZES = [6 * CHUNK_BYTES, 4096, 3 * CHUNK_BYTES + 8192, CHUNK_BYTES]
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 class CopyOnly:
