@@ -11,21 +11,15 @@ import click
 
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
-from zeroinf.cli.params import asked_of, flags, given, options_of
+from zeroinf.cli.params import asked_of, flags, given, loading_options, options_of
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import (
-    EngineOptions,
     LaunchOptions,
-    LimitOptions,
     ModelOptions,
-    ParallelOptions,
-    RestOptions,
     RunOptions,
     SamplingOptions,
-    TransferOptions,
-    ZeroOptions,
 )
 
 if TYPE_CHECKING:
@@ -43,12 +37,7 @@ _NEW_TOKENS, _PROMPT_TOKENS = 512, 4096
 @option("--system", help="System prompt.")
 @api_key_options("chat", "of --server")
 @options_of(ModelOptions, only=("revision", "dtype", "trust_remote_code"))
-@options_of(EngineOptions)
-@options_of(RestOptions)
-@options_of(TransferOptions)
-@options_of(ParallelOptions)
-@options_of(LimitOptions)
-@options_of(ZeroOptions)
+@loading_options
 @options_of(LaunchOptions, only=("num_gpus",))
 @option(
     "--max-prompt-tokens",

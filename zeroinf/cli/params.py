@@ -16,6 +16,14 @@ from click.shell_completion import CompletionItem
 from zeroinf.cli.environment import option
 from zeroinf.errors import UsageError
 from zeroinf.options.definition import Definition, Options, definitions, from_parameters
+from zeroinf.options.options import (
+    EngineOptions,
+    LimitOptions,
+    ParallelOptions,
+    RestOptions,
+    TransferOptions,
+    ZeroOptions,
+)
 from zeroinf.sizes import parse_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -136,6 +144,13 @@ def options_of(
         return command
 
     return decorate
+
+
+def loading_options(command: _Command) -> _Command:
+    """The flags that say how a model of this process is loaded and runs, in the order in which help lists them."""
+    for group in (ZeroOptions, LimitOptions, ParallelOptions, TransferOptions, RestOptions, EngineOptions):
+        command = options_of(group)(command)
+    return command
 
 
 def _flag(one: Definition, *, required: bool, argument: str | None) -> Callable[[_Command], _Command]:

@@ -16,7 +16,7 @@ import click
 
 from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import asked_of, options_of
+from zeroinf.cli.params import asked_of, loading_options, options_of
 from zeroinf.cli.ranks import BY_HOSTFILE
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import OutputError, RequestsFailedError, UsageError
@@ -25,19 +25,13 @@ from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.job_contradictions import check_output_of, refuse_idle_files, refuse_unreadable
 from zeroinf.options.options import (
     AnswerOptions,
-    EngineOptions,
     JobOptions,
     LaunchOptions,
-    LimitOptions,
     MeasureOptions,
     ModelOptions,
-    ParallelOptions,
     RandomWeightsOptions,
-    RestOptions,
     RunOptions,
     SamplingOptions,
-    TransferOptions,
-    ZeroOptions,
 )
 
 if TYPE_CHECKING:
@@ -58,18 +52,13 @@ _Report = TypeVar("_Report", "RunReport", "ClusterReport")
 @options_of(SamplingOptions)
 @options_of(AnswerOptions)
 @options_of(RandomWeightsOptions)
-@options_of(EngineOptions)
-@options_of(RestOptions)
-@options_of(TransferOptions)
-@options_of(ParallelOptions)
+@loading_options
 @option(
     "--kernel-inject",
     is_flag=True,
     section="engines and baselines",
     help="DeepSpeed's fused layers: refused, they need transformers 4.",
 )
-@options_of(LimitOptions)
-@options_of(ZeroOptions)
 @options_of(LaunchOptions)
 @options_of(MeasureOptions)
 @option(

@@ -12,21 +12,15 @@ import click
 from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
-from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, options_of
+from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, loading_options, options_of
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import EnvironmentProblem, UsageError
 from zeroinf.options.contradictions import refuse_early, refuse_idle
 from zeroinf.options.options import (
-    EngineOptions,
     LaunchOptions,
-    LimitOptions,
     ModelOptions,
-    ParallelOptions,
     RandomWeightsOptions,
-    RestOptions,
     RunOptions,
-    TransferOptions,
-    ZeroOptions,
 )
 from zeroinf.serve.settings import Settings
 from zeroinf.sizes import DEFAULT_NEW_TOKENS
@@ -37,12 +31,7 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 @command(short_help="Serve OpenAI's API over HTTP.")
 @options_of(ModelOptions)
 @options_of(RandomWeightsOptions)
-@options_of(EngineOptions)
-@options_of(RestOptions)
-@options_of(TransferOptions)
-@options_of(ParallelOptions)
-@options_of(LimitOptions)
-@options_of(ZeroOptions)
+@loading_options
 @options_of(LaunchOptions, only=("num_gpus",))
 @option(
     "--max-prompt-tokens",
