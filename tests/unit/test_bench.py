@@ -95,9 +95,7 @@ def test_a_preset_is_what_is_left_unsaid() -> None:
 
 
 def test_a_cells_run_gets_every_setting_that_it_has_a_use_for() -> None:
-    settings = BenchmarkSettings(
-        repetitions=5, random_weights=True, nvme_paths=(Path("/a"), Path("/b")), gpu_memory_bytes=7
-    )
+    settings = BenchmarkSettings(repetitions=5, random_weights=True, nvme_paths=(Path("/a"), Path("/b")), gpu_memory=7)
 
     def words(**changed: Any) -> str:
         return " ".join(arguments(replace(CELL, **changed), settings, Path("/f")))

@@ -70,7 +70,7 @@ def test_num_gpus_keeps_the_first_and_repeats_the_last(machine: Machine, count: 
 
 @given(machines(least_gpus=1), sizes, sizes)
 def test_gpu_memory_caps_and_never_adds(machine: Machine, one: int, other: int) -> None:
-    small, large = (override(machine, MEASURED, gpu_memory_bytes=cap)[0].gpus for cap in sorted((one, other)))
+    small, large = (override(machine, MEASURED, gpu_memory=cap)[0].gpus for cap in sorted((one, other)))
     for before, less, more in zip(machine.gpus, small, large, strict=True):
         assert less.total_bytes == min(before.total_bytes, one, other)
         assert less.free_bytes == min(before.free_bytes, one, other)
@@ -82,25 +82,25 @@ def test_machine_without_gpus_gets_as_many_of_that_size_as_were_asked_for(
     machine: Machine, size: int, count: int
 ) -> None:
     bare = replace(machine, gpus=())
-    assert len(override(bare, MEASURED, gpu_memory_bytes=size)[0].gpus) == 1
-    gpus = override(bare, MEASURED, gpu_memory_bytes=size, num_gpus=count)[0].gpus
+    assert len(override(bare, MEASURED, gpu_memory=size)[0].gpus) == 1
+    gpus = override(bare, MEASURED, gpu_memory=size, num_gpus=count)[0].gpus
     assert [(gpu.index, gpu.total_bytes, gpu.free_bytes) for gpu in gpus] == [(i, size, size) for i in range(count)]
 
 
 @given(machines(), sizes, sizes)
 def test_host_memory_is_what_was_said_and_more_never_leaves_less_free(machine: Machine, one: int, other: int) -> None:
-    small, large = (override(machine, MEASURED, host_memory_bytes=size)[0].memory for size in sorted((one, other)))
+    small, large = (override(machine, MEASURED, host_memory=size)[0].memory for size in sorted((one, other)))
     assert (small.total_bytes, large.total_bytes) == (min(one, other), max(one, other))
     assert 0 <= small.available_bytes <= large.available_bytes <= large.total_bytes
     assert small.available_bytes <= small.total_bytes
-    same = override(machine, MEASURED, host_memory_bytes=machine.memory.total_bytes)[0].memory
+    same = override(machine, MEASURED, host_memory=machine.memory.total_bytes)[0].memory
     assert same.available_bytes == machine.memory.available_bytes
     assert large.cgroup_limit_bytes is None
 
 
 @given(machines(), sizes)
 def test_nvme_space_is_the_room_of_every_disk_and_makes_one_where_there_is_none(machine: Machine, size: int) -> None:
-    disks = override(machine, MEASURED, nvme_space_bytes=size)[0].disks
+    disks = override(machine, MEASURED, nvme_space=size)[0].disks
     assert len(disks) == max(1, len(machine.disks))
     assert all(disk.free_bytes == size <= disk.total_bytes for disk in disks)
 

@@ -127,7 +127,7 @@ class BenchmarkSettings:
     resident_blocks: str = "0"
     """A number, or `auto`: the planner's choice."""
     nvme_paths: tuple[Path, ...] = ()
-    gpu_memory_bytes: int | None = None
+    gpu_memory: int | None = None
     prompt: str | None = None
     """Every row's; None makes one of the length asked for."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

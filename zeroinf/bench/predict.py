@@ -61,7 +61,7 @@ def predict(cell: Cell, settings: BenchmarkSettings) -> Prediction:
         if has_gpu and settings.device == "cpu":
             options = replace(options, num_gpus=0)
         elif has_gpu:
-            options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory_bytes)
+            options = replace(options, num_gpus=cell.num_gpus, gpu_memory=settings.gpu_memory)
         timing = make_plan(plan_input_of(options)).plan.timing
     except ZeroinfError as error:
         return Prediction(seconds=_START_S, tokens_per_second=None, words=error.message)

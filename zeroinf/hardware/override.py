@@ -16,16 +16,16 @@ def override(
     machine: Machine,
     rates: Rates,
     *,
-    gpu_memory_bytes: int | None = None,
-    host_memory_bytes: int | None = None,
-    nvme_space_bytes: int | None = None,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+    nvme_space: int | None = None,
     num_gpus: int | None = None,
     link_gbps: float | None = None,
     nvme_gbps: float | None = None,
 ) -> tuple[Machine, Rates]:
     """The machine and rates with what the flags of these names say; None leaves things as they are.
 
-    `num_gpus` keeps the first GPUs, or repeats the last. `gpu_memory_bytes` is a cap on each; where there are no GPUs
+    `num_gpus` keeps the first GPUs, or repeats the last. `gpu_memory` is a cap on each; where there are no GPUs
     it makes them, one unless `num_gpus` says how many. Host memory and disk space may be more than there is, since the
     machine need not be here; all that is added counts as free. `link_gbps` is the rate of each GPU's own link.
 
@@ -34,9 +34,9 @@ def override(
     """
     machine = replace(
         machine,
-        gpus=_gpus(machine.gpus, num_gpus, gpu_memory_bytes),
-        memory=_memory(machine.memory, host_memory_bytes),
-        disks=_disks(machine.disks, nvme_space_bytes),
+        gpus=_gpus(machine.gpus, num_gpus, gpu_memory),
+        memory=_memory(machine.memory, host_memory),
+        disks=_disks(machine.disks, nvme_space),
     )
     if link_gbps is not None:
         if not machine.gpus:

@@ -203,9 +203,9 @@ def machine_of(options: PlanOptions) -> tuple[Machine, Rates]:
     return override(
         machine,
         rates,
-        gpu_memory_bytes=options.gpu_memory,
-        host_memory_bytes=options.host_memory,
-        nvme_space_bytes=options.nvme_space,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        nvme_space=options.nvme_space,
         num_gpus=options.num_gpus,
         link_gbps=options.link_gbps,
         nvme_gbps=options.nvme_gbps,

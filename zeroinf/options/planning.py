@@ -146,9 +146,9 @@ def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -
     return override(
         replace(machine, gpus=machine.gpus[: world.local_size] if device == "cuda" else ()),
         read_profile(machine),
-        gpu_memory_bytes=options.gpu_memory,
+        gpu_memory=options.gpu_memory,
         # `override` takes a larger host for another machine's; here it is a limit.
-        host_memory_bytes=None if cap is None else min(cap, machine.memory.total_bytes),
+        host_memory=None if cap is None else min(cap, machine.memory.total_bytes),
     )
 
 

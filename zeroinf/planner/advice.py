@@ -180,7 +180,7 @@ def _smaller_cache(constraints: Constraints, machine: Machine, anatomy: Anatomy)
 
 def _disk(constraints: Constraints, machine: Machine) -> Iterator[Change]:
     if descriptor_of(constraints.engine).mixes_tiers and not machine.disks and constraints.offload in ("auto", "cpu"):
-        with_disk, _ = override(machine, Rates(), nvme_space_bytes=_ENOUGH_DISK_BYTES)
+        with_disk, _ = override(machine, Rates(), nvme_space=_ENOUGH_DISK_BYTES)
         flags = "--nvme-path DIR" if constraints.offload == "auto" else "--offload auto --nvme-path DIR"
         found = replace(constraints, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)
         yield Change(flags=flags, constraints=found, machine=with_disk)

@@ -159,7 +159,7 @@ class _Job:
             device,
             observer,
             zero_config=self._prepared.zero_config,
-            gpu_memory_bytes=self._options.gpu_memory,
+            gpu_memory=self._options.gpu_memory,
             peak=peak,
         )
         try:

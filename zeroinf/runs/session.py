@@ -136,7 +136,7 @@ class Session:
                 device,
                 observer,
                 zero_config=own_config or build_zero_config(planned),
-                gpu_memory_bytes=options.gpu_memory,
+                gpu_memory=options.gpu_memory,
             )
             self._closing.callback(self.model.close)
             self._meter, self._ready_s, self._tokenize_s = RankMeter(self.model), process_age_s(), 0.0

@@ -55,12 +55,12 @@ class LoadedModel:
         observer: Observer,
         *,
         zero_config: dict[str, Any] | None = None,
-        gpu_memory_bytes: int | None = None,
+        gpu_memory: int | None = None,
         peak: PeakMemory | None = None,
     ) -> None:
         """Take the GPU, load the weights and make room for keys and values.
 
-        `gpu_memory_bytes` is the most that this rank may take of its GPU. `peak` watches this process's memory already.
+        `gpu_memory` is the most that this rank may take of its GPU. `peak` watches this process's memory already.
         Raises DoesNotFitError where the plan no longer fits, and what engines raise of damaged weights and lost ranks;
         nothing is left behind then.
         """
@@ -77,7 +77,7 @@ class LoadedModel:
             environment = Environment()
             self._closing.callback(environment.restore)
             observer.loading(plan)
-            self._take_gpu(plan, gpu_memory_bytes)
+            self._take_gpu(plan, gpu_memory)
             self._load(plan, source, zero_config)
             observer.doing("allocating the KV cache")
             self._make_room(plan, source)
