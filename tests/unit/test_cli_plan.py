@@ -46,7 +46,7 @@ def refused(*arguments: str, error: type[ZeroinfError] = UsageError) -> ZeroinfE
 
 
 def document(*arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(printed(*arguments, "--json"))
+    found: dict[str, Any] = json.loads(printed(*arguments, "--json", "--no-advice"))
     return found
 
 
@@ -85,11 +85,24 @@ def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> No
     } <= set(plan["model"])
     assert {
         "engine", "offload", "fetch", "batch_size", "micro_batch_rows", "prefill_tokens", "forward_tokens",
-        "host_rows", "kv_dtype", "resident_blocks", "nvme_blocks", "wire", "world_size", "load_s", "prefill_s",
-        "decode_s", "tokens_per_second",
+        "host_rows", "kv_dtype", "embeddings", "resident_blocks", "nvme_blocks", "wire", "world_size", "load_s",
+        "prefill_s", "decode_s", "tokens_per_second",
         "streamed_bytes", "fetched_bytes", "binds", "entering_rows", "memory",
     } == set(plan["plan"])  # fmt: skip
     assert set(plan["rates"]) >= {"link_gbps", "disk_gbps", "tflops", "projected"}
+
+
+def test_json_has_the_advice_of_the_page() -> None:
+    page, found = printed(*MODEL, *BOX), json.loads(printed(*MODEL, *BOX, "--json"))
+    assert found["advice"]
+    for one in found["advice"]:
+        assert list(one) == [
+            "flags", "quality", "offload", "batch_size", "tokens_per_second", "first_token_s", "job_s",
+        ]  # fmt: skip
+        (line,) = (line for line in page.splitlines() if line.startswith(f"     {one['flags']}  "))
+        assert f"{one['tokens_per_second']:,.0f} tokens/s" in line
+        assert line.endswith(one["quality"])
+        assert one["job_s"] > one["first_token_s"] > 0
 
 
 def test_json_terms_add_up_to_what_is_needed_and_fit(plan: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from zeroinf.cli.main import cli
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.hardware.presets import gpu_names, load_machine, with_gpu
 from zeroinf.hardware.rates import Rates
+from zeroinf.options import comparison
 from zeroinf.options.lists import listed
 from zeroinf.options.options import PlanOptions
 
@@ -36,6 +37,21 @@ def test_models_are_planned_side_by_side_and_stand_by_their_size() -> None:
     assert (small["parameters"], small["outcomes"][0]["rests"]) == (70_426_624, "GPU")
     assert small["outcomes"][0]["job_s"] > small["outcomes"][0]["first_token_s"] > 0
     assert (large["outcomes"], large["problem"].endswith("GiB more host memory would do")) == ([], True)
+
+
+def test_a_model_whose_own_code_fails_leaves_the_others_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = comparison.plan_input_of
+
+    def failing(options: PlanOptions) -> Any:
+        if options.model == "pythia-160m":
+            raise RuntimeError("shapes differ\nas follows")
+        return read(options)
+
+    monkeypatch.setattr(comparison, "plan_input_of", failing)  # for the processes that it forks, too
+    page = plan("--models", "pythia-70m,pythia-160m", "--gpu-memory", "2GiB", "--host-memory", "7GiB", "--no-advice")
+    lines = {line.split()[0]: line for line in page.stdout.splitlines() if line.startswith("pythia")}
+    assert lines["pythia-160m"].endswith("its plan failed: RuntimeError: shapes differ")
+    assert "GPU" in lines["pythia-70m"]
 
 
 def test_a_row_promises_no_more_than_a_plan_by_itself() -> None:

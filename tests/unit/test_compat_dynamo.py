@@ -30,7 +30,7 @@ def test_a_plan_and_a_run_execute_no_compiler_and_import_nothing_that_they_do_no
 import sys
 from zeroinf.cli.main import main
 model, out = sys.argv[1:]
-plan = ["plan", model, "--json", "--input-len", "8", "--max-new-tokens", "8"]
+plan = ["plan", model, "--json", "--no-advice", "--input-len", "8", "--max-new-tokens", "8"]
 run = ["run", model, "-q", "--prompt", "a", "--prompt", "b c", "-o", out]
 for arguments in (plan, run):
     sys.argv[1:] = arguments

@@ -34,7 +34,7 @@ EXACT = {
 
 
 def plan(*arguments: str) -> dict[str, Any]:
-    result = CliRunner().invoke(cli, ["plan", *arguments, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["plan", *arguments, "--json", "--no-advice"], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
     return document

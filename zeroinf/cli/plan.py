@@ -94,8 +94,7 @@ def plan(
 
     with uncollected(), waiting("planning"):
         plan_input = input_of_best_gpus(options)
-        shown = page is not None or not (as_json or emit_zero_config)
-        found = make_plan(plan_input, advise=advice and shown, remedy=advice)
+        found = make_plan(plan_input, advise=advice and not emit_zero_config, remedy=advice)
     if plot is not None:  # before anything is printed: it may fail
         from zeroinf.cli.plan_plot import draw_plan
 
@@ -109,7 +108,7 @@ def plan(
 
         click.echo(json.dumps(build_zero_config(found.plan), indent=2))
     elif as_json:
-        click.echo(json.dumps(to_json(plan_input, found), indent=2))
+        click.echo(json.dumps(to_json(plan_input, found, advised=advice), indent=2))
     else:
         print_plan(plan_input, found, explain=explain)
 

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from zeroinf.engines.registry import descriptor_of
 from zeroinf.hardware.machine import Machine
+from zeroinf.planner.advice import Advice
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.decision import Candidate, Decision, Rejection
 from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.summary import job_duration, limited_by, plan_lines
+from zeroinf.planner.summary import SOME_REQUESTS, job_duration, limited_by, plan_lines
 from zeroinf.simulation.make_plan import PlanInput, PlanResult
 from zeroinf.sizes import gib
 
@@ -141,8 +142,9 @@ def _print_rates(console: Console, found: PlanResult, *, explain: bool) -> None:
             console.print(f"not measured: {', '.join(speeds.projected)}")
 
 
-def to_json(plan_input: PlanInput, found: PlanResult) -> dict[str, Any]:
-    """The plan for programs. `schema` changes when a name or a meaning does; docs/guide/plan.md says what each is."""
+def to_json(plan_input: PlanInput, found: PlanResult, *, advised: bool) -> dict[str, Any]:
+    """The plan for programs, with the advice where it was asked for. `schema` changes when a name or a meaning does;
+    docs/guide/plan.md says what each is."""
     anatomy, decision = plan_input.anatomy, found.decision
     return {
         "schema": JSON_SCHEMA,
@@ -171,6 +173,7 @@ def to_json(plan_input: PlanInput, found: PlanResult) -> dict[str, Any]:
             *({"fits": True, **_candidate(one, decision)} for one in decision.alternatives),
             *({"fits": False, **_rejection(one)} for one in decision.rejected),
         ],
+        **({"advice": [_advice(plan_input, one) for one in found.advice]} if advised else {}),
         "rates": {
             **asdict(found.speeds),
             "fitted": found.speeds.fitted.gpu,
@@ -197,6 +200,21 @@ def _candidate(one: Candidate, decision: Decision) -> dict[str, Any]:
     if not descriptor_of(one.choice.engine).is_timed:
         timing = dict.fromkeys(timing)
     return {**asdict(one.choice), **timing, "memory": memory}
+
+
+def _advice(plan_input: PlanInput, one: Advice) -> dict[str, Any]:
+    choice, timing = one.candidate.choice, one.candidate.timing
+    requests, lengths = plan_input.constraints.requests or SOME_REQUESTS, plan_input.lengths
+    timed = descriptor_of(choice.engine).is_timed
+    return {
+        "flags": one.flags,
+        "quality": one.change.quality,
+        "offload": choice.offload,
+        "batch_size": choice.batch_size,
+        "tokens_per_second": timing.tokens_per_second if timed else None,
+        "first_token_s": timing.first_token_s(lengths.prompt_tokens, choice.prefill_tokens) if timed else None,
+        "job_s": timing.job_s(requests, lengths.new_tokens) if timed else None,
+    }
 
 
 def _rejection(one: Rejection) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class ComparisonRow:
 
     name: str
     weight_bytes: int | None = None
-    """None where the model cannot be read."""
+    """None where the model cannot be read or planned."""
     parameters: int | None = None
     outcomes: tuple[ComparedPlan, ...] = ()
     """Of those that fit, the one as asked first."""
@@ -87,6 +87,9 @@ def _row(options: PlanOptions, varied: Listed, advise: bool, name: str) -> Compa
             found, short = sketch_plan(plan_input, advise=advise)
     except ZeroinfError as error:
         return replace(row, problem=error.message)
+    except Exception as error:  # of a model's own code: a table of minutes is not lost for it
+        text = str(error).partition("\n")[0]
+        return ComparisonRow(name=name, problem=f"its plan failed: {type(error).__name__}: {text}")
     outcomes = tuple(_outcome(one, options) for one in found)
     return replace(row, outcomes=outcomes, problem=f"{short} would do" if short else "")
 
