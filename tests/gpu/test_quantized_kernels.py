@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from zeroinf.model.quantized import bnb, fp4, fp8, ggml, gptq, integers  # noqa: F401  register their operators
+from zeroinf.model.quantized import bnb, fp4, fp8, ggml, gptq, hqq, integers, torchao  # noqa: F401  have operators
 from zeroinf.model.quantized.fused import EXAMPLES
 
 pytestmark = pytest.mark.gpu

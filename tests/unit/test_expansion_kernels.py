@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroinf.model.quantized import bnb, fp4, fp8, ggml, gptq, integers  # noqa: F401  register their operators
+from zeroinf.model.quantized import bnb, fp4, fp8, ggml, gptq, hqq, integers, torchao  # noqa: F401  have operators
 from zeroinf.model.quantized.fused import EXAMPLES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench-expansion"

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from zeroinf.model.quantized.tile_kernels import (
+    byte_of,
     e2m1,
     e4m3,
     half_e8m0,
     joined,
+    load_eight,
     load_float,
     load_int,
     matrix,
@@ -66,13 +68,14 @@ def expand_affine(  # type: ignore[no-untyped-def]
     """`(code - zero) * scale`, times `FACTOR` if that is not 1.
 
     A group is `GROUP` units, or what `order` tells each column. Zero points are codes `ZERO` too low, bytes `ZERO` too
-    low, or `ZERO` for all (`ZEROS`: 2, 1, 0). Signed codes are taken 128 too high.
+    low, or `ZERO` for all (`ZEROS`: 2, 1, 0); in the last way, a number may be added (3). Signed codes are taken half
+    of their range too high.
     """
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
     code = _unit_codes(codes + matrix() * code_stack + row * code_row, code_word, unit, place, inside, BITS)
     if IS_SIGNED:
-        code = code ^ 128
+        code = code ^ (1 << (BITS - 1))
     part = unit // GROUP
     if IS_ORDERED:
         part = load_int(order + matrix() * order_stack + unit * 8 + place, unit < units)
@@ -85,6 +88,8 @@ def expand_affine(  # type: ignore[no-untyped-def]
         zero = ZERO
     scale = load_float(scales + matrix() * scale_stack + row * scale_row + part * scale_group, inside)
     value = (code - zero).to(tl.float32) * scale
+    if ZEROS == 3:
+        value = value + load_float(at_zero + row * zero_row, inside)
     if FACTOR != 1.0:
         value = value * FACTOR
     write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
@@ -176,3 +181,49 @@ def expand_table(  # type: ignore[no-untyped-def]
         scale = load_float(nested_values + matrix() * 256 + code, inside) * shared + tl.load(offset + matrix())
     value = load_float(values + matrix() * 16 + ((word >> ((place ^ 1) * 4)) & 15), inside)
     write(whole, value * scale, row, unit, place, stack_stride, row_stride, column_stride, inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_views(  # type: ignore[no-untyped-def]
+    whole, codes, scales, zeros, rows, units, packed, code_stack, scale_stack, stack_stride, row_stride, column_stride,
+    BITS: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, IS_DOWN: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """HQQ: a matrix as lines of `WIDE` units, of which `packed` are stored: each has codes of `EACH` lines, the first
+    in the highest bits. A line has a scale and a zero point if `IS_DOWN`, else a column of lines."""
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    number = (row * units + unit).to(tl.int32)
+    line, first = number // WIDE, number % WIDE * 8
+    part = line // packed
+    at = codes + matrix() * code_stack + (line - part * packed).to(tl.int64) * (WIDE * 8) + first
+    shift = (EACH - 1 - part) * BITS
+    if BITS == 3:
+        code = (load_int(at + place, inside) >> shift) & 7
+    else:
+        low, high = load_eight(at, inside, 4)
+        code = (byte_of(low, high, place) >> shift) & ((1 << BITS) - 1)
+    own = matrix() * scale_stack + (line if IS_DOWN else first + place)
+    zero, scale = load_float(zeros + own, inside), load_float(scales + own, inside)
+    write(
+        whole, (code.to(tl.float32) - zero) * scale, row, unit, place, stack_stride, row_stride, column_stride, inside
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_tinygemm(  # type: ignore[no-untyped-def]
+    whole, codes, pairs, rows, units, code_stack, tiles_across, pair_stack, pair_group, stack_stride, row_stride,
+    column_stride, GROUP: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """torchao's tiles of 8 rows x `INNER` times two units: lane `t` of 32 has row t // 4 and a pair of each unit's
+    columns, in `INNER` / 2 words of two times two units. `GROUP` units share a scale and what is added."""
+    row, unit, place = tile(ROWS, UNITS, TURNED)
+    inside = (row < rows) & (unit < units)
+    of_tile = unit % (INNER * 2)
+    lane = (row // 8 * tiles_across + unit // (INNER * 2)) * 32 + row % 8 * 4 + place // 2
+    word = load_int(codes + matrix() * code_stack + lane * (INNER // 2) + of_tile // 4, inside)
+    code = (word >> (place % 2 * 16 + of_tile % 4 * 4)) & 15
+    pair = pairs + matrix() * pair_stack + unit // GROUP * pair_group + row * 2
+    value = (code - 8).to(tl.float32) * load_float(pair, inside) + load_float(pair + 1, inside)
+    write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 import triton
 
-from zeroinf.model.quantized.code_kernels import expand_affine, expand_awq, expand_e2m1, expand_e4m3, expand_table
+from zeroinf.model.quantized.code_kernels import (
+    expand_affine,
+    expand_awq,
+    expand_e2m1,
+    expand_e4m3,
+    expand_table,
+    expand_tinygemm,
+    expand_views,
+)
 from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
@@ -53,19 +61,18 @@ def expand_words(
 ) -> None:  # fmt: skip
     """Codes of GPTQ, or of AWQ; `order` tells the group of each input where it is not in order."""
     groups, rows = scales.shape[-2:]
-    group = whole.shape[-1] // groups // _UNIT
+    group = _ALL if groups == 1 else whole.shape[-1] // groups // _UNIT
     if not awq:
-        codes, zeros, scales = _ready(codes), _ready(zeros), _ready(scales)
         _affine(
-            whole, codes, (1, rows), zeros, (1, zeros.shape[-1]), scales, (1, rows), order,
-            BITS=bits, GROUP=_ALL if groups == 1 else group, IS_SIGNED=False, ZEROS=2, ZERO=less, FACTOR=1.0,
+            whole, _ready(codes).mT, zeros.mT, scales.mT, order,
+            BITS=bits, GROUP=group, IS_SIGNED=False, ZEROS=2, ZERO=less, FACTOR=1.0,
         )  # fmt: skip
         return
     stacked = whole if whole.dim() > 2 else whole[None]
     words, units = rows // 8, stacked.shape[2] // _UNIT
     expand_awq[triton.cdiv(words, 16), triton.cdiv(units, 8), stacked.shape[0]](
         whole, _ready(codes), _ready(zeros), _ready(scales), words, units, groups, *stacked.stride(),
-        GROUP=_ALL if groups == 1 else group, ROWS=16, UNITS=8, num_warps=4,
+        GROUP=group, ROWS=16, UNITS=8, num_warps=4,
     )  # fmt: skip
 
 
@@ -73,38 +80,39 @@ def expand_integers(
     whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
     order: torch.Tensor | None, factor: float,
 ) -> None:  # fmt: skip
-    """Codes side by side, as bytes with signs or in words; a scale for each row or for all, and for groups."""
-    bits = 8 if codes.dtype == torch.int8 else codes.shape[-1] * 32 // whole.shape[-1]
-    own, scales = _ready(codes).view(torch.int32), _ready(scales)
-    down, groups = scales.shape[-2:]
-    scale_strides = 0 if down == 1 else groups, 1
-    zeros, half = None if zeros is None else _ready(zeros), 1 << (bits - 1)
-    if zeros is None:
-        kind, zero_strides = 0, (0, 0)
-    else:
-        kind, zero_strides = (2, (groups, 1)) if zeros.dtype == torch.int32 else (1, scale_strides)
+    """Codes side by side: bytes with signs, pairs of codes with signs, or words; scales of rows or all, in groups."""
+    bits = codes.shape[-1] * codes.itemsize * 8 // whole.shape[-1]
+    groups, in_words = scales.shape[-1], codes.dtype == torch.int32
+    kinds = {None: 0, torch.int8: 1, torch.int32: 2}
+    kind = kinds.get(None if zeros is None else zeros.dtype, 3)
     _affine(
-        whole, own, (own.shape[-1], 1), zeros, zero_strides, scales, scale_strides, order,
+        whole, _ready(codes).view(torch.int32), zeros, scales, order,
         BITS=bits, GROUP=_ALL if groups == 1 else whole.shape[-1] // groups // _UNIT,
-        IS_SIGNED=codes.dtype == torch.int8, ZEROS=kind, ZERO=0 if kind == 2 else half, FACTOR=factor,
+        IS_SIGNED=not in_words, ZEROS=kind, ZERO=0 if kind == 2 else 1 << (bits - 1), FACTOR=factor,
     )  # fmt: skip
 
 
 def _affine(
-    whole: torch.Tensor, codes: torch.Tensor, code_strides: tuple[int, int], zeros: torch.Tensor | None,
-    zero_strides: tuple[int, int], scales: torch.Tensor, scale_strides: tuple[int, int], order: torch.Tensor | None,
-    **kinds: object,
+    whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor,
+    order: torch.Tensor | None, **kinds: object,
 ) -> None:  # fmt: skip
-    """Strides are those of a row, and of a word of codes or of a group."""
-    if order is not None:
-        order = _ready(order)
+    """Tensors are of rows, and columns or groups, in any order in memory; a scale of one row is that of all."""
     strides = (
-        _matrix_size(codes), *code_strides, 0 if zeros is None else _matrix_size(zeros), *zero_strides,
-        _matrix_size(scales), *scale_strides, 0 if order is None or order.dim() == 1 else order.shape[-1],
+        *_strides(codes), *((0, 0, 0) if zeros is None else _strides(zeros)), *_strides(scales),
+        0 if order is None or order.dim() == 1 else order.stride(0),
     )  # fmt: skip
-    given = codes, scales if zeros is None else zeros, scales, scales if order is None else order
     kinds["IS_ORDERED"] = order is not None
-    _launch(expand_affine, whole, given, strides, are_codes_across=code_strides[0] == 1, **kinds)
+    given = codes, scales if zeros is None else zeros, scales, scales if order is None else order.contiguous()
+    _launch(expand_affine, whole, given, strides, are_codes_across=codes.stride(-2) == 1, **kinds)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Of a matrix in the stack, if there is one; of a row, if there are several; and of a column."""
+    return (
+        tensor.stride(0) if tensor.dim() > 2 else 0,
+        tensor.stride(-2) if tensor.shape[-2] > 1 else 0,
+        tensor.stride(-1),
+    )
 
 
 def expand_four_bits(
@@ -119,6 +127,29 @@ def expand_four_bits(
     _launch(
         expand_table, whole, (own, values, scales, *more), counts,
         BLOCK=block, NESTED=0 if nested is None else nested_block,
+    )  # fmt: skip
+
+
+def expand_lines(
+    whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, each: int
+) -> None:
+    """HQQ's codes of lines, `each` in a byte or word, and scales and zero points of lines or of columns of lines."""
+    packed, wide = codes.shape[-2:]
+    sizes = packed, _strides(codes)[0], _strides(scales)[0]
+    _launch(
+        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes,
+        BITS=bits, EACH=each, WIDE=wide // _UNIT, IS_DOWN=scales.shape[-1] == 1,
+    )  # fmt: skip
+
+
+def expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) -> None:
+    """torchao's codes in tiles (rows, columns, 32, words), and pairs (groups, rows, 2) of a scale and what is added."""
+    tiles_across, inner = codes.shape[-3], codes.shape[-1] * 2
+    columns = tiles_across * inner * 16
+    stacks = codes.stride(0) if codes.dim() > 4 else 0, tiles_across, pairs.stride(0) if pairs.dim() > 3 else 0
+    _launch(
+        expand_tinygemm, whole, (_ready(codes), pairs.contiguous()), (*stacks, pairs.shape[-2] * 2),
+        GROUP=columns // pairs.shape[-3] // _UNIT, INNER=inner,
     )  # fmt: skip
 
 
@@ -144,11 +175,6 @@ def _launch(
         whole, *before, rows, units, *after, *stacked.stride(), **kinds,
         ROWS=own_rows, UNITS=own_units, TURNED=is_turned, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _matrix_size(tensor: torch.Tensor) -> int:
-    """Elements of one matrix of a stack; 0 where there is no stack, so that no matrix is skipped."""
-    return tensor[0].numel() if tensor.dim() > 2 else 0
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:

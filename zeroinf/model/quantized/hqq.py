@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import Any
 
 import torch
 
 from zeroinf.model.quantized.expansion import Held
+from zeroinf.model.quantized.fused import Random, fused, random_bytes, random_scales, random_words
 from zeroinf.model.quantized.integers import affine
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
@@ -81,17 +83,50 @@ class _Hqq(MatrixFormat):
         shapes = [tuple(one.shape[-2:]) for one in (codes, scales, zeros)]
         view = _view_of(whole.shape[-2] * whole.shape[-1], codes.dtype, *shapes)
         assert view is not None
-        into, count, in_one = whole.view(*whole.shape[:-2], *view.shape), codes.shape[-2], _IN_ONE[view.bits]
-        step = max(1, _AT_ONCE // (codes.numel() // count))
-        for place in range(in_one):
-            shift = view.bits * (in_one - 1 - place)
-            for start in range(0, min(count, view.shape[0] - place * count), step):
-                end = min(start + step, count, view.shape[0] - place * count)
-                own = (codes[..., start:end, :] >> shift) & ((1 << view.bits) - 1)
-                rows = slice(place * count + start, place * count + end) if view.axis else slice(None)
-                into[..., place * count + start : place * count + end, :].copy_(
-                    affine(own, zeros[..., rows, :].float(), scales[..., rows, :])
-                )
+        is_usual = view.shape[1] % 8 == 0 and whole.shape[-1] % 8 == 0
+        (_expand_fused if is_usual else _expand)(whole, codes, scales, zeros, view.bits, _IN_ONE[view.bits])
+
+
+def _expand(
+    whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, in_one: int
+) -> None:
+    """Fill `whole` (..., rows, columns), seen as lines, with codes (..., lines / `in_one`, of a line), scales and zero
+    points, both (..., lines, 1) or (..., 1, of a line)."""
+    count, wide = codes.shape[-2:]
+    lines = whole.shape[-2] * whole.shape[-1] // wide
+    into = whole.view(*whole.shape[:-2], lines, wide)
+    step = max(1, _AT_ONCE // (codes.numel() // count))
+    for place in range(in_one):
+        shift = bits * (in_one - 1 - place)
+        for start in range(0, min(count, lines - place * count), step):
+            end = min(start + step, count, lines - place * count)
+            own = (codes[..., start:end, :] >> shift) & ((1 << bits) - 1)
+            rows = slice(place * count + start, place * count + end)
+            some = rows if scales.shape[-1] == 1 else slice(None)
+            into[..., rows, :].copy_(affine(own, zeros[..., some, :].float(), scales[..., some, :]))
+
+
+@cache
+def _random(bits: int, is_down: bool, dtype: torch.dtype) -> Random:
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        lines, wide = (rows * columns // 64, 64) if is_down else (64, rows * columns // 64)
+        count, shared = ceil(lines / _IN_ONE[bits]), (lines, 1) if is_down else (1, wide)
+        codes = random_words if bits == 3 else random_bytes
+        scales, zeros = (random_scales(generator, dtype, stack, *shared) for _ in range(2))
+        return codes(generator, stack, count, wide), scales, zeros, bits, _IN_ONE[bits]
+
+    return random
+
+
+_expand_fused = fused(
+    "expand_lines(Tensor(a!) whole, Tensor codes, Tensor scales, Tensor zeros, int bits, int in_one) -> ()",
+    _expand,
+    lambda whole, codes, scales, zeros, bits, in_one: _random(bits, scales.shape[-1] == 1, scales.dtype),
+    {
+        **{f"HQQ, {bits} bits": _random(bits, True, torch.float16) for bits in _IN_ONE},
+        "HQQ, 4 bits along columns": _random(4, False, torch.float16),
+    },
+)
 
 
 def _view_of(

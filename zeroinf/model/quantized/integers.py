@@ -87,11 +87,12 @@ def expand_integers(
 ) -> None:
     """Fill `whole` (..., rows, columns) with `(codes - zeros) * scales * factor`, by a kernel if it takes such groups.
 
-    `codes`: int8, or words (int32) of codes of a row, above zero. `scales`: (..., blocks of rows, groups). `zeros`:
-    int8 like `scales`, or words (..., rows in words, groups). `order` (..., columns): the group of each column.
+    `codes`: int8; pairs with signs (uint8, the first in the low bits); or words (int32) of codes of a row, above zero.
+    `scales`: (..., blocks of rows, groups). `zeros`: int8 like `scales`; words (..., rows in words, groups); or numbers
+    like `scales`, which are added to the products. `order` (..., columns): the group of each column.
     """
     down, across = scales.shape[-2:]
-    known = codes.dtype == torch.int8 or code_bits(codes.shape, whole.shape[-1]) in (2, 4, 8)
+    known = codes.dtype != torch.int32 or code_bits(codes.shape, whole.shape[-1]) in (2, 4, 8)
     is_usual = known and down in (1, whole.shape[-2]) and fills_units(whole.shape[-1], across)
     (_expand_fused if is_usual else _expand)(whole, codes, scales, zeros, order, factor)
 
@@ -111,25 +112,35 @@ def _expand(
 ) -> None:
     rows, columns = whole.shape[-2:]
     stacked, scales = whole.dim() > 2, scales.float()
-    bits = 8 if codes.dtype == torch.int8 else code_bits(codes.shape, columns)
-    offset = 1 << (bits - 1)
-    if zeros is not None:
-        in_words = zeros.dtype == torch.int32
-        zeros = unpack(zeros, bits, -2)[..., :rows, :].float() - offset if in_words else zeros.float()
+    is_added = zeros is not None and zeros.is_floating_point()
+    if zeros is not None and zeros.dtype == torch.int32:
+        bits = code_bits(codes.shape, columns)
+        zeros = unpack(zeros, bits, -2)[..., :rows, :].float() - (1 << (bits - 1))
+
+    def of_each(values: torch.Tensor, stack: slice, some: slice) -> torch.Tensor:
+        return _spread(_some_rows(values[stack] if stacked else values, some, rows), columns, order, stack)
 
     def weights(stack: slice, some: slice) -> torch.Tensor:
-        own = codes[stack, some] if stacked else codes[some]
-        scale = _some_rows(scales[stack] if stacked else scales, some, rows)
-        values = own.float()
-        if own.dtype == torch.int32:
-            values = unpack(own, bits, -1)[..., :columns].float().sub_(offset)
-        if zeros is not None:
-            zero = _some_rows(zeros[stack] if stacked else zeros, some, rows)
-            values = values.sub_(_spread(zero, columns, order, stack))
-        values = values.mul_(_spread(scale, columns, order, stack))
+        values = _numbers(codes[stack, some] if stacked else codes[some], columns)
+        if zeros is not None and not is_added:
+            values = values.sub_(of_each(zeros, stack, some))
+        values = values.mul_(of_each(scales, stack, some))
+        if zeros is not None and is_added:
+            values = values.add_(of_each(zeros, stack, some))
         return values if factor == 1 else values.mul_(factor)
 
     by_slices(whole, 32, weights)
+
+
+def _numbers(codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """Codes as float32, around zero."""
+    if codes.dtype == torch.int32:
+        bits = code_bits(codes.shape, columns)
+        return unpack(codes, bits, -1)[..., :columns].float().sub_(1 << (bits - 1))
+    if codes.dtype == torch.uint8:
+        signed = codes.view(torch.int8)
+        return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2).float()
+    return codes.float()
 
 
 def _some_rows(values: torch.Tensor, some: slice, rows: int) -> torch.Tensor:
@@ -151,6 +162,7 @@ def _spread(values: torch.Tensor, columns: int, order: torch.Tensor | None, stac
 
 @cache
 def _random(
+    codes: torch.dtype,
     bits: int,
     zeros: str = "none",
     is_ordered: bool = False,
@@ -159,19 +171,18 @@ def _random(
     dtype: torch.dtype = torch.bfloat16,
     factor: float = 1.0,
 ) -> Random:
-    """`bits`: the width of codes in words, or 0 for bytes with signs."""
-
     def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
-        groups, width, down = columns // 128 if is_grouped else 1, bits or 8, rows if is_down else 1
-        codes = random_words(generator, stack, rows, packed_size(columns, width))
+        groups, down = columns // 128 if is_grouped else 1, rows if is_down else 1
+        scales = random_scales(generator, dtype, stack, down, groups)
         own = {
             "none": None,
-            "words": random_words(generator, stack, packed_size(rows, width), groups),
-            "bytes": (random_bytes(generator, stack, down, groups) & 7).view(torch.int8),
+            "words": random_words(generator, stack, packed_size(rows, bits), groups),
+            "bytes": random_bytes(generator, stack, down, groups).view(torch.int8),
+            "added": random_scales(generator, dtype, stack, groups, down).mT,
         }[zeros]
         order = torch.randint(0, groups, (stack, columns), dtype=torch.int32, generator=generator, device="cpu")
-        scales = random_scales(generator, dtype, stack, down, groups)
-        return codes if bits else codes.view(torch.int8), scales, own, order if is_ordered else None, factor
+        packed = random_words(generator, stack, rows, packed_size(columns, bits)).view(codes)
+        return packed, scales, own, order if is_ordered else None, factor
 
     return random
 
@@ -184,9 +195,11 @@ def _like(
     order: torch.Tensor | None,
     factor: float,
 ) -> Random:
-    kind = "none" if zeros is None else "words" if zeros.dtype == torch.int32 else "bytes"
-    bits = 0 if codes.dtype == torch.int8 else code_bits(codes.shape, whole.shape[-1])
-    return _random(bits, kind, order is not None, scales.shape[-2] > 1, scales.shape[-1] > 1, scales.dtype, factor)
+    kinds = {None: "none", torch.int32: "words", torch.int8: "bytes"}
+    kind = kinds.get(None if zeros is None else zeros.dtype, "added")
+    bits = codes.shape[-1] * codes.itemsize * 8 // whole.shape[-1]
+    down, across = scales.shape[-2:]
+    return _random(codes.dtype, bits, kind, order is not None, down > 1, across > 1, scales.dtype, factor)
 
 
 _expand_fused = fused(
@@ -194,14 +207,15 @@ _expand_fused = fused(
     _expand,
     _like,
     {
-        "compressed-tensors, int4 in groups": _random(4),
-        "compressed-tensors, int4 with zero points": _random(4, "words"),
-        "compressed-tensors, int4 with actorder": _random(4, is_ordered=True),
-        "compressed-tensors, int4, a scale a row": _random(4, is_grouped=False),
-        "compressed-tensors, int2 in groups": _random(2),
-        "compressed-tensors, int8 in words with zero points": _random(8, "words", is_grouped=False),
-        "compressed-tensors, int8 with zero points": _random(0, "bytes", is_grouped=False),
-        "compressed-tensors, int8, one scale": _random(0, is_down=False, is_grouped=False),
-        "bitsandbytes, int8": _random(0, is_grouped=False, dtype=torch.float32, factor=PER_127),
+        "compressed-tensors, int4 in groups": _random(torch.int32, 4),
+        "compressed-tensors, int4 with zero points": _random(torch.int32, 4, "words"),
+        "compressed-tensors, int4 with actorder": _random(torch.int32, 4, is_ordered=True),
+        "compressed-tensors, int4, a scale a row": _random(torch.int32, 4, is_grouped=False),
+        "compressed-tensors, int2 in groups": _random(torch.int32, 2),
+        "compressed-tensors, int8 in words with zero points": _random(torch.int32, 8, "words", is_grouped=False),
+        "compressed-tensors, int8 with zero points": _random(torch.int8, 8, "bytes", is_grouped=False),
+        "compressed-tensors, int8, one scale": _random(torch.int8, 8, is_down=False, is_grouped=False),
+        "bitsandbytes, int8": _random(torch.int8, 8, is_grouped=False, dtype=torch.float32, factor=PER_127),
+        "torchao, int4": _random(torch.uint8, 4, "added"),
     },
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
-from zeroinf.model.quantized.integers import affine, by_slices
+from zeroinf.model.quantized.fused import Random, fills_units, fused, random_scales, random_words
+from zeroinf.model.quantized.integers import affine, by_slices, expand_integers
 from zeroinf.model.quantized.linears import STORED, MatrixFormat, Stored, hold_linears
+from zeroinf.model.quantized.scaled import expand_scaled
 
 _CODES, _SCALES, _ZEROS, _PAIRS = "_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero"
 _OF_ACTIVATIONS = ("_weight_act_quant_scale", "_weight_act_quant_zero_point")
@@ -117,11 +120,14 @@ class _TorchAo(MatrixFormat):
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes = held[_CODES]
         if _PAIRS in held:
-            _expand_tiles(whole, codes, held[_PAIRS])
+            pairs = held[_PAIRS]
+            padded = codes.shape[-3] * codes.shape[-1] * 2 * _TILE_COLUMNS
+            is_usual = whole.shape[-1] % 8 == 0 and fills_units(padded, pairs.shape[-3])
+            (_expand_tiles_fused if is_usual else _expand_tiles)(whole, codes, pairs)
         elif codes.dtype == torch.uint8:
-            _expand_int4(whole, codes, held[_SCALES], held[_ZEROS])
+            expand_integers(whole, codes, held[_SCALES].mT, held[_ZEROS].mT)
         else:
-            _expand_blocks(whole, codes, held[_SCALES], held.get(_ZEROS))
+            expand_scaled(whole, codes, held[_SCALES], held.get(_ZEROS))
 
 
 def _describe(parts: Mapping[str, Stored]) -> str:
@@ -138,29 +144,6 @@ def _why_not_tiles(rows: int, columns: int, codes: Stored, pairs: tuple[int, ...
     if shape[0] * _TILE_ROWS < rows or padded < columns or pairs[1] < rows or padded % pairs[0]:
         return f"has tiles in the shape {shape} for {rows} x {columns} weights"
     return None
-
-
-def _expand_blocks(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-    """Codes that any dtype holds exactly, less zeros, times float32 for blocks of rows and columns, rounded once."""
-    whole.copy_(codes)
-    down, across = scales.shape[-2:]
-    blocks: Any = whole.unflatten(-1, (across, -1)).unflatten(-3, (down, -1))  # type: ignore[no-untyped-call]
-    if zeros is not None:  # differences of bytes are exact, too
-        blocks.sub_(zeros[..., :, None, :, None])
-    blocks.mul_(scales[..., :, None, :, None].float())
-
-
-def _expand_int4(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
-    """Codes from -8 to 7, two a byte, times scales (groups, rows) plus zeros."""
-
-    def weights(stack: slice, rows: slice) -> torch.Tensor:
-        own = _part(codes, stack, rows).view(torch.int8)
-        pairs = torch.stack(((own << 4) >> 4, own >> 4), dim=-1).flatten(-2)
-        scale, zero = (_part(part.transpose(-1, -2), stack, rows)[..., None].float() for part in (scales, zeros))
-        grouped = pairs.reshape(*scale.shape[:-1], -1)
-        return grouped.float().mul_(scale).add_(zero).flatten(-2)
-
-    by_slices(whole, 1, weights)
 
 
 def _expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) -> None:
@@ -185,6 +168,19 @@ def _expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor)
     by_slices(whole, _TILE_ROWS, weights)
 
 
-def _part(tensor: torch.Tensor, stack: slice, rows: slice) -> torch.Tensor:
-    """Rows of one matrix, or of some of a stack."""
-    return tensor[rows] if tensor.dim() == 2 else tensor[stack, rows]
+@cache
+def _random(dtype: torch.dtype) -> Random:
+    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
+        tiles = ceil(rows / _TILE_ROWS), columns // (_TILE_COLUMNS * _INNER_TILES), 32, _INNER_TILES // 2
+        pairs = random_scales(generator, dtype, stack, columns // 128, tiles[0] * _TILE_ROWS, 2)
+        return random_words(generator, stack, *tiles), pairs
+
+    return random
+
+
+_expand_tiles_fused = fused(
+    "expand_tiles(Tensor(a!) whole, Tensor codes, Tensor pairs) -> ()",
+    _expand_tiles,
+    lambda whole, codes, pairs: _random(pairs.dtype),
+    {"torchao, int4 in tiles": _random(torch.bfloat16)},
+)
