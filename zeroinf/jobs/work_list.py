@@ -9,6 +9,8 @@ import pickle
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -23,6 +25,7 @@ _NONE = -1
 SAMPLED, ALTERED, FORMATTED, KNOWN_END, HAS_EXTRA, IN_BATCH = (1 << bit for bit in range(6))
 """Facts of a request: it draws tokens; its scores are altered; its answer has a format; an end of a sequence ends it;
 the output says more of it than its result; it is of an OpenAI batch."""
+_EXTRA = tuple(one.name for one in fields(Extra))
 _CHUNK_BYTES = 64 << 20
 _REQUEST_BYTES = 120
 """Of a request: where it lies, its lengths, its place in the order, and where its result is (measured:
@@ -61,9 +64,12 @@ class _Store:
             | HAS_EXTRA * (extra is not None)
             | IN_BATCH * (extra is not None and extra.endpoint is not None)
         )
-        fields = (work.line, work.id, work.text, self.samplings.put(sampling), work.file, work.digest, extra)
+        held = (work.line, work.id, work.text, self.samplings.put(sampling), work.file, work.digest)
         tokens = work.prompt if isinstance(work.prompt, array) else array("i", work.prompt)
-        self.bytes.append(tokens.tobytes() + pickle.dumps(fields, pickle.HIGHEST_PROTOCOL))
+        data = tokens.tobytes() + pickle.dumps(held, pickle.HIGHEST_PROTOCOL)
+        if extra is not None:
+            data += pickle.dumps(tuple(getattr(extra, name) for name in _EXTRA), pickle.HIGHEST_PROTOCOL)
+        self.bytes.append(data)
         self.starts.append(self.bytes.size)
 
     def place_of(self, index: int) -> int:
@@ -76,12 +82,24 @@ class _Store:
         start = self.starts[place]
         return self.bytes.read(start, start + _TOKEN_BYTES * self.prompt_tokens[place])
 
-    def read(self, place: int) -> tuple[Work, Extra | None]:
-        data, tokens = self.bytes.read(self.starts[place], self.starts[place + 1]), array("i")
-        length = _TOKEN_BYTES * self.prompt_tokens[place]
-        tokens.frombytes(data[:length])
-        line, request_id, text, sampling, file, digest, extra = pickle.loads(memoryview(data)[length:])
-        work = Work(
+    def read(self, place: int) -> Work:
+        return self._work(place, self._stream(place))
+
+    def read_with_extra(self, place: int) -> tuple[Work, Extra | None]:
+        stream = self._stream(place)
+        work = self._work(place, stream)
+        if not self.facts[place] & HAS_EXTRA:
+            return work, None
+        return work, Extra(**dict(zip(_EXTRA, pickle.load(stream), strict=True)))
+
+    def _stream(self, place: int) -> BytesIO:
+        return BytesIO(self.bytes.read(self.starts[place], self.starts[place + 1]))
+
+    def _work(self, place: int, stream: BytesIO) -> Work:
+        tokens = array("i")
+        tokens.frombytes(stream.read(_TOKEN_BYTES * self.prompt_tokens[place]))
+        line, request_id, text, sampling, file, digest = pickle.load(stream)
+        return Work(
             index=self.indices[place],
             line=line,
             id=request_id,
@@ -91,7 +109,6 @@ class _Store:
             file=file,
             digest=digest,
         )
-        return work, extra
 
     @property
     def columns(self) -> tuple[Any, ...]:
@@ -153,10 +170,10 @@ class WorkList(Sequence[Work]):
     def __getitem__(self, at: int | slice) -> Work | WorkList:
         if isinstance(at, slice):
             return self.selected(range(*at.indices(len(self))))
-        return self._store.read(self._all[at])[0]
+        return self._store.read(self._all[at])
 
     def __iter__(self) -> Iterator[Work]:
-        return (self._store.read(place)[0] for place in self._all)
+        return map(self._store.read, self._all)
 
     def selected(self, numbers: Iterable[int]) -> WorkList:
         """The requests of these numbers of this list, in their order."""
@@ -167,21 +184,21 @@ class WorkList(Sequence[Work]):
 
     def with_extras(self) -> Iterator[tuple[Work, Extra | None]]:
         """Each request, and what the output says of it beside its result."""
-        return (self._store.read(place) for place in self._all)
+        return map(self._store.read_with_extra, self._all)
 
     def extras(self) -> Iterator[Extra]:
         """What the output says beside results, of requests of which it says anything."""
         facts = self._store.facts
-        return (cast(Extra, self._store.read(place)[1]) for place in self._all if facts[place] & HAS_EXTRA)
+        return (cast(Extra, self._store.read_with_extra(place)[1]) for place in self._all if facts[place] & HAS_EXTRA)
 
     def at(self, index: int) -> Work:
         """The request of an index, in this list or in the one of which it is a selection. Raises KeyError."""
-        return self._store.read(self._store.place_of(index))[0]
+        return self._store.read(self._store.place_of(index))
 
     def extra(self, index: int) -> Extra | None:
         """What the output says beside its result of the request of an index, as `at`."""
         place = self._store.place_of(index)
-        return self._store.read(place)[1] if self._store.facts[place] & HAS_EXTRA else None
+        return self._store.read_with_extra(place)[1] if self._store.facts[place] & HAS_EXTRA else None
 
     def new_tokens_at(self, index: int) -> int:
         """The most tokens that the request of an index may come to, as `at`."""

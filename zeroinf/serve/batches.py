@@ -57,6 +57,8 @@ class _Running:
     under_way: dict[Handle, Work] = field(default_factory=dict)
     choices: Counter[str] = field(default_factory=Counter)
     """Completions that an entry still lacks, by its id."""
+    ended: list[int] = field(default_factory=lambda: [0, 0])
+    """Entries that were completed and that failed, of which clients do not know yet."""
     missing: list[int] = field(default_factory=list)
     """Indices of requests that will not run."""
     ending: Literal["completed", "cancelled", "expired"] = "completed"
@@ -256,6 +258,7 @@ class Batches:
                 self._refill(service)
                 for running in self._running.values():
                     running.output.settle()
+                    self._tell_counts(running)
             self._leave()
         except Exception as error:
             self._gateway.fail(error)  # a disk that is full, or the model: nothing of a batch is lost
@@ -318,16 +321,23 @@ class Batches:
 
     def _count(self, running: _Running, work: Work, result: Result) -> None:
         running.choices[work.id] -= 1
-        if running.choices[work.id]:
-            return
-        with self._lock:
-            batch = self._batches[running.id]
-            counted = {"failed": batch.failed + 1} if result.failed else {"completed": batch.completed + 1}
-            self._batches[running.id] = replace(batch, **counted)  # type: ignore[arg-type]
+        if not running.choices[work.id]:
+            running.ended[result.failed] += 1
+
+    def _tell_counts(self, running: _Running) -> None:
+        """Let clients know how many entries have ended since the last call."""
+        completed, failed = running.ended
+        if completed or failed:
+            running.ended = [0, 0]
+            with self._lock:
+                batch = self._batches[running.id]
+                counts = {"completed": batch.completed + completed, "failed": batch.failed + failed}
+                self._batches[running.id] = replace(batch, **counts)  # type: ignore[arg-type]
 
     def _finish(self, running: _Running) -> None:
         """Publish what there is. It may be done again after a crash, with the same outcome."""
         del self._running[running.id]
+        self._tell_counts(running)
         folder, ending = self._folder / running.id, running.ending
         self._change(running.id, "finalizing")
         lacking = {running.job.work.at(index).id for index in running.missing}
