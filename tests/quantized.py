@@ -91,6 +91,29 @@ def fp8_checkpoint(name: str, folder: Path, dtype: str = "float32") -> Path:
     return _rewritten(model, folder, MARKS["fp8"], {f"{n}.weight": (n, quantize) for n in linear})
 
 
+def fp8_experts_checkpoint(name: str, folder: Path) -> Path:
+    """The small model `name` as DeepSeek's checkpoints are, a tensor for each expert: all linear layers but the head
+    and routers in FP8."""
+    model = build_model(name)
+    model.save_pretrained(folder)
+    (file,) = folder.glob("*.safetensors")
+    block, _ = MARKS["fp8"]["weight_block_size"]
+    written: dict[str, torch.Tensor] = {}
+    for own, tensor in load_file(file).items():
+        if "_proj." not in own:
+            written[own] = tensor
+            continue
+        rows, columns = tensor.shape
+        blocks = tensor.view(rows // block, block, columns // block, block)
+        scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        written[own] = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(rows, columns)
+        written[own.replace(".weight", ".weight_scale_inv")] = scale
+    save_file(written, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": MARKS["fp8"]}))
+    return folder
+
+
 def mxfp4_checkpoint(folder: Path) -> Path:
     """A small gpt-oss as its makers save it: experts as codes of 4 bits, 32 of which share a power of two."""
 

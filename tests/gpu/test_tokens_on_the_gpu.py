@@ -101,6 +101,14 @@ def test_embeddings_in_host_memory(name: str, limits: dict[str, int], tmp_path: 
     assert tokens_of(folder, limits, embeddings="cpu") == plain_tokens(folder)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 5}])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_experts_that_come_in_parts(name: str, limits: dict[str, int], resident: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    assert tokens_of(folder, limits, expert_parts=3, resident_blocks=resident) == plain_tokens(folder)
+
+
 @pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}, {"embeddings": "cpu"}])
 def test_a_call_under_another_stream_waits_for_weights(
     where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -101,6 +101,7 @@ HOW_TO_RUN = (
         "kv",
         "kv_dtype",
         "embeddings",
+        "expert_parts",
         "resident_blocks",
         "tensor_parallel",
         "num_gpus",

@@ -27,6 +27,7 @@ ASKED: dict[str, Any] = {
     "kv": "host",
     "kv_dtype": "int8",
     "embeddings": "cpu",
+    "expert_parts": 2,
     "resident_blocks": 1,
     "pin_memory": False,
     "aio": AioSettings(threads=2),

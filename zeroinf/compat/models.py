@@ -51,6 +51,41 @@ def experts_by(model: Any, name: str) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
+def is_experts(module: Any) -> bool:
+    """Whether `module` computes all experts of a layer by transformers' interface for them.
+
+    Relies on the attributes that its decorator `use_experts_implementation` sets, and on `num_experts`.
+    """
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts", "_apply_gate"))
+
+
+def experts_method(module: Any) -> str:
+    """The method by which the experts `module` computes, "eager" for the one of its class. Relies on
+    `config._experts_implementation`."""
+    return str(module.config._experts_implementation)
+
+
+@contextmanager
+def computing_some_experts(module: Any, count: int) -> Iterator[int]:
+    """While it lasts, the experts `module` takes itself to have `count` experts; gives the number by which a token is
+    routed to none of them.
+
+    Relies on `num_experts`, on the number behind the last expert's, which ranks of transformers' expert parallelism
+    leave to others, and on the attribute `_is_expert_parallel` (since transformers 5.18 or so) that says that there are
+    such. What the module returns of them has no meaning. The method of the class itself does not know them everywhere.
+    """
+    before, flag = module.num_experts, getattr(module, "_is_expert_parallel", None)
+    module.num_experts = count
+    if flag is not None:
+        module._is_expert_parallel = True
+    try:
+        yield 0 if experts_method(module) == "eager" else count
+    finally:
+        module.num_experts = before
+        if flag is not None:
+            module._is_expert_parallel = flag
+
+
 def takes_default_cache(model: Any) -> bool:
     """Whether the model's forward takes a `DynamicCache`. Relies on `_supports_default_dynamic_cache`."""
     return bool(model._supports_default_dynamic_cache())

@@ -224,6 +224,24 @@ class Quantized:
     """Of the model in full: what its tensors hold is packed."""
 
 
+def expert_ranges(count: int, parts: int) -> tuple[range, ...]:
+    """The experts of each of about so many equal parts of `count` experts."""
+    size = -(-count // parts)
+    return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """Experts of a block that can be brought and computed in parts."""
+
+    block: int
+    count: int
+    module: str
+    """Full dotted name of the module."""
+    tensors: tuple[str, ...]
+    """Full dotted names of its parameters whose first dimension is the experts'."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """A matrix of which each token reads a few rows, such as input embeddings, and nothing uses the whole."""
@@ -274,6 +292,9 @@ class Anatomy:
     tables: tuple[Table, ...] = ()
     """Those of the tensors that tokens read by row: they need not be where the others are."""
 
+    experts: tuple[Experts, ...] = ()
+    """Those of blocks that can be split."""
+
     def __hash__(self) -> int:
         """Hash a few facts: equal anatomies are the same object, as a rule, and hashing all tensors takes a while."""
         return hash((self.architecture, self.dtype, len(self.blocks), self.hidden_size, self.vocabulary))
@@ -289,6 +310,21 @@ class Anatomy:
             for block in self.blocks
         )
         return replace(self, outside=outside, blocks=blocks, tables=())
+
+    def units(self, block: Block, parts: int) -> tuple[tuple[TensorSpec, ...], ...]:
+        """The tensors of `block` as they move: all but its experts, then `parts` parts of these; all, if it has
+        none."""
+        experts = next((one for one in self.experts if one.block == block.index), None) if parts > 1 else None
+        if experts is None:
+            return (block.tensors,)
+        own = [tensor for tensor in block.tensors if tensor.name in experts.tensors]
+        return (
+            tuple(tensor for tensor in block.tensors if tensor.name not in experts.tensors),
+            *(
+                tuple(replace(tensor, shape=(len(some), *tensor.shape[1:])) for tensor in own)
+                for some in expert_ranges(experts.count, parts)
+            ),
+        )
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every parameter and buffer, once."""

@@ -21,6 +21,7 @@ from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Quantized, TensorSpec
 from zeroinf.model.config import config_dtype
+from zeroinf.model.experts import find_experts
 from zeroinf.model.kv import can_be_pooled, read_cache, read_encoded_bytes, turns_keys
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
@@ -83,6 +84,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         quantized=quantized,
         padded_because=padded_because,
         tables=find_tables(model),
+        experts=find_experts(model, list(stacks[-1][1])),
     )
 
 

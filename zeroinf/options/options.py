@@ -119,6 +119,15 @@ class EngineOptions(Options):
         "memory, where the CPU gathers the rows of each forward. auto takes what makes more tokens/s. With the "
         "stream engine.",
     )
+    expert_parts: int | None = option(
+        None,
+        engine_specific=True,
+        auto=True,
+        minimum=1,
+        section="memory",
+        help="Parts in which the experts of a layer are transferred and computed, one after the other, so that layers "
+        "may be larger than the GPU; auto takes parts where whole layers leave too little. With the stream engine.",
+    )
     resident_blocks: int | None = option(
         None,
         engine_specific=True,

@@ -33,7 +33,7 @@ from zeroinf.options.contradictions import check_folders, engine_of, refuse_besi
 from zeroinf.options.definition import definitions
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
-from zeroinf.planner.constraints import Constraints, check_embeddings
+from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts
 from zeroinf.planner.descriptor import possible_offload
 from zeroinf.planner.kv import host_share
 from zeroinf.planner.plan import Plan, TensorParallel
@@ -103,6 +103,7 @@ def constraints_of(options: RunOptions | PlanOptions, engine: str, anatomy: Anat
 
     Raises UsageError for what the engine or the model cannot do."""
     check_embeddings(options.embeddings, anatomy)
+    check_expert_parts(options.expert_parts, options.fetch, anatomy)
     names = {each.name for each in fields(Constraints)} & {one.path[0] for one in definitions(type(options))}
     chosen = {name: getattr(options, name) for name in names} | facts
     return Constraints(

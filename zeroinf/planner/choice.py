@@ -37,3 +37,5 @@ class Choice:
     """Rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
     embeddings: Embeddings = "gpu"
+    expert_parts: int = 1
+    """Parts in which the experts of a layer are brought and computed."""

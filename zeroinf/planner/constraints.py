@@ -36,6 +36,7 @@ class Constraints:
     """The part of the rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
     embeddings: Embeddings | Literal["auto"] = "auto"
+    expert_parts: int | None = None
     static_batches: bool = False
     share_prefixes: bool = True
     """Rows whose prompts begin alike share keys and values of that."""
@@ -55,6 +56,18 @@ def check_embeddings(embeddings: Embeddings | Literal["auto"], anatomy: Anatomy)
             f"--embeddings cpu: {anatomy.architecture} has no embeddings that could rest in host memory: {why}",
             hint="drop it",
         )
+
+
+def check_expert_parts(parts: int | None, fetch: Fetch | Literal["auto"], anatomy: Anatomy) -> None:
+    """Raise UsageError where experts cannot come in so many parts."""
+    if parts is None or parts == 1:
+        return
+    most = max((experts.count for experts in anatomy.experts), default=1)
+    if parts > most:
+        has = f"layers with {most} experts" if anatomy.experts else "no experts that could be split"
+        raise UsageError(f"--expert-parts {parts}: {anatomy.architecture} has {has}", hint="drop it, or fewer parts")
+    if fetch == "partitioned":
+        raise UsageError("--expert-parts: parts of layers are not shared out among ranks", hint="--fetch replicated")
 
 
 def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:

@@ -112,9 +112,13 @@ def wire_bytes(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> int:
     """Bytes of `tensors` in one contiguous piece as it rests and crosses the link; `dtype` is the model's."""
     if wire == "model":
         return piece_bytes(tensors)
+    return _coded_bytes(tensors, is_coded(tensors, dtype, wire), dtype, wire)
+
+
+def _coded_bytes(tensors: Sequence[TensorSpec], coded: Sequence[bool], dtype: str, wire: Wire) -> int:
     sizes = {True: 0, False: 0}
-    for tensor, coded in zip(tensors, is_coded(tensors, dtype, wire), strict=True):
-        sizes[coded] += round_up(tensor.nbytes, ALIGNMENT)
+    for tensor, is_code in zip(tensors, coded, strict=True):
+        sizes[is_code] += round_up(tensor.nbytes, ALIGNMENT)
     elements = sizes[True] // DTYPE_BYTES[dtype]
     return round_up(CODES[wire].nbytes(elements) + sizes[False] + CODES[wire].scale_bytes(elements), PIECE_ALIGNMENT)
 
@@ -153,6 +157,34 @@ def gathered_bytes(tables: Sequence[Table], tokens: int) -> tuple[int, int]:
 def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     """The bytes of each block's piece as it rests and crosses the link."""
     return tuple(wire_bytes(block.tensors, anatomy.dtype, wire) for block in anatomy.blocks)
+
+
+@lru_cache(maxsize=64)
+def units(anatomy: Anatomy, wire: Wire = "model", parts: int = 1) -> tuple[tuple[int, ...], ...]:
+    """For each block, the bytes of what moves of it as one piece: the whole, or all but its experts, and then each of
+    `parts` parts of these."""
+    if parts == 1:
+        return tuple((piece,) for piece in pieces(anatomy, wire))
+    found = []
+    for block in anatomy.blocks:
+        coded = dict(zip((t.name for t in block.tensors), is_coded(block.tensors, anatomy.dtype, wire), strict=True))
+        found.append(
+            tuple(
+                piece_bytes(own)
+                if wire == "model"
+                else _coded_bytes(own, [coded[tensor.name] for tensor in own], anatomy.dtype, wire)
+                for own in anatomy.units(block, parts)
+            )
+        )
+    return tuple(found)
+
+
+def largest_units(anatomy: Anatomy, wire: Wire = "model", parts: int = 1) -> tuple[int, ...]:
+    """The bytes of the largest piece of each kind: blocks, or what is left of them without experts, and a part of
+    experts. A slot of each kind is in use at a time."""
+    every = units(anatomy, wire, parts)
+    experts = [size for sizes in every for size in sizes[1:]]
+    return (max(sizes[0] for sizes in every), *([max(experts)] if experts else []))
 
 
 class Passes(Protocol):
@@ -206,7 +238,8 @@ def mask_bytes(anatomy: Anatomy, rows: int, *, pinned: bool) -> int:
 
 def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
     """The decoder's blocks, which every pass visits, and the encoder's, if there is one, which new prompts visit."""
-    sizes, first = pieces(with_layers(anatomy, choice.embeddings), choice.wire), anatomy.encoder_blocks
+    layers, first = with_layers(anatomy, choice.embeddings), anatomy.encoder_blocks
+    sizes = tuple(sum(own) for own in units(layers, choice.wire, choice.expert_parts))
     parts = (sizes[first:], sizes[:first]) if first else (sizes,)
     counts = shares(len(sizes), choice.resident_blocks, choice.nvme_blocks, first)
     return tuple(
@@ -215,10 +248,11 @@ def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
     )
 
 
-def store_bytes(anatomy: Anatomy, wire: Wire = "model", embeddings: Embeddings = "gpu") -> int:
+def store_bytes(anatomy: Anatomy, wire: Wire = "model", embeddings: Embeddings = "gpu", expert_parts: int = 1) -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
     layers = with_layers(anatomy, embeddings)
-    sizes = (*pieces(layers, wire), piece_bytes(layers.outside), *table_pieces(anatomy, embeddings))
+    blocks = (size for own in units(layers, wire, expert_parts) for size in own)
+    sizes = (*blocks, piece_bytes(layers.outside), *table_pieces(anatomy, embeddings))
     return sum(round_up(piece, CHUNK_BYTES) for piece in sizes)
 
 
@@ -332,7 +366,9 @@ def store_terms(anatomy: Anatomy, choice: Choice) -> tuple[Term, ...]:
     """Disk space of an engine that copies weights to a store on NVMe."""
     if choice.offload != "nvme" or not choice.nvme_blocks:
         return ()
-    return (Term("disk", "store", store_bytes(anatomy, choice.wire, choice.embeddings), "counted"),)
+    return (
+        Term("disk", "store", store_bytes(anatomy, choice.wire, choice.embeddings, choice.expert_parts), "counted"),
+    )
 
 
 def taken(terms: Iterable[Term], place: MemoryPlace) -> int:

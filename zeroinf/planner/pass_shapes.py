@@ -52,6 +52,7 @@ class PassShapes:
         self._facts, self._lengths = facts, facts.lengths
         self._constraints = constraints
         self._whole_prompts = facts.lengths.whole
+        self._expert_parts = constraints.expert_parts or 1
         scored = facts.lengths.scored_tokens > 0
         on_host = self.host_rows(MOST_ROWS) > 0
         self.packs = not why_padded(facts.anatomy, constraints.engine, on_host=on_host, scored=scored)
@@ -129,7 +130,9 @@ class PassShapes:
         return max(-(-side // point.micro_batches) for side in sides)
 
     def _padded(self, rows: int, together: int, tokens: int) -> Shape:
-        return Shape(rows, together, tokens, self.host_rows(rows), self._constraints.kv_dtype)
+        return Shape(
+            rows, together, tokens, self.host_rows(rows), self._constraints.kv_dtype, expert_parts=self._expert_parts
+        )
 
     def _packed(self, rows: int, forwards: int, tokens: int) -> Shape:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""
@@ -139,7 +142,7 @@ class PassShapes:
         together = min(most, self._constraints.micro_batch_rows or most)
         least = self._lengths.prompt_tokens if self._whole_prompts else 1
         size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))
-        return Shape(rows, together, tokens, on_host, self._constraints.kv_dtype, size)
+        return Shape(rows, together, tokens, on_host, self._constraints.kv_dtype, size, self._expert_parts)
 
     def _in_parts(self, rows: int, rows_share: int, tokens_share: int) -> Shape:
         """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""

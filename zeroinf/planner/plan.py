@@ -90,6 +90,8 @@ class Plan:
     """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""
     embeddings: Embeddings = "gpu"
     """Where tables that tokens read by row rest."""
+    expert_parts: int = 1
+    """Parts in which the experts of a layer are brought and computed, one after the other."""
     pin_memory: bool = True
     aio: AioSettings = field(default_factory=AioSettings)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Literal
 
 from zeroinf.hardware.machine import Machine
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection
@@ -19,7 +19,7 @@ from zeroinf.planner.descriptor import EngineTerms, descriptor_of
 from zeroinf.planner.facts import Facts
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import MemoryPlace, table_pieces
+from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, table_pieces, with_layers
 from zeroinf.planner.pass_shapes import PassShapes, SearchPoint
 from zeroinf.planner.search_space import fetches_of, offloads_of
 from zeroinf.planner.timing import Speeds
@@ -38,6 +38,8 @@ _HOST_SHARES = (0.0, 0.75, 1.0)
 _WORTHWHILE = 1.03
 # So does what tokens read by row, if it takes so large a part of the GPU.
 _WORTHWHILE_SHARE = 1 / 32
+# Experts may come in parts where layers in use take more than this part of the GPU; parts take less than that one.
+_FILLING_SHARE, _PARTS_SHARE = 1 / 2, 1 / 3
 
 
 class Planner:
@@ -70,9 +72,53 @@ class Planner:
 
     def choose(self, constraints: Constraints) -> Decision:
         """The best plan for `constraints`. Raises NothingFitsError when there is none, with the nearest misses."""
+        errors: list[NothingFitsError] = []
+        best: Decision | None = None
+        for parts in self._numbers_of_parts(constraints):
+            if best is not None and best.chosen.choice.expert_parts > 1:
+                break  # smaller parts would only take longer
+            try:
+                found = self._choose_embeddings(replace(constraints, expert_parts=parts))
+            except NothingFitsError as error:
+                errors.append(error)
+                continue
+            if best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
+                best = found
+        if best is None:
+            raise min(errors, key=lambda one: one.nearest.price)
+        return best
+
+    def _numbers_of_parts(self, constraints: Constraints) -> Sequence[int]:
+        """Parts that experts of a layer may come in: one, and where layers fill the GPU, some smaller ones."""
+        facts, most = self._facts, max((one.count for one in self._facts.anatomy.experts), default=1)
+        if constraints.expert_parts is not None:
+            return (constraints.expert_parts,)
+        able = "expert_parts" in descriptor_of(constraints.engine).options
+        if most == 1 or not able or facts.device != "cuda" or constraints.offload == "none":
+            return (1,)
+        layers = with_layers(facts.anatomy, "cpu")
+        in_use = {parts: self._bytes_in_use(layers, constraints, parts) for parts in _parts_up_to(most)}
+        if in_use[1] <= facts.gpu_bytes * _FILLING_SHARE:
+            return (1,)
+        small = [parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _PARTS_SHARE and parts > 1]
+        whole = (1,) if in_use[1] < facts.gpu_bytes else ()
+        return (*whole, *(small or [max(in_use)])[:2])
+
+    def _bytes_in_use(self, layers: Anatomy, constraints: Constraints, parts: int) -> int:
+        """Bytes of slots, and of weights in full, if others cross the link."""
+        largest = largest_units(layers, constraints.wire, parts)
+        full = largest_units(layers, "model", parts) if constraints.wire != "model" else ()
+        if (quantized := layers.quantized) is not None:
+            ratio = quantized.parameters * DTYPE_BYTES[layers.dtype] / layers.weight_bytes
+            full = tuple(round(size * ratio) for size in largest)
+        return SLOTS["replicated"] * sum(largest) + sum(full)
+
+    def _choose_embeddings(self, constraints: Constraints) -> Decision:
         if constraints.embeddings != "auto":
             return self._choose(constraints)
         may_leave = self._may_leave(constraints)
+        if may_leave and (constraints.expert_parts or 1) > 1:  # layers fill the GPU
+            return self._choose(replace(constraints, embeddings="cpu"))
         try:
             best = self._choose(replace(constraints, embeddings="gpu"))
         except NothingFitsError as error:
@@ -252,6 +298,13 @@ class _Search:
         starts = list(dict.fromkeys(SearchPoint.of(one.choice) for one in ranked))[:_PROMISING]
         tops = [best_at(climb(point, shapes.beside, merit)) for point in starts]
         return max((ranked[0], *filter(None, tops)), key=trials.merit)
+
+
+def _parts_up_to(most: int) -> Iterator[int]:
+    parts = 1
+    while parts <= most:
+        yield parts
+        parts *= 2
 
 
 def _doubling(cap: int) -> Iterator[int]:

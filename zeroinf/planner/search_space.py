@@ -23,7 +23,13 @@ def offloads_of(constraints: Constraints) -> tuple[Offload, ...]:
 def fetches_of(constraints: Constraints, offload: Offload, *, has_encoder: bool) -> tuple[Fetch, ...]:
     """Fetch modes that the user's constraints leave open for that offload target."""
     gathers = "fetch" in descriptor_of(constraints.engine).options
-    if has_encoder or constraints.world_size == 1 or offload == "none" or not gathers:
+    if (
+        has_encoder
+        or (constraints.expert_parts or 1) > 1
+        or constraints.world_size == 1
+        or offload == "none"
+        or not gathers
+    ):
         return ("replicated",)
     if constraints.fetch != "auto":
         return (constraints.fetch,)

@@ -26,9 +26,9 @@ from zeroinf.planner.memory import (
     MemoryPlace,
     Term,
     mask_bytes,
-    pieces,
     scores_bytes,
     total,
+    units,
     with_layers,
 )
 from zeroinf.planner.pass_shapes import PassShapes
@@ -47,8 +47,8 @@ class Trials:
         self._facts, self._anatomy = facts, facts.anatomy
         assert constraints.embeddings != "auto"
         self._embeddings = constraints.embeddings
-        layers = pieces(with_layers(facts.anatomy, self._embeddings), constraints.wire)
-        self._largest_piece = max(layers)
+        layers = with_layers(facts.anatomy, self._embeddings)
+        self._largest_piece = max(map(sum, units(layers, constraints.wire, constraints.expert_parts or 1)))
         self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
         self._engine = descriptor_of(constraints.engine)
 
@@ -72,6 +72,7 @@ class Trials:
             host_rows=self._shapes.host_rows(rows),
             kv_dtype=constraints.kv_dtype,
             embeddings=self._embeddings,
+            expert_parts=self._constraints.expert_parts or 1,
         )
 
     def fewest_residents(self, offload: Offload) -> int:
@@ -201,6 +202,7 @@ class Trials:
             nvme_blocks=blocks - resident,
             wire=self._constraints.wire,
             embeddings=self._embeddings,
+            expert_parts=self._constraints.expert_parts or 1,
         )
         terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms(rows))
         if not on_gpu:  # what computes lies there, too

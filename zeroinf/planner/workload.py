@@ -206,6 +206,8 @@ class Shape:
     kv_dtype: KvDtype = "model"
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
+    expert_parts: int = 1
+    """Parts in which the experts of a layer compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -102,6 +102,7 @@ class RunReport:
             "resident_blocks",
             "host_rows",
             "embeddings",
+            "expert_parts",
         )
         counted = (
             "requests",

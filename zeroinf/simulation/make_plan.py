@@ -302,6 +302,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
         embeddings=choice.embeddings,
+        expert_parts=choice.expert_parts,
         terms=chosen.terms,
         timing=chosen.timing if descriptor_of(choice.engine).is_timed else None,
     )

@@ -20,6 +20,7 @@ from zeroinf.compat.dispatch import (
     schema_of,
 )
 from zeroinf.model import meta_operators
+from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Events, Kernel, Kernels, Pattern
 
@@ -45,15 +46,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A value that code asks for is 0 or False, a tensor that moves to the host is full of zeros: no size depends on it.
     """
 
-    def __init__(self, model: Module, blocks: Iterable[Module]) -> None:
+    def __init__(self, model: Module, blocks: Iterable[Module], split: Iterable[ExpertsOnPaper] = ()) -> None:
+        """Sections begin with each of `blocks`, and with each part of experts that are `split`."""
         super().__init__()  # type: ignore[no-untyped-call]
         known = (*model.parameters(), *model.buffers())
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._next_key = 0
         self._sections: list[list[Event]] = [[]]
         self._kernels: dict[int, list[Kernel]] = defaultdict(list)
-        self._section = _OUTSIDE
+        self._section, self._part_from = _OUTSIDE, 0
+        self._split = list(split)
+        for experts in self._split:
+            experts.begins, experts.repeats = self._begin_part, self._repeat_part
         self._hooks = [hook for index, block in enumerate(blocks) for hook in self._watch(index, block)]
+
+    def _begin_part(self) -> None:
+        self._sections.append([])
+        self._part_from = len(self._kernels[self._section])
+
+    def _repeat_part(self, times: int) -> None:
+        kernels = self._kernels[self._section]
+        kernels += kernels[self._part_from :] * times
 
     def __exit__(self, *reason: Any) -> Any:
         for hook in self._hooks:

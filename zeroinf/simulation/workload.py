@@ -20,6 +20,7 @@ from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, ru
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
@@ -64,8 +65,20 @@ class Simulator:
         shares_passes: bool = True,
         trust_remote_code: bool = False,
         expansion: ExpansionCost | None = None,
+        expert_parts: int = 1,
     ) -> None:
-        """`expansion`: how weights become whole where the engine makes codes of them."""
+        """`expansion`: how weights become whole where the engine makes codes of them. `expert_parts`: in how many parts
+        the experts of a layer compute; shapes with other numbers are simulated apart."""
+        self._in_parts = partial(
+            Simulator,
+            config,
+            anatomy,
+            lengths,
+            shares_passes=shares_passes,
+            trust_remote_code=trust_remote_code,
+            expansion=expansion,
+        )
+        self._of_parts: dict[int, Simulator] = {expert_parts: self}
         self._anatomy, self._lengths = anatomy, lengths
         self._config, self._breaks_at = config, breaks_at(config)
         self._shares_passes = shares_passes and anatomy.is_paged
@@ -73,7 +86,14 @@ class Simulator:
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._times = [1.0] * len(self._blocks)
-        self._expansion = _expand(self._model, self._blocks) if anatomy.quantized is not None else expansion
+        modules = dict(self._model.named_modules())
+        self._split = [
+            ExpertsOnPaper(modules[experts.module], experts, expert_parts)
+            for experts in (anatomy.experts if expert_parts > 1 else ())
+        ]
+        self._expansion = (
+            _expand(self._model, self._blocks, self._split) if anatomy.quantized is not None else expansion
+        )
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
@@ -82,6 +102,10 @@ class Simulator:
             self._keep_kinds()
 
     def __call__(self, shape: Shape) -> Workload:
+        if shape.expert_parts not in self._of_parts:
+            self._of_parts[shape.expert_parts] = self._in_parts(expert_parts=shape.expert_parts)
+        if (other := self._of_parts[shape.expert_parts]) is not self:
+            return other(shape)
         if shape not in self._seen:
             self._seen[shape] = self._run(shape)
         return self._seen[shape]
@@ -139,7 +163,7 @@ class Simulator:
     def _simulate_packed(self, kv: KvDtype | None, tokens: int, choices: int) -> Step:
         """A forward with a step of all rows but one, and the end of its prompt."""
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
-        recorder = Recorder(self._model, self._blocks)
+        recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices, packed=kv is None), kv, parts)
             recorder.cut()
@@ -232,7 +256,7 @@ class Simulator:
         return self._steps[key](rows)
 
     def _simulate(self, parts: Sequence[Part], kv: KvDtype | None) -> Step:
-        recorder = Recorder(self._model, self._blocks)
+        recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
             recorder.cut()
@@ -245,7 +269,7 @@ class Simulator:
         given = (longest, *(shorter,) * (shape.rows - 1))
         sources = given if self._anatomy.encoder is not None else ()
         prompts = [Part(0, 1 if sources else tokens) for tokens in given]
-        recorder = Recorder(self._model, self._blocks)
+        recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             longer = [Part(part.count + new, longest) for part in prompts]
             kv = shape.kv_dtype if shape.host_rows else None
@@ -316,21 +340,34 @@ def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Rec
     return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
 
 
-def _expand(model: Any, blocks: ModuleList) -> ExpansionCost:
-    """Expand `blocks` one after the other, and then, for good, all of them: passes find them so, and no other does."""
+def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> ExpansionCost:
+    """Expand `blocks` one after the other, and then, for good, all of them: passes find them so, and no other does.
+    Experts that are `split` are expanded part by part."""
     most, found = 0, list[Kernels]()
     for block in blocks:
+        own = [parts for parts in split if parts.module in set(block.modules())]
         with torch.no_grad(), Recorder(model, ()) as recorder:
             for expansion in expansions(block):
                 expansion.open()
+            events = [event for section in recorder.cut() for event in section]
+            for parts in own:
+                for part in range(len(parts.ranges)):
+                    parts.enter(part)
+                    if parts.expansion is not None:
+                        parts.expansion.open()
+                        parts.expansion.close()
+                    parts.leave(part)
+                events += [event for section in recorder.cut() for event in section]
             allocator = Allocator()
-            allocator.replay(event for section in recorder.cut() for event in section)
+            allocator.replay(events)
             most = max(most, allocator.usage.allocated)
             found += recorder.cut_kernels(())
             for expansion in expansions(block):
                 expansion.close()
-    for expansion in expansions(blocks):
+    for expansion in (*expansions(blocks), *(parts.expansion for parts in split if parts.expansion is not None)):
         expansion.open()
+    for parts in split:
+        parts.hold()
     return ExpansionCost(nbytes=most, kernels=tuple(found))
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path])
         origins[tensor.names[0]] = parts
 
     def read(tensor: Tensor) -> Iterator[_Found]:
-        for part in origins[tensor.names[0]]:
+        for part in _needed(tensor, origins[tensor.names[0]]):
             found = [stored[name] for name in part.names]
             yield part.start, part.make(*(get() for _, get in found)), found[0][0]
 
@@ -209,7 +210,8 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     values = load_pretrained(source, model.dtype).state_dict()
 
     def read(tensor: Tensor) -> Iterator[_Found]:
-        value, *_ = [values.pop(name) for name in tensor.names if name in values]
+        get = values.pop if tensor.entries is None or tensor.entries.stop == tensor.of else values.get
+        value, *_ = [get(name) for name in tensor.names if name in values]
         yield 0, value, source.location
 
     return read
@@ -218,18 +220,43 @@ def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
 def _copy(tensor: Tensor, target: WriteTarget, found: Iterable[_Found]) -> None:
     """Write what was found of a tensor, part by part. Raises ModelError for what is not of its shape and dtype."""
     written = 0
+    shape = target.shape if tensor.entries is None else torch.Size((tensor.of, *target.shape[1:]))
+    first, end = _elements(tensor)
     for start, value, origin in found:
-        is_all = value.numel() == target.shape.numel()
-        is_like = value.shape == target.shape if is_all else value.shape[1:][-1:] == target.shape[1:][-1:]
+        if tensor.entries is not None and value.shape == target.shape:  # no more than these entries were read
+            start = first
+        is_all = value.numel() == shape.numel()
+        is_like = value.shape == shape if is_all else value.shape[1:][-1:] == shape[1:][-1:]
         if not is_like:
-            raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
+            raise _mismatch(tensor, origin, tuple(value.shape), tuple(shape))
         kinds = {value.dtype, target.location.dtype}
         if tensor.is_parameter and len(kinds) > 1 and kinds - set(NUMBERS):
             raise _mismatch(tensor, origin, value.dtype, target.location.dtype)
-        target.write_part(start, value.reshape(-1))
-        written += value.numel()
+        some = slice(max(first - start, 0), max(end - start, 0))
+        values = value.reshape(-1)[some]
+        target.write_part(start + some.start - first, values)
+        written += values.numel()
     if written != target.shape.numel():
         raise _mismatch(tensor, origin, tuple(value.shape), tuple(target.shape))
+
+
+def _needed(tensor: Tensor, parts: Sequence[StoredPart]) -> Iterator[StoredPart]:
+    """Those of the parts of a stored tensor that `tensor` has elements of."""
+    if tensor.entries is None:
+        yield from parts
+        return
+    first, end = _elements(tensor)
+    in_order = sorted(parts, key=lambda part: part.start)
+    for part, after in zip_longest(in_order, in_order[1:]):
+        if part.start < end and (after is None or after.start > first):
+            yield part
+
+
+def _elements(tensor: Tensor) -> tuple[int, int]:
+    """The first of the elements, of all that a checkpoint holds, that `tensor` is, and the one behind the last."""
+    each = tensor.value[0].numel() if tensor.value.dim() else 1
+    entries = range(tensor.value.shape[0] if tensor.value.dim() else 1) if tensor.entries is None else tensor.entries
+    return entries.start * each, entries.stop * each
 
 
 def _mismatch(tensor: Tensor, origin: Path | str, found: Any, expected: Any) -> ModelError:

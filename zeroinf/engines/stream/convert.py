@@ -16,7 +16,7 @@ import torch
 from zeroinf.compat.loading import convert_and_load
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
 
-_NUMBER = re.compile(r"\.(\d+)\.")
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
 class Converter:
@@ -42,6 +42,17 @@ class Converter:
                 number = _NUMBER.search(name)
                 self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
 
+    def _stored(self, group: TensorGroup) -> dict[str, Any]:
+        """What the checkpoint holds of a group: of a block whose experts are split, some of those that have a number
+        behind the block's, or all that has none."""
+        held = self._held[group.block]
+        if not group.of:
+            return held
+        experts = {name: int(numbers[1]) for name in held if len(numbers := _NUMBER.findall(name)) > 1}
+        if group.entries is None:
+            return {name: value for name, value in held.items() if name not in experts}
+        return {name: held[name] for name, number in experts.items() if number in group.entries}
+
     def convert(self, group: TensorGroup) -> dict[str, torch.Tensor] | None:
         """The stored tensors of `group` by their first names.
 
@@ -50,7 +61,9 @@ class Converter:
         stored = [tensor for tensor in group.tensors if tensor.stored]
         with self._lock:
             try:
-                convert_and_load(self._model, self._held[group.block])
+                for tensor in stored:
+                    tensor.bind(tensor.value)
+                convert_and_load(self._model, self._stored(group))
                 found = {tensor.names[0]: _loaded(tensor) for tensor in stored}
             finally:
                 for tensor in self._siblings[group.block]:

@@ -40,6 +40,7 @@ STREAM = EngineDescriptor(
             "kv_dtype",
             "share_prefixes",
             "embeddings",
+            "expert_parts",
         }
     ),
     stripes=True,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import Embedding
+from torch.nn import Embedding, Module
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
@@ -25,8 +25,9 @@ from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
 from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer, WeightTransfer
 from zeroinf.engines.stream.weights import Weights
+from zeroinf.model.experts import ExpertParts
 from zeroinf.model.inspect import find_stacks
-from zeroinf.model.quantized.expansion import expansions
+from zeroinf.model.quantized.expansion import Expansion, expansions
 from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -63,12 +64,17 @@ class StreamEngine:
         self._device = device
         self._place = control.activity
         self._model = build_skeleton(source, plan.dtype)
-        apart = plan.anatomy.tables if plan.embeddings == "cpu" else ()
-        groups, outside, tables = group_tensors(self._model, plan.wire, [table.tensor for table in apart])
+        apart, experts = plan.anatomy.tables if plan.embeddings == "cpu" else (), plan.anatomy.experts
+        groups, outside, tables = group_tensors(
+            self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
+        )
         if expansions(self._model):
             require_kernels(device)
-        self._expander = Expander(groups, device) if plan.wire != "model" else None
-        where = tiers(len(groups), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks)
+        self._expanders = _expanders(groups, device) if plan.wire != "model" else {}
+        of_blocks = tiers(
+            len(plan.anatomy.blocks), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
+        )
+        where = [of_blocks[group.block or 0] for group in groups]
         self._weights = Weights(
             plan,
             (*groups, outside, *tables),
@@ -80,10 +86,12 @@ class StreamEngine:
             listener or SilentListener(),
         )
         self._before: dict[int, Callable[[], None]] = {}
-        """What a block needs before its first use in a pass, by its index; most residents need nothing."""
+        """What a group of tensors needs before its first use in a pass, by its index; most residents need nothing."""
         self.link_stream: Any = None
-        self._rings: dict[int, Ring] = {}
-        """Of each stack of blocks that streams, by its number in the model."""
+        self._rings: list[tuple[int, Ring]] = []
+        """Of what streams, with the number of the stack of blocks that each belongs to."""
+        self._ring_of: dict[int, Ring] = {}
+        """By the index of the group that passes through it."""
         self._ahead: list[ReadAhead] = []
         self._gatherer: Gatherer | None = None
         self._compute = ComputeStream(device)
@@ -95,7 +103,7 @@ class StreamEngine:
             numbers = range(len(groups) + 1, len(groups) + 1 + len(tables))
             in_memory = self._weights.keep([*in_host, *numbers])
             self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
-            if tables:  # once all is loaded: transformers converts weights in the modules that use them
+            if tables:
                 self._gather(plan, [(group, in_memory[number]) for number, group in zip(numbers, tables, strict=True)])
             if plan.wire != "model" and device.type == "cuda":
                 torch.cuda.empty_cache()  # plans know nothing of where codes were made
@@ -104,25 +112,61 @@ class StreamEngine:
             self._streamed_bytes = [0] * len(stacks)
             first = 0
             for number, stack in enumerate(stacks):
-                own = [index for index in streamed if first <= index < first + len(stack)]
+                own = [index for index in streamed if first <= (groups[index].block or 0) < first + len(stack)]
                 self._streamed_bytes[number] = sum(groups[index].nbytes for index in own)
-                if own:
-                    self._rings[number] = self._stream(plan, control, own, groups, in_memory)
+                self._stream(plan, control, number, own, groups, in_memory)
                 first += len(stack)
-            blocks = [block for stack in stacks for block in stack]
-            self._expansions = [expansions(block) for block in blocks]
-            self._lock_step = LockStep(blocks, self._enter, self._leave)
+            self._visit([block for stack in stacks for block in stack], groups, plan)
         except BaseException:
             self.close()
             raise
 
-    def _bind_residents(self, blocks: Sequence[int], groups: Sequence[TensorGroup], outside: TensorGroup) -> None:
-        for index, piece in self._weights.place([*blocks, len(groups)]):
-            if self._expander is None or index == len(groups):
-                _bind(_ready((*groups, outside)[index].views(piece)))
+    def _visit(self, blocks: Sequence[Module], groups: Sequence[TensorGroup], plan: Plan) -> None:
+        """Let forwards take `blocks`, and parts of their experts, in step."""
+        starts = [index for index, group in enumerate(groups) if group.entries is None]
+        self._lock_step = LockStep(blocks, self._enter, self._leave, starts, len(groups))
+        self._expansions: dict[int, list[Expansion]] = {}
+        modules = dict(self._model.named_modules())
+        for experts in plan.anatomy.experts if plan.expert_parts > 1 else ():
+            first = starts[experts.block] + 1
+            split = ExpertParts(
+                modules[experts.module],
+                experts.count,
+                plan.expert_parts,
+                partial(self._reach_part, first),
+                partial(self._leave_part, first),
+            )
+            for index in range(first, first + len(split.ranges)):
+                self._expansions[index] = [split.expansion] if split.expansion is not None else []
+        self._expansions |= {start: expansions(block) for start, block in zip(starts, blocks, strict=True)}
+
+    def _reach_part(self, first: int, part: int) -> None:
+        self._lock_step.reach(first + part)
+
+    def _leave_part(self, first: int, part: int) -> None:
+        self._lock_step.done(first + part)
+
+    def _bind_residents(self, residents: Sequence[int], groups: Sequence[TensorGroup], outside: TensorGroup) -> None:
+        # Once all is loaded: transformers converts weights in the modules that use them.
+        for index, piece in list(self._weights.place([*residents, len(groups)])):
+            group = (*groups, outside)[index]
+            if not self._expanders or index == len(groups):
+                views = _ready(group.views(piece))
+                _bind(views)
+                if group.entries is not None:  # the module has other experts before and after these
+                    self._before[index] = partial(_bind, views)
             else:
-                _bind(_ready(groups[index].views(self._expander.slot)))
-                self._before[index] = partial(self._expander.expand, groups[index], piece)
+                views = _ready(group.views(self._expander(group).slot))
+                _bind(views)
+                self._before[index] = partial(self._expand, group, piece, views)
+
+    def _expander(self, group: TensorGroup) -> Expander:
+        return self._expanders[group.entries is not None]
+
+    def _expand(self, group: TensorGroup, piece: torch.Tensor, views: _Views) -> None:
+        self._expander(group).expand(group, piece)
+        if group.entries is not None:
+            _bind(views)
 
     def _gather(self, plan: Plan, tables: Sequence[tuple[TensorGroup, torch.Tensor]]) -> None:
         """Let embeddings read rows of `tables`, groups of one tensor each with their pieces in host memory."""
@@ -138,19 +182,43 @@ class StreamEngine:
         self,
         plan: Plan,
         control: Control,
+        stack: int,
+        streamed: Sequence[int],
+        groups: Sequence[TensorGroup],
+        in_memory: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Start the rings of a stack, and let the groups `streamed` take their tensors from them.
+
+        Parts of experts have a ring of their own: what else their block has is in use while they come and go. Both
+        share one way over the link, on which copies stay in the order of their use.
+        """
+        if not streamed:
+            return
+        unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
+        transfer: WeightTransfer = ReplicatedTransfer(self._device)
+        if self.in_step:
+            largest = max(groups[index].nbytes for index in streamed)
+            transfer = PartitionedTransfer(self._device, control.world.rank, control.world.size, largest, unit)
+        self.link_stream = transfer.stream
+        for are_experts in (False, True):
+            own = [index for index in streamed if (groups[index].entries is not None) == are_experts]
+            if own:
+                ring = self._ring(plan, transfer, own, groups, in_memory)
+                self._rings.append((stack, ring))
+                for turn, index in enumerate(own):
+                    self._ring_of[index] = ring
+                    self._before[index] = self._taking(ring, turn, groups[index])
+
+    def _ring(
+        self,
+        plan: Plan,
+        transfer: WeightTransfer,
         streamed: Sequence[int],
         groups: Sequence[TensorGroup],
         in_memory: Mapping[int, torch.Tensor],
     ) -> Ring:
-        """Start a ring, and let the blocks `streamed` take their tensors from it."""
         device = self._device
         pieces = [Piece(groups[index].nbytes, in_memory.get(index)) for index in streamed]
-        transfer: WeightTransfer = ReplicatedTransfer(device)
-        if self.in_step:
-            unit = PIECE_ALIGNMENT if self._weights.used is None else CHUNK_BYTES
-            largest = max(piece.nbytes for piece in pieces)
-            transfer = PartitionedTransfer(device, control.world.rank, control.world.size, largest, unit)
-        self.link_stream = transfer.stream
         ahead: ReadAhead | None = None
         on_disk = [index for index, piece in zip(streamed, pieces, strict=True) if piece.memory is None]
         if on_disk:
@@ -159,39 +227,35 @@ class StreamEngine:
             pin = plan.pin_memory and device.type == "cuda"
             ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
             self._ahead.append(ahead)
-        ring = Ring(pieces, SLOTS[plan.fetch], device, transfer, ahead, self._compute, self._stalls)
-        for turn, index in enumerate(streamed):
-            self._before[index] = self._taking(ring, turn, groups[index])
-        return ring
+        return Ring(pieces, SLOTS[plan.fetch], device, transfer, ahead, self._compute, self._stalls)
 
     def _taking(self, ring: Ring, turn: int, group: TensorGroup) -> Callable[[], None]:
-        """A function that gives a block the tensors of its `turn`."""
-        slots = ring.slots if self._expander is None else [self._expander.slot]
+        """A function that gives a block, or a part of its experts, the tensors of its `turn`."""
+        slots = [self._expander(group).slot] if self._expanders else ring.slots
         views = [_ready(group.views(slot)) for slot in slots]
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
 
         def take() -> None:
             slot = ring.acquire(turn)
-            if self._expander is None:
-                _bind(views[slot])
+            if self._expanders:
+                self._expand(group, ring.slots[slot], views[0])
             else:
-                self._expander.expand(group, ring.slots[slot])
+                _bind(views[slot])
 
         return take
 
-    def _enter(self, block: int) -> None:
+    def _enter(self, index: int) -> None:
         self._place.step()
-        if block in self._before:
-            self._before[block]()
-        for expansion in self._expansions[block]:
+        if index in self._before:
+            self._before[index]()
+        for expansion in self._expansions[index]:
             expansion.open()
 
-    def _leave(self, block: int) -> None:
-        for expansion in self._expansions[block]:
+    def _leave(self, index: int) -> None:
+        for expansion in self._expansions[index]:
             expansion.close()
-        for ring in self._rings.values():
-            if ring.is_held:
-                ring.release()
+        if index in self._ring_of:
+            self._ring_of[index].release()
 
     @property
     def model(self) -> Any:
@@ -210,15 +274,15 @@ class StreamEngine:
             return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
 
     def recover(self) -> bool:
-        for expansion in (expansion for block in self._expansions for expansion in block):
+        for expansion in (expansion for own in self._expansions.values() for expansion in own):
             expansion.close()
-        for number, ring in self._rings.items():
+        for number, ring in self._rings:
             ring.finish(self._walks[number])
         return True
 
     def stats(self) -> EngineStats:
-        slots = [slot for ring in self._rings.values() for slot in ring.slots]
-        slots += [self._expander.slot] if self._expander is not None else []
+        slots = [slot for _, ring in self._rings for slot in ring.slots]
+        slots += [expander.slot for expander in self._expanders.values()]
         return EngineStats(
             passes=self._walks[-1],
             streamed_bytes_per_pass=self._streamed_bytes[-1],
@@ -243,6 +307,14 @@ class StreamEngine:
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]
+
+
+def _expanders(groups: Sequence[TensorGroup], device: torch.device) -> dict[bool, Expander]:
+    """An expanded slot for blocks, False, and one for parts of experts, True, if there are any."""
+    kinds = {
+        are_experts: [g for g in groups if (g.entries is not None) == are_experts] for are_experts in (False, True)
+    }
+    return {are_experts: Expander(own, device) for are_experts, own in kinds.items() if own}
 
 
 def _ready(views: _Views) -> _Views:

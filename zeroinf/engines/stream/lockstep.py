@@ -30,22 +30,32 @@ def step_aside() -> None:
 class LockStep:
     """Forward hooks on `blocks` that take them in step: block i serves every forward before block i + 1 serves any.
 
-    `enter` is called with a block's index before its first use in a pass, `leave` after its last one. A forward that
-    runs alone goes its plain way; several are greenlets, which change places before each block, and where one of them
-    steps aside inside of a block.
+    A pass visits so many `units`: each block is one, at the place that `first` gives, and is followed by those inside
+    of it, such as parts of its experts, which count as blocks and call `reach` and `done` themselves. `enter` is called
+    with a unit before its first use in a pass, `leave` after its last one; that of a block comes after those inside. A
+    forward that runs alone goes its plain way; several are greenlets, which change places before each unit, and where
+    one of them steps aside inside of a block.
     """
 
-    def __init__(self, blocks: Sequence[Module], enter: Callable[[int], None], leave: Callable[[int], None]) -> None:
-        self._blocks, self._enter, self._leave = len(blocks), enter, leave
+    def __init__(
+        self,
+        blocks: Sequence[Module],
+        enter: Callable[[int], None],
+        leave: Callable[[int], None],
+        first: Sequence[int] | None = None,
+        units: int | None = None,
+    ) -> None:
+        """Without `first` and `units` there is nothing inside of blocks."""
+        self._units, self._enter, self._leave = len(blocks) if units is None else units, enter, leave
         self._hub: greenlet | None = None
-        self._inside = 0
-        """Forwards that have yet to leave the block of this turn."""
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(self._before(index))
-            block.register_forward_hook(self._after(index))
+        self._inside: dict[int, int] = {}
+        """Forwards that have yet to use a unit that has been entered."""
+        for unit, block in zip(range(len(blocks)) if first is None else first, blocks, strict=True):
+            block.register_forward_pre_hook(self._before(unit))
+            block.register_forward_hook(self._after(unit))
 
     def run(self, forwards: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run `forwards` side by side and return their results; each must visit every block once, in order.
+        """Run `forwards` side by side and return their results; each must visit every unit once, in order.
 
         What one of them raises is raised here, after the others have been ended where they stood.
         """
@@ -60,14 +70,14 @@ class LockStep:
         self._hub = getcurrent()
         try:
             waiting = [self._start(runner, number) for number, runner in enumerate(runners)]
-            for index in range(self._blocks):
+            for index in range(self._units):
                 if any(at != index for at in waiting):
                     raise RuntimeError(f"a forward left block {index} out, or visited it out of order")
-                self._inside = len(runners)
+                self._inside[index] = len(runners)
                 self._enter(index)
                 waiting = self._turn(runners)
             if not all(runner.dead for runner in runners):
-                raise RuntimeError(f"a forward visits more than {self._blocks} blocks")
+                raise RuntimeError(f"a forward visits more than {self._units} blocks")
         finally:
             self._hub = None
             for runner in runners:
@@ -89,19 +99,22 @@ class LockStep:
         runner.gr_context = copy_context()
         return runner.switch(number)
 
-    def _before(self, index: int) -> Callable[..., None]:
-        def wait(module: Module, inputs: Any) -> None:
-            if self._hub is None:
-                self._enter(index)
-            else:
-                self._hub.switch(index)
+    def reach(self, unit: int) -> None:
+        """The current forward needs `unit`: it goes on once all have come that far."""
+        if self._hub is None:
+            self._enter(unit)
+        else:
+            self._hub.switch(unit)
 
-        return wait
+    def done(self, unit: int) -> None:
+        """The current forward has used `unit`."""
+        if self._hub is not None:
+            self._inside[unit] -= 1
+        if self._hub is None or not self._inside[unit]:
+            self._leave(unit)
 
-    def _after(self, index: int) -> Callable[..., None]:
-        def go_on(module: Module, inputs: Any, output: Any) -> None:
-            self._inside -= 1
-            if self._hub is None or not self._inside:
-                self._leave(index)
+    def _before(self, unit: int) -> Callable[..., None]:
+        return lambda module, inputs: self.reach(unit)
 
-        return go_on
+    def _after(self, unit: int) -> Callable[..., None]:
+        return lambda module, inputs, output: self.done(unit)

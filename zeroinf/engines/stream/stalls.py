@@ -18,8 +18,8 @@ class StallMeter:
     """Three marks on the compute stream for each block: it is wanted, it is there, it has been used.
 
     Between wanted and there lies a wait for the disk, as far as the host was held up by it, and for the link; between
-    there and used the block's own work; between used and the next one wanted all the rest. Marks are timing events that
-    are read when they are over.
+    there and used the block's own work; between used and the next one wanted all the rest. Parts of a block's experts
+    are blocks, too, before and after which it goes on. Marks are timing events that are read when they are over.
     """
 
     def __init__(self, device: torch.device, compute: ComputeStream) -> None:
@@ -27,8 +27,13 @@ class StallMeter:
         self._marks: deque[tuple[Any, float]] = deque()
         self._spare: list[Any] = []
         self._link_s = self._disk_s = self._compute_s = self._host_s = 0.0
+        self._depth = 0
+        """Blocks that are in use: one, or one and a part of its experts."""
 
     def wanted(self) -> None:
+        if self._depth:  # what computes now stands still
+            self._mark()
+        self._depth += 1
         self._mark()
 
     def there(self, disk_s: float) -> None:
@@ -39,7 +44,11 @@ class StallMeter:
             self._disk_s += disk_s
 
     def used(self) -> None:
+        self._depth -= 1
         self._mark()
+        if self._depth:  # it goes on at once
+            self._mark()
+            self._mark()
         if len(self._marks) > 3 * _UNREAD:
             self._read()
 

@@ -124,7 +124,7 @@ def check_room(plan: Plan, source: ModelSource) -> None:
     first, *_ = in_order(plan.nvme_paths)
     if any(is_whole(first, name) for name in store_names(first, pattern)):
         return
-    require_room(plan.nvme_paths, store_bytes(plan.anatomy, plan.wire, plan.embeddings), pattern)
+    require_room(plan.nvme_paths, store_bytes(plan.anatomy, plan.wire, plan.embeddings, plan.expert_parts), pattern)
 
 
 def room_taken(paths: Sequence[Path], source: ModelSource, dtype: str, wire: Wire) -> int:

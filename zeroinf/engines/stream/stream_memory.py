@@ -20,15 +20,17 @@ from zeroinf.planner.memory import (
     STAGES,
     Overhead,
     Term,
+    Walk,
     dynamic_terms,
     gathered_bytes,
     gathered_tokens,
+    largest_units,
     piece_bytes,
-    pieces,
     process_terms,
     round_up,
     store_terms,
     table_pieces,
+    units,
     walks,
     with_layers,
 )
@@ -64,18 +66,19 @@ def stream_gpu_terms(
     """GPU memory of one rank of the stream engine at its highest."""
     parts = world_size if choice.fetch == "partitioned" else 1
     slots, stages, resident = list[int](), list[int](), list[int]()
-    for walk in walks(anatomy, choice):
-        pulled = _pulled_bytes(walk.sizes[0], choice, world_size)
-        slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed)
-        stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
-        resident += walk.sizes[: walk.resident]
     layers = with_layers(anatomy, choice.embeddings)
+    for walk in walks(anatomy, choice):
+        for largest, count in zip(_largest(layers, choice, walk), (1, choice.expert_parts), strict=False):
+            pulled = _pulled_bytes(largest, choice, world_size)
+            slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed * count)
+            stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
+        resident += walk.sizes[: walk.resident]
     fixed = {
         OUTSIDE[choice.embeddings]: [piece_bytes(layers.outside)],
         "resident layers": resident,
         "slots": slots,
         "staging buffers (load only)": stages,
-        "expanded slot": [] if choice.wire == "model" else [max(pieces(layers))],
+        "expanded slot": [] if choice.wire == "model" else list(largest_units(layers, "model", choice.expert_parts)),
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         "rows of embeddings": list(_gathered_bytes(anatomy, choice)),
         KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
@@ -99,9 +102,11 @@ def stream_host_terms(
     """
     of_one = _locked_bytes(anatomy, choice, world_size, kv)
     locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
-    largest = max((walk.sizes[0] for walk in walks(anatomy, choice) if walk.resident), default=0)
-    outside = piece_bytes(with_layers(anatomy, choice.embeddings).outside)
-    stages = max(outside, largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks)
+    layers = with_layers(anatomy, choice.embeddings)
+    with_residents = [walk for walk in walks(anatomy, choice) if walk.resident]
+    largest = max((size for walk in with_residents for size in _largest(layers, choice, walk)), default=0)
+    outside = piece_bytes(layers.outside)
+    stages = max(outside, largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks * choice.expert_parts)
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
         Term("host", "embeddings, page-locked", of_one["tables"], "counted"),
@@ -118,7 +123,9 @@ def stream_host_terms(
 def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSize | None) -> dict[str, int]:
     """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
     all_walks = walks(anatomy, choice)
-    read = sum(_pulled_bytes(walk.sizes[0], choice, world_size) for walk in all_walks if walk.nvme)
+    layers = with_layers(anatomy, choice.embeddings)
+    largest = [size for walk in all_walks if walk.nvme for size in _largest(layers, choice, walk)]
+    read = sum(_pulled_bytes(size, choice, world_size) for size in largest)
     return {
         "weights": sum(walk.host_bytes for walk in all_walks),
         "tables": sum(table_pieces(anatomy, choice.embeddings)),
@@ -126,6 +133,13 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
         "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
         "NVMe read ring": READ_BUFFERS * read,
     }
+
+
+def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:
+    """The largest piece of each kind that moves in `walk`."""
+    if choice.expert_parts == 1:
+        return walk.sizes[:1]
+    return largest_units(layers, choice.wire, choice.expert_parts)
 
 
 def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
@@ -149,7 +163,8 @@ def _passing_bytes(anatomy: Anatomy, choice: Choice, locked_bytes: int) -> int:
     as a whole each is let go when it has been copied.
     """
     layers, tables = with_layers(anatomy, choice.embeddings), table_pieces(anatomy, choice.embeddings)
-    sizes = [piece_bytes(layers.outside), *pieces(layers), *tables]
+    own = (size for sizes in units(layers, "model", choice.expert_parts) for size in sizes)
+    sizes = [piece_bytes(layers.outside), *own, *tables]
     locked_bytes += sum(tables)
     converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
     return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn import Module, Parameter
 from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.engines.stream.layout import Layout, lay_out
 from zeroinf.engines.stream.write_target import WriteTarget
-from zeroinf.model.anatomy import TensorSpec
+from zeroinf.model.anatomy import Experts, TensorSpec, expert_ranges
 from zeroinf.model.inspect import find_stacks, home_of
+from zeroinf.model.stored_parts import parts_of, set_parts
 from zeroinf.planner.wire import CODES, Codes, Wire, is_coded
 
 
@@ -28,6 +29,17 @@ class Tensor:
     sites: list[tuple[Module, str]] = field(default_factory=list)
     stored: bool = False
     """Checkpoints hold it: a parameter or a persistent buffer."""
+    entries: range | None = None
+    """It is these entries of the first dimension of what a checkpoint holds; None: all."""
+    of: int = 0
+    """The number of all entries there, where it is some."""
+
+    def some(self, entries: range) -> Tensor:
+        """These entries of the first dimension of this tensor, as one of its own."""
+        value = self.like(self.value[entries.start : entries.stop].detach())
+        if parts_of(self.value) is not None:
+            set_parts(value, parts_of(self.value) or ())
+        return replace(self, value=value, entries=entries, of=self.value.shape[0])
 
     @property
     def is_parameter(self) -> bool:
@@ -56,6 +68,10 @@ class TensorGroup:
     layout: Layout
     block: int | None = None
     """The index of the block that the tensors lie in; None outside."""
+    entries: range | None = None
+    """The block's experts that the tensors belong to; None: no experts, or all."""
+    of: int = 0
+    """The number of the block's experts, where they are split."""
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +95,11 @@ class TensorGroup:
 
 
 def group_tensors(
-    model: Any, wire: Wire = "model", apart: Sequence[str] = ()
+    model: Any, wire: Wire = "model", apart: Sequence[str] = (), experts: Sequence[Experts] = (), parts: int = 1
 ) -> tuple[tuple[TensorGroup, ...], TensorGroup, tuple[TensorGroup, ...]]:
     """A group for each block, whose weights cross in the format `wire`, one of what lies outside, as it is, and one for
-    each of the tensors `apart`, which are part of none of these."""
+    each of the tensors `apart`, which are part of none of these. The `experts` of a block follow it in so many `parts`,
+    each a group, if there are to be more than one."""
     inside, outside = _sort_tensors(model)
     dtype = str(model.dtype).removeprefix("torch.")
     named = {tensor.names[0]: (index, tensor) for index, own in enumerate([*inside, outside]) for tensor in own}
@@ -92,17 +109,34 @@ def group_tensors(
         own_groups.append(_tensor_group([tensor], index if index < len(inside) else None))
         (inside[index] if index < len(inside) else outside).remove(tensor)
     coded = (is_coded([_spec(tensor) for tensor in tensors], dtype, wire) for tensors in inside)
-    blocks = (
-        _tensor_group(tensors, index, CODES.get(wire), which)
-        for index, (tensors, which) in enumerate(zip(inside, coded, strict=True))
-    )
+    split = {one.block: one for one in experts} if parts > 1 else {}
+    blocks = list[TensorGroup]()
+    for index, (tensors, which) in enumerate(zip(inside, coded, strict=True)):
+        pairs = list(zip(tensors, which, strict=True))
+        if index not in split:
+            blocks.append(_tensor_group(tensors, index, CODES.get(wire), which))
+            continue
+        owned = [(tensor, code) for tensor, code in pairs if tensor.names[0] in split[index].tensors]
+        rest = [(tensor, code) for tensor, code in pairs if tensor.names[0] not in split[index].tensors]
+        count = split[index].count
+        blocks.append(_tensor_group([t for t, _ in rest], index, CODES.get(wire), [code for _, code in rest], of=count))
+        for some in expert_ranges(count, parts):
+            own = [tensor.some(some) for tensor, _ in owned]
+            codes = [code for _, code in owned]
+            blocks.append(_tensor_group(own, index, CODES.get(wire), codes, some, count))
     return tuple(blocks), _tensor_group(outside), tuple(own_groups)
 
 
 def _tensor_group(
-    tensors: Sequence[Tensor], block: int | None = None, kind: Codes | None = None, coded: Sequence[bool] = ()
+    tensors: Sequence[Tensor],
+    block: int | None = None,
+    kind: Codes | None = None,
+    coded: Sequence[bool] = (),
+    entries: range | None = None,
+    of: int = 0,
 ) -> TensorGroup:
-    return TensorGroup(tuple(tensors), lay_out([tensor.value for tensor in tensors], kind, coded), block)
+    layout = lay_out([tensor.value for tensor in tensors], kind, coded)
+    return TensorGroup(tuple(tensors), layout, block, entries, of)
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

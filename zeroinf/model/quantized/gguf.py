@@ -107,7 +107,12 @@ def _hold(
 
 def _expand(shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, _View]], held: Held) -> Held:
     device = held[plans[0][1]].device
-    whole = {own: torch.empty(shape, dtype=dtype, device=device) for own, (shape, dtype) in shapes.items()}
+    # Of a stack of experts there may be some alone.
+    stacks = {own: held[name].shape[:1] for own, name, *_ in plans if len(shapes[own][0]) > 2}
+    whole = {
+        own: torch.empty((*stacks[own], *shape[1:]) if own in stacks else shape, dtype=dtype, device=device)
+        for own, (shape, dtype) in shapes.items()
+    }
     for own, name, kind, view in plans:
         expand(held[name], kind, view(whole[own]))
     return whole

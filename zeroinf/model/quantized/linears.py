@@ -204,7 +204,12 @@ def _expand(
     held: Held,
 ) -> dict[str, torch.Tensor]:
     device = next(iter(held.values())).device
-    whole = {own: torch.empty(shape, dtype=dtype, device=device) for own, (shape, dtype) in shapes.items()}
+    # Of a stack of experts there may be some alone.
+    stacks = {own: held[next(iter(names.values()))].shape[:1] for own, names, stacked in steps if stacked.is_stack}
+    whole = {
+        own: torch.empty((*stacks[own], *shape[1:]) if own in stacks else shape, dtype=dtype, device=device)
+        for own, (shape, dtype) in shapes.items()
+    }
     for own, names, matrices in steps:
         form.expand({suffix: held[name] for suffix, name in names.items()}, matrices.view(whole[own]))
     return whole
