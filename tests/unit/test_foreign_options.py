@@ -41,7 +41,8 @@ def test_what_names_elsewhere_lead_to_is_there() -> None:
 def test_a_command_is_told_of_flags_that_it_has() -> None:
     assert advice("--max-length", flags_of("run")) == "zeroinf calls it --max-new-tokens: it counts new tokens only"
     assert advice("--max-model-len", flags_of("serve")) == (
-        "zeroinf calls it --max-prompt-tokens: --max-new-tokens counts apart"
+        "zeroinf calls it --max-prompt-tokens: prompts alone; what is generated has --max-new-tokens, and both "
+        "together are the context"
     )
     assert advice("--num-prompts", flags_of("run")) == "zeroinf calls it --limit"
     assert advice("--num-prompts", flags_of("plan")) == "zeroinf calls it --requests"
@@ -56,7 +57,7 @@ def test_a_command_is_told_of_flags_that_it_has() -> None:
         (zeroinf.pipeline, {"torch_dtype": "auto"}, "zeroinf calls it dtype"),
         (zeroinf.pipeline, {"tensor_parallel_size": 2}, "zeroinf calls it"),
         (zeroinf.pipeline, {"device_map": "auto"}, "the plan places layers; gpu_memory and host_memory bound it"),
-        (zeroinf.plan, {"gpu_memory_utilization": 0.9}, "zeroinf calls it gpu_memory: a size such as 20GiB"),
+        (zeroinf.plan, {"gpu_memory_utilization": 0.9}, "zeroinf calls it gpu_memory: a size, not a share"),
         (zeroinf.plan, {"nvme_path": "x"}, "zeroinf calls it nvme_paths"),
         (zeroinf.plan, {"gpu_mem": "20GiB"}, "did you mean gpu_memory?"),
         (zeroinf.plan, {"unlike_anything": 1}, "it has model, engine, offload"),
