@@ -128,7 +128,7 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("system_prompt sys", "system")
     yield same("apply_chat_template conversation cnv", "chat")
     yield none("chat_template", "the model's own is used: put yours into its folder; {template} is for plain prompts")
-    yield same("num_prompts max_samples num_samples max_examples", "limit requests")
+    yield same("num_prompts max_samples num_samples max_examples", "requests limit")
     yield same("log_file metrics_file json_file", "report")
     # Sampling
     new = "it counts new tokens only"
