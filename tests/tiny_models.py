@@ -13,11 +13,18 @@ from typing import Any
 import torch
 from small_models import EMBEDDING_STD, INIT_STD
 from torch.nn import Embedding
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import modeling_auto
 
-FAMILIES: Mapping[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+CAUSAL: Mapping[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Names of the classes of all causal language models, by the `model_type` of their configs."""
+WITH_IMAGES: Mapping[str, str] = {
+    family: name
+    for family, name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+    if family not in CAUSAL
+}
+"""Those of models that take images, too, and are in no other list."""
+FAMILIES = {**CAUSAL, **WITH_IMAGES}
 
 VOCABULARY = 384
 LAYERS = 4
@@ -100,13 +107,31 @@ _QWEN4 = {
 }
 _HYBRID = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128}
 
+
+def _with_sections(*sections: int, **more: float) -> dict[str, Any]:
+    """Rotary embeddings of which so many frequencies are for time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+    return {"text_config": {"rope_parameters": rope}}
+
+
 _OWN: dict[str, dict[str, Any]] = {
+    **{family: _with_sections(4, 2, 2) for family in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glm_ocr", "glmga")},
+    "glm4v_moe": _with_sections(2, 1, 1, partial_rotary_factor=0.5),
+    "paddleocr_vl": _with_sections(4, 2, 2),
+    "ernie4_5_vl_moe": _with_sections(3, 3, 2),
+    "hunyuan_vl": _with_sections(4, 2, 2),
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": LAYERS},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+    },
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "dots3_note": {
         "vision_config": {"mlp_layer_types": ["dense"] * 2, "per_layer_config": None, "adapter_in_dim": 64},
         "audio_config": {"adapter_input_size": 64},
@@ -119,6 +144,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mistral4": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 256,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _QWEN4},
@@ -154,16 +188,26 @@ def _shrunk(kind: Any, own: Mapping[str, Any]) -> Any:
             fields[name] = min(value, _SMALL[name])
         elif name in _FILLED and value is None:
             fields[name] = _SMALL[name]
+    rope = default.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope and "rope_parameters" not in own:
+        width = fields.get("qk_rope_head_dim") or fields.get("head_dim") or 16
+        half = int(width * rope.get("partial_rotary_factor", 1)) // 2  # of positions in time, height and width
+        fields["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     for name, like in _ALIKE:
         if like in fields and default.get(name) == default[like]:
             fields[name] = fields[like]
     return kind(**{**own, **fields})
 
 
+def auto_class(family: str) -> Any:
+    """The class of transformers that loads a model of `family`."""
+    return AutoModelForCausalLM if family in CAUSAL else AutoModelForImageTextToText
+
+
 def build_tiny(family: str, *, seed: int = 0) -> Any:
     """A small model of `family` with random weights in float32, the same ones for the same seed."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    model = auto_class(family).from_config(tiny_config(family), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False):

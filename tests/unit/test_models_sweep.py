@@ -14,8 +14,12 @@ from tiny_models import FAMILIES, build_tiny, tiny_config
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.kv import cache_name, held_bytes
+from zeroinf.model.resolve import resolve_model
 
-SAMPLE = ("deepseek_v4", "deepseek_v32", "gemma3n_text", "glm_moe_dsa", "hy_v4", "jetmoe", "longcat_flash", "qwen4_exp")
+SAMPLE = (
+    *("deepseek_v4", "deepseek_v32", "gemma3n_text", "glm_moe_dsa", "hy_v4", "jetmoe", "longcat_flash", "qwen4_exp"),
+    *("kimi_k25", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe"),
+)
 
 
 def config_of(family: str) -> object:
@@ -51,6 +55,16 @@ def test_it_is_so(family: str, tmp_path: Path) -> None:
 def test_models_of_odd_builds_are_counted(family: str, blocks: int, caches: int) -> None:
     anatomy = read_anatomy(config_of(family), dtype="float32")
     assert (len(anatomy.blocks), len(anatomy.cache)) == (blocks, caches)
+
+
+@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl"])
+def test_the_language_model_of_models_with_images_is_what_streams(family: str, tmp_path: Path) -> None:
+    config_of(family)
+    build_tiny(family).save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    anatomy = read_anatomy(source.config, dtype="float32")
+    assert (anatomy.blocks_path, len(anatomy.blocks)) == ("model.language_model.layers", 4)
+    assert any("vis" in tensor.name for tensor in anatomy.outside)
 
 
 def test_caches_that_compress_tokens_are_bounded_from_above() -> None:

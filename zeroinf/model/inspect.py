@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch.nn import Module, ModuleList
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 
 from zeroinf.compat import models
 from zeroinf.compat.loading import conversions
@@ -34,7 +40,7 @@ _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_se
 
 
 # Models whose masks let padding count.
-_WITHOUT_PADDING = ("GitForCausalLM",)
+_WITHOUT_PADDING = ("GitForCausalLM", "Kosmos2_5ForConditionalGeneration")
 # Parts of multimodal models that text does not go through.
 _OTHER_SENSES = re.compile(r"vision|visual|image|img|audio|speech")
 
@@ -158,8 +164,20 @@ def as_in_checkpoint(model: Any, dtype: str) -> Quantized | None:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the model of `config`, one with an encoder or a causal one."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    """The class of transformers that makes the model of `config`: with an encoder, causal, or causal behind images."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+
+
+def takes_images(config: Any) -> bool:
+    """Whether `config` is of a model that transformers knows with images alone, and that has a language model in it."""
+    kind = type(config)
+    if config.is_encoder_decoder or kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    made = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
+    has_text = config.get_text_config(decoder=True) is not config
+    return made is not None and (has_text or made.__name__.endswith("ForCausalLM"))  # Mistral-4 is in that list alone
 
 
 def keeping_untied(config: Any) -> AbstractContextManager[None]:

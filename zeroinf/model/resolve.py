@@ -184,6 +184,7 @@ def _read_config(location: str, revision: str | None, trust_remote_code: bool) -
     from transformers import (
         CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         AutoConfig,
         PretrainedConfig,
@@ -193,7 +194,12 @@ def _read_config(location: str, revision: str | None, trust_remote_code: bool) -
         fields, _ = PretrainedConfig.get_config_dict(location, revision=revision)
         native = CONFIG_MAPPING[fields["model_type"]] if fields.get("model_type") in CONFIG_MAPPING else None
         own_code = fields.get("auto_map") or {}
-        known = native in MODEL_FOR_CAUSAL_LM_MAPPING or native in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        mappings = (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        )
+        known = any(native in mapping for mapping in mappings)
         if own_code and not trust_remote_code and not known:
             raise own_code_error(location, own_code)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -207,7 +213,13 @@ def _read_config(location: str, revision: str | None, trust_remote_code: bool) -
 
 def _require_generating(location: str, config: Any) -> None:
     """Refuse what transformers cannot build as a model that generates, and encoders that it would build as decoders."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+
+    from zeroinf.model.inspect import takes_images
 
     own_code = getattr(config, "auto_map", None) or {}
     named = getattr(config, "architectures", None) or []
@@ -221,6 +233,8 @@ def _require_generating(location: str, config: Any) -> None:
         decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
         is_other = not getattr(config, "is_decoder", True) or not classifiers().isdisjoint(named)
         known = not named or decoder in named or not is_other
+    elif takes_images(config):
+        known = not named or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ in named
     else:
         known = "AutoModelForCausalLM" in own_code
     if known:
