@@ -23,25 +23,44 @@ from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_t
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.choice import Choice
 
-# gpt_neox is converted as it loads, gemma3n has a table for all layers beside tied input embeddings.
-NAMES = ("llama", "gpt_neox", "mixtral", "mamba2", "gemma3n")
-DEFAULT = ("gpt_neox", "gemma3n")
+# gpt_neox is converted as it loads, gemma3n has a table for all layers beside tied input embeddings, qwen4_exp tables
+# inside of layers, of which a token reads many rows.
+NAMES = ("llama", "gpt_neox", "mixtral", "mamba2", "gemma3n", "qwen4_exp")
+DEFAULT = ("gpt_neox", "gemma3n", "qwen4_exp")
 
 Checkpoint = Callable[[str], Path]
 
 
 @pytest.fixture
 def checkpoint(small_checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
-    return lambda name: _gemma3n(tmp_path / name) if name == "gemma3n" else small_checkpoint(name)
+    own = {"gemma3n": _gemma3n, "qwen4_exp": _qwen4_exp}
+    return lambda name: _save(own[name](), tmp_path / name) if name in own else small_checkpoint(name)
 
 
-def _gemma3n(folder: Path) -> Path:
-    config = transformers.Gemma3nTextConfig(
+def _gemma3n() -> Any:
+    return transformers.Gemma3nTextConfig(
         vocab_size=384, vocab_size_per_layer_input=384, hidden_size=64, hidden_size_per_layer_input=16,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=[96] * 3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=32, laurel_rank=8,
         activation_sparsity_pattern=[0.0] * 3, num_kv_shared_layers=0, max_position_embeddings=256,
     )  # fmt: skip
+
+
+def _qwen4_exp() -> Any:
+    if not hasattr(transformers, "Qwen4ExpTextConfig"):
+        pytest.skip("this transformers does not have the model")
+    return transformers.Qwen4ExpTextConfig(
+        vocab_size=384, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2, ple_layer_ids=[1, 3],
+        ple_embed_dim=64, ngram_vocab_size_base=500, hc_lowrank=16, split_ngram_parts=2, max_position_embeddings=256,
+        eos_token_id=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
+        indexer_compress_ratio=4,
+    )  # fmt: skip
+
+
+def _save(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -93,6 +112,16 @@ def test_ranks_read_the_rows_of_one_copy(fetch: str, small_checkpoint: Checkpoin
     found, codes = on_ranks(2, body)
     assert codes == [0, 0]
     assert [tokens for tokens, _ in found] == [expected] * 2
+
+
+def test_tables_inside_of_layers_do_not_stream_with_them(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen4_exp")
+    moved = {where: stream(folder, embeddings=where).stats().streamed_bytes_per_pass for where in ("gpu", "cpu")}
+    anatomy = read_anatomy(stream(folder).model.config, dtype="float32")
+    tables = [table for table in anatomy.tables if ".layers." in table.tensor]
+    assert [table.rows_per_token for table in tables] == [16, 16]
+    left = moved["gpu"] - moved["cpu"] - sum(table.rows * table.row_bytes for table in tables)
+    assert abs(left) <= 4096 * len(tables), "but for the rounding of pieces"
 
 
 def test_no_weights_but_those_of_the_forward_are_on_the_device(
