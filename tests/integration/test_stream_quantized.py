@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
 
-from zeroinf.distributed.control import Control
+from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
@@ -25,6 +26,7 @@ from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, store_bytes
 from zeroinf.runs.prepare import prepare, read_job
+from zeroinf.runs.runner import run_job
 
 Quantized = Callable[[str, str], Path]
 # In bfloat16 where plain transformers (5.17) expands to nothing else.
@@ -132,6 +134,7 @@ def test_random_weights_have_the_shapes_of_the_checkpoint(quantized: Quantized) 
         ({"wire": "int8"}, "--wire int8 has no effect: the checkpoint is quantized already, with fp8"),
         ({"engine": "zero"}, "the zero engine does not run checkpoints that are quantized already, with fp8"),
         ({"engine": "resident"}, "the resident engine does not run"),
+        ({"engine": "tensor-parallel"}, "the tensor-parallel engine does not run checkpoints that are quantized"),
     ],
 )
 def test_what_has_no_use_for_codes_is_refused_by_name(
@@ -142,8 +145,35 @@ def test_what_has_no_use_for_codes_is_refused_by_name(
     )
     source = resolve_model(options.model)
     reading = read_job(options, source, "cpu")
-    with pytest.raises(UsageError, match=message):
-        prepare(options, source, reading, reading.job.work, World(), "cpu")
+    two = World(size=2, local_size=2, launched=True)
+    for world in (World(), two):
+        with pytest.raises(UsageError, match=message):
+            prepare(options, source, reading, reading.job.work, world, "cpu")
+
+
+def test_ranks_that_share_a_quantized_model_are_refused_by_name(quantized: Quantized) -> None:
+    options = RunOptions(
+        model=str(quantized("llama", "w4a16")),
+        prompts=("a",),
+        sampling=Sampling(max_new_tokens=2),
+        engine="tensor-parallel",
+    )
+
+    def body(control: Control) -> object:
+        return run_job(options, control.world, torch.device("cpu"), io.StringIO(), Deaf())  # type: ignore[arg-type]
+
+    (first, second), _ = on_ranks(2, body)
+    assert isinstance(first, UsageError)
+    assert "the tensor-parallel engine does not run checkpoints that are quantized already, with" in first.message
+    assert isinstance(second, OtherRankFailedError)
+    assert second.exit_code == first.exit_code == 2
+
+
+class Deaf:
+    """An observer that hears nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *heard: None
 
 
 def changed(folder: Path, to: Path, **fields: Any) -> Path:
