@@ -20,7 +20,7 @@ from zeroinf.options.keywords import with_known_keywords
 from zeroinf.options.options import LoadOptions, PlanOptions, RunOptions
 from zeroinf.options.plan_input import input_of_best_gpus
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
-from zeroinf.planner.kv import Kv
+from zeroinf.planner.kv import Kv, KvAttention
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.wire import Wire
@@ -93,6 +93,7 @@ def plan(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    kv_attention: KvAttention = "auto",
     embeddings: Embeddings | Literal["auto"] = "auto",
     expert_parts: int | None = None,
     resident_blocks: int | None = None,
@@ -160,6 +161,7 @@ def generate(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    kv_attention: KvAttention = "auto",
     embeddings: Embeddings | Literal["auto"] = "auto",
     expert_parts: int | None = None,
     resident_blocks: int | None = None,
@@ -231,6 +233,7 @@ def pipeline(
     wire: Wire = "model",
     kv: Kv = "auto",
     kv_dtype: KvDtype = "model",
+    kv_attention: KvAttention = "auto",
     embeddings: Embeddings | Literal["auto"] = "auto",
     expert_parts: int | None = None,
     resident_blocks: int | None = None,

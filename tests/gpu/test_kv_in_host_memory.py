@@ -65,6 +65,15 @@ def test_packed_rows_give_the_same_tokens(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize("place", sorted(PLACES))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss", "mixtral"])
+def test_the_cpu_attends_to_the_same_effect(name: str, place: str, streams: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    by_cpu = {**PACKED, **PLACES[place], "cpu_rows": 12}
+    assert tokens_of(folder, streams, **by_cpu) == tokens_of(folder, streams)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("place", sorted(PLACES))
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "mixtral"])
 def test_tokens_are_those_of_a_cache_on_the_gpu(name: str, place: str, streams: bool, tmp_path: Path) -> None:
     folder = make_checkpoint(name, tmp_path / name)
@@ -79,16 +88,19 @@ def test_codes_give_the_same_tokens_however_prompts_are_cut(tmp_path: Path) -> N
     assert tokens_of(folder, True, **PACKED, **limits) == expected
 
 
-def test_a_run_takes_the_memory_that_its_plan_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["gpu", "cpu"])
+def test_a_run_takes_the_memory_that_its_plan_said(attention: str, tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "x" * (200 + i), "ignore_eos": True} for i in range(96)])
     arguments = ["-m", "pythia-160m", "--random-weights", "-i", str(prompts), "-o", str(tmp_path / "out.jsonl")]
     limits = ["--offload", "cpu", "--kv", "host", "--gpu-memory", "8GiB", "--max-new-tokens", "32"]
+    limits += ["--kv-attention", attention]
     done = run_zeroinf([*arguments, *limits, "--report", str(tmp_path / "report.json")])
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "report.json").read_text())
     compared = {one["name"]: one for one in report["compared"]}
     assert report["host_rows"] == report["batch_size"]
-    assert report["kv_gbps"] > 0
+    assert report["kv_attention"] == attention
+    assert attention == "cpu" or report["kv_gbps"] > 0
     for name in ("KV cache", "host memory, page-locked"):
         assert compared[name]["measured"] == pytest.approx(compared[name]["predicted"], rel=0.01)
     assert compared["allocated"]["measured"] <= compared["allocated"]["predicted"]

@@ -100,6 +100,7 @@ HOW_TO_RUN = (
     *(
         "kv",
         "kv_dtype",
+        "kv_attention",
         "embeddings",
         "expert_parts",
         "resident_blocks",
@@ -302,7 +303,9 @@ def test_prompts_have_settings_of_their_own(model: str) -> None:
         zeroinf.generate(model, ["x", {"prompt": "y", "max_lenght": 3}])
 
 
-@pytest.mark.parametrize("how", [{"kv": "host"}, {"kv": "host", "kv_dtype": "int8"}])
+@pytest.mark.parametrize(
+    "how", [{"kv": "host"}, {"kv": "host", "kv_dtype": "int8"}, {"kv": "host", "kv_attention": "cpu"}]
+)
 def test_keys_and_values_may_rest_in_host_memory(how: dict[str, Any], model: str) -> None:
     wanted = zeroinf.generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
     found = zeroinf.generate(model, PROMPTS, max_new_tokens=NEW_TOKENS, **how)

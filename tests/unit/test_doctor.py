@@ -37,6 +37,7 @@ def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_module, "measure_disk", lambda folder: measure_disk(folder, file_bytes=16 << 20, read_s=0.01)
     )
     monkeypatch.setattr(measure_module, "measure_host_copy", lambda: (12.5, 25.0))
+    monkeypatch.setattr(measure_module, "measure_host_read", lambda: 60.0)
 
 
 def test_table_gives_each_check_a_line_and_each_trouble_a_hint(tmp_path: Path) -> None:
@@ -97,9 +98,11 @@ def test_measured_rates_are_printed_and_found_again_by_the_next_doctor(tmp_path:
     assert measured.exit_code == 0, measured.output
     assert "measuring host memory ..." in measured.stderr
     assert "rate host memory copy        12.5 GB/s" in measured.stdout.splitlines()
+    assert "rate host memory read        60.0 GB/s" in measured.stdout.splitlines()
     after = json.loads(CliRunner().invoke(doctor, ["--json"]).stdout)
     assert after["rates"]["host_copy_gbps"] == 12.5
-    assert after["rates"]["origins"] == {"host_copy_gbps": "measured", "host_recopy_gbps": "measured"}
+    names = ("host_copy_gbps", "host_recopy_gbps", "host_read_gbps")
+    assert after["rates"]["origins"] == dict.fromkeys(names, "measured")
     assert Path(after["profile"]["path"]).is_file()
 
 

@@ -28,6 +28,7 @@ from zeroinf.hardware.measure.disk_rate import REQUESTS_IN_FLIGHT, measure_disk
 from zeroinf.hardware.measure.footprint import _multiply, _use
 from zeroinf.hardware.measure.gpu_rates import kernels_of, measure_model_launch
 from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
+from zeroinf.hardware.measure.host_read_rate import measure_host_read
 from zeroinf.hardware.snapshot import read_machine
 
 GPU = Gpu(
@@ -105,11 +106,13 @@ def test_machine_without_gpus_measures_disk_and_host_and_a_failure_stops_nothing
 ) -> None:
     monkeypatch.setattr(measure_module, "measure_disk", small_disk)
     monkeypatch.setattr(measure_module, "measure_host_copy", lambda: measure_host_copy(nbytes=8 << 20))
+    monkeypatch.setattr(measure_module, "measure_host_read", lambda: measure_host_read(nbytes=8 << 20))
     absent = direct_folder / "absent"
     machine = replace(read_machine([absent, direct_folder]), gpus=())
     said: list[str] = []
     rates = measure_machine(machine, said.append)
-    assert set(rates.known) == {"host_copy_gbps", "host_recopy_gbps", "disk_gbps", "disk_gbps_by_requests"}
+    host = {"host_copy_gbps", "host_recopy_gbps", "host_read_gbps"}
+    assert set(rates.known) == {*host, "disk_gbps", "disk_gbps_by_requests"}
     assert set(rates.origins.values()) == {"measured"}
     assert rates.of_disk(machine.disks[1]) == max((rates.disk_gbps or {}).values())
     assert any(line.startswith(f"not measured: disk of {absent}: ") for line in said)
@@ -118,9 +121,10 @@ def test_machine_without_gpus_measures_disk_and_host_and_a_failure_stops_nothing
 def test_gpus_that_torch_cannot_use_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure_module, "measure_host_copy", lambda: (10.0, 20.0))
+    monkeypatch.setattr(measure_module, "measure_host_read", lambda: 30.0)
     said: list[str] = []
     rates = measure_machine(replace(read_machine(), gpus=(GPU,)), said.append)
-    assert rates.known == {"host_copy_gbps": 10.0, "host_recopy_gbps": 20.0}
+    assert rates.known == {"host_copy_gbps": 10.0, "host_recopy_gbps": 20.0, "host_read_gbps": 30.0}
     assert said[0] == "not measured: GPUs: this torch cannot use them"
 
 

@@ -26,6 +26,7 @@ ASKED: dict[str, Any] = {
     "wire": "int8",
     "kv": "host",
     "kv_dtype": "int8",
+    "kv_attention": "cpu",
     "embeddings": "cpu",
     "expert_parts": 2,
     "resident_blocks": 1,

@@ -38,7 +38,7 @@ from zeroinf.options.contradictions import engine_of
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.options.plan_input import plan_input_of
 from zeroinf.options.planning import plan_run
-from zeroinf.planner.kv import host_share
+from zeroinf.planner.kv import check_kv_attention, host_share
 from zeroinf.planner.memory import MASKS, pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
@@ -157,6 +157,8 @@ def test_ranks_share_one_walk_over_the_weights_only_where_they_reach_each_other_
         ({"engine": "zero", "wire": "int4"}, ALONE, "--wire has no effect with the zero engine"),
         ({"engine": "zero", "kv": "host"}, ALONE, "--kv has no effect with the zero engine"),
         ({"engine": "zero", "kv_dtype": "int8"}, ALONE, "--kv-dtype has no effect with the zero engine"),
+        ({"engine": "zero", "kv_attention": "cpu"}, ALONE, "--kv-attention has no effect with the zero engine"),
+        ({"kv": "gpu", "kv_attention": "cpu"}, ALONE, "--kv-attention cpu has no effect with --kv gpu"),
         ({"kv": "gpu", "kv_dtype": "int8"}, ALONE, "--kv-dtype int8 is for keys and values in host memory"),
         ({"engine": "zero", "fetch": "partitioned"}, TWO, "--fetch has no effect with the zero engine"),
         ({"engine": "zero", "resident_blocks": 0}, ALONE, "--resident-blocks has no effect with the zero engine"),
@@ -370,6 +372,17 @@ def test_a_model_that_keeps_no_keys_and_values_has_none_in_host_memory(kv: Any) 
     with pytest.raises(UsageError, match="no layer of MambaForCausalLM keeps keys and values"):
         host_share(kv, "int8", "stream", mamba)
     assert host_share("auto", "model", "stream", mamba) == 0.0
+
+
+def test_the_cpu_attends_where_the_user_says(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--kv-attention cpu needs packed forwards: Triton"):
+        ask(kv="host", kv_attention="cpu", batch_size=3)
+    monkeypatch.setattr("zeroinf.options.planning.why_no_kernels", lambda: "")
+    assert ask(kv="host", kv_attention="cpu", batch_size=3).kv_attention == "cpu"
+    assert ask(kv="host", batch_size=3).kv_attention == "gpu"
+    bloom = read_anatomy(small_config("bloom"))
+    with pytest.raises(UsageError, match="--kv-attention cpu needs packed forwards: its forward takes no positions"):
+        check_kv_attention("cpu", "host", "stream", bloom)
 
 
 def test_a_plan_loads_a_checkpoint_as_its_run_does(tmp_path: Path) -> None:

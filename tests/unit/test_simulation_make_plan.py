@@ -19,6 +19,7 @@ from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import total
+from zeroinf.planner.plan import Plan
 from zeroinf.planner.speeds import speeds_of
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, PlanResult, make_plan
@@ -133,6 +134,29 @@ def test_no_smaller_micro_batch_beats_what_is_chosen() -> None:
     best = tokens_per_second("opt-1.3b", asked)
     assert all(best > 0.99 * tokens_per_second("opt-1.3b", asked, micro_batch_rows=rows) for rows in (8, 32))
     assert best > 0.99 * tokens_per_second("opt-1.3b", asked, batch_size=64, resident_blocks=18)
+
+
+def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
+    asked = plan_input_of(gpu=2 * GIB, host=100 * GIB, prompt=512, offload="cpu", batch_size=192, host_share=1.0)
+    config = catalog_config("opt-1.3b")
+    asked = replace(asked, config=config, anatomy=read_anatomy(config, dtype="bfloat16"))
+
+    def plan(**rates: float) -> Plan:
+        known = Rates.of("given", link_gbps=24.0, matmul_tflops={"bfloat16": {8192: 100}}, hbm_gbps=900.0, **rates)
+        return make_plan(replace(asked, rates=known)).plan
+
+    today, fast, slow = plan(), plan(host_read_gbps=80.0), plan(host_read_gbps=5.0)
+    assert (today.kv_attention, fast.kv_attention, slow.kv_attention) == ("gpu", "cpu", "gpu")
+    assert today.timing == slow.timing, "nothing changes before host memory is measured"
+    assert today.timing is not None
+    assert fast.timing is not None
+    assert fast.timing.tokens_per_second > 1.5 * today.timing.tokens_per_second
+    assert fast.timing.fetched_bytes < 0.02 * today.timing.fetched_bytes, "queries and results cross the link"
+    assert (fast.forward_tokens > 0, today.forward_tokens) == (True, 0)
+    assert "where the CPU attends to them" in repr(fast)
+    crossing = [one for one in fast.terms if one.name == "attention on the CPU, page-locked"]
+    assert fast.host is not None
+    assert crossing[0].nbytes >= fast.host_rows * fast.anatomy.step_row_bytes(fast.host) > 0
 
 
 def test_no_other_batch_beats_what_is_chosen() -> None:

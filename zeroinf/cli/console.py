@@ -282,6 +282,7 @@ def _stalls(report: RunReport) -> str:
     }
     seconds = {word: sum(getattr(rank.stalls, name) for rank in report.ranks) for name, word in words.items()}
     whole = len(report.ranks) * report.generate_s
+    seconds["of that for attention on the CPU"] = sum(rank.attention_wait_s for rank in report.ranks)
     return ", ".join(f"{word}: {100 * spent / whole:.0f} %" for word, spent in seconds.items() if spent and whole)
 
 

@@ -65,7 +65,8 @@ class HostCache:
 
     @property
     def pinned_bytes(self) -> int:
-        return self._host.pinned_bytes if self._host is not None else 0
+        own = self._host.pinned_bytes if self._host is not None else 0
+        return own + (self.steps.pinned_bytes if self.steps is not None else 0)
 
     def page(self, cache: DynamicCache, columns: Columns, group: Group) -> list[Unit]:
         """Let layers of `cache`, for one forward, read and write what host memory holds of the rows of `group`.

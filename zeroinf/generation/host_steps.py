@@ -47,6 +47,11 @@ class HostSteps:
         self.waited_s = 0.0
         """Seconds that the host has waited for results, with nothing else to enqueue."""
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked memory; torch rounds it up to a power of two."""
+        return 1 << (self._host.nbytes - 1).bit_length() if self.on_gpu else 0
+
     def begin(self) -> None:
         """The forwards of the next pass have their memory: those of the one after begin anew."""
         self._used = 0

@@ -67,6 +67,9 @@ class Rates:
     host_recopy_gbps: float | None = None
     """The same into memory that has been written before, as a load's stages have."""
 
+    host_read_gbps: float | None = None
+    """Host memory read by all cores but one, as attention on the CPU reads it."""
+
     shared_page_lock_gbps: float | None = None
     """`page_lock_gbps` of memory that several ranks share: its pages are small, as a rule."""
 

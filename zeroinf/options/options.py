@@ -20,7 +20,7 @@ from zeroinf.jobs.shape import EntryShape
 from zeroinf.model.anatomy import KvDtype
 from zeroinf.options.definition import Option, Options, option, parts
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
-from zeroinf.planner.kv import Kv
+from zeroinf.planner.kv import Kv, KvAttention
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.service.requests import ChatOptions
@@ -110,6 +110,14 @@ class EngineOptions(Options):
         fingerprint="keys and values",
         section="memory",
         help="The KV cache in host memory: in the model's dtype, or quantized to int8, which is lossy.",
+    )
+    kv_attention: KvAttention = option(
+        "auto",
+        engine_specific=True,
+        section="memory",
+        help="Who attends to a KV cache in host memory: the GPU, to which it is copied, or, for decode steps, the CPU, "
+        "where it rests. auto compares both once `zeroinf doctor --measure` has measured host memory, and is the GPU "
+        "before. With the stream engine.",
     )
     embeddings: Embeddings | Literal["auto"] = option(
         "auto",

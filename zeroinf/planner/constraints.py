@@ -9,7 +9,7 @@ from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import default_engine, descriptor_of
-from zeroinf.planner.kv import HostShare
+from zeroinf.planner.kv import HostShare, KvAttention
 from zeroinf.planner.wire import Wire
 
 
@@ -35,6 +35,7 @@ class Constraints:
     host_share: HostShare = 0.0
     """The part of the rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
+    kv_attention: KvAttention = "auto"
     embeddings: Embeddings | Literal["auto"] = "auto"
     expert_parts: int | None = None
     static_batches: bool = False

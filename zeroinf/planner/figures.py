@@ -73,6 +73,8 @@ class PassFigures(Figures):
     micro_batch_s: float
     host_layer_s: float
     """Each layer of a micro-batch whose KV cache rests in host memory: events and streams, there and back."""
+    host_attention_share: float
+    """The part of host memory's read rate that attention on the CPU reaches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +151,8 @@ class UnmeasuredFigures(Figures):
     disk_gbps: float
     fill_gbps: float
     """Filling host memory from the page cache, and page-locking it."""
+    host_read_gbps: float
+    """Reads of host memory by all of a machine's cores: two channels of DDR4-3200 that are read at four fifths."""
     launch_s: float
     model_launch_s: float
     host: Card

@@ -6,10 +6,14 @@ from typing import Literal
 
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import Anatomy, KvDtype
-from zeroinf.planner.descriptor import descriptor_of
+from zeroinf.planner.descriptor import descriptor_of, why_padded
 
 Kv = Literal["gpu", "host", "auto"]
 """Where keys and values rest: all on the GPU, all in host memory, or as many rows there as make the most tokens/s."""
+
+KvAttention = Literal["auto", "gpu", "cpu"]
+"""Who attends to keys and values in host memory: the GPU, to which they are copied, or, for decode steps, the CPU,
+where they rest."""
 
 HostShare = float | Literal["auto"]
 """The part of the rows whose keys and values rest in host memory."""
@@ -31,6 +35,16 @@ def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostSha
     if kv == "auto":  # rows that cannot be regrouped all rest in one place, on the GPU unless told otherwise
         return "auto" if descriptor_of(engine).shares_passes and anatomy.is_paged and anatomy.can_rest_on_host else 0.0
     return 1.0 if kv == "host" else 0.0
+
+
+def check_kv_attention(attention: KvAttention, kv: Kv, engine: str, anatomy: Anatomy) -> None:
+    """Raise UsageError where it makes no sense to ask for attention on the CPU."""
+    if attention != "cpu":
+        return
+    if kv == "gpu":
+        raise UsageError("--kv-attention cpu has no effect with --kv gpu", hint="drop one of them")
+    if reason := why_padded(anatomy, engine):
+        raise UsageError(f"--kv-attention cpu needs packed forwards: {reason}", hint="drop it")
 
 
 def fetched_bytes(anatomy: Anatomy, dtype: KvDtype, tokens: float) -> float:

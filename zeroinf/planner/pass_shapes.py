@@ -55,6 +55,8 @@ class PassShapes:
         self._expert_parts = constraints.expert_parts or 1
         scored = facts.lengths.scored_tokens > 0
         on_host = self.host_rows(MOST_ROWS) > 0
+        self._attends_on_cpu = on_host and constraints.kv_attention == "cpu"
+        on_host = on_host and not self._attends_on_cpu
         self.packs = not why_padded(facts.anatomy, constraints.engine, on_host=on_host, scored=scored)
         """Whether rows of a forward lie side by side."""
 
@@ -142,7 +144,8 @@ class PassShapes:
         together = min(most, self._constraints.micro_batch_rows or most)
         least = self._lengths.prompt_tokens if self._whole_prompts else 1
         size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))
-        return Shape(rows, together, tokens, on_host, self._constraints.kv_dtype, size, self._expert_parts)
+        kv_dtype, on_cpu = self._constraints.kv_dtype, self._attends_on_cpu
+        return Shape(rows, together, tokens, on_host, kv_dtype, size, self._expert_parts, on_cpu)
 
     def _in_parts(self, rows: int, rows_share: int, tokens_share: int) -> Shape:
         """`rows` rows in such parts of the most rows that run together, and of the most prompt tokens."""

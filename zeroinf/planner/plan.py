@@ -121,7 +121,13 @@ class Plan:
     @property
     def padded_because(self) -> str:
         """Why rows of a forward are padded to one length; empty where they are packed."""
-        return why_padded(self.anatomy, self.engine, on_host=self.host_rows > 0, scored=self.scored_tokens > 0)
+        on_host = self.host_rows > 0 and self.kv_attention == "gpu"
+        return why_padded(self.anatomy, self.engine, on_host=on_host, scored=self.scored_tokens > 0)
+
+    @property
+    def kv_attention(self) -> Literal["gpu", "cpu"]:
+        """Who attends to keys and values in host memory."""
+        return "cpu" if self.host is not None and self.host.cpu_rows else "gpu"
 
     @property
     def packs_scores(self) -> bool:

@@ -15,7 +15,7 @@ from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection
-from zeroinf.planner.descriptor import EngineTerms, descriptor_of
+from zeroinf.planner.descriptor import EngineTerms, descriptor_of, why_padded
 from zeroinf.planner.facts import Facts
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
@@ -144,17 +144,18 @@ class Planner:
         return sum(table_pieces(facts.anatomy, "cpu")) > facts.gpu_bytes * _WORTHWHILE_SHARE
 
     def _choose(self, constraints: Constraints) -> Decision:
-        if constraints.host_share != "auto":
-            outcome = _Search(self._facts, constraints).best()
+        ways = list(self._ways(constraints))
+        if len(ways) == 1:
+            outcome = _Search(self._facts, ways[0]).best()
             if not isinstance(outcome, Decision):
                 raise NothingFitsError(outcome)
             return outcome
         best: Decision | None = None
         rejected: list[Rejection] = []
-        for share in _HOST_SHARES if self._facts.device == "cuda" else _HOST_SHARES[:1]:
-            if best is not None and self._most_with_host(constraints) <= _WORTHWHILE * best.tokens_per_second:
-                break
-            search = _Search(self._facts, replace(constraints, host_share=share))
+        for way in ways:
+            if best is not None and self._most_with_host(way) <= _WORTHWHILE * best.tokens_per_second:
+                continue
+            search = _Search(self._facts, way)
             found = search.best(best.tokens_per_second if best else 0.0)
             if not isinstance(found, Decision):
                 rejected += found
@@ -165,6 +166,20 @@ class Planner:
             raise NothingFitsError(list(nearest.values()))
         return best
 
+    def _ways(self, constraints: Constraints) -> Iterator[Constraints]:
+        """The shares of rows in host memory that are to be compared, and who attends to those."""
+        facts, asked = self._facts, constraints.host_share
+        shares = [asked] if asked != "auto" else list(_HOST_SHARES if facts.device == "cuda" else _HOST_SHARES[:1])
+        attention = [constraints.kv_attention]
+        if attention == ["auto"]:
+            knows = facts.speeds.reads_host and facts.device == "cuda"
+            packs = not why_padded(facts.anatomy, constraints.engine, scored=facts.lengths.scored_tokens > 0)
+            attention = ["gpu", "cpu"] if knows and packs and any(shares) else ["gpu"]
+        for by in attention:
+            for share in shares:
+                if share or by == attention[0]:
+                    yield replace(constraints, host_share=share, kv_attention=by)
+
     def _most_with_host(self, constraints: Constraints) -> float:
         """Tokens/s that no number of rows in host memory can exceed, however few weights stream beside them.
 
@@ -174,7 +189,9 @@ class Planner:
         prompt, new = lengths.mean_prompt_tokens, lengths.mean_new_tokens
         tokens = (prompt or lengths.prompt_tokens) + (new or lengths.new_tokens) / 2
         row = fetched_bytes(self._facts.anatomy, constraints.kv_dtype, tokens)
-        return constraints.world_size * self._facts.speeds.link_gbps * 1e9 / row
+        speeds = self._facts.speeds
+        gbps = speeds.host_read_gbps if constraints.kv_attention == "cpu" else speeds.link_gbps
+        return constraints.world_size * gbps * 1e9 / row
 
 
 class _Search:

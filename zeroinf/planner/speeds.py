@@ -36,6 +36,8 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         model_launch_s=rates.model_launch_s or assumed.model_launch_s,
         fill_gbps=fill,
         place_gbps=min(rates.host_recopy_gbps or rates.host_copy_gbps or 2 * assumed.fill_gbps, link),
+        host_read_gbps=(rates.host_read_gbps or assumed.host_read_gbps) / world_size,
+        reads_host=rates.host_read_gbps is not None,
         fitted=fitted_figures(gpu.capability if gpu else None),
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )

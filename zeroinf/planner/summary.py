@@ -73,7 +73,8 @@ def _kv(plan: Plan) -> str:
         return ""
     lossy = f" as {plan.host.dtype} (lossy)" if plan.host.dtype != "model" else ""
     on_gpu = plan.batch_size - plan.host_rows
-    return f"KV cache: {on_gpu} rows on the GPU, {plan.host_rows} in host memory{lossy}; "
+    attended = ", where the CPU attends to them" if plan.kv_attention == "cpu" else ""
+    return f"KV cache: {on_gpu} rows on the GPU, {plan.host_rows} in host memory{lossy}{attended}; "
 
 
 def _tiers(plan: Plan, blocks: int) -> str:
@@ -91,7 +92,7 @@ def _tiers(plan: Plan, blocks: int) -> str:
 
 def limited_by(timing: Timing, device: str) -> str:
     """The resource that a decode step waits for, in words that hold for the device."""
-    words = dict[str, str](link="PCIe transfer", disk="disk reads")
+    words = dict[str, str]({"link": "PCIe transfer", "disk": "disk reads", "host memory": "reads of host memory"})
     words |= {"GPU memory": "GPU memory bandwidth", "all-gather": "the all-gather between GPUs"}
     if device == "cpu":
         words |= {"GPU memory": "memory bandwidth", "kernel launches": "operator calls", "link": "memory copies"}

@@ -20,7 +20,7 @@ from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
-Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches"]
+Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory"]
 
 # How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
 _WAVES = 4
@@ -52,6 +52,10 @@ class Speeds:
     """Filling host memory from the page cache, and page-locking it."""
     place_gbps: float
     """From the page cache through stages in host memory onto the GPU, both at once."""
+    host_read_gbps: float
+    """Reads of host memory by all threads but one, while the other ranks of the node do the same."""
+    reads_host: bool = False
+    """That was measured: attention on the CPU may be compared with others."""
     fitted: FittedFigures
     """The parts of these rates that kernels reach, and host times, on the GPU that is most like this one."""
     projected: tuple[str, ...] = ()
@@ -100,6 +104,9 @@ def time_plan(
     decoder, *encoder = walks(anatomy, choice)
     waits, streamed = _waits(anatomy, [decoder], choice, speeds, world_size)
     prompt_waits, _ = _waits(anatomy, [decoder, *encoder], choice, speeds, world_size)
+    if workload.shape.cpu_rows:  # weights that cross the link are read from the memory that the CPU reads
+        for waiting in (waits, prompt_waits):
+            waiting["host memory"] = waiting["link"] * speeds.link_gbps / speeds.host_read_gbps
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     _, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -158,6 +165,8 @@ def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tupl
     prompt, new = workload.prompt_tokens, workload.new_tokens
     row = fetched_bytes(anatomy, choice.kv_dtype, prompt + new / 2)
     begun = fetched_bytes(anatomy, choice.kv_dtype, prompt / 2) if workload.prompts_rows < 1 else 0.0
+    if workload.host is not None and workload.host.cpu_rows:
+        return begun, choice.host_rows * anatomy.step_row_bytes(workload.host) * len(anatomy.records(choice.kv_dtype))
     return begun, choice.host_rows * row
 
 
@@ -200,6 +209,14 @@ def _add_gathering(
     times["kernel launches"] += _GATHER_LAUNCHES * forwards * len(anatomy.tables) * speeds.model_launch_s
 
 
+def _attended_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
+    """Seconds that the CPU takes to attend for a step of all rows in host memory; 0 where it does not."""
+    if not workload.shape.cpu_rows:
+        return 0.0
+    row = fetched_bytes(anatomy, choice.kv_dtype, workload.prompt_tokens + workload.new_tokens / 2)
+    return choice.host_rows * row / speeds.host_read_gbps / speeds.fitted.passes.host_attention_share / 1e9
+
+
 def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
     """Micro-batches of prompts and others of steps: one of few rows launches as much as one of many."""
     started, fetched = _fetched_bytes(anatomy, choice, workload)
@@ -232,7 +249,8 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     by_tokens, by_choices = _forward_times(forwards, speeds)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
-    copies_s = _copies_s(anatomy, choice, speeds)
+    attended_s = _attended_s(anatomy, choice, workload, speeds)
+    copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
 
     def count_of(prompts: float, decode: float, rows: int) -> int:
         """Forwards of the rows of one side, which have so large a share of the prompts."""
@@ -256,7 +274,11 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
         _add_gathering(attention, anatomy, choice, speeds, tokens, count)
-        return {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
+        both = {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
+        if decode and attended_s:  # it begins in a layer behind its first forward, and the last one ends behind it
+            alone = max(both["arithmetic"] + both["GPU memory"], both["kernel launches"]) / count
+            both["host memory"] = decode * attended_s + alone
+        return both
 
     return cost
 
@@ -449,6 +471,8 @@ def _pass(
         "kernel launches": waits["kernel launches"] + both["kernel launches"],
         max(on_gpu, key=lambda resource: both[resource]): gpu_s,
     }
+    if both["host memory"]:
+        times["host memory"] = waits["host memory"] + both["host memory"]
     slowest = max(times, key=lambda resource: times[resource])
     if not overlaps:
         return sum(waits.values()) + max(both["kernel launches"], gpu_s), slowest
@@ -459,6 +483,7 @@ def _pass(
 def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
     """Seconds of kernels by what each of them is bound by, and of launching them."""
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
+    times["host memory"] = 0.0
     for group in groups:
         times["kernel launches"] += group.times * len(group.kernels) * speeds.model_launch_s
         for kernel in group.kernels:

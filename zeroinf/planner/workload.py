@@ -131,6 +131,7 @@ class Lengths:
             seen_columns=together * tokens,
             new_columns=max(shape.forward_tokens or shape.prefill_tokens, together, whole),
             dtype=shape.kv_dtype,
+            cpu_rows=shape.cpu_rows,
         )
 
 
@@ -208,6 +209,13 @@ class Shape:
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
     expert_parts: int = 1
     """Parts in which the experts of a layer compute."""
+    attends_on_cpu: bool = False
+    """The CPU attends for steps of rows in host memory, in packed forwards."""
+
+    @property
+    def cpu_rows(self) -> int:
+        """Rows for whose steps the CPU attends."""
+        return self.host_rows if self.attends_on_cpu else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

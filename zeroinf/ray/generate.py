@@ -62,6 +62,7 @@ class GenerateSettings(TypedDict, total=False):
     wire: str
     kv: str
     kv_dtype: str
+    kv_attention: str
     resident_blocks: int
     gpu_memory: int | str
     host_memory: int | str

@@ -49,6 +49,8 @@ class RankReport:
     """Where the time of the measured part went."""
     mask_wait_s: float
     """Seconds that passes waited for the masks of structured answers, since the model was loaded."""
+    attention_wait_s: float
+    """Seconds that the host waited for attention on the CPU, part of the time in layers."""
     repetitions: tuple[Phases, ...]
     """Of the same requests; what else is measured is the last one's."""
 
@@ -123,6 +125,7 @@ class RunReport:
             **{name: getattr(anatomy, name) for name in ("architecture", "parameters", "weight_bytes")},
             **{name: getattr(plan, name) for name in asked},
             **{name: getattr(self, name) for name in (*counted, *moved, *timed, *rates, *memory)},
+            "kv_attention": plan.kv_attention,
             "kv_dtype": plan.host.dtype if plan.host is not None else "model",
             "padding": self.padding,
             "kv_pool": self.pool_share,

@@ -144,7 +144,10 @@ class LoadedModel:
             pool = PagePool(model, plan.rank_anatomy(self.control.world.rank), plan.pool, self.device)
             if plan.host is not None:
                 pin = plan.pin_memory and self.device.type == "cuda"
-                self._host = HostCache(model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin)
+                ranks = self.control.world.local_size
+                self._host = HostCache(
+                    model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin, ranks=ranks
+                )
                 self._closing.callback(self._host.close)
             self._batch_state = BatchState(model, rules, pool, self.device, self._host)
         except torch.OutOfMemoryError as error:
@@ -217,6 +220,11 @@ class LoadedModel:
     def moved_bytes(self) -> tuple[int, int]:
         """Keys and values that have crossed the link to the GPU, and from it."""
         return (self._host.link.fetched_bytes, self._host.link.sent_bytes) if self._host is not None else (0, 0)
+
+    @property
+    def attention_wait_s(self) -> float:
+        """Seconds that the host has waited for attention on the CPU, with nothing else to enqueue."""
+        return self._host.steps.waited_s if self._host is not None and self._host.steps is not None else 0.0
 
     @property
     def mask_wait_s(self) -> float:

@@ -158,11 +158,15 @@ def _choosing(steps: ByTokens, sizes: Iterable[int], rows: int, shape: Shape) ->
         yield steps.step(size, choices)
 
 
+def query_heads(config: Any) -> int:
+    """Heads of a layer's queries, the most of any layer."""
+    asked = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
+    return max(asked) if isinstance(asked, list | tuple) else asked or 1
+
+
 def attention_of(anatomy: Anatomy, config: Any, rows: float, start: float, count: float) -> tuple[Kernels, ...]:
     """Attention of `rows` rows, each with `count` new tokens behind `start`, a kernel for each layer."""
-    text = config.get_text_config(decoder=True)
-    asked = getattr(text, "num_attention_heads", None)
-    heads = max(asked) if isinstance(asked, list | tuple) else asked or 1
+    text, heads = config.get_text_config(decoder=True), query_heads(config)
     kinds = Counter(zip(anatomy.cache, windows_of(text), strict=True))
     return tuple(
         Kernels(times, (_attention(layer, heads, window, rows, start, count),))

@@ -26,7 +26,7 @@ from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
 from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
-from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest
+from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
 from zeroinf.structured.answer_format import AnswerFormat
@@ -149,7 +149,7 @@ class Simulator:
             packed=Packed(
                 forwards=sides[0][0].forwards,
                 prompts=attention(tokens / computed, mean - computed, computed),
-                decode=attention(shape.rows, lengths.mean_context, 1) if new else (),
+                decode=attention(shape.rows - shape.cpu_rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
             ),
         )
@@ -212,10 +212,13 @@ class Simulator:
         size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows, packed=packed)
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         whole = 0 if self._breaks_at is None else longest + new
+        host = self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest)
+        if host is not None and host.cpu_rows:
+            host = replace(host, query_heads=query_heads(self._config))
         return Workload(
             shape=shape,
             pool=size,
-            host=self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest),
+            host=host,
             prompt_tokens=self._lengths.mean_prompt_tokens or self._lengths.prompt_tokens,
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
             most_new_tokens=self._lengths.new_tokens,

@@ -38,6 +38,7 @@ STREAM = EngineDescriptor(
             "static_batches",
             "kv",
             "kv_dtype",
+            "kv_attention",
             "share_prefixes",
             "embeddings",
             "expert_parts",

@@ -65,6 +65,7 @@ def stream_gpu_terms(
 ) -> tuple[Term, ...]:
     """GPU memory of one rank of the stream engine at its highest."""
     parts = world_size if choice.fetch == "partitioned" else 1
+    kv = workload.host
     slots, stages, resident = list[int](), list[int](), list[int]()
     layers = with_layers(anatomy, choice.embeddings)
     for walk in walks(anatomy, choice):
@@ -81,7 +82,7 @@ def stream_gpu_terms(
         "expanded slot": [] if choice.wire == "model" else list(largest_units(layers, "model", choice.expert_parts)),
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         "rows of embeddings": list(_gathered_bytes(anatomy, choice)),
-        KV_STAGING: [] if workload.host is None else anatomy.staging_bytes(workload.host),
+        KV_STAGING: [] if kv is None else [*anatomy.staging_bytes(kv), _step_bytes(anatomy, kv)],
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
@@ -112,6 +113,7 @@ def stream_host_terms(
         Term("host", "embeddings, page-locked", of_one["tables"], "counted"),
         Term("host", "gathered rows, page-locked", of_one["gathered rows"] * world_size, "counted"),
         Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
+        Term("host", "attention on the CPU, page-locked", of_one["steps"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
         Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, choice, locked), "counted"),
@@ -131,6 +133,7 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
         "tables": sum(table_pieces(anatomy, choice.embeddings)),
         "gathered rows": sum(_gathered_bytes(anatomy, choice)[:1]),
         "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
+        "steps": 0 if kv is None else _power_of_two(_step_bytes(anatomy, kv)),
         "NVMe read ring": READ_BUFFERS * read,
     }
 
@@ -140,6 +143,16 @@ def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:
     if choice.expert_parts == 1:
         return walk.sizes[:1]
     return largest_units(layers, choice.wire, choice.expert_parts)
+
+
+def _step_bytes(anatomy: Anatomy, kv: HostSize) -> int:
+    """Bytes of the queries and results of attention on the CPU, on the GPU and once more on the host."""
+    return kv.cpu_rows * anatomy.step_row_bytes(kv)
+
+
+def _power_of_two(nbytes: int) -> int:
+    """The bytes that torch page-locks for so many."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:

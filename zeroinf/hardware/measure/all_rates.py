@@ -14,6 +14,7 @@ from zeroinf.hardware.measure.disk_rate import measure_disk
 from zeroinf.hardware.measure.footprint import measure_footprint
 from zeroinf.hardware.measure.gpu_rates import measure_hbm, measure_launch, measure_matmul, measure_model_launch
 from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
+from zeroinf.hardware.measure.host_read_rate import measure_host_read
 from zeroinf.hardware.measure.link_rates import measure_links, measure_page_lock
 from zeroinf.hardware.rates import Rates
 
@@ -42,6 +43,7 @@ def measure_machine(machine: Machine, say: Callable[[str], None]) -> Rates:
 
 def _measurements(machine: Machine) -> Iterator[tuple[str, _Measurement]]:
     yield "host memory", lambda: dict(zip(("host_copy_gbps", "host_recopy_gbps"), measure_host_copy(), strict=True))
+    yield "reads of host memory", lambda: {"host_read_gbps": measure_host_read()}
     if machine.gpus:
         yield from _gpu_measurements(machine.gpus)
     for disk in machine.disks:
