@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,13 @@ def test_caches_that_compress_tokens_are_bounded_from_above() -> None:
 def test_what_would_be_wrong_is_refused_by_name(family: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_anatomy(config_of(family), dtype="float32")
+
+
+def test_codes_beside_weights_that_are_converted_row_by_row_are_refused() -> None:
+    config: Any = config_of("kimi_k25")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}
+    with pytest.raises(ModelError, match=r"gptq, which does not stream: .*conversion of its weights is not undone"):
+        read_anatomy(config, dtype="float32")
 
 
 def test_a_model_that_wants_keys_in_order_has_no_pages() -> None:

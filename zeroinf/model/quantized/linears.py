@@ -272,7 +272,11 @@ def _origins(model: Any, what: str) -> dict[str, _Origin]:
         starts.append(start)
         start += marks
     names, found = list(parameters), {}
-    for name, value in as_in_checkpoint(model, marked).items():
+    try:
+        stored = as_in_checkpoint(model, marked)
+    except RuntimeError as error:  # a conversion that asks for all rows, such as that of Kimi's images
+        raise refused(model, what, f"transformers' conversion of its weights is not undone: {error}") from error
+    for name, value in stored.items():
         first, end = int(value.min()), int(value.max()) + 1
         at = bisect_right(starts, first) - 1
         rows = parameters[names[at]].shape[-2:][0]
