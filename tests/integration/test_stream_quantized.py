@@ -151,7 +151,10 @@ def test_what_has_no_use_for_codes_is_refused_by_name(
             prepare(options, source, reading, reading.job.work, world, "cpu")
 
 
-def test_ranks_that_share_a_quantized_model_are_refused_by_name(quantized: Quantized) -> None:
+def test_ranks_that_share_a_quantized_model_are_refused_by_name(
+    quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path))  # where nothing is known of the model: one rank looks at it
     options = RunOptions(
         model=str(quantized("llama", "w4a16")),
         prompts=("a",),
