@@ -57,7 +57,7 @@ def fused(
         random = like(whole, *args)
         form = random, whole.dtype, whole.stride(-1) == 1
         if form not in known:
-            known[form] = _agree(name, in_torch, random, whole)
+            known[form] = agrees(lambda *given: _kernel(name)(*given), in_torch, random, whole)
         (_kernel(name) if known[form] else in_torch)(whole, *args)
 
     _LIBRARY.impl(name, in_torch, "CPU")
@@ -91,8 +91,11 @@ def _kernel(name: str) -> Callable[..., None]:
     return kernel
 
 
-def _agree(name: str, in_torch: Callable[..., None], random: Random, like: torch.Tensor) -> bool:
-    """Whether kernel and operators of torch fill a tensor with the same bits, in the dtype and order of `like`."""
+def agrees(kernel: Callable[..., None], in_torch: Callable[..., None], random: Random, like: torch.Tensor) -> bool:
+    """Whether both fill a tensor with the same bits, in the dtype and order of `like`; warns where they do not.
+
+    Errors of the kernel are disagreement.
+    """
     stack, rows, columns = _TRIAL
     device = like.device
     args = [
@@ -101,16 +104,16 @@ def _agree(name: str, in_torch: Callable[..., None], random: Random, like: torch
     ]
     found, right = (torch.empty(_TRIAL, dtype=like.dtype, device=device) for _ in range(2))
     if like.stride(-1) != 1:
-        found = torch.empty(stack, columns, rows, dtype=like.dtype, device=device).transpose(1, 2)
+        found = torch.empty(stack, columns, rows, dtype=like.dtype, device=device).mT
     in_torch(right, *args)
     try:
-        _kernel(name)(found, *args)
+        kernel(found, *args)
         if torch.equal(found.nan_to_num(), right.nan_to_num()):
             return True
-        why = "its results differ"
+        why = "results differ"
     except Exception as error:  # Triton has errors of many kinds, and none of them may end a run
         why = str(error).partition("\n")[0]
-    warnings.warn(f"weights are expanded by operators of torch, not by the kernel {name}: {why}", stacklevel=2)
+    warnings.warn(f"weights are expanded by operators of torch, slower, since a kernel fails: {why}", stacklevel=2)
     return False
 
 
