@@ -90,6 +90,8 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
         "breaks_at": breaks_at(model.config),
         "together": not (anatomy.is_paged and (shares_passes or given.get("forward_tokens"))),
         "keeps_ended": not anatomy.is_paged,
+        "whole": bool(anatomy.whole_because),
+        "keeps_states": anatomy.mixers is not None,
         "evenly": anatomy.encoder is not None,
     }
     return Limits(**{**fields, **given})
@@ -109,6 +111,8 @@ def desk_of(
     for states in pool._states:
         for memory in states:
             memory[1:] = float("nan")
+    if pool.states is not None:
+        pool.states._memory.fill_(255)
     host = host_of(model, tokens, limits, kv_dtype, stream) if limits.host_tokens else None
     return BatchState(model, TokenRules(model, pad, ()), pool, model.device, host)
 

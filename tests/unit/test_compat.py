@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import small_config
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 import zeroinf
 from zeroinf.compat import (
@@ -27,6 +27,7 @@ from zeroinf.compat import (
     models,
     modules,
     quantizers,
+    states,
     stop_strings,
 )
 
@@ -368,3 +369,20 @@ def test_the_hubs_bars_are_switched_off_and_on_again() -> None:
     with hub.without_bars():
         assert are_progress_bars_disabled()
     assert are_progress_bars_disabled() == before
+
+
+def test_a_recurrent_layer_goes_on_from_states_that_are_kept_elsewhere() -> None:
+    given = torch.zeros(2, 3, 4), torch.zeros(2, 5)
+    cache = states.StatesOfOneLayer(1, [("conv", 0, given[0]), ("recurrent", 0, given[1])])
+    assert cache.has_previous_state(1)
+    full = cache.update_conv_state(torch.ones(2, 3, 2), 1)
+    assert full.shape == (2, 3, 4 + 2)
+    cache.update_recurrent_state(torch.ones(2, 5), 1)
+    conv, recurrent = cache.left()
+    assert conv[0, 0].tolist() == [0, 0, 1, 1]
+    assert recurrent.all()
+    own = DynamicCache(config=small_config("falcon_h1")).layers[0]
+    assert not states.keeps_states_and_keys(own)
+    own.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    assert states.keeps_states_and_keys(own)
+    assert not list(states.states_in(own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,10 @@ from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedView, Tokens
 from zeroinf.generation.prefixes import PrefixPage
+from zeroinf.generation.states import StateMemory
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
+from zeroinf.model.mixers import CacheWithStates
 from zeroinf.model.packing import windows_of
 
 
@@ -48,7 +51,8 @@ class PagePool:
     """One allocation of `anatomy.pool_bytes(size)` bytes for keys and values.
 
     A cache that grows by concatenation asks for another size at every token, and the allocator cannot use again what
-    the sizes before leave behind. Layers that keep anything but keys and values a token stay transformers' own.
+    the sizes before leave behind. States of recurrent layers have slots by row behind the pages. What else layers keep
+    stays transformers' own.
 
     Page 0 belongs to nobody. Columns without a token are read from its first place, which stays zero, and written to
     the others, which no live row reads: what is masked is multiplied by 0, and one row's NaN would survive that in
@@ -58,11 +62,17 @@ class PagePool:
     def __init__(self, model: Any, anatomy: Anatomy, size: PoolSize, device: torch.device) -> None:
         self.size = size
         self._config = None if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
-        self._layers = anatomy.cache
+        self._layers, self.mixers = anatomy.cache, anatomy.mixers
         self._memory = torch.empty(anatomy.pool_bytes(size), dtype=torch.uint8, device=device)
-        states = self._places()
-        self._states = [tuple(next(states) for _ in layer.pooled) for layer in self._layers]
+        self.states: StateMemory | None = None
+        """Those of recurrent layers, behind keys and values; None where there are none."""
+        if anatomy.mixers is not None:
+            slots = self._memory[-size.rows * anatomy.state_bytes :].view(size.rows, -1)
+            self.states = StateMemory(anatomy, size, slots)
+        places = self._places()
+        self._states = [tuple(next(places) for _ in layer.pooled) for layer in self._layers]
         self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
+        self._empty = self.new_cache()
         self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
 
     def _places(self) -> Iterator[torch.Tensor]:
@@ -85,7 +95,12 @@ class PagePool:
     @property
     def is_whole(self) -> bool:
         """Whether no layer keeps anything elsewhere."""
-        return all(self._states)
+        return self.states is not None or all(self._states)
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether some layer has to be told what is padding."""
+        return self.states is None or any(self._states)
 
     @property
     def grows(self) -> bool:
@@ -110,7 +125,7 @@ class PagePool:
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""
         if self._config is not None:
-            return DynamicCache(config=self._config)
+            return (DynamicCache if self.states is None else CacheWithStates)(config=self._config)
         cache = DynamicCache()
         cache.layers = [DynamicLayer() for _ in self._layers]
         return cache
@@ -130,16 +145,18 @@ class PagePool:
         return cache
 
     def pack(self, tokens: Tokens, kernel: AttentionKernel) -> DynamicCache:
-        """A cache for one packed forward of `tokens`, whose layers are all in pages: `kernel` writes and reads them."""
+        """A cache for one packed forward of `tokens`, whose attention reads pages: `kernel` writes and reads them."""
         views: dict[tuple[int | None, int | None], PackedView] = {}
-        cache = DynamicCache()
-        cache.layers = []
-        for layer, states, window in zip(self._layers, self._states, self._windows, strict=True):
+        cache = copy.copy(self._empty)
+        cache.layers = list(cache.layers)
+        for index, (layer, states, window) in enumerate(zip(self._layers, self._states, self._windows, strict=True)):
+            if not states:
+                continue
             key = layer.window, window
             if key not in views:
                 table = self._tables[layer.window]
                 views[key] = PackedView(tokens, table.pages, window, table.ring_tokens, table.prefix_tokens)
-            cache.layers.append(PackedLayer(states, views[key], kernel))
+            cache.layers[index] = PackedLayer(states, views[key], kernel)
         return cache
 
 

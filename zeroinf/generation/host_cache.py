@@ -87,35 +87,36 @@ class HostCache:
         cache.layers = layers
         return found
 
-    def pack(self, tokens: Tokens, group: Group, kernel: AttentionKernel) -> tuple[DynamicCache, list[Unit]]:
-        """A cache for one packed forward of `tokens`, those of `group`, and what it will fetch, for `begin`."""
+    def pack(self, cache: DynamicCache, tokens: Tokens, group: Group, kernel: AttentionKernel) -> list[Unit]:
+        """Let layers of `cache`, for one packed forward of `tokens`, those of `group`, read and write what host memory
+        holds.
+
+        Returns what the forward will fetch, for `begin`.
+        """
         if self.steps is not None and all(count == 1 for count in group.counts):
-            return self._pack_steps(self.steps, tokens, group), []
+            self._pack_steps(cache, self.steps, tokens, group)
+            return []
         found: list[Unit] = []
         views: dict[int | None, _PackedHostView] = {}
-        cache = DynamicCache()
-        cache.layers = []
         for index, record in self._records.items():
             window = self._windows[index]
             if window not in views:
                 views[window] = _PackedHostView(tokens, group, window)
             fetched, sent = views[window].units(index, self._memory[index])
             found += [] if fetched is None else [fetched]
-            cache.layers.append(_PackedHostLayer(self.link, record, views[window], kernel, fetched, sent))
-        return cache, found
+            cache.layers[index] = _PackedHostLayer(self.link, record, views[window], kernel, fetched, sent)
+        return found
 
-    def _pack_steps(self, steps: HostSteps, tokens: Tokens, group: Group) -> DynamicCache:
-        """A cache for a packed forward of steps, for which the CPU attends."""
+    def _pack_steps(self, cache: DynamicCache, steps: HostSteps, tokens: Tokens, group: Group) -> None:
+        """Let the CPU attend for layers of `cache` in a packed forward of steps."""
         views: dict[int | None, StepView] = {}
-        cache, room = DynamicCache(), steps.take(tokens.total)
-        cache.layers = []
+        room = steps.take(tokens.total)
         for index, record in self._records.items():
             window = self._windows[index]
             if window not in views:
                 views[window] = StepView(tokens, group, window)
             layer = StepLayer(steps, record, self._memory[index], views[window], room, self.link.written(index))
-            cache.layers.append(layer)
-        return cache
+            cache.layers[index] = layer
 
     def begin(self, batches: Sequence[Sequence[Unit]]) -> None:
         """The next pass runs micro-batches that fetch `batches`, in this order in each block."""

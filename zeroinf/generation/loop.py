@@ -169,7 +169,7 @@ class _Passes:
         batches, inputs = self._batches, self._inputs
         self._batches, self._inputs = [], []
         packed = any(batch.group.is_packed for batch in batches) or any(batch.is_packed for batch in scored)
-        with running(self._engine.model, packed=packed):
+        with running(self._engine.model, self._batch_state.mixers, packed=packed):
             outputs = self._engine.forward(inputs)
         del inputs
         self.accept()
@@ -221,6 +221,7 @@ class _Passes:
         """Go on with smaller micro-batches after a pass that broke; what was to be scored comes later, in halves."""
         self.accept()
         self._scores_again += [half for batch in scored for half in batch.halves()]
+        self._scheduler.compute_anew(groups)
         if groups and not scored:
             self._batch_state.close(self._scheduler.halve(groups))
             self._feed.shrank(self._scheduler.limits.micro_batch_rows)

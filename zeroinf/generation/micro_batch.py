@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import Module
 from transformers import DynamicCache, LogitsProcessorList
 
 from zeroinf.compat.masks import padding_is_known
@@ -28,8 +29,10 @@ from zeroinf.generation.row import NO_TOKEN, NO_TOKEN_ALLOWED, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.settings import check_settings
+from zeroinf.generation.states import MakeMixing, Mixing
 from zeroinf.generation.upload import to_device
 from zeroinf.model.kv import cache_name
+from zeroinf.model.mixers import mixed_by_cache, modules_of
 
 
 def breaks_at(config: Any) -> int | None:
@@ -138,6 +141,10 @@ class BatchState:
         """Those of the live rows, which are one micro-batch where there is an encoder."""
         self.masks = Masks(pool.size.rows, device)
         """Of rows whose answers have a format."""
+        self.mixing: MakeMixing = Mixing
+        """What runs recurrent modules in a forward, where the model has some."""
+        self.mixers = modules_of(model, pool.mixers)
+        """The recurrent modules, each with the number of its layer."""
         self._cache = pool.new_cache()
         self._is_paged = pool.is_whole
 
@@ -180,11 +187,21 @@ class BatchState:
             self._cache = self.pool.new_cache()
         return self._cache
 
+    def mix(self, cache: DynamicCache, group: Group, firsts: Sequence[int], total: int) -> DynamicCache:
+        """`cache` with the states of the rows of `group`, whose next tokens lie from `firsts` on among `total` ones;
+        rows that begin have none."""
+        if (states := self.pool.states) is None:
+            return cache
+        states.clear([seat.number for seat, start in zip(group.seats, group.starts, strict=True) if not start])
+        cache.mix = self.mixing(states, [seat.number for seat in group.seats], firsts, group.counts, total)
+        return cache
+
 
 @contextmanager
-def running(model: Any, *, packed: bool) -> Iterator[None]:
-    """While it lasts, forwards attend as their batches were made to: all of them packed, or all padded."""
-    with attention_by(model, IMPLEMENTATION) if packed else padding_is_known():
+def running(model: Any, mixers: Sequence[tuple[int, Module]] = (), *, packed: bool) -> Iterator[None]:
+    """While it lasts, forwards attend as their batches were made to: all of them packed, or all padded; and their
+    caches run the recurrent modules `mixers`, each with the number of its layer."""
+    with attention_by(model, IMPLEMENTATION) if packed else padding_is_known(), mixed_by_cache(mixers):
         yield
 
 
@@ -283,13 +300,15 @@ class PaddedBatch(MicroBatch):
         inputs = {**batch_state.always, "input_ids": ids, batch_state.cache_name: self._cache()}
         if batch_state.takes_positions:
             inputs["position_ids"] = positions
-        if columns.is_padded and (columns.is_first or batch_state.pool.grows):
+        if columns.is_padded and (columns.is_first or batch_state.pool.grows) and batch_state.pool.takes_masks:
             inputs["attention_mask"] = (columns.positions >= 0).long()
         return inputs
 
     def _cache(self) -> DynamicCache:
         batch_state, columns = self._batch_state, self._columns
         cache = batch_state.cache(anew=columns.is_first)
+        firsts = [(row + 1) * columns.new - count for row, count in enumerate(self.group.counts)]
+        cache = batch_state.mix(cache, self.group, firsts, len(firsts) * columns.new)
         if not self.group.on_host:
             return batch_state.pool.page(cache, columns)
         assert batch_state.host is not None
@@ -341,9 +360,10 @@ class PackedBatch(MicroBatch):
         inputs = {
             **batch_state.always,
             "input_ids": batch_state.ids.view(-1).index_select(0, places)[None],
-            "position_ids": tokens.positions[None],
             batch_state.cache_name: self._cache(),
         }
+        if batch_state.takes_positions:
+            inputs["position_ids"] = tokens.positions[None]
         if batch_state.keeps_logits:
             inputs["logits_to_keep"] = self._last
         return inputs
@@ -351,10 +371,12 @@ class PackedBatch(MicroBatch):
     def _cache(self) -> DynamicCache:
         batch_state = self._batch_state
         if not self.group.on_host:
-            return batch_state.pool.pack(self._tokens, batch_state.kernel)
-        assert batch_state.host is not None
-        cache, self.fetched = batch_state.host.pack(self._tokens, self.group, batch_state.kernel)
-        return cache
+            cache = batch_state.pool.pack(self._tokens, batch_state.kernel)
+        else:
+            assert batch_state.host is not None
+            cache = batch_state.pool.new_cache()
+            self.fetched = batch_state.host.pack(cache, self._tokens, self.group, batch_state.kernel)
+        return batch_state.mix(cache, self.group, self._tokens.firsts, self._tokens.total)
 
     def _scores(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self._are_steps:

@@ -47,6 +47,10 @@ class Limits:
     """Tokens of one packed forward, in which rows lie side by side; 0: rows of a forward are padded to one length."""
     entering_rows: int = 1
     """Rows wait until there is room for so many, where a forward for the prompt of each would take longer."""
+    whole: bool = False
+    """A prompt is computed in one part, however long it is."""
+    keeps_states: bool = False
+    """A pass changes states of its rows, so it cannot be made again: they are computed anew."""
     scores_alone: bool = False
     """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
     prefix_pages: int = 0
@@ -60,6 +64,11 @@ class Limits:
             raise ValueError("rows of one micro-batch lie all on the GPU or all in host memory")
         if self.prefix_pages and (not self.forward_tokens or self.host_tokens or self.breaks_at is not None):
             raise ValueError("prefixes are shared in packed forwards alone, on the GPU, where no key is computed anew")
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether no prompt is cut in parts."""
+        return self.whole or self.breaks_at is not None
 
     @classmethod
     def of(cls, plan: Plan, *, shares_passes: bool, breaks_at: int | None) -> Limits:
@@ -78,6 +87,8 @@ class Limits:
             evenly=plan.anatomy.encoder is not None,
             forward_tokens=plan.forward_tokens,
             entering_rows=plan.timing.entering_rows if plan.timing is not None else 1,
+            whole=bool(plan.anatomy.whole_because),
+            keeps_states=plan.anatomy.mixers is not None,
             scores_alone=not shares_passes or packs or plan.packs_scores,
             prefix_pages=plan.prefix_pages,
             cpu_rows=plan.host.cpu_rows if plan.host is not None else 0,
@@ -480,7 +491,7 @@ class Scheduler:
     def _smaller(self, groups: Sequence[Group]) -> Limits:
         rows = max(len(group.seats) for group in groups)
         if self.limits.forward_tokens:
-            whole = 1 if self.limits.breaks_at is None else max(count for group in groups for count in group.counts)
+            whole = 1 if not self.limits.runs_whole else max(count for group in groups for count in group.counts)
             tokens = max(whole, -(-max(sum(group.counts) for group in groups) // 2))
             return replace(
                 self.limits,
@@ -515,13 +526,19 @@ class Scheduler:
         self._vacate(self.seats)
         return given_up
 
+    def compute_anew(self, groups: Sequence[Group]) -> None:
+        """A pass of `groups` broke: rows whose states it may have changed begin again, with all their tokens."""
+        for group in groups if self.limits.keeps_states else ():
+            for seat in group.seats:
+                seat.computed = 0
+
     def _parts(self) -> Iterator[list[NextTokens]]:
         """A step of every row that is through its prompt, and as much of the prompts as the pass may compute, in the
         order in which they were admitted, all together or, beyond a break and before it, or with keys on the GPU and in
         host memory, each by themselves. What rows share is computed by the first of them."""
         limits = self.limits
         parts = [NextTokens(seat, seat.computed, 1) for seat in self.seats if seat.known - seat.computed == 1]
-        steps, left, is_whole = len(parts), limits.prefill_tokens, limits.breaks_at is not None
+        steps, left, is_whole = len(parts), limits.prefill_tokens, limits.runs_whole
         planned = set[PrefixPage]()
         for seat in (seat for seat in self.seats if seat.due > 1):
             start = seat.begins_at(planned)
@@ -545,7 +562,7 @@ class Scheduler:
         computes it later. Not those in host memory, from which the next one fetches before it has them all. Rows that
         share what another one computes have a later forward."""
         limits, tokens = self.limits, sum(part.tokens for part in parts)
-        may_split = limits.breaks_at is None and not parts[0].seat.on_host
+        may_split = not limits.runs_whole and not parts[0].seat.on_host
         forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
         size, rest = -(-tokens // forwards), deque(parts)
         while rest:
@@ -580,7 +597,7 @@ class Scheduler:
     def _prompts(self) -> Iterator[Group]:
         """Rows of which more is due, as many as the pass may compute, in the order in which they were admitted."""
         left, opened = self.limits.prefill_tokens, list[Seat]()
-        most = self.limits.prefill_tokens if self.limits.breaks_at is None else None
+        most = None if self.limits.runs_whole else self.limits.prefill_tokens
         is_first = True
         for seat in (seat for seat in self.seats if seat.due > 1):
             joins = self._joins(seat, opened, most)

@@ -24,6 +24,9 @@ DTYPE_BYTES = {
 # What torch aligns its own allocations to on a GPU: kernels find their operands as they would on their own.
 _POOL_ALIGNMENT = 512
 
+USUAL_CHUNK = 64
+"""Tokens that recurrent layers compute together where their config does not say."""
+
 PAGE_TOKENS = 16
 """Tokens of a page, in which a row gets room in the KV cache's pool."""
 
@@ -100,6 +103,41 @@ class TokenState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowState:
+    """A state of a recurrent layer, of one row: it does not grow with the row's tokens."""
+
+    kind: Literal["conv", "recurrent"]
+    """Inputs that a short convolution sees again, or what a recurrence goes on with."""
+    number: int
+    """Which of the layer's states of this kind."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes among the others of its row: where the next one begins."""
+        return -(-self.nbytes // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixers:
+    """The modules that keep states of recurrent layers, each of which is run by itself for some rows of a forward."""
+
+    paths: tuple[str, ...] = ()
+    """Of each layer's cache: the dotted path of its module in the model, empty where it has no states."""
+    continues: bool = True
+    """Whether they go on from a state with several tokens, so that a prompt can be cut in parts."""
+    kind: str = ""
+    """Their class, or the one that does not."""
+    chunk_tokens: int = USUAL_CHUNK
+    """What they compute for few tokens takes as much memory as for so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSize:
     """The capacity of a KV cache's pool: `rows` live rows of up to `tokens` tokens, in `pages` pages together."""
 
@@ -163,6 +201,14 @@ class LayerCache:
     window: int | None = None
     keys: TokenState | None = None
     values: TokenState | None = None
+    states: tuple[RowState, ...] = ()
+    """All that `fixed_bytes` are, where that is known."""
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether nothing is kept but states, and keys and values of tokens."""
+        growing = not self.bytes_per_token or bool(self.pooled)
+        return growing and self.fixed_bytes == sum(state.nbytes for state in self.states)
 
     def nbytes(self, tokens: int) -> int:
         """Bytes that one row of `tokens` tokens holds in this layer."""
@@ -171,8 +217,13 @@ class LayerCache:
 
     @property
     def pooled(self) -> tuple[TokenState, ...]:
-        """Keys and values, if they are all that this layer keeps: a pool can hold them."""
+        """Keys and values, if they are all that this layer keeps of a token: pages can hold them."""
         return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of one row, as they lie in a pool."""
+        return sum(state.stored_bytes for state in self.states)
 
     def record(self, dtype: KvDtype) -> Record | None:
         """The layout of a token of this layer in host memory; None where that cannot hold it."""
@@ -188,7 +239,7 @@ class LayerCache:
 
     def with_heads_shared(self, parts: int, part: int) -> LayerCache:
         """This layer's cache with a share of its heads, as `Anatomy.with_heads_shared` says."""
-        if self.keys is None or self.values is None:
+        if self.keys is None or self.values is None or self.fixed_bytes:
             raise ValueError("a layer keeps more than keys and values")
         keys, values = (replace(state, heads=_share(state.heads, parts, part)) for state in (self.keys, self.values))
         return replace(self, keys=keys, values=values, bytes_per_token=keys.nbytes + values.nbytes)
@@ -198,7 +249,7 @@ class LayerCache:
         return min(size.pages, size.rows * self.row_pages(size.tokens) + size.prefix_pages) + 1
 
     def pooled_bytes(self, size: PoolSize) -> int:
-        """Bytes of this layer in a pool; 0 where a pool cannot hold it."""
+        """Bytes of this layer's keys and values in a pool; 0 where a pool cannot hold them."""
         return sum(state.pooled_bytes(self.pool_pages(size)) for state in self.pooled)
 
 
@@ -291,6 +342,8 @@ class Anatomy:
     """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
     tables: tuple[Table, ...] = ()
     """Those of the tensors that tokens read by row: they need not be where the others are."""
+    mixers: Mixers | None = None
+    """None where no layer keeps states, or rows cannot be told apart in them."""
 
     experts: tuple[Experts, ...] = ()
     """Those of blocks that can be split."""
@@ -369,8 +422,20 @@ class Anatomy:
 
     @property
     def is_paged(self) -> bool:
-        """Whether a pool of pages holds the whole cache, so that rows can be regrouped at every pass."""
-        return self.encoder is None and all(layer.pooled for layer in self.cache)
+        """Whether a pool holds the whole cache, so that rows can be regrouped at every pass."""
+        return self.encoder is None and (self.mixers is not None or all(layer.pooled for layer in self.cache))
+
+    @property
+    def whole_because(self) -> str:
+        """Why prompts are computed in one part, however long they are; empty where they can be cut."""
+        if self.mixers is None or self.mixers.continues:
+            return ""
+        return f"{self.mixers.kind} goes on from a state with one token at a time"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states of one row in a pool."""
+        return sum(layer.state_bytes for layer in self.cache) if self.mixers is not None else 0
 
     def row_tokens(self, prompt_tokens: int, new_tokens: int) -> int:
         """Tokens of a row in the cache at the most; of a prompt that an encoder reads, none are there."""
@@ -385,8 +450,8 @@ class Anatomy:
         return max((layer.row_pages(tokens) for layer in self.cache), default=0)
 
     def pool_bytes(self, size: PoolSize) -> int:
-        """Bytes of the one allocation that holds keys and values."""
-        return sum(layer.pooled_bytes(size) for layer in self.cache)
+        """Bytes of the one allocation that holds keys and values, and the states of rows behind them."""
+        return sum(layer.pooled_bytes(size) for layer in self.cache) + size.rows * self.state_bytes
 
     @property
     def can_rest_on_host(self) -> bool:

@@ -29,6 +29,7 @@ from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Q
 from zeroinf.model.config import config_dtype
 from zeroinf.model.experts import find_experts
 from zeroinf.model.kv import can_be_pooled, read_cache, read_encoded_bytes, turns_keys
+from zeroinf.model.mixers import read_mixers
 from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
 from zeroinf.model.stored_parts import parts_of
@@ -71,9 +72,10 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
     cache = _cache_of(model, config, dtype, limit, stacks)
-    padded_because = why_padded(model, cache, len(blocks), limit)
+    mixers = read_mixers(model, cache)
+    padded_because = why_padded(model, cache, mixers, len(blocks), limit)
     if padded_because and not can_be_pooled(model, cache):
-        cache = tuple(replace(layer, keys=None, values=None) for layer in cache)
+        cache, mixers = tuple(replace(layer, keys=None, values=None) for layer in cache), None
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
@@ -89,6 +91,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         encoder=Encoder(blocks=len(stacks[0][1]), bytes_per_token=read_encoded_bytes(model)) if stacks[1:] else None,
         quantized=quantized,
         padded_because=padded_because,
+        mixers=mixers,
         tables=find_tables(model),
         experts=find_experts(model, list(stacks[-1][1])),
     )

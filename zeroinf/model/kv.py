@@ -16,9 +16,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.dispatch import TorchDispatchMode, storage_id
 from zeroinf.compat.models import CACHE_ARGUMENTS, experts_by, takes_default_cache
+from zeroinf.compat.states import keeps_states_and_keys, states_in
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
-from zeroinf.model.anatomy import LayerCache, TokenState
+from zeroinf.model.anatomy import LayerCache, RowState, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
 # allows it, is far enough out to see blocks of tokens that a model compresses together (128).
@@ -193,8 +194,9 @@ def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache | None:
         if _compresses(filled[short]):
             return None
         raise _unreadable(model, f"layer {index}: bytes by length are {nbytes}")
+    states = _row_states(filled[short])
     if per_token == 0:
-        return LayerCache(fixed_bytes=fixed, bytes_per_token=0)
+        return LayerCache(fixed_bytes=fixed, bytes_per_token=0, states=states)
     kept, rest = divmod(nbytes[beyond] - fixed, per_token)
     if rest or not longer <= kept <= beyond:
         if _compresses(filled[short]):
@@ -207,12 +209,22 @@ def _fit(model: Any, index: int, filled: dict[int, Any]) -> LayerCache | None:
         window=kept if kept < beyond else None,
         keys=keys,
         values=values,
+        states=states,
+    )
+
+
+def _row_states(layer: Any) -> tuple[RowState, ...]:
+    """The states in a layer's cache of one row."""
+    return tuple(
+        RowState(kind=kind, number=number, shape=tuple(t.shape[1:]), dtype=str(t.dtype).removeprefix("torch."))
+        for kind, number, t in states_in(layer)
     )
 
 
 def _token_states(layer: Any) -> tuple[TokenState, TokenState] | tuple[None, None]:
-    """The keys and values that a token leaves in a layer of plain attention; None for every other kind."""
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    """The keys and values that a token leaves in a layer of plain attention, which may keep states beside them; None
+    for every other kind."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not keeps_states_and_keys(layer):
         return None, None
     keys, values = (
         TokenState(heads=t.shape[1], width=t.shape[3], dtype=str(t.dtype).removeprefix("torch."))

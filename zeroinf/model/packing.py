@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.models import attention_by
-from zeroinf.model.anatomy import LayerCache
+from zeroinf.model.anatomy import LayerCache, Mixers
 from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts
+from zeroinf.model.mixers import CacheWithStates, hidden_of, mixed_by_cache, modules_of
 
 # Tokens of the probing forward, and those of which logits are asked for; no dimension of a model is as small.
 _TOKENS, _KEPT = 3, 2
@@ -48,21 +50,25 @@ class _Refusal(Exception):  # noqa: N818  it is no error: the model runs padded
     """Why a model cannot be packed."""
 
 
-def why_padded(model: Any, cache: Sequence[LayerCache], blocks: int, context_limit: int | None) -> str:
+def why_padded(
+    model: Any, cache: Sequence[LayerCache], mixers: Mixers | None, blocks: int, context_limit: int | None
+) -> str:
     """Why forwards of `model`, on the meta device, with `blocks` layers and such a `cache`, must be padded; empty
-    where they can be packed."""
+    where they can be packed. `mixers`: the modules that keep states."""
     if model.config.is_encoder_decoder:
         return "an encoder reads its prompts"
-    if not all(layer.pooled for layer in cache):
+    if mixers is None and not all(layer.pooled for layer in cache):
         return "its layers keep more than keys and values of each token"
     if len(cache) != blocks:
         return "its layers share keys and values"
     accepted = inspect.signature(model.forward).parameters
-    if "position_ids" not in accepted:
+    attending = [index for index, layer in enumerate(cache) if layer.pooled]
+    if "position_ids" not in accepted and attending:
         return "its forward takes no positions"
-    probe = _Probe(windows_of(model.config.get_text_config(decoder=True)), context_limit or _FURTHEST)
+    windows = windows_of(model.config.get_text_config(decoder=True))
+    probe = _Probe(windows, attending, context_limit or _FURTHEST)
     try:
-        probe.run(model, keeps="logits_to_keep" in accepted)
+        probe.run(model, mixers)
     except _Refusal as refusal:
         return str(refusal)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -73,8 +79,9 @@ def why_padded(model: Any, cache: Sequence[LayerCache], blocks: int, context_lim
 class _Probe:
     """One forward whose attention, mask and cache are looked at."""
 
-    def __init__(self, windows: Sequence[int | None], furthest: int) -> None:
-        self._windows, self._furthest = windows, furthest
+    def __init__(self, windows: Sequence[int | None], attending: Sequence[int], furthest: int) -> None:
+        """attending: the layers whose keys and values are cached."""
+        self._windows, self._attending, self._furthest = windows, attending, furthest
         self._seen: list[int] = []
 
     @property
@@ -82,19 +89,29 @@ class _Probe:
         """Whether some layer has handed its attention over."""
         return bool(self._seen)
 
-    def run(self, model: Any, *, keeps: bool) -> None:
+    def run(self, model: Any, mixers: Mixers | None) -> None:
         """Raises _Refusal, or whatever the model raises."""
-        cache = DynamicCache()
-        cache.layers = [_ProbedLayer(index) for index in range(len(self._windows))]
+        accepted = inspect.signature(model.forward).parameters
+        keeps = "logits_to_keep" in accepted
+        cache = CacheWithStates(config=model.config.get_text_config(decoder=True))
+        cache.mix = _unchanged
+        for index in self._attending:
+            cache.layers[index] = _ProbedLayer(index)
         AttentionInterface.register(_PROBE, self._attend)
         AttentionMaskInterface.register(_PROBE, self._mask)
-        with torch.no_grad(), torch.device("meta"), ReadsAsZero(), dense_experts(model), attention_by(model, _PROBE):
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), torch.device("meta"), ReadsAsZero(), dense_experts(model)):
+                stack.enter_context(context)
+            stack.enter_context(attention_by(model, _PROBE))
+            stack.enter_context(mixed_by_cache(modules_of(model, mixers)))
             ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-            inputs = {"input_ids": ids, "position_ids": ids, "use_cache": True, cache_name(model): cache}
+            inputs = {"input_ids": ids, "use_cache": True, cache_name(model): cache}
+            if "position_ids" in accepted:
+                inputs["position_ids"] = ids
             if keeps:
                 inputs["logits_to_keep"] = torch.zeros(_KEPT, dtype=torch.long)
             logits = model(**inputs).logits
-        if sorted(self._seen) != list(range(len(self._windows))):
+        if sorted(self._seen) != list(self._attending):
             raise _Refusal(_NOT_DISPATCHED)
         if logits.shape[1] != (_KEPT if keeps else _TOKENS):
             raise _Refusal("its forward does not keep the logits of single tokens")
@@ -127,6 +144,11 @@ class _Probe:
         mask = torch.empty(())
         setattr(mask, _MARK, _window(mask_function, self._furthest))
         return mask
+
+
+def _unchanged(index: int, forward: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a recurrent module hands on, which no attention depends on."""
+    return torch.empty_like(hidden_of(args, kwargs))
 
 
 class _ProbedLayer(DynamicLayer):  # type: ignore[misc]

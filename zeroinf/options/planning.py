@@ -34,7 +34,7 @@ from zeroinf.options.definition import definitions
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts
-from zeroinf.planner.descriptor import possible_offload
+from zeroinf.planner.descriptor import as_run_by, possible_offload
 from zeroinf.planner.kv import check_kv_attention, host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.unified import divided
@@ -123,7 +123,7 @@ def plan_input_from(
     """The planner's input; `more` is what neither options nor the model say."""
     return PlanInput(
         config=source.config,
-        anatomy=anatomy,
+        anatomy=as_run_by(anatomy, constraints.engine),
         constraints=constraints,
         pin_memory=options.pin_memory,
         aio=options.aio,

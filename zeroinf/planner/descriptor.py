@@ -8,7 +8,7 @@ engine or torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from zeroinf.errors import UsageError
@@ -107,6 +107,13 @@ def default_engine() -> str:
     return next(iter(_ENGINES))
 
 
+def as_run_by(anatomy: Anatomy, engine: str) -> Anatomy:
+    """`anatomy` for an engine: where modules are wrapped or fetched one by one, recurrent ones run as transformers runs
+    them, each once in a forward, and rows of models with states start and end together."""
+    own = descriptor_of(engine)
+    return anatomy if own.shares_passes or own.packs else replace(anatomy, mixers=None)
+
+
 def why_padded(anatomy: Anatomy, engine: str, *, on_host: bool = False, scored: bool = False) -> str:
     """Why rows of a forward are padded to one length; empty where they are packed into one sequence. `on_host`: keys
     and values of some rows rest in host memory. `scored`: given tokens are scored, each prompt as a whole."""
@@ -121,7 +128,7 @@ def why_padded(anatomy: Anatomy, engine: str, *, on_host: bool = False, scored: 
 
 def packs_scores(anatomy: Anatomy, engine: str) -> bool:
     """Whether sequences that are scored lie side by side in one forward, which their continuations share."""
-    return descriptor_of(engine).packs and not anatomy.padded_because
+    return descriptor_of(engine).packs and not anatomy.padded_because and anatomy.mixers is None
 
 
 def possible_offload(engine: str, asked: Offload | Literal["auto"]) -> Offload | Literal["auto"]:

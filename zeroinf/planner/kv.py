@@ -33,7 +33,9 @@ def host_share(kv: Kv, dtype: KvDtype, engine: str, anatomy: Anatomy) -> HostSha
             hint="drop it",
         )
     if kv == "auto":  # rows that cannot be regrouped all rest in one place, on the GPU unless told otherwise
-        return "auto" if descriptor_of(engine).shares_passes and anatomy.is_paged and anatomy.can_rest_on_host else 0.0
+        may_split = descriptor_of(engine).shares_passes and anatomy.is_paged and anatomy.can_rest_on_host
+        # Few layers of models with states keep anything in host memory, for which forwards would be padded.
+        return "auto" if may_split and anatomy.mixers is None else 0.0
     return 1.0 if kv == "host" else 0.0
 
 

@@ -51,7 +51,7 @@ class PassShapes:
     def __init__(self, facts: Facts, constraints: Constraints) -> None:
         self._facts, self._lengths = facts, facts.lengths
         self._constraints = constraints
-        self._whole_prompts = facts.lengths.whole
+        self._whole_prompts = facts.lengths.whole or bool(facts.anatomy.whole_because)
         self._expert_parts = constraints.expert_parts or 1
         scored = facts.lengths.scored_tokens > 0
         on_host = self.host_rows(MOST_ROWS) > 0

@@ -51,12 +51,13 @@ def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
 
 
 def _forwards(plan: Plan) -> str:
+    whole = f"; prompts in one part each ({plan.anatomy.whole_because})" if plan.anatomy.whole_because else ""
     if plan.forward_tokens:
-        return f"forwards of up to {plan.forward_tokens:,} packed tokens{_prefixes(plan)}"
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens{whole}{_prefixes(plan)}"
     if plan.packs_scores:
         return f"forwards of up to {plan.prefill_tokens:,} packed tokens"
     shared = ", no shared prefixes" if plan.unshared_because else ""
-    return f"padded forwards ({plan.padded_because}){shared}"
+    return f"padded forwards ({plan.padded_because}){whole}{shared}"
 
 
 def _prefixes(plan: Plan) -> str:

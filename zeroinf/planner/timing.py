@@ -247,6 +247,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
+    mixing, stepping = (_times(kernels, speeds) for kernels in workload.packed.mixing)
     by_tokens, by_choices = _forward_times(forwards, speeds)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
@@ -274,6 +275,8 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
         _add_gathering(attention, anatomy, choice, speeds, tokens, count)
+        for name in mixing:
+            attention[name] += prompts * mixing[name] + decode * stepping[name]
         both = {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
         if decode and attended_s:  # it begins in a layer behind its first forward, and the last one ends behind it
             alone = max(both["arithmetic"] + both["GPU memory"], both["kernel launches"]) / count

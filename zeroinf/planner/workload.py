@@ -239,6 +239,9 @@ class Packed:
     """Attention of a step of all rows, with as many tokens as they have on average."""
     fullest: tuple[Pass, ...]
     """Passes of which one has the most memory in use."""
+    mixing: tuple[tuple[Kernels, ...], tuple[Kernels, ...]] = ((), ())
+    """Recurrent modules, which are no part of `forwards`: of as many prompt tokens as a pass computes, and of a step of
+    all rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -109,7 +109,8 @@ def _with_prefixes(plan_input: PlanInput) -> PlanInput:
     """The input in which prompts share what they are known to begin with, or may turn out to, where rows may."""
     lengths, constraints, anatomy = plan_input.lengths, plan_input.constraints, plan_input.anatomy
     prefixes = lengths.prefixes
-    if not constraints.share_prefixes or lengths.scored_tokens or breaks_at(plan_input.config) is not None:
+    may_share = breaks_at(plan_input.config) is None and anatomy.mixers is None
+    if not constraints.share_prefixes or lengths.scored_tokens or not may_share:
         prefixes = None
     elif prefixes is None:
         prefixes = SharedPrefixes.unknown(anatomy, lengths.prompt_tokens, lengths.new_tokens)
@@ -120,6 +121,8 @@ def _why_unshared(plan_input: PlanInput, plan: Plan) -> str:
     """Why prompts share nothing in a plan for which it was asked; empty where they may."""
     if plan.padded_because or plan.scored_tokens:
         return "forwards are padded" if plan.padded_because else "prompts are scored"
+    if plan.anatomy.mixers is not None:
+        return "recurrent layers keep a state of a prompt's end alone"
     return "" if breaks_at(plan_input.config) is None else "keys change with the length of a sequence"
 
 

@@ -45,22 +45,30 @@ class OnPaper:
 
 
 class ByTokens:
-    """Answers for `simulate`, which takes tokens and choices of a forward, but asks it for a few of them only.
+    """Answers for `simulate`, which takes tokens and choices of a forward, and how many rows' steps recurrent modules
+    compute together, but asks it for a few of them only.
 
-    Where what is simulated does not lie on a plane, every forward is.
+    Where what is simulated does not lie on a plane, every forward is. Choices beyond the most rows that are `together`
+    have a plane of their own.
     """
 
-    def __init__(self, simulate: Callable[[int, int], Step]) -> None:
-        self._simulate = cache(simulate)
+    def __init__(self, simulate: Callable[[int, int, int], Step], together: int | None = None) -> None:
+        """together: None where it is as many as there are."""
+        self._simulate, self._together = cache(simulate), together
         self._known: dict[tuple[int, int], Step] = {}
+        self._planes: dict[bool, _Plane | None] = {}
 
     def step(self, tokens: int, choices: int) -> Step:
         """The forward of so many tokens (1 or more), after which `choices` rows have theirs chosen."""
         key = tokens, min(tokens, max(1, choices))
         if key not in self._known:
-            plane = self._plane
-            self._known[key] = self._simulate(*key) if plane is None else plane.at(*key)
+            together = self._together if self._together is not None and key[1] > self._together else None
+            plane = self._plane(together)
+            self._known[key] = self._at(*key, together) if plane is None else plane.at(*key)
         return self._known[key]
+
+    def _at(self, tokens: int, choices: int, together: int | None) -> Step:
+        return self._simulate(tokens, choices, choices if together is None else together)
 
     @cached_property
     def forwards(self) -> Forwards:
@@ -71,10 +79,12 @@ class ByTokens:
             choices=tuple((choices, self.step(many, choices).kernels) for choices in _TIMED),
         )
 
-    @cached_property
-    def _plane(self) -> _Plane | None:
-        plane = _Plane(*(self._simulate(*at) for at in (_CORNER, _MORE_TOKENS, _MORE_CHOICES)))
-        return plane if plane.holds(*_FAR, self._simulate(*_FAR)) else None
+    def _plane(self, together: int | None) -> _Plane | None:
+        is_full = together is not None
+        if is_full not in self._planes:
+            plane = _Plane(*(self._at(*at, together) for at in (_CORNER, _MORE_TOKENS, _MORE_CHOICES)))
+            self._planes[is_full] = plane if plane.holds(*_FAR, self._at(*_FAR, together)) else None
+        return self._planes[is_full]
 
 
 class _Plane:
@@ -167,7 +177,7 @@ def query_heads(config: Any) -> int:
 def attention_of(anatomy: Anatomy, config: Any, rows: float, start: float, count: float) -> tuple[Kernels, ...]:
     """Attention of `rows` rows, each with `count` new tokens behind `start`, a kernel for each layer."""
     text, heads = config.get_text_config(decoder=True), query_heads(config)
-    kinds = Counter(zip(anatomy.cache, windows_of(text), strict=True))
+    kinds = Counter(each for each in zip(anatomy.cache, windows_of(text), strict=True) if each[0].pooled)
     return tuple(
         Kernels(times, (_attention(layer, heads, window, rows, start, count),))
         for (layer, window), times in kinds.items()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -58,6 +59,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._split = list(split)
         for experts in self._split:
             experts.begins, experts.repeats = self._begin_part, self._repeat_part
+        self._notes_memory = self._notes_kernels = True
         self._hooks = [hook for index, block in enumerate(blocks) for hook in self._watch(index, block)]
 
     def _begin_part(self) -> None:
@@ -98,8 +100,36 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def kernel(self, operator: str, flops: int, tensors: Sequence[torch.Tensor], more_bytes: int = 0) -> None:
         """Note a kernel of `operator` that reads or writes `tensors`, and takes as long as if it were `more_bytes`."""
+        if not self._notes_kernels:
+            return
         nbytes = sum(map(_touched, tensors)) + more_bytes
         self._kernels[self._section].append(Kernel(flops, nbytes, operator, _pattern(tensors)))
+
+    @contextmanager
+    def memory_alone(self) -> Iterator[None]:
+        """While it lasts, no kernels are noted."""
+        before, self._notes_kernels = self._notes_kernels, False
+        try:
+            yield
+        finally:
+            self._notes_kernels = before
+
+    @contextmanager
+    def kernels_alone(self) -> Iterator[None]:
+        """While it lasts, what is allocated counts as if it had existed before."""
+        before = self._notes_memory, self._notes_kernels
+        self._notes_memory, self._notes_kernels = False, True
+        try:
+            yield
+        finally:
+            self._notes_memory, self._notes_kernels = before
+
+    def repeat(self, act: Callable[[], Any], times: int) -> None:
+        """Note the kernels of `act`, which is called once, as if it had been so many times."""
+        found = self._kernels[self._section]
+        start = len(found)
+        act()
+        found += found[start:] * (times - 1)
 
     def cut(self) -> tuple[Events, ...]:
         """Allocations and frees since the last cut: those before the first block, and those from each block on."""
@@ -133,6 +163,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.device.type != "meta" or storage in self._known:
             return False
         self._known.add(storage)
+        if not self._notes_memory:
+            return True
         key = self._key()
         self._sections[-1].append(Event(key, storage.nbytes()))
         weakref.finalize(storage, lambda: self._sections[-1].append(Event(key)))
@@ -140,6 +172,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _pass_through(self, nbytes: int) -> None:
         """An allocation that is over at once."""
+        if not self._notes_memory:
+            return
         key = self._key()
         self._sections[-1] += [Event(key, nbytes), Event(key)]
 

@@ -19,16 +19,19 @@ from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, running
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.states import CallLimits, pieces_of
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.pass_shapes import MOST_ROWS
 from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.rows import ByRows
+from zeroinf.simulation.states import Call, MixingOnPaper, largest_calls
 from zeroinf.structured.answer_format import AnswerFormat
 
 _META = torch.device("meta")
@@ -80,7 +83,7 @@ class Simulator:
         )
         self._of_parts: dict[int, Simulator] = {expert_parts: self}
         self._anatomy, self._lengths = anatomy, lengths
-        self._config, self._breaks_at = config, breaks_at(config)
+        self._config, self._whole = config, breaks_at(config) is not None or bool(anatomy.whole_because)
         self._shares_passes = shares_passes and anatomy.is_paged
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
         self._path, _ = find_blocks(self._model)
@@ -96,8 +99,9 @@ class Simulator:
         )
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
-        self._steps: dict[tuple[int, int, bool, KvDtype | None], ByRows] = {}
+        self._steps: dict[tuple[int, int, bool, KvDtype | None, tuple[bool, ...]], ByRows] = {}
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
+        self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
         if anatomy.is_paged:
             self._keep_kinds()
 
@@ -134,7 +138,7 @@ class Simulator:
         """Passes of packed forwards: what they allocate follows from their tokens."""
         lengths = self._lengths
         mean, tokens = lengths.mean_prompt_tokens or lengths.prompt_tokens, shape.prefill_tokens
-        whole, kinds, computed = self._breaks_at is not None, (None, shape.kv_dtype), lengths.computed_tokens
+        whole, kinds, computed = self._whole, (None, shape.kv_dtype), lengths.computed_tokens
         rows = shape.rows - shape.host_rows, shape.host_rows
         sides = [(self._forwards(kv), count) for kv, count in zip(kinds, rows, strict=True) if count]
         attention = partial(attention_of, self._anatomy, self._config)
@@ -151,21 +155,57 @@ class Simulator:
                 prompts=attention(tokens / computed, mean - computed, computed),
                 decode=attention(shape.rows - shape.cpu_rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
+                mixing=self._mixing(tokens, mean, shape.rows),
             ),
         )
 
     def _forwards(self, kv: KvDtype | None) -> ByTokens:
         """Packed forwards of rows that rest in host memory as `kv`, or on the GPU."""
         if kv not in self._packed_forwards:
-            self._packed_forwards[kv] = ByTokens(partial(self._simulate_packed, kv))
+            limits = self._call_limits(MOST_ROWS)
+            most = None if limits is None or limits.rows == MOST_ROWS else limits.rows
+            self._packed_forwards[kv] = ByTokens(partial(self._simulate_packed, kv), most)
         return self._packed_forwards[kv]
 
-    def _simulate_packed(self, kv: KvDtype | None, tokens: int, choices: int) -> Step:
-        """A forward with a step of all rows but one, and the end of its prompt."""
+    def _call_limits(self, rows: int) -> CallLimits | None:
+        """Those of the recurrent modules' calls where so many rows are live; None without such modules."""
+        return None if self._anatomy.mixers is None else CallLimits.of(self._anatomy, rows)
+
+    def _mixing(self, tokens: float, prompt: float, rows: int) -> tuple[tuple[Kernels, ...], tuple[Kernels, ...]]:
+        """Kernels of the recurrent modules: for so many tokens of prompts, and for a step of so many rows."""
+        limits = self._call_limits(rows)
+        if limits is None:
+            return (), ()
+        length = max(1, round(prompt))
+        (count, alike), found = (limits.rows_of(length), 1) if not self._lengths.padded else (1, 1), list[Kernels]()
+        for piece in pieces_of([at * length for at in range(count)], [length] * count, limits):
+            share = tokens / (length * count)
+            found += self._of_call(Call(len(piece.rows), piece.count), share * alike)
+        steps = self._of_call(Call(limits.rows, 1), rows / limits.rows)
+        return tuple(found), steps
+
+    def _of_call(self, call: Call, times: float) -> tuple[Kernels, ...]:
+        """Kernels of a call of each recurrent module, that many times."""
+        if call not in self._mixing_kernels:
+            with torch.no_grad(), Recorder(self._model, self._blocks, self._split) as recorder:
+                batch_state = self._batch_state(self._lengths.pool(self._anatomy, 1))
+                batch_state.mixing = partial(MixingOnPaper, recorder, [call], Counter({call: 1}))
+                group = Group.packed(_group([Part(0, 1)], self._lengths, (), on_host=False).seats, [0], [1])
+                with recorder.memory_alone():
+                    step = record_step(self._model, batch_state, group, recorder, self._times)
+                self._mixing_kernels[call] = tuple(each for each in step.kernels if each.kernels)
+        return tuple(replace(each, times=each.times * times) for each in self._mixing_kernels[call])
+
+    def _simulate_packed(self, kv: KvDtype | None, tokens: int, choices: int, together: int) -> Step:
+        """A forward with a step of all rows but one, and the end of its prompt. Recurrent modules take a step of so
+        many rows `together`, and have no kernels: they are counted by themselves."""
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
         recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices, packed=kv is None), kv, parts)
+            if (limits := self._call_limits(MOST_ROWS)) is not None:
+                calls = [Call(together, 1), *largest_calls(limits, self._lengths.prompt_tokens)]
+                batch_state.mixing = partial(MixingOnPaper, recorder, calls, Counter())
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
@@ -175,7 +215,7 @@ class Simulator:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         mean, tokens = self._lengths.mean_prompt_tokens or longest, shape.prefill_tokens
-        whole = longest <= shape.prefill_tokens or self._breaks_at is not None
+        whole = longest <= shape.prefill_tokens or self._whole
         rows = max(1, min(shape.rows, shape.prefill_tokens // longest)) if whole else 1
         start = 0 if whole else longest - shape.prefill_tokens
         sizes = [min(shape.micro_batch_rows, rows - at) for at in range(0, rows, shape.micro_batch_rows)]
@@ -211,7 +251,7 @@ class Simulator:
         packed = shape.forward_tokens > 0
         size = self._lengths.pool(self._anatomy, shape.rows, shape.host_rows, packed=packed)
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
-        whole = 0 if self._breaks_at is None else longest + new
+        whole = longest + new if self._whole else 0
         host = self._lengths.host(shape, whole=whole if self._shares_passes else shape.rows * longest)
         if host is not None and host.cpu_rows:
             host = replace(host, query_heads=query_heads(self._config))
@@ -253,15 +293,24 @@ class Simulator:
     ) -> Step:
         """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`. Its
         rows rest in host memory as `kv`, or on the GPU."""
-        key = start, count, self._lengths.padded if padded is None else padded, kv
+        key = start, count, self._lengths.padded if padded is None else padded, kv, self._calls_are_full(rows, count)
         if key not in self._steps:
             self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key[:3]), kv))
         return self._steps[key](rows)
+
+    def _calls_are_full(self, rows: int, count: int) -> tuple[bool, ...]:
+        """Which of the largest calls of recurrent modules have fewer rows than a micro-batch: more do not change
+        them."""
+        limits = self._call_limits(MOST_ROWS)
+        return () if limits is None else tuple(call.rows < rows for call in _largest_calls(limits, count))
 
     def _simulate(self, parts: Sequence[Part], kv: KvDtype | None) -> Step:
         recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
+            if (limits := self._call_limits(len(parts))) is not None:
+                calls = _largest_calls(limits, max(part.count for part in parts))
+                batch_state.mixing = partial(MixingOnPaper, recorder, calls, None)
             recorder.cut()
             return self._record(batch_state, parts, recorder)
 
@@ -331,7 +380,7 @@ def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Rec
     with ExitStack() as stack:
         stack.enter_context(_META)
         stack.enter_context(GpuAttention(recorder))
-        stack.enter_context(running(model, packed=batch.group.is_packed))
+        stack.enter_context(running(model, batch_state.mixers, packed=batch.group.is_packed))
         output = model(**inputs)
     sections = recorder.cut()
     del inputs
@@ -341,6 +390,11 @@ def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Rec
     (choice,) = recorder.cut()
     kernels = recorder.cut_kernels(times)
     return Step(inputs=making, sections=sections, end=end, choice=choice, kernels=kernels)
+
+
+def _largest_calls(limits: CallLimits, tokens: int) -> list[Call]:
+    """Those of a padded forward whose rows have up to so many tokens each."""
+    return largest_calls(limits, tokens) or [Call(limits.rows, 1)]
 
 
 def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> ExpansionCost:
