@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
@@ -27,6 +28,11 @@ os.environ.setdefault("TEST_SEED", str(date.today().toordinal()))
 settings.register_profile("zeroinf", deadline=None, max_examples=25)
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.load_profile("zeroinf")
+
+# Under `nohup`, or behind a script's `&`, they are ignored, and so they would be by every process that a test starts.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 pytest_plugins = ["durations", "tiers"]
 
