@@ -19,7 +19,7 @@ from zeroinf.model.resolve import resolve_model
 
 SAMPLE = (
     *("deepseek_v4", "deepseek_v32", "gemma3n_text", "glm_moe_dsa", "hy_v4", "jetmoe", "longcat_flash", "qwen4_exp"),
-    *("kimi_k25", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe"),
+    *("kimi_k25", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe", "zaya"),
 )
 
 
@@ -106,3 +106,11 @@ def test_a_model_that_wants_keys_in_order_has_no_pages() -> None:
     anatomy = read_anatomy(config_of("gpt_neox_japanese"), dtype="float32")
     assert not anatomy.is_paged
     assert anatomy.kv_bytes_per_token == 4 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize("family", ["inkling_text", "zaya"])
+def test_attention_that_keeps_states_has_no_pages_for_its_keys(family: str) -> None:
+    anatomy = read_anatomy(config_of(family))
+    keeping = [layer for layer in anatomy.cache if layer.states and layer.bytes_per_token]
+    assert keeping and anatomy.mixers is None
+    assert not any(layer.pooled for layer in keeping)

@@ -73,6 +73,8 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     blocks, outside, tied = _sort_tensors(model, stacks)
     cache = _cache_of(model, config, dtype, limit, stacks)
     mixers = read_mixers(model, cache)
+    if mixers is None:  # the states of a layer stay with its keys and values
+        cache = tuple(replace(layer, keys=None, values=None) if layer.states else layer for layer in cache)
     padded_because = why_padded(model, cache, mixers, len(blocks), limit)
     if padded_because and not can_be_pooled(model, cache):
         cache, mixers = tuple(replace(layer, keys=None, values=None) for layer in cache), None
