@@ -157,6 +157,8 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     crossing = [one for one in fast.terms if one.name == "attention on the CPU, page-locked"]
     assert fast.host is not None
     assert crossing[0].nbytes >= fast.host_rows * fast.anatomy.step_row_bytes(fast.host) > 0
+    forced = make_plan(replace(asked, constraints=replace(asked.constraints, kv_attention="cpu")))
+    assert "host_read_gbps" in forced.speeds.projected, "a rate that was not measured makes an estimate"
 
 
 def test_no_other_batch_beats_what_is_chosen() -> None:

@@ -66,7 +66,8 @@ def check_expert_parts(parts: int | None, fetch: Fetch | Literal["auto"], anatom
     most = max((experts.count for experts in anatomy.experts), default=1)
     if parts > most:
         has = f"layers with {most} experts" if anatomy.experts else "no experts that could be split"
-        raise UsageError(f"--expert-parts {parts}: {anatomy.architecture} has {has}", hint="drop it, or fewer parts")
+        hint = "drop it, or fewer parts" if anatomy.experts else "drop it"
+        raise UsageError(f"--expert-parts {parts}: {anatomy.architecture} has {has}", hint=hint)
     if fetch == "partitioned":
         raise UsageError("--expert-parts: parts of layers are not shared out among ranks", hint="--fetch replicated")
 
