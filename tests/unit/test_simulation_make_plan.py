@@ -159,6 +159,12 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     assert crossing[0].nbytes >= fast.host_rows * fast.anatomy.step_row_bytes(fast.host) > 0
     forced = make_plan(replace(asked, constraints=replace(asked.constraints, kv_attention="cpu")))
     assert "host_read_gbps" in forced.speeds.projected, "a rate that was not measured makes an estimate"
+    asked = replace(asked, constraints=replace(asked.constraints, no_host_kernel="no C++ compiler is found"))
+    assert plan(host_read_gbps=80.0).timing == today.timing
+    assert "and the GPU attends (no C++ compiler is found)" in repr(plan(host_read_gbps=80.0))
+    assert "no C++ compiler" not in repr(plan()), "the CPU would not attend in any case"
+    asked = replace(asked, constraints=replace(asked.constraints, kv_attention="cpu"))
+    assert "with torch's operators, many times slower (no C++ compiler" in repr(plan(host_read_gbps=80.0))
 
 
 def test_no_other_batch_beats_what_is_chosen() -> None:

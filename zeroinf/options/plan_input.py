@@ -13,6 +13,7 @@ from zeroinf.engines.stream.stored_weights import room_taken
 from zeroinf.errors import InputError, ModelError, UsageError
 from zeroinf.generation.row import Sampling
 from zeroinf.hardware.gpus import gpus_are_linked
+from zeroinf.hardware.host_library import why_no_host_kernel
 from zeroinf.hardware.machine import Gpu, Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.presets import load_machine, with_gpu
@@ -68,6 +69,7 @@ def plan_input_of(
         ranks_per_stream=parallel.size,
         nvme_space_bytes=_nvme_space(options, machine, loaded, anatomy),
         gpus_are_linked=not _is_here(options, machine) or gpus_are_linked(ranks),
+        no_host_kernel=why_no_host_kernel() if _is_here(options, machine) else "",
     )
     return plan_input_from(
         options,

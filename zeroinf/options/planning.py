@@ -18,6 +18,7 @@ from zeroinf.errors import ModelError, UsageError
 from zeroinf.generation.micro_batch import TokenRules
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.hardware.gpus import gpus_are_linked
+from zeroinf.hardware.host_library import why_no_host_kernel
 from zeroinf.hardware.machine import Disk, Machine
 from zeroinf.hardware.override import override
 from zeroinf.hardware.profile import read_profile
@@ -82,6 +83,7 @@ def plan_run(
             nvme_space_bytes=_nvme_space(options, machine.disks, source, anatomy.dtype, engine),
             one_node=world.local_size == world.size,
             gpus_are_linked=bool(machine.gpus) and gpus_are_linked(world.local_size),
+            no_host_kernel=why_no_host_kernel(),
         ),
         machine=machine,
         rates=rates,

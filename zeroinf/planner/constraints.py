@@ -36,6 +36,9 @@ class Constraints:
     """The part of the rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
     kv_attention: KvAttention = "auto"
+    no_host_kernel: str = ""
+    """Why attention on the CPU cannot be compiled on the machine; empty where it can. The planner chooses the GPU
+    then."""
     embeddings: Embeddings | Literal["auto"] = "auto"
     expert_parts: int | None = None
     static_batches: bool = False

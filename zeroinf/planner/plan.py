@@ -72,6 +72,8 @@ class Plan:
     """Rows whose keys and values rest in host memory; those of the others lie in pages on the GPU."""
     host: HostSize | None = None
     """Room for them there."""
+    no_host_kernel: str = ""
+    """Why attention on the CPU cannot be compiled, where that decides who attends, or how fast; else empty."""
     static_batches: bool = False
     """Rows are admitted only when no other is live, as a measure of what it brings to do otherwise."""
     prompt_tokens: int = 0

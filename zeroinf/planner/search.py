@@ -172,7 +172,7 @@ class Planner:
         shares = [asked] if asked != "auto" else list(_HOST_SHARES if facts.device == "cuda" else _HOST_SHARES[:1])
         attention = [constraints.kv_attention]
         if attention == ["auto"]:
-            knows = facts.speeds.reads_host and facts.device == "cuda"
+            knows = facts.speeds.reads_host and facts.device == "cuda" and not constraints.no_host_kernel
             packs = not why_padded(facts.anatomy, constraints.engine, scored=facts.lengths.scored_tokens > 0)
             attention = ["gpu", "cpu"] if knows and packs and any(shares) else ["gpu"]
         for by in attention:

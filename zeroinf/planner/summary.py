@@ -71,10 +71,13 @@ def _prefixes(plan: Plan) -> str:
 
 def _kv(plan: Plan) -> str:
     if plan.host is None:
-        return ""
+        return f"the GPU attends ({plan.no_host_kernel}); " if plan.no_host_kernel else ""
     lossy = f" as {plan.host.dtype} (lossy)" if plan.host.dtype != "model" else ""
     on_gpu = plan.batch_size - plan.host_rows
     attended = ", where the CPU attends to them" if plan.kv_attention == "cpu" else ""
+    if plan.no_host_kernel:
+        by = " with torch's operators, many times slower" if attended else ", and the GPU attends"
+        attended += f"{by} ({plan.no_host_kernel})"
     return f"KV cache: {on_gpu} rows on the GPU, {plan.host_rows} in host memory{lossy}{attended}; "
 
 

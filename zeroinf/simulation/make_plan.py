@@ -102,7 +102,9 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
     plan = _plan(plan_input, decision)
     if plan_input.constraints.share_prefixes and (asked is None or asked.longest_pages):
         plan = replace(plan, unshared_because=_why_unshared(plan_input, plan))
-    if plan.kv_attention == "cpu" and not speeds.reads_host:
+    if plan.kv_attention == "cpu" or (plan_input.constraints.kv_attention == "auto" and speeds.reads_host):
+        plan = replace(plan, no_host_kernel=plan_input.constraints.no_host_kernel)
+    if plan.kv_attention == "cpu" and (plan.no_host_kernel or not speeds.reads_host):
         speeds = replace(speeds, projected=(*speeds.projected, "host_read_gbps"))
     return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=tuple(advice))
 
