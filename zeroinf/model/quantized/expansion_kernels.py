@@ -1,5 +1,6 @@
 """Launches the GPU's kernels that expand packed weights: a function for each operator of `fused`, of the same name.
 
+Given tensors on the meta device, a function compiles its kernel for such tensors on the current GPU, and nothing runs.
 Only a process that needs the kernels imports this: Triton comes with torch for CUDA alone.
 """
 
@@ -22,9 +23,11 @@ from zeroinf.model.quantized.code_kernels import (
 from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
-# A program has so many units, of one row or of several; those of two layouts, where rows lie side by side.
-_UNITS_OF_PROGRAM = 512
-_ROWS_SIDE_BY_SIDE = {"whole": (64, 8), "codes": (32, 16)}
+# A program has so many units, of one row or of several; or rows (AWQ: words of eight rows) and units, where rows lie
+# side by side.
+UNITS_OF_PROGRAM = 512
+ROWS_SIDE_BY_SIDE = {"whole": (64, 8), "codes": (32, 16), "words": (16, 8)}
+WARPS_OF_PROGRAM = 4
 # A scale of more than any row or matrix has is that of all of it.
 _ALL = 1 << 30
 
@@ -70,9 +73,11 @@ def expand_words(
         return
     stacked = whole if whole.dim() > 2 else whole[None]
     words, units = rows // 8, stacked.shape[2] // _UNIT
-    expand_awq[triton.cdiv(words, 16), triton.cdiv(units, 8), stacked.shape[0]](
-        whole, _ready(codes), _ready(zeros), _ready(scales), words, units, groups, *stacked.stride(),
-        GROUP=group, ROWS=16, UNITS=8, num_warps=4,
+    own_words, own_units = ROWS_SIDE_BY_SIDE["words"]
+    grid = triton.cdiv(words, own_words), triton.cdiv(units, own_units), stacked.shape[0]
+    _run(
+        expand_awq, grid, whole, _ready(codes), _ready(zeros), _ready(scales), words, units, groups, *stacked.stride(),
+        GROUP=group, ROWS=own_words, UNITS=own_units, num_warps=WARPS_OF_PROGRAM,
     )  # fmt: skip
 
 
@@ -165,16 +170,24 @@ def _launch(
     stack, rows, columns = stacked.shape
     units, is_turned = columns // _UNIT, stacked.stride(2) != 1
     if is_turned or are_codes_across:
-        own_rows, own_units = _ROWS_SIDE_BY_SIDE["whole" if is_turned else "codes"]
+        own_rows, own_units = ROWS_SIDE_BY_SIDE["whole" if is_turned else "codes"]
     else:
         own_units = next(
             wide for wide in (64, 32, 16, 8) if wide == 8 or triton.cdiv(units, wide) * wide <= 1.1 * units
         )
-        own_rows = _UNITS_OF_PROGRAM // own_units
-    kernel[triton.cdiv(rows, own_rows), triton.cdiv(units, own_units), stack](
+        own_rows = UNITS_OF_PROGRAM // own_units
+    _run(
+        kernel, (triton.cdiv(rows, own_rows), triton.cdiv(units, own_units), stack),
         whole, *before, rows, units, *after, *stacked.stride(), **kinds,
-        ROWS=own_rows, UNITS=own_units, TURNED=is_turned, num_warps=4, enable_fp_fusion=False,
+        ROWS=own_rows, UNITS=own_units, TURNED=is_turned, num_warps=WARPS_OF_PROGRAM, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _run(kernel: Any, grid: tuple[int, ...], whole: torch.Tensor, *given: object, **options: object) -> None:
+    if whole.is_meta:
+        kernel.warmup(whole, *given, grid=grid, **options)
+    else:
+        kernel[grid](whole, *given, **options)
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:

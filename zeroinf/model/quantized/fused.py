@@ -73,15 +73,19 @@ def fills_units(columns: int, groups: int) -> bool:
 
 
 def random_bytes(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=generator.device)
 
 
 def random_words(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return random_bytes(generator, *shape, 4).view(torch.int32)[..., 0]
 
 
+def random_groups(generator: torch.Generator, groups: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, groups, shape, dtype=torch.int32, generator=generator, device=generator.device)
+
+
 def random_scales(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return (torch.rand(shape, generator=generator, device="cpu") + 0.5).to(dtype)
+    return (torch.rand(shape, generator=generator, device=generator.device) + 0.5).to(dtype)
 
 
 def _kernel(name: str) -> Callable[..., None]:

@@ -18,7 +18,7 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
-from zeroinf.model.quantized.fused import Random, fills_units, fused, random_scales, random_words
+from zeroinf.model.quantized.fused import Random, fills_units, fused, random_groups, random_scales, random_words
 from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
@@ -184,7 +184,7 @@ def _random(bits: int, less: int, awq: bool, is_ordered: bool, is_grouped: bool,
     def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
         groups = columns // 128 if is_grouped else 1
         shape = (columns, packed_size(rows, bits)) if awq else (packed_size(columns, bits), rows)
-        order = torch.randint(0, groups, (stack, columns), dtype=torch.int32, generator=generator, device="cpu")
+        order = random_groups(generator, groups, stack, columns)
         return (
             random_words(generator, stack, *shape),
             random_words(generator, stack, groups, packed_size(rows, bits)),

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from zeroinf.model.quantized.fused import Random, fills_units, fused, random_bytes, random_scales, random_words
+from zeroinf.model.quantized.fused import (
+    Random,
+    fills_units,
+    fused,
+    random_bytes,
+    random_groups,
+    random_scales,
+    random_words,
+)
 
 PER_127 = 7.874015718698502e-3
 """By which bitsandbytes divides the greatest weights of rows by 127."""
@@ -180,7 +188,7 @@ def _random(
             "bytes": random_bytes(generator, stack, down, groups).view(torch.int8),
             "added": random_scales(generator, dtype, stack, groups, down).mT,
         }[zeros]
-        order = torch.randint(0, groups, (stack, columns), dtype=torch.int32, generator=generator, device="cpu")
+        order = random_groups(generator, groups, stack, columns)
         packed = random_words(generator, stack, rows, packed_size(columns, bits)).view(codes)
         return packed, scales, own, order if is_ordered else None, factor
 
