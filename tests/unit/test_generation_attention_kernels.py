@@ -52,3 +52,20 @@ def test_few_rows_with_long_contexts_share_their_keys_among_programs(kind: str, 
         kernel = attend_in_torch if counts[0] > 1 else attend_on_gpu
         for found, expected in rows.attend(counts, scores, kernel):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_compile_for_rows_without_tokens() -> None:
+    from generating import anatomy_of
+    from small_models import build_model
+
+    from zeroinf.generation.attention_kernels import attend_on_gpu
+    from zeroinf.generation.warm_up import attention_compilations
+    from zeroinf.model.inspect import build_meta
+
+    model = build_model("gpt_oss")
+    given = {"row_tokens": 2000, "pages": True, "kernel": attend_on_gpu}
+    for dtype in ("model", "int8"):
+        for each in attention_compilations(
+            build_meta(model.config, "float32"), anatomy_of(model), torch.device("cpu"), kv_dtype=dtype, **given
+        ):
+            each()

@@ -78,7 +78,8 @@ def _scored(  # type: ignore[no-untyped-def]
     return acc, now, total * fading + tl.sum(weights, 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Numbers that change from forward to forward: no kernel is compiled for their values.
+@triton.jit(do_not_specialize=["count_rows", "split_keys", "window", "ring"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     query, new_keys, new_values, keys, values, key_scales, value_scales, out, parts, part_sums, pages, rows, blocks,
     sinks, scale, softcap, window, ring, count_rows, split_keys,
@@ -177,7 +178,7 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(out + into + value_width[None, :], found, mask=inside[:, None] & is_value[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count_rows", "splits"])  # type: ignore[untyped-decorator]
 def _combine(  # type: ignore[no-untyped-def]
     parts, part_sums, out, rows, blocks, sinks, count_rows, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCK: tl.constexpr, SUNK: tl.constexpr,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 from zeroinf.service.observer import Observer
 from zeroinf.service.text import TextCodec
+from zeroinf.service.warm_up import WarmUp
 from zeroinf.structured.matcher import AnswerState, Vocabulary
 
 
@@ -78,15 +79,24 @@ class LoadedModel:
             self._closing.callback(environment.restore)
             observer.loading(plan)
             self._take_gpu(plan, gpu_memory)
-            self._load(plan, source, zero_config)
-            observer.doing("allocating the KV cache")
-            self._make_room(plan, source)
+            warm_up = WarmUp(plan, source, device) if device.type == "cuda" else None
+            with closing(warm_up) if warm_up is not None else nullcontext():
+                self._load(plan, source, zero_config)
+                observer.doing("allocating the KV cache")
+                self._make_room(plan, source)
+                if warm_up is not None:
+                    self._wait_for(warm_up)
             environment.note()
             observer.ended()
         except BaseException:
             observer.ended()
             self.close()
             raise
+
+    def _wait_for(self, warm_up: WarmUp) -> None:
+        self._observer.doing("compiling kernels")
+        if problem := warm_up.wait():
+            self._observer.note(f"some kernels will be compiled at their first use, not while loading: {problem}")
 
     def _take_gpu(self, plan: Plan, limit_bytes: int | None) -> None:
         """Start on the GPU: limit, link, and a look at whether the plan still holds."""

@@ -11,8 +11,8 @@ from zeroinf.planner.wire import Codes
 _WEIGHTS_A_PROGRAM = 4096
 
 
-# Triton looks annotations up while it compiles, and knows none of Python's types.
-@triton.jit  # type: ignore[untyped-decorator]
+# Triton looks annotations up while it compiles, and knows none of Python's types. Any number of groups is one kernel.
+@triton.jit(do_not_specialize=["groups"])  # type: ignore[untyped-decorator]
 def _decode(codes, scales, weights, groups, bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     inside = (row < groups)[:, None]

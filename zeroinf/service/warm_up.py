@@ -1,0 +1,60 @@
+"""Compiles kernels on a thread of its own while weights are loaded.
+
+A kernel that is compiled when it is first launched keeps a forward waiting for seconds. Each package that has such
+kernels says what a plan needs of them, as calls that compile some each (`_compilations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from zeroinf.generation.warm_up import attention_compilations
+from zeroinf.model.inspect import build_meta
+from zeroinf.model.source import ModelSource
+from zeroinf.planner.plan import Plan
+
+
+def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable[[], None]]:
+    """Calls that compile kernels for `plan`; `model`, on the meta device, shows with which shapes they are launched."""
+    found: list[Callable[[], None]] = []
+    if plan.forward_tokens and plan.tensor_parallel.size == 1:
+        found += attention_compilations(
+            model,
+            plan.anatomy,
+            device,
+            row_tokens=plan.row_tokens,
+            pages=plan.pool_pages > 0,
+            kv_dtype=None if plan.host is None else plan.host.dtype,
+        )
+    return found
+
+
+class WarmUp:
+    """Compiles the kernels of one plan for `device`, a GPU, from its making on."""
+
+    def __init__(self, plan: Plan, source: ModelSource, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(1, "zeroinf-warm-up")
+        model = build_meta(source.config, plan.dtype, source.trust_remote_code)
+        self._done = self._thread.submit(_run, _compilations(model, plan, device), device)
+
+    def wait(self) -> str:
+        """Wait for all kernels; returns why some of them were not compiled, or nothing."""
+        error = self._done.exception()
+        return "" if error is None else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    def close(self) -> None:
+        """Wait for the kernel that is being compiled, and leave out the others."""
+        self._done.cancel()
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _run(compilations: list[Callable[[], None]], device: torch.device) -> None:
+    if compilations and device.type == "cuda":
+        torch.cuda.set_device(device)  # threads have one each
+    with torch.inference_mode():
+        for compile_some in compilations:
+            compile_some()
