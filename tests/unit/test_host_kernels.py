@@ -122,6 +122,27 @@ def test_instructions_of_older_processors_give_the_same(machine: str, dtype: str
     assert torch.allclose(case.by(older).float(), case.by(kernel).float(), atol=1e-2 if dtype != "float32" else 1e-5)
 
 
+@pytest.mark.full  # the compiler takes seconds
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"heads": (4, 2), "widths": (64, 64)},
+        {"heads": (14, 2), "widths": (192, 128), "scores": scores_of(14, 192, softcap=5.0, sinks=True), "window": 130},
+        {"heads": (71, 1), "widths": (64, 96)},
+    ],
+    ids=lambda rows: str(rows["heads"]),
+)
+def test_a_matrix_unit_gives_the_same(rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("tiles are emulated for processors with products of pairs")
+    monkeypatch.setenv("CXX", f"c++ -include {Path(__file__).parents[1] / 'fake_tiles.h'}")
+    host_library.host_library.cache_clear()
+    case = Rows("bfloat16", **rows)
+    found, exact = case.by(CompiledKernel(2)).float(), case.exact()
+    host_library.host_library.cache_clear()
+    assert float((found - exact).abs().max() / exact.abs().max()) < 5e-3
+
+
 def test_memory_is_read_whole() -> None:
     pool = ThreadPool(2)
     memory = torch.arange((1 << 20) + 512, dtype=torch.int32)

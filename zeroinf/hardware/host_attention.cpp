@@ -176,7 +176,13 @@ struct Ahead {
         __builtin_prefetch(at, 0, 3);
         at += 64;
     }
+
+    inline void fetch(int lines) {
+        for (int i = 0; i < lines; ++i) fetch();
+    }
 };
+
+#include "host_attention_tiles.h"
 
 // Queries times the keys of a block. query: (GROUP, width, padded with zeros); scores: (GROUP, BLOCK).
 template <int KIND, int GROUP>
@@ -241,8 +247,7 @@ inline void add_chunks(const float *weights, const float *fading, const uint8_t 
     for (int g = 0; g < GROUP; ++g)
         for (int c = 0; c < CHUNKS; ++c) held[g][c] = read<Floats>(sums + g * padded + c * LANES) * fading[g];
     for (int t = 0; t < count; ++t, values += stride) {
-#pragma GCC unroll 8
-        for (int b = 0; b < CHUNKS * LANES * size_of(KIND); b += 64) ahead.fetch();
+        ahead.fetch((CHUNKS * LANES * size_of(KIND) + 63) / 64);
 #pragma GCC unroll 8
         for (int c = 0; c < CHUNKS; ++c) {
             Floats value = load<KIND>(values + c * LANES * size_of(KIND));
@@ -375,10 +380,11 @@ class Attention {
         : of_(layout), rows_(rows), memory_(memory), fresh_(fresh), query_(query), out_(out) {
         padded_ = round_up(layout.width, 32);
         value_padded_ = round_up(layout.value_width, LANES);
-        tile_ = std::min(8, LANES);
+        tiles_ = takes_tiles(layout);
+        tile_ = tiles_ ? 16 : std::min(8, LANES);
         while (tile_ > 1 && tile_ / 2 >= layout.group) tile_ /= 2;
         group_ = round_up(layout.group, tile_);
-        block_ = tile_ <= FEW_QUERIES ? BLOCK : SMALL_BLOCK;
+        block_ = tiles_ || tile_ <= FEW_QUERIES ? BLOCK : SMALL_BLOCK;
         int64_t head_bytes = (int64_t)(layout.width + layout.value_width) * size_of(layout.kind);
         heads_ = (int)std::clamp<int64_t>(BLOCK_BYTES / SMALL_BLOCK / head_bytes, 1, layout.heads);
         parts_ = (layout.heads + heads_ - 1) / heads_;
@@ -416,6 +422,12 @@ class Attention {
         int part, split, splits;
     };
 
+    static bool takes_tiles(const Layout &of) {
+        auto fits = [](int width) { return width % 32 == 0 && width <= MOST_TILE_WIDTH; };
+        bool shared = of.group > 1 && of.kind == BFLOAT16 && of.query_kind == BFLOAT16;
+        return shared && fits(of.width) && fits(of.value_width) && may_use_tiles();
+    }
+
     int first_head(int part) const { return part * heads_; }
     int head_count(int part) const { return std::min(heads_, of_.heads - part * heads_); }
     int64_t result_floats(int part) const { return (int64_t)head_count(part) * group_ * (value_padded_ + 2); }
@@ -439,18 +451,28 @@ class Attention {
         const int heads = head_count(task.part), lines = heads * group_;
         static thread_local std::vector<float> floats;
         static thread_local std::vector<uint16_t> pairs;
-        floats.assign((size_t)lines * padded_, 0.0f);
+        floats.assign(tiles_ ? 0 : (size_t)lines * padded_, 0.0f);
         pairs.assign((size_t)lines * padded_, 0);
         for (int head = 0; head < heads; ++head)
             for (int g = 0; g < of_.group; ++g) {
                 int64_t line = (int64_t)task.row * of_.heads * of_.group + (first_head(task.part) + head) * of_.group + g;
-                read_query(query_ + line * of_.width * size_of(of_.query_kind),
-                           floats.data() + (size_t)(head * group_ + g) * padded_,
-                           pairs.data() + (size_t)(head * group_ + g) * padded_);
+                const uint8_t *query = query_ + line * of_.width * size_of(of_.query_kind);
+                size_t own = (size_t)(head * group_ + g) * padded_;
+                if (of_.query_kind == BFLOAT16) std::memcpy(pairs.data() + own, query, of_.width * 2);
+                if (!tiles_) read_query(query, floats.data() + own);
             }
         float *highest = result, *totals = result + lines, *sums = result + 2 * lines;
         std::fill(highest, highest + lines, -1e30f);
         std::fill(totals, result + lines * (2 + value_padded_), 0.0f);
+        static thread_local std::vector<uint32_t> tiled;
+        if (tiles_) {
+            tiled.resize(pairs.size() / 2);
+            for (int line = 0; line < lines; line += tile_) {
+                size_t own = (size_t)line * padded_;
+                pair_queries(pairs.data() + own, padded_, tile_, of_.width, tiled.data() + own / 2);
+            }
+            begin_tiles(tile_);
+        }
         for (int64_t at = begin; at < end; at += block_) {
             int count = (int)std::min<int64_t>(block_, end - at);
             const uint8_t *block = records + at * of_.stride;
@@ -458,12 +480,18 @@ class Attention {
             for (int head = 0; head < heads; ++head) {
                 for (int g = 0; g < group_; g += tile_) {
                     int line = head * group_ + g;
-                    one(block, ahead, first_head(task.part) + head, count, floats.data() + (size_t)line * padded_,
+                    if (tiles_)
+                        one_by_tiles(block, ahead, first_head(task.part) + head, count,
+                                     tiled.data() + (size_t)line * padded_ / 2, highest + line, totals + line,
+                                     sums + (size_t)line * value_padded_);
+                    else
+                        one(block, ahead, first_head(task.part) + head, count, floats.data() + (size_t)line * padded_,
                         pairs.data() + (size_t)line * padded_, highest + line, totals + line,
                         sums + (size_t)line * value_padded_);
                 }
             }
         }
+        if (tiles_) end_tiles();
     }
 
     Ahead ahead_of(const uint8_t *block, int part, int64_t count) const {
@@ -478,8 +506,7 @@ class Attention {
         return ahead;
     }
 
-    void read_query(const uint8_t *from, float *floats, uint16_t *pairs) const {
-        if (of_.query_kind == BFLOAT16) std::memcpy(pairs, from, of_.width * 2);
+    void read_query(const uint8_t *from, float *floats) const {
         for (int c = 0; c < of_.width; c += LANES) {
             int left = std::min(LANES, of_.width - c);
             const uint8_t *at = from + c * size_of(of_.query_kind);
@@ -488,6 +515,18 @@ class Attention {
                                                         : load_part<FLOAT16>(at, left);
             std::memcpy(floats + c, &found, sizeof(Floats));
         }
+    }
+
+    void one_by_tiles(const uint8_t *block, Ahead &ahead, int head, int count, const uint32_t *paired, float *highest,
+                      float *totals, float *sums) const {
+        HeadBlock of{block + of_.keys_at + (int64_t)head * of_.width * 2,
+                     block + of_.values_at + (int64_t)head * of_.value_width * 2, of_.stride, count, of_.width,
+                     of_.value_width};
+        auto scored = [this](Floats x) { return of_.softcap != 0 ? capped(x * of_.scale) : x * of_.scale; };
+        if (tile_ == 2) attend_tiles<2>(of, paired, ahead, scored, highest, totals, sums);
+        else if (tile_ == 4) attend_tiles<4>(of, paired, ahead, scored, highest, totals, sums);
+        else if (tile_ == 8) attend_tiles<8>(of, paired, ahead, scored, highest, totals, sums);
+        else attend_tiles<16>(of, paired, ahead, scored, highest, totals, sums);
     }
 
     void one(const uint8_t *block, Ahead &ahead, int head, int count, const float *floats, const uint16_t *pairs,
@@ -615,7 +654,8 @@ class Attention {
                     for (int c = 0; c < of_.value_width; ++c) sums[c] += theirs[c] * share;
                 }
                 uint8_t *into = out_ + (task.row * of_.heads * of_.group + index) * (int64_t)of_.value_width * size;
-                for (int c = 0; c < of_.value_width; ++c) store(of_.query_kind, into + c * size, sums[c] / total);
+                for (int c = 0; c < of_.value_width; ++c)
+                    store(of_.query_kind, into + c * size, sums[tiles_ ? place_in_tiles(c) : c] / total);
             }
     }
 
@@ -624,6 +664,7 @@ class Attention {
     uint8_t *memory_;
     const uint8_t *fresh_, *query_;
     uint8_t *out_;
+    bool tiles_;
     int padded_, value_padded_, tile_, group_, block_, heads_, parts_;
     int64_t tokens_;
     std::vector<Task> tasks_;

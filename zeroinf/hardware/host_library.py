@@ -98,7 +98,9 @@ def _machine_flag(machine: str) -> str:
 def _name(command: Sequence[str]) -> str:
     """A name for what `command` makes on this processor."""
     compiler = Path(shutil.which(command[0]) or command[0]).resolve()
-    facts = [SOURCE.read_bytes(), "\0".join((str(compiler), *command)).encode(), _instructions().encode()]
+    sources = sorted(SOURCE.parent.glob(f"{SOURCE.stem}*"))
+    facts = [source.read_bytes() for source in sources]
+    facts += ["\0".join((str(compiler), *command)).encode(), _instructions().encode()]
     with suppress(OSError):
         facts.append(str(compiler.stat().st_mtime_ns).encode())
     return hashlib.blake2b(b"\0".join(facts), digest_size=16).hexdigest()
