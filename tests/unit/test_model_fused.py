@@ -29,8 +29,8 @@ def fails(*ignored: Any) -> None:
 
 @pytest.mark.parametrize("like", [torch.empty(1, 2, 3), torch.empty(1, 3, 2, dtype=torch.bfloat16).mT])
 def test_a_kernel_is_used_if_it_gives_the_same_bits(like: torch.Tensor) -> None:
-    assert agrees(in_torch, in_torch, codes, like)
+    assert agrees(in_torch, in_torch, codes, like, torch.device("cpu"))
     with pytest.warns(UserWarning, match="by operators of torch, .*: results differ"):
-        assert not agrees(differs_once, in_torch, codes, like)
+        assert not agrees(differs_once, in_torch, codes, like, torch.device("cpu"))
     with pytest.warns(UserWarning, match="by operators of torch, .*: no such kernel"):
-        assert not agrees(fails, in_torch, codes, like)
+        assert not agrees(fails, in_torch, codes, like, torch.device("cpu"))

@@ -37,8 +37,11 @@ def test_all_is_compiled_while_the_caller_goes_on(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_kernel_that_does_not_compile_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_some() -> None:
+    compiled = threading.Event()
+
+    def fail() -> None:
         raise RuntimeError("no ptxas\nhere")
 
-    with closing(warming_up(monkeypatch, compile_some)) as warm:
+    with closing(warming_up(monkeypatch, fail, compiled.set)) as warm:
         assert warm.wait() == "RuntimeError: no ptxas"
+    assert compiled.is_set()  # the others are, all the same

@@ -14,13 +14,14 @@ import torch
 
 from zeroinf.generation.warm_up import attention_compilations
 from zeroinf.model.inspect import build_meta
+from zeroinf.model.quantized.warm_up import expansion_compilations
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
 
 
 def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable[[], None]]:
     """Calls that compile kernels for `plan`; `model`, on the meta device, shows with which shapes they are launched."""
-    found: list[Callable[[], None]] = []
+    found = expansion_compilations(model, device)
     if plan.forward_tokens and plan.tensor_parallel.size == 1:
         found += attention_compilations(
             model,
@@ -55,6 +56,12 @@ class WarmUp:
 def _run(compilations: list[Callable[[], None]], device: torch.device) -> None:
     if compilations and device.type == "cuda":
         torch.cuda.set_device(device)  # threads have one each
+    problem: Exception | None = None
     with torch.inference_mode():
         for compile_some in compilations:
-            compile_some()
+            try:
+                compile_some()
+            except Exception as error:  # Triton has errors of many kinds; the other kernels are compiled all the same
+                problem = problem or error
+    if problem is not None:
+        raise problem

@@ -49,22 +49,47 @@ def fused(
     of the kernel: an object that equals others of the same form.
     """
     name = schema.partition("(")[0]
-    known: dict[Any, bool] = {}
+    OPERATORS[name] = found = Fused(name, in_torch, like)
     _LIBRARY.define(schema)
     EXAMPLES.update({title: Example(name, random) for title, random in examples.items()})
-
-    def on_gpu(whole: torch.Tensor, *args: Any) -> None:
-        random = like(whole, *args)
-        form = random, whole.dtype, whole.stride(-1) == 1
-        if form not in known:
-            known[form] = agrees(lambda *given: _kernel(name)(*given), in_torch, random, whole)
-        (_kernel(name) if known[form] else in_torch)(whole, *args)
-
     _LIBRARY.impl(name, in_torch, "CPU")
-    _LIBRARY.impl(name, on_gpu, "CUDA")
+    _LIBRARY.impl(name, found, "CUDA")
     _LIBRARY.impl(name, _on_paper, "Meta")
     operator: Callable[..., None] = getattr(torch.ops.zeroinf, name)
     return operator
+
+
+class Fused:
+    """An operator on a GPU: its kernel where that gives the bits of `in_torch`, else `in_torch`."""
+
+    def __init__(self, name: str, in_torch: Callable[..., None], like: Callable[..., Random]) -> None:
+        """As `fused` has them."""
+        self.like = like
+        self._name, self._in_torch = name, in_torch
+        self._known: dict[Any, bool] = {}
+
+    def __call__(self, whole: torch.Tensor, *args: Any) -> None:
+        """Fill `whole`."""
+        (self._run_kernel if self._is_exact(whole.device, whole, *args) else self._in_torch)(whole, *args)
+
+    def compile(self, device: torch.device, whole: torch.Tensor, *args: Any) -> None:
+        """Make a call that is like this one, of tensors on the meta device, find its kernel tried and compiled."""
+        if self._is_exact(device, whole, *args):
+            self._run_kernel(whole, *args)
+
+    def _is_exact(self, device: torch.device, whole: torch.Tensor, *args: Any) -> bool:
+        random = self.like(whole, *args)
+        form = random, whole.dtype, whole.stride(-1) == 1
+        if form not in self._known:
+            self._known[form] = agrees(self._run_kernel, self._in_torch, random, whole, device)
+        return self._known[form]
+
+    def _run_kernel(self, whole: torch.Tensor, *args: Any) -> None:
+        _kernel(self._name)(whole, *args)
+
+
+OPERATORS: dict[str, Fused] = {}
+"""By their names under `torch.ops.zeroinf`; those of the modules that are imported."""
 
 
 def fills_units(columns: int, groups: int) -> bool:
@@ -95,13 +120,18 @@ def _kernel(name: str) -> Callable[..., None]:
     return kernel
 
 
-def agrees(kernel: Callable[..., None], in_torch: Callable[..., None], random: Random, like: torch.Tensor) -> bool:
+def agrees(
+    kernel: Callable[..., None],
+    in_torch: Callable[..., None],
+    random: Random,
+    like: torch.Tensor,
+    device: torch.device,
+) -> bool:
     """Whether both fill a tensor with the same bits, in the dtype and order of `like`; warns where they do not.
 
     Errors of the kernel are disagreement.
     """
     stack, rows, columns = _TRIAL
-    device = like.device
     args = [
         one.to(device) if isinstance(one, torch.Tensor) else one
         for one in random(stack, rows, columns, torch.Generator().manual_seed(0))

@@ -1,0 +1,67 @@
+"""Kernels that expand a model's weights are tried and compiled, for its shapes, before they are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_config
+
+from zeroinf.model.inspect import build_meta
+from zeroinf.model.quantized import fp4  # noqa: F401  has an operator
+from zeroinf.model.quantized.fused import OPERATORS, Fused
+from zeroinf.model.quantized.warm_up import expansion_compilations
+
+CPU = torch.device("cpu")
+
+
+def gpt_oss() -> Any:
+    config = small_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    return build_meta(config, "bfloat16")
+
+
+def given_to_kernels(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], object]) -> list[torch.Tensor]:
+    """The tensors that a stand-in for the kernel of MXFP4 is asked to fill; it changes what torch fills them with."""
+    operator, found = torch.ops.zeroinf.expand_fp4, list[torch.Tensor]()
+
+    def expand_fp4(whole: torch.Tensor, *args: Any) -> None:
+        found.append(whole)
+        operator(whole, *args)
+        if not whole.is_meta:
+            change(whole)
+
+    kernels = SimpleNamespace(expand_fp4=expand_fp4)
+    monkeypatch.setitem(sys.modules, "zeroinf.model.quantized.expansion_kernels", kernels)
+    monkeypatch.setattr("zeroinf.model.quantized.expansion_kernels", kernels, raising=False)
+    untried = Fused("expand_fp4", operator, OPERATORS["expand_fp4"].like)
+    monkeypatch.setitem(OPERATORS, "expand_fp4", untried)
+    return found
+
+
+def test_a_kernel_is_tried_once_and_compiled_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, model = given_to_kernels(monkeypatch, lambda whole: None), gpt_oss()
+    for compile_one in expansion_compilations(model, CPU):
+        compile_one()
+    tried, *compiled = found
+    assert tried.device == CPU
+    assert all(whole.is_meta for whole in compiled)
+    experts, hidden, inner = model.config.num_local_experts, model.config.hidden_size, model.config.intermediate_size
+    assert {tuple(whole.shape) for whole in compiled} == {(experts, 2 * inner, hidden), (experts, hidden, inner)}
+    assert len(compiled) == 2  # though there are more layers
+
+
+def test_a_kernel_that_gives_other_bits_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = given_to_kernels(monkeypatch, lambda whole: whole.add_(1))
+    with pytest.warns(UserWarning, match="by operators of torch"):
+        for compile_one in expansion_compilations(gpt_oss(), CPU):
+            compile_one()
+    assert [whole.is_meta for whole in found] == [False]
+
+
+def test_a_model_in_full_has_nothing_to_compile() -> None:
+    assert not expansion_compilations(build_meta(small_config("llama"), "bfloat16"), CPU)
