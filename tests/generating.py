@@ -93,6 +93,7 @@ def limits_of(model: Any, rows: Sequence[Row], /, *, shares_passes: bool = True,
         "whole": bool(anatomy.whole_because),
         "keeps_states": anatomy.mixers is not None,
         "evenly": anatomy.encoder is not None,
+        "staged_tokens": tokens if given.get("cpu_rows") else 0,
     }
     return Limits(**{**fields, **given})
 
@@ -122,8 +123,8 @@ def host_of(model: Any, tokens: int, limits: Limits, dtype: KvDtype, stream: Any
     rows = limits.rows if limits.together else limits.micro_batch_rows
     size = HostSize(
         tokens=limits.host_tokens,
-        seen_columns=rows * tokens,
-        new_columns=limits.forward_tokens
+        seen_columns=limits.staged_tokens or rows * tokens,
+        new_columns=(max(limits.forward_tokens, tokens) if limits.runs_whole else limits.forward_tokens)
         or max(limits.prefill_tokens, rows * (tokens if limits.together else 1), tokens),
         dtype=dtype,
         cpu_rows=limits.cpu_rows,

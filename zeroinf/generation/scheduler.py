@@ -55,6 +55,8 @@ class Limits:
     """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
     prefix_pages: int = 0
     """Pages that may hold what prompts begin with in common; 0: rows share none."""
+    staged_tokens: int = 0
+    """Tokens that one packed forward fetches from host memory, at the most; 0: as many as its rows have."""
     cpu_rows: int = 0
     """Rows in host memory for whose steps the CPU attends, at the most: steps and prompts have forwards of their own.
     0: the GPU attends."""
@@ -91,6 +93,7 @@ class Limits:
             keeps_states=plan.anatomy.mixers is not None,
             scores_alone=not shares_passes or packs or plan.packs_scores,
             prefix_pages=plan.prefix_pages,
+            staged_tokens=plan.host.seen_columns if plan.host is not None and plan.host.cpu_rows else 0,
             cpu_rows=plan.host.cpu_rows if plan.host is not None else 0,
         )
 
@@ -559,17 +562,19 @@ class Scheduler:
 
     def _packed(self, parts: Sequence[NextTokens]) -> Iterator[Group]:
         """`parts` in forwards of about as many tokens each, whose prompts may go on in the next one: each layer
-        computes it later. Not those in host memory, from which the next one fetches before it has them all. Rows that
-        share what another one computes have a later forward."""
+        computes it later. Not those in host memory, from which the next one fetches before it has them all, and of
+        which one forward has as many as there is staging for. Rows that share what another one computes have a later
+        forward."""
         limits, tokens = self.limits, sum(part.tokens for part in parts)
         may_split = not limits.runs_whole and not parts[0].seat.on_host
         forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
         size, rest = -(-tokens // forwards), deque(parts)
+        most_staged = limits.staged_tokens if parts[0].seat.on_host and parts[0].tokens > 1 else 0
         while rest:
-            left, taken, made = size, list[NextTokens](), set[PrefixPage]()
+            left, staged, taken, made = size, 0, list[NextTokens](), set[PrefixPage]()
             while rest and left > 0 and len(taken) < limits.micro_batch_rows:
                 part = rest.popleft()
-                if made and part.needs(made):
+                if (made and part.needs(made)) or (taken and 0 < most_staged < staged + part.start):
                     rest.appendleft(part)
                     break
                 if part.tokens > left and may_split:
@@ -580,7 +585,7 @@ class Scheduler:
                     break
                 taken.append(part)
                 made.update(part.pages)
-                left -= part.tokens
+                left, staged = left - part.tokens, staged + part.start
             yield Group.packed(*zip(*taken, strict=True))
 
     def _decodes(self) -> Iterator[Group]:

@@ -124,6 +124,8 @@ class Lengths:
         tokens = self.prompt_tokens + self.new_tokens
         mean = tokens if self.mean_tokens is None else self.mean_tokens
         together = min(shape.micro_batch_rows, shape.host_rows)
+        if shape.cpu_rows:  # steps stage nothing; prompts that go on have a forward each
+            together = 0 if whole else 1
         # The last row may be a little longer than what is left on the GPU, and has a place here then.
         left_over = tokens if mean < tokens and shape.host_rows < shape.rows else 0
         return HostSize(
