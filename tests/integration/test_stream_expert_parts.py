@@ -39,6 +39,7 @@ WHERE: tuple[dict[str, Any], ...] = (
     {"expert_parts": 3},
     {"expert_parts": 4, "resident_blocks": 1},
     {"expert_parts": 2, "offload": "nvme", "nvme_blocks": 1, "resident_blocks": 1, "embeddings": "cpu"},
+    {"expert_parts": 3, "offload": "nvme", "nvme_blocks": 2, "host_units": 4},
 )
 
 
@@ -108,12 +109,14 @@ def test_so_are_those_of_gguf_files(gguf_of: Gguf) -> None:
     assert tokens_of(stream(file, expert_parts=2)) == plain_tokens(full)
 
 
-def test_ranks_pull_the_parts_of_one_copy(small_checkpoint: Checkpoint) -> None:
+def test_ranks_pull_the_parts_of_one_copy(small_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = small_checkpoint("mixtral")
     expected = plain_tokens(folder)
 
+    where = {"offload": "nvme", "nvme_blocks": 2, "host_units": 3, "nvme_paths": (tmp_path,)}
+
     def body(control: Control) -> Any:
-        return tokens_of(stream(folder, control=control, world_size=2, expert_parts=2))
+        return tokens_of(stream(folder, control=control, world_size=2, expert_parts=2, **where))
 
     assert on_ranks(2, body) == ([expected] * 2, [0, 0])
 
@@ -166,6 +169,18 @@ def test_the_planner_splits_layers_that_are_larger_than_the_gpu(large_layers: Pl
     whole = replace(large_layers, constraints=replace(large_layers.constraints, expert_parts=1))
     with pytest.raises(DoesNotFitError):
         make_plan(whole, remedy=False)
+
+
+def test_parts_fill_the_host_memory_that_is_left(large_layers: PlanInput) -> None:
+    layer = max(block.nbytes for block in large_layers.anatomy.blocks)
+    machine = machine_of(gpus=1, gpu_bytes=3 * GIB // 2, host_bytes=5 * GIB + 3 * layer // 2)
+    constraints = replace(large_layers.constraints, offload="auto", nvme_space_bytes=64 * GIB)
+    plan = make_plan(replace(large_layers, machine=machine, constraints=constraints)).plan
+    assert (plan.offload, plan.nvme_blocks) == ("nvme", 4)
+    assert plan.host_units > 4  # what is no part of experts comes first
+    left = machine.memory.available_bytes - total(plan.terms, "host")
+    assert 0 <= left < 2 * layer // plan.expert_parts
+    assert f"({plan.host_units} parts of them in host memory)" in repr(plan)
 
 
 def test_layers_that_leave_most_of_the_gpu_stay_whole(large_layers: PlanInput) -> None:

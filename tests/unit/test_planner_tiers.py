@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroinf.planner.tiers import tiers
+from zeroinf.planner.tiers import Tier, tiers, unit_tiers
 
 
 @st.composite
@@ -48,3 +48,10 @@ def test_blocks_of_an_encoder_are_the_last_to_stay_and_the_first_on_the_disk() -
     assert tiers(6, 1, 1, encoder=2) == ("host", "nvme", "host", "host", "gpu", "host")
     assert tiers(6, 5, 0, encoder=2) == ("host", "gpu", "gpu", "gpu", "gpu", "gpu")
     assert tiers(6, 0, 4, encoder=2) == ("nvme", "nvme", "host", "nvme", "host", "nvme")
+
+
+def test_what_is_beside_experts_leaves_the_disk_first() -> None:
+    blocks: tuple[Tier, ...] = ("nvme", "gpu", "nvme")
+    assert unit_tiers(blocks, (3, 3, 1), 0) == (("nvme",) * 3, ("gpu",) * 3, ("nvme",))
+    assert unit_tiers(blocks, (3, 3, 1), 2) == (("host", "nvme", "nvme"), ("gpu",) * 3, ("host",))
+    assert unit_tiers(blocks, (5, 3, 1), 4) == (("host", "nvme", "host", "nvme", "host"), ("gpu",) * 3, ("host",))

@@ -30,6 +30,8 @@ class Choice:
     """Prompt tokens that a pass computes, at the most."""
     resident_blocks: int
     nvme_blocks: int
+    host_units: int = 0
+    """Of what moves as one piece of blocks on NVMe, so many rest in host memory; where experts come in parts."""
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
     wire: Wire = "model"

@@ -87,6 +87,9 @@ class Plan:
     """Blocks that never leave the GPU, spread evenly over the pass."""
     nvme_blocks: int = 0
     """Blocks that rest on NVMe; the rest of those that stream rest in host memory."""
+    host_units: int = 0
+    """Of what moves as one piece of blocks on NVMe (all but experts, and each part of these), so many rest in host
+    memory."""
     nvme_paths: tuple[Path, ...] = ()
     wire: Wire = "model"
     """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""

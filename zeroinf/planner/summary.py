@@ -85,10 +85,11 @@ def _tiers(plan: Plan, blocks: int) -> str:
     if not descriptor_of(plan.engine).places_blocks:
         return f"{blocks} layers"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
+    mixed = f" ({plan.host_units} parts of them in host memory)" if plan.host_units else ""
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
     gathered = ", embeddings in host memory" if plan.embeddings == "cpu" else ""
     gathered += f", experts in {plan.expert_parts} parts" if plan.expert_parts > 1 else ""
-    parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, "on NVMe"))
+    parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, f"on NVMe{mixed}"))
     (first, where), *others = ((count, where) for count, where in parts if count)
     whole = f"{first} of {blocks} layers {where}" if others else f"{blocks} layers {where}"
     return ", ".join((whole, *(f"{count} {where}" for count, where in others))) + gathered

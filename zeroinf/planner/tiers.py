@@ -1,9 +1,11 @@
-"""Assigns each block to a tier: gpu, host or nvme."""
+"""Assigns each block to a tier, gpu, host or nvme, and parts of blocks on NVMe to host memory as far as they fit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
+
+_Item = TypeVar("_Item")
 
 Tier = Literal["gpu", "host", "nvme"]
 
@@ -36,6 +38,23 @@ def shares(blocks: int, resident: int, nvme: int, encoder: int) -> tuple[tuple[i
     return (decoder_resident, nvme - encoder_nvme), (encoder_resident, encoder_nvme)
 
 
-def _spread(items: Sequence[int], count: int) -> list[int]:
+def unit_tiers(blocks: Sequence[Tier], units: Sequence[int], host_units: int) -> tuple[tuple[Tier, ...], ...]:
+    """The tier of everything that moves as one piece, of each of `blocks`, of which there are so many `units`: first
+    what a block has beside its experts, then parts of these.
+
+    Of blocks on NVMe `host_units` rest in host memory: first what is beside experts, which every pass needs, then parts
+    of these, spread evenly, so that the disk has as much time for each that is on it.
+    """
+    found: list[list[Tier]] = [[tier] * count for tier, count in zip(blocks, units, strict=True)]
+    on_disk = [index for index, tier in enumerate(blocks) if tier == "nvme"]
+    dense = [(index, 0) for index in on_disk]
+    experts = [(index, unit) for index in on_disk for unit in range(1, units[index])]
+    first = min(host_units, len(dense))
+    for index, unit in (*_spread(dense, first), *_spread(experts, host_units - first)):
+        found[index][unit] = "host"
+    return tuple(map(tuple, found))
+
+
+def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
     """`count` of `items`, each in the middle of its equal share of them."""
     return [items[(2 * turn + 1) * len(items) // (2 * count)] for turn in range(count)]

@@ -27,8 +27,10 @@ from zeroinf.planner.memory import (
     Term,
     mask_bytes,
     scores_bytes,
+    spared,
     total,
     units,
+    units_on_disk,
     with_layers,
 )
 from zeroinf.planner.pass_shapes import PassShapes
@@ -50,7 +52,7 @@ class Trials:
         layers = with_layers(facts.anatomy, self._embeddings)
         self._largest_piece = max(map(sum, units(layers, constraints.wire, constraints.expert_parts or 1)))
         self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
-        self._engine = descriptor_of(constraints.engine)
+        self._engine, self._parts = descriptor_of(constraints.engine), constraints.expert_parts or 1
 
     def choice(self, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         """The settings of `rows` rows and so many resident blocks, before the shape of their passes is known."""
@@ -58,7 +60,8 @@ class Trials:
         if offload == "nvme":
             on_disk = len(self._anatomy.blocks) - residents
             if constraints.offload == "auto" and self._engine.mixes_tiers:
-                on_disk -= min(on_disk, self._blocks_in_host(rows))
+                in_host = min(on_disk, self._blocks_in_host(rows))
+                on_disk -= in_host if self._parts == 1 or in_host == on_disk else 0
         return Choice(
             engine=constraints.engine,
             offload=offload,
@@ -72,7 +75,7 @@ class Trials:
             host_rows=self._shapes.host_rows(rows),
             kv_dtype=constraints.kv_dtype,
             embeddings=self._embeddings,
-            expert_parts=self._constraints.expert_parts or 1,
+            expert_parts=self._parts,
         )
 
     def fewest_residents(self, offload: Offload) -> int:
@@ -106,6 +109,7 @@ class Trials:
             forward_tokens=shape.forward_tokens,
         )
         workload = self._facts.simulate(shape)
+        choice = self._filling_host(choice, workload)
         terms = self._terms(choice, workload)
         needed = {place: total(terms, place) for place in self._budgets}
         shortages = tuple(
@@ -126,6 +130,22 @@ class Trials:
             static=constraints.static_batches,
         )
         return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
+
+    def _filling_host(self, choice: Choice, workload: Workload) -> Choice:
+        """`choice` with as much of what would rest on NVMe in host memory as there is room for beside all else."""
+        if not choice.nvme_blocks or self._constraints.offload != "auto" or not self._engine.mixes_tiers:
+            return choice
+        free = self._budgets["host"] - total(self._terms(choice, workload), "host")
+        if self._parts == 1:
+            on_host = len(self._anatomy.blocks) - choice.resident_blocks - choice.nvme_blocks
+            more = min(max(free // self._largest_piece, -on_host), choice.nvme_blocks - 1)
+            return replace(choice, nvme_blocks=choice.nvme_blocks - more)
+        fits, miss = 0, units_on_disk(self._anatomy, choice)
+        while miss - fits > 1:
+            count = (fits + miss) // 2
+            fit = spared(self._anatomy, replace(choice, host_units=count)).nbytes <= free
+            fits, miss = (count, miss) if fit else (fits, count)
+        return replace(choice, host_units=fits)
 
     def too_many_rows(self, choice: Choice) -> Rejection | None:
         """Reject more rows than one by the KV cache alone, which takes no simulation."""
@@ -202,7 +222,7 @@ class Trials:
             nvme_blocks=blocks - resident,
             wire=self._constraints.wire,
             embeddings=self._embeddings,
-            expert_parts=self._constraints.expert_parts or 1,
+            expert_parts=self._parts,
         )
         terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms(rows))
         if not on_gpu:  # what computes lies there, too

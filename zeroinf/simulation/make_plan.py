@@ -308,6 +308,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         host=chosen.host,
         resident_blocks=choice.resident_blocks,
         nvme_blocks=choice.nvme_blocks,
+        host_units=choice.host_units,
         embeddings=choice.embeddings,
         expert_parts=choice.expert_parts,
         terms=chosen.terms,

@@ -7,6 +7,7 @@ slot.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.tiers import Tier, tiers
+from zeroinf.planner.tiers import Tier, tiers, unit_tiers
 
 _HOST: Tier = "host"
 
@@ -74,7 +75,9 @@ class StreamEngine:
         of_blocks = tiers(
             len(plan.anatomy.blocks), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
         )
-        where = [of_blocks[group.block or 0] for group in groups]
+        pieces = Counter(group.block or 0 for group in groups)
+        units = unit_tiers(of_blocks, [pieces[block] for block in range(len(of_blocks))], plan.host_units)
+        where = [tier for own in units for tier in own]
         self._weights = Weights(
             plan,
             (*groups, outside, *tables),

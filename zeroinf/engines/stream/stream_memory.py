@@ -126,8 +126,13 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
     """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
     all_walks = walks(anatomy, choice)
     layers = with_layers(anatomy, choice.embeddings)
-    largest = [size for walk in all_walks if walk.nvme for size in _largest(layers, choice, walk)]
-    read = sum(_pulled_bytes(size, choice, world_size) for size in largest)
+    read = sum(
+        _pulled_bytes(size, choice, world_size)
+        for walk in all_walks
+        if walk.nvme
+        for size, is_read in zip(_largest(layers, choice, walk), walk.reads, strict=False)
+        if is_read
+    )
     return {
         "weights": sum(walk.host_bytes for walk in all_walks),
         "tables": sum(table_pieces(anatomy, choice.embeddings)),
