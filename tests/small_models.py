@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging import version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCABULARY = 384
@@ -51,6 +52,10 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+if version.parse(transformers.__version__) < version.parse("5.21"):
+    # Until then Gemma-2 takes sdpa, which leaves out the cap of its scores: not what tokens are compared with.
+    transformers.Gemma2PreTrainedModel._supports_sdpa = False
 
 
 def _of(config: str, *parts: dict[str, Any], **fields: Any) -> Callable[[], Any]:

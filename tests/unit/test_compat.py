@@ -30,6 +30,7 @@ from zeroinf.compat import (
     states,
     stop_strings,
 )
+from zeroinf.model.resolve import resolve_model
 
 OURS = Path(zeroinf.__file__).parent
 PUBLIC = {"_exit"}
@@ -187,6 +188,15 @@ def test_attention_and_experts_are_changed_for_a_while(model: Any) -> None:
     with models.experts_by(experts, "batched_mm"):
         assert experts.config._experts_implementation == "batched_mm"
     assert experts.config._experts_implementation == own is not None
+
+
+@pytest.mark.parametrize(("name", "method"), [("gemma2", "eager"), ("llama", None)])
+def test_scores_with_a_cap_are_not_left_to_sdpa(name: str, method: str | None, tmp_path: Path) -> None:
+    small_config(name).save_pretrained(tmp_path)
+    config = resolve_model(str(tmp_path), random_weights=True).config
+    assert config._attn_implementation == method
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).config._attn_implementation == (method or "sdpa")
 
 
 def test_facts_of_a_model(model: Any) -> None:

@@ -60,7 +60,12 @@ def test_a_module_that_forgets_its_state_is_found_out(monkeypatch: pytest.Monkey
 def test_a_module_that_is_handed_more_than_hidden_states_is_left_to_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = modeling_lfm2.Lfm2DecoderLayer.forward
+    own, convolves = modeling_lfm2.Lfm2DecoderLayer.forward, modeling_lfm2.Lfm2ShortConv.forward
+
+    def takes_more(self: Any, *args: Any, positions: Any = None, **kwargs: Any) -> Any:
+        return convolves(self, *args, **kwargs)
+
+    takes_more.__signature__ = __import__("inspect").signature(convolves)  # type: ignore[attr-defined]
 
     def hands_more(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self, "conv"):
@@ -70,5 +75,6 @@ def test_a_module_that_is_handed_more_than_hidden_states_is_left_to_transformers
             )
         return own(self, hidden_states, *args, **kwargs)
 
+    monkeypatch.setattr(modeling_lfm2.Lfm2ShortConv, "forward", takes_more)
     monkeypatch.setattr(modeling_lfm2.Lfm2DecoderLayer, "forward", hands_more)
     assert mixers(small_config("lfm2")) is None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_sweep import DATA, PAGE, page, sweep_family
 from tiny_models import FAMILIES, build_tiny, tiny_config
+from transformers import DynamicCache
 
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import read_anatomy
@@ -54,7 +55,10 @@ def test_it_is_so(family: str, tmp_path: Path) -> None:
     [("longcat_flash", 4, 8), ("jetmoe", 4, 4), ("gemma3n_text", 4, 4), ("dbrx", 4, 4), ("phi4_multimodal", 4, 4)],
 )
 def test_models_of_odd_builds_are_counted(family: str, blocks: int, caches: int) -> None:
-    anatomy = read_anatomy(config_of(family), dtype="float32")
+    config = config_of(family)
+    if family == "gemma3n_text":  # layers that read others' keys have none of their own, or have them since
+        caches = len(DynamicCache(config=config).layers)
+    anatomy = read_anatomy(config, dtype="float32")
     assert (len(anatomy.blocks), len(anatomy.cache)) == (blocks, caches)
 
 

@@ -34,6 +34,17 @@ def attention_by(model: Any, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def keep_capped_scores(config: Any) -> None:
+    """Let layers of `config` compute attention by transformers' eager method where the model caps its scores.
+
+    Relies on `config._attn_implementation`, from which models take their method when they are built, and on the name of
+    the cap. Models that have one (Gemma-2, VaultGemma, T5Gemma) do so by themselves since transformers 5.21; until
+    then they take sdpa, which leaves the cap out and gives other tokens.
+    """
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+
+
 @contextmanager
 def experts_by(model: Any, name: str) -> Iterator[None]:
     """While it lasts, experts of `model` run by transformers' method `name`; nothing where it has no such choice.

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from zeroinf.compat.models import classifiers
+from zeroinf.compat.models import classifiers, keep_capped_scores
 from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.adapter import CONFIG_FILE, MARK, Adapter, read_adapter
 from zeroinf.model.anatomy import UNTIED
@@ -66,6 +66,7 @@ def resolve_model(
         config = _read_config(location, revision, trust_remote_code)
     _require_generating(location, config)
     _refuse_quantized(name, config)
+    keep_capped_scores(config)
     if adapter is not None:
         setattr(config, MARK, dict(adapter.scales))
     facts = _facts(name, config, location, weights, adapter, revision, trust_remote_code, random_weights)
