@@ -74,7 +74,7 @@ def test_where_the_cpu_attends_they_are_too(name: str, limits: dict[str, int], m
     steps = list[int]()
 
     def submit(self: HostSteps, *given: Any) -> Any:
-        steps.append(len(given[4]))
+        steps.append(len(given[2]))
         return submitted(self, *given)
 
     submitted = HostSteps.submit

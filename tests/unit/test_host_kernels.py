@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.generation.attention import Scores, attend_row
-from zeroinf.generation.host_kernels import CompiledKernel, TorchKernel, host_kernel
+from zeroinf.generation.host_kernels import CompiledKernel, HostStep, TorchKernel, host_kernel
 from zeroinf.generation.records import parts, read, write
 from zeroinf.hardware import host_library
 from zeroinf.hardware.host_library import ThreadPool, attention_threads
@@ -54,7 +55,8 @@ class Rows:
 
     def by(self, kernel: CompiledKernel | TorchKernel) -> torch.Tensor:
         out = self.query.new_empty(*self.query.shape[:2], self.record.values.width)
-        kernel(self.record, self.memory, self.rows, self.fresh, self.query, out, self.scores)
+        step = HostStep(record=self.record, fresh=self.fresh, query=self.query, out=out, scores=self.scores)
+        assert kernel.wait(kernel.submit(step, self.memory, self.rows, None), 60)
         return out
 
     def exact(self) -> torch.Tensor:
@@ -141,6 +143,24 @@ def test_a_matrix_unit_gives_the_same(rows: dict[str, Any], monkeypatch: pytest.
     found, exact = case.by(CompiledKernel(2)).float(), case.exact()
     host_library.host_library.cache_clear()
     assert float((found - exact).abs().max() / exact.abs().max()) < 5e-3
+
+
+@pytest.mark.parametrize("kind", [lambda: CompiledKernel(2), TorchKernel], ids=["compiled", "torch"])
+def test_a_step_waits_for_its_flag(kind: Callable[[], CompiledKernel | TorchKernel]) -> None:
+    kernel, case, flag = kind(), Rows("float32"), torch.tensor([0])
+    outs = [torch.zeros(*case.query.shape[:2], 32) for _ in range(3)]
+    steps = [
+        HostStep(record=case.record, fresh=case.fresh, query=case.query, out=out, scores=case.scores) for out in outs
+    ]
+    numbers = [kernel.submit(step, case.memory, case.rows, flag) for step in steps]
+    assert numbers == [1, 2, 3]
+    assert not kernel.wait(1, 0.02)
+    flag.fill_(2)
+    assert kernel.wait(2, 60)
+    assert not kernel.wait(3, 0.02)
+    assert torch.allclose(outs[1], case.exact(), atol=1e-5)
+    kernel.close()
+    assert not outs[2].any(), "what has not begun is left out"
 
 
 def test_memory_is_read_whole() -> None:

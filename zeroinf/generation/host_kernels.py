@@ -7,6 +7,10 @@ without a compiler, and what tests compare it with.
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,26 +21,65 @@ from zeroinf.hardware.host_library import HostLayout, ThreadPool, why_no_host_ke
 from zeroinf.model.anatomy import Record
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3}
+_LOOK_AGAIN_S = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HostStep:
+    """The memory of a step of some rows in one layer, all on the CPU and contiguous; the same serves many layers."""
+
+    record: Record
+    fresh: torch.Tensor
+    """(rows, bytes), uint8: the new records."""
+    query: torch.Tensor
+    """(rows, heads, width), in the model's dtype."""
+    out: torch.Tensor
+    """(rows, heads, width of values), in the model's dtype."""
+    scores: Scores
+    """Sinks are float32."""
+
+    @cached_property
+    def layout(self) -> HostLayout:
+        """As the compiled kernel takes it."""
+        record, scores, heads = self.record, self.scores, self.record.keys.heads
+        return HostLayout(
+            record.nbytes,
+            *record.starts[:4],
+            heads,
+            self.query.shape[1] // heads,
+            record.keys.width,
+            record.values.width,
+            _KINDS["int8" if record.dtype == "int8" else record.keys.dtype],
+            _KINDS[str(self.query.dtype).removeprefix("torch.")],
+            scores.scale,
+            scores.softcap or 0.0,
+            None if scores.sinks is None else scores.sinks.data_ptr(),
+        )
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of new records, queries and results."""
+        return self.fresh.data_ptr(), self.query.data_ptr(), self.out.data_ptr()
 
 
 class HostKernel(Protocol):
-    """Puts new records into their places and attends."""
+    """Puts new records into their places and attends, one step after the other."""
 
-    def __call__(
-        self,
-        record: Record,
-        memory: torch.Tensor,
-        rows: torch.Tensor,
-        fresh: torch.Tensor,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        scores: Scores,
-    ) -> None:
-        """memory: (places, bytes), uint8, the layer's records. rows: (rows, 2), int64: the place of the first record
-        that a row's query sees, and how many it sees, of which the last one is new. fresh: (rows, bytes), uint8, the
-        new records. query: (rows, heads, width) and out: (rows, heads, width of values), in the model's dtype. Sinks
-        are float32. All on the CPU and contiguous.
+    def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None) -> int:
+        """Begin a step, and return its number: they count from 1. It waits until `flag`, if there is one (1,), int64,
+        has that number at least. All that is given must live until the step is over.
+
+        memory: (places, bytes), uint8, the layer's records. rows: (rows, 2), int64: the place of the first record that
+        a row's query sees, and how many it sees, of which the last one is new. On the CPU and contiguous.
         """
+        ...
+
+    def wait(self, number: int, seconds: float) -> bool:
+        """Whether the step of that number is over, at the latest after so many seconds. Raises what it has raised."""
+        ...
+
+    def close(self) -> None:
+        """End its threads; steps that have not begun are left out."""
         ...
 
 
@@ -46,60 +89,54 @@ class CompiledKernel:
     def __init__(self, threads: int, machine: str = "native") -> None:
         self._pool = ThreadPool(threads, machine)
 
-    def __call__(
-        self,
-        record: Record,
-        memory: torch.Tensor,
-        rows: torch.Tensor,
-        fresh: torch.Tensor,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        scores: Scores,
-    ) -> None:
-        heads = record.keys.heads
-        layout = HostLayout(
-            record.nbytes,
-            *record.starts[:4],
-            heads,
-            query.shape[1] // heads,
-            record.keys.width,
-            record.values.width,
-            _KINDS["int8" if record.dtype == "int8" else record.keys.dtype],
-            _KINDS[str(query.dtype).removeprefix("torch.")],
-            scores.scale,
-            scores.softcap or 0.0,
-            None if scores.sinks is None else scores.sinks.data_ptr(),
-        )
-        self._pool.attend(
-            layout, rows.data_ptr(), len(rows), *(each.data_ptr() for each in (memory, fresh, query, out))
-        )
+    def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None) -> int:
+        at = None if flag is None else flag.data_ptr()
+        return self._pool.submit(step.layout, rows.data_ptr(), len(rows), memory.data_ptr(), *step.addresses, at)
+
+    def wait(self, number: int, seconds: float) -> bool:
+        return self._pool.wait(number, seconds)
 
     def close(self) -> None:
-        """End its threads."""
         self._pool.close()
 
 
 class TorchKernel:
     """torch's own operators, row by row, with its own threads."""
 
-    def __call__(
-        self,
-        record: Record,
-        memory: torch.Tensor,
-        rows: torch.Tensor,
-        fresh: torch.Tensor,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        scores: Scores,
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, "attention-on-the-cpu")
+        self._steps: list[Future[None]] = []
+        self._ends = False
+
+    def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None) -> int:
+        number = len(self._steps) + 1
+        self._steps.append(self._worker.submit(self._attend, number, step, memory, rows, flag))
+        return number
+
+    def _attend(
+        self, number: int, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None
     ) -> None:
-        for row, (first, count) in enumerate(rows.tolist()):
-            held = memory[first : first + count]
-            held[-1] = fresh[row]
-            keys, values = (each[0] for each in read(record, held[None]))
-            out[row] = attend_row(query[row, :, None], keys, values, None, scores)[:, 0]
+        while flag is not None and int(flag) < number:
+            if self._ends:
+                return
+            time.sleep(_LOOK_AGAIN_S)
+        with torch.inference_mode():
+            for row, (first, count) in enumerate(rows.tolist()):
+                held = memory[first : first + count]
+                held[-1] = step.fresh[row]
+                keys, values = (each[0] for each in read(step.record, held[None]))
+                step.out[row] = attend_row(step.query[row, :, None], keys, values, None, step.scores)[:, 0]
+
+    def wait(self, number: int, seconds: float) -> bool:
+        try:
+            self._steps[number - 1].result(seconds)
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
-        """Nothing of it outlives a call."""
+        self._ends = True
+        self._worker.shutdown(cancel_futures=True)
 
 
 def host_kernel(threads: int) -> CompiledKernel | TorchKernel:

@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -673,28 +675,113 @@ class Attention {
     std::unique_ptr<float[]> held_;
 };
 
+struct Step {
+    Layout layout;
+    const RowTokens *rows;
+    int64_t count;
+    uint8_t *memory;
+    const uint8_t *fresh, *query;
+    uint8_t *out;
+    const int64_t *flag;  // raised to the step's number when all of this is there; null: it is
+};
+
+// Threads, one of which takes steps in the order of their numbers.
+class Attending {
+  public:
+    explicit Attending(int threads) : pool(threads) {}
+
+    ~Attending() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ends_ = true;
+        }
+        wakes_.notify_all();
+        if (thread_.joinable()) thread_.join();
+    }
+
+    int64_t submit(const Step &step) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
+        waiting_.push_back(step);
+        wakes_.notify_all();
+        return ++submitted_;
+    }
+
+    bool wait(int64_t number, double seconds) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return finished_ >= number; });
+    }
+
+    Pool pool;
+
+  private:
+    void serve() {
+        for (int64_t number = 1;; ++number) {
+            Step step;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wakes_.wait(lock, [&] { return ends_ || !waiting_.empty(); });
+                if (ends_) return;
+                step = waiting_.front();
+                waiting_.pop_front();
+            }
+            if (!is_there(step, number)) return;
+            Attention attention(step.layout, step.rows, step.count, step.memory, step.fresh, step.query, step.out,
+                                pool.size());
+            pool.run(attention.tasks(), [&](int task) { attention.act(task); });
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                finished_ = number;
+            }
+            done_.notify_all();
+        }
+    }
+
+    // A GPU takes microseconds, which a thread that sleeps would take to wake.
+    bool is_there(const Step &step, int64_t number) {
+        for (int turn = 1; step.flag && __atomic_load_n(step.flag, __ATOMIC_ACQUIRE) < number; ++turn) {
+            if (ends_) return false;
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+            if (turn % 256 == 0) std::this_thread::yield();
+        }
+        return true;
+    }
+
+    std::thread thread_;
+    std::mutex mutex_;
+    std::condition_variable wakes_, done_;
+    std::deque<Step> waiting_;
+    int64_t submitted_ = 0, finished_ = 0;
+    std::atomic<bool> ends_{false};
+};
+
 }  // namespace
 
 extern "C" {
 
-void *zeroinf_new_pool(int threads) { return new Pool(threads); }
+void *zeroinf_new_pool(int threads) { return new Attending(threads); }
 
-void zeroinf_end_pool(void *pool) { delete (Pool *)pool; }
+// What has not begun is left out.
+void zeroinf_end_pool(void *pool) { delete (Attending *)pool; }
 
 // memory: a layer's records. fresh: (rows, stride), the records of new tokens, which are put in their places. query:
-// (rows, heads * group, width); out: (rows, heads * group, value_width).
-void zeroinf_attend(void *pool, const Layout *layout, const RowTokens *rows, int64_t count, uint8_t *memory,
-                    const uint8_t *fresh, const uint8_t *query, uint8_t *out) {
-    Pool &threads = *(Pool *)pool;
-    Attention attention(*layout, rows, count, memory, fresh, query, out, threads.size());
-    threads.run(attention.tasks(), [&](int task) { attention.act(task); });
+// (rows, heads * group, width); out: (rows, heads * group, value_width). All of it stays until the step is over, whose
+// number is returned: they count from 1.
+int64_t zeroinf_submit(void *pool, const Layout *layout, const RowTokens *rows, int64_t count, uint8_t *memory,
+                       const uint8_t *fresh, const uint8_t *query, uint8_t *out, const int64_t *flag) {
+    return ((Attending *)pool)->submit({*layout, rows, count, memory, fresh, query, out, flag});
 }
+
+// Whether the step of that number is over, at the latest after so many seconds.
+int zeroinf_wait(void *pool, int64_t number, double seconds) { return ((Attending *)pool)->wait(number, seconds); }
 
 // Reads all of `memory` once; the result depends on every byte.
 uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {
     constexpr int64_t PART = 1 << 20;
     std::atomic<uint64_t> result{0};
-    ((Pool *)pool)->run((int)((nbytes + PART - 1) / PART), [&](int task) {
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task) {
         const uint8_t *at = memory + task * PART, *end = memory + std::min(nbytes, (task + 1) * PART);
         Words sums[8] = {};
         for (; at + sizeof(sums) <= end; at += sizeof(sums))

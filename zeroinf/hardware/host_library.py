@@ -80,14 +80,16 @@ def host_library(machine: str = "native") -> ctypes.CDLL:
     library.zeroinf_end_pool.argtypes = (ctypes.c_void_p,)
     library.zeroinf_read.restype = ctypes.c_uint64
     library.zeroinf_read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    library.zeroinf_attend.restype = None
-    library.zeroinf_attend.argtypes = (
+    library.zeroinf_submit.restype = ctypes.c_int64
+    library.zeroinf_submit.argtypes = (
         ctypes.c_void_p,
         ctypes.POINTER(HostLayout),
         ctypes.c_void_p,
         ctypes.c_int64,
-        *(ctypes.c_void_p,) * 4,
+        *(ctypes.c_void_p,) * 5,
     )
+    library.zeroinf_wait.restype = ctypes.c_int
+    library.zeroinf_wait.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_double)
     return library
 
 
@@ -146,18 +148,26 @@ def _build(command: Sequence[str], file: Path) -> None:
 
 
 class ThreadPool:
-    """Threads of the library that work on one call at a time and sleep in between. The calling thread is one of them.
-
-    Calls let other threads of Python go on.
+    """Threads of the library that work on one call or step at a time and sleep in between. Calls let other threads of
+    Python go on.
     """
 
     def __init__(self, threads: int, machine: str = "native") -> None:
         self.threads, self._library = threads, host_library(machine)
         self._pool: int | None = self._library.zeroinf_new_pool(threads)
 
-    def attend(self, layout: HostLayout, rows: int, count: int, memory: int, fresh: int, query: int, out: int) -> None:
-        """Attend to what lies at the given addresses; see `zeroinf_attend`."""
-        self._library.zeroinf_attend(self._pool, ctypes.byref(layout), rows, count, memory, fresh, query, out)
+    def submit(
+        self, layout: HostLayout, rows: int, count: int, memory: int, fresh: int, query: int, out: int, flag: int | None
+    ) -> int:
+        """Attend to what lies at the given addresses, and stays there, once the number at `flag` (int64), if there is
+        one, has reached that of the step, which is returned; see `zeroinf_submit`. None of Python's threads waits."""
+        layout_at = ctypes.byref(layout)
+        number: int = self._library.zeroinf_submit(self._pool, layout_at, rows, count, memory, fresh, query, out, flag)
+        return number
+
+    def wait(self, number: int, seconds: float) -> bool:
+        """Whether a step is over, at the latest after so many seconds."""
+        return bool(self._library.zeroinf_wait(self._pool, number, seconds))
 
     def read(self, memory: int, nbytes: int) -> int:
         """Read `nbytes` bytes at the address `memory` once."""

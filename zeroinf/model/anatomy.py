@@ -32,6 +32,8 @@ PAGE_TOKENS = 16
 
 # Records, and the parts of each, begin at multiples of it: attention kernels read 16 bytes at a time.
 _RECORD_ALIGNMENT = 16
+STEP_ALIGNMENT = 8
+"""A GPU reads what the CPU has attended to in whole numbers of so many bytes."""
 _SCALE_BYTES = 4
 
 FETCHED_UNITS, SENT_UNITS = 3, 2
@@ -469,11 +471,12 @@ class Anatomy:
 
     def step_row_bytes(self, size: HostSize) -> int:
         """Bytes that cross the link, there and back, for a step of one row in one layer where the CPU attends: its new
-        record, queries, sinks and results."""
+        record, queries, sinks and results, which are read in whole numbers."""
         rows = [
             record.nbytes
             + size.query_heads * (record.keys.width + record.values.width) * DTYPE_BYTES[record.keys.dtype]
             + size.query_heads * DTYPE_BYTES["float32"]
+            + STEP_ALIGNMENT
             for record in self.records(size.dtype).values()
         ]
         return -(-max(rows, default=0) // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT

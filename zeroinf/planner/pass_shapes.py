@@ -140,7 +140,8 @@ class PassShapes:
         """Passes of `rows` rows and so many prompt tokens in about as many forwards."""
         on_host = self.host_rows(rows)
         # What is fetched for a forward takes room by its rows; nothing else of a forward does.
-        most = max(-(-side // forwards) for side in (rows - on_host, on_host)) if on_host else rows
+        fetches = on_host and not self._attends_on_cpu
+        most = max(-(-side // forwards) for side in (rows - on_host, on_host)) if fetches else rows
         together = min(most, self._constraints.micro_batch_rows or most)
         least = self._lengths.prompt_tokens if self._whole_prompts else 1
         size = max(least, -(-(rows + tokens) // max(forwards, -(-rows // together))))

@@ -82,7 +82,7 @@ def stream_gpu_terms(
         "expanded slot": [] if choice.wire == "model" else list(largest_units(layers, "model", choice.expert_parts)),
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         "rows of embeddings": list(_gathered_bytes(anatomy, choice)),
-        KV_STAGING: [] if kv is None else [*anatomy.staging_bytes(kv), _step_bytes(anatomy, kv)],
+        KV_STAGING: [] if kv is None else [*anatomy.staging_bytes(kv)],
     }
     counted = [Term("gpu", name, sum(given), "counted") for name, given in fixed.items() if given]
     locked = sum(_locked_bytes(anatomy, choice, world_size, workload.host).values())
@@ -151,7 +151,7 @@ def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:
 
 
 def _step_bytes(anatomy: Anatomy, kv: HostSize) -> int:
-    """Bytes of the queries and results of attention on the CPU, on the GPU and once more on the host."""
+    """Bytes of the queries and results of attention on the CPU, which the GPU writes and reads on the host."""
     return kv.cpu_rows * anatomy.step_row_bytes(kv)
 
 
