@@ -192,6 +192,7 @@ def rank(**changed: Any) -> RankReport:
         "stalls": Stalls(link_s=1.0, compute_s=2.0),
         "repetitions": (Phases(generate_s=4.0, first_token_s=1.0, prefill_s=2.0),),
         "mask_wait_s": 0.0,
+        "attention_s": 0.0,
         "attention_wait_s": 0.0,
     }
     return RankReport(**{**fields, **changed})

@@ -78,6 +78,11 @@ class HostKernel(Protocol):
         """Whether the step of that number is over, at the latest after so many seconds. Raises what it has raised."""
         ...
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that steps have taken, waits for flags left out."""
+        ...
+
     def close(self) -> None:
         """End its threads; steps that have not begun are left out."""
         ...
@@ -96,6 +101,10 @@ class CompiledKernel:
     def wait(self, number: int, seconds: float) -> bool:
         return self._pool.wait(number, seconds)
 
+    @property
+    def seconds(self) -> float:
+        return self._pool.seconds
+
     def close(self) -> None:
         self._pool.close()
 
@@ -107,6 +116,7 @@ class TorchKernel:
         self._worker = ThreadPoolExecutor(1, "attention-on-the-cpu")
         self._steps: list[Future[None]] = []
         self._ends = False
+        self.seconds = 0.0
 
     def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None) -> int:
         number = len(self._steps) + 1
@@ -120,12 +130,14 @@ class TorchKernel:
             if self._ends:
                 return
             time.sleep(_LOOK_AGAIN_S)
+        start = time.perf_counter()
         with torch.inference_mode():
             for row, (first, count) in enumerate(rows.tolist()):
                 held = memory[first : first + count]
                 held[-1] = step.fresh[row]
                 keys, values = (each[0] for each in read(step.record, held[None]))
                 step.out[row] = attend_row(step.query[row, :, None], keys, values, None, step.scores)[:, 0]
+        self.seconds += time.perf_counter() - start
 
     def wait(self, number: int, seconds: float) -> bool:
         try:

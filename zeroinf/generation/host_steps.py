@@ -56,6 +56,11 @@ class HostSteps:
         """Page-locked memory; torch rounds it up to a power of two."""
         return 1 << (self._host.nbytes - 1).bit_length() if self._raised is not None else 0
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the CPU has attended."""
+        return self._kernel.seconds
+
     def begin(self) -> None:
         """The forwards of the next pass have their memory: those of the one after begin anew."""
         self._used = 0

@@ -712,6 +712,11 @@ class Attending {
         return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return finished_ >= number; });
     }
 
+    double seconds() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return seconds_;
+    }
+
     Pool pool;
 
   private:
@@ -726,12 +731,14 @@ class Attending {
                 waiting_.pop_front();
             }
             if (!is_there(step, number)) return;
+            auto begin = std::chrono::steady_clock::now();
             Attention attention(step.layout, step.rows, step.count, step.memory, step.fresh, step.query, step.out,
                                 pool.size());
             pool.run(attention.tasks(), [&](int task) { attention.act(task); });
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 finished_ = number;
+                seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
             }
             done_.notify_all();
         }
@@ -754,6 +761,7 @@ class Attending {
     std::condition_variable wakes_, done_;
     std::deque<Step> waiting_;
     int64_t submitted_ = 0, finished_ = 0;
+    double seconds_ = 0;
     std::atomic<bool> ends_{false};
 };
 
@@ -776,6 +784,9 @@ int64_t zeroinf_submit(void *pool, const Layout *layout, const RowTokens *rows, 
 
 // Whether the step of that number is over, at the latest after so many seconds.
 int zeroinf_wait(void *pool, int64_t number, double seconds) { return ((Attending *)pool)->wait(number, seconds); }
+
+// Seconds that steps have taken, waits for flags left out.
+double zeroinf_seconds(void *pool) { return ((Attending *)pool)->seconds(); }
 
 // Reads all of `memory` once; the result depends on every byte.
 uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {

@@ -88,6 +88,8 @@ def host_library(machine: str = "native") -> ctypes.CDLL:
         ctypes.c_int64,
         *(ctypes.c_void_p,) * 5,
     )
+    library.zeroinf_seconds.restype = ctypes.c_double
+    library.zeroinf_seconds.argtypes = (ctypes.c_void_p,)
     library.zeroinf_wait.restype = ctypes.c_int
     library.zeroinf_wait.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_double)
     return library
@@ -168,6 +170,12 @@ class ThreadPool:
     def wait(self, number: int, seconds: float) -> bool:
         """Whether a step is over, at the latest after so many seconds."""
         return bool(self._library.zeroinf_wait(self._pool, number, seconds))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that steps have taken, waits for flags left out."""
+        found: float = self._library.zeroinf_seconds(self._pool) if self._pool is not None else 0.0
+        return found
 
     def read(self, memory: int, nbytes: int) -> int:
         """Read `nbytes` bytes at the address `memory` once."""

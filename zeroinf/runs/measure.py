@@ -19,7 +19,7 @@ class RankMeter:
         model.scheduler.counts = Counts()
         self._before, self._moved_before = model.engine.stats(), model.moved_bytes
         self._mask_wait_before_s = model.mask_wait_s
-        self._attention_wait_before_s = model.attention_wait_s
+        self._attention_before_s, self._attention_wait_before_s = model.attention_s, model.attention_wait_s
 
     def report(self, phases: Sequence[Phases], host: Resident) -> RankReport:
         """What was counted; `host` is this process's memory at its highest."""
@@ -41,6 +41,7 @@ class RankMeter:
             pinned_host_bytes=model.pinned_host_bytes,
             stalls=stats.stalls - before.stalls,
             mask_wait_s=model.mask_wait_s - self._mask_wait_before_s,
+            attention_s=model.attention_s - self._attention_before_s,
             attention_wait_s=model.attention_wait_s - self._attention_wait_before_s,
             repetitions=tuple(phases),
         )

@@ -49,6 +49,8 @@ class RankReport:
     """Where the time of the measured part went."""
     mask_wait_s: float
     """Seconds that passes waited for the masks of structured answers, since the model was loaded."""
+    attention_s: float
+    """Seconds that the CPU attended to keys and values in host memory."""
     attention_wait_s: float
     """Seconds that the host waited for attention on the CPU, part of the time in layers."""
     repetitions: tuple[Phases, ...]

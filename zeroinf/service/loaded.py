@@ -232,6 +232,11 @@ class LoadedModel:
         return (self._host.link.fetched_bytes, self._host.link.sent_bytes) if self._host is not None else (0, 0)
 
     @property
+    def attention_s(self) -> float:
+        """Seconds that the CPU has attended to keys and values in host memory."""
+        return self._host.steps.seconds if self._host is not None and self._host.steps is not None else 0.0
+
+    @property
     def attention_wait_s(self) -> float:
         """Seconds that the host has waited for attention on the CPU, with nothing else to enqueue."""
         return self._host.steps.waited_s if self._host is not None and self._host.steps is not None else 0.0
