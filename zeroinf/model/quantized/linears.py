@@ -301,7 +301,7 @@ def _name_others(model: Any, origins: Mapping[str, _Origin]) -> None:
             parts[origin.parameter].append(StoredPart((name,), as_stored, start if parameter.dim() == 3 else 0))
     for own, made in parts.items():
         set_parts(parameters[own], tuple(made))
-    if len(origins) != len(parameters) or parts:
+    if any(name != origin.parameter for name, origin in origins.items()):
         for own, parameter in parameters.items():
             if parts_of(parameter) is None:
                 set_parts(parameter, (StoredPart((own,), as_stored),))
