@@ -6,7 +6,7 @@ Only a process that needs the kernels imports this: Triton comes with torch for 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,21 +23,39 @@ from zeroinf.model.quantized.code_kernels import (
 from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
-# A program has so many units, of one row or of several; or rows (AWQ: words of eight rows) and units, where rows lie
-# side by side.
-UNITS_OF_PROGRAM = 512
-ROWS_SIDE_BY_SIDE = {"whole": (64, 8), "codes": (32, 16), "words": (16, 8)}
-WARPS_OF_PROGRAM = 4
+# Units of ggml's types whose codes share bytes, which one thread computes.
+_FOLDS = dict.fromkeys((2, 3, 6, 7, 8, 12, 13, 20, 23, 39), 2) | dict.fromkeys((10, 11, 14), 4)
+
+
+class Tile(NamedTuple):
+    """What one program computes, by so many warps: of AWQ words of eight rows, of others rows, and units of them."""
+
+    rows: int
+    units: int
+    warps: int
+
+
+TILES = {
+    "in a row": Tile(1, 256, 4),
+    "rows": Tile(4, 64, 4),
+    "rows side by side": Tile(64, 8, 4),
+    "codes of rows side by side": Tile(4, 128, 4),
+    "words of rows side by side": Tile(4, 32, 4),
+}
+"""By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side."""
 # A scale of more than any row or matrix has is that of all of it.
 _ALL = 1 << 30
+# Weights whose numbers, and those of their bytes, fit 32 bits.
+_MOST_IN_A_ROW = 1 << 30
 
 
 def expand_ggml(
     whole: torch.Tensor, packed: torch.Tensor, kind: int, weights: int, nbytes: int, table: torch.Tensor | None
 ) -> None:
     """Blocks of ggml's type `kind`."""
-    given = _ready(packed), packed if table is None else table
-    _launch(expand_blocks, whole, given, (), KIND=kind, WEIGHTS=weights, NBYTES=nbytes)
+    given, fold = (_ready(packed), packed if table is None else table), _FOLDS.get(kind, 1)
+    kinds: dict[str, Any] = {"KIND": kind, "WEIGHTS": weights, "NBYTES": nbytes, "FOLD": fold}
+    _launch(expand_blocks, whole, given, (), fold=fold, is_flat=True, **kinds)
 
 
 def expand_fp4(
@@ -47,7 +65,8 @@ def expand_fp4(
     codes, shared = _ready(packed).view(-1).view(torch.int32), _ready(scales).view(torch.uint8)
     group = whole.numel() // scales.numel() // _UNIT
     given = codes, shared, shared if of_all is None else _ready(of_all)
-    _launch(expand_e2m1, whole, given, (), GROUP=group, OF_ALL=0 if of_all is None else 2 if divides else 1)
+    way = 0 if of_all is None else 2 if divides else 1
+    _launch(expand_e2m1, whole, given, (), is_flat=True, GROUP=group, OF_ALL=way)
 
 
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
@@ -73,11 +92,11 @@ def expand_words(
         return
     stacked = whole if whole.dim() > 2 else whole[None]
     words, units = rows // 8, stacked.shape[2] // _UNIT
-    own_words, own_units = ROWS_SIDE_BY_SIDE["words"]
-    grid = triton.cdiv(words, own_words), triton.cdiv(units, own_units), stacked.shape[0]
+    tile = TILES["words of rows side by side"]
+    grid = triton.cdiv(units, tile.units), triton.cdiv(words, tile.rows), stacked.shape[0]
     _run(
         expand_awq, grid, whole, _ready(codes), _ready(zeros), _ready(scales), words, units, groups, *stacked.stride(),
-        GROUP=group, ROWS=own_words, UNITS=own_units, num_warps=WARPS_OF_PROGRAM,
+        GROUP=group, ROWS=tile.rows, UNITS=tile.units, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -99,7 +118,7 @@ def expand_integers(
 
 def _affine(
     whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor,
-    order: torch.Tensor | None, **kinds: object,
+    order: torch.Tensor | None, **kinds: Any,
 ) -> None:  # fmt: skip
     """Tensors are of rows, and columns or groups, in any order in memory; a scale of one row is that of all."""
     strides = (
@@ -130,7 +149,7 @@ def expand_four_bits(
     block = whole.shape[-2] * whole.shape[-1] // scales.shape[-1] // _UNIT
     counts = scales.shape[-1], more[0].shape[-1]
     _launch(
-        expand_table, whole, (own, values, scales, *more), counts,
+        expand_table, whole, (own, values, scales, *more), counts, is_flat=True,
         BLOCK=block, NESTED=0 if nested is None else nested_block,
     )  # fmt: skip
 
@@ -142,7 +161,7 @@ def expand_lines(
     packed, wide = codes.shape[-2:]
     sizes = packed, _strides(codes)[0], _strides(scales)[0]
     _launch(
-        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes,
+        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes, is_flat=True,
         BITS=bits, EACH=each, WIDE=wide // _UNIT, IS_DOWN=scales.shape[-1] == 1,
     )  # fmt: skip
 
@@ -160,26 +179,31 @@ def expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) 
 
 def _launch(
     kernel: Any, whole: torch.Tensor, before: tuple[torch.Tensor, ...], after: tuple[int, ...], *,
-    are_codes_across: bool = False, **kinds: object,
+    fold: int = 1, is_flat: bool = False, are_codes_across: bool = False, **kinds: Any,
 ) -> None:  # fmt: skip
     """Run `kernel` on all tiles of `whole`: its arguments are `before`, sizes, `after` and strides.
 
+    A thread has `fold` units. If `is_flat`, nothing tells rows apart but their order: they are one, if they lie so.
     Products and sums are rounded apart, as torch's are.
     """
     stacked = whole if whole.dim() > 2 else whole[None]
-    stack, rows, columns = stacked.shape
-    units, is_turned = columns // _UNIT, stacked.stride(2) != 1
-    if is_turned or are_codes_across:
-        own_rows, own_units = ROWS_SIDE_BY_SIDE["whole" if is_turned else "codes"]
-    else:
-        own_units = next(
-            wide for wide in (64, 32, 16, 8) if wide == 8 or triton.cdiv(units, wide) * wide <= 1.1 * units
-        )
-        own_rows = UNITS_OF_PROGRAM // own_units
+    (stack, rows, columns), strides = stacked.shape, stacked.stride()
+    is_turned = strides[2] != 1
+    if is_flat and not is_turned and strides[1] == columns and rows * columns < _MOST_IN_A_ROW:
+        rows, columns = 1, rows * columns
+    units = columns // _UNIT // fold
+    tile = TILES[
+        "rows side by side" if is_turned else "codes of rows side by side" if are_codes_across
+        else "in a row" if rows == 1 else "rows"
+    ]  # fmt: skip
+    if tile is TILES["rows"]:
+        fits = (wide for wide in (tile.units, 32, 16, 8) if triton.cdiv(units, wide) * wide <= 1.1 * units)
+        wide = next(fits, 8)
+        tile = Tile(tile.rows * tile.units // wide, wide, tile.warps)
     _run(
-        kernel, (triton.cdiv(rows, own_rows), triton.cdiv(units, own_units), stack),
-        whole, *before, rows, units, *after, *stacked.stride(), **kinds,
-        ROWS=own_rows, UNITS=own_units, TURNED=is_turned, num_warps=WARPS_OF_PROGRAM, enable_fp_fusion=False,
+        kernel, (triton.cdiv(units, tile.units), triton.cdiv(rows, tile.rows), stack),
+        whole, *before, rows, units, *after, *strides, **kinds,
+        ROWS=tile.rows, UNITS=tile.units, TURNED=is_turned, num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from zeroinf.model.quantized.tile_kernels import (
-    byte_of,
     e2m1,
     half_e8m0,
     load_eight,
@@ -21,84 +20,117 @@ from zeroinf.model.quantized.tile_kernels import (
     load_short,
     load_signed,
     matrix,
-    spread,
     tile,
     write,
 )
 
 
 # Triton looks annotations up while it compiles, and knows none of Python's types.
+@triton.jit
+def _halves(at, inside):  # type: ignore[no-untyped-def]
+    """Two float16 at an address that 4 divides."""
+    word = load_int(at.to(tl.pointer_type(tl.int32)), inside)
+    low, high = word.to(tl.int16).to(tl.float16, bitcast=True), (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _code(low, high, shift, place, mask):  # type: ignore[no-untyped-def]
+    """The code of each place in eight bytes, of which all have it `shift` bits up."""
+    return (tl.where(place < 4, low, high) >> (place % 4 * 8 + shift)) & mask
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _small_block(at, unit, place, table, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks of 32 weights; all but Q8_0 have the low bits of the first 16, then those of the others, in one byte."""
+def _bit(low, high, shift, place, to: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bit `shift` of the byte of each place, as bit `to`."""
+    return ((tl.where(place < 4, low, high) >> (place % 4 * 8 + shift)) & 1) << to
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _small_block(at, own, place, table, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values of the units `own` and `own` + 2 of a block of 32 weights: the low bits of eight bytes, and the high ones.
+    Those of Q8_0 are the units 2 `own` and 2 `own` + 1."""
     start: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 else 6 if KIND == 6 else 8 if KIND == 7 else 2
-    aligned: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 or KIND == 7 else 2
+    aligned: tl.constexpr = 4 if KIND == 3 or KIND == 7 else 1
     if KIND == 8:
-        low, high = load_eight(at + 2 + unit * 8, inside, 2)
-        return load_half(at, inside) * _signed_byte(low, high, place)
-    low, high = load_eight(at + start + unit % 2 * 8, inside, aligned)
-    low, high = (low >> (unit // 2 * 4)) & 0x0F0F0F0F, (high >> (unit // 2 * 4)) & 0x0F0F0F0F
+        low, high = load_eight(at + 2 + own * 16, inside, 1)
+        more, most = load_eight(at + 10 + own * 16, inside, 1)
+        scale = load_half(at, inside)
+        return scale * _signed_byte(low, high, place), scale * _signed_byte(more, most, place)
+    low, high = load_eight(at + start + own * 8, inside, aligned)
+    one, two = _code(low, high, 0, place, 15), _code(low, high, 4, place, 15)
     if KIND == 6 or KIND == 7:
-        fifth = load_int(at + start - 4 + unit, inside)
-        low, high = low | (spread(fifth) << 4), high | (spread(fifth >> 4) << 4)
-    code = byte_of(low, high, place)
+        one = one | (((load_int(at + start - 4 + own, inside) >> place) & 1) << 4)
+        two = two | (((load_int(at + start - 2 + own, inside) >> place) & 1) << 4)
     if KIND == 39:
-        value = half_e8m0(load_int(at, inside)) * (e2m1(code << 28) * 2.0)
-    elif KIND == 20:
-        value = load_half(at, inside) * load_float(table + code, inside)
-    elif KIND == 2 or KIND == 6:
-        value = load_half(at, inside) * (code - (8 if KIND == 2 else 16)).to(tl.float32)
-    else:
-        value = tl.fma(load_half(at, inside), code.to(tl.float32), load_half(at + 2, inside))
-    return value
+        scale = half_e8m0(load_int(at, inside))
+        return scale * (e2m1(one << 28) * 2.0), scale * (e2m1(two << 28) * 2.0)
+    if KIND == 20:
+        scale = load_half(at, inside)
+        return scale * load_float(table + one, inside), scale * load_float(table + two, inside)
+    if KIND == 2 or KIND == 6:
+        scale, zero = load_half(at, inside), 8 if KIND == 2 else 16
+        return scale * (one - zero).to(tl.float32), scale * (two - zero).to(tl.float32)
+    scale, least = _halves(at, inside)
+    return tl.fma(scale, one.to(tl.float32), least), tl.fma(scale, two.to(tl.float32), least)
+
+
+@triton.jit
+def _six_bits(at, group, inside):  # type: ignore[no-untyped-def]
+    """Scale and what is subtracted of a group of Q4_K or Q5_K."""
+    words, shift = (at + 4).to(tl.pointer_type(tl.int32)), group % 4 * 8
+    one, two = load_int(words, inside) >> shift, load_int(words + 1, inside) >> shift
+    both = load_int(words + 2, inside) >> shift
+    scale = tl.where(group < 4, one & 63, (both & 15) | ((one >> 2) & 48))
+    least = tl.where(group < 4, two & 63, ((both >> 4) & 15) | ((two >> 2) & 48))
+    return scale.to(tl.float32), least.to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _k_block(at, unit, place, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q2_K, Q3_K and Q6_K: 256 weights, of which 16 share a scale; a byte has bits of weights that are 32 apart."""
-    half, quarter, first = unit // 16, unit // 4 % 4, unit % 4 * 8
+def _k_block_with_least(at, own, place, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Q4_K and Q5_K: 256 weights, of which 32 share a scale and what is subtracted, of six bits each. Values of eight
+    weights of group 2 (`own` // 4), and of those of the next group that have the same bytes."""
+    pair, first = own // 4, own % 4 * 8
+    low, high = load_eight(at + (48 if KIND == 13 else 16) + pair * 32 + first, inside, 4)
+    one, two = _code(low, high, 0, place, 15), _code(low, high, 4, place, 15)
+    if KIND == 13:
+        fifth, more = load_eight(at + 16 + first, inside, 4)
+        one = one | _bit(fifth, more, pair * 2, place, 4)
+        two = two | _bit(fifth, more, pair * 2 + 1, place, 4)
+    half, half_least = _halves(at, inside)
+    scale, least = _six_bits(at, pair * 2, inside)
+    next_scale, next_least = _six_bits(at, pair * 2 + 1, inside)
+    return (
+        tl.fma(half * scale, one.to(tl.float32), -(half_least * least)),
+        tl.fma(half * next_scale, two.to(tl.float32), -(half_least * next_least)),
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _k_block(at, own, place, inside, QUARTER: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Q2_K, Q3_K and Q6_K: 256 weights, of which 16 share a scale; a byte has bits of weights that are 32 apart. Values
+    of eight weights of a quarter of half `own` // 4."""
+    half, first = own // 4, own % 4 * 8
+    group = half * 8 + QUARTER * 2 + own % 4 // 2
     if KIND == 14:
-        low, high = load_eight(at + half * 64 + quarter % 2 * 32 + first, inside, 2)
-        low, high = (low >> (quarter // 2 * 4)) & 0x0F0F0F0F, (high >> (quarter // 2 * 4)) & 0x0F0F0F0F
-        above, more = load_eight(at + 128 + half * 32 + first, inside, 2)
-        low = low | (((above >> (quarter * 2)) & 0x03030303) << 4)
-        high = high | (((more >> (quarter * 2)) & 0x03030303) << 4)
-        scale = load_half(at + 208, inside) * load_signed(at + 192 + unit // 2, inside)
-        return scale * (byte_of(low, high, place) - 32).to(tl.float32)
-    start: tl.constexpr = 16 if KIND == 10 else 32
-    low, high = load_eight(at + start + half * 32 + first, inside, 4 if KIND == 10 else 2)
-    low, high = (low >> (quarter * 2)) & 0x03030303, (high >> (quarter * 2)) & 0x03030303
+        low, high = load_eight(at + half * 64 + QUARTER % 2 * 32 + first, inside, 1)
+        above, more = load_eight(at + 128 + half * 32 + first, inside, 1)
+        code = _code(low, high, QUARTER // 2 * 4, place, 15) | (_code(above, more, QUARTER * 2, place, 3) << 4)
+        scale = load_half(at + 208, inside) * load_signed(at + 192 + group, inside)
+        return scale * (code - 32).to(tl.float32)
     if KIND == 10:
-        own = load_int(at + unit // 2, inside)
-        scale = load_half(at + 80, inside) * (own & 15).to(tl.float32)
-        least = load_half(at + 82, inside) * (own >> 4).to(tl.float32)
-        return tl.fma(scale, byte_of(low, high, place).to(tl.float32), -least)
-    above, more = load_eight(at + first, inside, 2)
-    low = low | (((above >> (half * 4 + quarter)) & 0x01010101) << 2)
-    high = high | (((more >> (half * 4 + quarter)) & 0x01010101) << 2)
-    group = unit // 2
-    one = (load_int(at + 96 + group % 8, inside) >> (group // 8 * 4)) & 15
+        low, high = load_eight(at + 16 + half * 32 + first, inside, 4)
+        own_scale = load_int(at + group, inside)
+        scale, least = _halves(at + 80, inside)
+        scale, least = scale * (own_scale & 15).to(tl.float32), least * (own_scale >> 4).to(tl.float32)
+        return tl.fma(scale, _code(low, high, QUARTER * 2, place, 3).to(tl.float32), -least)
+    low, high = load_eight(at + 32 + half * 32 + first, inside, 1)
+    above, more = load_eight(at + first, inside, 1)
+    code = _code(low, high, QUARTER * 2, place, 3) | _bit(above, more, half * 4 + QUARTER, place, 2)
+    one = (load_int(at + 96 + group % 8, inside) >> (half * 4)) & 15
     two = (load_int(at + 104 + group % 4, inside) >> (group // 4 * 2)) & 3
     scale = load_half(at + 108, inside) * ((one | (two << 4)) - 32).to(tl.float32)
-    return scale * (byte_of(low, high, place) - 4).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _k_block_with_least(at, unit, place, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q4_K and Q5_K: 256 weights, of which 32 share a scale and what is subtracted, of six bits each."""
-    group = unit // 4
-    low, high = load_eight(at + (48 if KIND == 13 else 16) + unit // 8 * 32 + unit % 4 * 8, inside, 4)
-    low, high = (low >> (group % 2 * 4)) & 0x0F0F0F0F, (high >> (group % 2 * 4)) & 0x0F0F0F0F
-    if KIND == 13:
-        fifth, more = load_eight(at + 16 + unit % 4 * 8, inside, 4)
-        low = low | (((fifth >> group) & 0x01010101) << 4)
-        high = high | (((more >> group) & 0x01010101) << 4)
-    one, two = load_int(at + 4 + group % 4, inside), load_int(at + 8 + group % 4, inside)
-    both = load_int(at + 12 + group % 4, inside)
-    scale = tl.where(group < 4, one & 63, (both & 15) | ((one >> 2) & 48)).to(tl.float32)
-    least = tl.where(group < 4, two & 63, (both >> 4) | ((two >> 2) & 48)).to(tl.float32)
-    scale, least = load_half(at, inside) * scale, load_half(at + 2, inside) * least
-    return tl.fma(scale, byte_of(low, high, place).to(tl.float32), -least)
+    return scale * (code - 4).to(tl.float32)
 
 
 @triton.jit
@@ -192,38 +224,57 @@ def _one_bit(at, unit, place, table, inside, KIND: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _iq4_xs(at, unit, place, table, inside):  # type: ignore[no-untyped-def]
-    group = unit // 4
-    words = load_eight(at + 8 + group * 16 + unit % 2 * 8, inside, 4)
-    code = (byte_of(words[0], words[1], place) >> (unit // 2 % 2 * 4)) & 15
-    low = (load_int(at + 4 + group // 2, inside) >> (group % 2 * 4)) & 15
-    high = (load_short(at + 2, inside) >> (group * 2)) & 3
-    scale = load_half(at, inside) * ((low | (high << 4)) - 32).to(tl.float32)
-    return scale * load_float(table + code, inside)
+def _iq4_xs(at, own, place, table, inside):  # type: ignore[no-untyped-def]
+    """Values of eight weights of group `own` // 2, and of those sixteen further on."""
+    group = own // 2
+    low, high = load_eight(at + 8 + own * 8, inside, 4)
+    four = (load_int(at + 4 + group // 2, inside) >> (group % 2 * 4)) & 15
+    two = (load_short(at + 2, inside) >> (group * 2)) & 3
+    scale = load_half(at, inside) * ((four | (two << 4)) - 32).to(tl.float32)
+    one, other = _code(low, high, 0, place, 15), _code(low, high, 4, place, 15)
+    return scale * load_float(table + one, inside), scale * load_float(table + other, inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand_blocks(  # type: ignore[no-untyped-def]
     whole, packed, table, rows, units, stack_stride, row_stride, column_stride,
-    KIND: tl.constexpr, WEIGHTS: tl.constexpr, NBYTES: tl.constexpr,
+    KIND: tl.constexpr, WEIGHTS: tl.constexpr, NBYTES: tl.constexpr, FOLD: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of the type `KIND`, of `WEIGHTS` weights in `NBYTES` bytes. `table`: int32, its points or values."""
+    """Blocks of the type `KIND`, of `WEIGHTS` weights in `NBYTES` bytes. `table`: int32, its points or values.
+
+    A thread has the `FOLD` units whose codes share bytes; `units` counts such groups of a row.
+    """
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
-    each: tl.constexpr = WEIGHTS // 8
-    at = packed + (matrix() * rows + row) * (units // each) * NBYTES + unit // each * NBYTES
-    own = unit % each
-    if WEIGHTS == 32:
-        value = _small_block(at, own, place, table, inside, KIND)
-    elif KIND == 12 or KIND == 13:
-        value = _k_block_with_least(at, own, place, inside, KIND)
-    elif KIND <= 14:
-        value = _k_block(at, own, place, inside, KIND)
-    elif KIND == 19 or KIND == 29:
-        value = _one_bit(at, own, place, table, inside, KIND)
-    elif KIND == 23:
-        value = _iq4_xs(at, own, place, table, inside)
+    each: tl.constexpr = WEIGHTS // 8 // FOLD
+    block, own = unit // each, unit % each
+    at = packed + (matrix() * rows + row) * (units // each) * NBYTES + block * NBYTES
+    first = block * (WEIGHTS // 8)
+    if FOLD == 4:
+        first += own // 4 * 16 + own % 4
+        one, two = _k_block(at, own, place, inside, 0, KIND), _k_block(at, own, place, inside, 1, KIND)
+        three, four = _k_block(at, own, place, inside, 2, KIND), _k_block(at, own, place, inside, 3, KIND)
+        write(whole, one, row, first, place, stack_stride, row_stride, column_stride, inside)
+        write(whole, two, row, first + 4, place, stack_stride, row_stride, column_stride, inside)
+        write(whole, three, row, first + 8, place, stack_stride, row_stride, column_stride, inside)
+        write(whole, four, row, first + 12, place, stack_stride, row_stride, column_stride, inside)
+    elif FOLD == 2:
+        if WEIGHTS == 32:
+            one, two = _small_block(at, own, place, table, inside, KIND)
+            first += own * 2 if KIND == 8 else own
+        elif KIND == 23:
+            one, two = _iq4_xs(at, own, place, table, inside)
+            first += own // 2 * 4 + own % 2
+        else:
+            one, two = _k_block_with_least(at, own, place, inside, KIND)
+            first += own // 4 * 8 + own % 4
+        further: tl.constexpr = 1 if KIND == 8 else 2 if WEIGHTS == 32 or KIND == 23 else 4
+        write(whole, one, row, first, place, stack_stride, row_stride, column_stride, inside)
+        write(whole, two, row, first + further, place, stack_stride, row_stride, column_stride, inside)
     else:
-        value = _two_or_three_bits(at, own, place, table, inside, KIND)
-    write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
+        if KIND == 19 or KIND == 29:
+            value = _one_bit(at, own, place, table, inside, KIND)
+        else:
+            value = _two_or_three_bits(at, own, place, table, inside, KIND)
+        write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)

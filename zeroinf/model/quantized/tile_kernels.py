@@ -26,7 +26,7 @@ def tile(ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr):  # type
     else:
         row, unit = tl.arange(0, ROWS)[:, None, None], tl.arange(0, UNITS)[None, :, None]
         place = tl.arange(0, 8)[None, None, :]
-    return (tl.program_id(0) * ROWS + row).to(tl.int64), tl.program_id(1) * UNITS + unit, place
+    return (tl.program_id(1) * ROWS + row).to(tl.int64), tl.program_id(0) * UNITS + unit, place
 
 
 @triton.jit
@@ -73,28 +73,22 @@ def load_short(at, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_eight(at, inside, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Eight bytes, in two words, at an address that `ALIGNED` divides."""
+    """Eight bytes, in two words, at an address that `ALIGNED` (1 or 4) divides."""
     if ALIGNED == 4:
         words = at.to(tl.pointer_type(tl.int32))
         return load_int(words, inside), load_int(words + 1, inside)
-    if ALIGNED == 2:
-        low, high = load_short(at + 2, inside) << 16, load_short(at + 6, inside) << 16
-        return load_short(at, inside) | low, load_short(at + 4, inside) | high
-    low = load_int(at, inside) | (load_int(at + 1, inside) << 8) | (load_int(at + 2, inside) << 16)
-    high = load_int(at + 4, inside) | (load_int(at + 5, inside) << 8) | (load_int(at + 6, inside) << 16)
-    return low | (load_int(at + 3, inside) << 24), high | (load_int(at + 7, inside) << 24)
+    words, shift = _words_at(at)
+    low, middle = load_int(words, inside), load_int(words + 1, inside)
+    high = load_int(words + 2, inside & (shift > 0))
+    return joined(low, middle, shift), joined(middle, high, shift)
 
 
 @triton.jit
-def byte_of(low, high, place):  # type: ignore[no-untyped-def]
-    """The byte of each place, of two words."""
-    return (tl.where(place < 4, low, high) >> (place % 4 * 8)) & 255
-
-
-@triton.jit
-def spread(bits):  # type: ignore[no-untyped-def]
-    """Four bits as the lowest ones of the four bytes of a word."""
-    return ((bits & 15) * 0x00204081) & 0x01010101
+def _words_at(at):  # type: ignore[no-untyped-def]
+    """The word that has the first of some bytes, and how far they have to be shifted."""
+    address = at.to(tl.int64)
+    first = address & 3
+    return (address - first).to(tl.pointer_type(tl.int32)), first.to(tl.int32) * 8
 
 
 @triton.jit
@@ -102,6 +96,12 @@ def joined(low, high, shift):  # type: ignore[no-untyped-def]
     """32 bits from bit `shift` on of two words."""
     both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     return (both >> shift).to(tl.int32)
+
+
+@triton.jit
+def byte_of(low, high, place):  # type: ignore[no-untyped-def]
+    """The byte of each place, of two words."""
+    return (tl.where(place < 4, low, high) >> (place % 4 * 8)) & 255
 
 
 @triton.jit
