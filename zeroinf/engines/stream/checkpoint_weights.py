@@ -33,6 +33,8 @@ _THREADS = 8
 _RANDOM_SCALE = 0.02
 _RANDOM_SEED = 0
 _TILE = 1 << 22
+# Random codes lie around 120, which is no power of two too large for MXFP4. Two of GGUF's bytes are a scale in float16.
+_MIDDLE_CODES = {"gguf": 32}
 
 _Found = tuple[int, torch.Tensor, Path | str]
 """Elements of a tensor from the first number on, and where they were found."""
@@ -67,7 +69,8 @@ class CheckpointWeights:
         self._tiles: dict[torch.dtype, torch.Tensor] = {}
         self._read: _Read | None = None
         if self._random:
-            self._tiles = _random_tiles(groups)
+            found = quantization(source.config)
+            self._tiles = _random_tiles(groups, found["quant_method"] if found else "")
         else:
             self._open(model, source, control)
 
@@ -141,10 +144,7 @@ class CheckpointWeights:
         self._load_progress.add(target.nbytes * self._parts)
 
     def _fill_randomly(self, tensor: Tensor, target: WriteTarget) -> None:
-        """Normal values that repeat after a while: they must not be zeros, and need not be good.
-
-        Codes lie around 120, which is no power of two too large for MXFP4.
-        """
+        """Normal values that repeat after a while: they must not be zeros, and need not be good."""
         if not tensor.is_parameter:
             return
         elements, tile = target.shape.numel(), self._tiles[target.location.dtype]
@@ -152,11 +152,12 @@ class CheckpointWeights:
             target.write_part(start, tile[: elements - start])
 
 
-def _random_tiles(groups: Sequence[TensorGroup]) -> dict[torch.dtype, torch.Tensor]:
-    """Random values of each dtype of `groups`, which are repeated over all tensors."""
+def _random_tiles(groups: Sequence[TensorGroup], method: str) -> dict[torch.dtype, torch.Tensor]:
+    """Random values of each dtype of `groups`, which are repeated over all tensors, of codes of `method`."""
     tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
     kinds = {place.dtype for group in groups for place in group.layout.locations}
-    return {kind: (tile if kind.is_floating_point else 120 + 100 * tile).to(kind) for kind in kinds}
+    middle = _MIDDLE_CODES.get(method, 120)
+    return {kind: (tile if kind.is_floating_point else middle + 100 * tile).to(kind) for kind in kinds}
 
 
 def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path]) -> _Read | None:
