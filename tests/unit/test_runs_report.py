@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -259,3 +262,10 @@ def test_the_json_holds_what_was_planned_what_was_moved_and_where_the_time_went(
     assert data["ranks"][0]["gpu"] == asdict(USE)
     assert data["padding"] == {"prefill": 0.1, "decode": 0.25}
     assert data["kv_pool"] == {"mean": 0.75, "peak": 0.9}
+
+
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    code = "import time; from zeroinf.hardware.process import process_age_s; print(time.time() - process_age_s())"
+    before = time.time()
+    started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert before - 0.1 < started < time.time()  # a clock tick, and what clocks are apart
