@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from zeroinf.generation.attention import Scores, attend_row
 from zeroinf.generation.host_kernels import CompiledKernel, HostStep, TorchKernel, host_kernel
 from zeroinf.generation.records import parts, read, write
 from zeroinf.hardware import host_library
-from zeroinf.hardware.host_library import ThreadPool, attention_threads
+from zeroinf.hardware.host_library import ThreadPool
 from zeroinf.model.anatomy import KvDtype, Record, TokenState
 
 TOKENS = (1, 2, 31, 33, 200, 517)
@@ -173,11 +174,24 @@ def test_memory_is_read_whole() -> None:
     pool.close()
 
 
+def test_threads_stay_on_their_processors() -> None:
+    processor, case = min(os.sched_getaffinity(0)), Rows("float32")
+    before = {thread.name for thread in Path("/proc/self/task").iterdir()}
+    kernel = CompiledKernel((processor,) * 3)
+    case.by(kernel)
+    kernel.clear(case.memory)
+    assert not case.memory.any()
+    new = [int(thread.name) for thread in Path("/proc/self/task").iterdir() if thread.name not in before]
+    assert len(new) == 3
+    assert all(os.sched_getaffinity(thread) == {processor} for thread in new)
+    kernel.close()
+
+
 def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     host_library.host_library.cache_clear()
     assert "no-such-compiler" in host_library.why_no_host_kernel()
-    assert isinstance(host_kernel(2), TorchKernel)
+    assert isinstance(host_kernel((0, 1)), TorchKernel)
     with pytest.raises(EnvironmentProblem, match="no C\\+\\+ compiler"):
         ThreadPool(1)
 
@@ -191,8 +205,3 @@ def test_what_does_not_compile_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(EnvironmentProblem, match="does not compile"):
         ThreadPool(1)
     assert list((tmp_path / "cache" / "host-attention").iterdir()) == []
-
-
-def test_ranks_of_a_node_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    assert [attention_threads(ranks) for ranks in (1, 2, 8, 32)] == [15, 7, 1, 1]

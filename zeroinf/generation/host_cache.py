@@ -37,15 +37,15 @@ class HostCache:
         stream: Any,
         *,
         pin: bool,
-        ranks: int = 1,
+        processors: Sequence[int] = (0,),
     ) -> None:
-        """`ranks` of this node share its processors."""
+        """`processors` attend where the CPU does."""
         self.size = size
         self._device = device
         self._windows = windows_of(model.config.get_text_config(decoder=True))
         self._records = anatomy.records(size.dtype)
         nbytes = size.tokens * anatomy.host_token_bytes(size.dtype)
-        self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin)
+        self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin and not size.cpu_rows)
         self._memory: dict[int, torch.Tensor] = {}
         start = 0
         for layer, record in self._records.items():
@@ -56,8 +56,11 @@ class HostCache:
         self.steps: HostSteps | None = None
         """For decode steps, where the CPU attends."""
         try:
-            if size.cpu_rows:
-                self.steps = HostSteps(anatomy, size, device, ranks)
+            if size.cpu_rows and self._host is not None:
+                self.steps = HostSteps(anatomy, size, device, processors)
+                if pin:
+                    self.steps.clear(self._host.bytes)
+                    self._host.pin()
             self.link = Link(anatomy.staging_bytes(size), len(anatomy.cache), device, stream)
         except BaseException:  # staging takes GPU memory
             self.close()

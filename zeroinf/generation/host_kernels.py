@@ -8,6 +8,7 @@ without a compiler, and what tests compare it with.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,10 @@ class HostKernel(Protocol):
         """Whether the step of that number is over, at the latest after so many seconds. Raises what it has raised."""
         ...
 
+    def clear(self, memory: torch.Tensor) -> None:
+        """Fill `memory` with zeros, so that what nobody has touched comes to lie near the threads."""
+        ...
+
     @property
     def seconds(self) -> float:
         """Seconds that steps have taken, waits for flags left out."""
@@ -89,9 +94,10 @@ class HostKernel(Protocol):
 
 
 class CompiledKernel:
-    """The compiled kernel with threads of its own. Raises EnvironmentProblem where it cannot be compiled."""
+    """The compiled kernel with threads of its own: so many, or one for each of some processors. Raises
+    EnvironmentProblem where it cannot be compiled."""
 
-    def __init__(self, threads: int, machine: str = "native") -> None:
+    def __init__(self, threads: int | Sequence[int], machine: str = "native") -> None:
         self._pool = ThreadPool(threads, machine)
 
     def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, flag: torch.Tensor | None) -> int:
@@ -100,6 +106,9 @@ class CompiledKernel:
 
     def wait(self, number: int, seconds: float) -> bool:
         return self._pool.wait(number, seconds)
+
+    def clear(self, memory: torch.Tensor) -> None:
+        self._pool.clear(memory.data_ptr(), memory.nbytes)
 
     @property
     def seconds(self) -> float:
@@ -146,11 +155,15 @@ class TorchKernel:
             return False
         return True
 
+    def clear(self, memory: torch.Tensor) -> None:
+        memory.zero_()
+
     def close(self) -> None:
         self._ends = True
         self._worker.shutdown(cancel_futures=True)
 
 
-def host_kernel(threads: int) -> CompiledKernel | TorchKernel:
-    """The compiled kernel, or torch's where there is no compiler. Raises EnvironmentProblem where compiling fails."""
-    return TorchKernel() if why_no_host_kernel() else CompiledKernel(threads)
+def host_kernel(processors: Sequence[int]) -> CompiledKernel | TorchKernel:
+    """The compiled kernel on `processors`, or torch's where there is no compiler. Raises EnvironmentProblem where
+    compiling fails."""
+    return TorchKernel() if why_no_host_kernel() else CompiledKernel(processors)

@@ -8,6 +8,7 @@ steps aside, so that the GPU runs the others of that layer. Without a GPU the sa
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from zeroinf.generation.attention import MarkingLayer, Scores, Tokens, View
 from zeroinf.generation.host_kernels import HostStep, host_kernel
 from zeroinf.generation.records import write
 from zeroinf.generation.scheduler import Group
-from zeroinf.hardware.host_library import attention_threads
 from zeroinf.model.anatomy import STEP_ALIGNMENT, Anatomy, HostSize, Record
 
 _LOOK_S = 1.0
@@ -33,8 +33,8 @@ class HostSteps:
     Each forward of a pass has a part of the memory to itself, for all layers.
     """
 
-    def __init__(self, anatomy: Anatomy, size: HostSize, device: torch.device, ranks: int) -> None:
-        """`ranks` of this node share its processors."""
+    def __init__(self, anatomy: Anatomy, size: HostSize, device: torch.device, processors: Sequence[int]) -> None:
+        """`processors`: those that attend, by their numbers."""
         self._row_bytes = anatomy.step_row_bytes(size)
         nbytes = size.cpu_rows * self._row_bytes
         on_gpu = device.type == "cuda"
@@ -45,7 +45,7 @@ class HostSteps:
             self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
             self._raised = mapped(self._flag, device)
         self._used = 0
-        self._kernel = host_kernel(attention_threads(ranks))
+        self._kernel = host_kernel(processors)
         self._given = new_event(device)
         self._last = 0
         self.waited_s = 0.0
@@ -60,6 +60,10 @@ class HostSteps:
     def seconds(self) -> float:
         """Seconds that the CPU has attended."""
         return self._kernel.seconds
+
+    def clear(self, memory: torch.Tensor) -> None:
+        """Fill `memory`, which nobody has touched, with zeros: it comes to lie near the processors that attend."""
+        self._kernel.clear(memory)
 
     def begin(self) -> None:
         """The forwards of the next pass have their memory: those of the one after begin anew."""

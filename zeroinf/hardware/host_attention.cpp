@@ -18,6 +18,10 @@
 #include <thread>
 #include <utility>
 #include <vector>
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -167,7 +171,8 @@ struct Ahead {
     int64_t left = 0;          // runs
     int kind = 0;
 
-    inline void fetch() {
+    // LEVEL as the compiler has it: 3 is the smallest cache, 2 the next one.
+    template <int LEVEL> inline void fetch() {
         if (at >= end) {
             if (left == 0) return;
             --left;
@@ -175,14 +180,18 @@ struct Ahead {
             kind ^= 1;
             end = at + runs[kind];
         }
-        __builtin_prefetch(at, 0, 3);
+        __builtin_prefetch(at, 0, LEVEL);
         at += 64;
     }
 
-    inline void fetch(int lines) {
-        for (int i = 0; i < lines; ++i) fetch();
+    template <int LEVEL> inline void fetch(int lines) {
+        for (int i = 0; i < lines; ++i) fetch<LEVEL>();
     }
 };
+
+// Where a query has keys of its own, or tiles multiply, little is computed for each byte: a block is gone from the
+// smallest cache before its turn.
+constexpr int level_of(int group) { return group == 1 ? 2 : 3; }
 
 #include "host_attention_tiles.h"
 
@@ -200,7 +209,7 @@ void multiply_keys(const float *query, int padded, const uint8_t *keys, int64_t 
 #pragma GCC unroll 16
             for (int k = 0; k < KEYS; ++k) {
                 Floats key = load<KIND>(at[k] + c * size_of(KIND));
-                if (c % (64 / size_of(KIND)) == 0) ahead.fetch();
+                if (c % (64 / size_of(KIND)) == 0) ahead.fetch<level_of(GROUP)>();
 #pragma GCC unroll 16
                 for (int g = 0; g < GROUP; ++g) sums[g * KEYS + k] += key * read<Floats>(query + g * padded + c);
             }
@@ -228,7 +237,7 @@ void multiply_pairs(const uint16_t *query, int padded, const uint8_t *keys, int6
 #pragma GCC unroll 16
             for (int k = 0; k < KEYS; ++k) {
                 __m512bh key = (__m512bh)_mm512_loadu_si512(at[k] + c * 2);
-                ahead.fetch();
+                ahead.fetch<level_of(GROUP)>();
 #pragma GCC unroll 16
                 for (int g = 0; g < GROUP; ++g) {
                     __m512bh other = (__m512bh)_mm512_loadu_si512(query + g * padded + c);
@@ -249,7 +258,7 @@ inline void add_chunks(const float *weights, const float *fading, const uint8_t 
     for (int g = 0; g < GROUP; ++g)
         for (int c = 0; c < CHUNKS; ++c) held[g][c] = read<Floats>(sums + g * padded + c * LANES) * fading[g];
     for (int t = 0; t < count; ++t, values += stride) {
-        ahead.fetch((CHUNKS * LANES * size_of(KIND) + 63) / 64);
+        ahead.fetch<level_of(GROUP)>((CHUNKS * LANES * size_of(KIND) + 63) / 64);
 #pragma GCC unroll 8
         for (int c = 0; c < CHUNKS; ++c) {
             Floats value = load<KIND>(values + c * LANES * size_of(KIND));
@@ -299,10 +308,28 @@ struct RowTokens {
 
 namespace {
 
+// Threads stay on these processors, whichever are idle; on any where none are named.
+struct Processors {
+    std::vector<int> numbers;
+
+    void bind(std::thread &thread) const {
+#if defined(__linux__)
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        for (int number : numbers)
+            if (number < CPU_SETSIZE) CPU_SET(number, &set);
+        if (CPU_COUNT(&set)) pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+#endif
+    }
+};
+
 class Pool {
   public:
-    explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    Pool(int threads, const Processors &processors) {
+        for (int i = 1; i < threads; ++i) {
+            threads_.emplace_back([this] { serve(); });
+            processors.bind(threads_.back());
+        }
     }
 
     ~Pool() {
@@ -688,7 +715,7 @@ struct Step {
 // Threads, one of which takes steps in the order of their numbers.
 class Attending {
   public:
-    explicit Attending(int threads) : pool(threads) {}
+    Attending(int threads, const Processors &processors) : pool(threads, processors), processors_(processors) {}
 
     ~Attending() {
         {
@@ -701,7 +728,10 @@ class Attending {
 
     int64_t submit(const Step &step) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
+        if (!thread_.joinable()) {
+            thread_ = std::thread([this] { serve(); });
+            processors_.bind(thread_);
+        }
         waiting_.push_back(step);
         wakes_.notify_all();
         return ++submitted_;
@@ -756,6 +786,7 @@ class Attending {
         return true;
     }
 
+    const Processors processors_;
     std::thread thread_;
     std::mutex mutex_;
     std::condition_variable wakes_, done_;
@@ -769,7 +800,10 @@ class Attending {
 
 extern "C" {
 
-void *zeroinf_new_pool(int threads) { return new Attending(threads); }
+// processors: `count` numbers, on which the threads stay.
+void *zeroinf_new_pool(int threads, const int *processors, int count) {
+    return new Attending(threads, {{processors, processors + count}});
+}
 
 // What has not begun is left out.
 void zeroinf_end_pool(void *pool) { delete (Attending *)pool; }
@@ -787,6 +821,14 @@ int zeroinf_wait(void *pool, int64_t number, double seconds) { return ((Attendin
 
 // Seconds that steps have taken, waits for flags left out.
 double zeroinf_seconds(void *pool) { return ((Attending *)pool)->seconds(); }
+
+// Fills memory with zeros; pages that nobody has touched come to lie where these threads are.
+void zeroinf_clear(void *pool, uint8_t *memory, int64_t nbytes) {
+    constexpr int64_t PART = 32 << 20;
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task) {
+        std::memset(memory + task * PART, 0, std::min(PART, nbytes - task * PART));
+    });
+}
 
 // Reads all of `memory` once; the result depends on every byte.
 uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {

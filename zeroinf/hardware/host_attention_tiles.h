@@ -105,10 +105,10 @@ inline void score_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &a
         _tile_loadd(4, paired + c * 16 * GROUP, GROUP * 4);
         _tile_loadd(2, keys + c * 64, stride);
         _tile_dpbf16ps(0, 2, 4);
-        ahead.fetch(16);
+        ahead.fetch<2>(16);
         _tile_loadd(3, keys + 16 * stride + c * 64, stride);
         _tile_dpbf16ps(1, 3, 4);
-        ahead.fetch(16);
+        ahead.fetch<2>(16);
     }
     _tile_stored(0, scores, GROUP * 4);
     _tile_stored(1, scores + 16 * GROUP, GROUP * 4);
@@ -131,7 +131,7 @@ template <int GROUP> inline void pair_values(const HeadBlock &block, Ahead &ahea
             _mm512_store_si512(into, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(into + 1024, _mm512_unpackhi_epi16(a, b));
         }
-        ahead.fetch(block.value_width / 16);
+        ahead.fetch<2>(block.value_width / 16);
     }
 }
 

@@ -75,9 +75,11 @@ def host_library(machine: str = "native") -> ctypes.CDLL:
     except OSError as error:
         raise EnvironmentProblem(f"{file} cannot be loaded: {error}", hint="remove it") from error
     library.zeroinf_new_pool.restype = ctypes.c_void_p
-    library.zeroinf_new_pool.argtypes = (ctypes.c_int,)
+    library.zeroinf_new_pool.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
     library.zeroinf_end_pool.restype = None
     library.zeroinf_end_pool.argtypes = (ctypes.c_void_p,)
+    library.zeroinf_clear.restype = None
+    library.zeroinf_clear.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     library.zeroinf_read.restype = ctypes.c_uint64
     library.zeroinf_read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     library.zeroinf_submit.restype = ctypes.c_int64
@@ -154,9 +156,12 @@ class ThreadPool:
     Python go on.
     """
 
-    def __init__(self, threads: int, machine: str = "native") -> None:
-        self.threads, self._library = threads, host_library(machine)
-        self._pool: int | None = self._library.zeroinf_new_pool(threads)
+    def __init__(self, threads: int | Sequence[int], machine: str = "native") -> None:
+        """So many threads, or one for each of the processors of these numbers, among which they stay."""
+        processors = () if isinstance(threads, int) else tuple(threads)
+        self.threads, self._library = len(processors) or threads, host_library(machine)
+        numbers = (ctypes.c_int * len(processors))(*processors)
+        self._pool: int | None = self._library.zeroinf_new_pool(self.threads, numbers, len(processors))
 
     def submit(
         self, layout: HostLayout, rows: int, count: int, memory: int, fresh: int, query: int, out: int, flag: int | None
@@ -182,14 +187,13 @@ class ThreadPool:
         found: int = self._library.zeroinf_read(self._pool, memory, nbytes)
         return found
 
+    def clear(self, memory: int, nbytes: int) -> None:
+        """Fill `nbytes` bytes at the address `memory` with zeros. Pages that nobody has touched come to lie on the
+        NUMA nodes of the threads."""
+        self._library.zeroinf_clear(self._pool, memory, nbytes)
+
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
             self._library.zeroinf_end_pool(self._pool)
         self._pool = None
-
-
-def attention_threads(ranks: int) -> int:
-    """Threads that attend for one of so many ranks of a node: its share of the processors that this process may use,
-    but for one that feeds the GPU."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks) - 1)

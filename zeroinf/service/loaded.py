@@ -30,6 +30,7 @@ from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
+from zeroinf.hardware.processors import attention_processors
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.planner.plan import Plan
@@ -154,9 +155,10 @@ class LoadedModel:
             pool = PagePool(model, plan.rank_anatomy(self.control.world.rank), plan.pool, self.device)
             if plan.host is not None:
                 pin = plan.pin_memory and self.device.type == "cuda"
-                ranks = self.control.world.local_size
+                world = self.control.world
+                processors = attention_processors(world.local_rank, world.local_size)
                 self._host = HostCache(
-                    model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin, ranks=ranks
+                    model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin, processors=processors
                 )
                 self._closing.callback(self._host.close)
             self._batch_state = BatchState(model, rules, pool, self.device, self._host)
