@@ -28,6 +28,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.memory import total
+from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, make_plan
 
@@ -40,6 +41,12 @@ WHERE: tuple[dict[str, Any], ...] = (
     {"expert_parts": 4, "resident_blocks": 1},
     {"expert_parts": 2, "offload": "nvme", "nvme_blocks": 1, "resident_blocks": 1, "embeddings": "cpu"},
     {"expert_parts": 3, "offload": "nvme", "nvme_blocks": 2, "host_units": 4},
+)
+# Decode steps alone, and prompts, too.
+ROUTED: tuple[dict[str, Any], ...] = (
+    {"expert_parts": 4, "routed_tokens": 4},
+    {"expert_parts": 3, "routed_tokens": 1000, "resident_blocks": 1},
+    {"expert_parts": 2, "routed_tokens": 4, "offload": "nvme", "nvme_blocks": 2, "host_units": 3},
 )
 
 
@@ -56,12 +63,15 @@ def test_tokens_are_those_of_plain_transformers(
         engine.close()
 
 
+@pytest.mark.parametrize("routed_tokens", [0, 6])
 @pytest.mark.parametrize("given", [PRESSED, PACKED], ids=["padded", "packed"])
-def test_all_forwards_of_a_pass_share_each_part(given: dict[str, int], small_checkpoint: Checkpoint) -> None:
+def test_all_forwards_of_a_pass_share_each_part(
+    given: dict[str, int], routed_tokens: int, small_checkpoint: Checkpoint
+) -> None:
     folder = small_checkpoint("mixtral")
     prompts = [[3 + (7 * number + 11 * at) % 380 for at in range(n)] for number, n in enumerate((7, 1, 20, 12))]
     rows = rows_of(prompts, [6, 9, 3, 2], ignore_eos=True)
-    engine = stream(folder, expert_parts=3)
+    engine = stream(folder, expert_parts=3, routed_tokens=routed_tokens)
     _, scheduler = run_rows(engine, rows, **given)
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert [row.generated for row in rows] == [greedy_by_transformers(plain, row.prompt, row.generated) for row in rows]
@@ -69,9 +79,28 @@ def test_all_forwards_of_a_pass_share_each_part(given: dict[str, int], small_che
     engine.close()
 
 
-def test_a_pass_that_breaks_between_two_parts_leaves_the_next_one_its_weights(small_checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("name", tiered(NAMES, ("deepseek_v3", "gpt_oss")))
+@pytest.mark.parametrize("where", ROUTED, ids=lambda where: f"{where['routed_tokens']}-{where.get('offload', 'cpu')}")
+def test_few_tokens_bring_only_the_experts_that_they_are_routed_to(
+    name: str, where: dict[str, Any], small_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = small_checkpoint(name)
+    engine = stream(folder, **where, nvme_paths=(tmp_path,) if "nvme_blocks" in where else ())
+    try:
+        assert tokens_of(engine, batches=2) == plain_tokens(folder)
+        stats = engine.stats()
+        assert 0 < stats.routed_passes <= stats.passes - (2 if where["routed_tokens"] == 4 else 0)
+        assert 0 < stats.spared_bytes < stats.routed_passes * stats.streamed_bytes_per_pass
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("routed_tokens", [0, 1, 6])
+def test_a_pass_that_breaks_between_two_parts_leaves_the_next_one_its_weights(
+    routed_tokens: int, small_checkpoint: Checkpoint
+) -> None:
     folder = small_checkpoint("mixtral")
-    engine = stream(folder, expert_parts=4)
+    engine = stream(folder, expert_parts=4, routed_tokens=routed_tokens)
     module = engine.model.model.layers[1].mlp.experts
     calls = [0]
 
@@ -90,23 +119,33 @@ def test_a_pass_that_breaks_between_two_parts_leaves_the_next_one_its_weights(sm
 
 
 @pytest.mark.parametrize("wire", ["int8", "int4"])
-def test_parts_that_cross_as_codes_are_the_weights_that_layers_are(wire: str, small_checkpoint: Checkpoint) -> None:
+def test_parts_that_cross_as_codes_are_the_weights_that_layers_are(
+    wire: str, small_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    nvme = {"expert_parts": 3, "routed_tokens": 4, "offload": "nvme", "nvme_blocks": 2, "host_units": 3}
     folder = small_checkpoint("qwen2_moe")
     whole, parts = stream(folder, wire=wire), stream(folder, wire=wire, expert_parts=2, resident_blocks=1)
-    assert tokens_of(parts) == tokens_of(whole)
+    expected = tokens_of(whole)
+    assert tokens_of(parts) == expected
+    routed = stream(folder, wire=wire, **nvme, nvme_paths=(tmp_path,))
+    assert tokens_of(routed) == expected
+    assert routed.stats().spared_bytes > 0
+    routed.close()
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
 def test_quantized_experts_are_split_as_they_are_stored(method: str, tmp_path: Path) -> None:
     folder = fp8_experts_checkpoint("qwen3_moe", tmp_path) if method == "fp8" else mxfp4_checkpoint(tmp_path)
-    whole, parts = stream(folder), stream(folder, expert_parts=3, resident_blocks=1)
+    whole, parts = stream(folder), stream(folder, expert_parts=3, resident_blocks=1, routed_tokens=4)
     assert tokens_of(parts) == tokens_of(whole)
+    assert parts.stats().spared_bytes > 0
     assert parts.stats().slot_bytes < whole.stats().slot_bytes
 
 
 def test_so_are_those_of_gguf_files(gguf_of: Gguf) -> None:
     file, full = gguf_of("qwen3_moe", SMALL_BLOCKS)
-    assert tokens_of(stream(file, expert_parts=2)) == plain_tokens(full)
+    for routed_tokens in (0, 1000):
+        assert tokens_of(stream(file, expert_parts=2, routed_tokens=routed_tokens)) == plain_tokens(full)
 
 
 def test_ranks_pull_the_parts_of_one_copy(small_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -116,7 +155,7 @@ def test_ranks_pull_the_parts_of_one_copy(small_checkpoint: Checkpoint, tmp_path
     where = {"offload": "nvme", "nvme_blocks": 2, "host_units": 3, "nvme_paths": (tmp_path,)}
 
     def body(control: Control) -> Any:
-        return tokens_of(stream(folder, control=control, world_size=2, expert_parts=2, **where))
+        return tokens_of(stream(folder, control=control, world_size=2, expert_parts=2, routed_tokens=4, **where))
 
     assert on_ranks(2, body) == ([expected] * 2, [0, 0])
 
@@ -185,8 +224,25 @@ def test_parts_fill_the_host_memory_that_is_left(large_layers: PlanInput) -> Non
 
 def test_layers_that_leave_most_of_the_gpu_stay_whole(large_layers: PlanInput) -> None:
     machine = machine_of(gpus=1, gpu_bytes=32 * GIB, host_bytes=32 * GIB)
-    constraints = replace(large_layers.constraints, resident_blocks=0)
+    constraints = replace(large_layers.constraints, resident_blocks=0, routed_tokens=0)
     assert make_plan(replace(large_layers, machine=machine, constraints=constraints)).plan.expert_parts == 1
+
+
+def test_few_rows_are_planned_with_the_experts_that_they_are_routed_to(large_layers: PlanInput) -> None:
+    machine = machine_of(gpus=1, gpu_bytes=32 * GIB, host_bytes=32 * GIB)
+
+    def planned(rows: int, **given: Any) -> Plan:
+        constraints = replace(large_layers.constraints, resident_blocks=0, batch_size=rows, **given)
+        return make_plan(replace(large_layers, machine=machine, constraints=constraints)).plan
+
+    few, all_experts = planned(4), planned(4, routed_tokens=0)
+    assert few.expert_parts > 1
+    assert few.routed_tokens == 21  # of 64 experts they are expected to need fewer than half, two each
+    assert f"up to {few.routed_tokens} tokens" in repr(few)
+    assert few.timing is not None and all_experts.timing is not None
+    # 4 rows are routed to 12 % of the experts, but these arrive while nothing computes.
+    assert 2 < few.timing.tokens_per_second / all_experts.timing.tokens_per_second < 1 / (1 - (1 - 2 / 64) ** 4)
+    assert planned(64).routed_tokens == 0
 
 
 def test_parts_are_smaller_the_more_there_are(large_layers: PlanInput) -> None:

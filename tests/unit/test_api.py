@@ -103,6 +103,7 @@ HOW_TO_RUN = (
         "kv_attention",
         "embeddings",
         "expert_parts",
+        "routed_tokens",
         "resident_blocks",
         "tensor_parallel",
         "num_gpus",

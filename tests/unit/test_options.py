@@ -29,6 +29,7 @@ ASKED: dict[str, Any] = {
     "kv_attention": "cpu",
     "embeddings": "cpu",
     "expert_parts": 2,
+    "routed_tokens": 1,
     "resident_blocks": 1,
     "pin_memory": False,
     "aio": AioSettings(threads=2),

@@ -10,8 +10,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from small_models import small_config
 
+from zeroinf.cli.console import print_report
 from zeroinf.engines.base import Stalls
 from zeroinf.generation.scheduler import Counts
 from zeroinf.hardware.process import Resident
@@ -186,6 +188,8 @@ def rank(**changed: Any) -> RankReport:
         "link_gbps": 50.0,
         "passes": 8,
         "streamed_bytes": 800,
+        "routed_passes": 0,
+        "spared_bytes": 0,
         "counts": COUNTS,
         "kv_fetched_bytes": 0,
         "kv_sent_bytes": 0,
@@ -269,3 +273,10 @@ def test_the_age_of_a_process_counts_from_its_start() -> None:
     before = time.time()
     started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert before - 0.1 < started < time.time()  # a clock tick, and what clocks are apart
+
+
+def test_the_report_says_how_many_passes_brought_few_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(Console(), report())
+    assert "routed experts" not in capsys.readouterr().out
+    print_report(Console(), report(ranks=(rank(routed_passes=6, spared_bytes=5 * 10**9), rank())))
+    assert "in 6 of 16 passes, 5.0 GB less" in capsys.readouterr().out

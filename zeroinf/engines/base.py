@@ -37,6 +37,10 @@ class EngineStats:
     """Walks over the blocks of an encoder, which some passes begin with."""
     streamed_bytes_per_encoding: int = 0
     """The same bytes in such a walk; a pass is counted without it."""
+    routed_passes: int = 0
+    """Those of the passes that brought only the experts that their tokens were routed to."""
+    spared_bytes: int = 0
+    """Weight bytes of walks that did not cross since no token was routed to them."""
     shared_host_bytes: int = 0
     """Host memory that all ranks of a node map, and that is there once."""
     pinned_host_bytes: int = 0
@@ -48,7 +52,8 @@ class EngineStats:
     @property
     def streamed_bytes(self) -> int:
         """All that was streamed."""
-        return self.passes * self.streamed_bytes_per_pass + self.encodings * self.streamed_bytes_per_encoding
+        encoded = self.encodings * self.streamed_bytes_per_encoding
+        return self.passes * self.streamed_bytes_per_pass + encoded - self.spared_bytes
 
 
 class LoadListener(Protocol):

@@ -293,6 +293,8 @@ class Experts:
     """Full dotted name of the module."""
     tensors: tuple[str, ...]
     """Full dotted names of its parameters whose first dimension is the experts'."""
+    each: int
+    """Experts that each token is routed to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

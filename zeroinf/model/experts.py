@@ -7,7 +7,7 @@ results are weighted and added up in the order in which transformers does, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Module
@@ -30,12 +30,14 @@ def find_experts(model: Any, blocks: Sequence[Module]) -> tuple[Experts, ...]:
     if not owners or model.config.is_encoder_decoder:
         return ()
     fitting: dict[Module, bool] = {}
+    each: dict[Module, int] = {}
 
     def look(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shapes = [tuple(value.shape) for value in args if isinstance(value, torch.Tensor)]
         fits = not kwargs and len(args) == len(shapes) == 3 and all(len(shape) == 2 for shape in shapes)
         fits = fits and shapes[0][0] == _TOKENS and shapes[1] == shapes[2] and shapes[1][0] == _TOKENS
         fitting[module] = fits and module not in fitting
+        each[module] = shapes[1][1] if fits else 0
 
     hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in owners]
     try:
@@ -53,7 +55,8 @@ def find_experts(model: Any, blocks: Sequence[Module]) -> tuple[Experts, ...]:
         count = int(module.num_experts)  # type: ignore[arg-type]
         tensors = tuple(f"{names[module]}.{own}" for own in split_parameters(module, count))
         if fitting.get(module) and counts[index] == 1 and count > 1 and tensors:
-            found.append(Experts(block=index, count=count, module=names[module], tensors=tensors))
+            name = names[module]
+            found.append(Experts(block=index, count=count, module=name, tensors=tensors, each=each[module]))
     return tuple(found)
 
 
@@ -76,6 +79,8 @@ class ExpertParts:
     ) -> None:
         self.ranges = self.visited = expert_ranges(count, parts)
         self.module, self.enter, self.leave = module, enter, leave
+        self.chosen: ChosenExperts | None = None
+        """Where it is set, no part is asked for, but the experts that tokens were routed to alone."""
         self.expansion = getattr(module.forward, "__self__", None)
         if not isinstance(self.expansion, Expansion):
             self.expansion = None
@@ -89,14 +94,47 @@ class ExpertParts:
         rows, ids = hidden.repeat_interleave(each, 0), index.reshape(-1, 1)
         ones = weights.new_ones(ids.shape)
         found = torch.zeros_like(rows)
-        for part, experts in enumerate(self.visited):
-            self.enter(part)
+        visited, wanted, chosen = self.visited, list[int](), self.chosen
+        if chosen is not None:
+            wanted, ids = _numbered(ids, self.ranges[-1].stop)
+            visited = _groups(len(wanted), len(self.ranges[0]))
+        for part, experts in enumerate(visited):
+            if chosen is None:
+                self.enter(part)
+            else:
+                chosen.enter(wanted[experts.start : experts.stop])
             inside = (ids >= experts.start) & (ids < experts.stop)
             with computing_some_experts(self.module, len(experts)) as nobody:
                 own = torch.where(inside, ids - experts.start, nobody)
                 found = torch.where(inside, self._run(rows, own, ones), found)
-            self.leave(part)
+            if chosen is None:
+                self.leave(part)
+            else:
+                chosen.leave()
         return _added_up(found, index, weights, experts_method(self.module)).to(hidden.dtype)
+
+
+class ChosenExperts(Protocol):
+    """Brings experts by their numbers."""
+
+    def enter(self, experts: Sequence[int]) -> None:
+        """Give the module these experts, which lie at the start of as many as the first part has."""
+        ...
+
+    def leave(self) -> None: ...
+
+
+def _numbered(ids: torch.Tensor, count: int) -> tuple[list[int], torch.Tensor]:
+    """Those of `count` experts that are among `ids`, in order, and `ids` as their places in that order. The host waits
+    for it."""
+    present = ids.new_zeros(count).index_fill_(0, ids.view(-1), 1)
+    places = (present.cumsum(0) - 1)[ids]
+    return [expert for expert, is_there in enumerate(present.tolist()) if is_there], places
+
+
+def _groups(count: int, size: int) -> tuple[range, ...]:
+    """Ranges of `size` of `count` places, all of one length: the last ends behind them."""
+    return tuple(range(start, start + size) for start in range(0, count, size))
 
 
 def _added_up(found: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, method: str) -> torch.Tensor:

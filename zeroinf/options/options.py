@@ -136,6 +136,16 @@ class EngineOptions(Options):
         help="Parts in which the experts of a layer are transferred and computed, one after the other, so that layers "
         "may be larger than the GPU; auto takes parts where whole layers leave too little. With the stream engine.",
     )
+    routed_tokens: int | None = option(
+        None,
+        engine_specific=True,
+        auto=True,
+        minimum=0,
+        section="speed",
+        help="Passes of so many tokens or fewer transfer only the experts that these tokens are routed to, once they "
+        "are known, from layers whose experts come in parts; auto takes as many tokens as less than half of the "
+        "experts are expected for, where that is faster. With the stream engine.",
+    )
     resident_blocks: int | None = option(
         None,
         engine_specific=True,

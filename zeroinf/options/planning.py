@@ -34,7 +34,7 @@ from zeroinf.options.contradictions import check_folders, engine_of, refuse_besi
 from zeroinf.options.definition import definitions
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
-from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts
+from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts, check_routed_tokens
 from zeroinf.planner.descriptor import as_run_by, possible_offload
 from zeroinf.planner.kv import check_kv_attention, host_share
 from zeroinf.planner.plan import Plan, TensorParallel
@@ -106,6 +106,7 @@ def constraints_of(options: RunOptions | PlanOptions, engine: str, anatomy: Anat
     Raises UsageError for what the engine or the model cannot do."""
     check_embeddings(options.embeddings, anatomy)
     check_expert_parts(options.expert_parts, options.fetch, anatomy)
+    check_routed_tokens(options.routed_tokens, options.wire, anatomy)
     check_kv_attention(options.kv_attention, options.kv, engine, anatomy)
     names = {each.name for each in fields(Constraints)} & {one.path[0] for one in definitions(type(options))}
     chosen = {name: getattr(options, name) for name in names} | facts

@@ -39,5 +39,7 @@ class Choice:
     """Rows whose keys and values rest in host memory."""
     kv_dtype: KvDtype = "model"
     embeddings: Embeddings = "gpu"
+    routed_tokens: int = 0
+    """Passes of so many tokens or fewer bring only the experts that these are routed to; where experts are split."""
     expert_parts: int = 1
     """Parts in which the experts of a layer are brought and computed."""

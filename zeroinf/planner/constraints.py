@@ -10,6 +10,7 @@ from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.kv import HostShare, KvAttention
+from zeroinf.planner.routing import separable
 from zeroinf.planner.wire import Wire
 
 
@@ -41,6 +42,8 @@ class Constraints:
     then."""
     embeddings: Embeddings | Literal["auto"] = "auto"
     expert_parts: int | None = None
+    routed_tokens: int | None = None
+    """Passes of so many tokens or fewer bring only the experts that these are routed to."""
     static_batches: bool = False
     share_prefixes: bool = True
     """Rows whose prompts begin alike share keys and values of that."""
@@ -73,6 +76,18 @@ def check_expert_parts(parts: int | None, fetch: Fetch | Literal["auto"], anatom
         raise UsageError(f"--expert-parts {parts}: {anatomy.architecture} has {has}", hint=hint)
     if fetch == "partitioned":
         raise UsageError("--expert-parts: parts of layers are not shared out among ranks", hint="--fetch replicated")
+
+
+def check_routed_tokens(tokens: int | None, wire: Wire, anatomy: Anatomy) -> None:
+    """Raise UsageError where experts cannot be brought one by one."""
+    if not tokens:
+        return
+    if not anatomy.experts:
+        raise UsageError(
+            f"--routed-tokens {tokens}: {anatomy.architecture} has no experts that could be split", hint="drop it"
+        )
+    if not separable(anatomy, wire):
+        raise UsageError(f"--routed-tokens {tokens}: with --wire {wire}, experts share scales", hint="drop one")
 
 
 def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:

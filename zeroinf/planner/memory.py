@@ -153,6 +153,12 @@ def gathered_bytes(tables: Sequence[Table], tokens: int) -> tuple[int, int]:
     return round_up(tokens * widest, INDEX_BYTES), tokens * most * INDEX_BYTES
 
 
+def routed_buffer_bytes(part_bytes: int, ranges: int) -> int:
+    """Bytes of a buffer for so many ranges of a store, which make up a part of experts: each is read with what shares
+    its digests."""
+    return round_up(part_bytes, CHUNK_BYTES) + 2 * ranges * CHUNK_BYTES
+
+
 @lru_cache(maxsize=16)
 def pieces(anatomy: Anatomy, wire: Wire = "model") -> tuple[int, ...]:
     """The bytes of each block's piece as it rests and crosses the link."""

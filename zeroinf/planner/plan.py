@@ -95,6 +95,8 @@ class Plan:
     """How the weights of blocks rest and cross the link. Coded, those of residents are expanded for each pass, too."""
     embeddings: Embeddings = "gpu"
     """Where tables that tokens read by row rest."""
+    routed_tokens: int = 0
+    """Passes of so many tokens or fewer bring only the experts that these are routed to; where experts are split."""
     expert_parts: int = 1
     """Parts in which the experts of a layer are brought and computed, one after the other."""
     pin_memory: bool = True

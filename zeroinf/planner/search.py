@@ -21,6 +21,7 @@ from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, table_pieces, with_layers
 from zeroinf.planner.pass_shapes import PassShapes, SearchPoint
+from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import fetches_of, offloads_of
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.trials import Trials
@@ -40,6 +41,8 @@ _WORTHWHILE = 1.03
 _WORTHWHILE_SHARE = 1 / 32
 # Experts may come in parts where layers in use take more than this part of the GPU; parts take less than that one.
 _FILLING_SHARE, _PARTS_SHARE = 1 / 2, 1 / 3
+# Of smaller layers, experts come in so many parts where only those are brought that a few rows are routed to.
+_FEW_PARTS = 4
 
 
 class Planner:
@@ -99,10 +102,17 @@ class Planner:
         layers = with_layers(facts.anatomy, "cpu")
         in_use = {parts: self._bytes_in_use(layers, constraints, parts) for parts in _parts_up_to(most)}
         if in_use[1] <= facts.gpu_bytes * _FILLING_SHARE:
-            return (1,)
+            return (1, _FEW_PARTS) if self._are_few(constraints) and most >= _FEW_PARTS else (1,)
         small = [parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _PARTS_SHARE and parts > 1]
         whole = (1,) if in_use[1] < facts.gpu_bytes else ()
         return (*whole, *(small or [max(in_use)])[:2])
+
+    def _are_few(self, constraints: Constraints) -> bool:
+        """Whether so few rows are live that steps bring only the experts that they are routed to."""
+        asked, few = constraints.routed_tokens, few_tokens(self._facts.anatomy, constraints.wire)
+        requests = None if constraints.requests is None else -(-constraints.requests // constraints.streams)
+        given = [rows for rows in (constraints.batch_size, requests) if rows is not None]
+        return bool(given) and min(given) <= (few if asked is None else asked)
 
     def _bytes_in_use(self, layers: Anatomy, constraints: Constraints, parts: int) -> int:
         """Bytes of slots, and of weights in full, if others cross the link."""

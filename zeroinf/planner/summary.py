@@ -89,6 +89,7 @@ def _tiers(plan: Plan, blocks: int) -> str:
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
     gathered = ", embeddings in host memory" if plan.embeddings == "cpu" else ""
     gathered += f", experts in {plan.expert_parts} parts" if plan.expert_parts > 1 else ""
+    gathered += f" (passes of up to {plan.routed_tokens} tokens: those routed to)" if plan.routed_tokens else ""
     parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, f"on NVMe{mixed}"))
     (first, where), *others = ((count, where) for count, where in parts if count)
     whole = f"{first} of {blocks} layers {where}" if others else f"{blocks} layers {where}"

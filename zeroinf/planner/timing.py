@@ -18,6 +18,7 @@ from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
+from zeroinf.planner.routing import expert_bytes, routed_share
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory"]
@@ -31,6 +32,8 @@ _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
 # Kernels' launches that the host spends on a gather beside its bytes: numbers come from the GPU, rows go there.
 _GATHER_LAUNCHES = 8
+# Kernels' launches that it takes the host to learn which experts a layer's tokens are routed to, and to copy these.
+_ASKING_LAUNCHES = 10
 _NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
 
 
@@ -113,7 +116,8 @@ def time_plan(
     cost = (_padded if workload.packed is None else _packed)(anatomy, choice, workload, speeds)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
     overlaps = descriptor_of(choice.engine).overlaps
-    work = count(workload, cost, expansion, prompt_waits, waits, overlaps)
+    routed = _routed(anatomy, choice, decoder, waits, speeds) if choice.routed_tokens else None
+    work = count(workload, cost, expansion, prompt_waits, waits, overlaps, routed)
     prefill_s, _ = work.passing(1, 0)
     decode_s, binds = work.passing(0, 1)
     tokens, seconds = work.tokens_and_seconds(rows)
@@ -144,6 +148,46 @@ def _waits(
         "kernel launches": moved.launches * speeds.model_launch_s,
     }
     return waits, moved.link_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """Passes of `tokens` or fewer, which wait in each layer for the experts that their tokens are routed to."""
+
+    tokens: int
+    anatomy: Anatomy
+    waits: dict[Resource, float]
+    """Of all that is no expert."""
+    experts: dict[Resource, float]
+    """Seconds that all experts would keep link and disk busy."""
+    expanded: float
+    """The part of what is expanded that is no expert."""
+    asking_s: float
+    """Until the host knows which experts are wanted, in all layers."""
+
+    def passing(
+        self, tokens: float, work: dict[Resource, float], expansion: dict[Resource, float], *, overlaps: bool
+    ) -> tuple[float, Resource]:
+        """Seconds of a pass of so many tokens, as `_pass` says."""
+        share = routed_share(self.anatomy, tokens)
+        part = self.expanded + (1 - self.expanded) * share
+        seconds, binds = _pass(work, {name: part * at for name, at in expansion.items()}, self.waits, overlaps=overlaps)
+        slowest = max(self.experts, key=lambda resource: self.experts[resource])
+        experts_s = share * sum(self.experts.values())  # what is read is copied only then
+        return seconds + experts_s + self.asking_s, slowest if experts_s > seconds else binds
+
+
+def _routed(anatomy: Anatomy, choice: Choice, walk: Walk, waits: dict[Resource, float], speeds: Speeds) -> _Routed:
+    parts = expert_bytes(anatomy, choice, walk)
+    experts: dict[Resource, float] = {"link": waits["link"] * parts.of_link, "disk": waits["disk"] * parts.of_disk}
+    return _Routed(
+        tokens=choice.routed_tokens,
+        anatomy=anatomy,
+        waits={name: seconds - experts.get(name, 0.0) for name, seconds in waits.items()},
+        experts=experts,
+        expanded=1 - parts.of_link,
+        asking_s=walk.streamed * _ASKING_LAUNCHES * speeds.model_launch_s,
+    )
 
 
 def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Kernels, ...]:
@@ -324,6 +368,8 @@ class _Work(ABC):
     waits: dict[Resource, float]
     overlaps: bool
     """The engine copies weights while it computes."""
+    routed: _Routed | None
+    """None where every pass brings all experts."""
     known: dict[tuple[float, float, float], tuple[float, Resource]] = field(default_factory=dict, init=False)
     """What `passing` found: most passes of a job are alike."""
 
@@ -338,7 +384,11 @@ class _Work(ABC):
         found = self.known.get((prompts, decode, forwards))
         if found is None:
             both, waits = self.cost(prompts, decode, forwards), self.prompt_waits if prompts else self.waits
-            found = _pass(both, self.expansion, waits, overlaps=self.overlaps)
+            tokens = prompts * self.workload.shape.prefill_tokens + decode * self.workload.shape.rows
+            if self.routed is not None and tokens <= self.routed.tokens:
+                found = self.routed.passing(tokens, both, self.expansion, overlaps=self.overlaps)
+            else:
+                found = _pass(both, self.expansion, waits, overlaps=self.overlaps)
             self.known[prompts, decode, forwards] = found
         return found
 

@@ -34,8 +34,9 @@ from zeroinf.planner.memory import (
     with_layers,
 )
 from zeroinf.planner.pass_shapes import PassShapes
+from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import OFFLOADS
-from zeroinf.planner.timing import time_plan
+from zeroinf.planner.timing import Timing, time_plan
 from zeroinf.planner.workload import Shape, Workload
 
 Budgets = Mapping[MemoryPlace, int]
@@ -53,6 +54,9 @@ class Trials:
         self._largest_piece = max(map(sum, units(layers, constraints.wire, constraints.expert_parts or 1)))
         self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
         self._engine, self._parts = descriptor_of(constraints.engine), constraints.expert_parts or 1
+        asked = constraints.routed_tokens
+        few = few_tokens(facts.anatomy, constraints.wire) if asked is None else asked
+        self._routed_tokens = few if self._parts > 1 else 0
 
     def choice(self, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
         """The settings of `rows` rows and so many resident blocks, before the shape of their passes is known."""
@@ -76,6 +80,7 @@ class Trials:
             kv_dtype=constraints.kv_dtype,
             embeddings=self._embeddings,
             expert_parts=self._parts,
+            routed_tokens=self._routed_tokens,
         )
 
     def fewest_residents(self, offload: Offload) -> int:
@@ -119,8 +124,17 @@ class Trials:
         )
         if shortages:
             return Rejection.of(choice, *shortages)
+        timing = self._timing(choice, workload)
+        if choice.batch_size <= choice.routed_tokens and self._constraints.routed_tokens is None:
+            all_experts = replace(choice, routed_tokens=0)
+            other = self._timing(all_experts, workload)
+            if other.tokens_per_second > timing.tokens_per_second:
+                choice, timing = all_experts, other
+        return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
+
+    def _timing(self, choice: Choice, workload: Workload) -> Timing:
         constraints = self._constraints
-        timing = time_plan(
+        return time_plan(
             self._anatomy,
             choice,
             workload,
@@ -129,7 +143,6 @@ class Trials:
             constraints.requests,
             static=constraints.static_batches,
         )
-        return Candidate(choice=choice, pool=workload.pool, host=workload.host, terms=terms, timing=timing)
 
     def _filling_host(self, choice: Choice, workload: Workload) -> Choice:
         """`choice` with as much of what would rest on NVMe in host memory as there is room for beside all else."""

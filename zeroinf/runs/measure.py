@@ -33,6 +33,8 @@ class RankMeter:
             link_gbps=model.link_gbps,
             passes=stats.passes - before.passes,
             streamed_bytes=stats.streamed_bytes - before.streamed_bytes,
+            routed_passes=stats.routed_passes - before.routed_passes,
+            spared_bytes=stats.spared_bytes - before.spared_bytes,
             counts=model.scheduler.counts,
             pool_pages=model.scheduler.limits.pages,
             kv_fetched_bytes=fetched,

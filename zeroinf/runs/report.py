@@ -33,6 +33,10 @@ class RankReport:
     """Walks over the blocks in the measured part."""
     streamed_bytes: int
     """Weight bytes that they streamed; ranks in step streamed the same ones together."""
+    routed_passes: int
+    """Those of the passes that brought only the experts that their tokens were routed to."""
+    spared_bytes: int
+    """Weight bytes that these did without."""
     counts: Counts
     """What its passes were filled with."""
     pool_pages: int
@@ -107,6 +111,7 @@ class RunReport:
             "host_rows",
             "embeddings",
             "expert_parts",
+            "routed_tokens",
         )
         counted = (
             "requests",

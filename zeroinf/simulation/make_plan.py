@@ -311,6 +311,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         host_units=choice.host_units,
         embeddings=choice.embeddings,
         expert_parts=choice.expert_parts,
+        routed_tokens=choice.routed_tokens,
         terms=chosen.terms,
         timing=chosen.timing if descriptor_of(choice.engine).is_timed else None,
     )

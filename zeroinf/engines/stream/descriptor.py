@@ -42,6 +42,7 @@ STREAM = EngineDescriptor(
             "share_prefixes",
             "embeddings",
             "expert_parts",
+            "routed_tokens",
         }
     ),
     stripes=True,

@@ -22,6 +22,7 @@ from zeroinf.engines.stream.gather import Gatherer
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
 from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
 from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer, WeightTransfer
@@ -97,6 +98,7 @@ class StreamEngine:
         """By the index of the group that passes through it."""
         self._ahead: list[ReadAhead] = []
         self._gatherer: Gatherer | None = None
+        self._routing: Routing | None = None
         self._compute = ComputeStream(device)
         self._stalls = StallMeter(device, self._compute)
         try:
@@ -119,16 +121,23 @@ class StreamEngine:
                 self._streamed_bytes[number] = sum(groups[index].nbytes for index in own)
                 self._stream(plan, control, number, own, groups, in_memory)
                 first += len(stack)
-            self._visit([block for stack in stacks for block in stack], groups, plan)
+            self._visit([block for stack in stacks for block in stack], groups, plan, in_memory)
         except BaseException:
             self.close()
             raise
 
-    def _visit(self, blocks: Sequence[Module], groups: Sequence[TensorGroup], plan: Plan) -> None:
+    def _visit(
+        self,
+        blocks: Sequence[Module],
+        groups: Sequence[TensorGroup],
+        plan: Plan,
+        in_memory: Mapping[int, torch.Tensor],
+    ) -> None:
         """Let forwards take `blocks`, and parts of their experts, in step."""
         starts = [index for index, group in enumerate(groups) if group.entries is None]
         self._lock_step = LockStep(blocks, self._enter, self._leave, starts, len(groups))
         self._expansions: dict[int, list[Expansion]] = {}
+        self._routing = self._begin_routing(plan, groups, in_memory)
         modules = dict(self._model.named_modules())
         for experts in plan.anatomy.experts if plan.expert_parts > 1 else ():
             first = starts[experts.block] + 1
@@ -139,9 +148,47 @@ class StreamEngine:
                 partial(self._reach_part, first),
                 partial(self._leave_part, first),
             )
-            for index in range(first, first + len(split.ranges)):
+            own = range(first, first + len(split.ranges))
+            for index in own:
                 self._expansions[index] = [split.expansion] if split.expansion is not None else []
+            if self._routing is not None and first in self._ring_of:
+                self._let_route(split, own, groups, in_memory)
         self._expansions |= {start: expansions(block) for start, block in zip(starts, blocks, strict=True)}
+
+    def _begin_routing(
+        self, plan: Plan, groups: Sequence[TensorGroup], in_memory: Mapping[int, torch.Tensor]
+    ) -> Routing | None:
+        """What brings only the experts that tokens of small passes are routed to; None where none pass through slots,
+        or all are brought in any pass."""
+        of_experts = [index for index in self._ring_of if groups[index].entries is not None]
+        if not (of_experts and plan.routed_tokens):
+            return None
+        reader: StoreReader | None = None
+        if any(index not in in_memory for index in of_experts):
+            assert self._weights.used is not None
+            pin = plan.pin_memory and self._device.type == "cuda"
+            reader = store_reader(self._weights.used, [groups[index] for index in of_experts], pin=pin)
+        return Routing(self._ring_of[of_experts[0]], plan.routed_tokens, len(groups), reader)
+
+    def _let_route(
+        self, split: ExpertParts, own: range, groups: Sequence[TensorGroup], in_memory: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Let the experts of the layer `split`, whose parts are the groups `own`, be brought as tokens are routed."""
+        assert self._routing is not None
+        ring, first = self._ring_of[own[0]], own[0]
+        put = self._putting(ring, groups[first])
+
+        def bind(slot: int) -> None:
+            put(slot)
+            for expansion in self._expansions[first]:
+                expansion.open()
+
+        def release() -> None:
+            for expansion in self._expansions[first]:
+                expansion.close()
+
+        parts = [RestingPart(index, groups[index], in_memory.get(index)) for index in own]
+        self._routing.add(split, RoutedExperts(parts, ring, self._routing.reader, bind, release), own)
 
     def _reach_part(self, first: int, part: int) -> None:
         self._lock_step.reach(first + part)
@@ -230,22 +277,27 @@ class StreamEngine:
             pin = plan.pin_memory and device.type == "cuda"
             ahead = ReadAhead(self._weights.used, on_disk, spans, device, pin=pin)
             self._ahead.append(ahead)
-        return Ring(pieces, SLOTS[plan.fetch], device, transfer, ahead, self._compute, self._stalls)
+        yields = plan.routed_tokens > 0 and groups[streamed[0]].entries is not None
+        return Ring(pieces, SLOTS[plan.fetch], device, transfer, ahead, self._compute, self._stalls, yields=yields)
 
     def _taking(self, ring: Ring, turn: int, group: TensorGroup) -> Callable[[], None]:
         """A function that gives a block, or a part of its experts, the tensors of its `turn`."""
+        put = self._putting(ring, group)
+        return lambda: put(ring.acquire(turn))
+
+    def _putting(self, ring: Ring, group: TensorGroup) -> Callable[[int], None]:
+        """A function that gives a block, or a part of its experts, the tensors in a slot, by its number."""
         slots = [self._expander(group).slot] if self._expanders else ring.slots
         views = [_ready(group.views(slot)) for slot in slots]
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
 
-        def take() -> None:
-            slot = ring.acquire(turn)
+        def put(slot: int) -> None:
             if self._expanders:
                 self._expand(group, ring.slots[slot], views[0])
             else:
                 _bind(views[slot])
 
-        return take
+        return put
 
     def _enter(self, index: int) -> None:
         self._place.step()
@@ -273,8 +325,11 @@ class StreamEngine:
         if len(self._walks) > 1 and any("encoder_outputs" not in inputs for inputs in micro_batches):
             self._walks[0] += 1
         self._compute.follow()
+        units: Sequence[int] | None = None
+        if self._routing is not None:
+            units = self._routing.begin(sum(inputs["input_ids"].numel() for inputs in micro_batches))
         with torch.inference_mode():
-            return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches])
+            return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches], units)
 
     def recover(self) -> bool:
         for expansion in (expansion for own in self._expansions.values() for expansion in own):
@@ -291,10 +346,13 @@ class StreamEngine:
             streamed_bytes_per_pass=self._streamed_bytes[-1],
             encodings=sum(self._walks[:-1]),
             streamed_bytes_per_encoding=sum(self._streamed_bytes[:-1]),
+            routed_passes=self._routing.passes if self._routing is not None else 0,
+            spared_bytes=self._routing.spared_bytes if self._routing is not None else 0,
             shared_host_bytes=self._weights.shared_bytes,
             pinned_host_bytes=self._weights.pinned_bytes
             + sum(ahead.pinned_bytes for ahead in self._ahead)
-            + (self._gatherer.pinned_bytes if self._gatherer is not None else 0),
+            + (self._gatherer.pinned_bytes if self._gatherer is not None else 0)
+            + (self._routing.pinned_bytes if self._routing is not None else 0),
             slot_bytes=sum(slot.numel() for slot in slots),
             stalls=self._stalls.total() if self._rings else Stalls(),
         )
@@ -306,6 +364,8 @@ class StreamEngine:
             ahead.close()
         if self._gatherer is not None:
             self._gatherer.close()
+        if self._routing is not None:
+            self._routing.close()
         self._weights.close()
 
 

@@ -95,6 +95,23 @@ class Layout:
         """The bytes of a piece as it crosses the link that are not quantized."""
         return wire_piece[self._rest_start : self._scales_start]
 
+    def entries(self, count: int) -> tuple[tuple[int, int], ...]:
+        """Where the first of `count` equal entries of each tensor lies in a piece as it crosses the link, and its
+        bytes; the others follow it. Of coded tensors these are codes, and scales by themselves."""
+        found = list[tuple[int, int]]()
+        for location in self.locations:
+            if self.coded is None:
+                found.append((location.offset, location.nbytes // count))
+            elif location.offset >= self._coded_bytes:
+                found.append((self.wire_location(location).offset, location.nbytes // count))
+            else:
+                kind, size = self.coded.kind, location.dtype.itemsize
+                first, each = location.offset // size, location.shape.numel() // count
+                assert each % kind.group == 0
+                found.append((kind.nbytes(first), kind.nbytes(each)))
+                found.append((self._scales_start + kind.scale_bytes(first), kind.scale_bytes(each)))
+        return tuple(found)
+
     @property
     def _coded_bytes(self) -> int:
         return self.coded.nbytes if self.coded is not None else 0

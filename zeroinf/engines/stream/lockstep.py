@@ -54,8 +54,9 @@ class LockStep:
             block.register_forward_pre_hook(self._before(unit))
             block.register_forward_hook(self._after(unit))
 
-    def run(self, forwards: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run `forwards` side by side and return their results; each must visit every unit once, in order.
+    def run(self, forwards: Sequence[Callable[[], Any]], units: Sequence[int] | None = None) -> list[Any]:
+        """Run `forwards` side by side and return their results; each must visit every unit, or each of `units`, once,
+        in order.
 
         What one of them raises is raised here, after the others have been ended where they stood.
         """
@@ -70,7 +71,7 @@ class LockStep:
         self._hub = getcurrent()
         try:
             waiting = [self._start(runner, number) for number, runner in enumerate(runners)]
-            for index in range(self._units):
+            for index in range(self._units) if units is None else units:
                 if any(at != index for at in waiting):
                     raise RuntimeError(f"a forward left block {index} out, or visited it out of order")
                 self._inside[index] = len(runners)

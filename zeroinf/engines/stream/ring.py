@@ -4,14 +4,15 @@ wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.stalls import StallMeter
-from zeroinf.engines.stream.transfer import ComputeStream, WeightTransfer, new_event
+from zeroinf.engines.stream.transfer import ComputeStream, WeightTransfer, new_event, scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class Piece:
     memory: torch.Tensor | None
 
 
+Source = tuple[torch.Tensor, int]
+"""Bytes in host memory (uint8), and where in a slot they go."""
+
+
 class Ring:
     """`slots` pieces of device memory through which `pieces` pass in order, again and again.
 
@@ -29,6 +34,9 @@ class Ring:
     far is the last use of it, and lets the carrier start on the piece that will follow in its slot. The order of pieces
     goes on over the end of a pass: while the last blocks compute, the first ones of the next pass arrive. The host
     waits only where the piece whose turn it is has not been read from the store yet.
+
+    A ring that `yields` serves passes that need all pieces, which `begin` announces, and others, which `bring`
+    something else into its slots. Beyond the end of passes that have begun it carries only what can be carried again.
     """
 
     def __init__(
@@ -40,8 +48,11 @@ class Ring:
         ahead: ReadAhead | None,
         compute: ComputeStream | None = None,
         stalls: StallMeter | None = None,
+        *,
+        yields: bool = False,
     ) -> None:
         """Rings that take turns share `compute` (None: the current stream) and `stalls`, a meter of it."""
+        self._yields, self._begun, self._brought, self._is_lent = yields, 0, 0, False
         self._pieces, self._transfer, self._ahead = pieces, transfer, ahead
         self._compute = compute or ComputeStream(device)
         largest = max(transfer.slot_bytes(piece.nbytes) for piece in pieces)
@@ -78,8 +89,43 @@ class Ring:
         self._turn += 1
         self._transfer_ahead()
 
+    def begin(self) -> None:
+        """A pass that needs all pieces begins."""
+        self._begun += 1
+        self._transfer_ahead()
+
+    def bring(self, find: Callable[[], Sequence[Source]]) -> int:
+        """Let a slot hold what `find` finds, between passes that need pieces; the slot's number. `give_back` ends its
+        use."""
+        self._carried = self._turn  # what came ahead of the next pass is carried once more
+        slot = self._brought % len(self.slots)
+        self._brought += 1
+        self.stalls.wanted()
+        self._is_lent = True
+        started = time.perf_counter()
+        sources = find()
+        waited_s = time.perf_counter() - started
+        scatter(self._transfer.stream, sources, self.slots[slot], self._released[slot], self._arrived[slot])
+        self._compute.wait(self._arrived[slot])
+        self.stalls.there(waited_s)
+        return slot
+
+    def give_back(self) -> None:
+        """What was brought last has been used once the work enqueued so far is done."""
+        self._compute.record(self._released[(self._brought - 1) % len(self.slots)])
+        self.stalls.used()
+        self._is_lent = False
+
+    def settle(self) -> None:
+        """Return when all copies are over."""
+        if self._transfer.stream is not None:
+            self._transfer.stream.synchronize()
+
     def finish(self, passes: int) -> None:
         """Let the pieces that are left of so many passes go by unused: the last one broke, before or after it began."""
+        if self._is_lent:
+            self.give_back()
+        passes = self._begun if self._yields else passes
         if self.is_held:
             self.release()
         while self._turn < passes * len(self._pieces):
@@ -94,13 +140,15 @@ class Ring:
         while self._carried < self._turn + len(self.slots):
             turn = self._carried
             piece = self._pieces[turn % len(self._pieces)]
-            if piece.memory is None and not (needed and turn == self._turn) and not self._may_take():
+            if piece.memory is None and not (needed and turn == self._turn) and not self._may_take(turn):
                 return
             self._transfer_one(turn % len(self.slots), piece)
             self._carried += 1
 
-    def _may_take(self) -> bool:
+    def _may_take(self, turn: int) -> bool:
         assert self._ahead is not None
+        if self._yields and turn >= self._begun * len(self._pieces):
+            return False
         return not self._transfer.in_step and self._ahead.is_ready()
 
     def _transfer_one(self, slot: int, piece: Piece) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zeroinf.model.anatomy import Anatomy, HostSize
+from zeroinf.model.anatomy import Anatomy, HostSize, expert_ranges
 from zeroinf.planner.choice import Choice, Embeddings
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import (
@@ -28,6 +28,7 @@ from zeroinf.planner.memory import (
     piece_bytes,
     process_terms,
     round_up,
+    routed_buffer_bytes,
     store_terms,
     table_pieces,
     units,
@@ -115,6 +116,7 @@ def stream_host_terms(
         Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
         Term("host", "attention on the CPU, page-locked", of_one["steps"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
+        Term("host", "routed experts from NVMe, page-locked", of_one["routed experts"] * world_size, "counted"),
         Term("host", "staging buffers (load only)", max(0, stages - rings), "counted"),
         Term("host", "weights on their way through transformers", _passing_bytes(anatomy, choice, locked), "counted"),
         *process_terms(world_size, overhead),
@@ -140,7 +142,20 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
         "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
         "steps": 0 if kv is None else _power_of_two(_step_bytes(anatomy, kv)),
         "NVMe read ring": READ_BUFFERS * read,
+        "routed experts": _routed_bytes(layers, choice)
+        if any(walk.nvme and walk.reads[1] for walk in all_walks)
+        else 0,
     }
+
+
+def _routed_bytes(layers: Anatomy, choice: Choice) -> int:
+    """Bytes of the buffer for experts that are read from the store one by one."""
+    if not choice.routed_tokens or choice.expert_parts == 1:
+        return 0
+    *_, part = largest_units(layers, choice.wire, choice.expert_parts)
+    kinds = 1 if choice.wire == "model" else 2  # codes and scales lie apart
+    ranges = (len(expert_ranges(one.count, choice.expert_parts)[0]) * len(one.tensors) for one in layers.experts)
+    return routed_buffer_bytes(part, kinds * max(ranges))
 
 
 def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:

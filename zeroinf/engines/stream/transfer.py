@@ -7,6 +7,7 @@ nor layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +127,23 @@ class PartitionedTransfer:
             _all_gather(whole, stage)
             ready.record(self._gather)
             self._free[at].record(self._gather)
+
+
+def scatter(
+    stream: Any, sources: Sequence[tuple[torch.Tensor, int]], slot: torch.Tensor, slot_free: Any, ready: Any
+) -> None:
+    """Copy each of `sources` (uint8, in host memory) to its offset in `slot`, on the `stream` of a transfer; the events
+    are those of `WeightTransfer.transfer`."""
+    targets = [(slot[offset : offset + source.numel()], source) for source, offset in sources]
+    if stream is None:
+        for target, source in targets:
+            target.copy_(source)
+        return
+    with torch.cuda.stream(stream):
+        stream.wait_event(slot_free)
+        for target, source in targets:
+            target.copy_(source, non_blocking=True)
+        ready.record(stream)
 
 
 def new_stream(device: torch.device) -> Any:
