@@ -36,7 +36,7 @@ constexpr int LANES = 8;
 // Tokens that are scored before their values are added; of many queries, fewer, which stay in the smallest cache.
 constexpr int BLOCK = 32, SMALL_BLOCK = 16, FEW_QUERIES = 2;
 constexpr int64_t BLOCK_BYTES = 64 << 10;  // of a small block, for the heads of one task: two of them stay in the cache
-constexpr int TASKS_A_THREAD = 8;
+constexpr int TASKS_A_THREAD = 16;
 
 using Floats = float __attribute__((vector_size(LANES * 4)));
 using Ints = int32_t __attribute__((vector_size(LANES * 4)));
@@ -167,7 +167,7 @@ template <typename Operation, int STEP = 1> inline __attribute__((always_inline)
 // fetch by themselves what is read in order, and memory is quickest at it, but heads are read one after the other.
 struct Ahead {
     const uint8_t *at = nullptr, *end = nullptr;
-    int64_t runs[2], gaps[2];  // bytes of keys and of values, and between them
+    int64_t runs[2] = {}, gaps[2] = {};  // bytes of keys and of values, and between them
     int64_t left = 0;          // runs
     int kind = 0;
 
@@ -343,11 +343,12 @@ class Pool {
 
     int size() const { return (int)threads_.size() + 1; }
 
-    // Calls act(task) for each of `count` tasks, by all threads and this one. Only one caller at a time.
+    // Calls act(task, next) for each of `count` tasks, by all threads and this one; `next` is what the same thread does
+    // then, `count` or more if nothing. Only one caller at a time.
     template <typename Act> void run(int count, Act act) {
         auto job = std::make_shared<Job>();
         job->count = count;
-        job->act = [&act](int task) { act(task); };
+        job->act = [&act](int task, int next) { act(task, next); };
         {
             std::lock_guard<std::mutex> lock(mutex_);
             job_ = job;
@@ -362,14 +363,15 @@ class Pool {
 
   private:
     struct Job {
-        std::function<void(int)> act;
+        std::function<void(int, int)> act;
         std::atomic<int> next{0}, done{0};
         int count = 0;
     };
 
     void work(Job &job) {
-        for (int task; (task = job.next.fetch_add(1)) < job.count;) {
-            job.act(task);
+        for (int task = job.next.fetch_add(1), next; task < job.count; task = next) {
+            next = job.next.fetch_add(1);
+            job.act(task, next);
             if (job.done.fetch_add(1) + 1 == job.count) {
                 std::lock_guard<std::mutex> lock(mutex_);
                 done_.notify_all();
@@ -436,10 +438,10 @@ class Attention {
 
     int tasks() const { return (int)tasks_.size(); }
 
-    void act(int number) {
+    void act(int number, int next) {
         const Task &task = tasks_[number];
         float *result = held_.get() + firsts_[number];
-        attend(task, result);
+        attend(task, next < tasks() ? &tasks_[next] : nullptr, result);
         auto &done = results_[task.row * parts_ + task.part];
         if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.splits) combine(task, number - task.split);
         // `number` is whichever part came last; the parts of one result lie side by side
@@ -472,9 +474,12 @@ class Attention {
         if (of_.kind == INT8) copy(of_.key_scales_at, 4), copy(of_.value_scales_at, 4);
     }
 
-    void attend(const Task &task, float *result) {
+    int64_t begin_of(const Task &task) const { return task.split * tokens_; }
+    int64_t end_of(const Task &task) const { return std::min(rows_[task.row].count, begin_of(task) + tokens_); }
+
+    void attend(const Task &task, const Task *next, float *result) {
         const RowTokens &row = rows_[task.row];
-        int64_t begin = task.split * tokens_, end = std::min(row.count, begin + tokens_);
+        int64_t begin = begin_of(task), end = end_of(task);
         uint8_t *records = memory_ + row.first * of_.stride;
         if (end == row.count) place_new(task, records + (row.count - 1) * of_.stride);
         const int heads = head_count(task.part), lines = heads * group_;
@@ -505,7 +510,7 @@ class Attention {
         for (int64_t at = begin; at < end; at += block_) {
             int count = (int)std::min<int64_t>(block_, end - at);
             const uint8_t *block = records + at * of_.stride;
-            Ahead ahead = ahead_of(block + block_ * of_.stride, task.part, std::clamp<int64_t>(end - at - block_, 0, block_));
+            Ahead ahead = at + block_ < end ? ahead_of(task, at + block_) : next ? ahead_of(*next, begin_of(*next)) : Ahead();
             for (int head = 0; head < heads; ++head) {
                 for (int g = 0; g < group_; g += tile_) {
                     int line = head * group_ + g;
@@ -523,13 +528,16 @@ class Attention {
         if (tiles_) end_tiles();
     }
 
-    Ahead ahead_of(const uint8_t *block, int part, int64_t count) const {
+    // The block of a task that begins with its token `at`.
+    Ahead ahead_of(const Task &task, int64_t at) const {
+        const int part = task.part;
+        const uint8_t *block = memory_ + (rows_[task.row].first + at) * of_.stride;
         int64_t key = (int64_t)of_.width * size_of(of_.kind), value = (int64_t)of_.value_width * size_of(of_.kind);
         int64_t keys = of_.keys_at + first_head(part) * key, values = of_.values_at + first_head(part) * value;
         Ahead ahead;
         ahead.runs[0] = head_count(part) * key, ahead.runs[1] = head_count(part) * value;
         ahead.gaps[0] = values - keys - ahead.runs[0], ahead.gaps[1] = of_.stride - (values - keys) - ahead.runs[1];
-        ahead.left = 2 * count, ahead.kind = 1;
+        ahead.left = 2 * std::min<int64_t>(block_, end_of(task) - at), ahead.kind = 1;
         ahead.end = block + keys - ahead.gaps[1];
         ahead.at = ahead.end;
         return ahead;
@@ -764,7 +772,7 @@ class Attending {
             auto begin = std::chrono::steady_clock::now();
             Attention attention(step.layout, step.rows, step.count, step.memory, step.fresh, step.query, step.out,
                                 pool.size());
-            pool.run(attention.tasks(), [&](int task) { attention.act(task); });
+            pool.run(attention.tasks(), [&](int task, int next) { attention.act(task, next); });
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 finished_ = number;
@@ -825,7 +833,7 @@ double zeroinf_seconds(void *pool) { return ((Attending *)pool)->seconds(); }
 // Fills memory with zeros; pages that nobody has touched come to lie where these threads are.
 void zeroinf_clear(void *pool, uint8_t *memory, int64_t nbytes) {
     constexpr int64_t PART = 32 << 20;
-    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task) {
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task, int) {
         std::memset(memory + task * PART, 0, std::min(PART, nbytes - task * PART));
     });
 }
@@ -834,7 +842,7 @@ void zeroinf_clear(void *pool, uint8_t *memory, int64_t nbytes) {
 uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {
     constexpr int64_t PART = 1 << 20;
     std::atomic<uint64_t> result{0};
-    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task) {
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task, int) {
         const uint8_t *at = memory + task * PART, *end = memory + std::min(nbytes, (task + 1) * PART);
         Words sums[8] = {};
         for (; at + sizeof(sums) <= end; at += sizeof(sums))
