@@ -10,6 +10,7 @@ import torch
 from fake_machines import CHAIN, overhead, shape_of, workload_of
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded import repeated
 from small_models import SMALL_MODELS, build_model, small_config
 
 from zeroinf.engines.stream.layout import lay_out
@@ -32,7 +33,7 @@ from zeroinf.planner.memory import (
     total,
 )
 from zeroinf.planner.wire import Wire
-from zeroinf.planner.workload import ExpansionCost, Workload, lock_step, repeated
+from zeroinf.planner.workload import ExpansionCost, Workload, lock_step
 
 MIB, GIB = 1 << 20, 1 << 30
 WIRES: tuple[Wire, ...] = ("model", "int8", "int4")

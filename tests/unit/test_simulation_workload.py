@@ -12,6 +12,7 @@ import pytest
 import torch
 from generating import PlainEngine, rows_of
 from quantized import MARKS
+from recorded import repeated
 from small_models import PACKED_MODELS, REPRESENTATIVES, SMALL_MODELS, small_config
 from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
@@ -29,7 +30,7 @@ from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event, Usage
-from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step, repeated
+from zeroinf.planner.workload import Lengths, Pass, Shape, Step, Workload, lock_step
 from zeroinf.simulation.workload import Simulator
 from zeroinf.structured.answer_format import AnswerFormat
 

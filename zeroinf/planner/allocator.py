@@ -10,7 +10,7 @@ that is large enough is taken, the one at the end last. Pages are not given back
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ class Event(NamedTuple):  # which is made and read several times as fast as a da
 
     key: int
     nbytes: int | None = None
+
+
+Events = tuple[Event, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,11 @@ class Allocator:
 
     def __init__(self) -> None:
         self._small, self._large = _Pool(SMALL_PAGE_BYTES), _Pool(LARGE_PAGE_BYTES)
-        self._places: dict[int, tuple[_Pool, int, int]] = {}
+        self._places: dict[int, _Place] = {}
         self._live = self._peak = 0
+        self._owned: dict[tuple[int, int], _Place] = {}
+        self._crossing: dict[int, Crossing] = {}
+        self._replayed: dict[tuple[int, _State, tuple[_Place, ...]], _Replayed] = {}
 
     def replay(self, events: Iterable[Event]) -> None:
         """Carry out `events` in order. Raises KeyError for the end of something that was never allocated."""
@@ -74,6 +80,38 @@ class Allocator:
                 peak = live
         self._live, self._peak = live, peak
 
+    def replay_section(self, section: Events, owner: int) -> None:
+        """Carry out `section`, whose keys are those of `owner`; one that finds the memory as it found it before is not
+        walked through again. Sections that are the same must be one object."""
+        crossing = self._crossing.get(id(section))
+        if crossing is None:
+            crossing = self._crossing[id(section)] = Crossing.of(section)
+        ending = tuple(self._owned.pop((owner, key)) for key in crossing.ending)
+        before = self._small.state, self._large.state
+        found = self._replayed.get((id(section), before, ending))
+        if found is None:
+            found = self._replayed[id(section), before, ending] = self._walk(crossing, ending)
+        else:
+            self._small.state, self._large.state = found.after
+        self._peak = max(self._peak, self._live + found.peak)
+        self._live += found.change
+        self._owned.update(((owner, key), place) for key, place in zip(crossing.lasting, found.lasting, strict=True))
+
+    def end_sections(self) -> None:
+        """End all that sections left, in the order in which they took it."""
+        for pool, start, size in self._owned.values():
+            pool.free(start, size)
+            self._live -= size
+        self._owned.clear()
+
+    def _walk(self, crossing: Crossing, ending: Sequence[_Place]) -> _Replayed:
+        other = Allocator()
+        other._small, other._large = self._small, self._large
+        other._places = dict(zip(crossing.ending, ending, strict=True))
+        other.replay(crossing.section)
+        lasting = tuple(other._places[key] for key in crossing.lasting)
+        return _Replayed(other._peak, other._live, lasting, (self._small.state, self._large.state))
+
     @property
     def live_bytes(self) -> int:
         return self._live
@@ -81,6 +119,41 @@ class Allocator:
     @property
     def usage(self) -> Usage:
         return Usage(self._peak, self._small.mapped, self._large.mapped)
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Keys that cross the borders of a section of events."""
+
+    section: Events
+    ending: tuple[int, ...]
+    """Those that were there before, and end in it."""
+    lasting: tuple[int, ...]
+    """Those that begin in it, and are there after."""
+
+    @classmethod
+    def of(cls, section: Events) -> Crossing:
+        begun: dict[int, None] = {}
+        ending = []
+        for key, nbytes in section:
+            if nbytes is not None:
+                begun[key] = None
+            elif key in begun:
+                del begun[key]
+            else:
+                ending.append(key)
+        return cls(section, tuple(ending), tuple(begun))
+
+
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    """A section's effect on memory that it found in some state."""
+
+    peak: int
+    """The most bytes that it adds at any time."""
+    change: int
+    lasting: tuple[_Place, ...]
+    after: _State
 
 
 class _Pool:
@@ -93,6 +166,18 @@ class _Pool:
         self._sizes: dict[int, int] = {}
         self._starts: dict[int, int] = {}
         self._by_size: list[int] = []
+
+    @property
+    def state(self) -> _PoolState:
+        """All that later places follow from: the bytes that are mapped, and the free blocks."""
+        return self.mapped, tuple(self._by_size)
+
+    @state.setter
+    def state(self, state: _PoolState) -> None:
+        self.mapped, by_size = state
+        self._by_size = list(by_size)
+        self._sizes = {each & _START: each >> _START_BITS for each in by_size}
+        self._starts = {start + size: start for start, size in self._sizes.items()}
 
     def allocate(self, size: int) -> int:
         """The start of `size` bytes: out of the smallest free block that holds them, or of new pages."""
@@ -138,3 +223,10 @@ class _Pool:
 
     def _forget(self, start: int, size: int) -> None:
         del self._by_size[bisect_left(self._by_size, size << _START_BITS | start)]
+
+
+_Place = tuple[_Pool, int, int]
+"""Where something lies: its pool, its start and its size."""
+_PoolState = tuple[int, tuple[int, ...]]
+_State = tuple[_PoolState, _PoolState]
+"""Of the pool of small tensors and of that of large ones."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 
 from zeroinf.errors import DoesNotFitError
@@ -25,8 +25,15 @@ class Candidate:
     choice: Choice
     pool: PoolSize
     host: HostSize | None
-    terms: tuple[Term, ...]
+    least_terms: tuple[Term, ...] = field(compare=False)
+    """The terms, or those without what an allocator loses, which takes longer to know."""
+    counted: Callable[[], tuple[Term, ...]] = field(compare=False, repr=False)
     timing: Timing
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All that it takes."""
+        return self.counted()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Table, TensorSpec
-from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Event, rounded
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Crossing, Event, rounded
 from zeroinf.planner.choice import Choice, Embeddings, Fetch
 from zeroinf.planner.figures import MemoryFigures, fitted_figures
 from zeroinf.planner.tiers import shares, tiers, unit_tiers
 from zeroinf.planner.wire import CODES, Wire, is_coded
-from zeroinf.planner.workload import Pass, Step, Workload, repeated
+from zeroinf.planner.workload import Pass, Step, Workload, in_lock_step
 
 MemoryPlace = Literal["gpu", "host", "disk"]
 TermOrigin = Literal["counted", "simulated", "measured", "data sheet", "given", "assumed"]
@@ -348,21 +348,34 @@ class _Passing:
     """What pages of the other pool hold beside `allocated`."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
+def roughly(workload: Workload) -> Workload:
+    """`workload` with memory that is counted in a fraction of the time, and comes out a little too low; itself where
+    there is no quicker way."""
+    return replace(workload, roughly=True) if workload.shares_passes else workload
+
+
+@lru_cache(maxsize=1024)
 def _usage(workload: Workload) -> _Passing:
     """Replay passes: the memory that is allocated follows from all micro-batches of a pass. What is lost in pages and
     gaps comes from a replay with a few of each kind, twice: the second time passes find the memory as the first one
     left it."""
     allocator = Allocator()
     allocator.replay(workload.cache)
-    cache, events = allocator.live_bytes, repeated([_few(steps) for steps in workload.passes])
+    if workload.roughly:
+        most = allocator.live_bytes + max(peak_bytes(steps) for steps in workload.passes)
+        return _Passing(allocator.live_bytes, allocated=most, small=0, gaps=0)
+    cache, passes = allocator.live_bytes, [_few(steps) for steps in workload.passes]
     for _ in range(2):
-        allocator.replay(events)
+        for steps in passes:
+            for number, section in in_lock_step(steps):
+                allocator.replay_section(section, number)
+        allocator.end_sections()  # as rows do
     few = allocator.usage
     most = few.allocated
     if workload.shares_passes:
         most = cache + max(peak_bytes(steps) for steps in workload.passes)
-    share = max(len(steps) / len(_few(steps)) for steps in workload.passes)
+    share = max(len(steps) / len(some) for steps, some in zip(workload.passes, passes, strict=True))
     return _Passing(cache, allocated=most, small=round(few.small * share), gaps=few.large - few.allocated)
 
 
@@ -387,18 +400,34 @@ def peak_bytes(steps: Pass) -> int:
 def _changes(step: Step) -> list[tuple[int, int]]:
     """For each phase of a micro-batch, the most bytes it adds at any time, and what is left of them."""
     sizes: dict[int, int] = {}
+    crossings: dict[int, Crossing] = {}
+    known: dict[tuple[int, tuple[int, ...]], tuple[int, int, tuple[int, ...]]] = {}
     found = []
     for events in (step.inputs, *step.sections, step.end, step.choice):
-        live = most = 0
-        for key, nbytes in events:
-            if nbytes is None:
-                live -= sizes.pop(key)
-            else:
-                sizes[key] = rounded(nbytes)
-                live += sizes[key]
-                most = max(most, live)
+        if id(events) not in crossings:
+            crossings[id(events)] = Crossing.of(events)
+        crossing = crossings[id(events)]
+        ending = tuple(sizes.pop(key) for key in crossing.ending)
+        if (id(events), ending) not in known:
+            known[id(events), ending] = _change(crossing, ending)
+        most, live, lasting = known[id(events), ending]
+        sizes.update(zip(crossing.lasting, lasting, strict=True))
         found.append((most, live))
     return found
+
+
+def _change(crossing: Crossing, ending: Sequence[int]) -> tuple[int, int, tuple[int, ...]]:
+    """The most bytes that a section adds at any time, what is left of them, and the sizes of what lasts."""
+    sizes = dict(zip(crossing.ending, ending, strict=True))
+    live = most = 0
+    for key, nbytes in crossing.section:
+        if nbytes is None:
+            live -= sizes.pop(key)
+        else:
+            sizes[key] = rounded(nbytes)
+            live += sizes[key]
+            most = max(most, live)
+    return most, live, tuple(sizes[key] for key in crossing.lasting)
 
 
 def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:

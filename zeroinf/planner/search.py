@@ -207,7 +207,8 @@ class Planner:
 class _Search:
     """The search for one share of rows whose KV cache rests in host memory."""
 
-    def __init__(self, facts: Facts, constraints: Constraints) -> None:
+    def __init__(self, facts: Facts, constraints: Constraints, *, exact: bool = False) -> None:
+        """`exact` as for `Trials`: without it, only what is found is held against all that it takes."""
         self._facts, self._constraints = facts, constraints
         self._budgets: dict[MemoryPlace, int] = {"host": facts.host_bytes}
         if facts.device == "cuda":
@@ -215,7 +216,7 @@ class _Search:
         if constraints.nvme_space_bytes is not None:
             self._budgets["disk"] = constraints.nvme_space_bytes
         self._shapes = PassShapes(facts, constraints)
-        self._trials = Trials(facts, constraints, self._budgets, self._shapes)
+        self._trials = Trials(facts, constraints, self._budgets, self._shapes, exact=exact)
 
     def best(self, speed: float = 0.0) -> Decision | list[Rejection]:
         """The best plan, or why there is none. `speed` can be had elsewhere, in tokens/s."""
@@ -237,6 +238,8 @@ class _Search:
             for way, one in best.items()
         ]
         found.sort(key=merit, reverse=True)
+        if not self._trials.exact and not all(map(self._trials.fits, found)):
+            return _Search(self._facts, self._constraints, exact=True).best(speed)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],

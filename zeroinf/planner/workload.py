@@ -5,15 +5,14 @@ Input: recorded allocations and kernels. Output: workloads from which the planne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 from statistics import fmean
 from typing import Literal, NamedTuple, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
-from zeroinf.planner.allocator import Event
+from zeroinf.planner.allocator import Event, Events
 from zeroinf.planner.prefixes import SharedPrefixes
 
 # So many prompts' lengths stand for all of a job's.
@@ -170,9 +169,6 @@ class ExpansionCost:
     """Of a pass over all blocks, which serves all its micro-batches."""
 
 
-Events = tuple[Event, ...]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Step:
     """One micro-batch in one pass: its forward and the choice of its tokens."""
@@ -283,6 +279,8 @@ class Workload:
     shares_passes: bool
     """Prompts and decode steps share passes; otherwise all rows start together, and what is alive after the last step
     goes with them."""
+    roughly: bool = False
+    """Its memory is counted without what an allocator loses in pages and gaps, which takes a replay to know."""
 
     @property
     def is_mixed(self) -> bool:
@@ -308,36 +306,14 @@ class Simulate(Protocol):
 
 def lock_step(steps: Pass) -> list[Event]:
     """The events of a pass: each block serves every micro-batch before the next block serves any."""
-    told = [_told(step, len(steps), number) for number, step in enumerate(steps)]
-    order: list[Event] = []
-    for inputs, *_ in told:
-        order += inputs
-    for phase in zip(*(sections for _, *sections, _, _ in told), strict=True):
-        for events in phase:
-            order += events
-    for *_, end, _ in told:
-        order += end
-    for *_, choice in told:
-        order += choice
-    return order
+    count = len(steps)
+    return [Event(key * count + number, nbytes) for number, part in in_lock_step(steps) for key, nbytes in part]
 
 
-@lru_cache(maxsize=1024)
-def _told(step: Step, count: int, number: int) -> tuple[Events, ...]:
-    """The events of a step from its inputs to the choice, told apart from those of the pass's `count` - 1 others."""
-    parts = (step.inputs, *step.sections, step.end, step.choice)
-    if count == 1:
-        return parts
-    return tuple(tuple(Event(key * count + number, nbytes) for key, nbytes in part) for part in parts)
-
-
-def repeated(passes: Sequence[Pass]) -> list[Event]:
-    """The events of `passes`, in order; what stays alive after them ends, as rows do."""
-    events = [event for steps in passes for event in lock_step(steps)]
-    alive: dict[int, None] = {}
-    for key, nbytes in events:
-        if nbytes is None:
-            del alive[key]
-        else:
-            alive[key] = None
-    return events + [Event(key) for key in alive]
+def in_lock_step(steps: Pass) -> Iterator[tuple[int, Events]]:
+    """The sections of a pass in that order, each with the number of the micro-batch whose keys it has."""
+    yield from enumerate(step.inputs for step in steps)
+    for phase in zip(*(step.sections for step in steps), strict=True):
+        yield from enumerate(phase)
+    yield from enumerate(step.end for step in steps)
+    yield from enumerate(step.choice for step in steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, parts_elements
 from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, LayerCache
 from zeroinf.model.packing import windows_of
-from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Events, Forwards, Kernel, Kernels, Pass, Shape, Step, same
+from zeroinf.planner.allocator import Event, Events
+from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Shape, Step, same
 from zeroinf.simulation.recorder import Recorder
 
 # Tokens and choices of the forwards that are simulated: three make a plane, on which the last must lie.
@@ -62,7 +62,7 @@ class ByTokens:
         """The forward of so many tokens (1 or more), after which `choices` rows have theirs chosen."""
         key = tokens, min(tokens, max(1, choices))
         if key not in self._known:
-            together = self._together if self._together is not None and key[1] > self._together else None
+            together = self._full(key[1])
             plane = self._plane(together)
             self._known[key] = self._at(*key, together) if plane is None else plane.at(*key)
         return self._known[key]
@@ -75,9 +75,16 @@ class ByTokens:
         """Kernels of forwards of any size."""
         few, many = _TIMED[0], _TIMED[-1]
         return Forwards(
-            tokens=tuple((tokens, self.step(tokens, few).kernels) for tokens in _TIMED),
-            choices=tuple((choices, self.step(many, choices).kernels) for choices in _TIMED),
+            tokens=tuple((tokens, self._kernels(tokens, few)) for tokens in _TIMED),
+            choices=tuple((choices, self._kernels(many, choices)) for choices in _TIMED),
         )
+
+    def _kernels(self, tokens: int, choices: int) -> tuple[Kernels, ...]:
+        plane = self._plane(self._full(choices))
+        return self.step(tokens, choices).kernels if plane is None else plane.kernels_at(tokens, choices)
+
+    def _full(self, choices: int) -> int | None:
+        return self._together if self._together is not None and choices > self._together else None
 
     def _plane(self, together: int | None) -> _Plane | None:
         is_full = together is not None
@@ -103,19 +110,30 @@ class _Plane:
 
     def at(self, tokens: int, choices: int) -> Step:
         """Raises ValueError where the three do not do the same things in other sizes."""
-        (over_tokens, over_choices), corner = self._over, _CORNER
-        more_tokens, more_choices = tokens - corner[0], choices - corner[1]
-
-        def between(at: int, beside: int, above: int) -> int:
-            return at + (beside - at) * more_tokens // over_tokens + (above - at) * more_choices // over_choices
+        steps, known = (self._corner, *self._more), dict[tuple[int, ...], Events]()
 
         def events(*of_each: Events) -> Events:
-            return tuple(
-                one
-                if one.nbytes is None or two.nbytes is None or three.nbytes is None
-                else Event(one.key, between(one.nbytes, two.nbytes, three.nbytes))
-                for one, two, three in zip(*of_each, strict=True)
-            )
+            key = tuple(map(id, of_each))
+            if key not in known:  # blocks that do the same have one section
+                known[key] = tuple(
+                    one
+                    if one.nbytes is None or two.nbytes is None or three.nbytes is None
+                    else Event(one.key, self._between(tokens, choices, one.nbytes, two.nbytes, three.nbytes))
+                    for one, two, three in zip(*of_each, strict=True)
+                )
+            return known[key]
+
+        return Step(
+            inputs=events(*(step.inputs for step in steps)),
+            sections=tuple(events(*parts) for parts in zip(*(step.sections for step in steps), strict=True)),
+            end=events(*(step.end for step in steps)),
+            choice=events(*(step.choice for step in steps)),
+            kernels=self.kernels_at(tokens, choices),
+        )
+
+    def kernels_at(self, tokens: int, choices: int) -> tuple[Kernels, ...]:
+        """The kernels of such a step. Raises ValueError likewise."""
+        between = partial(self._between, tokens, choices)
 
         def kernels(*of_each: Kernels) -> Kernels:
             found = zip(*(each.kernels for each in of_each), strict=True)
@@ -132,14 +150,12 @@ class _Plane:
                 ),
             )
 
-        steps = (self._corner, *self._more)
-        return Step(
-            inputs=events(*(step.inputs for step in steps)),
-            sections=tuple(events(*parts) for parts in zip(*(step.sections for step in steps), strict=True)),
-            end=events(*(step.end for step in steps)),
-            choice=events(*(step.choice for step in steps)),
-            kernels=tuple(kernels(*groups) for groups in zip(*(step.kernels for step in steps), strict=True)),
-        )
+        groups = zip(*(step.kernels for step in (self._corner, *self._more)), strict=True)
+        return tuple(kernels(*group) for group in groups)
+
+    def _between(self, tokens: int, choices: int, at: int, beside: int, above: int) -> int:
+        (over_tokens, over_choices), (few, fewest) = self._over, _CORNER
+        return at + (beside - at) * (tokens - few) // over_tokens + (above - at) * (choices - fewest) // over_choices
 
 
 def fullest(sides: Sequence[tuple[ByTokens, int]], shape: Shape) -> tuple[Pass, ...]:

@@ -22,8 +22,8 @@ from zeroinf.compat.dispatch import (
 )
 from zeroinf.model import meta_operators
 from zeroinf.model.experts import ExpertsOnPaper
-from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Events, Kernel, Kernels, Pattern
+from zeroinf.planner.allocator import Event, Events
+from zeroinf.planner.workload import Kernel, Kernels, Pattern
 
 aten = torch.ops.aten
 
@@ -54,6 +54,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._next_key = 0
         self._sections: list[list[Event]] = [[]]
+        self.block_starts: list[int] = []
+        """The section, of those that were cut last with blocks in them, with which each block began."""
+        self._starts: list[int] = []
         self._kernels: dict[int, list[Kernel]] = defaultdict(list)
         self._section, self._part_from = _OUTSIDE, 0
         self._split = list(split)
@@ -134,6 +137,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def cut(self) -> tuple[Events, ...]:
         """Allocations and frees since the last cut: those before the first block, and those from each block on."""
         sections = tuple(map(tuple, self._sections))
+        if self._starts:
+            self.block_starts, self._starts = self._starts, []
         self._sections = [[]]
         return sections
 
@@ -149,6 +154,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _watch(self, index: int, block: Module) -> Iterator[Any]:
         def enter(*ignored: Any) -> None:
             self._section = index
+            self._starts.append(len(self._sections))
             self._sections.append([])
 
         def leave(*ignored: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Events, Kernel, Kernels, Step, same
+from zeroinf.planner.allocator import Event, Events
+from zeroinf.planner.workload import Kernel, Kernels, Step, same
 
 # The line is not followed further than this many times the most rows that were found to lie on it.
 _REACH = 8
@@ -66,13 +66,20 @@ class _Line:
     def at(self, rows: int) -> Step:
         """The step of `rows` rows. Raises ValueError where the two do not do the same things in other sizes."""
         one, other = self.one, self.other
+        known: dict[tuple[int, int], Events] = {}
+
+        def events(a: Events, b: Events) -> Events:
+            if (id(a), id(b)) not in known:  # blocks that do the same have one section
+                known[id(a), id(b)] = self._events(a, b, rows)
+            return known[id(a), id(b)]
+
         sections = zip(one.sections, other.sections, strict=True)
         groups = zip(one.kernels, other.kernels, strict=True)
         return Step(
-            inputs=self._events(one.inputs, other.inputs, rows),
-            sections=tuple(self._events(a, b, rows) for a, b in sections),
-            end=self._events(one.end, other.end, rows),
-            choice=self._events(one.choice, other.choice, rows),
+            inputs=events(one.inputs, other.inputs),
+            sections=tuple(events(a, b) for a, b in sections),
+            end=events(one.end, other.end),
+            choice=events(one.choice, other.choice),
             kernels=tuple(Kernels(a.times, self._kernels(a.kernels, b.kernels, rows)) for a, b in groups),
         )
 

@@ -24,19 +24,20 @@ from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
-from zeroinf.planner.allocator import Allocator, Event
+from zeroinf.planner.allocator import Allocator, Event, Events
 from zeroinf.planner.pass_shapes import MOST_ROWS
-from zeroinf.planner.workload import Events, ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
+from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
 from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.repeats import told_alike, with_repeats
 from zeroinf.simulation.rows import ByRows
 from zeroinf.simulation.states import Call, MixingOnPaper, largest_calls
 from zeroinf.structured.answer_format import AnswerFormat
 
 _META = torch.device("meta")
-# So many blocks of each kind are run: the gaps that one leaves behind for the next stop growing after a few (GPT-NeoX:
-# five, most others: two).
+# So many blocks of each kind are counted one by one: the gaps that one leaves behind for the next stop growing after a
+# few (GPT-NeoX: five, most others: two).
 _KEPT = 6
 # Caches whose layers hold nothing but keys and values.
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -88,6 +89,7 @@ class Simulator:
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
+        self._all_blocks, self._repeats = self._blocks, 0
         self._times = [1.0] * len(self._blocks)
         modules = dict(self._model.named_modules())
         self._split = [
@@ -115,19 +117,51 @@ class Simulator:
         return self._seen[shape]
 
     def _keep_kinds(self) -> None:
-        """Leave the first blocks in the model, a few of each kind: models tell a block what it is by its place.
+        """Leave the first blocks in the model, up to one of each kind behind the first block, and one more: models tell
+        a block what it is by its place. Steps have some of them repeated on paper.
 
         Where caches grow by themselves, every block counts instead.
         """
-        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
-        steps = [self._step(2, 0, longest), *(self._step(2, longest + done, 1) for done in (1, max(1, new - 1)))]
-        groups = zip(*(step.kernels[1:] for step in steps), strict=True)
-        kinds = [tuple(group.kernels for group in block) for block in groups]
-        kept = max(index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < _KEPT) + 1
+        kinds = self._kinds()
+        firsts = {kind: index for index, kind in reversed(list(enumerate(kinds))) if index}
+        kept = max(firsts.values(), default=0) + 2
+        between = kinds[1 : kept - 1]
+        missing = [
+            _KEPT - kept,
+            *(len(between) for kind in firsts if kinds[:kept].count(kind) < min(2, kinds.count(kind))),
+        ]
+        self._repeats = max(0, *(-(-count // len(between)) for count in missing)) if between else 0
+        if between and kept + self._repeats * len(between) <= len(kinds):
+            self._keep(kinds, kept)
+            step, starts = self._recorded(2, self._lengths.prompt_tokens, 1)
+            if with_repeats(step, starts, self._repeats) is not None:
+                return
+        self._repeats = 0
+        self._keep(kinds, max(index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < _KEPT) + 1)
+
+    def _keep(self, kinds: Sequence[Any], kept: int) -> None:
         self._times = [kinds.count(kind) / kinds[:kept].count(kind) for kind in kinds[:kept]]
-        self._blocks = self._blocks[:kept]
+        self._blocks = self._all_blocks[:kept]
         self._model.set_submodule(self._path, self._blocks)
-        self._steps.clear()
+
+    def _kinds(self) -> list[Any]:
+        """For each block what it does, with prompts and in the last step of a long row."""
+        longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
+        steps = [self._recorded(2, *part)[0] for part in ((0, longest), (longest + max(1, new - 1), 1))]
+        groups = zip(*(step.kernels[1:] for step in steps), strict=True)
+        return [tuple(group.kernels for group in block) for block in groups]
+
+    def _recorded(self, rows: int, start: int, count: int) -> tuple[Step, Sequence[int]]:
+        """A step as it is recorded, in which recurrent modules take one token, and the sections with which its blocks
+        begin."""
+        parts, one = (Part(start, count),) * rows, Call(1, 1)
+        recorder = Recorder(self._model, self._blocks, self._split)
+        with torch.no_grad(), recorder:
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, rows))
+            if self._anatomy.mixers is not None:
+                batch_state.mixing = partial(MixingOnPaper, recorder, [one], Counter({one: 1}))
+            recorder.cut()
+            return self._record(batch_state, parts, recorder), recorder.block_starts
 
     def _run(self, shape: Shape) -> Workload:
         if shape.forward_tokens:
@@ -209,7 +243,11 @@ class Simulator:
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
-            return record_step(self._model, batch_state, group, recorder, self._times)
+            return self._alone(record_step(self._model, batch_state, group, recorder, self._times), recorder)
+
+    def _alone(self, step: Step, recorder: Recorder) -> Step:
+        """A step that `recorder` recorded in a place of its own, with blocks repeated that the model lacks."""
+        return told_alike(with_repeats(step, recorder.block_starts, self._repeats) or step)
 
     def _coming_and_going(self, shape: Shape) -> Workload:
         """Each micro-batch by itself, from memory of the right size: passes are put together on paper."""
@@ -312,7 +350,7 @@ class Simulator:
                 calls = _largest_calls(limits, max(part.count for part in parts))
                 batch_state.mixing = partial(MixingOnPaper, recorder, calls, None)
             recorder.cut()
-            return self._record(batch_state, parts, recorder)
+            return self._alone(self._record(batch_state, parts, recorder), recorder)
 
     def _together(self, shape: Shape) -> Workload:
         """All rows in one micro-batch from the first step to the last, with the states that it keeps."""
