@@ -29,6 +29,7 @@ from zeroinf.compat import (
     quantizers,
     states,
     stop_strings,
+    warnings,
 )
 from zeroinf.model.resolve import resolve_model
 
@@ -396,3 +397,20 @@ def test_a_recurrent_layer_goes_on_from_states_that_are_kept_elsewhere() -> None
     own.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
     assert states.keeps_states_and_keys(own)
     assert not list(states.states_in(own))
+
+
+def test_a_warning_that_is_dropped_on_paper_is_shown_when_the_model_runs(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logger, text = logging.get_logger("transformers.models.on_paper"), "slow code runs here"
+    logger.parent.addHandler(caplog.handler)
+    try:
+        with warnings.without_library_warnings():
+            logger.warning_once(text)
+            logger.warning("another")
+        assert caplog.messages == []
+        logger.warning_once(text)
+        logger.warning_once(text)
+        assert caplog.messages == [text]
+    finally:
+        logger.parent.removeHandler(caplog.handler)

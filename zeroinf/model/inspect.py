@@ -23,6 +23,7 @@ from transformers import (
 
 from zeroinf.compat import models
 from zeroinf.compat.loading import conversions
+from zeroinf.compat.warnings import without_library_warnings
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
 from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Quantized, TensorSpec
@@ -57,7 +58,8 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
     dtype = dtype or config_dtype(config)
     key = type(config), config.to_json_string(use_diff=False), dtype, trust_remote_code
     if key not in _read:
-        _read[key] = _count(config, dtype, trust_remote_code)
+        with without_library_warnings():  # of slow code, which nothing runs here
+            _read[key] = _count(config, dtype, trust_remote_code)
     return _read[key]
 
 

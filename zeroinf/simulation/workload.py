@@ -14,6 +14,7 @@ import torch
 from torch.nn import ModuleList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from zeroinf.compat.warnings import without_library_warnings
 from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, running
@@ -105,7 +106,8 @@ class Simulator:
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
         self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
         if anatomy.is_paged:
-            self._keep_kinds()
+            with without_library_warnings():
+                self._keep_kinds()
 
     def __call__(self, shape: Shape) -> Workload:
         if shape.expert_parts not in self._of_parts:
@@ -113,7 +115,8 @@ class Simulator:
         if (other := self._of_parts[shape.expert_parts]) is not self:
             return other(shape)
         if shape not in self._seen:
-            self._seen[shape] = self._run(shape)
+            with without_library_warnings():
+                self._seen[shape] = self._run(shape)
         return self._seen[shape]
 
     def _keep_kinds(self) -> None:
