@@ -162,6 +162,9 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     assert crossing[0].nbytes >= fast.host_rows * fast.anatomy.step_row_bytes(fast.host) > 0
     forced = make_plan(replace(asked, constraints=replace(asked.constraints, kv_attention="cpu")))
     assert "host_read_gbps" in forced.speeds.projected, "a rate that was not measured makes an estimate"
+    apart = plan(host_read_gbps=80.0, host_read_beside_link_gbps=78.0)
+    assert apart.timing is not None
+    assert apart.timing.tokens_per_second > fast.timing.tokens_per_second, "weights take little of what the CPU reads"
     asked = replace(asked, constraints=replace(asked.constraints, no_host_kernel="no C++ compiler is found"))
     assert plan(host_read_gbps=80.0).timing == today.timing
     assert "and the GPU attends (no C++ compiler is found)" in repr(plan(host_read_gbps=80.0))

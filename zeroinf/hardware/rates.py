@@ -70,6 +70,9 @@ class Rates:
     host_read_gbps: float | None = None
     """Host memory read by all cores but one, as attention on the CPU reads it."""
 
+    host_read_beside_link_gbps: float | None = None
+    """The same while one GPU's link copies from there."""
+
     shared_page_lock_gbps: float | None = None
     """`page_lock_gbps` of memory that several ranks share: its pages are small, as a rule."""
 

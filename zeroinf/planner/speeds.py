@@ -37,6 +37,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         fill_gbps=fill,
         place_gbps=min(rates.host_recopy_gbps or rates.host_copy_gbps or 2 * assumed.fill_gbps, link),
         host_read_gbps=(rates.host_read_gbps or assumed.host_read_gbps) / world_size,
+        host_read_link_cost=_link_cost(rates),
         reads_host=rates.host_read_gbps is not None,
         fitted=fitted_figures(gpu.capability if gpu else None),
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
@@ -78,6 +79,13 @@ def _known(rates: Rates, name: str, otherwise: int) -> tuple[int, TermOrigin]:
 def _reached(rates: Rates, name: str) -> float:
     """The part of a rate that runs reach: data sheets print peaks."""
     return unmeasured_figures().data_sheet_share if rates.origin(name) == "data sheet" else 1.0
+
+
+def _link_cost(rates: Rates) -> float:
+    """Bytes that processors read less of host memory for each byte that a link takes from there; all of them where
+    that was not measured."""
+    alone, beside, link = rates.host_read_gbps, rates.host_read_beside_link_gbps, rates.link_gbps
+    return 1.0 if alone is None or beside is None or link is None else min(1.0, max(0.0, (alone - beside) / link))
 
 
 def _link_gbps(rates: Rates, gpu: Gpu | None, world_size: int) -> float:

@@ -57,6 +57,8 @@ class Speeds:
     """From the page cache through stages in host memory onto the GPU, both at once."""
     host_read_gbps: float
     """Reads of host memory by all threads but one, while the other ranks of the node do the same."""
+    host_read_link_cost: float = 1.0
+    """Bytes of host memory that are not read for each byte that crosses a link from there meanwhile."""
     reads_host: bool = False
     """That was measured: attention on the CPU may be compared with others."""
     fitted: FittedFigures
@@ -109,7 +111,8 @@ def time_plan(
     prompt_waits, _ = _waits(anatomy, [decoder, *encoder], choice, speeds, world_size)
     if workload.shape.cpu_rows:  # weights that cross the link are read from the memory that the CPU reads
         for waiting in (waits, prompt_waits):
-            waiting["host memory"] = waiting["link"] * speeds.link_gbps / speeds.host_read_gbps
+            taken = waiting["link"] * speeds.link_gbps * speeds.host_read_link_cost
+            waiting["host memory"] = taken / speeds.host_read_gbps
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     _, fetched = _fetched_bytes(anatomy, choice, workload)

@@ -53,6 +53,7 @@ def _measurements(machine: Machine) -> Iterator[tuple[str, _Measurement]]:
 def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement]]:
     yield "what a process takes of a GPU", lambda: dict(measure_footprint(gpus[0]))
     yield "links", lambda: _links(gpus)
+    yield "reads beside a link", lambda: {"host_read_beside_link_gbps": measure_host_read(beside_link_of=gpus[0].index)}
     yield "page-locking", lambda: {"page_lock_gbps": measure_page_lock()}
     yield "GPU memory", lambda: {"hbm_gbps": measure_hbm()}
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
