@@ -13,7 +13,7 @@ import transformers
 from fake_machines import overhead, shape_of, workload_of
 from generating import greedy_by_transformers, rows_of, run_rows
 from ranks import on_ranks
-from test_stream_tokens import PACKED, plain_tokens, stream, tokens_of
+from test_stream_tokens import PACKED, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
@@ -129,15 +129,7 @@ def test_no_weights_but_those_of_the_forward_are_on_the_device(
     small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies in host memory and passes through buffers is what the plan says, to the byte."""
-    made: list[int] = []
-
-    class Counted(weights.HostMemory):
-        def __init__(self, nbytes: int, *more: Any, **named: Any) -> None:
-            made.append(nbytes)
-            super().__init__(nbytes, *more, **named)
-
-    monkeypatch.setattr(weights, "HostMemory", Counted)
-    monkeypatch.setattr(gather, "HostMemory", Counted)
+    made = counted_host_memory(monkeypatch, weights, gather)
     folder = small_checkpoint("llama")
     engine = stream(folder, embeddings="cpu", forward_tokens=40)
     model = engine.model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stream_tokens import NEW_TOKENS, plain_tokens, stream, tokens_of
+from test_stream_tokens import NEW_TOKENS, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
 
 from zeroinf.engines.base import SilentListener
@@ -73,14 +73,7 @@ def test_all_resident_leaves_no_weights_in_host_memory_and_moves_none(small_chec
 def test_what_stays_on_the_device_passes_through_the_host_in_no_more_memory_than_is_planned(
     small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
-
-    class Counted(weights.HostMemory):
-        def __init__(self, nbytes: int, *more: Any, **named: Any) -> None:
-            made.append(nbytes)
-            super().__init__(nbytes, *more, **named)
-
-    monkeypatch.setattr(weights, "HostMemory", Counted)
+    made = counted_host_memory(monkeypatch, weights)
     folder = small_checkpoint("llama")
     engine = stream(folder, offload="none", resident_blocks=blocks_of(folder))
     groups, outside, _ = group_tensors(engine.model)

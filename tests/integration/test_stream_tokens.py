@@ -22,6 +22,7 @@ from zeroinf.distributed.world import World
 from zeroinf.engines.base import LoadListener
 from zeroinf.engines.stream import checkpoint_weights as load_module
 from zeroinf.engines.stream.engine import StreamEngine
+from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
@@ -58,6 +59,20 @@ def tokens_of(engine: StreamEngine, batches: int = 1) -> list[list[int]]:
     rows = rows_of(PROMPTS * batches, NEW_TOKENS, ignore_eos=True)
     run_rows(engine, rows, draw=len(PROMPTS), rows=len(PROMPTS), together=True)
     return [row.generated for row in rows[-len(PROMPTS) :]]
+
+
+def counted_host_memory(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[int]:
+    """The bytes of each piece of host memory that `modules` take from now on."""
+    made: list[int] = []
+
+    class Counted(HostMemory):
+        def __init__(self, nbytes: int, *more: Any, **named: Any) -> None:
+            made.append(nbytes)
+            super().__init__(nbytes, *more, **named)
+
+    for module in modules:
+        monkeypatch.setattr(module, "HostMemory", Counted)
+    return made
 
 
 def plain_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[int]]:
