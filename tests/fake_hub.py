@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -50,16 +51,40 @@ class _Answers(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def do_POST(self) -> None:
-        """What a repository holds under some paths."""
+        """What a repository holds under some paths, and the two steps of a commit of files that are no LFS files."""
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append((self.command, path))
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        found = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/paths-info/[^/]+", path)
+        body = self._body().decode()
+        found = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(paths-info|preupload|commit)/[^/]+", path)
         if found is None or (folder := self.server.repositories.get(found[1])) is None:
             self._refuse("RepoNotFound")
             return
-        there = [folder / name for name in asked.get("paths", ()) if (folder / name).exists()]
-        self._send(200, json.dumps([_entry(folder, one) for one in there]).encode(), _JSON)
+        answer: object
+        if found[2] == "paths-info":
+            there = [folder / name for name in parse_qs(body).get("paths", ()) if (folder / name).exists()]
+            answer = [_entry(folder, one) for one in there]
+        elif found[2] == "preupload":
+            kinds = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **kinds} for file in json.loads(body)["files"]]}
+        else:
+            for change in map(json.loads, body.splitlines()):
+                if change["key"] == "file":
+                    target = folder / change["value"]["path"]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(base64.b64decode(change["value"]["content"]))
+            url = f"{self.server.endpoint}/datasets/{found[1]}/commit/{COMMIT}"
+            answer = {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}
+        self._send(200, json.dumps(answer).encode(), _JSON)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        found = bytearray()
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return bytes(found)
 
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -80,6 +80,29 @@ def test_files_of_a_data_set_of_the_hub_are_read(folder: Path, monkeypatch: pyte
             prompts_at("hf://datasets/me/absent/in.jsonl")
 
 
+def test_an_output_becomes_a_commit_of_a_data_set_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    out, there, url = folder / "out.jsonl", folder / "there", "hf://datasets/me/answers/runs/out.jsonl"
+    out.write_text("results\n")
+    (folder / "out.jsonl.errors.jsonl").write_text("errors\n")
+    there.mkdir()
+    with fake_hub({"me/answers": there}) as hub:
+        files = huggingface_hub.HfFileSystem(endpoint=hub.endpoint, token="a-token", skip_instance_cache=True)
+        monkeypatch.setattr("zeroinf.jobs.remote.open_filesystem", lambda url: (files, url.removeprefix("hf://")))
+        check_upload(url, overwrite=False, resume=False)
+        assert not [path for command, path in hub.asked if "/commit/" in path], "looking is no commit"
+        assert upload(out, url) == [f"{url}.errors.jsonl", url]
+        assert (there / "runs" / "out.jsonl").read_text() == "results\n"
+        assert (there / "runs" / "out.jsonl.errors.jsonl").read_text() == "errors\n"
+        with pytest.raises(OutputError, match="exists already"):
+            check_upload(url, overwrite=False, resume=False)
+        with pytest.raises(OutputError, match=r"cannot upload .* to hf://datasets/me/absent/out\.jsonl"):
+            upload(out, "hf://datasets/me/absent/out.jsonl")
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
     for does in (
         lambda: prompts_at("az://container/in.jsonl"),
