@@ -1,7 +1,7 @@
 # zeroinf with its server, Parquet and the demo model, from a wheel of this checkout, on NVIDIA's CUDA runtime.
 #
 #     docker build -t zeroinf .
-#     docker run --rm --gpus all --ulimit memlock=-1 --ipc=host -v ~/.cache/zeroinf:/cache zeroinf run -m demo --prompt Hello
+#     docker run --rm --gpus all --ulimit memlock=-1 --ipc=host -v zeroinf:/cache zeroinf run -m demo --prompt Hello
 #
 # memlock: weights in host memory are page-locked. ipc: NCCL between several GPUs.
 FROM python:3.12-slim AS wheel
