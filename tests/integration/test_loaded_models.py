@@ -14,6 +14,7 @@ from observers import Notes
 from ranks import on_ranks
 from serving import greedy, serving
 
+import zeroinf
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.host_memory import HostMemory
@@ -142,6 +143,18 @@ def test_all_ranks_of_a_session_get_what_all_of_them_have_run(folder: Path) -> N
     assert "a prompt of" in refused
     assert refused in refused_too
     assert passes > 0 < passes_too
+
+
+def test_ranks_of_a_launcher_that_call_python_alike_get_the_answers_of_one_alone(folder: Path) -> None:
+    prompts = ["one", "two", "three", "four", "five"]
+
+    def generated() -> list[str]:
+        how: dict[str, Any] = {"max_new_tokens": 4, "dtype": "float32", "offload": "cpu", "progress": False}
+        return [completion.text for completion in zeroinf.generate(str(folder), prompts, **how)]
+
+    found, codes = on_ranks(2, lambda control: generated(), seconds=100)
+    assert codes == [0, 0], found
+    assert found == [generated()] * 2
 
 
 def test_a_rank_that_fails_ends_what_others_wait_for(folder: Path) -> None:

@@ -158,12 +158,15 @@ def test_what_a_killed_run_left_on_disk_goes_with_the_next_one(
     assert not list(nvme.iterdir())
 
 
-def failing_on_rank(rank: int, tmp_path: Path, where: str) -> dict[str, str]:
-    """An environment in which `where` (module:Class.method) raises on one rank."""
+def failing_on_rank(rank: int, tmp_path: Path, where: str, *, killed: bool = False) -> dict[str, str]:
+    """An environment in which `where` (module:Class.method) raises on one rank, or kills it."""
     module, _, path = where.partition(":")
+    end = "os.kill(os.getpid(), 9)" if killed else 'raise RuntimeError("the disk is on fire")'
     code = f"""
+import os
+
 def fail(*args, **kwargs):
-    raise RuntimeError("the disk is on fire")
+    {end}
 
 if rank == "{rank}":
     own.{path} = fail
@@ -192,6 +195,15 @@ def test_a_rank_that_fails_while_loading_names_its_cause(model: Path, many: Path
     )  # fmt: skip
     assert done.code not in (0, 130, 143)
     assert re.search(r"error: rank 1 \(process \d+\) died: the disk is on fire", done.err)
+
+
+def test_a_rank_that_is_killed_while_loading_is_named(model: Path, many: Path, tmp_path: Path) -> None:
+    env = failing_on_rank(1, tmp_path, "zeroinf.engines.stream.engine:StreamEngine.__init__", killed=True)
+    done = run_zeroinf(
+        arguments(model, many, tmp_path / "out.jsonl", engine="stream"), ranks=2, launcher="num-gpus", env=env
+    )  # fmt: skip
+    assert done.code not in (0, None)
+    assert re.search(r"error: rank 1 \(process \d+\) died", done.err) and "killed" in done.err
 
 
 def test_ranks_that_wait_for_each_other_end_with_who_waits_for_whom_and_what_is_saved(
