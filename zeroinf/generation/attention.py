@@ -232,11 +232,11 @@ class PackedLayer(MarkingLayer):
         """memory: keys and values of before, (places, heads, width) each; those that are codes of a byte (int8) have
         their scales beside them, (places, heads, 1) each, float32."""
         super().__init__(view.window)
-        self.memory, self.view, self._kernel = memory, view, kernel
+        self.memory, self.view, self.kernel = memory, view, kernel
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """Attend as a kernel does."""
-        return self._kernel(self, query, keys, values, scores)
+        return self.kernel(self, query, keys, values, scores)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows, if they have any."""

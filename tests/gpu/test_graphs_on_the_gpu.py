@@ -1,0 +1,125 @@
+"""CUDA graphs of layers: captured on a GPU they give the tokens of plain transformers; a failure leaves no trace."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from generating import PlainEngine, anatomy_of, greedy_by_transformers, rows_of, run_rows
+from small_models import VOCABULARY, build_model
+
+from zeroinf.compat.models import experts_by
+from zeroinf.generation.graphs import CudaCapturing, Graphs
+from zeroinf.model.inspect import find_blocks
+from zeroinf.model.mixers import modules_of
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+SIZES = (1, 2, 4, 8, 16, 20)
+PLACES: dict[str, dict[str, Any]] = {"pages": {"pages": 9}, "host": {"pages": 3, "host_tokens": 160}}
+DENSE = ["llama", "gpt2", "gemma2", "gemma3_text", "gpt_neox", "opt", "qwen3"]
+WITH_EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
+
+
+def run(model: Any, *, most: int = 1000, engine: PlainEngine | None = None, **limits: Any) -> tuple[Graphs, list[Any]]:
+    """The graphs, which the model has lost again, and the rows that have run."""
+    launched = [module for _, module in modules_of(model, anatomy_of(model).mixers)]
+    capturing = CudaCapturing(CUDA, model.dtype)
+    graphs = Graphs(list(find_blocks(model)[1]), capturing, SIZES, most=most, launched=launched)
+    prompts = [[3 + (7 * row + 11 * at) % (VOCABULARY - 3) for at in range(n)] for row, n in enumerate((7, 1, 20, 12))]
+    rows = rows_of(prompts, [19, 12, 7, 10], ignore_eos=True)
+    given = {"rows": 3, "draw": 2, "prefill_tokens": 20, "forward_tokens": 13, **limits}
+    run_rows(engine or PlainEngine(model), rows, **given)
+    graphs.close()
+    return graphs, rows
+
+
+def compare(model: Any, rows: list[Any]) -> None:
+    assert [row.generated for row in rows] == [greedy_by_transformers(model, row.prompt, row.generated) for row in rows]
+
+
+@pytest.mark.parametrize("place", sorted(PLACES))
+@pytest.mark.parametrize("name", DENSE)
+def test_tokens_are_those_of_plain_transformers(name: str, place: str) -> None:
+    model: Any = build_model(name).to(CUDA)
+    graphs, rows = run(model, **PLACES[place])
+    print(f"{name} {place}: {graphs.count} graphs, {graphs.replays} replays, refused: {graphs.refused}")
+    compare(model, rows)
+    assert not graphs.refused
+    assert graphs.replays > graphs.count > 0
+
+
+@pytest.mark.parametrize("place", sorted(PLACES))
+@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_models_with_experts_have_them_too_unless_these_wait_for_the_gpu(name: str, experts: str, place: str) -> None:
+    model: Any = build_model(name).to(CUDA)
+    with experts_by(model, experts):
+        graphs, rows = run(model, **PLACES[place])
+        print(f"{name} {experts} {place}: {graphs.count} graphs, {graphs.replays} replays, refused: {graphs.refused}")
+        compare(model, rows)
+    assert graphs.count or "waits for the GPU" in graphs.refused
+    assert "failed" not in graphs.refused
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_grouped_products_in_bfloat16_are_captured(name: str) -> None:
+    model: Any = build_model(name).to(CUDA, torch.bfloat16)
+    with experts_by(model, "grouped_mm"):
+        graphs, rows = run(model, pages=9)
+        _, others = run(model, pages=9, most=0)
+    print(f"{name} bfloat16: {graphs.count} graphs, {graphs.replays} replays, refused: {graphs.refused}")
+    firsts = [one.generated[0] == other.generated[0] for one, other in zip(rows, others, strict=True)]
+    print(f"{name}: first tokens as without graphs {firsts}")
+    assert not graphs.refused
+    assert graphs.replays > graphs.count > 0
+
+
+def test_recurrent_layers_run_without_graphs_beside_others() -> None:
+    model: Any = build_model("qwen3_next").to(CUDA)
+    with experts_by(model, "batched_mm"):
+        graphs, rows = run(model, pages=9)
+        compare(model, rows)
+    assert graphs.replays > graphs.count > 0
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_graph_serves_all_layers_that_are_alike_in_one_slot_of_weights(slots: int) -> None:
+    model: Any = build_model("llama").to(CUDA)
+    blocks, engine = list(find_blocks(model)[1]), PlainEngine(model)
+    own = [{name: each.data.clone() for name, each in block.named_parameters()} for block in blocks]
+    turns = cycle([{name: torch.empty_like(each) for name, each in own[0].items()} for _ in range(slots)])
+
+    def fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
+        for (name, parameter), slot in zip(block.named_parameters(), next(turns).values(), strict=True):
+            parameter.data = slot.copy_(tensors[name])
+
+    def lose(block: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data.fill_(float("nan"))
+
+    for block, tensors in zip(blocks, own, strict=True):
+        block.register_forward_pre_hook(lambda block, inputs, tensors=tensors: fill(block, tensors))
+        block.register_forward_hook(lambda block, inputs, output: lose(block))
+    graphs, rows = run(model, engine=engine, pages=9)
+    assert 0 < graphs.count <= slots * len(SIZES) < graphs.replays
+    compare(build_model("llama").to(CUDA), rows)
+
+
+def test_after_a_capture_that_fails_all_goes_on_without_more_graphs(monkeypatch: Any) -> None:
+    monkeypatch.setattr(CudaCapturing, "watching", lambda self: nullcontext([]))
+    monkeypatch.setattr(CudaCapturing, "unwatched", lambda self: nullcontext())
+    model: Any = build_model("llama").to(CUDA)
+    block = find_blocks(model)[1][1]
+    block.mlp.register_forward_hook(lambda module, inputs, output: output * bool(output.nonzero().numel()))
+    graphs, rows = run(model, pages=9)
+    print(f"refused: {graphs.refused}")
+    assert "a capture failed" in graphs.refused
+    torch.rand(4, device=CUDA)  # random numbers are still to be had
+    compare(model, rows)
+    graphs, rows = run(build_model("qwen3").to(CUDA), pages=9)
+    assert graphs.count
