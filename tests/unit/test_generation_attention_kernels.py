@@ -69,3 +69,21 @@ def test_kernels_compile_for_rows_without_tokens() -> None:
             build_meta(model.config, "float32"), anatomy_of(model), torch.device("cpu"), kv_dtype=dtype, **given
         ):
             each()
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_runs_of_records_are_copied_between_the_sides_of_the_link(fetch: bool) -> None:
+    from zeroinf.generation.attention_kernels import copy_runs
+
+    torch.manual_seed(0)
+    host, staged = (torch.randint(0, 255, (count, 48), dtype=torch.uint8) for count in (900, 800))
+    runs = torch.tensor([[0, 300, 500], [510, 0, 1], [520, 10, 200]])
+    expected = (staged if fetch else host).clone()
+    for at, place, count in runs.tolist():
+        if fetch:
+            expected[at : at + count] = host[place : place + count]
+        else:
+            expected[place : place + count] = staged[at : at + count]
+    source, target = (host, staged) if fetch else (staged, host)
+    copy_runs(source, target, runs, fetch=fetch)
+    assert torch.equal(target, expected)

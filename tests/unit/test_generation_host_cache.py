@@ -16,7 +16,7 @@ from small_models import PACKED_MODELS, VOCABULARY, build_model
 from transformers import DynamicCache
 
 from zeroinf.generation.host_steps import HostSteps
-from zeroinf.generation.link import Link, Run, Unit
+from zeroinf.generation.link import Link, Run, Runs, Unit
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
@@ -201,7 +201,7 @@ def test_rows_of_one_micro_batch_lie_in_one_place() -> None:
 def units_of(count: int) -> list[Unit]:
     """Each of six records, of which the first holds anything; places of memory hold their own number."""
     memory = torch.arange(1, 21, dtype=torch.uint8).view(-1, 1).expand(-1, 16).contiguous()
-    return [Unit(layer, memory, 6, [Run(1, layer, 2), Run(3, layer + 5, 3)]) for layer in range(count)]
+    return [Unit(layer, memory, 6, Runs([Run(1, layer, 2), Run(3, layer + 5, 3)])) for layer in range(count)]
 
 
 def test_units_arrive_ahead_of_their_turn_and_in_order() -> None:

@@ -29,6 +29,9 @@ from zeroinf.model.anatomy import PAGE_TOKENS
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)
 
+# Programs that copy over a link at the least: each waits for what it reads most of the time.
+_COPYING_PROGRAMS = 64
+
 # Keys that are worth a program of their own.
 _SHORTEST_SPLIT = 256
 
@@ -204,6 +207,35 @@ def _combine(  # type: ignore[no-untyped-def]
         highest = now
     into = first * (HEADS * GROUP * VALUE_WIDTH) + (head * GROUP + member) * VALUE_WIDTH
     tl.store(out + into + width, (acc / total).to(out.dtype.element_ty), mask=width < VALUE_WIDTH)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_runs(  # type: ignore[no-untyped-def]
+    source, target, runs, WORDS: tl.constexpr, FETCH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A run is a number of records of so many words that lie side by side on either side of the link."""
+    run = tl.program_id(0)
+    at, place, count = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1), tl.load(runs + 3 * run + 2)
+    if FETCH:
+        source, target = source + place * WORDS, target + at * WORDS
+    else:
+        source, target = source + at * WORDS, target + place * WORDS
+    for start in range(tl.program_id(1) * BLOCK, count.to(tl.int32) * WORDS, tl.num_programs(1) * BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        there = word < count * WORDS
+        tl.store(target + word, tl.load(source + word, mask=there), mask=there)
+
+
+def copy_runs(source: torch.Tensor, target: torch.Tensor, runs: torch.Tensor, *, fetch: bool) -> None:
+    """Copy records (uint8: records, bytes) between host memory that the GPU sees and its own, on the current stream.
+
+    runs: (runs, 3), int64: where each begins on the GPU and in host memory, and its records.
+    """
+    shares = max(1, _COPYING_PROGRAMS // runs.shape[0])
+    words = source.shape[1] // 8
+    _copy_runs[(runs.shape[0], shares)](
+        source.view(torch.int64), target.view(torch.int64), runs, WORDS=words, FETCH=fetch, BLOCK=2048, num_warps=8
+    )
 
 
 @dataclass(frozen=True, slots=True)

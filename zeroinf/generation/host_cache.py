@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from zeroinf.compat.host_arrays import mapped
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, Scores, StagedView, Tokens
 from zeroinf.generation.cache import CacheView, Columns, SharedLayer
 from zeroinf.generation.host_steps import HostSteps, StepLayer, StepView
-from zeroinf.generation.link import Link, Run, Unit
+from zeroinf.generation.link import Link, Run, Runs, Unit
 from zeroinf.generation.records import parts, read, write
 from zeroinf.generation.scheduler import Group
+from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, HostSize, Record
 from zeroinf.model.packing import windows_of
 
@@ -47,11 +49,18 @@ class HostCache:
         nbytes = size.tokens * anatomy.host_token_bytes(size.dtype)
         self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin and not size.cpu_rows)
         self._memory: dict[int, torch.Tensor] = {}
+        self._mapped: dict[int, torch.Tensor] = {}
+        """The same memory as the GPU sees it, where its kernels can copy."""
+        seen = None
+        if self._host is not None and device.type == "cuda" and pin and not why_no_kernels():
+            seen = mapped(self._host.bytes.view(torch.int64), device).view(torch.uint8)
         start = 0
         for layer, record in self._records.items():
             end = start + size.tokens * record.nbytes
             held = torch.empty(0, dtype=torch.uint8) if self._host is None else self._host.bytes[start:end]
             self._memory[layer] = held.view(-1, record.nbytes)
+            if seen is not None:
+                self._mapped[layer] = seen[start:end].view(-1, record.nbytes)
             start = end
         self.steps: HostSteps | None = None
         """For decode steps, where the CPU attends."""
@@ -84,7 +93,7 @@ class HostCache:
             if window not in views:
                 views[window] = _HostView(columns, group, window)
             view = views[window]
-            fetched, sent = view.units(index, self._memory[index])
+            fetched, sent = view.units(index, self._memory[index], self._mapped.get(index))
             found += [] if fetched is None else [fetched]
             layers[index] = _HostLayer(self.link, record, view, window, fetched, sent)
         cache.layers = layers
@@ -105,7 +114,7 @@ class HostCache:
             window = self._windows[index]
             if window not in views:
                 views[window] = _PackedHostView(tokens, group, window)
-            fetched, sent = views[window].units(index, self._memory[index])
+            fetched, sent = views[window].units(index, self._memory[index], self._mapped.get(index))
             found += [] if fetched is None else [fetched]
             cache.layers[index] = _PackedHostLayer(self.link, record, views[window], kernel, fetched, sent)
         return found
@@ -144,7 +153,7 @@ class _HostView(CacheView):
     def __init__(self, columns: Columns, group: Group, window: int | None) -> None:
         super().__init__(columns, window)
         self._rows, self._new = len(group.seats), columns.new
-        self._fetched, self._sent = list[Run](), list[Run]()
+        fetched, sent = list[Run](), list[Run]()
         for row, (seat, start, count) in enumerate(zip(group.seats, group.starts, group.counts, strict=True)):
             if seat.has_left:  # its places may be another row's
                 continue
@@ -152,20 +161,22 @@ class _HostView(CacheView):
             first = max(0, start + count - self.seen)
             if first < start:
                 column = self.seen - start - count + first
-                self._fetched.append(Run(row * self.seen + column, seat.host_start + first, start - first))
-            self._sent.append(Run((row + 1) * columns.new - count, seat.host_start + start, count))
+                fetched.append(Run(row * self.seen + column, seat.host_start + first, start - first))
+            sent.append(Run((row + 1) * columns.new - count, seat.host_start + start, count))
+        self._fetched, self._sent = Runs(fetched), Runs(sent)
         self.empty: torch.Tensor | None = None
         """(rows, seen, 1), bool: columns without a token; None where there is none."""
-        if self._fetched and (columns.is_padded or any(seat.has_left for seat in group.seats)):
+        if fetched and (columns.is_padded or any(seat.has_left for seat in group.seats)):
             self.empty = (self.positions < 0)[:, :, None]
             for row, seat in enumerate(group.seats):
                 if seat.has_left:
                     self.empty[row] = True
 
-    def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
-        """The unit that is fetched of a layer, if any, and the one that is sent."""
-        fetched = Unit(layer, memory, self._rows * self.seen, self._fetched) if self._fetched else None
-        return fetched, Unit(layer, memory, self._rows * self._new, self._sent)
+    def units(self, layer: int, memory: torch.Tensor, seen: torch.Tensor | None) -> tuple[Unit | None, Unit]:
+        """The unit that is fetched of a layer, if any, and the one that is sent; its memory as the host sees it, and as
+        the GPU does, where its kernels can copy."""
+        fetched = Unit(layer, memory, self._rows * self.seen, self._fetched, seen) if self._fetched.runs else None
+        return fetched, Unit(layer, memory, self._rows * self._new, self._sent, seen)
 
 
 class _HostLayer(SharedLayer):
@@ -196,21 +207,22 @@ class _PackedHostView(StagedView):
 
     def __init__(self, tokens: Tokens, group: Group, window: int | None) -> None:
         super().__init__(tokens, window)
-        self._fetched, self._sent = list[Run](), list[Run]()
-        at = 0
+        fetched, sent, at = list[Run](), list[Run](), 0
         of_each = zip(group.seats, tokens.starts, tokens.counts, tokens.firsts, strict=True)
         for seat, start, count, new in of_each:
             assert seat.host_start is not None
             first = self.first_seen(start)
             if first < start:
-                self._fetched.append(Run(at, seat.host_start + first, start - first))
+                fetched.append(Run(at, seat.host_start + first, start - first))
             at += start - first
-            self._sent.append(Run(new, seat.host_start + start, count))
+            sent.append(Run(new, seat.host_start + start, count))
+        self._fetched, self._sent = Runs(fetched), Runs(sent)
 
-    def units(self, layer: int, memory: torch.Tensor) -> tuple[Unit | None, Unit]:
-        """The unit that is fetched of a layer, if any, and the one that is sent."""
-        fetched = Unit(layer, memory, self.total, self._fetched) if self._fetched else None
-        return fetched, Unit(layer, memory, self.tokens.total, self._sent)
+    def units(self, layer: int, memory: torch.Tensor, seen: torch.Tensor | None) -> tuple[Unit | None, Unit]:
+        """The unit that is fetched of a layer, if any, and the one that is sent; its memory as the host sees it, and as
+        the GPU does, where its kernels can copy."""
+        fetched = Unit(layer, memory, self.total, self._fetched, seen) if self._fetched.runs else None
+        return fetched, Unit(layer, memory, self.tokens.total, self._sent, seen)
 
 
 class _PackedHostLayer(PackedLayer):

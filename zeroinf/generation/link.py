@@ -10,12 +10,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from zeroinf.engines.stream.transfer import new_event, new_stream
+from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import FETCHED_UNITS, SENT_UNITS
+
+# So many copies take the host no longer than a kernel, and the GPU's multiprocessors nothing.
+_FEW_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,21 @@ class Run:
         return unit.memory[self.place : self.place + self.count]
 
 
+class Runs:
+    """The runs of a unit, which all layers of a forward have in common; they cross in one direction."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.records = sum(run.count for run in runs)
+        """Records that cross the link."""
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """(runs, 3), int64, on the current GPU: made on the stream that is current at the first use."""
+        flat = [number for run in self.runs for number in (run.at, run.place, run.count)]
+        return to_device(flat, torch.device("cuda", torch.cuda.current_device())).view(-1, 3)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """The keys and values of one layer for the rows of one micro-batch: `memory` (places, bytes) of the layer, on the
@@ -44,12 +64,30 @@ class Unit:
     layer: int
     memory: torch.Tensor
     records: int
-    runs: Sequence[Run]
+    runs: Runs
+    mapped: torch.Tensor | None = None
+    """The same memory as the GPU sees it, where a kernel can copy all runs; None where each takes a copy."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that cross the link."""
-        return sum(run.count for run in self.runs) * self.memory.shape[1]
+        return self.runs.records * self.memory.shape[1]
+
+    def fetch(self, records: torch.Tensor) -> None:
+        """Copy its runs into `records` (records, bytes) on the device, on the current stream."""
+        if self.mapped is not None and len(self.runs.runs) > _FEW_RUNS:
+            _copy_runs(self.mapped, records, self.runs, fetch=True)
+            return
+        for run in self.runs.runs:
+            run.within(records).copy_(run.of(self), non_blocking=True)
+
+    def send(self, records: torch.Tensor) -> None:
+        """Copy its runs from `records` (records, bytes) on the device to host memory, on the current stream."""
+        if self.mapped is not None and len(self.runs.runs) > _FEW_RUNS:
+            _copy_runs(records, self.mapped, self.runs, fetch=False)
+            return
+        for run in self.runs.runs:
+            run.of(self).copy_(run.within(records), non_blocking=True)
 
 
 class Link:
@@ -107,8 +145,8 @@ class Link:
         self.sent_bytes += unit.nbytes
         with _on(self._out):
             self._sent.wait()
-            for run in unit.runs if self._moves else ():
-                run.of(unit).copy_(run.within(records), non_blocking=True)
+            if self._moves:
+                unit.send(records)
             self._sent.free()
             _record(self._written[unit.layer])
 
@@ -130,8 +168,8 @@ class Link:
             with _on(self._in):
                 _wait(self._written[unit.layer])
                 records = _shaped(self._fetched.claim(), unit)
-                for run in unit.runs if self._moves else ():
-                    run.within(records).copy_(run.of(unit), non_blocking=True)
+                if self._moves:
+                    unit.fetch(records)
                 self._fetched.full()
 
 
@@ -178,6 +216,12 @@ class _Slots:
     def drop(self) -> None:
         """Nobody is going to use what was claimed, and is not free yet."""
         self._waited = self._freed = self._claimed
+
+
+def _copy_runs(source: torch.Tensor, target: torch.Tensor, runs: Runs, *, fetch: bool) -> None:
+    from zeroinf.generation.attention_kernels import copy_runs
+
+    copy_runs(source, target, runs.table, fetch=fetch)
 
 
 def _shaped(slot: torch.Tensor, unit: Unit) -> torch.Tensor:
