@@ -85,8 +85,8 @@ def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> No
     } <= set(plan["model"])
     assert {
         "engine", "offload", "fetch", "batch_size", "micro_batch_rows", "prefill_tokens", "forward_tokens",
-        "host_rows", "kv_dtype", "embeddings", "expert_parts", "routed_tokens", "resident_blocks", "nvme_blocks",
-        "host_units", "wire",
+        "graph_tokens", "host_rows", "kv_dtype", "embeddings", "expert_parts", "routed_tokens",
+        "resident_blocks", "nvme_blocks", "host_units", "wire",
         "world_size", "load_s", "prefill_s", "decode_s", "tokens_per_second", "streamed_bytes",
         "fetched_bytes", "binds", "entering_rows", "memory",
     } == set(plan["plan"])  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
+from zeroinf.planner import trials
 from zeroinf.planner.constraints import Constraints
-from zeroinf.planner.memory import total
+from zeroinf.planner.graphs import graph_sizes, graph_tokens, why_launched
+from zeroinf.planner.memory import GRAPHS, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.speeds import speeds_of
 from zeroinf.planner.workload import Lengths
@@ -188,3 +191,34 @@ def test_several_ranks_fill_memory_at_the_rates_of_shared_memory() -> None:
     assert (alone.fill_gbps, together.fill_gbps) == pytest.approx((12.0, 2.0))
     assert "shared_copy_gbps" in speeds_of(machine, Rates(), dtype="bfloat16", world_size=2).projected
     assert "shared_copy_gbps" not in {*alone.projected, *together.projected}
+
+
+def test_forwards_of_few_tokens_replay_graphs_which_are_planned_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_input = plan_input_of(gpu=8 * GIB, offload="none", batch_size=64)
+    plan = make_plan(plan_input).plan
+    assert plan.graph_tokens == 1024
+    assert "packed tokens, CUDA graphs up to 1,024" in repr(plan)
+    monkeypatch.setattr(trials, "why_launched", lambda *given, **more: "it was not asked for")
+    launched = make_plan(plan_input).plan
+    assert launched.graph_tokens == 0
+    assert plan.timing is not None and launched.timing is not None
+    assert plan.timing.decode_s < launched.timing.decode_s
+    (term,) = [term for term in plan.terms if term.name == GRAPHS]
+    assert total(plan.terms, "gpu") == total(launched.terms, "gpu") + term.nbytes
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"device": "cpu"}, "there is no GPU"), ({"engine": "zero"}, "own layers"), ({"expert_parts": 2}, "in parts")],
+)
+def test_why_layers_are_launched_is_said(given: dict[str, Any], why: str) -> None:
+    assert why in why_launched(anatomy(), **{"engine": "stream", "device": "cuda", **given})
+
+
+def test_graphs_take_no_more_memory_than_they_may() -> None:
+    """Forwards of fewer tokens are replayed where a layer takes more."""
+    wide = SimpleNamespace(packed=SimpleNamespace(replayed=((128, 90 << 20), (256, 120 << 20), (512, 200 << 20))))
+    assert graph_tokens(wide) == 256  # type: ignore[arg-type]
+    wide.packed.replayed = ((128, 300 << 20),)
+    assert graph_tokens(wide) == 0  # type: ignore[arg-type]
+    assert graph_sizes(300) == (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 300)

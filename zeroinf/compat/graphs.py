@@ -2,7 +2,8 @@
 
 `torch.cuda.CUDAGraph.capture_end` raises where the driver has given a capture up, and then neither takes its memory
 pool out of the allocator's captures nor tells the random number generator that the capture is over. Relies on
-`torch._C._cuda_endAllocateToPool` (torch.cuda.memory calls it). `tests/unit/test_compat.py` fails when it is gone.
+`torch._C._cuda_endAllocateToPool` (torch.cuda.memory calls it). `tests/gpu/test_graphs_on_the_gpu.py` fails when it is
+gone.
 """
 
 from __future__ import annotations

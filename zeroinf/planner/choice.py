@@ -34,6 +34,8 @@ class Choice:
     """Of what moves as one piece of blocks on NVMe, so many rest in host memory; where experts come in parts."""
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
+    graph_tokens: int = 0
+    """Packed forwards of up to so many tokens replay CUDA graphs of layers; 0: none does."""
     wire: Wire = "model"
     host_rows: int = 0
     """Rows whose keys and values rest in host memory."""

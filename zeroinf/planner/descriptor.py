@@ -73,6 +73,8 @@ class EngineDescriptor:
     """It runs packed forwards, where the model can."""
     is_replayed: bool = False
     """The planner replays all that it allocates on a GPU, which is for one stream of kernels."""
+    captures_layers: bool = False
+    """It replays CUDA graphs of layers in forwards of few tokens."""
     runs_quantized: bool = False
     """It runs checkpoints that are quantized already, as they are stored."""
     runs_encoders: bool = False

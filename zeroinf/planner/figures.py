@@ -68,6 +68,8 @@ class PassFigures(Figures):
 
     attention_launches: int
     """To launch attention over pages, in times of a model's launch."""
+    graph_launches: int
+    """A layer that replays its CUDA graphs, beside its attention, in times of a model's launch."""
     row_s: float
     """Each row of a packed pass."""
     micro_batch_s: float

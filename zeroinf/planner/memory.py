@@ -60,6 +60,7 @@ PAGE_TABLES = "page tables of page-locked memory"
 OUTSIDE_TORCH = ("CUDA context", "collectives' buffers", PAGE_TABLES)
 """Terms of GPU memory that torch's allocator does not hold."""
 
+GRAPHS = "CUDA graphs of layers"
 SMALL_PAGES = "pages of small tensors"
 GAPS = "allocator's pages and gaps"
 UNFORESEEN = "unforeseen"
@@ -428,6 +429,11 @@ def _change(crossing: Crossing, ending: Sequence[int]) -> tuple[int, int, tuple[
             live += sizes[key]
             most = max(most, live)
     return most, live, tuple(sizes[key] for key in crossing.lasting)
+
+
+def layer_bytes(step: Step) -> int:
+    """The most that any layer of a forward has allocated at any time."""
+    return max((most for most, _ in _changes(step)[1 : 1 + len(step.sections)]), default=0)
 
 
 def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:

@@ -9,6 +9,7 @@ from typing import Literal
 from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import packs_scores, why_padded
+from zeroinf.planner.graphs import why_launched
 from zeroinf.planner.memory import Term, gathered_tokens
 from zeroinf.planner.prefixes import SharedPrefixes
 from zeroinf.planner.summary import plan_html, plan_lines
@@ -60,6 +61,8 @@ class Plan:
     """Prompt tokens that a pass computes, at the most."""
     forward_tokens: int = 0
     """Tokens of one packed forward, at the most; 0: rows of a forward are padded to one length."""
+    graph_tokens: int = 0
+    """Packed forwards of up to so many tokens replay CUDA graphs of layers; 0: none does."""
     pool_pages: int = 0
     """Pages of the KV cache, for all live rows together."""
     prefix_pages: int = 0
@@ -132,6 +135,11 @@ class Plan:
         return why_padded(self.anatomy, self.engine, on_host=on_host, scored=self.scored_tokens > 0)
 
     @property
+    def launched_because(self) -> str:
+        """Why layers are launched kernel by kernel; empty where packed forwards of few tokens replay CUDA graphs."""
+        return why_launched(self.anatomy, self.engine, self.device, expert_parts=self.expert_parts)
+
+    @property
     def kv_attention(self) -> Literal["gpu", "cpu"]:
         """Who attends to keys and values in host memory."""
         return "cpu" if self.host is not None and self.host.cpu_rows else "gpu"
@@ -177,6 +185,7 @@ class Plan:
             micro_batch_rows=share(self.micro_batch_rows),
             prefill_tokens=share(self.prefill_tokens),
             forward_tokens=share(self.forward_tokens) if self.forward_tokens else 0,
+            graph_tokens=min(self.graph_tokens, share(self.forward_tokens)) if self.graph_tokens else 0,
             pool_pages=max(longest, self.pool_pages * rows // self.batch_size),
             prefix_pages=share(self.prefix_pages) if self.prefix_pages else 0,
             host_rows=min(self.host_rows, rows),

@@ -53,11 +53,17 @@ def job_duration(timing: Timing, requests: int | None, new_tokens: int) -> str:
 def _forwards(plan: Plan) -> str:
     whole = f"; prompts in one part each ({plan.anatomy.whole_because})" if plan.anatomy.whole_because else ""
     if plan.forward_tokens:
-        return f"forwards of up to {plan.forward_tokens:,} packed tokens{whole}{_prefixes(plan)}"
+        return f"forwards of up to {plan.forward_tokens:,} packed tokens{_graphs(plan)}{whole}{_prefixes(plan)}"
     if plan.packs_scores:
         return f"forwards of up to {plan.prefill_tokens:,} packed tokens"
     shared = ", no shared prefixes" if plan.unshared_because else ""
     return f"padded forwards ({plan.padded_because}){whole}{shared}"
+
+
+def _graphs(plan: Plan) -> str:
+    if plan.graph_tokens:
+        return f", CUDA graphs up to {plan.graph_tokens:,}"
+    return f", no CUDA graphs ({plan.launched_because})" if plan.device == "cuda" and plan.launched_because else ""
 
 
 def _prefixes(plan: Plan) -> str:

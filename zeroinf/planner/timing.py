@@ -295,7 +295,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     mixing, stepping = (_times(kernels, speeds) for kernels in workload.packed.mixing)
-    by_tokens, by_choices = _forward_times(forwards, speeds)
+    by_tokens, by_choices = _forward_times(forwards, speeds, choice.graph_tokens)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
@@ -334,14 +334,18 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
 
 
 @lru_cache(maxsize=64)
-def _forward_times(forwards: Forwards, speeds: Speeds) -> tuple[_Line, _Line]:
-    """Seconds of each resource by a forward's tokens, and by its choices."""
+def _forward_times(forwards: Forwards, speeds: Speeds, graph_tokens: int) -> tuple[_Line, _Line]:
+    """Seconds of each resource by a forward's tokens, and by its choices; layers of up to `graph_tokens` tokens launch
+    their graphs, whatever these hold."""
     by_tokens, by_choices = (
         [(float(count), _times(kernels, speeds)) for count, kernels in found]
         for found in (forwards.tokens, forwards.choices)
     )
-    for _, times in by_tokens:
-        times["kernel launches"] += speeds.fitted.passes.micro_batch_s
+    host = speeds.fitted.passes
+    for (_, times), (tokens, kernels) in zip(by_tokens, forwards.tokens, strict=True):
+        spared = sum(max(0, len(group.kernels) - host.graph_launches) * group.times for group in kernels[1:])
+        times["kernel launches"] += host.micro_batch_s
+        times["kernel launches"] -= spared * speeds.model_launch_s if tokens <= graph_tokens else 0
     return _Line(by_tokens), _Line(by_choices)
 
 

@@ -16,6 +16,7 @@ from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection, Shortage
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.facts import Facts
+from zeroinf.planner.graphs import graph_tokens, why_launched
 from zeroinf.planner.memory import (
     COMPUTED,
     GAPS,
@@ -126,6 +127,8 @@ class Trials:
             forward_tokens=shape.forward_tokens,
         )
         workload = self._facts.simulate(shape)
+        launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
+        choice = replace(choice, graph_tokens=0 if launched else graph_tokens(workload))
         choice = self._filling_host(choice, workload)
         counted = cache(partial(self._terms, choice, workload))
         least = self._terms(choice, roughly(workload))

@@ -237,6 +237,8 @@ class Packed:
     """Attention of a step of all rows, with as many tokens as they have on average."""
     fullest: tuple[Pass, ...]
     """Passes of which one has the most memory in use."""
+    replayed: tuple[tuple[int, int], ...] = ()
+    """Tokens of forwards that may replay CUDA graphs, in ascending order, with the bytes that a layer allocates."""
     mixing: tuple[tuple[Kernels, ...], tuple[Kernels, ...]] = ((), ())
     """Recurrent modules, which are no part of `forwards`: of as many prompt tokens as a pass computes, and of a step of
     all rows."""

@@ -14,7 +14,7 @@ from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
-from zeroinf.planner.memory import OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
+from zeroinf.planner.memory import GRAPHS, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
 
 
@@ -133,8 +133,8 @@ class GpuMemory:
         """
         if not descriptor_of(self._plan.engine).is_replayed:
             return
-        small = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name == SMALL_PAGES)
-        wanted = self._planned - self._outside_torch - small
+        elsewhere = sum(t.nbytes for t in self._plan.terms if t.place == "gpu" and t.name in (SMALL_PAGES, GRAPHS))
+        wanted = self._planned - self._outside_torch - elsewhere
         self._loading_peak = torch.cuda.max_memory_allocated(self._device)
         held = []
         with suppress(torch.OutOfMemoryError):

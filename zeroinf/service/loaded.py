@@ -21,6 +21,7 @@ from zeroinf.engines.base import Engine
 from zeroinf.engines.loading import load_engine
 from zeroinf.errors import DoesNotFitError
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.graphs import CudaCapturing, Graphs
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
@@ -31,8 +32,10 @@ from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.hardware.processors import attention_processors
+from zeroinf.model.inspect import find_stacks
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
+from zeroinf.planner.graphs import MOST_GRAPHS, graph_sizes
 from zeroinf.planner.plan import Plan
 from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
@@ -73,6 +76,7 @@ class LoadedModel:
         self._host: HostCache | None = None
         self.link_gbps: float | None = None
         """Rate of this rank's link, measured before the weights were loaded; None where nothing crosses one."""
+        self._told_of_graphs = ""
         self._closing = ExitStack()
         try:
             self._closing.callback(self.peak.stop)
@@ -164,6 +168,15 @@ class LoadedModel:
             self._batch_state = BatchState(model, rules, pool, self.device, self._host)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, plan.batch_size) from error
+        self._graphs: Graphs | None = None
+        if plan.graph_tokens and self.device.type == "cuda":
+            self._graphs = Graphs(
+                [block for _, stack in find_stacks(model) for block in stack],
+                CudaCapturing(self.device, getattr(torch, plan.dtype)),
+                graph_sizes(plan.graph_tokens),
+                most=MOST_GRAPHS,
+                launched=[module for _, module in self._batch_state.mixers],
+            )
         self.scheduler = Scheduler(limits, plan.anatomy.row_pages)
         self._scorer = Scorer(model, rules.pad_token, self.device, packs=plan.packs_scores and limits.breaks_at is None)
 
@@ -219,6 +232,10 @@ class LoadedModel:
             )
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(error, self.scheduler.limits.micro_batch_rows) from error
+        finally:
+            if self._graphs is not None and self._graphs.refused != self._told_of_graphs:
+                self._told_of_graphs = self._graphs.refused
+                self._observer.note(f"layers ran without CUDA graphs: {self._told_of_graphs}")
 
     def _tell_of_shrinking(self, rows: int) -> None:
         """An error of the planner: say so, with what it had counted on."""
@@ -267,7 +284,7 @@ class LoadedModel:
 
     def _drop(self) -> None:
         """Let go of what holds device memory."""
-        for name in ("_batch_state", "_scorer", "engine"):
+        for name in ("_batch_state", "_scorer", "_graphs", "engine"):
             self.__dict__.pop(name, None)
         self._host = None
         gc.collect()  # hooks and the models that they belong to refer to each other

@@ -301,6 +301,7 @@ def _plan(plan_input: PlanInput, decision: Decision) -> Plan:
         micro_batch_rows=choice.micro_batch_rows,
         prefill_tokens=choice.prefill_tokens,
         forward_tokens=choice.forward_tokens,
+        graph_tokens=choice.graph_tokens,
         pool_pages=chosen.pool.pages,
         prefix_pages=chosen.pool.prefix_pages,
         prefixes=plan_input.lengths.prefixes if chosen.pool.prefix_pages else None,

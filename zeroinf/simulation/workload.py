@@ -26,6 +26,8 @@ from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event, Events
+from zeroinf.planner.graphs import REPLAYED_TOKENS
+from zeroinf.planner.memory import layer_bytes
 from zeroinf.planner.pass_shapes import MOST_ROWS
 from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
@@ -192,6 +194,10 @@ class Simulator:
                 prompts=attention(tokens / computed, mean - computed, computed),
                 decode=attention(shape.rows - shape.cpu_rows, lengths.mean_context, 1) if new else (),
                 fullest=fullest(sides, shape),
+                replayed=tuple(
+                    (tokens, layer_bytes(sides[0][0].step(tokens, 1)))
+                    for tokens in sorted({min(tokens, shape.forward_tokens) for tokens in REPLAYED_TOKENS})
+                ),
                 mixing=self._mixing(tokens, mean, shape.rows),
             ),
         )

@@ -51,6 +51,7 @@ STREAM = EngineDescriptor(
     shares_passes=True,
     packs=True,
     is_replayed=True,
+    captures_layers=True,
     runs_quantized=True,
     runs_encoders=True,
 )

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zeroinf.model.anatomy import Anatomy, HostSize, expert_ranges
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.choice import Choice, Embeddings
 from zeroinf.planner.descriptor import EngineTerms
+from zeroinf.planner.graphs import graph_bytes
 from zeroinf.planner.memory import (
     CHUNK_BYTES,
+    GRAPHS,
     KV_STAGING,
     LOADING_STAGES,
     PAGE_TABLES,
@@ -90,6 +93,9 @@ def stream_gpu_terms(
     counted += [Term("gpu", PAGE_TABLES, locked // PINNED_BYTES_PER_PAGE_TABLE_BYTE, "assumed")] if locked else []
     held = [nbytes for given in fixed.values() for nbytes in given]
     encoded = anatomy.encoder.bytes_per_token * workload.shape.prefill_tokens if anatomy.encoder is not None else 0
+    if choice.graph_tokens:
+        nbytes = graph_bytes(workload, choice.graph_tokens, overhead.workspace[0])
+        counted.append(Term("gpu", GRAPHS, round_up(nbytes, LARGE_PAGE_BYTES), "simulated"))
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
 
 
