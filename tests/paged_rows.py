@@ -61,13 +61,13 @@ class PagedRows:
 class StagedRows(PagedRows):
     """The same as records of `dtype`, of which each row's lie side by side, between some that nobody has written."""
 
-    def __init__(self, lengths: list[int], window: int | None, dtype: KvDtype = "model", **given: Any) -> None:
+    def __init__(self, lengths: list[int], window: int | None, kv_dtype: KvDtype = "model", **given: Any) -> None:
         super().__init__(lengths, window, **given)
         kinds = [
             TokenState(heads=each.shape[1], width=each.shape[2], dtype=str(each.dtype).removeprefix("torch."))
             for each in self.memory
         ]
-        self.record = Record(keys=kinds[0], values=kinds[1], dtype=dtype)
+        self.record = Record(keys=kinds[0], values=kinds[1], dtype=kv_dtype)
         self.records = []
         for row, (query, keys, values) in enumerate(self.states):
             states = [each.transpose(0, 1)[None] for each in (keys, values)]

@@ -19,7 +19,7 @@ HEADS = 4
 KINDS: dict[str, Callable[..., PagedRows]] = {
     "pages": PagedRows,
     "records": StagedRows,
-    "codes": partial(StagedRows, dtype="int8"),
+    "codes": partial(StagedRows, kv_dtype="int8"),
 }
 
 

@@ -21,7 +21,7 @@ HEADS = 4
 KINDS: dict[str, Callable[..., PagedRows]] = {
     "pages": PagedRows,
     "records": StagedRows,
-    "codes": partial(StagedRows, dtype="int8"),
+    "codes": partial(StagedRows, kv_dtype="int8"),
 }
 PARTS = ({0: 20, 1: 1}, {0: 1, 1: 1, 2: 30}, {0: 17, 2: 1}, {0: 5, 1: 18, 2: 2}, {0: 1})
 
