@@ -109,6 +109,18 @@ def test_experts_that_come_in_parts(name: str, limits: dict[str, int], resident:
     assert tokens_of(folder, limits, expert_parts=3, resident_blocks=resident) == plain_tokens(folder)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("limits", [{}, {"rows": 2, "micro_batch_rows": 1, "prefill_tokens": 5}])
+@pytest.mark.parametrize("tokens", [4, 1000])
+@pytest.mark.parametrize("tiers", [{}, {"offload": "nvme", "nvme_blocks": 2, "host_units": 3}], ids=["host", "nvme"])
+def test_experts_that_are_brought_as_tokens_are_routed_to_them(
+    name: str, limits: dict[str, int], tokens: int, tiers: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_checkpoint(name, tmp_path / name)
+    where = {**tiers, "nvme_paths": (tmp_path,) if tiers else (), "expert_parts": 3, "routed_tokens": tokens}
+    assert tokens_of(folder, limits, **where) == plain_tokens(folder)
+
+
 @pytest.mark.parametrize("where", [{}, {"wire": "int8"}, {"resident_blocks": 1, "wire": "int8"}, {"embeddings": "cpu"}])
 def test_a_call_under_another_stream_waits_for_weights(
     where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
