@@ -116,8 +116,8 @@ A tiny random model of every class of transformers' `AutoModelForCausalLM`, and 
 family has no other, is saved, run by the stream engine in float32 from host memory (one family in eight from NVMe too),
 and compared with transformers' `generate`: greedy tokens of three prompts of different lengths. A model is **exact**
 where all tokens are equal, those of each prompt alone or of the same batch, or **refused** by name before any long
-work; there is no third kind. Of models that take images, too, text alone runs; their other parts are loaded, and stay
-on the GPU.
+work; there is no third kind. Of models that take images, too, text alone runs; what text does
+not go through, such as a vision tower, is neither read nor kept.
 
 """
 

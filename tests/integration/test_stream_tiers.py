@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stream_tokens import NEW_TOKENS, counted_host_memory, plain_tokens, stream, tokens_of
+import torch
+from generating import greedy_by_transformers
+from test_stream_tokens import NEW_TOKENS, PROMPTS, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
+from tiny_models import build_tiny
+from transformers import AutoModelForImageTextToText
 
 from zeroinf.engines.base import SilentListener
 from zeroinf.engines.stream import data_files, weights
@@ -62,6 +67,24 @@ def test_tokens_with_blocks_on_several_tiers(
         nvme_blocks=nvme,
         nvme_paths=(tmp_path,) if nvme else (),
     )
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_what_text_does_not_go_through_is_neither_read_nor_stored(family: str, tmp_path: Path) -> None:
+    build_tiny(family).save_pretrained(tmp_path)
+    found = []
+    disk: dict[str, Any] = {"offload": "nvme", "nvme_blocks": 4, "nvme_paths": (tmp_path,)}
+    for where in ({}, disk):
+        engine = stream(tmp_path, **where)
+        found.append(tokens_of(engine))
+        assert not any("vis" in name for name, _ in engine.model.named_parameters())
+        engine.close()
+    (header,) = tmp_path.glob("zeroinf-store/*/header.json")
+    assert '"model.language_model' in header.read_text()
+    assert not re.search(r"\.vis", header.read_text())
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for tokens in found:
+        assert tokens == [greedy_by_transformers(model, *pair) for pair in zip(PROMPTS, tokens, strict=True)]
 
 
 def test_all_resident_leaves_no_weights_in_host_memory_and_moves_none(small_checkpoint: Callable[[str], Path]) -> None:

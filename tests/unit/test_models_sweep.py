@@ -13,10 +13,12 @@ from model_sweep import DATA, PAGE, page, sweep_family
 from tiny_models import FAMILIES, build_tiny, tiny_config
 from transformers import DynamicCache
 
+import zeroinf.engines.registry  # noqa: F401  (hands the engines to the planner)
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.kv import cache_name, held_bytes
 from zeroinf.model.resolve import resolve_model
+from zeroinf.planner.descriptor import as_run_by
 
 SAMPLE = (
     *("deepseek_v4", "deepseek_v32", "gemma3n_text", "glm_moe_dsa", "hy_v4", "jetmoe", "longcat_flash", "qwen4_exp"),
@@ -70,6 +72,8 @@ def test_the_language_model_of_models_with_images_is_what_streams(family: str, t
     anatomy = read_anatomy(source.config, dtype="float32")
     assert (anatomy.blocks_path, len(anatomy.blocks)) == ("model.language_model.layers", 4)
     assert any("vis" in tensor.name for tensor in anatomy.outside)
+    assert not any("vis" in tensor.name for tensor in as_run_by(anatomy, "stream").outside)
+    assert as_run_by(anatomy, "resident").outside == anatomy.outside
 
 
 def test_caches_that_compress_tokens_are_bounded_from_above() -> None:

@@ -346,6 +346,8 @@ class Anatomy:
     """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
     tables: tuple[Table, ...] = ()
     """Those of the tensors that tokens read by row: they need not be where the others are."""
+    unread: tuple[str, ...] = ()
+    """Full dotted names of modules outside of the blocks that text does not go through, such as a vision tower."""
     mixers: Mixers | None = None
     """None where no layer keeps states, or rows cannot be told apart in them."""
 
@@ -367,6 +369,12 @@ class Anatomy:
             for block in self.blocks
         )
         return replace(self, outside=outside, blocks=blocks, tables=())
+
+    def without_unread(self) -> Anatomy:
+        """This anatomy without the tensors of modules that text does not go through."""
+        prefixes = tuple(f"{name}." for name in self.unread)
+        outside = tuple(tensor for tensor in self.outside if not tensor.name.startswith(prefixes))
+        return replace(self, outside=outside) if prefixes else self
 
     def units(self, block: Block, parts: int) -> tuple[tuple[TensorSpec, ...], ...]:
         """The tensors of `block` as they move: all but its experts, then `parts` parts of these; all, if it has

@@ -35,6 +35,7 @@ from zeroinf.model.packing import why_padded
 from zeroinf.model.quantized.registry import hold_quantized
 from zeroinf.model.stored_parts import parts_of
 from zeroinf.model.tables import find_tables
+from zeroinf.model.unread import find_unread
 
 # The names under which configs keep the longest sequence their positions allow. A model with none of them (ALiBi,
 # state space) has no such limit, nor has one whose positions are distances (T5).
@@ -98,6 +99,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         mixers=mixers,
         tables=find_tables(model),
         experts=find_experts(model, list(stacks[-1][1])),
+        unread=find_unread(model, stacks[-1][0]),
     )
 
 

@@ -77,6 +77,8 @@ class EngineDescriptor:
     """It replays CUDA graphs of layers in forwards of few tokens."""
     runs_quantized: bool = False
     """It runs checkpoints that are quantized already, as they are stored."""
+    leaves_unread: bool = False
+    """It does not load modules of multimodal models that text does not go through."""
     runs_encoders: bool = False
     """It runs models with an encoder."""
     plans_pageable: bool = False
@@ -111,8 +113,10 @@ def default_engine() -> str:
 
 def as_run_by(anatomy: Anatomy, engine: str) -> Anatomy:
     """`anatomy` for an engine: where modules are wrapped or fetched one by one, recurrent ones run as transformers runs
-    them, each once in a forward, and rows of models with states start and end together."""
+    them, each once in a forward, and rows of models with states start and end together. What text does not go through
+    is left out where the engine does not load it."""
     own = descriptor_of(engine)
+    anatomy = anatomy.without_unread() if own.leaves_unread else anatomy
     return anatomy if own.shares_passes or own.packs else replace(anatomy, mixers=None)
 
 

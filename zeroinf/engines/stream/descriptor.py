@@ -53,5 +53,6 @@ STREAM = EngineDescriptor(
     is_replayed=True,
     captures_layers=True,
     runs_quantized=True,
+    leaves_unread=True,
     runs_encoders=True,
 )

@@ -33,6 +33,7 @@ from zeroinf.model.quantized.expansion import Expansion, expansions
 from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
+from zeroinf.model.unread import leave_out
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.tiers import Tier, tiers, unit_tiers
@@ -66,6 +67,7 @@ class StreamEngine:
         self._device = device
         self._place = control.activity
         self._model = build_skeleton(source, plan.dtype)
+        leave_out(self._model, plan.anatomy.unread)
         apart, experts = plan.anatomy.tables if plan.embeddings == "cpu" else (), plan.anatomy.experts
         groups, outside, tables = group_tensors(
             self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
