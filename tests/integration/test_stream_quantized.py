@@ -221,6 +221,21 @@ def test_a_missing_package_is_named(quantized: Quantized, monkeypatch: pytest.Mo
     assert caught.value.hint == "pip install 'zeroinf[compressed-tensors]'"
 
 
+@pytest.mark.parametrize("where", [{"offload": "none"}, {"offload": "cpu", "resident_blocks": 1}])
+def test_like_layers_are_expanded_to_like_addresses(where: dict[str, Any], quantized: Quantized) -> None:
+    engine, found = stream(quantized("llama", "fp8"), **where), list[list[int]]()
+
+    def note(layer: Any, *ignored: Any) -> None:
+        found.append([module.weight.data_ptr() for module in layer.modules() if isinstance(module, torch.nn.Linear)])
+
+    for layer in engine.model.model.layers:
+        layer.register_forward_pre_hook(note)
+    tokens_of(engine)
+    assert len(found) > len(engine.model.model.layers)  # layers of more than one pass
+    assert all(addresses == found[0] for addresses in found)
+    assert len(set(found[0])) == len(found[0])
+
+
 def test_an_interrupted_pass_leaves_modules_as_they_were(quantized: Quantized) -> None:
     folder = quantized("llama", "fp8")
     engine = stream(folder, offload="none", resident_blocks=3)  # a block that streams is bound anew anyhow

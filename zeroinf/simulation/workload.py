@@ -24,7 +24,7 @@ from zeroinf.generation.states import CallLimits, pieces_of
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
-from zeroinf.model.quantized.expansion import expansions
+from zeroinf.model.quantized.expansion import ExpansionSlot, expanded_bytes, expansions
 from zeroinf.planner.allocator import Allocator, Event, Events
 from zeroinf.planner.graphs import REPLAYED_TOKENS
 from zeroinf.planner.memory import layer_bytes
@@ -450,9 +450,13 @@ def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> 
     most, found = 0, list[Kernels]()
     for block in blocks:
         own = [parts for parts in split if parts.module in set(block.modules())]
+        opened = expansions(block)
+        with torch.no_grad():
+            nbytes = expanded_bytes(opened)
         with torch.no_grad(), Recorder(model, ()) as recorder:
-            for expansion in expansions(block):
-                expansion.open()
+            slot = None if split else ExpansionSlot(nbytes, torch.device("meta"))
+            for expansion in opened:
+                expansion.open(slot)
             events = [event for section in recorder.cut() for event in section]
             for parts in own:
                 for part in range(len(parts.ranges)):
@@ -466,7 +470,7 @@ def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> 
             allocator.replay(events)
             most = max(most, allocator.usage.allocated)
             found += recorder.cut_kernels(())
-            for expansion in expansions(block):
+            for expansion in opened:
                 expansion.close()
     for expansion in (*expansions(blocks), *(parts.expansion for parts in split if parts.expansion is not None)):
         expansion.open()

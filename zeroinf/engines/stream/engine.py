@@ -29,7 +29,7 @@ from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, 
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.experts import ExpertParts
 from zeroinf.model.inspect import find_stacks
-from zeroinf.model.quantized.expansion import Expansion, expansions
+from zeroinf.model.quantized.expansion import Expansion, ExpansionSlot, expanded_bytes, expansions
 from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
@@ -72,8 +72,7 @@ class StreamEngine:
         groups, outside, tables = group_tensors(
             self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
         )
-        if expansions(self._model):
-            require_kernels(device)
+        self._expansion_slot = _expansion_slot(self._model, plan, device)
         self._expanders = _expanders(groups, device) if plan.wire != "model" else {}
         of_blocks = tiers(
             len(plan.anatomy.blocks), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
@@ -305,8 +304,10 @@ class StreamEngine:
         self._place.step()
         if index in self._before:
             self._before[index]()
+        if self._expansion_slot is not None:
+            self._expansion_slot.end = 0  # the block before has let go of it
         for expansion in self._expansions[index]:
-            expansion.open()
+            expansion.open(self._expansion_slot)
 
     def _leave(self, index: int) -> None:
         for expansion in self._expansions[index]:
@@ -372,6 +373,21 @@ class StreamEngine:
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]
+
+
+def _expansion_slot(model: Any, plan: Plan, device: torch.device) -> ExpansionSlot | None:
+    """Memory for the weights of any block of `model`, which lies on the meta device, if its checkpoint is quantized.
+
+    None where parts of experts are expanded beside their block. Raises EnvironmentProblem where no kernel is built.
+    """
+    if not expansions(model):
+        return None
+    require_kernels(device)
+    if plan.expert_parts > 1:
+        return None
+    blocks = [block for _, layers in find_stacks(model) for block in layers]
+    with torch.no_grad():
+        return ExpansionSlot(max(expanded_bytes(expansions(block)) for block in blocks), device)
 
 
 def _expanders(groups: Sequence[TensorGroup], device: torch.device) -> dict[bool, Expander]:

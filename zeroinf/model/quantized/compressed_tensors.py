@@ -11,7 +11,7 @@ from torch.nn import Linear, Module
 from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.model.quantized.expansion import Expansion, Held, refused
+from zeroinf.model.quantized.expansion import Expansion, Held, refused, whole_weights
 from zeroinf.model.quantized.linears import is_fused
 from zeroinf.model.quantized.scaled import expand_scaled, hold_scaled
 
@@ -69,7 +69,7 @@ def _expand_compressed_tensors(args: Any, columns: int, held: Held) -> dict[str,
     """A product of a code and a scale is exact in float32, so rounding it once gives what the library computes."""
     packed, scales = held.get("weight_packed"), held["weight_scale"]
     codes = held["weight"] if packed is None else packed
-    whole = torch.empty(codes.shape[0], columns, dtype=scales.dtype, device=codes.device)
+    whole = whole_weights((codes.shape[0], columns), scales.dtype, codes.device)
     block = tuple(args.block_structure) if args.block_structure else None
     expand_scaled(
         whole, codes, scales if scales.dim() > 1 else scales[None], order=held.get("weight_g_idx"), block=block

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +21,44 @@ OTHER_CHECKPOINT = "take the model's unquantized checkpoint, and --wire int8 or 
 """What to do about a checkpoint that does not run."""
 
 
+_ALIGNMENT = 256
+
+
+class ExpansionSlot:
+    """Memory in which one block's weights after the other's are expanded: those of like blocks at like addresses."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        """Take `nbytes` of the memory of `device`."""
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.end = 0
+        """Bytes in use, from the first on. Who sets this back gives up what has been expanded since."""
+
+    def take(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """A tensor in the next bytes; None where there are not enough."""
+        size = tuple(shape)
+        start, self.end = self.end, self.end + slot_bytes(size, dtype)
+        if self.end > self._memory.numel():
+            self.end = start
+            return None
+        return self._memory[start : start + prod(size) * dtype.itemsize].view(dtype).view(size)
+
+
+def slot_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    """Bytes of a slot that a tensor takes."""
+    return -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+_slot: ContextVar[ExpansionSlot | None] = ContextVar("slot", default=None)
+
+
+def whole_weights(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor to expand weights into: in the slot of what is being opened, if that has one, else in new
+    memory."""
+    slot = _slot.get()
+    taken = slot.take(shape, dtype) if slot is not None else None
+    return torch.empty(tuple(shape), dtype=dtype, device=device) if taken is None else taken
+
+
 class Expansion:
     """Gives `module` its weights in full: for the time of its own forward, or from `open` until `close`.
 
@@ -32,10 +72,19 @@ class Expansion:
         self._held: dict[str, Any] | None = None
         module.forward = self._forward
 
-    def open(self) -> None:
-        """Expand what the module holds now."""
-        held = self._held = dict(self._own)
-        self._own.update(self._expand({name: tensor for name, tensor in held.items() if tensor is not None}))
+    def open(self, slot: ExpansionSlot | None = None) -> None:
+        """Expand what the module holds now, into `slot` if there is one with room."""
+        token = _slot.set(slot)
+        try:
+            made = self.expanded()
+        finally:
+            _slot.reset(token)
+        self._held = dict(self._own)
+        self._own.update(made)
+
+    def expanded(self) -> Mapping[str, torch.Tensor]:
+        """What the module's weights would be now, without giving them to it."""
+        return self._expand({name: tensor for name, tensor in self._own.items() if tensor is not None})
 
     def close(self) -> None:
         """Let go of the weights, if there are any."""
@@ -58,6 +107,14 @@ def expansions(module: Module) -> list[Expansion]:
     """The expansions of `module` and all modules inside; none where its weights are in full."""
     found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
     return [owner for owner in found if isinstance(owner, Expansion)]
+
+
+def expanded_bytes(opened: Iterable[Expansion]) -> int:
+    """Bytes of a slot that the weights of modules take whose tensors are on the meta device."""
+    total = 0
+    for expansion in opened:
+        total += sum(slot_bytes(tensor.shape, tensor.dtype) for tensor in expansion.expanded().values())
+    return total
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:

@@ -17,7 +17,7 @@ from torch.nn import Linear, Module
 
 from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
-from zeroinf.model.quantized.expansion import Expansion, Held, meta
+from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
 from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 
@@ -110,7 +110,7 @@ def _expand(shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, _Vie
     # Of a stack of experts there may be some alone.
     stacks = {own: held[name].shape[:1] for own, name, *_ in plans if len(shapes[own][0]) > 2}
     whole = {
-        own: torch.empty((*stacks[own], *shape[1:]) if own in stacks else shape, dtype=dtype, device=device)
+        own: whole_weights((*stacks[own], *shape[1:]) if own in stacks else shape, dtype, device)
         for own, (shape, dtype) in shapes.items()
     }
     for own, name, kind, view in plans:

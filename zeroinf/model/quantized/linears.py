@@ -20,7 +20,7 @@ from torch.nn import Linear, Module
 
 from zeroinf.compat.loading import as_in_checkpoint, conversions
 from zeroinf.compat.modules import own_parameters
-from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused
+from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused, whole_weights
 from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of, set_parts
 
 STORED = "stored"
@@ -207,7 +207,7 @@ def _expand(
     # Of a stack of experts there may be some alone.
     stacks = {own: held[next(iter(names.values()))].shape[:1] for own, names, stacked in steps if stacked.is_stack}
     whole = {
-        own: torch.empty((*stacks[own], *shape[1:]) if own in stacks else shape, dtype=dtype, device=device)
+        own: whole_weights((*stacks[own], *shape[1:]) if own in stacks else shape, dtype, device)
         for own, (shape, dtype) in shapes.items()
     }
     for own, names, matrices in steps:

@@ -9,7 +9,7 @@ import torch
 
 from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
-from zeroinf.model.quantized.expansion import Expansion, Held, meta
+from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
 from zeroinf.model.quantized.fp4 import expand_fp4
 
 # So many codes share a power of two.
@@ -37,6 +37,6 @@ def _expand_mxfp4(names: tuple[str, ...], dtype: torch.dtype, held: Held) -> dic
     for name in names:
         blocks, scales = held[f"{name}_blocks"], held[f"{name}_scales"]
         experts, outputs, groups, _ = blocks.shape
-        found[name] = torch.empty(experts, groups * _FP4_GROUP, outputs, dtype=dtype, device=blocks.device)
+        found[name] = whole_weights((experts, groups * _FP4_GROUP, outputs), dtype, blocks.device)
         expand_fp4(found[name].transpose(1, 2), blocks.flatten(-2), scales, None, False)
     return found
