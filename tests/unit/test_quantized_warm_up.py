@@ -47,9 +47,9 @@ def test_a_kernel_is_tried_once_and_compiled_for_each_shape(monkeypatch: pytest.
     found, model = given_to_kernels(monkeypatch, lambda whole: None), gpt_oss()
     for compile_one in expansion_compilations(model, CPU):
         compile_one()
-    tried, *compiled = found
-    assert tried.device == CPU
-    assert all(whole.is_meta for whole in compiled)
+    tried, compiled = ([whole for whole in found if whole.is_meta is is_meta] for is_meta in (False, True))
+    assert {whole.dtype for whole in tried} == {torch.bfloat16}
+    assert len(tried) == 2  # once compiled, and once known
     experts, hidden, inner = model.config.num_local_experts, model.config.hidden_size, model.config.intermediate_size
     assert {tuple(whole.shape) for whole in compiled} == {(experts, 2 * inner, hidden), (experts, hidden, inner)}
     assert len(compiled) == 2  # though there are more layers

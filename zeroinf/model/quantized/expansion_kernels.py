@@ -207,11 +207,26 @@ def _launch(
     )  # fmt: skip
 
 
-def _run(kernel: Any, grid: tuple[int, ...], whole: torch.Tensor, *given: object, **options: object) -> None:
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by all that Triton compiles them for, to be launched without a look-up of its own."""
+
+
+def _run(kernel: Any, grid: tuple[int, int, int], whole: torch.Tensor, *given: Any, **options: Any) -> None:
     if whole.is_meta:
-        kernel.warmup(whole, *given, grid=grid, **options)
+        compiled = kernel.warmup(whole, *given, grid=grid, **options)
+        getattr(compiled, "run", None)  # loads it, and compiles what launches it
+        return
+    key = kernel, *(_kind(one) for one in (whole, *given)), *options.values()
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](whole, *given, **options)
     else:
-        kernel[grid](whole, *given, **options)
+        constants = [options[name] for name in kernel.arg_names[len(given) + 1 :]]
+        compiled[grid](whole, *given, *constants)
+
+
+def _kind(given: Any) -> object:
+    return (given.dtype, given.data_ptr() % 16) if isinstance(given, torch.Tensor) else given
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:
