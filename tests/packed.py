@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import build_model, build_tokenizer
+from transformers import AutoModelForImageTextToText
 
 GROUP = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -452,4 +453,32 @@ def packed_checkpoint(name: str, method: str, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": marks}))
     (folder / "generation_config.json").write_text((full / "generation_config.json").read_text())
     build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def kimi_checkpoint(folder: Path, config: Any) -> Path:
+    """A small Kimi-K2.5 with names as its makers give them, experts in int4 and all else in full, and a config that
+    says so of the text model alone; in `folder/full` the model in full, as transformers saves it."""
+    torch.manual_seed(0)
+    pack, marks = METHODS["w4a16"]
+    rng, full = np.random.default_rng(0), folder / "full"
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(full)
+    tensors, stored = load_file(full / "model.safetensors"), Packed()
+    for called in list(tensors):
+        name = called.replace("language_model.model.blocks", "language_model.model.layers")
+        name = name.removeprefix("model.")
+        if ".experts." not in name:
+            stored[name] = tensors[called]
+            continue
+        own, whole = pack(tensors[called].numpy(), rng)
+        stored |= {name.replace("weight", part, 1): value for part, value in own.items()}
+        tensors[called] = torch.from_numpy(np.ascontiguousarray(whole))
+    save_file(tensors, full / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up)_proj.*", "re:vision_tower.*"]
+    fields = json.loads((full / "config.json").read_text())
+    fields["text_config"]["quantization_config"] = {**marks, "ignore": [*ignored, "lm_head", "re:mm_projector.*"]}
+    (folder / "config.json").write_text(json.dumps(fields))
+    for place in (folder, full):
+        build_tokenizer().save_pretrained(place)
     return folder

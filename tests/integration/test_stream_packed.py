@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import SharedFolder
-from packed import METHODS, packed_checkpoint
+from packed import METHODS, kimi_checkpoint, packed_checkpoint
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
 from tiers import tiered
+from tiny_models import FAMILIES, tiny_config
+from transformers import AutoModelForImageTextToText
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.manage_stores import list_stores
@@ -182,3 +184,19 @@ def test_experts_of_which_one_is_not_there_are_refused(packed: Packed, tmp_path:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"lacks 1 tensor .*model\.layers\.1\.mlp\.experts\.2\.up_proj\.scales"):
         resolve_model(str(tmp_path))
+
+
+def test_experts_of_a_model_that_sees_images_stay_packed(tmp_path: Path) -> None:
+    if "kimi_k25" not in FAMILIES:
+        pytest.skip("this version of transformers does not have it")
+    folder = kimi_checkpoint(tmp_path, tiny_config("kimi_k25"))
+    engine = stream(folder, offload="none", resident_blocks=4)
+    tokens, model = tokens_of(engine), engine.model
+    whole = AutoModelForImageTextToText.from_pretrained(folder / "full", dtype=torch.float32)
+    others = [name for name, _ in whole.named_parameters() if ".experts." not in name]
+    assert all(torch.equal(model.get_parameter(name), whole.get_parameter(name)) for name in others)
+    assert model.model.language_model.layers[1].mlp.experts.down_proj_0_weight_packed.dtype == torch.int32
+    engine.close()
+    full = stream(folder / "full", offload="none", resident_blocks=4)
+    assert tokens == tokens_of(full)
+    full.close()

@@ -103,10 +103,15 @@ def test_what_would_be_wrong_is_refused_by_name(family: str, message: str) -> No
         read_anatomy(config_of(family), dtype="float32")
 
 
-def test_codes_beside_weights_that_are_converted_row_by_row_are_refused() -> None:
+def test_codes_of_weights_that_are_converted_row_by_row_are_refused() -> None:
     config: Any = config_of("kimi_k25")
     config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False}
-    with pytest.raises(ModelError, match=r"gptq, which does not stream: .*conversion of its weights is not undone"):
+    read_anatomy(config, dtype="float32")
+    codes = "vision_tower.encoder.blocks.0.wqkv.qweight"
+    config.quantization_config["stored"] = {"coded": {codes: ["int32", [8, 192]]}, "names": [codes]}
+    with pytest.raises(
+        ModelError, match=r"transformers fuses or reorders vision_tower.encoder.blocks.0.wqkv row by row"
+    ):
         read_anatomy(config, dtype="float32")
 
 

@@ -117,7 +117,7 @@ def merge_adapter(model: Any) -> None:
         return
     from torch.nn import Linear
 
-    from zeroinf.model.quantized.linears import name_parts
+    from zeroinf.model.quantized.origins import name_parts
     from zeroinf.model.stored_parts import StoredPart, parts_of, set_parts
 
     name_parts(model)

@@ -23,6 +23,15 @@ def names_dtype(config: Any) -> bool:
     return any(getattr(part, "dtype", None) is not None for part in parts)
 
 
+def lift_quantization(config: Any) -> None:
+    """Let `config` say itself how its checkpoint is quantized, where only its text model's config does."""
+    text = getattr(config, "text_config", None)
+    if text is None or getattr(config, "quantization_config", None) or not getattr(text, "quantization_config", None):
+        return
+    config.quantization_config = text.quantization_config
+    del text.quantization_config
+
+
 def quantization(config: Any) -> dict[str, Any] | None:
     """The quantization settings in `config` (a transformers config), its method's name under
     `quant_method`; None where it is not."""

@@ -12,7 +12,7 @@ from zeroinf.errors import ModelError, UsageError
 from zeroinf.model.adapter import CONFIG_FILE, MARK, Adapter, read_adapter
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.catalog import catalog_close_to, catalog_config, catalog_hub_id, mark_own_head
-from zeroinf.model.config import names_dtype, quantization
+from zeroinf.model.config import lift_quantization, names_dtype, quantization
 from zeroinf.model.demo import DEMO_ALIAS, demo_file
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.model.gguf.folder import gguf_folder
@@ -64,6 +64,7 @@ def resolve_model(
         raise UsageError(f"--revision {revision} has no effect: {name} comes from {where}", hint="drop --revision")
     if config is None:
         config = _read_config(location, revision, trust_remote_code)
+    lift_quantization(config)
     _require_generating(location, config)
     _refuse_quantized(name, config)
     keep_capped_scores(config)

@@ -12,7 +12,7 @@ from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.model.quantized.expansion import Expansion, Held, refused, whole_weights
-from zeroinf.model.quantized.linears import is_fused
+from zeroinf.model.quantized.origins import is_fused
 from zeroinf.model.quantized.scaled import expand_scaled, hold_scaled
 
 # Formats in which a weight is codes in the order of its elements, and one scale for some of them.

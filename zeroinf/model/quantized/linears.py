@@ -6,9 +6,7 @@ model, lets modules hold their tensors (stacked for experts), and expands all ma
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +16,13 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
-from zeroinf.compat.loading import as_in_checkpoint, conversions
 from zeroinf.compat.modules import own_parameters
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused, whole_weights
-from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of, set_parts
+from zeroinf.model.quantized.origins import EXPERT, Origin, name_others, origins_of
+from zeroinf.model.stored_parts import StoredPart, set_parts
 
 STORED = "stored"
-"""Key of a quantization config under which `note_stored` keeps what files hold."""
-
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-# Rows of a matrix are told apart by so many marks as it goes through transformers' conversion: a fourth each.
-_MARKS = 4
+"""Key of a quantization config under which `note_stored` keeps names in files, and what of that is coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +80,15 @@ class _Matrices:
 
 
 def note_stored(config: Any, held: Mapping[str, Any]) -> None:
-    """Keep on a quantized `config` what files hold beside plain weights: `held` has each tensor's meta by name."""
+    """Keep on a quantized `config` what files hold: `held` has each tensor's meta by name."""
     found = getattr(config, "quantization_config", None)
     if not isinstance(found, dict):
         return
-    stored = {}
+    coded = {}
     for name, tensor in held.items():
         if not name.endswith((".weight", ".bias")) or not tensor.meta.is_floating_point() or tensor.meta.itemsize == 1:
-            stored[_EXPERT.sub("*", name)] = [str(tensor.meta.dtype).removeprefix("torch."), [*tensor.meta.shape]]
-    found[STORED] = stored
-
-
-def is_fused(model: Any) -> bool:
-    """Whether transformers fuses experts of `model`, which lie apart in its checkpoint."""
-    return any(not origin.is_whole for origin in _origins(model, "").values())
-
-
-def name_parts(model: Any) -> None:
-    """Say of every parameter of `model` what it is made of in the checkpoint, where nothing says so yet.
-
-    Raises ModelError where transformers fuses weights in a way that cannot be undone.
-    """
-    _name_others(model, _origins(model, "weights that an adapter changes"))
-    for name, parameter in model.named_parameters():
-        if parts_of(parameter) is None:
-            set_parts(parameter, (StoredPart((name,), as_stored),))
+            coded[EXPERT.sub("*", name)] = [str(tensor.meta.dtype).removeprefix("torch."), [*tensor.meta.shape]]
+    found[STORED] = {"coded": coded, "names": sorted({EXPERT.sub("*", name) for name in held})}
 
 
 def hold_linears(
@@ -121,15 +99,15 @@ def hold_linears(
     Where files were read, those are quantized that have a tensor `key`; else all linear layers but those that
     `is_kept`. `what` names the format in messages. Raises ModelError for what is not known to be exact.
     """
-    stored = _by_layer(found.get(STORED))
-    origins = _origins(model, what)
+    noted = found.get(STORED) or {"coded": None, "names": None}
+    stored, origins = _by_layer(noted["coded"]), origins_of(model, what, noted["names"])
     owners = {f"{path}.{own}": module for path, module in model.named_modules() for own in own_parameters(module)}
     plans: dict[Module, list[_Plan]] = defaultdict(list)
-    for matrices in _matrices(model, origins):
+    for matrices in _matrices(model, origins.whole):
         module, own = owners[matrices.parameter], matrices.parameter.rpartition(".")[2]
         parameter = own_parameters(module)[own]
         rows, columns = matrices.end - matrices.first, parameter.shape[-1]
-        layer = _EXPERT.sub("*", matrices.names[0])
+        layer = EXPERT.sub("*", matrices.names[0])
         if stored is None:
             held = None if is_kept(matrices.names[0]) else form.usual(rows, columns)
         else:
@@ -139,9 +117,11 @@ def hold_linears(
         if (why := form.why_not(rows, columns, held)) is not None:
             raise refused(model, what, f"{layer} {why}")
         plans[module].append(_Plan(own, parameter.shape, parameter.dtype, matrices, held))
+    if fused := next((layer for layer in origins.layers_by_row() if key in (stored or {}).get(layer, ())), None):
+        raise refused(model, what, f"transformers fuses or reorders {fused} row by row")
     for module, own_plans in plans.items():
         _hold(model, what, module, own_plans, form)
-    _name_others(model, origins)
+    name_others(model, origins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +209,7 @@ def _by_layer(stored: Mapping[str, Any] | None) -> dict[str, dict[str, Stored]] 
     return layers
 
 
-def _matrices(model: Any, origins: Mapping[str, _Origin]) -> Iterator[_Matrices]:
+def _matrices(model: Any, origins: Mapping[str, Origin]) -> Iterator[_Matrices]:
     """The linear layers of the checkpoint that the parameters of `model` are made of."""
     linear = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Linear}
     stacks = {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name}
@@ -242,66 +222,3 @@ def _matrices(model: Any, origins: Mapping[str, _Origin]) -> Iterator[_Matrices]
     for (parameter, first, end), layers in found.items():
         names = tuple(layers[number] for number in range(len(layers)))
         yield _Matrices(parameter, names, first, end, is_stack=len(sizes[parameter]) == 3)
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """A tensor of the checkpoint: rows `first` to `end` of `parameter`, of its matrix `number` if that is a stack."""
-
-    parameter: str
-    number: int
-    first: int
-    end: int
-    is_whole: bool = True
-    """It is all of `parameter`."""
-
-
-def _origins(model: Any, what: str) -> dict[str, _Origin]:
-    """The place in `model` of each tensor of the checkpoint, by the name that it has there.
-
-    transformers' conversion is undone with numbers for rows, a few for each matrix.
-    """
-    parameters = dict(model.named_parameters())
-    if not conversions(model, of_old_names=False):
-        return {name: _Origin(name, 0, 0, parameter.shape[0]) for name, parameter in parameters.items()}
-    marked, starts, start = {}, [], 0
-    for name, parameter in parameters.items():
-        shape = (parameter.shape[0], _MARKS, 1) if parameter.dim() == 3 else (_MARKS, *[1] * (parameter.dim() - 1))
-        marks = torch.Size(shape).numel()
-        marked[name] = torch.arange(start, start + marks, device="cpu").view(shape)
-        starts.append(start)
-        start += marks
-    names, found = list(parameters), {}
-    try:
-        stored = as_in_checkpoint(model, marked)
-    except RuntimeError as error:  # a conversion that asks for all rows, such as that of Kimi's images
-        raise refused(model, what, f"transformers' conversion of its weights is not undone: {error}") from error
-    for name, value in stored.items():
-        first, end = int(value.min()), int(value.max()) + 1
-        at = bisect_right(starts, first) - 1
-        rows = parameters[names[at]].shape[-2:][0]
-        number, mark = divmod(first - starts[at], _MARKS)
-        if value.numel() != end - first or (mark and rows % _MARKS):
-            raise refused(model, what, f"transformers fuses {name} with other weights row by row")
-        if parameters[names[at]].dim() == 3 and value.dim() == 3:
-            number, mark, end = 0, 0, first + _MARKS  # a stack in the checkpoint too
-        at_rows = mark * rows // _MARKS, (mark + end - first) * rows // _MARKS
-        found[name] = _Origin(names[at], number, *at_rows, is_whole=value.numel() == marked[names[at]].numel())
-    return found
-
-
-def _name_others(model: Any, origins: Mapping[str, _Origin]) -> None:
-    """Say what parameters that are not quantized are made of, where transformers renames or fuses them."""
-    parameters = dict(model.named_parameters())
-    parts: dict[str, list[StoredPart]] = defaultdict(list)
-    for name, origin in origins.items():
-        parameter = parameters.get(origin.parameter)
-        if parameter is not None and parts_of(parameter) is None and name != origin.parameter:
-            start = origin.number * parameter[0].numel() + origin.first * parameter.shape[-1]
-            parts[origin.parameter].append(StoredPart((name,), as_stored, start if parameter.dim() == 3 else 0))
-    for own, made in parts.items():
-        set_parts(parameters[own], tuple(made))
-    if any(name != origin.parameter for name, origin in origins.items()):
-        for own, parameter in parameters.items():
-            if parts_of(parameter) is None:
-                set_parts(parameter, (StoredPart((own,), as_stored),))
