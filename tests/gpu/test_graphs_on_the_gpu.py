@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generating import PlainEngine, anatomy_of, greedy_by_transformers, rows_of, run_rows
+from packed import packed_checkpoint
+from quantized import mxfp4_checkpoint
 from small_models import VOCABULARY, build_model
 
 from zeroinf.compat.models import experts_by
+from zeroinf.distributed.control import Control
+from zeroinf.distributed.world import World
+from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.graphs import CudaCapturing, Graphs
-from zeroinf.model.inspect import find_blocks
+from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.mixers import modules_of
+from zeroinf.model.resolve import resolve_model
+from zeroinf.planner.plan import Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +33,7 @@ DENSE = ["llama", "gpt2", "gemma2", "gemma3_text", "gpt_neox", "opt", "qwen3"]
 WITH_EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
 
 
-def run(model: Any, *, most: int = 1000, engine: PlainEngine | None = None, **limits: Any) -> tuple[Graphs, list[Any]]:
+def run(model: Any, *, most: int = 1000, engine: Any = None, **limits: Any) -> tuple[Graphs, list[Any]]:
     """The graphs, which the model has lost again, and the rows that have run."""
     launched = [module for _, module in modules_of(model, anatomy_of(model).mixers)]
     capturing = CudaCapturing(CUDA, model.dtype)
@@ -108,6 +116,26 @@ def test_a_graph_serves_all_layers_that_are_alike_in_one_slot_of_weights(slots: 
     graphs, rows = run(model, engine=engine, pages=9)
     assert 0 < graphs.count <= slots * len(SIZES) < graphs.replays
     compare(build_model("llama").to(CUDA), rows)
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize(("name", "method"), [("llama", "gptq_ordered"), ("llama", "nvfp4"), ("gpt_oss", "mxfp4")])
+def test_layers_of_quantized_checkpoints_have_them(name: str, method: str, resident: int, tmp_path: Path) -> None:
+    folder = mxfp4_checkpoint(tmp_path) if name == "gpt_oss" else packed_checkpoint(name, method, tmp_path)
+    source = resolve_model(str(folder))
+    plan = Plan(
+        anatomy=read_anatomy(source.config, dtype="float32"), engine="stream", dtype="float32", device="cuda",
+        world_size=1, batch_size=4, offload="cpu", resident_blocks=resident,
+    )  # fmt: skip
+    engine = StreamEngine(plan, source, Control(World(), "cuda"), CUDA)
+    with experts_by(engine.model, "batched_mm"):
+        graphs, rows = run(engine.model, engine=engine, pages=9)
+        _, others = run(engine.model, engine=engine, pages=9, most=0)
+    engine.close()
+    print(f"{name} {method}: {graphs.count} graphs, {graphs.replays} replays, refused: {graphs.refused}")
+    assert [row.generated for row in rows] == [row.generated for row in others]
+    assert not graphs.refused
+    assert graphs.replays > graphs.count > 0
 
 
 def test_after_a_capture_that_fails_all_goes_on_without_more_graphs(monkeypatch: Any) -> None:

@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import SharedFolder
+from fake_graphs import FakeCapturing
+from generating import rows_of, run_rows
 from quantized import compressed_tensors_checkpoint, fp8_checkpoint, mxfp4_checkpoint
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from test_stream_tokens import plain_tokens, stream, tokens_of
 
+from zeroinf.compat.models import experts_by
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
+from zeroinf.generation.graphs import Graphs
 from zeroinf.generation.row import Sampling
-from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, store_bytes
@@ -234,6 +238,25 @@ def test_like_layers_are_expanded_to_like_addresses(where: dict[str, Any], quant
     assert len(found) > len(engine.model.model.layers)  # layers of more than one pass
     assert all(addresses == found[0] for addresses in found)
     assert len(set(found[0])) == len(found[0])
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize(("name", "method"), [("llama", "fp8"), ("gpt_oss", "mxfp4")])
+def test_graphs_of_layers_read_what_was_expanded_last(
+    name: str, method: str, resident: int, quantized: Quantized
+) -> None:
+    engine, found = stream(quantized(name, method), resident_blocks=resident), list[list[list[int]]]()
+    for most in (100, 0):
+        with experts_by(engine.model, "batched_mm"):
+            graphs = Graphs(list(find_blocks(engine.model)[1]), FakeCapturing(), (1, 2, 4, 16), most=most, launched=())
+            rows = rows_of([[5, 6, 7, 8], [9, 10, 11], [12]], 12, ignore_eos=True)
+            run_rows(engine, rows, rows=3, pages=9, prefill_tokens=16, forward_tokens=16)
+            graphs.close()
+        assert not graphs.refused
+        assert not most or graphs.replays > graphs.count > 0
+        found.append([row.generated for row in rows])
+    engine.close()
+    assert found[0] == found[1]
 
 
 def test_an_interrupted_pass_leaves_modules_as_they_were(quantized: Quantized) -> None:

@@ -48,8 +48,6 @@ def why_launched(
         return f"the {engine} engine runs transformers' own layers"
     if why_padded(anatomy, engine, on_host=on_host, scored=scored):
         return "forwards are padded"
-    if anatomy.quantized is not None:
-        return "quantized weights are expanded to other addresses each time"
     if expert_parts > 1:
         return "experts come in parts"
     return ""

@@ -45,6 +45,8 @@ TILES = {
 """By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side."""
 # A scale of more than any row or matrix has is that of all of it.
 _ALL = 1 << 30
+# Side by side on the second axis of a grid.
+_MOST_PROGRAMS = 65535
 # Weights whose numbers, and those of their bytes, fit 32 bits.
 _MOST_IN_A_ROW = 1 << 30
 
@@ -200,6 +202,8 @@ def _launch(
         fits = (wide for wide in (tile.units, 32, 16, 8) if triton.cdiv(units, wide) * wide <= 1.1 * units)
         wide = next(fits, 8)
         tile = Tile(tile.rows * tile.units // wide, wide, tile.warps)
+    while triton.cdiv(rows, tile.rows) > _MOST_PROGRAMS:
+        tile = Tile(2 * tile.rows, max(1, tile.units // 2), tile.warps)
     _run(
         kernel, (triton.cdiv(units, tile.units), triton.cdiv(rows, tile.rows), stack),
         whole, *before, rows, units, *after, *strides, **kinds,
