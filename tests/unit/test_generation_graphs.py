@@ -134,3 +134,19 @@ def test_recurrent_layers_run_without_graphs_beside_others() -> None:
         graphs, ran = run_with_graphs(model, pages=9)
     assert graphs.replays > graphs.count > 0
     assert [row.generated for row in ran] == expected(model, ran)
+
+
+class _Told(torch.Tensor):
+    def data_ptr(self) -> int:
+        return 1
+
+
+class _Untold(torch.Tensor): ...
+
+
+@pytest.mark.parametrize(("kind", "why"), [(_Told, ""), (_Untold, "a layer has weights of type _Untold")])
+def test_weights_of_other_classes_have_graphs_where_they_say_their_address(kind: Any, why: str) -> None:
+    model = build_model("llama")
+    block = find_blocks(model)[1][1]
+    block.mlp.scale = torch.ones(1).as_subclass(kind)
+    assert Graphs([block], FakeCapturing(), SIZES, most=1).refused == (f"layer 0: {why}" if why else "")

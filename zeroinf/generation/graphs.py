@@ -461,10 +461,12 @@ def _sites(block: Module) -> Iterator[_Site]:
 
 
 def _why_not(block: Module) -> str:
-    """Why the addresses of what `block` reads are not known; empty where they are."""
+    """Why the addresses of what `block` reads are not known; empty where they are: tensors of classes that hold no
+    memory say them where `data_ptr` is their own."""
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     kinds = (type(own[name]) for own, name in _sites(block) if own[name] is not None)
-    return next((f"a layer has weights of type {kind.__name__}" for kind in kinds if kind not in plain), "")
+    unknown = (kind for kind in kinds if kind not in plain and kind.data_ptr is torch.Tensor.data_ptr)
+    return next((f"a layer has weights of type {kind.__name__}" for kind in unknown), "")
 
 
 _IGNORED = {*vars(Module()), "forward", "layer_idx"}
