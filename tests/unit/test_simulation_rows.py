@@ -10,7 +10,7 @@ from small_models import small_config
 
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import Event
-from zeroinf.planner.workload import Lengths, Step, same
+from zeroinf.planner.workload import Lengths, Pattern, Step, same
 from zeroinf.simulation.rows import ByRows
 from zeroinf.simulation.workload import Simulator, _parts
 
@@ -43,6 +43,23 @@ def test_a_few_numbers_of_rows_stand_for_all() -> None:
     assert same(by_rows(4096), step_of(4096))  # so far out it is looked at again
     assert same(by_rows(2500), step_of(2500))
     assert simulate.asked == [1, 2, 4, 8, 4096]
+
+
+def test_tensors_that_happen_to_be_equally_large_bend_no_line() -> None:
+    def simulate(rows: int) -> Step:
+        asked.append(rows)
+        found = step_of(rows)
+        groups = [replace(group, kernels=(group.kernels[0]._replace(pattern=seen(rows)),)) for group in found.kernels]
+        return replace(found, kernels=tuple(groups))
+
+    def seen(rows: int) -> Pattern:
+        return "straight" if rows == 8 else "crossed"
+
+    asked = list[int]()
+    by_rows = ByRows(simulate)
+    for rows in (2, 4, 8, 16, 32, 64):
+        by_rows(rows)
+    assert asked == [2, 4, 8]
 
 
 @pytest.mark.parametrize("bend", [2, 8, 100])
