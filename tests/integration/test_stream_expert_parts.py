@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_machines import GIB, MIB, machine_of, overhead, shape_of, workload_of
+from fake_machines import CHAIN, GIB, MIB, machine_of, overhead, shape_of, workload_of
 from generating import greedy_by_transformers, rows_of, run_rows
 from quantized import fp8_experts_checkpoint, mxfp4_checkpoint
 from ranks import on_ranks
@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_terms
-from zeroinf.errors import DoesNotFitError
+from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.constraints import Constraints, check_routed_tokens
 from zeroinf.planner.memory import total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
@@ -243,6 +243,34 @@ def test_few_rows_are_planned_with_the_experts_that_they_are_routed_to(large_lay
     # 4 rows are routed to 12 % of the experts, but these arrive while nothing computes.
     assert 2 < few.timing.tokens_per_second / all_experts.timing.tokens_per_second < 1 / (1 - (1 - 2 / 64) ** 4)
     assert planned(64).routed_tokens == 0
+
+
+def test_experts_are_split_where_routed_ones_are_asked_for(large_layers: PlanInput) -> None:
+    machine = machine_of(gpus=1, gpu_bytes=32 * GIB, host_bytes=32 * GIB)
+    constraints = replace(large_layers.constraints, resident_blocks=0, batch_size=64, routed_tokens=16)
+    plan = make_plan(replace(large_layers, machine=machine, constraints=constraints)).plan
+    assert (plan.expert_parts, plan.routed_tokens) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"parts": 1}, "no effect with --expert-parts 1"),
+        ({"offload": "none"}, "no effect with --offload none"),
+        ({"wire": "int8"}, "share scales"),
+        ({"anatomy": CHAIN}, "no experts"),
+    ],
+)
+def test_routed_experts_are_refused_where_there_can_be_none(given: dict[str, Any], message: str) -> None:
+    odd = MixtralConfig(
+        hidden_size=72, intermediate_size=68, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        num_local_experts=4, vocab_size=320,
+    )  # fmt: skip
+    anatomy = read_anatomy(odd, dtype="float32")
+    asked: dict[str, Any] = {"parts": None, "offload": "auto", "wire": "model", "anatomy": anatomy, "tokens": 4}
+    check_routed_tokens(**asked)
+    with pytest.raises(UsageError, match=message):
+        check_routed_tokens(**{**asked, **given})
 
 
 def test_parts_are_smaller_the_more_there_are(large_layers: PlanInput) -> None:

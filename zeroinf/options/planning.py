@@ -106,7 +106,7 @@ def constraints_of(options: RunOptions | PlanOptions, engine: str, anatomy: Anat
     Raises UsageError for what the engine or the model cannot do."""
     check_embeddings(options.embeddings, anatomy)
     check_expert_parts(options.expert_parts, options.fetch, anatomy)
-    check_routed_tokens(options.routed_tokens, options.wire, anatomy)
+    check_routed_tokens(options.routed_tokens, options.expert_parts, options.offload, options.wire, anatomy)
     check_kv_attention(options.kv_attention, options.kv, engine, anatomy)
     names = {each.name for each in fields(Constraints)} & {one.path[0] for one in definitions(type(options))}
     chosen = {name: getattr(options, name) for name in names} | facts

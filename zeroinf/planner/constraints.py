@@ -78,16 +78,20 @@ def check_expert_parts(parts: int | None, fetch: Fetch | Literal["auto"], anatom
         raise UsageError("--expert-parts: parts of layers are not shared out among ranks", hint="--fetch replicated")
 
 
-def check_routed_tokens(tokens: int | None, wire: Wire, anatomy: Anatomy) -> None:
+def check_routed_tokens(
+    tokens: int | None, parts: int | None, offload: Offload | Literal["auto"], wire: Wire, anatomy: Anatomy
+) -> None:
     """Raise UsageError where experts cannot be brought one by one."""
     if not tokens:
         return
+    asked = f"--routed-tokens {tokens}"
     if not anatomy.experts:
-        raise UsageError(
-            f"--routed-tokens {tokens}: {anatomy.architecture} has no experts that could be split", hint="drop it"
-        )
+        raise UsageError(f"{asked}: {anatomy.architecture} has no experts that could be split", hint="drop it")
+    if parts == 1 or offload == "none":
+        other = "--offload none" if offload == "none" else "--expert-parts 1"
+        raise UsageError(f"{asked} has no effect with {other}: only parts of experts that stream", hint="drop one")
     if not separable(anatomy, wire):
-        raise UsageError(f"--routed-tokens {tokens}: with --wire {wire}, experts share scales", hint="drop one")
+        raise UsageError(f"{asked}: with --wire {wire}, experts share scales", hint="drop one")
 
 
 def check_micro_batch_rows(rows: int | None, batch_size: int | None, engine: str, regroups: bool) -> None:

@@ -97,22 +97,26 @@ class Planner:
         if constraints.expert_parts is not None:
             return (constraints.expert_parts,)
         able = "expert_parts" in descriptor_of(constraints.engine).options
+        asked = bool(constraints.routed_tokens)
+        if asked and facts.device != "cuda":
+            return (min(_FEW_PARTS, most),)
         if most == 1 or not able or facts.device != "cuda" or constraints.offload == "none":
             return (1,)
         layers = with_layers(facts.anatomy, "cpu")
         in_use = {parts: self._bytes_in_use(layers, constraints, parts) for parts in _parts_up_to(most)}
         if in_use[1] <= facts.gpu_bytes * _FILLING_SHARE:
-            return (1, _FEW_PARTS) if self._are_few(constraints) and most >= _FEW_PARTS else (1,)
+            few = (min(_FEW_PARTS, most),)
+            return few if asked else (1, *few) if self._are_few(constraints) else (1,)
         small = [parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _PARTS_SHARE and parts > 1]
-        whole = (1,) if in_use[1] < facts.gpu_bytes else ()
+        whole = (1,) if in_use[1] < facts.gpu_bytes and not asked else ()
         return (*whole, *(small or [max(in_use)])[:2])
 
     def _are_few(self, constraints: Constraints) -> bool:
         """Whether so few rows are live that steps bring only the experts that they are routed to."""
-        asked, few = constraints.routed_tokens, few_tokens(self._facts.anatomy, constraints.wire)
+        few = few_tokens(self._facts.anatomy, constraints.wire) if constraints.routed_tokens is None else 0
         requests = None if constraints.requests is None else -(-constraints.requests // constraints.streams)
         given = [rows for rows in (constraints.batch_size, requests) if rows is not None]
-        return bool(given) and min(given) <= (few if asked is None else asked)
+        return bool(given) and min(given) <= few
 
     def _bytes_in_use(self, layers: Anatomy, constraints: Constraints, parts: int) -> int:
         """Bytes of slots, and of weights in full, if others cross the link."""

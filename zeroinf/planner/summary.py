@@ -91,7 +91,7 @@ def _tiers(plan: Plan, blocks: int) -> str:
     if not descriptor_of(plan.engine).places_blocks:
         return f"{blocks} layers"
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
-    mixed = f" ({plan.host_units} parts of them in host memory)" if plan.host_units else ""
+    mixed = f" ({plan.host_units} part{'s' * (plan.host_units > 1)} of them in host memory)" if plan.host_units else ""
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
     gathered = ", embeddings in host memory" if plan.embeddings == "cpu" else ""
     gathered += f", experts in {plan.expert_parts} parts" if plan.expert_parts > 1 else ""

@@ -93,7 +93,7 @@ class Trials:
             kv_dtype=constraints.kv_dtype,
             embeddings=self._embeddings,
             expert_parts=self._parts,
-            routed_tokens=self._routed_tokens,
+            routed_tokens=self._routed_tokens if residents < len(self._anatomy.blocks) else 0,
         )
 
     def fewest_residents(self, offload: Offload) -> int:
