@@ -238,16 +238,17 @@ class Trials:
         return []
 
     def true_shortage(self, rejected: Rejection, fewest: int) -> Rejection:
-        """Why a way does not fit: what the host lacks, where blocks had to stay on the GPU for want of host memory."""
+        """Why a way does not fit: where blocks had to stay on the GPU for want of host memory, the least that the host
+        lacks, with as many blocks on the GPU as there is room for."""
         if rejected.offload != "cpu" or self._constraints.resident_blocks is not None or not fewest:
             return rejected
         choice = self.choice("cpu", rejected.fetch, rejected.batch_size, 0)
         with_plenty = Trials(self._facts, self._constraints, {**self._budgets, "host": sys.maxsize}, self._shapes)
-        outcome = with_plenty.in_any_shape(choice)
-        blocks = len(self._anatomy.blocks) * self._largest_piece
-        needed = self._host_bytes_beside_blocks(1) + blocks
+        outcome, streamed, least = with_plenty.in_any_shape(choice), len(self._anatomy.blocks), 0
         if isinstance(outcome, Candidate):
-            needed = max(needed, total(outcome.terms, "host"))
+            (outcome,) = with_plenty.with_more_residents(outcome) or [outcome]
+            streamed, least = streamed - outcome.choice.resident_blocks, total(outcome.terms, "host")
+        needed = max(least, self._host_bytes_beside_blocks(1) + streamed * self._largest_piece)
         short = Shortage(place="host", needed_bytes=needed, available_bytes=self._facts.host_bytes)
         return Rejection.of(choice, short, *(outcome.shortages if isinstance(outcome, Rejection) else ()))
 
