@@ -21,6 +21,7 @@ from zeroinf.compat import (
     chat_templates,
     deepspeed,
     dispatch,
+    experts,
     hub,
     loading,
     masks,
@@ -29,6 +30,7 @@ from zeroinf.compat import (
     quantizers,
     states,
     stop_strings,
+    subclasses,
     warnings,
 )
 from zeroinf.model.resolve import resolve_model
@@ -184,11 +186,55 @@ def test_attention_and_experts_are_changed_for_a_while(model: Any) -> None:
     with models.attention_by(model, "eager"):
         assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert model.config._attn_implementation == before
-    experts = AutoModelForCausalLM.from_config(small_config("qwen3_moe"), dtype=torch.float32)
-    own = experts.config._experts_implementation
-    with models.experts_by(experts, "batched_mm"):
-        assert experts.config._experts_implementation == "batched_mm"
-    assert experts.config._experts_implementation == own is not None
+    moe = AutoModelForCausalLM.from_config(small_config("qwen3_moe"), dtype=torch.float32)
+    own = moe.config._experts_implementation
+    with models.experts_by(moe, "batched_mm"):
+        assert moe.config._experts_implementation == "batched_mm"
+    assert moe.config._experts_implementation == own is not None
+
+
+def test_experts_run_by_a_function_of_ours() -> None:
+    made = AutoModelForCausalLM.from_config(small_config("qwen3_moe"), dtype=torch.float32).eval()
+    ids, seen = torch.arange(4)[None], []
+
+    def run(module: Any, states: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        seen.append(module)
+        assert numbers.shape == weights.shape
+        assert experts.gates_halves(module)
+        halves = torch.ones(1, 2), torch.full((1, 2), 3.0)
+        assert torch.equal(experts.gated(module, torch.cat(halves, -1)), module.act_fn(halves[0]) * halves[1])
+        assert not (module.is_transposed or module.has_bias) and module.has_gate
+        return experts.run_by_default(module, states, numbers, weights)
+
+    with torch.no_grad():
+        expected = made(ids).logits
+        experts.replace_default_experts(made, "zeroinf_test", run)
+        assert torch.allclose(made(ids).logits, expected, atol=1e-6)
+    assert len(seen) == made.config.num_hidden_layers
+    experts.replace_default_experts(made, "zeroinf_other", run)
+    assert made.config._experts_implementation == "zeroinf_test", "only the default is replaced"
+
+
+def test_tensors_without_memory() -> None:
+    asked = []
+
+    class Wrapped(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func)
+            with subclasses.as_plain_tensors():
+                return func(*args, **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+            return func(*subclasses.replaced(Wrapped, lambda found: torch.ones(found.shape), args), **(kwargs or {}))
+
+    made = subclasses.make_wrapper(Wrapped, (2, 3), torch.float32, torch.device("cpu"))
+    assert type(made) is Wrapped
+    assert made.shape == (2, 3)
+    assert torch.equal(torch.add(made, 1), torch.full((2, 3), 2.0))
+    assert torch.equal(torch.cat([made, torch.zeros(1, 3)]).sum(), torch.tensor(6.0)), "in lists, too"
+    assert asked.count(torch.add) == asked.count(torch.cat) == 1
 
 
 @pytest.mark.parametrize(("name", "method"), [("gemma2", "eager"), ("llama", None)])
@@ -247,9 +293,9 @@ def test_modules_that_stay_unquantized(model: Any) -> None:
     assert not quantizers.is_quantized("lm_head", kept)
     assert quantizers.is_quantized("model.layers.0.mlp.up_proj", kept)
     assert quantizers.is_quantized("model.layers.0.mlp.up_proj", None)
-    experts = [m for m in AutoModelForCausalLM.from_config(small_config("gpt_oss")).modules()
+    found = [m for m in AutoModelForCausalLM.from_config(small_config("gpt_oss")).modules()
                if isinstance(m, quantizers.gpt_oss_experts())]  # fmt: skip
-    assert experts[0].gate_up_proj.dim() == experts[0].down_proj.dim() == 3
+    assert found[0].gate_up_proj.dim() == found[0].down_proj.dim() == 3
 
 
 def test_modules_of_compressed_tensors() -> None:

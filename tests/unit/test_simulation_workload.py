@@ -490,3 +490,21 @@ def replace_experts(config: Any) -> Any:
 def test_the_same_rows_are_simulated_once() -> None:
     simulate = simulator(small_config("llama"), anatomy_of("llama"))
     assert simulate(whole(3)) is simulate(whole(3))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_by_kernels_launch_less_and_hold_less(name: str) -> None:
+    config = eager(name)
+    anatomy = read_anatomy(config, dtype="bfloat16")
+    shape, found = Shape(8, 8, 64, forward_tokens=64), []
+    for own_kernels in (True, False):
+        simulate = Simulator(config, anatomy, lengths_of(), own_kernels=own_kernels)
+        packed = simulate(shape).packed
+        assert packed is not None
+        kernels = [kernel for group in packed.forwards.tokens[6][1] for kernel in group.kernels]
+        allocated = sum(event.nbytes or 0 for step in packed.fullest[0] for part in step.sections for event in part)
+        found.append((len(kernels), allocated, sum(kernel.flops for kernel in kernels)))
+    (own, theirs) = found
+    assert own[0] < theirs[0]
+    assert own[1] < theirs[1]
+    assert own[2] == theirs[2]

@@ -90,7 +90,7 @@ def test_what_is_written_in_a_piece_comes_out_of_the_expanded_slot(name: str, wi
         wire_piece = torch.full((group.nbytes,), 7, dtype=torch.uint8)
         for tensor, target in group.targets(wire_piece, torch.device("cpu")):
             target.write(tensor.value.detach())
-        expander.expand(group, wire_piece)
+        expander.on(group).fill(wire_piece)
         coded = 0
         for tensor, found in group.views(expander.slot):
             is_same = torch.equal(found, tensor.value)

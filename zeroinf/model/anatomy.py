@@ -295,6 +295,8 @@ class Experts:
     """Full dotted names of its parameters whose first dimension is the experts'."""
     each: int
     """Experts that each token is routed to."""
+    is_transposed: bool = False
+    """Weights are (experts, inputs, outputs), not (experts, outputs, inputs)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,8 +55,16 @@ def find_experts(model: Any, blocks: Sequence[Module]) -> tuple[Experts, ...]:
         count = int(module.num_experts)  # type: ignore[arg-type]
         tensors = tuple(f"{names[module]}.{own}" for own in split_parameters(module, count))
         if fitting.get(module) and counts[index] == 1 and count > 1 and tensors:
-            name = names[module]
-            found.append(Experts(block=index, count=count, module=name, tensors=tensors, each=each[module]))
+            found.append(
+                Experts(
+                    block=index,
+                    count=count,
+                    module=names[module],
+                    tensors=tensors,
+                    each=each[module],
+                    is_transposed=bool(module.is_transposed),
+                )
+            )
     return tuple(found)
 
 

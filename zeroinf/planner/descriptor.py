@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
 
 
+KERNEL_CAPABILITY = (8, 0)
+"""The compute capability from which on kernels multiply by weights as they rest, in bfloat16 and float16."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineTerms:
     """Memory terms of one engine for one question; the candidate is what varies."""
@@ -75,6 +79,8 @@ class EngineDescriptor:
     """The planner replays all that it allocates on a GPU, which is for one stream of kernels."""
     captures_layers: bool = False
     """It replays CUDA graphs of layers in forwards of few tokens."""
+    has_kernels: bool = False
+    """Experts and norms compute by kernels of its own, in half precision, on GPUs from KERNEL_CAPABILITY on."""
     runs_quantized: bool = False
     """It runs checkpoints that are quantized already, as they are stored."""
     leaves_unread: bool = False

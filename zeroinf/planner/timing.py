@@ -13,6 +13,7 @@ from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
+from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.kernel_times import kernel_s
@@ -198,11 +199,15 @@ def _expansion(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[Ke
     checkpoint's."""
     if workload.expansion is not None:
         return workload.expansion.kernels
-    if choice.wire == "model":
+    if choice.wire == "model" or _multiplies_codes(choice, workload):
         return ()
     layers = with_layers(anatomy, choice.embeddings)
     both = zip(pieces(layers), pieces(layers, choice.wire), strict=True)
     return (Kernels(1.0, tuple(kernel for full, coded in both for kernel in (Kernel(0, full + coded), Kernel(0, 0)))),)
+
+
+def _multiplies_codes(choice: Choice, workload: Workload) -> bool:
+    return choice.wire != "model" and workload.multiplies_codes and workload.packed is not None
 
 
 def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tuple[float, float]:
@@ -295,7 +300,10 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     mixing, stepping = (_times(kernels, speeds) for kernels in workload.packed.mixing)
-    by_tokens, by_choices = _forward_times(forwards, speeds, choice.graph_tokens)
+    coded = None
+    if _multiplies_codes(choice, workload):
+        coded = coded_layers(with_layers(anatomy, choice.embeddings), choice.wire)
+    by_tokens, by_choices = _forward_times(forwards, speeds, choice.graph_tokens, coded)
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
@@ -334,12 +342,18 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
 
 
 @lru_cache(maxsize=64)
-def _forward_times(forwards: Forwards, speeds: Speeds, graph_tokens: int) -> tuple[_Line, _Line]:
+def _forward_times(
+    forwards: Forwards, speeds: Speeds, graph_tokens: int, coded: CodedLayers | None = None
+) -> tuple[_Line, _Line]:
     """Seconds of each resource by a forward's tokens, and by its choices; layers of up to `graph_tokens` tokens launch
-    their graphs, whatever these hold."""
+    their graphs, whatever these hold. `coded`: the layers, where weights are multiplied as codes."""
+    many = forwards.tokens[-1][0]
     by_tokens, by_choices = (
-        [(float(count), _times(kernels, speeds)) for count, kernels in found]
-        for found in (forwards.tokens, forwards.choices)
+        [
+            (float(count), _times(kernels if coded is None else on_codes(kernels, tokens or count, coded), speeds))
+            for count, kernels in found
+        ]
+        for found, tokens in ((forwards.tokens, None), (forwards.choices, many))
     )
     host = speeds.fitted.passes
     for (_, times), (tokens, kernels) in zip(by_tokens, forwards.tokens, strict=True):

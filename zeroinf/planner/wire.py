@@ -38,6 +38,12 @@ CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
 """The lossy formats. What their groups cost in quality is measured in docs/decisions/0009-wire-formats.md."""
 
 
+MOST_CODED_ROWS = 64
+"""Dense products of more rows are faster with the weight in full, expansion included (`scripts/bench-products`)."""
+MOST_ROWS_BY_EXPERT = 40
+"""Likewise by expert, of more rows on average of all experts."""
+
+
 def is_coded(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> list[bool]:
     """Tell for each of a block's tensors whether it is quantized: the large weights are. `dtype` is the model's.
 

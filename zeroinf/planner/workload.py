@@ -282,6 +282,8 @@ class Workload:
     """Room for the rows that rest in host memory."""
     expansion: ExpansionCost | None = None
     """None where weights are in full."""
+    multiplies_codes: bool = False
+    """Products multiply by weights as they rest, where these are codes."""
     paged_prompts: Pass = ()
     """Prompts of rows on the GPU, where `prompts` are of rows in host memory and there are both."""
     packed: Packed | None = None

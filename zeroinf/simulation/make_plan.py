@@ -30,7 +30,7 @@ from zeroinf.planner.advice import (
 )
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
-from zeroinf.planner.descriptor import refuse_beside_codes
+from zeroinf.planner.descriptor import KERNEL_CAPABILITY, refuse_beside_codes
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.prefixes import SharedPrefixes
@@ -42,6 +42,7 @@ from zeroinf.simulation.workload import Simulator
 
 # Where no single change does, so many pairs of them are named.
 _REMEDIES = 2
+_KERNEL_DTYPES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +233,17 @@ def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulat
         shares_passes=descriptor_of(plan_input.constraints.engine).shares_passes,
         trust_remote_code=plan_input.trust_remote_code,
         expansion=expanded,
+        own_kernels=_has_own_kernels(plan_input),
     )
+
+
+def _has_own_kernels(plan_input: PlanInput) -> bool:
+    """Whether experts and norms compute by the engine's kernels: on GPUs that are known to run them."""
+    if plan_input.device == "cpu" or plan_input.anatomy.dtype not in _KERNEL_DTYPES:
+        return False
+    capabilities = [gpu.capability for gpu in plan_input.machine.gpus]
+    able = all(capability is not None and capability >= KERNEL_CAPABILITY for capability in capabilities)
+    return able and descriptor_of(plan_input.constraints.engine).has_kernels
 
 
 def _planner(

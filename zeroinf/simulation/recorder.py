@@ -24,6 +24,7 @@ from zeroinf.model import meta_operators
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.planner.allocator import Event, Events
 from zeroinf.planner.workload import Kernel, Kernels, Pattern
+from zeroinf.simulation.kernels import product_flops
 
 aten = torch.ops.aten
 
@@ -198,7 +199,11 @@ def _grouped_flops(rows: torch.Tensor, weights: torch.Tensor, *ignored: Any, **a
     return 2 * rows.shape[0] * prod(weights.shape[1:])
 
 
-_FLOPS = {**flop_registry, GROUPED_MM: _grouped_flops}
+_FLOPS = {
+    **flop_registry,
+    GROUPED_MM: _grouped_flops,
+    torch.ops.zeroinf.multiply_by_experts: product_flops,
+}
 
 
 def _tensors(value: Any) -> Sequence[torch.Tensor]:

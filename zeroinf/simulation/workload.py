@@ -31,6 +31,7 @@ from zeroinf.planner.memory import layer_bytes
 from zeroinf.planner.pass_shapes import MOST_ROWS
 from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
+from zeroinf.simulation.kernels import simulate_kernels
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.repeats import told_alike, with_repeats
@@ -73,9 +74,11 @@ class Simulator:
         trust_remote_code: bool = False,
         expansion: ExpansionCost | None = None,
         expert_parts: int = 1,
+        own_kernels: bool = False,
     ) -> None:
         """`expansion`: how weights become whole where the engine makes codes of them. `expert_parts`: in how many parts
-        the experts of a layer compute; shapes with other numbers are simulated apart."""
+        the experts of a layer compute; shapes with other numbers are simulated apart. `own_kernels`: experts and norms
+        compute by the stream engine's kernels."""
         self._in_parts = partial(
             Simulator,
             config,
@@ -84,12 +87,16 @@ class Simulator:
             shares_passes=shares_passes,
             trust_remote_code=trust_remote_code,
             expansion=expansion,
+            own_kernels=own_kernels,
         )
         self._of_parts: dict[int, Simulator] = {expert_parts: self}
         self._anatomy, self._lengths = anatomy, lengths
         self._config, self._whole = config, breaks_at(config) is not None or bool(anatomy.whole_because)
         self._shares_passes = shares_passes and anatomy.is_paged
         self._model = build_meta(config, anatomy.dtype, trust_remote_code)
+        self._own_kernels = own_kernels
+        if own_kernels:
+            simulate_kernels(self._model)
         self._path, _ = find_blocks(self._model)
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._all_blocks, self._repeats = self._blocks, 0
@@ -310,6 +317,7 @@ class Simulator:
             new_tokens=self._lengths.mean_new_tokens or self._lengths.new_tokens,
             most_new_tokens=self._lengths.new_tokens,
             expansion=self._expansion,
+            multiplies_codes=self._own_kernels,
             cache=self._cache(size),
             shares_passes=self._shares_passes or shape.forward_tokens > 0,
             **steps,

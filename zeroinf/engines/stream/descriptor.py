@@ -50,6 +50,7 @@ STREAM = EngineDescriptor(
     mixes_tiers=True,
     shares_passes=True,
     packs=True,
+    has_kernels=True,
     is_replayed=True,
     captures_layers=True,
     runs_quantized=True,

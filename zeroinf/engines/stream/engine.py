@@ -8,7 +8,7 @@ slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,13 @@ from torch.nn import Embedding, Module
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
-from zeroinf.engines.stream.expand import Expander
+from zeroinf.engines.stream.coded_weight import Product
+from zeroinf.engines.stream.expand import ExpandedGroup, Expander
+from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.gather import Gatherer
 from zeroinf.engines.stream.lockstep import LockStep
+from zeroinf.engines.stream.norms import use_norm_kernels
+from zeroinf.engines.stream.products import product_on_codes
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
@@ -34,9 +38,11 @@ from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.source import ModelSource
 from zeroinf.model.unread import leave_out
+from zeroinf.planner.coded_products import by_expert
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.tiers import Tier, tiers, unit_tiers
+from zeroinf.planner.wire import CODES
 
 _HOST: Tier = "host"
 
@@ -73,7 +79,11 @@ class StreamEngine:
             self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
         )
         self._expansion_slot = _expansion_slot(self._model, plan, device)
-        self._expanders = _expanders(groups, device) if plan.wire != "model" else {}
+        by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
+        use_norm_kernels(self._model, device)
+        product = product_on_codes(device, groups)
+        passing = by_expert(plan.anatomy, plan.wire) if by_kernels else ()
+        self._expanders = _expanders(groups, device, product, passing) if plan.wire != "model" else {}
         of_blocks = tiers(
             len(plan.anatomy.blocks), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
         )
@@ -207,17 +217,12 @@ class StreamEngine:
                 if group.entries is not None:  # the module has other experts before and after these
                     self._before[index] = partial(_bind, views)
             else:
-                views = _ready(group.views(self._expander(group).slot))
-                _bind(views)
-                self._before[index] = partial(self._expand, group, piece, views)
+                expanded = self._expander(group).on(group)
+                _bind(expanded.views)
+                self._before[index] = partial(_expand, group, expanded, piece)
 
     def _expander(self, group: TensorGroup) -> Expander:
         return self._expanders[group.entries is not None]
-
-    def _expand(self, group: TensorGroup, piece: torch.Tensor, views: _Views) -> None:
-        self._expander(group).expand(group, piece)
-        if group.entries is not None:
-            _bind(views)
 
     def _gather(self, plan: Plan, tables: Sequence[tuple[TensorGroup, torch.Tensor]]) -> None:
         """Let embeddings read rows of `tables`, groups of one tensor each with their pieces in host memory."""
@@ -288,15 +293,15 @@ class StreamEngine:
 
     def _putting(self, ring: Ring, group: TensorGroup) -> Callable[[int], None]:
         """A function that gives a block, or a part of its experts, the tensors in a slot, by its number."""
-        slots = [self._expander(group).slot] if self._expanders else ring.slots
-        views = [_ready(group.views(slot)) for slot in slots]
+        expanded = self._expander(group).on(group) if self._expanders else None
+        views = [_ready(group.views(slot)) for slot in ring.slots] if expanded is None else [expanded.views]
         _bind(views[0])  # nothing stays on the meta device: transformers asks where a model is
 
         def put(slot: int) -> None:
-            if self._expanders:
-                self._expand(group, ring.slots[slot], views[0])
-            else:
+            if expanded is None:
                 _bind(views[slot])
+            else:
+                _expand(group, expanded, ring.slots[slot])
 
         return put
 
@@ -390,12 +395,21 @@ def _expansion_slot(model: Any, plan: Plan, device: torch.device) -> ExpansionSl
         return ExpansionSlot(max(expanded_bytes(expansions(block)) for block in blocks), device)
 
 
-def _expanders(groups: Sequence[TensorGroup], device: torch.device) -> dict[bool, Expander]:
-    """An expanded slot for blocks, False, and one for parts of experts, True, if there are any."""
+def _expand(group: TensorGroup, expanded: ExpandedGroup, piece: torch.Tensor) -> None:
+    expanded.fill(piece)
+    if group.entries is not None:
+        _bind(expanded.views)
+
+
+def _expanders(
+    groups: Sequence[TensorGroup], device: torch.device, product: Product | None, passing: Container[str]
+) -> dict[bool, Expander]:
+    """An expanded slot for blocks, False, and one for parts of experts, True, if there are any. `passing`: weights
+    that are in full for a product at a time."""
     kinds = {
         are_experts: [g for g in groups if (g.entries is not None) == are_experts] for are_experts in (False, True)
     }
-    return {are_experts: Expander(own, device) for are_experts, own in kinds.items() if own}
+    return {are_experts: Expander(own, device, product, passing) for are_experts, own in kinds.items() if own}
 
 
 def _ready(views: _Views) -> _Views:

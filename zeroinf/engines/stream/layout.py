@@ -83,13 +83,18 @@ class Layout:
         assert self.coded is not None
         return piece[: self.coded.nbytes].view(self.coded.dtype)
 
+    def is_coded(self, location: TensorLocation) -> bool:
+        """Whether the tensor there crosses the link as codes."""
+        return location.offset < self._coded_bytes
+
     def wire_location(self, location: TensorLocation) -> TensorLocation:
         """The location of a tensor that is not quantized in a piece as it crosses the link."""
         return replace(location, offset=location.offset - self._coded_bytes + self._rest_start)
 
-    def rest(self, piece: torch.Tensor) -> torch.Tensor:
-        """The bytes of a piece in full (uint8) that cross as they are."""
-        return piece[self._coded_bytes : self.end]
+    @property
+    def rest_range(self) -> range:
+        """The bytes of a piece in full that cross as they are."""
+        return range(self._coded_bytes, self.end)
 
     def wire_rest(self, wire_piece: torch.Tensor) -> torch.Tensor:
         """The bytes of a piece as it crosses the link that are not quantized."""

@@ -8,6 +8,7 @@ from typing import Any
 from zeroinf.model.anatomy import Anatomy, HostSize, expert_ranges
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.choice import Choice, Embeddings
+from zeroinf.planner.coded_products import by_expert, expanded_bytes
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.graphs import graph_bytes
 from zeroinf.planner.memory import (
@@ -83,7 +84,7 @@ def stream_gpu_terms(
         "resident layers": resident,
         "slots": slots,
         "staging buffers (load only)": stages,
-        "expanded slot": [] if choice.wire == "model" else list(largest_units(layers, "model", choice.expert_parts)),
+        "expanded slot": _expanded(layers, choice, workload),
         "expanded block": [] if workload.expansion is None else [workload.expansion.nbytes],
         "rows of embeddings": list(_gathered_bytes(anatomy, choice)),
         KV_STAGING: [] if kv is None else [*anatomy.staging_bytes(kv)],
@@ -97,6 +98,15 @@ def stream_gpu_terms(
         nbytes = graph_bytes(workload, choice.graph_tokens, overhead.workspace[0])
         counted.append(Term("gpu", GRAPHS, round_up(nbytes, LARGE_PAGE_BYTES), "simulated"))
     return (*counted, *dynamic_terms(held, workload, overhead, encoded))
+
+
+def _expanded(layers: Anatomy, choice: Choice, workload: Workload) -> list[int]:
+    """The slots where coded layers lie in full, and parts of experts."""
+    if choice.wire == "model":
+        return []
+    if not workload.multiplies_codes or not by_expert(layers, choice.wire):
+        return list(largest_units(layers, "model", choice.expert_parts))
+    return [expanded_bytes(layers, choice.wire, choice.expert_parts)]
 
 
 def stream_host_terms(

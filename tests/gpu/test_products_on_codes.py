@@ -1,0 +1,118 @@
+"""Products on codes, and experts by kernels, on a GPU: in bfloat16 those of torch with the weights, up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONTEXT, build_model
+
+from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
+from zeroinf.engines.stream.expand import Expander
+from zeroinf.engines.stream.experts import use_experts_kernels
+from zeroinf.engines.stream.norms import NormByKernel, use_norm_kernels
+from zeroinf.engines.stream.products import product_on_codes
+from zeroinf.engines.stream.tensor_groups import group_tensors
+from zeroinf.model.inspect import find_stacks
+from zeroinf.planner.wire import CODES, Wire
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.device("cuda", 0)
+
+
+def logits(model: Any, wire: Wire, ids: torch.Tensor, *, on_codes: bool) -> torch.Tensor:
+    """Of `model`, whose layers compute from pieces."""
+    groups, *_ = group_tensors(model, wire)
+    product = product_on_codes(GPU, groups) if on_codes else None
+    assert (product is not None) == on_codes
+    by_kernels = on_codes and use_experts_kernels(model, GPU, CODES[wire])
+    names = [tensor.names[0] for group in groups for tensor in group.tensors]
+    passing = [name for name in names if ".experts." in name and by_kernels]
+    expander = Expander(groups, GPU, product, passing)
+    layers = [layer for _, stack in find_stacks(model) for layer in stack]
+    for group, layer in zip(groups, layers, strict=True):
+        piece = torch.zeros(group.nbytes, dtype=torch.uint8)
+        for tensor, target in group.targets(piece, torch.device("cpu")):
+            target.write(tensor.value.detach().cpu())
+        expanded, moved = expander.on(group), piece.to(GPU)
+        assert any(isinstance(view, CodedWeight) for _, view in expanded.views) == on_codes
+        for tensor, stands_for_it in expanded.views:
+            tensor.bind(stands_for_it)
+        layer.register_forward_pre_hook(lambda *_, own=expanded, p=moved: own.fill(p))
+    with torch.inference_mode():
+        found: torch.Tensor = model(ids, use_cache=False).logits.float()
+    return found
+
+
+def close(found: torch.Tensor, right: torch.Tensor) -> bool:
+    """Most tokens' logits: in bfloat16 some go to other experts."""
+    error = float(((found - right).norm(dim=-1) / right.norm(dim=-1)).median())
+    print(f"off by {error:.4f}")
+    return error < 0.015
+
+
+@pytest.mark.parametrize("wire", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_logits_are_those_of_expanded_weights(name: str, wire: Wire, rows: int) -> None:
+    tokens = 3 if rows == 1 else CONTEXT - 50  # few rows of each expert, and many
+    ids = torch.randint(1, 90, (rows, tokens), generator=torch.Generator().manual_seed(tokens)).to(GPU)
+    found, right = (
+        logits(build_model(name).to(GPU, torch.bfloat16), wire, ids, on_codes=on_codes) for on_codes in (True, False)
+    )
+    assert close(found, right)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_in_sixteen_bits_are_those_of_transformers(name: str) -> None:
+    model, ids = build_model(name).to(GPU, torch.bfloat16), torch.randint(1, 90, (3, 100), device=GPU)
+    with torch.inference_mode():
+        right = model(ids, use_cache=False).logits.float()
+        use_experts_kernels(model, GPU, None)
+        assert model.config._experts_implementation == "zeroinf"
+        found = model(ids, use_cache=False).logits.float()
+    assert close(found, right)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "qwen3_next"])
+def test_norms_are_those_of_transformers(name: str) -> None:
+    model, ids = build_model(name).to(GPU, torch.bfloat16), torch.randint(1, 90, (3, 100), device=GPU)
+    with torch.inference_mode():
+        right = model(ids, use_cache=False).logits.float()
+        use_norm_kernels(model, GPU)
+        assert any(isinstance(getattr(m.forward, "__self__", None), NormByKernel) for m in model.modules())
+        found = model(ids, use_cache=False).logits.float()
+    assert close(found, right)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_experts_are_captured_as_a_graph(bits: int) -> None:
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    weight, kind = torch.randn(8, 64, 64, device=GPU, dtype=torch.bfloat16), CODES["int4"]
+    matrix = WeightMatrix(weight, None, tuple(weight.shape), 16, 1)
+    if bits == 4:
+        codes = torch.randint(0, 256, (weight.numel() // 2,), device=GPU, dtype=torch.uint8)
+        scales = torch.rand(weight.numel() // kind.group, device=GPU).bfloat16()
+        matrix = WeightMatrix(codes, scales, tuple(weight.shape), kind.bits, kind.group)
+        low = codes.view(-1, kind.group // 2).int()
+        numbers = (torch.cat((low & 15, low >> 4), 1) - 8) * scales.float()[:, None]
+        weight = numbers.bfloat16().view(weight.shape)
+    x = torch.randn(50, 64, device=GPU, dtype=torch.bfloat16)
+    index, tile = torch.rand(50, 8, device=GPU).topk(2).indices, kernels.tile_for(16, bits, GPU)
+
+    def run() -> torch.Tensor:
+        routing = kernels.route(index, 8, tile.rows)
+        return kernels.product_by_expert(x, matrix, None, routing, 2, tile)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    index.copy_(torch.rand(50, 8, device=GPU).topk(2).indices)
+    graph.replay()
+    right = torch.einsum("toi,ti->to", weight[index.flatten()].float(), x.repeat_interleave(2, 0).float())
+    assert close(out.float(), right)

@@ -1,0 +1,119 @@
+"""The GPU's products on codes, interpreted on the CPU: `TRITON_INTERPRET=1`, with Triton and a numpy before 2.4."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from small_models import build_model
+from wire_reference import through_codes
+
+from zeroinf.engines.stream import experts
+from zeroinf.engines.stream.coded_weight import WeightMatrix
+from zeroinf.engines.stream.codes import encode
+from zeroinf.planner.wire import CODES, Wire
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs TRITON_INTERPRET=1 and Triton",
+)
+
+
+def coded(weights: torch.Tensor, wire: Wire) -> WeightMatrix:
+    if wire == "model":
+        return WeightMatrix(weights, None, tuple(weights.shape), 16, 1)
+    kind, elements = CODES[wire], weights.numel()
+    codes = torch.empty(kind.nbytes(elements), dtype=torch.uint8)
+    scales = torch.empty(elements // kind.group, dtype=torch.bfloat16)
+    encode(weights.view(-1), weights.dtype, kind, codes, scales)
+    return WeightMatrix(codes, scales, tuple(weights.shape), kind.bits, kind.group)
+
+
+def decoded(weights: torch.Tensor, wire: Wire) -> torch.Tensor:
+    return weights if wire == "model" else through_codes(weights, wire)
+
+
+WIRES: list[Wire] = ["int4", "int8", "model"]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "parts"), [(5, 40, 256, 1), (17, 70, 320, None), (3, 64, 1024, 2)]
+)
+def test_products_are_those_of_the_weights(rows: int, outputs: int, inputs: int, parts: int | None, wire: Wire) -> None:
+    from zeroinf.engines.stream.product_kernels import product
+
+    weights, x, bias = torch.randn(outputs, inputs), torch.randn(rows, inputs), torch.randn(outputs)
+    found = product(x, coded(weights, wire), bias, parts=parts)
+    assert torch.allclose(found, x @ decoded(weights, wire).T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    count, each, tokens, width, inner = 5, 3, 23, 64, 128
+    up, down = torch.randn(count, 2 * inner, width) / 8, torch.randn(count, width, inner) / 8
+    x, weights = torch.randn(tokens, width), torch.rand(tokens, each)
+    index = torch.rand(tokens, count).topk(each).indices
+    index[3, 1] = count  # of nobody
+    tile = kernels.ProductTile(16, 64, 64, 4, 2)
+    routing = kernels.route(index, count, tile.rows)
+    hidden = kernels.gate(kernels.product_by_expert(x, coded(up, wire), None, routing, each, tile))
+    out = kernels.product_by_expert(hidden, coded(down, wire), None, routing, 1, tile)
+    found = kernels.combine(out, index, weights, count)
+    right = torch.zeros(tokens, width)
+    for token in range(tokens):
+        for turn, expert in enumerate(index[token].tolist()):
+            if expert < count:
+                gate, value = (decoded(up, wire)[expert] @ x[token]).chunk(2)
+                own = decoded(down, wire)[expert] @ (torch.nn.functional.silu(gate) * value)
+                right[token] += weights[token, turn] * own
+    assert torch.allclose(found, right, atol=1e-4)
+
+
+def test_experts_that_lie_transposed_are_multiplied() -> None:
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    weights, x = torch.randn(4, 64, 48), torch.randn(9, 64)  # (experts, inputs, outputs)
+    index, turned = torch.arange(9).remainder(4)[:, None], weights.transpose(1, 2)
+    routing, bias = kernels.route(index, 4, 16), torch.randn(4, 48)
+    matrix = WeightMatrix(turned, None, (4, 48, 64), 16, 1)
+    found = kernels.product_by_expert(x, matrix, bias, routing, 1, kernels.ProductTile(16, 64, 64, 4, 2))
+    right = torch.einsum("toi,ti->to", turned[index[:, 0]], x) + bias[index[:, 0]]
+    assert torch.allclose(found, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("each", [0, 2])
+def test_kernels_are_tried_before_they_are_used(bits: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    monkeypatch.setattr(kernels, "ROWS_TRIED", (16,))
+    given = torch.device("cpu"), torch.float32, bits, {4: 32, 8: 64, 16: 1}[bits], each
+    assert kernels.why_not(*given) == ""
+    monkeypatch.setattr(kernels, "_launch", lambda *args: args[3].zero_())
+    assert "not those of the weights" in kernels.why_not(*given)
+
+
+@pytest.mark.parametrize("most", [40, 0])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_of_models_compute_what_transformers_computes(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By few rows of each expert, and by more than that."""
+    monkeypatch.setattr(experts, "MOST_ROWS_BY_EXPERT", most)
+    monkeypatch.setattr(experts, "_takes_grouped", lambda matrices, dtype: experts.takes_grouped(matrices))
+    for each, value in (("DTYPES", (torch.float32,)), ("_fits", lambda *_: True), ("expert_products", lambda *_: True)):
+        monkeypatch.setattr(experts, each, value)
+    used, kernel = [], experts.run_experts
+    monkeypatch.setattr(experts, "run_experts", lambda *args: used.append(args[0]) or kernel(*args))
+    model, ids = build_model(name), torch.randint(1, 90, (1, 7))
+    with torch.inference_mode():
+        right = model(ids, use_cache=False).logits
+        experts.use_experts_kernels(model, torch.device("cpu"), None)
+        found = model(ids, use_cache=False).logits
+    assert used
+    assert torch.allclose(found, right, atol=1e-4)

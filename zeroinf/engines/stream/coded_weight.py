@@ -1,0 +1,176 @@
+"""A weight that rests as codes: products with it run on the codes, and whatever else reads it gets it in full.
+
+It stands in a module in the place of its parameter, with the parameter's shape and dtype, and holds no memory. What it
+reads lies in the piece that its block was handed last; in full it lies in the expanded slot, made there when something
+first asks for it in a visit of the block. So no use of a weight can see another block's, and a model whose code
+multiplies in ways of its own computes what it would with weights in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from zeroinf.compat.subclasses import as_plain_tensors, make_wrapper, replaced
+from zeroinf.engines.stream.layout import Layout, TensorLocation
+from zeroinf.planner.wire import MOST_CODED_ROWS, Codes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMatrix:
+    """Weights (outputs, inputs) or (experts, outputs, inputs) as they rest: numbers, or codes in groups of inputs."""
+
+    data: torch.Tensor
+    """Codes (uint8), or the weights themselves, of `shape` with any strides of outputs and inputs."""
+    scales: torch.Tensor | None
+    shape: tuple[int, ...]
+    bits: int
+    group: int
+
+
+Product = Callable[[torch.Tensor, WeightMatrix, torch.Tensor | None], torch.Tensor]
+"""Inputs (rows, inputs) by a matrix (outputs, inputs), and a bias: (rows, outputs)."""
+Decode = Callable[[torch.Tensor, torch.Tensor, Codes, torch.Tensor], None]
+
+
+class CodedWeight(torch.Tensor):
+    """Stands for the weight at `location` of `layout`."""
+
+    _is_param = True
+    _layout: Layout
+    location: TensorLocation
+    _slot: torch.Tensor
+    _is_passing: bool
+    _decode: Decode
+    _product: Product
+    _piece: torch.Tensor | None
+    _is_expanded: bool
+    _matrices: dict[int, WeightMatrix]
+
+    @staticmethod
+    def __new__(
+        cls,
+        layout: Layout,
+        location: TensorLocation,
+        slot: torch.Tensor,
+        decode: Decode,
+        product: Product,
+        *,
+        is_passing: bool = False,
+    ) -> CodedWeight:
+        """In full it lies at the beginning of `slot` (uint8), written by `decode`; `product` runs on codes.
+
+        `is_passing`: others use the same slot, so that it lies there for a product and no longer.
+        """
+        own = make_wrapper(cls, location.shape, location.dtype, slot.device)
+        own._layout, own.location, own._slot, own._decode, own._product = layout, location, slot, decode, product
+        own._is_passing, own._piece, own._is_expanded, own._matrices = is_passing, None, False, {}
+        return own
+
+    def hold(self, wire_piece: torch.Tensor) -> None:
+        """Stand for what lies in `wire_piece` (uint8, as it crossed the link) from now on."""
+        self._piece, self._is_expanded = wire_piece, False
+
+    def data_ptr(self) -> int:
+        """Where its codes lie: CUDA graphs of layers serve those addresses alone."""
+        assert self._piece is not None
+        return self._parts(self._piece)[0].data_ptr()
+
+    def matrix(self) -> WeightMatrix | None:
+        """The codes, where groups lie along rows; else None."""
+        coded, piece = self._layout.coded, self._piece
+        assert coded is not None and piece is not None
+        shape = tuple(self.location.shape)
+        if shape[-1] % coded.kind.group:
+            return None
+        found = self._matrices.get(piece.data_ptr())
+        if found is None:
+            codes, scales = self._parts(piece)
+            found = WeightMatrix(codes, scales, shape, coded.kind.bits, coded.kind.group)
+            self._matrices[piece.data_ptr()] = found
+        return found
+
+    def full(self) -> torch.Tensor:
+        """The weight, in its place in the expanded slot, or in memory of its own."""
+        if self._is_passing:
+            return self._expanded(torch.empty(self._elements, dtype=self.location.dtype, device=self.device))
+        # What a CUDA graph captures has not run, and must not depend on what has.
+        is_captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not is_captured and self._is_expanded:
+            return self._in(self._slot)
+        self._is_expanded |= not is_captured
+        return self.in_passing()
+
+    def in_passing(self) -> torch.Tensor:
+        """The weight in the slot, where another may take its place when that is asked for."""
+        return self._expanded(self._slot[: self._elements * self.location.dtype.itemsize].view(self.location.dtype))
+
+    @property
+    def _elements(self) -> int:
+        """Of whole groups."""
+        group = self._kind.group
+        return -(-self.location.shape.numel() // group) * group
+
+    @property
+    def _kind(self) -> Codes:
+        assert self._layout.coded is not None
+        return self._layout.coded.kind
+
+    def _expanded(self, whole: torch.Tensor) -> torch.Tensor:
+        assert self._piece is not None
+        self._decode(*self._parts(self._piece), self._kind, whole)
+        return self._in(whole)
+
+    def _in(self, whole: torch.Tensor) -> torch.Tensor:
+        """The weight in memory that begins with it."""
+        return whole.view(self.location.dtype)[: self.location.shape.numel()].view(self.location.shape)
+
+    def _parts(self, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        coded = self._layout.coded
+        assert coded is not None
+        first = self.location.offset // coded.dtype.itemsize // coded.kind.group
+        groups = -(-self.location.shape.numel() // coded.kind.group)
+        of_group = coded.kind.nbytes(coded.kind.group)
+        codes = self._layout.codes(piece)[first * of_group : (first + groups) * of_group]
+        return codes, self._layout.scales(piece)[first : first + groups]
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        matrix = self.matrix() if len(self.location.shape) == 2 else None
+        rows = x.numel() // x.shape[-1]
+        if matrix is None or x.dtype != self.location.dtype or not 0 < rows <= MOST_CODED_ROWS:
+            return linear(x, self.full(), bias)
+        out = self._product(x.reshape(rows, x.shape[-1]), matrix, bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is linear:
+            weight = args[1] if len(args) > 1 else given["weight"]
+            x = args[0] if args else given["input"]
+            if isinstance(weight, cls) and not isinstance(x, cls):
+                return weight._linear(x, args[2] if len(args) > 2 else given.get("bias"))
+        with as_plain_tensors():
+            if not _is_fact(func):
+                args, given = replaced(CodedWeight, CodedWeight.full, (args, dict(given)))
+            return func(*args, **given)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        full = replaced(CodedWeight, CodedWeight.full, (args, dict(kwargs or {})))
+        return func(*full[0], **full[1])
+
+
+def _is_fact(func: Any) -> bool:
+    """Whether `func` reads a fact about a tensor, and no elements of it."""
+    if getattr(func, "__name__", "") == "__get__":
+        return func.__self__.__name__ not in ("T", "mT", "H", "mH", "data", "real", "imag")
+    return func in (torch.Tensor.dim, torch.Tensor.size, torch.Tensor.stride, torch.Tensor.numel)

@@ -1,0 +1,165 @@
+"""Experts of mixtures on a GPU, for every module that takes part in transformers' experts interface.
+
+Tokens are routed by two kernels. Where experts have few rows each, a product reads these where they lie and its weights
+as they rest (codes, or numbers); where they have many, rows are gathered in order of experts and multiplied by weights
+in full, by torch. One kernel sums what a token's experts gave: no sort, no scatter over everything, and nothing that
+waits for the device. Activations are the module's own, except for SiLU and a product, which is one kernel. What these
+kernels do not do runs as transformers runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zeroinf.compat import experts
+from zeroinf.compat.experts import grouped_product
+from zeroinf.compat.models import is_experts
+from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
+from zeroinf.engines.stream.products import DTYPES, expert_products
+from zeroinf.planner.wire import MOST_ROWS_BY_EXPERT, Codes
+
+NAME = "zeroinf"
+
+_MANY = 128
+"""Rows of a tile in tables that nothing reads."""
+_GROUPED_CAPABILITIES = (9, 10)
+"""Major compute capabilities for which torch has kernels of grouped products."""
+
+
+def use_experts_kernels(model: Any, device: torch.device, kind: Codes | None) -> bool:
+    """Let the experts of `model`, if any, run here where they would run as transformers runs them by default, and where
+    kernels multiply by their weights, which rest as codes of `kind` or (None) as numbers; say whether they do."""
+    if not any(is_experts(module) for module in model.modules()) or not expert_products(device, model.dtype, kind):
+        return False
+    return experts.replace_default_experts(model, NAME, run_experts)
+
+
+def run_experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`hidden_states` (tokens, width) through the experts of `module` that `top_k_index` (tokens, of each) names.
+
+    A token whose number no expert of the module has goes through none.
+    """
+    matrices = matrices_of(module) if _fits(hidden_states, top_k_index) else None
+    if matrices is None:
+        return experts.run_by_default(module, hidden_states, top_k_index, top_k_weights)
+    from zeroinf.engines.stream import product_kernels
+
+    rows = -(-top_k_index.numel() // matrices[0].matrix.shape[0])
+    compute = (
+        compute_few
+        if rows <= MOST_ROWS_BY_EXPERT or not _takes_grouped(matrices, hidden_states.dtype)
+        else compute_many
+    )
+    return compute(product_kernels, module, matrices, hidden_states, top_k_index, top_k_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMatrix:
+    """The weights of all experts in one of their products."""
+
+    matrix: WeightMatrix
+    bias: torch.Tensor | None
+    """(experts, outputs)."""
+    full: Callable[[], torch.Tensor]
+    """Gives the weights in full (experts, outputs, inputs), until those of another product are asked for."""
+
+
+Matrices = tuple[ExpertMatrix, ExpertMatrix]
+
+
+def compute_few(
+    kernels: Any, module: Any, matrices: Matrices, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """As `run_experts`, by the kernels that read rows where they lie and weights as they rest."""
+    up, down = matrices
+    count, each = up.matrix.shape[0], index.shape[-1]
+    tile = kernels.tile_for(-(-index.numel() // count), up.matrix.bits, states.device)
+    routing = kernels.route(index, count, tile.rows)
+    hidden = _gated(kernels, module, kernels.product_by_expert(states, up.matrix, up.bias, routing, each, tile))
+    out = _normed(module, kernels.product_by_expert(hidden, down.matrix, down.bias, routing, 1, tile))
+    result: torch.Tensor = kernels.combine(out, index, weights, count)
+    return result
+
+
+def compute_many(
+    kernels: Any, module: Any, matrices: Matrices, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """As `run_experts`, by torch's grouped products with rows in order of experts and weights in full."""
+    up, down = matrices
+    count, each = up.matrix.shape[0], index.shape[-1]
+    routing = kernels.route(index, count, _MANY)
+    rows = kernels.gather(states, routing, each)
+    hidden = _gated(kernels, module, grouped_product(rows, up.full().transpose(1, 2), routing.ends))
+    del rows
+    out = _normed(module, grouped_product(hidden, down.full().transpose(1, 2), routing.ends))
+    result: torch.Tensor = kernels.combine(out, index, weights, count, routing)
+    return result
+
+
+def _gated(kernels: Any, module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    if not module.has_gate:
+        activated: torch.Tensor = module.act_fn(hidden)
+        return activated
+    if _is_silu(module):
+        return kernels.gate(hidden)  # type: ignore[no-any-return]
+    return experts.gated(module, hidden)
+
+
+def _normed(module: Any, out: torch.Tensor) -> torch.Tensor:
+    if getattr(module, "has_post_expert_norm", False):
+        return module.post_expert_norm(out)  # type: ignore[no-any-return]
+    return out
+
+
+def _fits(states: torch.Tensor, index: torch.Tensor) -> bool:
+    return states.is_cuda and states.dim() == index.dim() == 2 and states.numel() > 0 and states.dtype in DTYPES
+
+
+def takes_grouped(matrices: Matrices) -> bool:
+    """Whether torch multiplies rows in order of experts by such weights: rows are aligned, and nothing is added."""
+    return all(one.bias is None and one.matrix.shape[1] % 8 == one.matrix.shape[2] % 8 == 0 for one in matrices)
+
+
+def _takes_grouped(matrices: Matrices, dtype: torch.dtype) -> bool:
+    """The same for this GPU, which has a kernel for them: elsewhere torch waits for the GPU."""
+    weights = matrices[0].matrix.data
+    able = torch.cuda.get_device_capability(weights.device)[0] in _GROUPED_CAPABILITIES
+    return able and dtype == torch.bfloat16 and takes_grouped(matrices)
+
+
+def matrices_of(module: Any) -> Matrices | None:
+    """The weights and biases of both products, None where a kernel cannot read them."""
+    found = []
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        one = _matrix(module, name)
+        if one is None:
+            return None
+        found.append(one)
+    return found[0], found[1]
+
+
+def _matrix(module: Any, name: str) -> ExpertMatrix | None:
+    weight = getattr(module, name, None)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    if isinstance(bias, CodedWeight):
+        bias = bias.full()
+    if isinstance(weight, CodedWeight):
+        matrix = weight.matrix() if len(weight.location.shape) == 3 and not module.is_transposed else None
+        return ExpertMatrix(matrix, bias, weight.in_passing) if matrix is not None else None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or weight.dtype not in DTYPES:
+        return None
+    if not weight.is_contiguous() or not (weight.is_meta or expert_products(weight.device, weight.dtype, None)):
+        return None
+    full = weight.transpose(1, 2) if module.is_transposed else weight
+    return ExpertMatrix(WeightMatrix(full, None, tuple(full.shape), 16, 1), bias, lambda: full)
+
+
+def _is_silu(module: Any) -> bool:
+    """Whether `module` gates by SiLU, of halves that lie side by side, as transformers does by default."""
+    return experts.gates_halves(module) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")

@@ -1,0 +1,117 @@
+"""Adjusts the kernels of a forward for weights that rest as codes and are multiplied as they are.
+
+Simulated forwards multiply by weights in full. On codes, a product of few rows reads fewer bytes; before others,
+weights are expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+
+from zeroinf.model.anatomy import Anatomy, TensorSpec
+from zeroinf.planner.memory import piece_bytes, pieces
+from zeroinf.planner.wire import CODES, MOST_CODED_ROWS, MOST_ROWS_BY_EXPERT, Wire, is_coded
+from zeroinf.planner.workload import Kernel, Kernels
+
+_BY_EXPERT, _DENSE = ("_grouped_mm", "multiply_by_experts"), ("mm", "addmm")
+ON_CODES = "multiply codes"
+"""What kernels are called that multiply by codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedLayers:
+    """What products with codes depend on."""
+
+    share: float
+    """The bytes of the layers as codes, as a part of those in full."""
+    dense: Kernels
+    """Kernels that expand every coded weight of the layers but those of experts, once."""
+    experts: Kernels
+    """The same for those of experts."""
+    expert_elements: int
+    """Weights of the experts of a layer that has most."""
+
+
+@lru_cache(maxsize=64)
+def by_expert(anatomy: Anatomy, wire: Wire) -> frozenset[str]:
+    """Names of the weights of experts that are multiplied as codes: rows are whole groups."""
+    if wire == "model":
+        return frozenset()
+    names = {name for experts in anatomy.experts if not experts.is_transposed for name in experts.tensors}
+    return frozenset(
+        tensor.name
+        for _, tensor in _coded(anatomy, wire)
+        if tensor.name in names and len(tensor.shape) == 3 and tensor.shape[-1] % CODES[wire].group == 0
+    )
+
+
+@lru_cache(maxsize=64)
+def expanded_bytes(anatomy: Anatomy, wire: Wire, parts: int) -> int:
+    """Bytes of the slots in which a layer is expanded, whose experts come in so many parts: weights of experts share a
+    place there."""
+    experts = by_expert(anatomy, wire)
+    own = ([tensor for tensor in block.tensors if tensor.name not in experts] for block in anatomy.blocks)
+    weights = (tensor for _, tensor in _coded(anatomy, wire) if tensor.name in experts)
+    shared = (tensor.nbytes // tensor.shape[0] * ceil(tensor.shape[0] / parts) for tensor in weights)
+    return max(piece_bytes(rest) for rest in own) + max(shared, default=0)
+
+
+@lru_cache(maxsize=64)
+def coded_layers(anatomy: Anatomy, wire: Wire) -> CodedLayers:
+    """The layers of `anatomy` whose weights are transferred as `wire`."""
+    share, experts = sum(pieces(anatomy, wire)) / max(1, sum(pieces(anatomy))), by_expert(anatomy, wire)
+    kernels: dict[bool, list[Kernel]] = {True: [], False: []}
+    elements: dict[int, int] = {}
+    for block, tensor in _coded(anatomy, wire):
+        kernels[tensor.name in experts].append(Kernel(0, int(tensor.nbytes * (1 + share))))
+        if tensor.name in experts:
+            elements[block] = elements.get(block, 0) + tensor.numel
+    return CodedLayers(
+        share=share,
+        dense=Kernels(1.0, tuple(kernels[False])),
+        experts=Kernels(1.0, tuple(kernels[True])),
+        expert_elements=max(elements.values(), default=0),
+    )
+
+
+def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tuple[Kernels, ...]:
+    """The kernels `groups` of a forward of so many tokens, those outside of the layers first, with products on codes
+    where these are faster and expansions where not."""
+    outside, *inside = groups
+    rows = max((_rows_by_expert(group, layers) for group in inside), default=0.0)
+    few = {name for name in _DENSE if tokens <= MOST_CODED_ROWS}
+    few |= {name for name in _BY_EXPERT if rows <= MOST_ROWS_BY_EXPERT}
+    coded = [
+        replace(
+            group,
+            kernels=tuple(
+                Kernel(kernel.flops, int(kernel.nbytes * layers.share), ON_CODES, kernel.pattern)
+                if kernel.operator in few
+                else kernel
+                for kernel in group.kernels
+            ),
+        )
+        for group in inside
+    ]
+    expanded = [layers.dense] if tokens > MOST_CODED_ROWS else []
+    expanded += [layers.experts] if rows > MOST_ROWS_BY_EXPERT else []
+    return (outside, *coded, *expanded)
+
+
+def _rows_by_expert(group: Kernels, layers: CodedLayers) -> float:
+    """Rows of an expert on average, by the arithmetic of a layer's products."""
+    flops = sum(kernel.flops for kernel in group.kernels if kernel.operator in _BY_EXPERT)
+    return flops / 2 / layers.expert_elements if layers.expert_elements else 0.0
+
+
+def _coded(anatomy: Anatomy, wire: Wire) -> list[tuple[int, TensorSpec]]:
+    """The weights of the layers that are quantized, with the numbers of these."""
+    return [
+        (number, tensor)
+        for number, block in enumerate(anatomy.blocks)
+        for tensor, codes in zip(block.tensors, is_coded(block.tensors, anatomy.dtype, wire), strict=True)
+        if codes
+    ]

@@ -1,0 +1,128 @@
+"""Simulates experts and norms as the stream engine's kernels compute them on a GPU: their allocations, arithmetic and
+traffic.
+
+On the meta device each kernel is an operator of its own, which the recorder notes under its name. What the kernels do
+not do runs as transformers runs it, here as there.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from zeroinf.compat import experts
+from zeroinf.engines.stream.coded_weight import WeightMatrix
+from zeroinf.engines.stream.experts import compute_few, compute_many, matrices_of, takes_grouped
+from zeroinf.engines.stream.norms import NormByKernel, norms_of
+
+_NAME = "zeroinf on paper"
+_PREFIX = "zeroinf::"
+_ROWS = 64
+"""Of a tile: sizes of what routing holds hang on it by some bytes."""
+
+
+def simulate_kernels(model: Any) -> None:
+    """Let experts and norms of `model`, on the meta device, take what the kernels take where these would run."""
+    experts.replace_default_experts(model, _NAME, _run)
+    for module, form in list(norms_of(model)):
+        NormByKernel(module, form, _norm)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, **form: bool) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.zeroinf.rms_norm(x, weight)
+    return out
+
+
+def _run(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    matrices = matrices_of(module) if states.dim() == index.dim() == 2 and states.numel() > 0 else None
+    if matrices is None:
+        return experts.run_by_default(module, states, index, weights)
+    # Many rows take more memory than few, and forwards of any size are to do the same things.
+    compute = compute_many if takes_grouped(matrices) else compute_few
+    return compute(_OnPaper, module, matrices, states, index, weights)
+
+
+class _OnPaper:
+    """What `product_kernels` has, as operators."""
+
+    @staticmethod
+    def tile_for(rows: int, bits: int, device: torch.device) -> Any:
+        return SimpleNamespace(rows=_ROWS)
+
+    @staticmethod
+    def route(index: torch.Tensor, count: int, rows: int) -> Any:
+        held = torch.ops.zeroinf.route_tokens(index, count, rows)
+        return SimpleNamespace(held=held, ends=held[:count], slots=index.numel())
+
+    @staticmethod
+    def gather(x: torch.Tensor, routing: Any, each: int) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.zeroinf.gather_rows(x, each)
+        return out
+
+    @staticmethod
+    def product_by_expert(
+        x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: Any, each: int, tile: Any
+    ) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.zeroinf.multiply_by_experts(x, weight.data, bias, each)
+        return out
+
+    @staticmethod
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.zeroinf.gate_halves(x)
+        return out
+
+    @staticmethod
+    def combine(
+        y: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, count: int, routing: Any = None
+    ) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.zeroinf.combine_experts(y, weights)
+        return out
+
+
+for schema in (
+    "route_tokens(Tensor index, int count, int rows) -> Tensor",
+    "gather_rows(Tensor x, int each) -> Tensor",
+    "multiply_by_experts(Tensor x, Tensor weight, Tensor? bias, int each) -> Tensor",
+    "gate_halves(Tensor x) -> Tensor",
+    "combine_experts(Tensor y, Tensor weights) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight) -> Tensor",
+):
+    torch.library.define(_PREFIX + schema.partition("(")[0], "(" + schema.partition("(")[2])
+
+
+@torch.library.impl(_PREFIX + "route_tokens", "Meta")
+def _routed(index: torch.Tensor, count: int, rows: int) -> torch.Tensor:
+    """Of 4 bytes each: slots in order, their places, their ranks by expert, counts, ends, and the table of tiles."""
+    return index.new_empty(3 * index.numel() + 2 * count + 3 * (index.numel() // rows + count), dtype=torch.int32)
+
+
+@torch.library.impl(_PREFIX + "multiply_by_experts", "Meta")
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, each: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0] * each, weight.shape[1])
+
+
+@torch.library.impl(_PREFIX + "gather_rows", "Meta")
+def _gathered(x: torch.Tensor, each: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0] * each, x.shape[1])
+
+
+@torch.library.impl(_PREFIX + "gate_halves", "Meta")
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.impl(_PREFIX + "combine_experts", "Meta")
+def _combined(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(weights.shape[0], y.shape[1])
+
+
+@torch.library.impl(_PREFIX + "rms_norm", "Meta")
+def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def product_flops(x: torch.Tensor, weight: torch.Tensor, *ignored: Any, out_val: torch.Tensor, **more: Any) -> int:
+    """Of `multiply_by_experts`, as `torch.utils.flop_counter` counts."""
+    return 2 * out_val.numel() * weight.shape[2]
