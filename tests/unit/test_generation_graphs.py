@@ -13,6 +13,7 @@ from small_models import PACKED_MODELS, REPRESENTATIVES, VOCABULARY, build_model
 from tiers import tiered
 
 from zeroinf.compat.models import experts_by
+from zeroinf.compat.modules import own_parameters
 from zeroinf.generation.graphs import Graphs
 from zeroinf.model.inspect import find_blocks
 from zeroinf.model.mixers import modules_of
@@ -150,3 +151,26 @@ def test_weights_of_other_classes_have_graphs_where_they_say_their_address(kind:
     block = find_blocks(model)[1][1]
     block.mlp.scale = torch.ones(1).as_subclass(kind)
     assert Graphs([block], FakeCapturing(), SIZES, most=1).refused == (f"layer 0: {why}" if why else "")
+
+
+def test_weights_that_are_there_while_a_layer_runs_alone_are_read_where_they_are_then() -> None:
+    """Such as those that are expanded, whose names a module has in between not at all."""
+    model = build_model("llama")
+    held = own_parameters(find_blocks(model)[1][1].mlp.gate_proj)
+    weight = held.pop("weight").data
+    places, engine = cycle([torch.empty_like(weight) for _ in range(2)]), PlainEngine(model)
+
+    def expand(block: Any, inputs: Any) -> None:
+        held["weight"] = next(places).copy_(weight)
+
+    def forget(block: Any, inputs: Any, output: Any) -> None:
+        held.pop("weight").fill_(float("nan"))
+
+    block = find_blocks(model)[1][1]
+    hooks = block.register_forward_pre_hook(expand), block.register_forward_hook(forget)
+    graphs, ran = run_with_graphs(model, engine=engine, pages=9)
+    for hook in hooks:
+        hook.remove()
+    held["weight"] = weight
+    assert graphs.replays > graphs.count > 0
+    assert [row.generated for row in ran] == expected(model, ran)

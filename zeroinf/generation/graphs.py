@@ -33,7 +33,6 @@ from zeroinf.compat.modules import own_buffers, own_parameters
 from zeroinf.generation.attention import PackedLayer, Scores
 
 _Key = tuple[Any, ...]
-_Site = tuple[dict[str, Any], str]
 
 
 class Capture(Protocol):
@@ -115,7 +114,7 @@ class Graphs:
                 continue
             kind = next((at for at, other in enumerate(kinds) if _are_alike(block, other)), len(kinds))
             kinds += [block] if kind == len(kinds) else []
-            block.forward = _Layer(self, block.forward, index, kind, list(_sites(block)))
+            block.forward = _Layer(self, block.forward, index, kind, *_places(block))
 
     @property
     def count(self) -> int:
@@ -285,21 +284,28 @@ class _Layer:
     """Stands for the forward of one layer."""
 
     def __init__(
-        self, graphs: Graphs, forward: Callable[..., Any], index: int, kind: int, sites: Sequence[_Site]
+        self,
+        graphs: Graphs,
+        forward: Callable[..., Any],
+        index: int,
+        kind: int,
+        held: Sequence[dict[str, Any]],
+        attributes: Sequence[tuple[dict[str, Any], str]],
     ) -> None:
-        """Layers of one `kind` do the same. sites: where their tensors are bound."""
+        """Layers of one `kind` do the same. Where their tensors are: all that is `held`, and some `attributes`."""
         self.forward, self.index, self.kind = forward, index, kind
         self.may_be_captured = True
         self.scores: Scores | None = None
         """What it says to attention, but for sinks; None where it has not been watched yet."""
-        self._graphs, self._sites = graphs, sites
+        self._graphs, self._held, self._attributes = graphs, held, attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._graphs.run(self, args, kwargs)
 
     def places(self) -> tuple[int, ...]:
         """Addresses of the layer's tensors."""
-        found = [own.get(name) for own, name in self._sites]
+        found = [each for own in self._held for each in own.values()]  # expanded weights have names of their own
+        found += [own[name] for own, name in self._attributes]
         return tuple([0 if each is None else each.data_ptr() for each in found])
 
     def unwrap(self, block: Module) -> None:
@@ -452,19 +458,26 @@ def _named_within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _sites(block: Module) -> Iterator[_Site]:
-    """Where the tensors of `block` are bound: parameters, buffers and plain attributes of its modules."""
-    for module in block.modules():
-        for own in (own_parameters(module), own_buffers(module)):
-            yield from ((own, name) for name in own)
-        yield from ((vars(module), name) for name, value in vars(module).items() if isinstance(value, torch.Tensor))
+def _places(block: Module) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
+    """Where the tensors of `block` are: dictionaries of parameters and buffers, and plain attributes of its modules."""
+    modules = list(block.modules())
+    held = [own for module in modules for own in (own_parameters(module), own_buffers(module))]
+    attributes = [
+        (vars(module), name)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    return held, attributes
 
 
 def _why_not(block: Module) -> str:
     """Why the addresses of what `block` reads are not known; empty where they are: tensors of classes that hold no
     memory say them where `data_ptr` is their own."""
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    kinds = (type(own[name]) for own, name in _sites(block) if own[name] is not None)
+    held, attributes = _places(block)
+    found = [*(each for own in held for each in own.values()), *(own[name] for own, name in attributes)]
+    kinds = [type(each) for each in found if each is not None]
     unknown = (kind for kind in kinds if kind not in plain and kind.data_ptr is torch.Tensor.data_ptr)
     return next((f"a layer has weights of type {kind.__name__}" for kind in unknown), "")
 
