@@ -249,7 +249,7 @@ def test_experts_are_split_where_routed_ones_are_asked_for(large_layers: PlanInp
     machine = machine_of(gpus=1, gpu_bytes=32 * GIB, host_bytes=32 * GIB)
     constraints = replace(large_layers.constraints, resident_blocks=0, batch_size=64, routed_tokens=16)
     plan = make_plan(replace(large_layers, machine=machine, constraints=constraints)).plan
-    assert (plan.expert_parts, plan.routed_tokens) == (4, 16)
+    assert (plan.expert_parts, plan.routed_tokens) == (2, 16)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ _WORTHWHILE = 1.03
 _WORTHWHILE_SHARE = 1 / 32
 # Experts may come in parts where layers in use take more than this part of the GPU; parts take less than that one.
 _FILLING_SHARE, _PARTS_SHARE = 1 / 2, 1 / 3
-# Of smaller layers, experts come in so many parts where only those are brought that a few rows are routed to.
-_FEW_PARTS = 4
+# Of smaller layers, experts come in so many parts where only those are brought that a few rows are routed to: each part
+# of a layer that stays on the GPU takes launches.
+_FEW_PARTS = 2
 
 
 class Planner:
