@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from packaging.version import Version
 from tiers import tiered
 
 from zeroinf.cli.main import cli
@@ -58,6 +60,8 @@ def assert_same(found: Any, golden: Any, path: str) -> None:
         assert found == golden, path
 
 
+# Where forwards take other memory, the planner may choose another batch.
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.24"), reason="plans were made with transformers 5.24")
 @pytest.mark.parametrize(("model", "machine"), tiered(PAIRS, [pair for pair in PAIRS if pair[0] != "opt-30b"]))
 def test_the_plan_is_the_one_that_was_agreed_on(model: str, machine: str, request: pytest.FixtureRequest) -> None:
     found = plan("--model", model, "--machine", machine)
