@@ -119,6 +119,29 @@ def test_a_graph_serves_all_layers_that_are_alike_in_one_slot_of_weights(slots: 
 
 
 @pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize("wire", ["model", "int4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_layers_that_stream_have_them_as_codes_too(name: str, wire: Any, resident: int, tmp_path: Path) -> None:
+    model: Any = build_model(name)
+    model.save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    plan = Plan(
+        anatomy=read_anatomy(source.config, dtype="float32"), engine="stream", dtype="float32", device="cuda",
+        world_size=1, batch_size=4, offload="cpu", resident_blocks=resident, wire=wire,
+    )  # fmt: skip
+    engine = StreamEngine(plan, source, Control(World(), "cuda"), CUDA)
+    graphs, rows = run(engine.model, engine=engine, pages=9)
+    _, others = run(engine.model, engine=engine, pages=9, most=0)
+    engine.close()
+    print(f"{name} {wire} {resident}: {graphs.count} graphs, {graphs.replays} replays, refused: {graphs.refused}")
+    assert [row.generated for row in rows] == [row.generated for row in others]
+    if wire == "model":
+        compare(model.to(CUDA), rows)
+    assert graphs.replays > graphs.count > 0
+    assert not graphs.refused
+
+
+@pytest.mark.parametrize("resident", [0, 2])
 @pytest.mark.parametrize(("name", "method"), [("llama", "gptq_ordered"), ("llama", "nvfp4"), ("gpt_oss", "mxfp4")])
 def test_layers_of_quantized_checkpoints_have_them(name: str, method: str, resident: int, tmp_path: Path) -> None:
     folder = mxfp4_checkpoint(tmp_path) if name == "gpt_oss" else packed_checkpoint(name, method, tmp_path)

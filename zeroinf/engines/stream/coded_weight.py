@@ -50,6 +50,7 @@ class CodedWeight(torch.Tensor):
     _piece: torch.Tensor | None
     _is_expanded: bool
     _matrices: dict[int, WeightMatrix]
+    _addresses: dict[int, int]
 
     @staticmethod
     def __new__(
@@ -68,7 +69,8 @@ class CodedWeight(torch.Tensor):
         """
         own = make_wrapper(cls, location.shape, location.dtype, slot.device)
         own._layout, own.location, own._slot, own._decode, own._product = layout, location, slot, decode, product
-        own._is_passing, own._piece, own._is_expanded, own._matrices = is_passing, None, False, {}
+        own._is_passing, own._piece, own._is_expanded = is_passing, None, False
+        own._matrices, own._addresses = {}, {}  # by addresses of pieces
         return own
 
     def hold(self, wire_piece: torch.Tensor) -> None:
@@ -78,7 +80,10 @@ class CodedWeight(torch.Tensor):
     def data_ptr(self) -> int:
         """Where its codes lie: CUDA graphs of layers serve those addresses alone."""
         assert self._piece is not None
-        return self._parts(self._piece)[0].data_ptr()
+        piece = self._piece.data_ptr()
+        if piece not in self._addresses:
+            self._addresses[piece] = self._parts(self._piece)[0].data_ptr()
+        return self._addresses[piece]
 
     def matrix(self) -> WeightMatrix | None:
         """The codes, where groups lie along rows; else None."""
