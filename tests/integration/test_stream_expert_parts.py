@@ -16,18 +16,20 @@ from ranks import on_ranks
 from test_stream_gguf import SMALL_BLOCKS, Gguf
 from test_stream_gguf import _own_cache as _own_cache
 from test_stream_gguf import gguf_of as gguf_of
-from test_stream_tokens import PACKED, PRESSED, plain_tokens, stream, tokens_of
+from test_stream_tokens import PACKED, PRESSED, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from zeroinf.distributed.control import Control
+from zeroinf.engines.stream import read_ahead, routed, weights
 from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_terms
 from zeroinf.errors import DoesNotFitError, UsageError
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints, check_routed_tokens
-from zeroinf.planner.memory import total
+from zeroinf.planner.memory import piece_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, make_plan
@@ -178,6 +180,35 @@ def test_slots_and_host_memory_are_what_the_plan_says(resident: int, wire: Any, 
     else:
         assert (stats.slot_bytes, stats.shared_host_bytes) == (slots, planned["weights, page-locked"])
     engine.close()
+
+
+@pytest.mark.parametrize(("host_units", "routed_tokens", "wire"), [(0, 0, "model"), (4, 8, "model"), (6, 8, "int8")])
+def test_host_memory_of_parts_on_two_tiers_is_what_the_plan_says(
+    host_units: int,
+    routed_tokens: int,
+    wire: Any,
+    small_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = small_checkpoint("deepseek_v3")
+    anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
+    given: dict[str, Any] = {
+        "offload": "nvme", "nvme_blocks": len(anatomy.blocks), "host_units": host_units, "expert_parts": 3,
+        "routed_tokens": routed_tokens, "wire": wire,
+    }  # fmt: skip
+    choice = Choice(
+        engine="stream", fetch="replicated", batch_size=4, micro_batch_rows=4, prefill_tokens=256, resident_blocks=0,
+        **given,
+    )  # fmt: skip
+    planned = {term.name: term.nbytes for term in stream_host_terms(anatomy, choice, 1, overhead(False))}
+    made = counted_host_memory(monkeypatch, weights, read_ahead, routed)
+    stream(folder, nvme_paths=(tmp_path,), **given).close()
+    stage = made.pop(0 if not host_units else 1)  # what lies outside of the layers, on its way
+    names = ("weights", "NVMe read ring", "routed experts from NVMe")
+    assert sum(made) == sum(planned.get(f"{name}, page-locked", 0) for name in names)
+    assert stage == piece_bytes(anatomy.outside)
+    assert bool(routed_tokens) == ("routed experts from NVMe, page-locked" in planned)
 
 
 @pytest.fixture(scope="module")

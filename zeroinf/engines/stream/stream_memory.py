@@ -40,6 +40,7 @@ from zeroinf.planner.memory import (
     with_layers,
 )
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.wire import is_coded
 from zeroinf.planner.workload import Workload
 
 OUTSIDE: dict[Embeddings, str] = {"gpu": "embeddings, head, norms", "cpu": "head, norms"}
@@ -169,9 +170,13 @@ def _routed_bytes(layers: Anatomy, choice: Choice) -> int:
     if not choice.routed_tokens or choice.expert_parts == 1:
         return 0
     *_, part = largest_units(layers, choice.wire, choice.expert_parts)
-    kinds = 1 if choice.wire == "model" else 2  # codes and scales lie apart
-    ranges = (len(expert_ranges(one.count, choice.expert_parts)[0]) * len(one.tensors) for one in layers.experts)
-    return routed_buffer_bytes(part, kinds * max(ranges))
+    most = 0
+    for one in layers.experts:
+        tensors = layers.blocks[one.block].tensors
+        coded = is_coded(tensors, layers.dtype, choice.wire)  # their codes and scales lie apart
+        ranges = sum(1 + code for tensor, code in zip(tensors, coded, strict=True) if tensor.name in one.tensors)
+        most = max(most, ranges * len(expert_ranges(one.count, choice.expert_parts)[0]))
+    return routed_buffer_bytes(part, most)
 
 
 def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:
