@@ -174,3 +174,12 @@ def test_weights_that_are_there_while_a_layer_runs_alone_are_read_where_they_are
     held["weight"] = weight
     assert graphs.replays > graphs.count > 0
     assert [row.generated for row in ran] == expected(model, ran)
+
+
+def test_layers_with_tables_of_their_own_have_no_graphs_and_it_is_said() -> None:
+    model = build_model("llama")
+    find_blocks(model)[1][1].table = torch.nn.Embedding(2, 2)
+    graphs, ran = run_with_graphs(model, pages=9)
+    assert graphs.refused == "layer 1: a layer reads rows of a table, which may be gathered in host memory"
+    assert graphs.replays
+    assert [row.generated for row in ran] == expected(model, ran)

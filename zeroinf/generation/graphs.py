@@ -472,8 +472,10 @@ def _places(block: Module) -> tuple[list[dict[str, Any]], list[tuple[dict[str, A
 
 
 def _why_not(block: Module) -> str:
-    """Why the addresses of what `block` reads are not known; empty where they are: tensors of classes that hold no
-    memory say them where `data_ptr` is their own."""
+    """Why `block` is launched in any case; empty where it need not be. Tensors of classes that hold no memory say where
+    theirs is if `data_ptr` is their own."""
+    if any(isinstance(module, torch.nn.Embedding) for module in block.modules()):
+        return "a layer reads rows of a table, which may be gathered in host memory"
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     held, attributes = _places(block)
     found = [*(each for own in held for each in own.values()), *(own[name] for own, name in attributes)]
