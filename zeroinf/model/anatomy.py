@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -479,7 +480,7 @@ class Anatomy:
 
     def host_token_bytes(self, dtype: KvDtype) -> int:
         """Bytes of a token of one row in host memory, in all layers together."""
-        return sum(record.nbytes for record in self.records(dtype).values())
+        return sum(_record_bytes(self, dtype))
 
     def step_row_bytes(self, size: HostSize) -> int:
         """Bytes that cross the link, there and back, for a step of one row in one layer where the CPU attends: its new
@@ -495,7 +496,7 @@ class Anatomy:
 
     def staging_bytes(self, size: HostSize) -> tuple[int, int]:
         """Bytes of the two allocations on the GPU: for keys and values that arrive, and for those that leave."""
-        widest = max((record.nbytes for record in self.records(size.dtype).values()), default=0)
+        widest = max(_record_bytes(self, size.dtype), default=0)
         return FETCHED_UNITS * size.seen_columns * widest, SENT_UNITS * size.new_columns * widest
 
     def with_heads_shared(self, parts: int, part: int) -> Anatomy:
@@ -513,3 +514,9 @@ def _share(heads: int, parts: int, part: int) -> int:
     if heads < parts:
         raise ValueError(f"its keys and values have {heads} heads")
     return heads // parts + (part < heads % parts)
+
+
+@lru_cache(maxsize=64)
+def _record_bytes(anatomy: Anatomy, dtype: KvDtype) -> tuple[int, ...]:
+    """The bytes of each of the anatomy's records, which a search asks for thousands of times."""
+    return tuple(record.nbytes for record in anatomy.records(dtype).values())

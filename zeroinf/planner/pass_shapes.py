@@ -59,6 +59,9 @@ class PassShapes:
         on_host = on_host and not self._attends_on_cpu
         self.packs = not why_padded(facts.anatomy, constraints.engine, on_host=on_host, scored=scored)
         """Whether rows of a forward lie side by side."""
+        # Prompt tokens that are computed in the time that weights take to arrive: then the link waits for nothing.
+        link_s = facts.anatomy.block_bytes / facts.speeds.link_gbps / 1e9
+        self._hidden_tokens = link_s * facts.speeds.tflops * 1e12 / (2 * facts.anatomy.parameters)
 
     @property
     def makes_parts(self) -> bool:
@@ -160,13 +163,6 @@ class PassShapes:
         # No more than there are where all rows are live: fewer live rows would else run in larger micro-batches.
         together = max(-(-side // -(-side // together)) for side in self._sides(rows) if side)
         return self._padded(rows, together, self._in_whole_prompts(part))
-
-    @property
-    def _hidden_tokens(self) -> float:
-        """Prompt tokens that are computed in the time that weights take to arrive: then the link waits for nothing."""
-        anatomy, speeds = self._facts.anatomy, self._facts.speeds
-        link_s = anatomy.block_bytes / speeds.link_gbps / 1e9
-        return link_s * speeds.tflops * 1e12 / (2 * anatomy.parameters)
 
     def _in_whole_prompts(self, tokens: int) -> int:
         """Round `tokens` down to whole prompts of the longest length, of which padded passes are simulated:

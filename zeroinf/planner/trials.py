@@ -165,7 +165,10 @@ class Trials:
         """`choice` with as much of what would rest on NVMe in host memory as there is room for beside all else."""
         if not choice.nvme_blocks or self._constraints.offload != "auto" or not self._engine.mixes_tiers:
             return choice
-        free = self._budgets["host"] - total(self._terms(choice, roughly(workload)), "host")
+        terms = (*self._facts.engine_terms.elsewhere(choice, workload.host), *self._request_terms(choice.batch_size))
+        if self._facts.device == "cpu":  # what computes lies there, too
+            terms = self._terms(choice, roughly(workload))
+        free = self._budgets["host"] - total(terms, "host")
         if self._parts == 1:
             on_host = len(self._anatomy.blocks) - choice.resident_blocks - choice.nvme_blocks
             more = min(max(free // self._largest_piece, -on_host), choice.nvme_blocks - 1)

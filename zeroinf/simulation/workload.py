@@ -115,8 +115,7 @@ class Simulator:
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
         self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
         if anatomy.is_paged:
-            with without_library_warnings():
-                self._keep_kinds()
+            self._keep_kinds()
 
     def __call__(self, shape: Shape) -> Workload:
         if shape.expert_parts not in self._of_parts:
@@ -124,8 +123,7 @@ class Simulator:
         if (other := self._of_parts[shape.expert_parts]) is not self:
             return other(shape)
         if shape not in self._seen:
-            with without_library_warnings():
-                self._seen[shape] = self._run(shape)
+            self._seen[shape] = self._run(shape)
         return self._seen[shape]
 
     def _keep_kinds(self) -> None:
@@ -434,6 +432,7 @@ def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Rec
     (making,) = recorder.cut()
     with ExitStack() as stack:
         stack.enter_context(_META)
+        stack.enter_context(without_library_warnings())
         stack.enter_context(GpuAttention(recorder))
         stack.enter_context(running(model, batch_state.mixers, packed=batch.group.is_packed))
         output = model(**inputs)
