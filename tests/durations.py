@@ -1,9 +1,9 @@
 """Measure the CPU time of each test, in seconds, and read what was measured before.
 
 `pytest --durations-file FILE` writes JSON: for each test file `cpu_s`, the sum over its tests, and `tests`, those that
-take `LISTED_S` or more by themselves. CPU time is user and system time of the pytest process that ran the test and of
-all processes below it, so that figures of a busy machine and of an idle one are nearly the same. What a fixture of the
-session takes counts for the first test that asks for it.
+take `LISTED_S` or more by themselves. Figures that FILE has of tests that did not run stay. CPU time is user and system
+time of the pytest process that ran the test and of all processes below it, so that figures of a busy machine and of an
+idle one are nearly the same. What a fixture of the session takes counts for the first test that asks for it.
 
 `tests/durations.json` holds figures of the whole suite (`scripts/test --all --durations-file tests/durations.json`).
 They decide which file runs first, and how much time `scripts/test` says is left for `--all`.
@@ -74,8 +74,18 @@ class _Meter:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not hasattr(session.config, "workerinput"):
-            text = json.dumps(_by_file(self._measured_s), indent=1, ensure_ascii=False)
-            session.config.getoption("--durations-file").write_text(f"{text}\n", encoding="utf-8")
+            file: Path = session.config.getoption("--durations-file")
+            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            text = json.dumps(_by_file(_with_those_before(self._measured_s, before)), indent=1, ensure_ascii=False)
+            file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _with_those_before(
+    measured_s: Mapping[str, Mapping[str, float]], before: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """All that was measured now, and what is listed in `before` of other tests whose files are still there."""
+    there = {path: file["tests"] for path, file in before.items() if Path(path).is_file()}
+    return {path: {**there.get(path, {}), **measured_s.get(path, {})} for path in {**there, **measured_s}}
 
 
 def _by_file(measured_s: Mapping[str, Mapping[str, float]]) -> dict[str, object]:
