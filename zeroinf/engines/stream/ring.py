@@ -4,7 +4,6 @@ wait.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,17 +93,15 @@ class Ring:
         self._begun += 1
         self._transfer_ahead()
 
-    def bring(self, find: Callable[[], Sequence[Source]]) -> int:
-        """Let a slot hold what `find` finds, between passes that need pieces; the slot's number. `give_back` ends its
-        use."""
+    def bring(self, find: Callable[[], tuple[Sequence[Source], float]]) -> int:
+        """Let a slot hold what `find` finds, between passes that need pieces; the slot's number. It says, too, for how
+        many seconds it waited for a disk. `give_back` ends the use of the slot."""
         self._carried = self._turn  # what came ahead of the next pass is carried once more
         slot = self._brought % len(self.slots)
         self._brought += 1
         self.stalls.wanted()
         self._is_lent = True
-        started = time.perf_counter()
-        sources = find()
-        waited_s = time.perf_counter() - started
+        sources, waited_s = find()
         scatter(self._transfer.stream, sources, self.slots[slot], self._released[slot], self._arrived[slot])
         self._compute.wait(self._arrived[slot])
         self.stalls.there(waited_s)

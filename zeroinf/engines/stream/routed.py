@@ -7,7 +7,8 @@ host memory as they lie there, and from the store through a page-locked buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -110,27 +111,32 @@ class RoutedExperts:
 
     def enter(self, experts: Sequence[int]) -> None:
         """Give the module these experts, of which there are no more than the first part has."""
-        self._bind(self._ring.bring(lambda: list(self._sources(experts))))
+        self._bind(self._ring.bring(lambda: self._sources(experts)))
         self.brought_bytes += len(experts) * sum(nbytes for _, nbytes in self._target)
 
     def leave(self) -> None:
         self._release()
         self._ring.give_back()
 
-    def _sources(self, experts: Sequence[int]) -> Iterator[Source]:
-        on_disk, offsets = list[tuple[int, int, int]](), list[int]()
+    def _sources(self, experts: Sequence[int]) -> tuple[list[Source], float]:
+        """What makes up these experts, and for how many seconds a disk was waited for."""
+        found, on_disk, offsets = list[Source](), list[tuple[int, int, int]](), list[int]()
         for turn, expert in enumerate(experts):
             part, at, entries = self._places[expert]
             for (start, nbytes), (target, _) in zip(entries, self._target, strict=True):
                 if part.memory is not None:
-                    yield part.memory[start + at * nbytes : start + (at + 1) * nbytes], target + turn * nbytes
+                    memory = part.memory[start + at * nbytes : start + (at + 1) * nbytes]
+                    found.append((memory, target + turn * nbytes))
                 else:
                     on_disk.append((part.piece, start + at * nbytes, nbytes))
                     offsets.append(target + turn * nbytes)
-        if on_disk:
-            assert self._reader is not None
-            self._ring.settle()  # the buffer is free once it has been copied
-            yield from zip(self._reader.read(on_disk), offsets, strict=True)
+        if not on_disk:
+            return found, 0.0
+        assert self._reader is not None
+        self._ring.settle()  # the buffer is free once it has been copied
+        started = time.perf_counter()
+        found += zip(self._reader.read(on_disk), offsets, strict=True)
+        return found, time.perf_counter() - started
 
 
 class Routing:
