@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner import trials
 from zeroinf.planner.constraints import Constraints
-from zeroinf.planner.graphs import graph_sizes, graph_tokens, why_launched
+from zeroinf.planner.graphs import graph_size, graph_sizes, graph_tokens, why_launched
 from zeroinf.planner.memory import GRAPHS, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.speeds import speeds_of
@@ -196,8 +197,8 @@ def test_several_ranks_fill_memory_at_the_rates_of_shared_memory() -> None:
 def test_forwards_of_few_tokens_replay_graphs_which_are_planned_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_input = plan_input_of(gpu=8 * GIB, offload="none", batch_size=64)
     plan = make_plan(plan_input).plan
-    assert plan.graph_tokens == 1024
-    assert "packed tokens, CUDA graphs up to 1,024" in repr(plan)
+    assert plan.graph_tokens == min(plan.forward_tokens, 4096)
+    assert f"packed tokens, CUDA graphs up to {plan.graph_tokens:,}" in repr(plan)
     monkeypatch.setattr(trials, "why_launched", lambda *given, **more: "it was not asked for")
     launched = make_plan(plan_input).plan
     assert launched.graph_tokens == 0
@@ -217,8 +218,36 @@ def test_why_layers_are_launched_is_said(given: dict[str, Any], why: str) -> Non
 
 def test_graphs_take_no_more_memory_than_they_may() -> None:
     """Forwards of fewer tokens are replayed where a layer takes more."""
-    wide = SimpleNamespace(packed=SimpleNamespace(replayed=((128, 90 << 20), (256, 120 << 20), (512, 200 << 20))))
-    assert graph_tokens(wide) == 256  # type: ignore[arg-type]
+    wide: Any = SimpleNamespace(packed=SimpleNamespace(replayed=((128, 90 << 20), (256, 250 << 20), (512, 400 << 20))))
+    assert graph_tokens(wide, lambda tokens: True) == 256
     wide.packed.replayed = ((128, 300 << 20),)
-    assert graph_tokens(wide) == 0  # type: ignore[arg-type]
+    assert graph_tokens(wide, lambda tokens: True) == 0
+
+
+def test_graphs_end_where_the_gpu_computes_for_longer_than_launches_take() -> None:
+    tokens = 2443
+    wide: Any = SimpleNamespace(packed=SimpleNamespace(replayed=tuple((size, 0) for size in (128, 1024, tokens))))
+    assert graph_tokens(wide, lambda tokens: tokens <= 1024) == 1024
+    assert graph_tokens(wide, lambda tokens: True) == tokens
+    rates = Rates.of("given", link_gbps=25.0)
+    small, large = (
+        make_plan(
+            replace(
+                plan_input_of(gpu=100 * GIB, batch_size=64),
+                config=catalog_config(name),
+                anatomy=read_anatomy(catalog_config(name), dtype="bfloat16"),
+                machine=machine_of(gpus=1, gpu_bytes=100 * GIB, host_bytes=100 * GIB),
+                rates=rates,
+            )
+        ).plan
+        for name in ("pythia-70m", "llama-2-7b")
+    )
+    assert small.graph_tokens > large.graph_tokens > 0
+
+
+def test_token_counts_are_rounded_up_to_few_sizes() -> None:
     assert graph_sizes(300) == (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 300)
+    assert len(graph_sizes(4096)) == 38
+    assert [graph_size(tokens, 2443) for tokens in (1, 65, 2300, 2305, 2443, 2444)] == [1, 128, 2304, 2443, 2443, 2444]
+    sizes = graph_sizes(4096)
+    assert all(larger <= 1.51 * smaller for smaller, larger in pairwise(sizes[7:]))

@@ -16,6 +16,7 @@ from zeroinf.planner.choice import Choice
 from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
+from zeroinf.planner.graphs import graph_size
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
@@ -300,10 +301,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     mixing, stepping = (_times(kernels, speeds) for kernels in workload.packed.mixing)
-    coded = None
-    if _multiplies_codes(choice, workload):
-        coded = coded_layers(with_layers(anatomy, choice.embeddings), choice.wire)
-    by_tokens, by_choices = _forward_times(forwards, speeds, choice.graph_tokens, coded)
+    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload))
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
@@ -319,8 +317,8 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         on_host = count_of(prompts, decode, shape.host_rows)
         count = on_host + count_of(prompts, decode, shape.rows - shape.host_rows)
         choices = (decode * shape.rows + prompts * workload.prompts_rows) / count
-        one = by_tokens(tokens / count)
-        more, none = by_choices(max(1.0, choices)), by_choices(1.0)
+        one = of_forwards.of(tokens / count, choice.graph_tokens)
+        more, none = of_forwards.choices(max(1.0, choices)), of_forwards.choices(1.0)
         attention = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in one}
         # Each forward launches it for steps and for prompts, however many it holds.
         kinds = (of_prompts if prompts else {}, of_decode if decode else {})
@@ -341,12 +339,38 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     return cost
 
 
+def _coded(anatomy: Anatomy, choice: Choice, workload: Workload) -> CodedLayers | None:
+    """The layers, where their weights are multiplied as codes."""
+    if not _multiplies_codes(choice, workload):
+        return None
+    return coded_layers(with_layers(anatomy, choice.embeddings), choice.wire)
+
+
+def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, tokens: int) -> bool:
+    """Whether a packed forward of so many tokens, launched kernel by kernel, takes the host at least half as long as
+    the GPU: the host has more to do than to launch kernels."""
+    assert workload.packed is not None
+    one = _forward_times(workload.packed.forwards, speeds, _coded(anatomy, choice, workload)).launched(tokens)
+    return 2 * one["kernel launches"] > one["arithmetic"] + one["GPU memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class _ForwardTimes:
+    """Seconds of each resource by a forward's tokens, where layers launch their kernels and where they launch their
+    graphs, whatever these hold; and by its choices."""
+
+    launched: _Line
+    replayed: _Line
+    choices: _Line
+
+    def of(self, tokens: float, graph_tokens: int) -> dict[Resource, float]:
+        """A forward of so many tokens, where those of up to `graph_tokens` replay graphs."""
+        return self.replayed(graph_size(tokens, graph_tokens)) if tokens <= graph_tokens else self.launched(tokens)
+
+
 @lru_cache(maxsize=64)
-def _forward_times(
-    forwards: Forwards, speeds: Speeds, graph_tokens: int, coded: CodedLayers | None = None
-) -> tuple[_Line, _Line]:
-    """Seconds of each resource by a forward's tokens, and by its choices; layers of up to `graph_tokens` tokens launch
-    their graphs, whatever these hold. `coded`: the layers, where weights are multiplied as codes."""
+def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None) -> _ForwardTimes:
+    """`coded`: the layers, where weights are multiplied as codes."""
     many = forwards.tokens[-1][0]
     by_tokens, by_choices = (
         [
@@ -355,12 +379,13 @@ def _forward_times(
         ]
         for found, tokens in ((forwards.tokens, None), (forwards.choices, many))
     )
-    host = speeds.fitted.passes
-    for (_, times), (tokens, kernels) in zip(by_tokens, forwards.tokens, strict=True):
+    host, replayed = speeds.fitted.passes, list[tuple[float, dict[Resource, float]]]()
+    for (at, times), (_, kernels) in zip(by_tokens, forwards.tokens, strict=True):
         spared = sum(max(0, len(group.kernels) - host.graph_launches) * group.times for group in kernels[1:])
         times["kernel launches"] += host.micro_batch_s
-        times["kernel launches"] -= spared * speeds.model_launch_s if tokens <= graph_tokens else 0
-    return _Line(by_tokens), _Line(by_choices)
+        left = times["kernel launches"] - spared * speeds.model_launch_s
+        replayed.append((at, {**times, "kernel launches": left}))
+    return _ForwardTimes(_Line(by_tokens), _Line(replayed), _Line(by_choices))
 
 
 class _Line:

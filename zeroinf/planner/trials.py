@@ -40,7 +40,7 @@ from zeroinf.planner.memory import (
 from zeroinf.planner.pass_shapes import PassShapes
 from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import OFFLOADS
-from zeroinf.planner.timing import Timing, time_plan
+from zeroinf.planner.timing import Timing, launches_bind, time_plan
 from zeroinf.planner.workload import Shape, Workload
 
 # Where rows compute, an allocator loses less than so many bytes and such a part of what passes take: in 1,200 plans of
@@ -128,7 +128,7 @@ class Trials:
         )
         workload = self._facts.simulate(shape)
         launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
-        choice = replace(choice, graph_tokens=0 if launched else graph_tokens(workload))
+        choice = replace(choice, graph_tokens=0 if launched else self._graph_tokens(choice, workload))
         choice = self._filling_host(choice, workload)
         counted = cache(partial(self._terms, choice, workload))
         least = self._terms(choice, roughly(workload))
@@ -148,6 +148,9 @@ class Trials:
             counted=counted,
             timing=timing,
         )
+
+    def _graph_tokens(self, choice: Choice, workload: Workload) -> int:
+        return graph_tokens(workload, partial(launches_bind, self._anatomy, choice, workload, self._facts.speeds))
 
     def _timing(self, choice: Choice, workload: Workload) -> Timing:
         constraints = self._constraints
