@@ -133,9 +133,10 @@ def _write_tokenizer(writer: Any) -> None:
     pieces = [chr(byte) if byte in plain else next(others) for byte in range(256)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*pieces, pieces[0] + pieces[1], "<s>"])  # one merge at least must be there
-    writer.add_token_types([TokenType.NORMAL] * 257 + [TokenType.CONTROL])
-    writer.add_token_merges([f"{pieces[0]} {pieces[1]}"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(257)
+    pairs = pieces[:2], pieces[1:3]  # transformers wants merges, and takes a list of one for a text
+    writer.add_token_list([*pieces, *map("".join, pairs), "<s>"])
+    writer.add_token_types([TokenType.NORMAL] * 258 + [TokenType.CONTROL])
+    writer.add_token_merges([*map(" ".join, pairs)])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(258)
     writer.add_add_bos_token(False)

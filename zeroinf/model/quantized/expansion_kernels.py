@@ -24,7 +24,7 @@ from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
 # Units of ggml's types whose codes share bytes, which one thread computes.
-_FOLDS = dict.fromkeys((2, 3, 6, 7, 8, 12, 13, 20, 23, 39), 2) | dict.fromkeys((10, 11, 14), 4)
+_FOLDS = dict.fromkeys((2, 3, 6, 7, 12, 13, 20, 23, 39), 2) | dict.fromkeys((10, 11, 14), 4)
 
 
 class Tile(NamedTuple):
@@ -36,13 +36,21 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "in a row": Tile(1, 256, 4),
+    "in a row": Tile(1, 256, 2),
+    "blocks in a row": Tile(1, 256, 4),
+    "blocks in a row, one a thread": Tile(1, 128, 4),
+    "points in a row": Tile(1, 128, 1),
     "rows": Tile(4, 64, 4),
-    "rows side by side": Tile(64, 8, 4),
+    "rows in groups of an order": Tile(1, 128, 4),
+    "rows side by side": Tile(64, 16, 8),
     "codes of rows side by side": Tile(4, 128, 4),
+    "codes of rows side by side in an order": Tile(32, 16, 4),
     "words of rows side by side": Tile(4, 32, 4),
 }
-"""By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side."""
+"""By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side; and by
+what makes programs of another size the faster ones (scripts/bench-expansion, on an H200)."""
+# Q8_0, Q2_K and Q6_K, of which a thread reads most bytes.
+_ONE_A_THREAD = (8, 10, 14)
 # A scale of more than any row or matrix has is that of all of it.
 _ALL = 1 << 30
 # Side by side on the second axis of a grid.
@@ -57,7 +65,10 @@ def expand_ggml(
     """Blocks of ggml's type `kind`."""
     given, fold = (_ready(packed), packed if table is None else table), _FOLDS.get(kind, 1)
     kinds: dict[str, Any] = {"KIND": kind, "WEIGHTS": weights, "NBYTES": nbytes, "FOLD": fold}
-    _launch(expand_blocks, whole, given, (), fold=fold, is_flat=True, **kinds)
+    flat = "blocks in a row" if fold > 1 else "points in a row"
+    if kind in _ONE_A_THREAD:
+        flat = "blocks in a row, one a thread"
+    _launch(expand_blocks, whole, given, (), fold=fold, flat=flat, **kinds)
 
 
 def expand_fp4(
@@ -68,7 +79,7 @@ def expand_fp4(
     group = whole.numel() // scales.numel() // _UNIT
     given = codes, shared, shared if of_all is None else _ready(of_all)
     way = 0 if of_all is None else 2 if divides else 1
-    _launch(expand_e2m1, whole, given, (), is_flat=True, GROUP=group, OF_ALL=way)
+    _launch(expand_e2m1, whole, given, (), flat="in a row", GROUP=group, OF_ALL=way)
 
 
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
@@ -151,7 +162,7 @@ def expand_four_bits(
     block = whole.shape[-2] * whole.shape[-1] // scales.shape[-1] // _UNIT
     counts = scales.shape[-1], more[0].shape[-1]
     _launch(
-        expand_table, whole, (own, values, scales, *more), counts, is_flat=True,
+        expand_table, whole, (own, values, scales, *more), counts, flat="in a row",
         BLOCK=block, NESTED=0 if nested is None else nested_block,
     )  # fmt: skip
 
@@ -163,7 +174,7 @@ def expand_lines(
     packed, wide = codes.shape[-2:]
     sizes = packed, _strides(codes)[0], _strides(scales)[0]
     _launch(
-        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes, is_flat=True,
+        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes, flat="in a row",
         BITS=bits, EACH=each, WIDE=wide // _UNIT, IS_DOWN=scales.shape[-1] == 1,
     )  # fmt: skip
 
@@ -181,31 +192,37 @@ def expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) 
 
 def _launch(
     kernel: Any, whole: torch.Tensor, before: tuple[torch.Tensor, ...], after: tuple[int, ...], *,
-    fold: int = 1, is_flat: bool = False, are_codes_across: bool = False, **kinds: Any,
+    fold: int = 1, flat: str = "", are_codes_across: bool = False, **kinds: Any,
 ) -> None:  # fmt: skip
     """Run `kernel` on all tiles of `whole`: its arguments are `before`, sizes, `after` and strides.
 
-    A thread has `fold` units. If `is_flat`, nothing tells rows apart but their order: they are one, if they lie so.
+    A thread has `fold` units. Where nothing tells rows apart but their order, they are one if they lie so, with the
+    tile `flat`.
     Products and sums are rounded apart, as torch's are.
     """
     stacked = whole if whole.dim() > 2 else whole[None]
     (stack, rows, columns), strides = stacked.shape, stacked.stride()
     is_turned = strides[2] != 1
-    if is_flat and not is_turned and strides[1] == columns and rows * columns < _MOST_IN_A_ROW:
+    if flat and not is_turned and strides[1] == columns and rows * columns < _MOST_IN_A_ROW:
         rows, columns = 1, rows * columns
     units = columns // _UNIT // fold
-    tile = TILES[
-        "rows side by side" if is_turned else "codes of rows side by side" if are_codes_across
-        else "in a row" if rows == 1 else "rows"
-    ]  # fmt: skip
-    if tile is TILES["rows"]:
-        fits = (wide for wide in (tile.units, 32, 16, 8) if triton.cdiv(units, wide) * wide <= 1.1 * units)
+    is_ordered = bool(kinds.get("IS_ORDERED"))
+    if is_turned:
+        tile = TILES["rows side by side"]
+    elif are_codes_across:
+        tile = TILES["codes of rows side by side" + (" in an order" if is_ordered else "")]
+    elif rows == 1 and flat:
+        tile = TILES[flat]
+    else:
+        tile = TILES["rows in groups of an order" if is_ordered else "rows"]
+        fits = (wide for wide in (tile.units, 64, 32, 16, 8) if triton.cdiv(units, wide) * wide <= 1.1 * units)
         wide = next(fits, 8)
         tile = Tile(tile.rows * tile.units // wide, wide, tile.warps)
-    while triton.cdiv(rows, tile.rows) > _MOST_PROGRAMS:
+    while not is_turned and triton.cdiv(rows, tile.rows) > _MOST_PROGRAMS:
         tile = Tile(2 * tile.rows, max(1, tile.units // 2), tile.warps)
+    down, across = triton.cdiv(rows, tile.rows), triton.cdiv(units, tile.units)
     _run(
-        kernel, (triton.cdiv(units, tile.units), triton.cdiv(rows, tile.rows), stack),
+        kernel, (down, across, stack) if is_turned else (across, down, stack),
         whole, *before, rows, units, *after, *strides, **kinds,
         ROWS=tile.rows, UNITS=tile.units, TURNED=is_turned, num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -48,15 +48,10 @@ def _bit(low, high, shift, place, to: tl.constexpr):  # type: ignore[no-untyped-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _small_block(at, own, place, table, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values of the units `own` and `own` + 2 of a block of 32 weights: the low bits of eight bytes, and the high ones.
-    Those of Q8_0 are the units 2 `own` and 2 `own` + 1."""
+    """Values of the units `own` and `own` + 2 of a block of 32 weights: the low bits of eight bytes, and the high
+    ones."""
     start: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 else 6 if KIND == 6 else 8 if KIND == 7 else 2
     aligned: tl.constexpr = 4 if KIND == 3 or KIND == 7 else 1
-    if KIND == 8:
-        low, high = load_eight(at + 2 + own * 16, inside, 1)
-        more, most = load_eight(at + 10 + own * 16, inside, 1)
-        scale = load_half(at, inside)
-        return scale * _signed_byte(low, high, place), scale * _signed_byte(more, most, place)
     low, high = load_eight(at + start + own * 8, inside, aligned)
     one, two = _code(low, high, 0, place, 15), _code(low, high, 4, place, 15)
     if KIND == 6 or KIND == 7:
@@ -262,18 +257,21 @@ def expand_blocks(  # type: ignore[no-untyped-def]
     elif FOLD == 2:
         if WEIGHTS == 32:
             one, two = _small_block(at, own, place, table, inside, KIND)
-            first += own * 2 if KIND == 8 else own
+            first += own
         elif KIND == 23:
             one, two = _iq4_xs(at, own, place, table, inside)
             first += own // 2 * 4 + own % 2
         else:
             one, two = _k_block_with_least(at, own, place, inside, KIND)
             first += own // 4 * 8 + own % 4
-        further: tl.constexpr = 1 if KIND == 8 else 2 if WEIGHTS == 32 or KIND == 23 else 4
+        further: tl.constexpr = 2 if WEIGHTS == 32 or KIND == 23 else 4
         write(whole, one, row, first, place, stack_stride, row_stride, column_stride, inside)
         write(whole, two, row, first + further, place, stack_stride, row_stride, column_stride, inside)
     else:
-        if KIND == 19 or KIND == 29:
+        if KIND == 8:
+            low, high = load_eight(at + 2 + own * 8, inside, 1)
+            value = load_half(at, inside) * _signed_byte(low, high, place)
+        elif KIND == 19 or KIND == 29:
             value = _one_bit(at, own, place, table, inside, KIND)
         else:
             value = _two_or_three_bits(at, own, place, table, inside, KIND)

@@ -18,15 +18,18 @@ import triton.language as tl
 def tile(ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows (64 bits) and units of this program's tile, and the places in a unit, to be broadcast to the whole tile.
 
-    Rows come last where those lie side by side in memory, since threads take elements of the last dimension first.
+    Rows come last where those lie side by side in memory, since threads take elements of the last dimension first. So
+    do programs of the first axis of the grid.
     """
+    down, across = tl.program_id(1), tl.program_id(0)
     if TURNED:
+        down, across = across, down
         row, unit = tl.arange(0, ROWS)[None, None, :], tl.arange(0, UNITS)[:, None, None]
         place = tl.arange(0, 8)[None, :, None]
     else:
         row, unit = tl.arange(0, ROWS)[:, None, None], tl.arange(0, UNITS)[None, :, None]
         place = tl.arange(0, 8)[None, None, :]
-    return (tl.program_id(1) * ROWS + row).to(tl.int64), tl.program_id(0) * UNITS + unit, place
+    return (down * ROWS + row).to(tl.int64), across * UNITS + unit, place
 
 
 @triton.jit
