@@ -68,13 +68,21 @@ def test_more_memory_takes_more_rows_and_longer_prompts_fewer(offload: str) -> N
     assert by_prompt == sorted(set(by_prompt), reverse=True)
 
 
-def test_a_few_rows_more_than_the_plan_do_not_fit() -> None:
+def test_a_few_rows_more_than_the_plan_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else they would fit in the place of graphs.
+    monkeypatch.setattr("zeroinf.planner.trials.why_launched", lambda *given, **also: "no graphs")
     plan_input = plan_input_of(gpu=1200 * MIB, offload="none")
     most = max(tried.choice.batch_size for tried in make_plan(plan_input).decision.tried)
     more = most + most // 32 + 2
     assert rows(replace(plan_input, constraints=replace(plan_input.constraints, batch_size=most))) == most
     with pytest.raises(DoesNotFitError, match=f"{more} sequences need"):
         make_plan(replace(plan_input, constraints=replace(plan_input.constraints, batch_size=more)))
+
+
+def test_graphs_take_no_memory_that_the_first_row_needs() -> None:
+    tight, roomy = (make_plan(plan_input_of(gpu=size * MIB, offload="none")).plan for size in (1100, 1300))
+    assert tight.batch_size >= 1
+    assert (tight.graph_tokens, roomy.graph_tokens > 0) == (0, True)
 
 
 def test_the_plan_is_the_chosen_candidate_with_all_its_terms() -> None:

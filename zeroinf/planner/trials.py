@@ -55,11 +55,18 @@ class Trials:
     """Settings under some constraints, tried against one set of budgets."""
 
     def __init__(
-        self, facts: Facts, constraints: Constraints, budgets: Budgets, shapes: PassShapes, *, exact: bool = False
+        self,
+        facts: Facts,
+        constraints: Constraints,
+        budgets: Budgets,
+        shapes: PassShapes,
+        *,
+        exact: bool = False,
+        graphs: bool = True,
     ) -> None:
         """`exact`: no candidate is taken to fit before all that it takes is known, which takes several times as
-        long."""
-        self.exact = exact
+        long. `graphs`: layers may be CUDA graphs, which take memory."""
+        self.exact, self.graphs = exact, graphs
         self._facts, self._anatomy = facts, facts.anatomy
         assert constraints.embeddings != "auto"
         self._embeddings = constraints.embeddings
@@ -128,7 +135,8 @@ class Trials:
         )
         workload = self._facts.simulate(shape)
         launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
-        choice = replace(choice, graph_tokens=0 if launched else self._graph_tokens(choice, workload))
+        tokens = 0 if launched or not self.graphs else self._graph_tokens(choice, workload)
+        choice = replace(choice, graph_tokens=tokens)
         choice = self._filling_host(choice, workload)
         counted = cache(partial(self._terms, choice, workload))
         least = self._terms(choice, roughly(workload))
