@@ -77,6 +77,8 @@ class PassFigures(Figures):
     """Each layer of a micro-batch whose KV cache rests in host memory: events and streams, there and back."""
     host_attention_share: float
     """The part of host memory's read rate that attention on the CPU reaches."""
+    host_attention_layer_s: float
+    """Each layer of steps for which the CPU attends, beside their kernels and the attention: there and back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

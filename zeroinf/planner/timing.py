@@ -331,8 +331,11 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         for name in mixing:
             attention[name] += prompts * mixing[name] + decode * stepping[name]
         both = {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
-        if decode and attended_s:  # it begins in a layer behind its first forward, and the last one ends behind it
-            alone = max(both["arithmetic"] + both["GPU memory"], both["kernel launches"]) / count
+        if decode and attended_s:  # in each layer the CPU waits for one forward, which replays no graph
+            steps = of_forwards.launched(decode * shape.host_rows)
+            both["kernel launches"] += steps["kernel launches"] - one["kernel launches"]
+            launches_s = steps["kernel launches"] + len(anatomy.cache) * host.host_attention_layer_s
+            alone = max(steps["arithmetic"] + steps["GPU memory"], launches_s)
             both["host memory"] = decode * attended_s + alone
         return both
 
