@@ -21,6 +21,8 @@
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,6 +39,7 @@ constexpr int LANES = 8;
 constexpr int BLOCK = 32, SMALL_BLOCK = 16, FEW_QUERIES = 2;
 constexpr int64_t BLOCK_BYTES = 64 << 10;  // of a small block, for the heads of one task: two of them stay in the cache
 constexpr int TASKS_A_THREAD = 16;
+constexpr double AWAKE_S = 0.02;  // that long, who waits for a step does not sleep: its processor has nothing else to do
 
 using Floats = float __attribute__((vector_size(LANES * 4)));
 using Ints = int32_t __attribute__((vector_size(LANES * 4)));
@@ -323,6 +326,14 @@ struct Processors {
     }
 };
 
+// Between two looks at what another thread or a GPU writes.
+inline void wait_briefly(int turn) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+    if (turn % 256 == 0) std::this_thread::yield();
+}
+
 class Pool {
   public:
     Pool(int threads, const Processors &processors) {
@@ -343,6 +354,15 @@ class Pool {
 
     int size() const { return (int)threads_.size() + 1; }
 
+    // Wakes the threads, which takes longer than a GPU does for a layer: they look for the next call without sleeping.
+    void expect_call() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            expected_ = true;
+        }
+        wakes_.notify_all();
+    }
+
     // Calls act(task, next) for each of `count` tasks, by all threads and this one; `next` is what the same thread does
     // then, `count` or more if nothing. Only one caller at a time.
     template <typename Act> void run(int count, Act act) {
@@ -353,6 +373,7 @@ class Pool {
             std::lock_guard<std::mutex> lock(mutex_);
             job_ = job;
             ++number_;
+            expected_ = false;
         }
         wakes_.notify_all();
         work(*job);
@@ -385,12 +406,16 @@ class Pool {
             std::shared_ptr<Job> job;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
-                wakes_.wait(lock, [&] { return ends_ || (number_ != seen && job_); });
+                wakes_.wait(lock, [&] { return ends_ || expected_ || (number_ != seen && job_); });
                 if (ends_) return;
-                seen = number_;
-                job = job_;
+                if (!expected_) {
+                    seen = number_;
+                    job = job_;
+                }
             }
-            work(*job);
+            if (job) work(*job);
+            else
+                for (int turn = 1; expected_ && !ends_; ++turn) wait_briefly(turn);
         }
     }
 
@@ -399,7 +424,7 @@ class Pool {
     std::condition_variable wakes_, done_;
     std::shared_ptr<Job> job_;
     uint64_t number_ = 0;
-    bool ends_ = false;
+    std::atomic<bool> expected_{false}, ends_{false};
 };
 
 int round_up(int number, int unit) { return (number + unit - 1) / unit * unit; }
@@ -746,6 +771,9 @@ class Attending {
     }
 
     bool wait(int64_t number, double seconds) {
+        auto soon = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(seconds, AWAKE_S));
+        for (int turn = 1; finished_ < number && std::chrono::steady_clock::now() < soon; ++turn) wait_briefly(turn);
+        if (finished_ >= number) return true;
         std::unique_lock<std::mutex> lock(mutex_);
         return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return finished_ >= number; });
     }
@@ -782,14 +810,11 @@ class Attending {
         }
     }
 
-    // A GPU takes microseconds, which a thread that sleeps would take to wake.
     bool is_there(const Step &step, int64_t number) {
+        if (step.flag) pool.expect_call();
         for (int turn = 1; step.flag && __atomic_load_n(step.flag, __ATOMIC_ACQUIRE) < number; ++turn) {
             if (ends_) return false;
-#if defined(__x86_64__)
-            _mm_pause();
-#endif
-            if (turn % 256 == 0) std::this_thread::yield();
+            wait_briefly(turn);
         }
         return true;
     }
@@ -799,7 +824,8 @@ class Attending {
     std::mutex mutex_;
     std::condition_variable wakes_, done_;
     std::deque<Step> waiting_;
-    int64_t submitted_ = 0, finished_ = 0;
+    int64_t submitted_ = 0;
+    std::atomic<int64_t> finished_{0};
     double seconds_ = 0;
     std::atomic<bool> ends_{false};
 };

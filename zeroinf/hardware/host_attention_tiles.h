@@ -14,9 +14,7 @@ struct HeadBlock {
     int count, width, value_width;
 };
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 // The system must be asked once for a process to use tiles. It may refuse.
 inline bool may_use_tiles() {
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
