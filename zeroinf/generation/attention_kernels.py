@@ -259,8 +259,9 @@ def attend_on_gpu(
     if view.has_new:
         _write_all(layer, keys, values)
     group = query.shape[0] // keys.shape[0]
+    widths = _power_of_two(query.shape[2]), _power_of_two(values.shape[2])
     for steps in (True, False):
-        tiles = _tiles(query, values, group, steps=steps)
+        tiles = _tiles(query.device, query.element_size(), widths, group, steps=steps)
         blocks = _blocks(tokens, max(1, tiles.rows // group), steps=steps)
         if blocks is not None:
             _launch(layer, query, keys, values, scores, out, blocks, tiles, steps=steps)
@@ -274,17 +275,23 @@ def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> 
     _write[(count,)](
         keys, values, *layer.memory[:2], layer.view.places,
         *(each.stride(dim) for each in (keys, values) for dim in (1, 0, 2)),
-        HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=triton.next_power_of_2(heads * width),
-        VALUE_BLOCK=triton.next_power_of_2(heads * values.shape[2]),
+        HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=_power_of_two(heads * width),
+        VALUE_BLOCK=_power_of_two(heads * values.shape[2]),
     )  # fmt: skip
 
 
-def _tiles(query: torch.Tensor, values: torch.Tensor, group: int, *, steps: bool) -> _Tiles:
-    """Tiles as large as the multiprocessors' shared memory and registers allow."""
-    size, widths = query.element_size(), [triton.next_power_of_2(each.shape[2]) for each in (query, values)]
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`; Triton's own takes microseconds."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _tiles(device: torch.device, size: int, widths: tuple[int, int], group: int, *, steps: bool) -> _Tiles:
+    """Tiles as large as the multiprocessors' shared memory and registers allow, for numbers of `size` bytes and such
+    powers of two as widths of keys and values."""
     rows, keys, stages = (16, 128, 2) if steps else (64, 64, 3)  # measured with scripts/bench-attention
-    rows = max(rows, triton.next_power_of_2(group))
-    room = _shared_bytes(query.device) * 0.8 - rows * widths[0] * size
+    rows = max(rows, _power_of_two(group))
+    room = _shared_bytes(device) * 0.8 - rows * widths[0] * size
     while keys > 16 and stages * keys * sum(widths) * size > room:
         keys //= 2
     return _Tiles(rows, keys, 8 if rows > 64 else 4, stages)
@@ -335,7 +342,7 @@ def _launch(
         sums = parts[count * group * value_width :]
     sinks = scores.sinks if scores.sinks is not None else out
     shape: dict[str, Any] = {"HEADS": heads, "GROUP": group, "VALUE_WIDTH": value_width}
-    shape |= {"VALUE_BLOCK": max(16, triton.next_power_of_2(value_width)), "SUNK": scores.sinks is not None}
+    shape |= {"VALUE_BLOCK": max(16, _power_of_two(value_width)), "SUNK": scores.sinks is not None}
     rows = view.tokens.rows
     held_keys, held_values, *scales = layer.memory
     _attend[(blocks.shape[0], heads, splits)](
@@ -343,7 +350,7 @@ def _launch(
         rows, blocks, sinks, scores.scale, scores.softcap or 0.0, window or 0, view.row_tokens, rows.shape[1],
         -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0,
         *(each.stride(dim) for each in (query, keys, values) for dim in (1, 0)),
-        **shape, WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), QUERIES=max(1, tiles.rows // group),
+        **shape, WIDTH=width, WIDTH_BLOCK=max(16, _power_of_two(width)), QUERIES=max(1, tiles.rows // group),
         ROWS=tiles.rows, KEYS=tiles.keys, KEY_PLACE=held_keys.stride(0), VALUE_PLACE=held_values.stride(0),
         SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.row_tokens else 0,
         CODED=bool(scales), CAPPED=scores.softcap is not None, WINDOWED=window is not None,
