@@ -117,3 +117,9 @@ def test_experts_of_models_compute_what_transformers_computes(
         found = model(ids, use_cache=False).logits
     assert used
     assert torch.allclose(found, right, atol=1e-4)
+
+
+def test_what_hangs_on_the_number_of_experts_is_compiled_ahead() -> None:
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    kernels.compile_for(5, 3, torch.device("cpu"), torch.float32)

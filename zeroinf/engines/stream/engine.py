@@ -23,7 +23,7 @@ from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.gather import Gatherer
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.norms import use_norm_kernels
-from zeroinf.engines.stream.products import product_on_codes
+from zeroinf.engines.stream.products import compile_for_experts, product_on_codes
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.rotary import use_rotary_kernels
@@ -84,6 +84,8 @@ class StreamEngine:
         use_norm_kernels(self._model, device)
         use_rotary_kernels(self._model, device)
         product = product_on_codes(device, groups)
+        for count, each in {(own.count, own.each) for own in plan.anatomy.experts if by_kernels}:
+            compile_for_experts(count, each, device, self._model.dtype)
         passing = by_expert(plan.anatomy, plan.wire) if by_kernels else ()
         self._expanders = _expanders(groups, device, product, passing) if plan.wire != "model" else {}
         of_blocks = tiers(

@@ -175,10 +175,10 @@ def _count(index, counts, rank, total, experts, BLOCK: tl.constexpr):  # type: i
     tl.store(rank + at, tl.atomic_add(counts + expert, 1, mask=known, sem="relaxed"), mask=known)
 
 
-@triton.jit(do_not_specialize=["total", "tile_count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["total", "tile_count", "rows"])  # type: ignore[untyped-decorator]
 def _place(  # type: ignore[no-untyped-def]
-    index, counts, rank, slots, places, all_ends, tiles, total, experts, tile_count,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+    index, counts, rank, slots, places, all_ends, tiles, total, experts, tile_count, rows,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Slots in order of experts, and their places there, by programs past the first ones, which make the table of tiles
     and say where each expert's slots end."""
@@ -187,13 +187,13 @@ def _place(  # type: ignore[no-untyped-def]
     ends = tl.cumsum(count, 0)
     table = tl.cdiv(tile_count, TILE_BLOCK)
     if tl.program_id(0) < table:
-        needed = (count + ROWS - 1) // ROWS
+        needed = (count + rows - 1) // rows
         tile_ends = tl.cumsum(needed, 0)
         tile = tl.program_id(0) * TILE_BLOCK + tl.arange(0, TILE_BLOCK)
         is_own = (tile[:, None] >= (tile_ends - needed)[None, :]) & (tile[:, None] < tile_ends[None, :])
         used = tl.sum(is_own.to(tl.int32), 1) > 0
         of_tile = tl.sum(tl.where(is_own, expert[None, :], 0), 1)
-        start = (ends - count)[None, :] + (tile[:, None] - (tile_ends - needed)[None, :]) * ROWS
+        start = (ends - count)[None, :] + (tile[:, None] - (tile_ends - needed)[None, :]) * rows
         first = tl.sum(tl.where(is_own, start, 0), 1)
         end = tl.sum(tl.where(is_own, ends[None, :], 0), 1)
         inside = tile < tile_count
@@ -397,8 +397,8 @@ def route(index: torch.Tensor, experts: int, rows: int) -> SlotTable:
     wide = triton.next_power_of_2(experts)
     block = max(16, min(256, (1 << 13) // wide))
     _place[(triton.cdiv(tile_count, block) + triton.cdiv(total, block),)](
-        index, counts, rank, slots, places, ends, tiles, total, experts, tile_count,
-        ROWS=rows, EXPERTS=wide, BLOCK=block, TILE_BLOCK=block,
+        index, counts, rank, slots, places, ends, tiles, total, experts, tile_count, rows,
+        EXPERTS=wide, BLOCK=block, TILE_BLOCK=block,
     )  # fmt: skip
     return SlotTable(slots, places, ends, tiles, rows)
 
@@ -418,6 +418,18 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
     _gate[(triton.cdiv(out.numel(), 1024),)](x, out, out.numel(), out.shape[1], BLOCK=1024)
     return out
+
+
+def compile_for(experts: int, each: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what hangs on the number of experts, and of those of a token, by using it once."""
+    index = torch.arange(each, device=device).repeat(2, 1)
+    x, weights = (
+        torch.zeros(2 * each, 1024, device=device, dtype=dtype),
+        torch.zeros(2, each, device=device, dtype=dtype),
+    )
+    routing = route(index, experts, 16)
+    combine(x, index, weights, experts)
+    combine(x, index, weights, experts, routing)
 
 
 def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:

@@ -54,3 +54,10 @@ def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: in
         logging.getLogger(__name__).warning("products are computed by torch, since kernels for them fail: %s", reason)
     torch.cuda.empty_cache()
     return not reason
+
+
+def compile_for_experts(experts: int, each: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what hangs on the number of experts, and of those of a token, before a pass needs it."""
+    from zeroinf.engines.stream.product_kernels import compile_for
+
+    compile_for(experts, each, device, dtype)
