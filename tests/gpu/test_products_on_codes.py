@@ -8,14 +8,11 @@ import pytest
 import torch
 from small_models import CONTEXT, build_model
 
-from zeroinf.compat.rotary import rotations_of
-from zeroinf.engines.stream import rotary
 from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.norms import NormByKernel, use_norm_kernels
 from zeroinf.engines.stream.products import product_on_codes
-from zeroinf.engines.stream.rotary import Rotation, use_rotary_kernels
 from zeroinf.engines.stream.tensor_groups import group_tensors
 from zeroinf.model.inspect import find_stacks
 from zeroinf.planner.wire import CODES, Wire
@@ -69,45 +66,14 @@ def test_logits_are_those_of_expanded_weights(name: str, wire: Wire, rows: int) 
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_experts_in_sixteen_bits_are_as_near_to_float32_as_those_of_transformers(name: str) -> None:
+def test_experts_in_sixteen_bits_are_those_of_transformers(name: str) -> None:
     model, ids = build_model(name).to(GPU, torch.bfloat16), torch.randint(1, 90, (3, 100), device=GPU)
     with torch.inference_mode():
-        exact = build_model(name).to(GPU, torch.bfloat16).float()(ids, use_cache=False).logits
-        theirs = model(ids, use_cache=False).logits.float()
+        right = model(ids, use_cache=False).logits.float()
         use_experts_kernels(model, GPU, None)
         assert model.config._experts_implementation == "zeroinf"
-        own = model(ids, use_cache=False).logits.float()
-    errors = [float(((one - exact).norm(dim=-1) / exact.norm(dim=-1)).median()) for one in (own, theirs)]
-    print("off by {:.4f} theirs {:.4f}".format(*errors))
-    assert errors[0] < 1.25 * errors[1]
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_neox"])
-def test_positions_are_those_of_transformers_to_the_bit(name: str) -> None:
-    model, ids = build_model(name).to(GPU, torch.bfloat16), torch.randint(1, 90, (3, 100), device=GPU)
-    with torch.inference_mode():
-        right = model(ids, use_cache=False).logits
-        use_rotary_kernels(model, GPU)
-        assert all(isinstance(rotate, Rotation) for _, rotate in rotations_of(model))
-        assert rotary._kernel(GPU, torch.bfloat16) is not None
-        assert torch.equal(model(ids, use_cache=False).logits, right)
-
-
-def test_experts_of_many_rows_are_captured_as_a_graph() -> None:
-    model = build_model("qwen3_moe").to(GPU, torch.bfloat16)
-    use_experts_kernels(model, GPU, None)
-    (module, *_) = [m for m in model.modules() if hasattr(m, "gate_up_proj")]
-    x = torch.randn(300, module.gate_up_proj.shape[2], device=GPU, dtype=torch.bfloat16)
-    weights, index = torch.rand(300, 4, device=GPU).topk(2)
-    with torch.inference_mode():
-        module(x, index, weights)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = module(x, index, weights)
-        index.copy_(torch.rand(300, 4, device=GPU).topk(2).indices)
-        graph.replay()
-        assert close(out.float(), module(x, index, weights).float())
+        found = model(ids, use_cache=False).logits.float()
+    assert close(found, right)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "qwen3_next"])

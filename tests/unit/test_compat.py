@@ -28,7 +28,6 @@ from zeroinf.compat import (
     models,
     modules,
     quantizers,
-    rotary,
     states,
     stop_strings,
     subclasses,
@@ -214,20 +213,6 @@ def test_experts_run_by_a_function_of_ours() -> None:
     assert len(seen) == made.config.num_hidden_layers
     experts.replace_default_experts(made, "zeroinf_other", run)
     assert made.config._experts_implementation == "zeroinf_test", "only the default is replaced"
-
-
-def test_the_function_that_rotates_queries_and_keys_is_replaced() -> None:
-    made = AutoModelForCausalLM.from_config(small_config("qwen3"), dtype=torch.float32).eval()
-    ((name, own),) = rotary.rotations_of(made)
-    assert rotary.takes_queries_and_keys(own)
-    assert not rotary.takes_queries_and_keys(lambda q, k: q)
-    called = []
-    try:
-        rotary.replace_rotation(name, lambda *args: called.append(len(args)) or own(*args))
-        made(torch.arange(4)[None])
-    finally:
-        rotary.replace_rotation(name, own)
-    assert called == [4] * made.config.num_hidden_layers
 
 
 def test_tensors_without_memory() -> None:

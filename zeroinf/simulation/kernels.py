@@ -1,5 +1,5 @@
-"""Simulates experts, norms and rotary positions as the stream engine's kernels compute them on a GPU: their
-allocations, arithmetic and traffic.
+"""Simulates experts and norms as the stream engine's kernels compute them on a GPU: their allocations, arithmetic and
+traffic.
 
 On the meta device each kernel is an operator of its own, which the recorder notes under its name. What the kernels do
 not do runs as transformers runs it, here as there.
@@ -7,10 +7,8 @@ not do runs as transformers runs it, here as there.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
@@ -18,34 +16,18 @@ from zeroinf.compat import experts
 from zeroinf.engines.stream.coded_weight import WeightMatrix
 from zeroinf.engines.stream.experts import compute_few, compute_many, matrices_of, takes_grouped
 from zeroinf.engines.stream.norms import NormByKernel, norms_of
-from zeroinf.engines.stream.rotary import rotating_on_meta, use_rotary_kernels
 
 _NAME = "zeroinf on paper"
 _PREFIX = "zeroinf::"
-_by_kernels: WeakSet[Any] = WeakSet()
 _ROWS = 64
 """Of a tile: sizes of what routing holds hang on it by some bytes."""
 
 
 def simulate_kernels(model: Any) -> None:
-    """Let experts, norms and, while `rotating`, positions of `model`, on the meta device, take what the kernels take
-    where these would run."""
+    """Let experts and norms of `model`, on the meta device, take what the kernels take where these would run."""
     experts.replace_default_experts(model, _NAME, _run)
     for module, form in list(norms_of(model)):
         NormByKernel(module, form, _norm)
-
-    use_rotary_kernels(model, torch.device("meta"))
-    _by_kernels.add(model)
-
-
-def rotating(model: Any) -> AbstractContextManager[None]:
-    """While it lasts, positions are rotated as the kernel does if `model` is one of `simulate_kernels`."""
-    return rotating_on_meta(_rotate) if model in _by_kernels else nullcontext()
-
-
-def _rotate(q: torch.Tensor, k: torch.Tensor, *ignored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pair: tuple[torch.Tensor, torch.Tensor] = torch.ops.zeroinf.rotate_halves(q, k)
-    return pair
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, **form: bool) -> torch.Tensor:
@@ -106,7 +88,6 @@ for schema in (
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
     "rms_norm(Tensor x, Tensor weight) -> Tensor",
-    "rotate_halves(Tensor q, Tensor k) -> (Tensor, Tensor)",
 ):
     torch.library.define(_PREFIX + schema.partition("(")[0], "(" + schema.partition("(")[2])
 
@@ -135,12 +116,6 @@ def _gated(x: torch.Tensor) -> torch.Tensor:
 @torch.library.impl(_PREFIX + "combine_experts", "Meta")
 def _combined(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return y.new_empty(weights.shape[0], y.shape[1])
-
-
-@torch.library.impl(_PREFIX + "rotate_halves", "Meta")
-def _rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = (x.transpose(1, 2).new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k))
-    return q_out, k_out
 
 
 @torch.library.impl(_PREFIX + "rms_norm", "Meta")

@@ -31,7 +31,7 @@ from zeroinf.planner.memory import layer_bytes
 from zeroinf.planner.pass_shapes import MOST_ROWS
 from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
 from zeroinf.simulation.attention import GpuAttention
-from zeroinf.simulation.kernels import rotating, simulate_kernels
+from zeroinf.simulation.kernels import simulate_kernels
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
 from zeroinf.simulation.recorder import Recorder
 from zeroinf.simulation.repeats import told_alike, with_repeats
@@ -434,7 +434,6 @@ def record_step(model: Any, batch_state: BatchState, group: Group, recorder: Rec
         stack.enter_context(_META)
         stack.enter_context(without_library_warnings())
         stack.enter_context(GpuAttention(recorder))
-        stack.enter_context(rotating(model))
         stack.enter_context(running(model, batch_state.mixers, packed=batch.group.is_packed))
         output = model(**inputs)
     sections = recorder.cut()

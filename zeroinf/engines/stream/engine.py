@@ -26,7 +26,6 @@ from zeroinf.engines.stream.norms import use_norm_kernels
 from zeroinf.engines.stream.products import compile_for_experts, product_on_codes
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
-from zeroinf.engines.stream.rotary import use_rotary_kernels
 from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
 from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
@@ -82,7 +81,6 @@ class StreamEngine:
         self._expansion_slot = _expansion_slot(self._model, plan, device)
         by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
         use_norm_kernels(self._model, device)
-        use_rotary_kernels(self._model, device)
         product = product_on_codes(device, groups)
         for count, each in {(own.count, own.each) for own in plan.anatomy.experts if by_kernels}:
             compile_for_experts(count, each, device, self._model.dtype)
