@@ -137,8 +137,11 @@ def test_layers_that_stream_have_them_as_codes_too(name: str, wire: Any, residen
     assert [row.generated for row in rows] == [row.generated for row in others]
     if wire == "model":
         compare(model.to(CUDA), rows)
-    assert graphs.replays > graphs.count > 0
-    assert not graphs.refused
+    if name == "llama":
+        assert graphs.replays > graphs.count > 0
+        assert not graphs.refused
+    else:  # in float32 experts are transformers' own, which wait
+        assert "waits for the GPU" in graphs.refused
 
 
 @pytest.mark.parametrize("resident", [0, 2])
