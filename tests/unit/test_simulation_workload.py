@@ -411,9 +411,12 @@ def test_kinds_that_differ_in_decode_only_are_told_apart() -> None:
     config = deeper("gemma3_text")
     config.sliding_window = PROMPT + 4  # full in the middle of the generation
     workload = simulator(config, read_anatomy(config))(whole(2))
-    blocks = [group.kernels for group in workload.last_decode[0].kernels[1:]]
-    assert workload.prompts[0].kernels[1].kernels == workload.prompts[0].kernels[-1].kernels
-    assert blocks[0] != blocks[5]
+    sliding, full = workload.last_decode[0].kernels[1:]
+    assert sliding.kernels != full.kernels
+    assert [sliding.times, full.times] == [
+        config.layer_types.count(f"{kind}_attention") for kind in ("sliding", "full")
+    ]
+    assert [group.times for group in workload.prompts[0].kernels[1:]] == [len(config.layer_types)]
 
 
 GROWING = ("llama", "bloom", "gemma2", "mixtral", "deepseek_v3", "mamba", "jamba")
