@@ -66,14 +66,34 @@ def test_logits_are_those_of_expanded_weights(name: str, wire: Wire, rows: int) 
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_experts_in_sixteen_bits_are_those_of_transformers(name: str) -> None:
+def test_experts_in_sixteen_bits_are_as_near_to_float32_as_those_of_transformers(name: str) -> None:
     model, ids = build_model(name).to(GPU, torch.bfloat16), torch.randint(1, 90, (3, 100), device=GPU)
     with torch.inference_mode():
-        right = model(ids, use_cache=False).logits.float()
+        exact = build_model(name).to(GPU, torch.bfloat16).float()(ids, use_cache=False).logits
+        theirs = model(ids, use_cache=False).logits.float()
         use_experts_kernels(model, GPU, None)
         assert model.config._experts_implementation == "zeroinf"
-        found = model(ids, use_cache=False).logits.float()
-    assert close(found, right)
+        own = model(ids, use_cache=False).logits.float()
+    errors = [float(((one - exact).norm(dim=-1) / exact.norm(dim=-1)).median()) for one in (own, theirs)]
+    print("off by {:.4f} theirs {:.4f}".format(*errors))
+    assert errors[0] < 1.25 * errors[1]
+
+
+def test_experts_of_many_rows_are_captured_as_a_graph() -> None:
+    model = build_model("qwen3_moe").to(GPU, torch.bfloat16)
+    use_experts_kernels(model, GPU, None)
+    (module, *_) = [m for m in model.modules() if hasattr(m, "gate_up_proj")]
+    x = torch.randn(300, module.gate_up_proj.shape[2], device=GPU, dtype=torch.bfloat16)
+    weights, index = torch.rand(300, 4, device=GPU).topk(2)
+    with torch.inference_mode():
+        module(x, index, weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x, index, weights)
+        index.copy_(torch.rand(300, 4, device=GPU).topk(2).indices)
+        graph.replay()
+        assert close(out.float(), module(x, index, weights).float())
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "qwen3_next"])
