@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -170,3 +171,22 @@ def greedy_by_transformers(model: Any, prompt: Sequence[int], tokens: Sequence[i
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *tokens[:-1]]], device=model.device), use_cache=False).logits
     return logits[0, len(prompt) - 1 :].argmax(-1).tolist()
+
+
+def put_into_slots(model: Any, slots: int) -> None:
+    """Let weights of blocks come into so many slots in turn, as those that stream, and be lost behind each block."""
+    blocks = list(find_blocks(model)[1])
+    own = [{name: each.data.clone() for name, each in block.named_parameters()} for block in blocks]
+    turns = cycle([{name: torch.empty_like(each) for name, each in own[0].items()} for _ in range(slots)])
+
+    def fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
+        for (name, parameter), slot in zip(block.named_parameters(), next(turns).values(), strict=True):
+            parameter.data = slot.copy_(tensors[name])
+
+    def lose(block: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data.fill_(float("nan"))
+
+    for block, tensors in zip(blocks, own, strict=True):
+        block.register_forward_pre_hook(lambda block, inputs, tensors=tensors: fill(block, tensors))
+        block.register_forward_hook(lambda block, inputs, output: lose(block))

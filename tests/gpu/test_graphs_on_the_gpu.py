@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from generating import PlainEngine, anatomy_of, greedy_by_transformers, rows_of, run_rows
+from generating import PlainEngine, anatomy_of, greedy_by_transformers, put_into_slots, rows_of, run_rows
 from packed import packed_checkpoint
 from quantized import mxfp4_checkpoint
 from small_models import VOCABULARY, build_model
@@ -98,21 +97,8 @@ def test_recurrent_layers_run_without_graphs_beside_others() -> None:
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_graph_serves_all_layers_that_are_alike_in_one_slot_of_weights(slots: int) -> None:
     model: Any = build_model("llama").to(CUDA)
-    blocks, engine = list(find_blocks(model)[1]), PlainEngine(model)
-    own = [{name: each.data.clone() for name, each in block.named_parameters()} for block in blocks]
-    turns = cycle([{name: torch.empty_like(each) for name, each in own[0].items()} for _ in range(slots)])
-
-    def fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
-        for (name, parameter), slot in zip(block.named_parameters(), next(turns).values(), strict=True):
-            parameter.data = slot.copy_(tensors[name])
-
-    def lose(block: Any) -> None:
-        for parameter in block.parameters():
-            parameter.data.fill_(float("nan"))
-
-    for block, tensors in zip(blocks, own, strict=True):
-        block.register_forward_pre_hook(lambda block, inputs, tensors=tensors: fill(block, tensors))
-        block.register_forward_hook(lambda block, inputs, output: lose(block))
+    engine = PlainEngine(model)  # whose hooks come before those of slots
+    put_into_slots(model, slots)
     graphs, rows = run(model, engine=engine, pages=9)
     assert 0 < graphs.count <= slots * len(SIZES) < graphs.replays
     compare(build_model("llama").to(CUDA), rows)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_graphs import FakeCapturing
-from generating import PlainEngine, anatomy_of, greedy_by_transformers, rows_of, run_rows
+from generating import PlainEngine, anatomy_of, greedy_by_transformers, put_into_slots, rows_of, run_rows
 from small_models import PACKED_MODELS, REPRESENTATIVES, VOCABULARY, build_model
 from tiers import tiered
 
@@ -81,22 +81,8 @@ def test_experts_that_wait_for_the_gpu_run_without_graphs_and_it_is_said(name: s
 def test_a_graph_serves_all_layers_that_are_alike_in_one_slot_of_weights(slots: int) -> None:
     """Such as those that stream: what lies in a slot differs from layer to layer, and is lost behind it."""
     model = build_model("llama")
-    blocks = list(find_blocks(model)[1])
-    own = [{name: each.data.clone() for name, each in block.named_parameters()} for block in blocks]
-    memory = [{name: torch.empty_like(each) for name, each in own[0].items()} for _ in range(slots)]
-    turns, engine = cycle(memory), PlainEngine(model)
-
-    def fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
-        for (name, parameter), slot in zip(block.named_parameters(), next(turns).values(), strict=True):
-            parameter.data = slot.copy_(tensors[name])
-
-    def lose(block: Any) -> None:
-        for parameter in block.parameters():
-            parameter.data.fill_(float("nan"))
-
-    for block, tensors in zip(blocks, own, strict=True):
-        block.register_forward_pre_hook(lambda block, inputs, tensors=tensors: fill(block, tensors))
-        block.register_forward_hook(lambda block, inputs, output: lose(block))
+    engine = PlainEngine(model)  # whose hooks come before those of slots
+    put_into_slots(model, slots)
     graphs, ran = run_with_graphs(model, engine=engine, pages=9)
     assert 0 < graphs.count <= slots * len(SIZES) < graphs.replays
     assert [row.generated for row in ran] == expected(build_model("llama"), ran)
