@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["NO_COLOR"] = "1"
+os.environ.pop("CI", None)  # transformers hands its log messages on to the root logger where it is set
 for _name in [name for name in os.environ if name.startswith("ZEROINF_") and name != "ZEROINF_CACHE"]:
     del os.environ[_name]  # settings of the person who runs the tests are not theirs
 
