@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from zeroinf.compat.launches import Launch
 from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, Tokens, parts_elements
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS
@@ -48,6 +49,7 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return libdevice.tanh(x)
 
 
+@Launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _write(  # type: ignore[no-untyped-def]
     new_keys, new_values, keys, values, places, key_t, key_h, key_w, value_t, value_h, value_w,
@@ -82,6 +84,7 @@ def _scored(  # type: ignore[no-untyped-def]
 
 
 # Numbers that change from forward to forward: no kernel is compiled for their values.
+@Launch
 @triton.jit(do_not_specialize=["count_rows", "split_keys", "window", "ring"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     query, new_keys, new_values, keys, values, key_scales, value_scales, out, parts, part_sums, pages, rows, blocks,
@@ -181,6 +184,7 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(out + into + value_width[None, :], found, mask=inside[:, None] & is_value[None, :])
 
 
+@Launch
 @triton.jit(do_not_specialize=["count_rows", "splits"])  # type: ignore[untyped-decorator]
 def _combine(  # type: ignore[no-untyped-def]
     parts, part_sums, out, rows, blocks, sinks, count_rows, splits,
@@ -272,9 +276,12 @@ def attend_on_gpu(
 
 def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
     heads, count, width = keys.shape
-    _write[(count,)](
-        keys, values, *layer.memory[:2], layer.view.places,
-        *(each.stride(dim) for each in (keys, values) for dim in (1, 0, 2)),
+    key_h, key_t, key_w = keys.stride()
+    value_h, value_t, value_w = values.stride()
+    places = layer.view.places
+    assert places is not None
+    _write(
+        (count,), (keys, values, *layer.memory[:2], places), (key_t, key_h, key_w, value_t, value_h, value_w),
         HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=_power_of_two(heads * width),
         VALUE_BLOCK=_power_of_two(heads * values.shape[2]),
     )  # fmt: skip
@@ -345,11 +352,13 @@ def _launch(
     shape |= {"VALUE_BLOCK": max(16, _power_of_two(value_width)), "SUNK": scores.sinks is not None}
     rows = view.tokens.rows
     held_keys, held_values, *scales = layer.memory
-    _attend[(blocks.shape[0], heads, splits)](
-        query, keys, values, held_keys, held_values, *(scales or (out, out)), out, parts, sums, view.where,
-        rows, blocks, sinks, scores.scale, scores.softcap or 0.0, window or 0, view.row_tokens, rows.shape[1],
-        -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0,
-        *(each.stride(dim) for each in (query, keys, values) for dim in (1, 0)),
+    split_keys = -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0
+    strides = [each.stride(dim) for each in (query, keys, values) for dim in (1, 0)]
+    _attend(
+        (blocks.shape[0], heads, splits),
+        (query, keys, values, held_keys, held_values, *(scales or (out, out)), out, parts, sums, view.where, rows,
+         blocks, sinks),
+        (float(scores.scale), scores.softcap or 0.0, window or 0, view.row_tokens, rows.shape[1], split_keys, *strides),
         **shape, WIDTH=width, WIDTH_BLOCK=max(16, _power_of_two(width)), QUERIES=max(1, tiles.rows // group),
         ROWS=tiles.rows, KEYS=tiles.keys, KEY_PLACE=held_keys.stride(0), VALUE_PLACE=held_values.stride(0),
         SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.row_tokens else 0,
@@ -358,9 +367,10 @@ def _launch(
         num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
-        _combine[(blocks.shape[0], heads, group)](
-            parts, sums, out, rows, blocks, sinks, rows.shape[1], splits, **shape, num_warps=1
-        )
+        _combine(
+            (blocks.shape[0], heads, group), (parts, sums, out, rows, blocks, sinks), (rows.shape[1], splits),
+            **shape, num_warps=1,
+        )  # fmt: skip
 
 
 def _splits(programs: int, longest: int) -> int:

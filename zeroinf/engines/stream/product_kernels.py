@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from zeroinf.compat.launches import Launch
 from zeroinf.engines.stream.coded_weight import WeightMatrix
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -65,6 +66,7 @@ def _eight_bits(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-de
     return (value.to(tl.float32) * scale.to(tl.float32)).to(dtype)
 
 
+@Launch
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
@@ -151,6 +153,7 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(at, acc.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
+@Launch
 @triton.jit(do_not_specialize=["total", "count"])  # type: ignore[untyped-decorator]
 def _sum_parts(  # type: ignore[no-untyped-def]
     parts, bias, out, total, outputs, count, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
@@ -166,6 +169,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _count(index, counts, rank, total, experts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many slots each expert has, and of each slot how many of its expert's were counted before it."""
@@ -175,6 +179,7 @@ def _count(index, counts, rank, total, experts, BLOCK: tl.constexpr):  # type: i
     tl.store(rank + at, tl.atomic_add(counts + expert, 1, mask=known, sem="relaxed"), mask=known)
 
 
+@Launch
 @triton.jit(do_not_specialize=["total", "tile_count", "rows"])  # type: ignore[untyped-decorator]
 def _place(  # type: ignore[no-untyped-def]
     index, counts, rank, slots, places, all_ends, tiles, total, experts, tile_count, rows,
@@ -213,6 +218,7 @@ def _place(  # type: ignore[no-untyped-def]
         tl.store(places + at, place, mask=known)
 
 
+@Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _gate(x, out, total, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """SiLU of the first half of each row, times the second, rounded where torch's operators round."""
@@ -225,6 +231,7 @@ def _gate(x, out, total, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped
     tl.store(out + at, (gate * up).to(out.dtype.element_ty), mask=inside)
 
 
+@Launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather(x, slots, ends, out, each, width, experts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row of `x` of each slot, in order of experts; zeros past the last one that an expert has."""
@@ -236,6 +243,7 @@ def _gather(x, slots, ends, out, each, width, experts, BLOCK: tl.constexpr):  # 
     tl.store(out + place * width + column, value, mask=column < width)
 
 
+@Launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _combine(  # type: ignore[no-untyped-def]
     y, places, index, weights, out, width, experts, EACH: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK: tl.constexpr
@@ -296,10 +304,15 @@ def _launch(
     """Into `out` (rows or slots, outputs), or its `parts` of sums over inputs (parts, rows, outputs)."""
     outputs, inputs = weight.shape[-2:]
     steps = _step(weight, tile)
-    _product[(row_tiles * triton.cdiv(outputs, tile.outputs), parts)](
-        x, weight.data, x if weight.scales is None else weight.scales, x if bias is None else bias, out,
-        x if routing is None else routing.slots, x if routing is None else routing.tiles, x.shape[0], outputs, inputs,
-        each, x.stride(0), *_strides(weight), outputs, 0 if parts == 1 else x.shape[0] * outputs,
+    rows, slots, tiles = x.shape[0], x, x
+    if routing is not None:
+        slots, tiles = routing.slots, routing.tiles
+    scales = x if weight.scales is None else weight.scales
+    part_stride = 0 if parts == 1 else rows * outputs
+    _product(
+        (row_tiles * -(-outputs // tile.outputs), parts),
+        (x, weight.data, scales, x if bias is None else bias, out, slots, tiles),
+        (rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
         EVEN=inputs % steps == 0, ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
@@ -330,18 +343,20 @@ def product(
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, (outputs, inputs) = x.shape[0], weight.shape
     tile = tile or tile_for(rows, weight.bits, x.device)
-    row_tiles = triton.cdiv(rows, tile.rows)
+    row_tiles = -(-rows // tile.rows)
     out = x.new_empty(rows, outputs)
     if parts is None:
-        parts = _parts(row_tiles * triton.cdiv(outputs, tile.outputs), inputs, _step(weight, tile), x.device)
+        parts = _parts(row_tiles * -(-outputs // tile.outputs), inputs, _step(weight, tile), x.device)
     if parts == 1:
         _launch(x, weight, bias, out, tile, row_tiles, None, 1, 1)
         return out
     partly = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
     _launch(x, weight, None, partly, tile, row_tiles, None, 1, parts)
-    _sum_parts[(triton.cdiv(out.numel(), 1024),)](
-        partly, x if bias is None else bias, out, out.numel(), outputs, parts, HAS_BIAS=bias is not None, BLOCK=1024
-    )
+    total = rows * outputs
+    _sum_parts(
+        (-(-total // 1024),), (partly, x if bias is None else bias, out), (total, outputs, parts),
+        HAS_BIAS=bias is not None, BLOCK=1024,
+    )  # fmt: skip
     return out
 
 
@@ -393,11 +408,12 @@ def route(index: torch.Tensor, experts: int, rows: int) -> SlotTable:
     rank, slots, places = (torch.empty(total, dtype=torch.int32, device=index.device) for _ in range(3))
     ends = torch.empty_like(counts)
     tiles = torch.empty(3, tile_count, dtype=torch.int32, device=index.device)
-    _count[(triton.cdiv(total, 256),)](index, counts, rank, total, experts, BLOCK=256)
-    wide = triton.next_power_of_2(experts)
+    _count((-(-total // 256),), (index, counts, rank), (total, experts), BLOCK=256)
+    wide = 1 << (experts - 1).bit_length()
     block = max(16, min(256, (1 << 13) // wide))
-    _place[(triton.cdiv(tile_count, block) + triton.cdiv(total, block),)](
-        index, counts, rank, slots, places, ends, tiles, total, experts, tile_count, rows,
+    _place(
+        (-(-tile_count // block) - (-total // block),),
+        (index, counts, rank, slots, places, ends, tiles), (total, experts, tile_count, rows),
         EXPERTS=wide, BLOCK=block, TILE_BLOCK=block,
     )  # fmt: skip
     return SlotTable(slots, places, ends, tiles, rows)
@@ -416,7 +432,8 @@ def product_by_expert(
 def gate(x: torch.Tensor) -> torch.Tensor:
     """SiLU of the first half of columns times the second half."""
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
-    _gate[(triton.cdiv(out.numel(), 1024),)](x, out, out.numel(), out.shape[1], BLOCK=1024)
+    total = out.numel()
+    _gate((-(-total // 1024),), (x, out), (total, out.shape[1]), BLOCK=1024)
     return out
 
 
@@ -435,11 +452,13 @@ def compile_for(experts: int, each: int, device: torch.device, dtype: torch.dtyp
 def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:
     """The row of `x` (tokens, width) of each slot, in order of experts: (slots, width). A row has `each` slots."""
     x, slots = x.contiguous(), routing.slots.numel()
-    out = x.new_empty(slots, x.shape[1])
-    block = min(1024, triton.next_power_of_2(x.shape[1]))
-    _gather[(slots, triton.cdiv(x.shape[1], block))](
-        x, routing.slots, routing.ends, out, each, x.shape[1], routing.ends.numel(), BLOCK=block
-    )
+    width = x.shape[1]
+    out = x.new_empty(slots, width)
+    block = min(1024, 1 << (width - 1).bit_length())
+    _gather(
+        (slots, -(-width // block)), (x, routing.slots, routing.ends, out), (each, width, routing.ends.numel()),
+        BLOCK=block,
+    )  # fmt: skip
     return out
 
 
@@ -449,11 +468,13 @@ def combine(
     """`y` (slots, width) summed by token with `weights` (tokens, experts of each); its rows are in order of slots, or
     of experts as `routing` has it."""
     tokens, each = index.shape
-    out = y.new_empty(tokens, y.shape[1])
-    block = min(1024, triton.next_power_of_2(y.shape[1]))
-    _combine[(tokens, triton.cdiv(y.shape[1], block))](
-        y, index if routing is None else routing.places, index.contiguous(), weights.contiguous(), out, y.shape[1],
-        experts, EACH=each, IN_ORDER=routing is not None, BLOCK=block,
+    width = y.shape[1]
+    out = y.new_empty(tokens, width)
+    block = min(1024, 1 << (width - 1).bit_length())
+    _combine(
+        (tokens, -(-width // block)),
+        (y, index if routing is None else routing.places, index.contiguous(), weights.contiguous(), out),
+        (width, experts), EACH=each, IN_ORDER=routing is not None, BLOCK=block,
     )  # fmt: skip
     return out
 

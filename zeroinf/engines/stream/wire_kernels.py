@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from zeroinf.compat.launches import Launch
 from zeroinf.planner.wire import Codes
 
 _WEIGHTS_A_PROGRAM = 4096
 
 
 # Triton looks annotations up while it compiles, and knows none of Python's types. Any number of groups is one kernel.
+@Launch
 @triton.jit(do_not_specialize=["groups"])  # type: ignore[untyped-decorator]
 def _decode(codes, scales, weights, groups, bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
@@ -33,5 +35,5 @@ def _decode(codes, scales, weights, groups, bits: tl.constexpr, group: tl.conste
 def decode_on_gpu(codes: torch.Tensor, scales: torch.Tensor, kind: Codes, weights: torch.Tensor) -> None:
     """Decode as `codes.decode` does, bit for bit, with one kernel on the current stream."""
     rows = _WEIGHTS_A_PROGRAM // kind.group
-    programs = triton.cdiv(scales.numel(), rows)
-    _decode[(programs,)](codes, scales, weights, scales.numel(), bits=kind.bits, group=kind.group, rows=rows)
+    groups = scales.numel()
+    _decode((-(-groups // rows),), (codes, scales, weights), (groups,), bits=kind.bits, group=kind.group, rows=rows)
