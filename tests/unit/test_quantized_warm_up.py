@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_models import small_config
 
-from zeroinf.model.inspect import build_meta
+from zeroinf.engines.stream import experts
+from zeroinf.model.inspect import build_meta, read_anatomy
 from zeroinf.model.quantized import fp4  # noqa: F401  has an operator
 from zeroinf.model.quantized.fused import OPERATORS, Fused
 from zeroinf.model.quantized.warm_up import expansion_compilations
@@ -61,6 +62,30 @@ def test_a_kernel_that_gives_other_bits_is_not_compiled(monkeypatch: pytest.Monk
         for compile_one in expansion_compilations(gpt_oss(), CPU):
             compile_one()
     assert [whole.is_meta for whole in found] == [False]
+
+
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_products_of_experts_are_compiled_for_weights_as_they_lie(
+    is_quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of MXFP4's codes are rows of the products: expanded, they lie in order, though the model has columns so."""
+    monkeypatch.setattr(experts, "expert_products", lambda *_: True)
+    config = small_config("gpt_oss")
+    if is_quantized:
+        config.quantization_config = {"quant_method": "mxfp4"}
+    model, anatomy = build_meta(config, "bfloat16"), read_anatomy(config, dtype="bfloat16")
+    compiled: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(experts, "_compile_product", lambda *given: compiled.append(given))
+    for compile_one in experts.expert_compilations(model, anatomy, "model", CPU):
+        compile_one()
+    found = {(weight.shape, bias.shape[1], each, weight.data.stride(-1) == 1) for weight, bias, each, *_ in compiled}
+    count, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+    of_each = config.num_experts_per_tok
+    assert found == {
+        ((count, 2 * inner, hidden), 2 * inner, of_each, is_quantized),
+        ((count, hidden, inner), hidden, 1, is_quantized),
+    }
+    assert len(compiled) == 2  # though there are more layers
 
 
 def test_a_model_in_full_has_nothing_to_compile() -> None:

@@ -72,6 +72,13 @@ class Launch:
             rest = (None,) * (len(self._kernel.arg_names) - len(tensors) - len(numbers))
             self._known[kind] = compiled.run, compiled.function, compiled.packed_metadata, rest
 
+    def compile(
+        self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = (), **constants: Any
+    ) -> None:
+        """Compile it for such a launch on the current device. `tensors` are on the meta device, and stand for tensors
+        that begin at multiples of 16 bytes."""
+        self._kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+
 
 @cache
 def current_of_driver() -> Current | None:

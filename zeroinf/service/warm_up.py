@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from zeroinf.engines.stream.experts import expert_compilations
 from zeroinf.generation.warm_up import attention_compilations
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.warm_up import expansion_compilations
@@ -22,6 +23,8 @@ from zeroinf.planner.plan import Plan
 def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable[[], None]]:
     """Calls that compile kernels for `plan`; `model`, on the meta device, shows with which shapes they are launched."""
     found = expansion_compilations(model, device)
+    if plan.engine == "stream":
+        found += expert_compilations(model, plan.anatomy, plan.wire, device)
     if plan.forward_tokens and plan.tensor_parallel.size == 1:
         found += attention_compilations(
             model,

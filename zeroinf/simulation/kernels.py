@@ -62,6 +62,10 @@ class _OnPaper:
         return out
 
     @staticmethod
+    def add_bias(y: torch.Tensor, bias: torch.Tensor, routing: Any) -> None:
+        torch.ops.zeroinf.add_bias(y, bias)
+
+    @staticmethod
     def product_by_expert(
         x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: Any, each: int, tile: Any
     ) -> torch.Tensor:
@@ -85,6 +89,7 @@ for schema in (
     "route_tokens(Tensor index, int count, int rows) -> Tensor",
     "gather_rows(Tensor x, int each) -> Tensor",
     "multiply_by_experts(Tensor x, Tensor weight, Tensor? bias, int each) -> Tensor",
+    "add_bias(Tensor(a!) y, Tensor bias) -> ()",
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
     "rms_norm(Tensor x, Tensor weight) -> Tensor",
@@ -106,6 +111,11 @@ def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 @torch.library.impl(_PREFIX + "gather_rows", "Meta")
 def _gathered(x: torch.Tensor, each: int) -> torch.Tensor:
     return x.new_empty(x.shape[0] * each, x.shape[1])
+
+
+@torch.library.impl(_PREFIX + "add_bias", "Meta")
+def _biased(y: torch.Tensor, bias: torch.Tensor) -> None:
+    """Nothing is computed."""
 
 
 @torch.library.impl(_PREFIX + "gate_halves", "Meta")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from zeroinf.compat.experts import grouped_product
 from zeroinf.compat.models import is_experts
 from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
 from zeroinf.engines.stream.products import DTYPES, expert_products
-from zeroinf.planner.wire import MOST_ROWS_BY_EXPERT, Codes
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.quantized.expansion import expanded
+from zeroinf.planner.coded_products import by_expert
+from zeroinf.planner.wire import CODES, MOST_ROWS_BY_EXPERT, Codes, Wire
 
 NAME = "zeroinf"
 
@@ -36,6 +40,36 @@ def use_experts_kernels(model: Any, device: torch.device, kind: Codes | None) ->
     if not any(is_experts(module) for module in model.modules()) or not expert_products(device, model.dtype, kind):
         return False
     return experts.replace_default_experts(model, NAME, run_experts)
+
+
+def expert_compilations(model: Any, anatomy: Anatomy, wire: Wire, device: torch.device) -> list[Callable[[], None]]:
+    """Calls that each compile the products with one kind of weights of experts of `model`, which lies on the meta
+    device, as those of weights that cross as `wire` would be launched on `device`."""
+    if not anatomy.experts or not expert_products(device, model.dtype, CODES.get(wire)):
+        return []
+    modules, coded = dict(model.named_modules()), by_expert(anatomy, wire)
+    found: dict[object, Callable[[], None]] = {}
+    for own in anatomy.experts:
+        module = modules[own.module]
+        with expanded(module):
+            matrices = matrices_of(module)
+        for name, one, each in zip(_names(module), matrices or (), (own.each, 1), strict=False):
+            matrix = one.matrix
+            if wire != "model":
+                if f"{own.module}.{name}" not in coded:
+                    continue
+                bits, group = CODES[wire].bits, CODES[wire].group
+                codes = torch.empty(0, dtype=torch.uint8, device="meta")
+                matrix = WeightMatrix(codes, codes.bfloat16(), matrix.shape, bits, group)
+            kind = matrix.shape[1:], matrix.bits, matrix.data.stride()[1:], one.bias is None, each
+            found[kind] = partial(_compile_product, matrix, one.bias, each, device, model.dtype)
+    return list(found.values())
+
+
+def _compile_product(*given: Any) -> None:
+    from zeroinf.engines.stream.product_kernels import compile_product_by_expert
+
+    compile_product_by_expert(*given)
 
 
 def run_experts(
@@ -95,11 +129,18 @@ def compute_many(
     count, each = up.matrix.shape[0], index.shape[-1]
     routing = kernels.route(index, count, _MANY)
     rows = kernels.gather(states, routing, each)
-    hidden = _gated(kernels, module, grouped_product(rows, up.full().transpose(1, 2), routing.ends))
+    hidden = _gated(kernels, module, _grouped(kernels, rows, up, routing))
     del rows
-    out = _normed(module, grouped_product(hidden, down.full().transpose(1, 2), routing.ends))
+    out = _normed(module, _grouped(kernels, hidden, down, routing))
     result: torch.Tensor = kernels.combine(out, index, weights, count, routing)
     return result
+
+
+def _grouped(kernels: Any, rows: torch.Tensor, one: ExpertMatrix, routing: Any) -> torch.Tensor:
+    out = grouped_product(rows, one.full().mT, routing.ends)
+    if one.bias is not None:
+        kernels.add_bias(out, one.bias, routing)
+    return out
 
 
 def _gated(kernels: Any, module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,8 +163,8 @@ def _fits(states: torch.Tensor, index: torch.Tensor) -> bool:
 
 
 def takes_grouped(matrices: Matrices) -> bool:
-    """Whether torch multiplies rows in order of experts by such weights: rows are aligned, and nothing is added."""
-    return all(one.bias is None and one.matrix.shape[1] % 8 == one.matrix.shape[2] % 8 == 0 for one in matrices)
+    """Whether torch multiplies rows in order of experts by such weights: rows are aligned."""
+    return all(one.matrix.shape[1] % 8 == one.matrix.shape[2] % 8 == 0 for one in matrices)
 
 
 def _takes_grouped(matrices: Matrices, dtype: torch.dtype) -> bool:
@@ -136,12 +177,17 @@ def _takes_grouped(matrices: Matrices, dtype: torch.dtype) -> bool:
 def matrices_of(module: Any) -> Matrices | None:
     """The weights and biases of both products, None where a kernel cannot read them."""
     found = []
-    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    for name in _names(module):
         one = _matrix(module, name)
         if one is None:
             return None
         found.append(one)
     return found[0], found[1]
+
+
+def _names(module: Any) -> tuple[str, str]:
+    """The parameters of both products."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
 def _matrix(module: Any, name: str) -> ExpertMatrix | None:
@@ -154,9 +200,11 @@ def _matrix(module: Any, name: str) -> ExpertMatrix | None:
         return ExpertMatrix(matrix, bias, weight.in_passing) if matrix is not None else None
     if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or weight.dtype not in DTYPES:
         return None
-    if not weight.is_contiguous() or not (weight.is_meta or expert_products(weight.device, weight.dtype, None)):
+    if not (weight.is_meta or expert_products(weight.device, weight.dtype, None)):
         return None
-    full = weight.transpose(1, 2) if module.is_transposed else weight
+    full = weight.mT if module.is_transposed else weight
+    if not (full.is_contiguous() or full.mT.is_contiguous()):
+        return None
     return ExpertMatrix(WeightMatrix(full, None, tuple(full.shape), 16, 1), bias, lambda: full)
 
 

@@ -72,9 +72,14 @@ def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
     out_stride, part_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` (2, tiles + 1): the expert of each tile of slots and its first slot in order, then where all end."""
+    """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end.
+
+    `TURNED`: the outputs of numbers lie side by side. They are loaded by a mask then, since addresses that do not
+    follow each other everywhere are read one by one.
+    """
     row_tiles = tl.num_programs(0) // tl.cdiv(outputs, OUTPUTS)
     # Programs side by side take the tiles of rows that share weights, WIDE of them at most.
     program = tl.program_id(0)
@@ -100,7 +105,8 @@ def _product(  # type: ignore[no-untyped-def]
         x_row = tl.where(inside, row, 0)
     real = output < outputs
     weight_row = tl.where(real, output, 0).to(tl.int64) + expert * outputs
-    weight_at = weight + expert * outputs * inputs + (weight_row - expert * outputs)[:, None] * output_stride
+    of_expert = output.to(tl.int64) if TURNED else weight_row - expert * outputs
+    weight_at = weight + expert * outputs * inputs + of_expert[:, None] * output_stride
     x_at = x + x_row[None, :] * x_stride
     acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -113,11 +119,11 @@ def _product(  # type: ignore[no-untyped-def]
         if BITS == 16:
             column = k + tl.arange(0, INPUTS)
             x_ptr, w_ptr = x_at + column[:, None], weight_at + column[None, :] * input_stride
-            if EVEN:
+            if EVEN and not TURNED:
                 acc = tl.dot(tl.load(w_ptr), tl.load(x_ptr), acc, input_precision=PRECISION)
             else:
                 there = column < finish
-                w = tl.load(w_ptr, mask=there[None, :], other=0)
+                w = tl.load(w_ptr, mask=(there[None, :] & real[:, None]) if TURNED else there[None, :], other=0)
                 acc = tl.dot(w, tl.load(x_ptr, mask=there[:, None], other=0), acc, input_precision=PRECISION)
         else:
             of_group: tl.constexpr = GROUP // 2 if BITS == 4 else GROUP
@@ -245,6 +251,22 @@ def _gather(x, slots, ends, out, each, width, experts, BLOCK: tl.constexpr):  # 
 
 @Launch
 @triton.jit  # type: ignore[untyped-decorator]
+def _add_bias(y, bias, ends, width, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds to each row of `y`, in order of experts, the bias of its expert; nothing to those past the last one."""
+    place = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.arange(0, EXPERTS)
+    end = tl.load(ends + number, mask=number < experts, other=0)
+    expert = tl.sum(((end <= place) & (number < experts)).to(tl.int32), 0)
+    inside = (column < width) & (expert < experts)
+    at = y + place * width + column
+    value = tl.load(bias + expert.to(tl.int64) * width + column, mask=inside, other=0).to(tl.float32)
+    value += tl.load(at, mask=inside, other=0).to(tl.float32)
+    tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@Launch
+@triton.jit  # type: ignore[untyped-decorator]
 def _combine(  # type: ignore[no-untyped-def]
     y, places, index, weights, out, width, experts, EACH: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -309,12 +331,14 @@ def _launch(
         slots, tiles = routing.slots, routing.tiles
     scales = x if weight.scales is None else weight.scales
     part_stride = 0 if parts == 1 else rows * outputs
-    _product(
+    run = _product.compile if x.is_meta else _product
+    run(
         (row_tiles * -(-outputs // tile.outputs), parts),
         (x, weight.data, scales, x if bias is None else bias, out, slots, tiles),
         (rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
-        EVEN=inputs % steps == 0, ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
+        EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, ROWS=tile.rows,
+        OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -449,6 +473,21 @@ def compile_for(experts: int, each: int, device: torch.device, dtype: torch.dtyp
     combine(x, index, weights, experts, routing)
 
 
+def compile_product_by_expert(
+    weight: WeightMatrix, bias: torch.Tensor | None, each: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Compile for `device`, the current GPU, what `product_by_expert` launches for inputs of `dtype`, of however many
+    rows; `weight` and `bias` are on the meta device."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    for rows in ROWS_TRIED:
+        tile = tile_for(rows, weight.bits, device)
+        routing = SlotTable(meta(each), meta(each), meta(weight.shape[0]), meta(3, each), tile.rows)
+        product_by_expert(meta(1, weight.shape[2]).to(dtype), weight, bias, routing, each, tile)
+
+
 def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:
     """The row of `x` (tokens, width) of each slot, in order of experts: (slots, width). A row has `each` slots."""
     x, slots = x.contiguous(), routing.slots.numel()
@@ -460,6 +499,16 @@ def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:
         BLOCK=block,
     )  # fmt: skip
     return out
+
+
+def add_bias(y: torch.Tensor, bias: torch.Tensor, routing: SlotTable) -> None:
+    """Add to the rows of `y` (slots, width), in order of experts, the rows of `bias` (experts, width)."""
+    (slots, width), experts = y.shape, bias.shape[0]
+    block = min(1024, 1 << (width - 1).bit_length())
+    _add_bias(
+        (slots, -(-width // block)), (y, bias.contiguous(), routing.ends), (width, experts),
+        EXPERTS=1 << (experts - 1).bit_length(), BLOCK=block,
+    )  # fmt: skip
 
 
 def combine(
@@ -529,7 +578,12 @@ def _by_expert(
     summed = (found.float().view(rows, each, outputs) * weights.float()[..., None]).sum(1)
     gated, value = found.float().chunk(2, -1)
     in_order = gather(x, routing, each)
+    bias = x[:experts].contiguous()
+    biased = in_order.clone()
+    add_bias(biased, bias, routing)
+    of_slot = (x.float().repeat_interleave(each, 0) + bias[index.flatten()].float())[routing.slots.long()]
     return [
+        (biased, of_slot),
         (found, right), (again, right), (combine(found, index, weights, experts), summed),
         (combine(in_order, index, weights, experts, routing), x.float() * weights.float().sum(1, keepdim=True)),
         (gate(found), torch.nn.functional.silu(gated) * value),

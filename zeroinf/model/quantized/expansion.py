@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from math import prod
 from typing import Any
@@ -51,12 +52,19 @@ def slot_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 _slot: ContextVar[ExpansionSlot | None] = ContextVar("slot", default=None)
 
 
-def whole_weights(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def whole_weights(
+    shape: Iterable[int], dtype: torch.dtype, device: torch.device, *, is_transposed: bool = False
+) -> torch.Tensor:
     """An empty tensor to expand weights into: in the slot of what is being opened, if that has one, else in new
-    memory."""
+    memory. Its rows lie one after the other; with `is_transposed`, (..., inputs, outputs), its columns do, which are
+    the rows of what is stored and what products read."""
+    size = tuple(shape)
+    if is_transposed:
+        size = (*size[:-2], size[-1], size[-2])
     slot = _slot.get()
-    taken = slot.take(shape, dtype) if slot is not None else None
-    return torch.empty(tuple(shape), dtype=dtype, device=device) if taken is None else taken
+    taken = slot.take(size, dtype) if slot is not None else None
+    whole = torch.empty(size, dtype=dtype, device=device) if taken is None else taken
+    return whole.mT if is_transposed else whole
 
 
 class Expansion:
@@ -107,6 +115,16 @@ def expansions(module: Module) -> list[Expansion]:
     """The expansions of `module` and all modules inside; none where its weights are in full."""
     found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
     return [owner for owner in found if isinstance(owner, Expansion)]
+
+
+@contextmanager
+def expanded(module: Module) -> Iterator[None]:
+    """While it lasts, `module` and all modules inside have their weights in full."""
+    with ExitStack() as stack:
+        for expansion in expansions(module):
+            expansion.open()
+            stack.callback(expansion.close)
+        yield
 
 
 def expanded_bytes(opened: Iterable[Expansion]) -> int:

@@ -102,15 +102,19 @@ def _hold(
             module.register_parameter(name, blocks)
             plans.append((own, name, kind, piece.view))
     shapes = {own: (shape, dtype) for own, (shape, dtype, _) in held.items()}
-    Expansion(module, partial(_expand, shapes, plans))
+    Expansion(module, partial(_expand, shapes, plans, bool(getattr(module, "is_transposed", False))))
 
 
-def _expand(shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, _View]], held: Held) -> Held:
+def _expand(
+    shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, _View]], is_transposed: bool, held: Held
+) -> Held:
     device = held[plans[0][1]].device
     # Of a stack of experts there may be some alone.
     stacks = {own: held[name].shape[:1] for own, name, *_ in plans if len(shapes[own][0]) > 2}
     whole = {
-        own: whole_weights((*stacks[own], *shape[1:]) if own in stacks else shape, dtype, device)
+        own: whole_weights(
+            (*stacks[own], *shape[1:]) if own in stacks else shape, dtype, device, is_transposed=is_transposed
+        )
         for own, (shape, dtype) in shapes.items()
     }
     for own, name, kind, view in plans:

@@ -37,6 +37,7 @@ def _expand_mxfp4(names: tuple[str, ...], dtype: torch.dtype, held: Held) -> dic
     for name in names:
         blocks, scales = held[f"{name}_blocks"], held[f"{name}_scales"]
         experts, outputs, groups, _ = blocks.shape
-        found[name] = whole_weights((experts, groups * _FP4_GROUP, outputs), dtype, blocks.device)
-        expand_fp4(found[name].transpose(1, 2), blocks.flatten(-2), scales, None, False)
+        shape = experts, groups * _FP4_GROUP, outputs
+        found[name] = whole_weights(shape, dtype, blocks.device, is_transposed=True)
+        expand_fp4(found[name].mT, blocks.flatten(-2), scales, None, False)
     return found
