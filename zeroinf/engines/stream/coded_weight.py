@@ -37,20 +37,32 @@ Product = Callable[[torch.Tensor, WeightMatrix, torch.Tensor | None], torch.Tens
 Decode = Callable[[torch.Tensor, torch.Tensor, Codes, torch.Tensor], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _AtRest:
+    """A weight in one of the pieces that it may be handed."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    address: int
+    matrix: WeightMatrix | None
+    """None where groups do not lie along rows."""
+
+
 class CodedWeight(torch.Tensor):
     """Stands for the weight at `location` of `layout`."""
 
     _is_param = True
     _layout: Layout
     location: TensorLocation
-    _slot: torch.Tensor
+    _kind: Codes
     _is_passing: bool
     _decode: Decode
     _product: Product
-    _piece: torch.Tensor | None
+    _whole: torch.Tensor
+    _full: torch.Tensor
+    _at_rest: _AtRest | None
     _is_expanded: bool
-    _matrices: dict[int, WeightMatrix]
-    _addresses: dict[int, int]
+    _known: dict[int, _AtRest]
 
     @staticmethod
     def __new__(
@@ -67,81 +79,72 @@ class CodedWeight(torch.Tensor):
 
         `is_passing`: others use the same slot, so that it lies there for a product and no longer.
         """
+        assert layout.coded is not None
         own = make_wrapper(cls, location.shape, location.dtype, slot.device)
-        own._layout, own.location, own._slot, own._decode, own._product = layout, location, slot, decode, product
-        own._is_passing, own._piece, own._is_expanded = is_passing, None, False
-        own._matrices, own._addresses = {}, {}  # by addresses of pieces
+        own._layout, own.location, own._decode, own._product = layout, location, decode, product
+        own._kind, own._is_passing, own._at_rest, own._is_expanded = layout.coded.kind, is_passing, None, False
+        own._known = {}  # by addresses of pieces
+        own._whole = slot[: own._elements * location.dtype.itemsize].view(location.dtype)
+        own._full = own._in(own._whole)
         return own
 
     def hold(self, wire_piece: torch.Tensor) -> None:
         """Stand for what lies in `wire_piece` (uint8, as it crossed the link) from now on."""
-        self._piece, self._is_expanded = wire_piece, False
+        address = wire_piece.data_ptr()
+        known = self._known.get(address)
+        if known is None:
+            known = self._known[address] = self._found(wire_piece)
+        self._at_rest, self._is_expanded = known, False
 
     def data_ptr(self) -> int:
         """Where its codes lie: CUDA graphs of layers serve those addresses alone."""
-        assert self._piece is not None
-        piece = self._piece.data_ptr()
-        if piece not in self._addresses:
-            self._addresses[piece] = self._parts(self._piece)[0].data_ptr()
-        return self._addresses[piece]
+        assert self._at_rest is not None
+        return self._at_rest.address
 
     def matrix(self) -> WeightMatrix | None:
         """The codes, where groups lie along rows; else None."""
-        coded, piece = self._layout.coded, self._piece
-        assert coded is not None and piece is not None
-        shape = tuple(self.location.shape)
-        if shape[-1] % coded.kind.group:
-            return None
-        found = self._matrices.get(piece.data_ptr())
-        if found is None:
-            codes, scales = self._parts(piece)
-            found = WeightMatrix(codes, scales, shape, coded.kind.bits, coded.kind.group)
-            self._matrices[piece.data_ptr()] = found
-        return found
+        assert self._at_rest is not None
+        return self._at_rest.matrix
 
     def full(self) -> torch.Tensor:
         """The weight, in its place in the expanded slot, or in memory of its own."""
         if self._is_passing:
-            return self._expanded(torch.empty(self._elements, dtype=self.location.dtype, device=self.device))
+            whole = torch.empty_like(self._whole)
+            self._expand(whole)
+            return self._in(whole)
         # What a CUDA graph captures has not run, and must not depend on what has.
-        is_captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not is_captured and self._is_expanded:
-            return self._in(self._slot)
-        self._is_expanded |= not is_captured
+        if not (self._whole.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if self._is_expanded:
+                return self._full
+            self._is_expanded = True
         return self.in_passing()
 
     def in_passing(self) -> torch.Tensor:
         """The weight in the slot, where another may take its place when that is asked for."""
-        return self._expanded(self._slot[: self._elements * self.location.dtype.itemsize].view(self.location.dtype))
+        self._expand(self._whole)
+        return self._full
 
     @property
     def _elements(self) -> int:
         """Of whole groups."""
-        group = self._kind.group
-        return -(-self.location.shape.numel() // group) * group
+        return -(-self.location.shape.numel() // self._kind.group) * self._kind.group
 
-    @property
-    def _kind(self) -> Codes:
-        assert self._layout.coded is not None
-        return self._layout.coded.kind
-
-    def _expanded(self, whole: torch.Tensor) -> torch.Tensor:
-        assert self._piece is not None
-        self._decode(*self._parts(self._piece), self._kind, whole)
-        return self._in(whole)
+    def _expand(self, whole: torch.Tensor) -> None:
+        assert self._at_rest is not None
+        self._decode(self._at_rest.codes, self._at_rest.scales, self._kind, whole)
 
     def _in(self, whole: torch.Tensor) -> torch.Tensor:
         """The weight in memory that begins with it."""
-        return whole.view(self.location.dtype)[: self.location.shape.numel()].view(self.location.shape)
+        return whole[: self.location.shape.numel()].view(self.location.shape)
 
-    def _parts(self, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        coded = self._layout.coded
-        assert coded is not None
-        first = self.location.offset // coded.dtype.itemsize // coded.kind.group
-        groups = -(-self.location.shape.numel() // coded.kind.group)
-        of_group = coded.kind.nbytes(coded.kind.group)
+    def _found(self, piece: torch.Tensor) -> _AtRest:
+        kind, shape = self._kind, self.location.shape
+        first = self.location.offset // self.location.dtype.itemsize // kind.group
+        groups, of_group = -(-shape.numel() // kind.group), kind.nbytes(kind.group)
         codes = self._layout.codes(piece)[first * of_group : (first + groups) * of_group]
-        return codes, self._layout.scales(piece)[first : first + groups]
+        scales = self._layout.scales(piece)[first : first + groups]
+        matrix = WeightMatrix(codes, scales, tuple(shape), kind.bits, kind.group)
+        return _AtRest(codes, scales, codes.data_ptr(), None if shape[-1] % kind.group else matrix)
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         matrix = self.matrix() if len(self.location.shape) == 2 else None

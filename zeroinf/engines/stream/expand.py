@@ -92,16 +92,20 @@ class ExpandedGroup:
         self.views = views
         """Each tensor with what stands for it."""
         self._coded = [view for _, view in views if isinstance(view, CodedWeight)]
+        self._rests: dict[int, torch.Tensor] = {}
+        """What crosses as it is in pieces, by their addresses."""
 
     def fill(self, wire_piece: torch.Tensor) -> None:
         """Let the block compute that lies in `wire_piece` (uint8, on the device)."""
-        layout = self._layout
+        layout, address = self._layout, wire_piece.data_ptr()
         for weight in self._coded:
             weight.hold(wire_piece)
         if layout.coded is not None and not self._coded:
             codes, scales = layout.codes(wire_piece), layout.scales(wire_piece)
             self._expander.decode(codes, scales, layout.coded.kind, layout.weights(self._expander.slot))
-        self._rest.copy_(layout.wire_rest(wire_piece))
+        if address not in self._rests:
+            self._rests[address] = layout.wire_rest(wire_piece)
+        self._rest.copy_(self._rests[address])
 
 
 def _gpu_decode(device: torch.device) -> Decode:
