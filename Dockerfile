@@ -4,21 +4,26 @@
 #     docker run --rm --gpus all --ulimit memlock=-1 --ipc=host -v zeroinf:/cache zeroinf run -m demo --prompt Hello
 #
 # memlock: weights in host memory are page-locked. ipc: NCCL between several GPUs.
-FROM python:3.12-slim AS wheel
+# BASE may be any image of Ubuntu 24.04: torch brings CUDA's libraries, and the host's driver comes in with --gpus.
+ARG BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04
+
+FROM ${BASE} AS python
+# A compiler and Python's headers: Triton builds its kernels on first use. libaio: DeepSpeed's NVMe op.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ gcc libaio-dev python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/zeroinf
+ENV PATH=/opt/zeroinf/bin:$PATH
+
+FROM python AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY zeroinf zeroinf
 COPY configs configs
 RUN pip install --no-cache-dir build && python -m build --wheel --outdir /dist
 
-FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
-# A compiler and Python's headers: Triton builds its kernels on first use. libaio: DeepSpeed's NVMe op.
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ gcc libaio-dev python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/*
-RUN python3 -m venv /opt/zeroinf
-ENV PATH=/opt/zeroinf/bin:$PATH \
-    ZEROINF_CACHE=/cache/zeroinf \
+FROM python
+ENV ZEROINF_CACHE=/cache/zeroinf \
     HF_HOME=/cache/huggingface \
     TORCH_EXTENSIONS_DIR=/cache/torch_extensions \
     TRITON_CACHE_DIR=/cache/triton

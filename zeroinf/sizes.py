@@ -1,8 +1,9 @@
-"""Parses and formats sizes and durations, and defines the default length of completions."""
+"""Parses and formats sizes, shares and durations, and defines the default length of completions."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 DEFAULT_NEW_TOKENS = 128
@@ -14,6 +15,47 @@ _UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT"
 _UNIT_BYTES = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _GIB = 1 << 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part, above 0 and at most 1, of a size that is known later, such as the memory of a GPU."""
+
+    part: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part <= 1:
+            raise ValueError(f"{self} must be above 0% and at most 100%")
+
+    def __str__(self) -> str:
+        return f"{100 * self.part:.6g}%"
+
+
+def limit_of(limit: int | Share | None, whole_bytes: int) -> int | None:
+    """Bytes that `limit` leaves of `whole_bytes`; None where there is no limit."""
+    return int(limit.part * whole_bytes) if isinstance(limit, Share) else limit
+
+
+def parse_size_or_share(text: str) -> int | Share:
+    """Bytes of `24GiB`, or the share that `90%` is. Raises ValueError that says what is wrong."""
+    if (match := _PERCENT.fullmatch(text)) is not None:
+        return Share(float(match[1]) / 100)
+    number = _SIZE.fullmatch(text)
+    if number is not None and not number[2] and 0 < float(number[1]) <= 1:
+        raise ValueError(f"{text.strip()} what? write {Share(float(number[1]))}, or {text.strip()}GiB")
+    return parse_size(text)
+
+
+def parse_share(text: str) -> Share:
+    """The share that `0.9` is. Raises ValueError that says what is wrong."""
+    try:
+        part = float(text)
+    except ValueError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise ValueError(f"{text} is no part of a whole, such as 0.9")
+    return Share(part)
 
 
 def parse_size(text: str, *, multiple_of: int = 1) -> int:

@@ -93,6 +93,17 @@ def test_json_has_the_keys_that_the_readme_documents(plan: dict[str, Any]) -> No
     assert set(plan["rates"]) >= {"link_gbps", "disk_gbps", "tflops", "projected"}
 
 
+def test_what_vllm_calls_lengths_and_gpu_memory_is_taken() -> None:
+    card = (*MODEL, "--machine", "1xRTX4090-24GB-64GiB", "--output-len", "28")
+    theirs = document(*card, "--max-model-len", "128", "--gpu-memory-utilization", "0.5")
+    assert (theirs["job"]["prompt_tokens"], theirs["job"]["new_tokens"]) == (100, 28)
+    ours = document(*card, "--input-len", "100", "--gpu-memory", "50%")
+    assert theirs == ours
+    whole = document(*card, "--input-len", "100")
+    limits = [one["plan"]["memory"]["gpu"]["available_bytes"] for one in (ours, whole)]
+    assert limits[0] < 0.51 * limits[1]
+
+
 def test_json_has_the_advice_of_the_page() -> None:
     page, found = printed(*MODEL, *BOX), json.loads(printed(*MODEL, *BOX, "--json"))
     assert found["advice"]

@@ -16,6 +16,7 @@ from zeroinf.options import foreign
 from zeroinf.options.definition import definitions, from_keywords
 from zeroinf.options.foreign import advice
 from zeroinf.options.options import LoadOptions, PlanOptions
+from zeroinf.sizes import Share
 
 
 def flags_of(name: str) -> dict[str, str]:
@@ -40,10 +41,7 @@ def test_what_names_elsewhere_lead_to_is_there() -> None:
 
 def test_a_command_is_told_of_flags_that_it_has() -> None:
     assert advice("--max-length", flags_of("run")) == "zeroinf calls it --max-new-tokens: it counts new tokens only"
-    assert advice("--max-model-len", flags_of("serve")) == (
-        "zeroinf calls it --max-prompt-tokens: prompts alone; what is generated has --max-new-tokens, and both "
-        "together are the context"
-    )
+    assert advice("--max-seq-len", flags_of("serve")) == "zeroinf calls it --max-model-len"
     assert advice("--num-prompts", flags_of("run")) == "zeroinf calls it --limit"
     assert advice("--num-prompts", flags_of("plan")) == "zeroinf calls it --requests"
     assert advice("--something-else", flags_of("run")) is None
@@ -57,7 +55,7 @@ def test_a_command_is_told_of_flags_that_it_has() -> None:
         (zeroinf.pipeline, {"torch_dtype": "auto"}, "zeroinf calls it dtype"),
         (zeroinf.pipeline, {"tensor_parallel_size": 2}, "zeroinf calls it"),
         (zeroinf.pipeline, {"device_map": "auto"}, "the plan places layers; gpu_memory and host_memory bound it"),
-        (zeroinf.plan, {"gpu_memory_utilization": 0.9}, "zeroinf calls it gpu_memory: a size, not a share"),
+        (zeroinf.plan, {"gpu_memory_utilization": 0.9}, "zeroinf calls it gpu_memory: 90% where 0.9 stands"),
         (zeroinf.plan, {"nvme_path": "x"}, "zeroinf calls it nvme_paths"),
         (zeroinf.plan, {"gpu_mem": "20GiB"}, "did you mean gpu_memory?"),
         (zeroinf.plan, {"unlike_anything": 1}, "it has model, engine, offload"),
@@ -84,6 +82,13 @@ def test_a_size_without_a_unit_is_asked_about() -> None:
     with pytest.raises(UsageError, match="host_memory: 64 what\\? write 64GiB"):
         from_keywords(PlanOptions, {"model": "demo", "host_memory": "64"})
     assert from_keywords(PlanOptions, {"model": "demo", "gpu_memory": 24 << 30}).gpu_memory == 24 << 30
+
+
+def test_a_share_of_the_gpu_is_written_with_its_sign() -> None:
+    assert from_keywords(PlanOptions, {"model": "demo", "gpu_memory": "90%"}).gpu_memory == Share(0.9)
+    with pytest.raises(UsageError) as caught:
+        from_keywords(PlanOptions, {"model": "demo", "gpu_memory": 0.9})
+    assert caught.value.hint == 'write gpu_memory="90%"'
 
 
 def test_every_option_stands_in_a_section_of_help() -> None:

@@ -13,6 +13,7 @@ from zeroinf.errors import UsageError
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
 from zeroinf.hardware.override import override
 from zeroinf.hardware.rates import Rates
+from zeroinf.sizes import Share
 
 GIB = 1 << 30
 
@@ -52,6 +53,23 @@ def machines(draw: st.DrawFn, *, least_gpus: int = 0, least_disks: int = 0) -> M
 MEASURED = Rates.of(
     "measured", link_gbps=25.0, links_gbps={1: 25.0, 2: 40.0}, hbm_gbps=900.0, disk_gbps={"/disk0": 2.0, "/other": 1.0}
 )
+
+
+@given(machines(least_gpus=1), st.floats(0.01, 1))
+def test_a_share_caps_each_gpu_by_its_own_size(machine: Machine, part: float) -> None:
+    gpus = override(machine, MEASURED, gpu_memory=Share(part))[0].gpus
+    for before, after in zip(machine.gpus, gpus, strict=True):
+        assert after.total_bytes == int(part * before.total_bytes)
+        assert after.free_bytes == min(before.free_bytes, after.total_bytes)
+
+
+def test_a_share_of_no_gpu_is_refused() -> None:
+    memory = Memory(
+        total_bytes=GIB, available_bytes=GIB, cgroup_limit_bytes=None, swap_bytes=0, shared_memory_bytes=0,
+        memlock_bytes=None, numa_nodes=1,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="--gpu-memory 90% has no effect: the machine has no GPU"):
+        override(Machine(gpus=(), memory=memory, disks=(), cores=8), MEASURED, gpu_memory=Share(0.9))
 
 
 @given(machines())

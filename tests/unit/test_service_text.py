@@ -54,6 +54,15 @@ def words(codec: TextCodec, asked: Request) -> str:
     return " ".join(WORDS[token] for token in codec.tokens(asked))
 
 
+def test_requests_longer_than_is_taken_are_refused(tokenizer: Any) -> None:
+    anatomy: Any = SimpleNamespace(vocabulary=len(WORDS), context_limit=None)
+    taking = TextCodec(tokenizer, anatomy, most_tokens=4)
+    assert taking.encode(request("hi there")) == [1, 6, 7]
+    said = "the prompt has 4 tokens and max_new_tokens is 1, but --max-model-len is 4"
+    with pytest.raises(ValueError, match=said):
+        taking.encode(request("hi there hi"))
+
+
 HI = [{"role": "user", "content": "hi"}]
 
 

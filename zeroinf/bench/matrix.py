@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from zeroinf.engines.registry import ENGINE_NAMES, descriptor_of
 from zeroinf.errors import UsageError
 from zeroinf.planner.choice import Fetch
+from zeroinf.sizes import Share
 
 PYTHIA = ("pythia-70m", "pythia-160m", "pythia-410m", "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b")
 
@@ -127,7 +128,7 @@ class BenchmarkSettings:
     resident_blocks: str = "0"
     """A number, or `auto`: the planner's choice."""
     nvme_paths: tuple[Path, ...] = ()
-    gpu_memory: int | None = None
+    gpu_memory: int | Share | None = None
     prompt: str | None = None
     """Every row's; None makes one of the length asked for."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

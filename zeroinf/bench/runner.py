@@ -119,7 +119,8 @@ def arguments(cell: Cell, settings: BenchmarkSettings, folder: Path) -> list[str
     words += ["--num-gpus", cell.num_gpus] if cell.num_gpus > 1 else []
     words += ["--random-weights"] if settings.random_weights else []
     words += ["--trust-remote-code"] if settings.trust_remote_code else []
-    words += ["--gpu-memory", f"{settings.gpu_memory}B"] if settings.gpu_memory else []
+    limit = settings.gpu_memory
+    words += ["--gpu-memory", f"{limit}B" if isinstance(limit, int) else str(limit)] if limit is not None else []
     if cell.offload == "nvme":
         several = settings.nvme_paths if engine == "stream" else settings.nvme_paths[:1]
         words += [word for path in several for word in ("--nvme-path", path)]

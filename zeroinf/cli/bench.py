@@ -16,7 +16,7 @@ import click
 
 from zeroinf.cli.command import group
 from zeroinf.cli.environment import option
-from zeroinf.cli.params import AliasedChoice, FiniteFloat, SizeType, given, refuse_group_options
+from zeroinf.cli.params import AliasedChoice, FiniteFloat, LimitType, given, refuse_group_options
 from zeroinf.errors import EnvironmentProblem, InterruptedRunError, OutputError, UsageError
 from zeroinf.options.options import DTYPE_ALIASES
 from zeroinf.signals import heeded_signals
@@ -80,7 +80,7 @@ _WORDS, _NUMBERS = _ListType(str), _ListType(_positive)
 @option("--random-weights", is_flag=True, help="Real shapes, random weights, no checkpoint.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
 @option("--resident-blocks", default="0", help="Where weights are offloaded, layers that stay on the GPU; or `auto`.")
-@option("--gpu-memory", type=SizeType(), help="The most a rank may take of its GPU.")
+@option("--gpu-memory", type=LimitType(), help="The most a rank may take of its GPU, such as 24GiB or 90%.")
 @option("--nvme-path", "nvme_paths", type=click.Path(path_type=Path), multiple=True, help="For offload nvme.")
 @option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", help="cpu leaves GPUs alone.")
 @option("--cell-limit-s", type=FiniteFloat(min=1), default=600.0, help="A cell that takes longer is ended.")
@@ -119,9 +119,12 @@ def bench(
     as its value. Figures are means over the repetitions ± their standard deviation.
 
     \b
-      zeroinf bench --engines accelerate,zero,stream --model opt-6.7b --random-weights -b 1,8,64 -o opt.json
-      zeroinf bench --preset bloom-table --model bloom-7b1 --random-weights --plot bloom.png
-      zeroinf bench --preset mii --models-dir ./models --prompt "DeepSpeed is" --max-tokens 64 --log-file mii.json
+      zeroinf bench -m opt-6.7b --random-weights \\
+        --engines accelerate,zero,stream -b 1,8,64 -o opt.json
+      zeroinf bench --preset bloom-table -m bloom-7b1 \\
+        --random-weights --plot bloom.png
+      zeroinf bench --preset mii --models-dir ./models \\
+        --prompt "DeepSpeed is" --max-tokens 64 --log-file mii.json
       zeroinf bench compare before.json after.json
     """
     if ctx.invoked_subcommand is not None:

@@ -14,8 +14,9 @@ from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import asked_of, flags, given, loading_options, options_of
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import UsageError
-from zeroinf.options.contradictions import refuse_early, refuse_idle
+from zeroinf.options.contradictions import prompt_room, refuse_early, refuse_idle
 from zeroinf.options.options import (
+    InputOptions,
     LaunchOptions,
     ModelOptions,
     RunOptions,
@@ -39,6 +40,7 @@ _NEW_TOKENS, _PROMPT_TOKENS = 512, 4096
 @options_of(ModelOptions, only=("revision", "dtype", "trust_remote_code"))
 @loading_options
 @options_of(LaunchOptions, only=("num_gpus",))
+@options_of(InputOptions, only=("max_model_len",))
 @option(
     "--max-prompt-tokens",
     type=click.IntRange(min=1),
@@ -60,7 +62,7 @@ def chat(ctx: click.Context, /, **asked: Any) -> None:
     answer is all that is written to standard output.
 
     \b
-      zeroinf chat HuggingFaceTB/SmolLM2-135M-Instruct --system "Answer in one sentence."
+      zeroinf chat demo --system "Answer in one sentence."
       zeroinf chat --server http://127.0.0.1:8000
       echo "Why is the sky blue?" | zeroinf chat demo --temperature 0.7
     """
@@ -114,8 +116,8 @@ def _loaded(ctx: click.Context, asked: dict[str, Any], settings: dict[str, Any])
         raise UsageError("no MODEL and no --server", hint="zeroinf chat demo")
     from zeroinf.generation.row import Sampling
 
-    prompt_tokens, num_gpus = asked.pop("max_prompt_tokens"), asked.pop("num_gpus")
-    settings["max_new_tokens"] = settings["max_new_tokens"] or _NEW_TOKENS
+    num_gpus, settings["max_new_tokens"] = asked.pop("num_gpus"), settings["max_new_tokens"] or _NEW_TOKENS
+    prompt_tokens = prompt_room(asked.pop("max_prompt_tokens"), asked["max_model_len"], settings["max_new_tokens"])
     options = asked_of(ctx, RunOptions, asked, sampling=Sampling(**settings))
     refuse_idle(options)
     refuse_early(options)
@@ -140,6 +142,7 @@ def _loaded(ctx: click.Context, asked: dict[str, Any], settings: dict[str, Any])
             most_prompt_tokens=_PROMPT_TOKENS,
             new_tokens=options.sampling.max_new_tokens,
             logprobs=None,
+            max_model_len=options.max_model_len,
         )
 
     observer = ConsoleObserver(Console(stderr=True, soft_wrap=True), quiet=not sys.stderr.isatty())

@@ -30,7 +30,8 @@ def config(ctx: click.Context, /, output_file: Path | None, **asked: Any) -> Non
 
     \b
       zeroinf config --model EleutherAI/pythia-160m --offload cpu
-      zeroinf config --model mixtral-8x7b --offload nvme --nvme-path /local --num-gpus 4 -o zero.json
+      zeroinf config --model mixtral-8x7b --num-gpus 4 \\
+        --offload nvme --nvme-path /local -o zero.json
       zeroinf config show run --batch-size 8
     """
     import json

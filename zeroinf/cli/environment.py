@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -35,18 +35,29 @@ VARIABLES: Mapping[str, str] = {
 class EnvironmentOption(click.Option):
     """An option that the environment can set, and that help shows in a section.
 
-    With `argument`, the name of an argument of the same command, its value may be written there instead.
+    With `argument`, the name of an argument of the same command, its value may be written there instead; `foreign` are
+    options of the same command, named as in other programs, that set it as well.
     """
 
     def __init__(
-        self, *declared: Any, section: Section = "everyday options", argument: str | None = None, **attributes: Any
+        self,
+        *declared: Any,
+        section: Section = "everyday options",
+        argument: str | None = None,
+        foreign: Sequence[click.Option] = (),
+        **attributes: Any,
     ) -> None:
         super().__init__(*declared, **attributes)
-        self.section, self.argument = section, argument
+        self.section, self.argument, self.foreign = section, argument, foreign
 
     def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
         """The value and its source. Raises a usage error where the command line has two."""
         value, source = super().consume_value(ctx, opts)
+        for one in self.foreign:
+            if (theirs := opts.get(str(one.name))) is not None:
+                if source is ParameterSource.COMMANDLINE:
+                    raise HintedError(f"{self.opts[-1]} and {one.opts[0]} say the same", "drop one of them", ctx)
+                value, source = one.type_cast_value(ctx, theirs), ParameterSource.COMMANDLINE
         written = opts.get(self.argument) if self.argument is not None else None
         if not isinstance(written, str):
             return value, source

@@ -24,7 +24,7 @@ from zeroinf.options.options import (
     TransferOptions,
     ZeroOptions,
 )
-from zeroinf.sizes import parse_size
+from zeroinf.sizes import Share, parse_size, parse_size_or_share
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Options = TypeVar("_Options", bound=Options)
@@ -56,6 +56,37 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
             return value
         try:
             return parse_size(value, multiple_of=self.multiple_of)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class LimitType(click.ParamType):  # type: ignore[type-arg]
+    """A size, converted to bytes, or a share such as `90%`."""
+
+    name = "size|percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Share:
+        """What `value` says; a usage error names what is wrong with it."""
+        if isinstance(value, (int, Share)):
+            return value
+        try:
+            return parse_size_or_share(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ForeignType(click.ParamType):  # type: ignore[type-arg]
+    """What a flag of another program takes, converted to the value of an option of ours that means the same."""
+
+    name = "value"
+
+    def __init__(self, convert: Callable[[str], Any]) -> None:
+        self._convert = convert
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Our value; a usage error says what is wrong with theirs."""
+        try:
+            return self._convert(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -174,8 +205,18 @@ def _flag(one: Definition, *, required: bool, argument: str | None) -> Callable[
         attributes["default"] = one.default
     if known.positional:
         attributes["shell_complete"] = complete_models
-    attributes |= {"section": known.section, "argument": argument, "hidden": known.hidden}
-    return option(*flags, one.name, help=known.help, **attributes)
+    others = [
+        click.Option([flag], type=ForeignType(convert), hidden=True, expose_value=False)
+        for flag, convert in known.foreign.items()
+    ]
+    attributes |= {"section": known.section, "argument": argument, "foreign": others, "hidden": known.hidden}
+    declared = option(*flags, one.name, help=known.help, **attributes)
+
+    def decorate(command: _Command) -> _Command:
+        command.__dict__.setdefault("__click_params__", []).extend(others)  # as click's decorators keep them
+        return declared(command)
+
+    return decorate
 
 
 def complete_models(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -199,6 +240,8 @@ def _type_of(one: Definition, written: Any) -> Any:
         return JsonObjectType()
     if get_origin(written) is tuple:
         return InjectionPolicyType()
+    if known.is_limit:
+        return LimitType()
     if known.is_size:
         return SizeType(multiple_of=known.multiple_of)
     if written is int and known.auto:

@@ -68,8 +68,9 @@ def plan(
     \b
       zeroinf plan --model llama-2-70b --gpu-memory 24GiB --host-memory 256GiB
       zeroinf plan --model bloom-176b --machine 8xA100-80GB-512GiB --num-gpus 8
-      zeroinf plan --model EleutherAI/pythia-160m --offload nvme --nvme-path /local --json
-      zeroinf plan --model qwen3-30b-a3b --machine 1xRTX4090-24GB-64GiB --html plan.html
+      zeroinf plan --model opt-30b --offload nvme --nvme-path /local --json
+      zeroinf plan --model qwen3-30b-a3b --html plan.html \\
+        --machine 1xRTX4090-24GB-64GiB
       zeroinf plan --model llama-3-70b --host-memory 128GiB -i prompts.jsonl
       zeroinf plan --models all --machine 1xRTX4090-24GB-64GiB
       zeroinf plan --model llama-3-70b --host-memory 128GiB --gpus all

@@ -53,7 +53,7 @@ def table_json(options: PlanOptions, rows: Sequence[ComparisonRow], varied: List
         "schema": TABLE_SCHEMA,
         "job": {
             "requests": options.requests,
-            "prompt_tokens": options.input_len,
+            "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.output_len,
         },
         varied + "s": [asdict(row) for row in rows],
@@ -69,7 +69,7 @@ def _lines(options: PlanOptions, rows: Sequence[ComparisonRow], varied: Listed) 
         size = f", {gib(row.weight_bytes)}" if row.weight_bytes is not None else ""
         yield f"model    {options.model}{size}"
         yield f"host     {machine_line(machine).partition(' free, ')[2]}"
-    yield f"job      up to {options.input_len} prompt and {options.output_len} new tokens"
+    yield f"job      up to {options.prompt_tokens} prompt and {options.output_len} new tokens"
     yield ""
     flags = list(dict.fromkeys(one.flags for row in rows for one in row.outcomes))
     flags.sort(key=["", "--wire int8", "--wire int4"].index)

@@ -88,7 +88,8 @@ def run(
 
     \b
       zeroinf run demo --prompt "The capital of France is"
-      zeroinf run EleutherAI/pythia-160m --offload nvme --nvme-path /local -i prompts.jsonl -o out.jsonl
+      zeroinf run EleutherAI/pythia-160m -i prompts.jsonl -o out.jsonl \\
+        --offload nvme --nvme-path /local
       zeroinf run MODEL --num-gpus 8
       zeroinf run MODEL --ray auto -i prompts.jsonl -o out.jsonl
       deepspeed --num_gpus 8 --module zeroinf run MODEL ...

@@ -15,8 +15,9 @@ from zeroinf.cli.keys import api_key, api_key_options
 from zeroinf.cli.params import FiniteFloat, SizeType, asked_of, loading_options, options_of
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import EnvironmentProblem, UsageError
-from zeroinf.options.contradictions import refuse_early, refuse_idle
+from zeroinf.options.contradictions import prompt_room, refuse_early, refuse_idle
 from zeroinf.options.options import (
+    InputOptions,
     LaunchOptions,
     ModelOptions,
     RandomWeightsOptions,
@@ -33,6 +34,7 @@ _SETTINGS = ("host", "port", "allowed_hosts", "max_queue", "state", "max_state_b
 @options_of(RandomWeightsOptions)
 @loading_options
 @options_of(LaunchOptions, only=("num_gpus",))
+@options_of(InputOptions, only=("max_model_len",))
 @option(
     "--max-prompt-tokens",
     type=click.IntRange(min=1),
@@ -120,7 +122,8 @@ def serve(ctx: click.Context, /, **asked: Any) -> None:
 
     \b
       zeroinf serve --model HuggingFaceTB/SmolLM2-135M-Instruct
-      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+      curl http://127.0.0.1:8000/v1/completions \\
+        -H 'Content-Type: application/json' \\
         -d '{"prompt": "The capital of France is", "max_tokens": 8}'
     """
     _refuse_launcher()
@@ -143,8 +146,8 @@ def _serve(ctx: click.Context, settings: Settings, name: str | None, asked: dict
     from zeroinf.generation.row import Sampling
 
     quiet, num_gpus = asked.pop("quiet"), asked.pop("num_gpus")
-    prompt_tokens, scores_prompts = asked.pop("max_prompt_tokens"), asked.pop("prompt_logprobs")
-    sampling = Sampling(max_new_tokens=asked.pop("max_new_tokens"))
+    sampling, scores_prompts = Sampling(max_new_tokens=asked.pop("max_new_tokens")), asked.pop("prompt_logprobs")
+    prompt_tokens = prompt_room(asked.pop("max_prompt_tokens"), asked["max_model_len"], sampling.max_new_tokens)
     options = asked_of(ctx, RunOptions, asked, sampling=sampling)
     refuse_idle(options)
     refuse_early(options)

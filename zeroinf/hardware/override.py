@@ -8,6 +8,7 @@ from pathlib import Path
 from zeroinf.errors import UsageError
 from zeroinf.hardware.machine import Disk, Gpu, Machine, Memory
 from zeroinf.hardware.rates import Rates
+from zeroinf.sizes import Share, limit_of
 
 _NO_FOLDER = Path("/nvme")  # where --nvme-space lies when no folder was named
 
@@ -16,7 +17,7 @@ def override(
     machine: Machine,
     rates: Rates,
     *,
-    gpu_memory: int | None = None,
+    gpu_memory: int | Share | None = None,
     host_memory: int | None = None,
     nvme_space: int | None = None,
     num_gpus: int | None = None,
@@ -25,8 +26,8 @@ def override(
 ) -> tuple[Machine, Rates]:
     """The machine and rates with what the flags of these names say; None leaves things as they are.
 
-    `num_gpus` keeps the first GPUs, or repeats the last. `gpu_memory` is a cap on each; where there are no GPUs
-    it makes them, one unless `num_gpus` says how many. Host memory and disk space may be more than there is, since the
+    `num_gpus` keeps the first GPUs, or repeats the last. `gpu_memory` is a cap on each; where there are no GPUs a size
+    makes them, one unless `num_gpus` says how many. Host memory and disk space may be more than there is, since the
     machine need not be here; all that is added counts as free. `link_gbps` is the rate of each GPU's own link.
 
     Raises:
@@ -53,20 +54,23 @@ def override(
     return machine, rates
 
 
-def _gpus(gpus: tuple[Gpu, ...], count: int | None, cap_bytes: int | None) -> tuple[Gpu, ...]:
-    if not gpus and cap_bytes is not None:
-        gpus = (_generic_gpu(cap_bytes),)
+def _gpus(gpus: tuple[Gpu, ...], count: int | None, cap: int | Share | None) -> tuple[Gpu, ...]:
+    if not gpus and isinstance(cap, Share):
+        raise _useless(f"--gpu-memory {cap}", "no GPU", "name a --machine with GPUs, or a size")
+    if not gpus and isinstance(cap, int):
+        gpus = (_generic_gpu(cap),)
     if count is not None:
         if not gpus:
             raise _useless("--num-gpus", "no GPU", "add --gpu-memory to say how large they are, or name a --machine")
         more = (replace(gpus[-1], index=index, uuid=None) for index in range(len(gpus), count))
         gpus = (*gpus[:count], *more)
+    return tuple(_capped(gpu, limit_of(cap, gpu.total_bytes)) for gpu in gpus)
+
+
+def _capped(gpu: Gpu, cap_bytes: int | None) -> Gpu:
     if cap_bytes is None:
-        return gpus
-    return tuple(
-        replace(gpu, total_bytes=min(gpu.total_bytes, cap_bytes), free_bytes=min(gpu.free_bytes, cap_bytes))
-        for gpu in gpus
-    )
+        return gpu
+    return replace(gpu, total_bytes=min(gpu.total_bytes, cap_bytes), free_bytes=min(gpu.free_bytes, cap_bytes))
 
 
 def _generic_gpu(size_bytes: int) -> Gpu:

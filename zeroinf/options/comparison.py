@@ -105,6 +105,6 @@ def _outcome(one: Advice, options: PlanOptions) -> ComparedPlan:
         rests=rests,
         batch_size=choice.batch_size,
         tokens_per_second=timing.tokens_per_second,
-        first_token_s=timing.first_token_s(options.input_len, choice.prefill_tokens),
+        first_token_s=timing.first_token_s(options.prompt_tokens, choice.prefill_tokens),
         job_s=timing.job_s(options.requests or SOME_REQUESTS, options.output_len),
     )

@@ -12,6 +12,7 @@ from zeroinf.engines.registry import default_engine, descriptor_of, engines
 from zeroinf.errors import UsageError
 from zeroinf.hardware.disk import read_disk
 from zeroinf.hardware.machine import Disk
+from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.resolve import check_name
 from zeroinf.options.definition import Options, definitions
 from zeroinf.options.job_contradictions import check_output_of
@@ -103,6 +104,10 @@ def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
     """Figures of a job or a machine that a plan has no use for."""
     if options.input_files and (named := options.asked("input_len", "requests")):
         raise UsageError(f"{', '.join(named)} has no effect with -i, which says it", hint="drop one of them")
+    if options.max_model_len is not None and not options.input_files:
+        if options.asked("input_len"):
+            raise UsageError("--input-len and --max-model-len both say how long prompts are", hint="drop one of them")
+        check_room(options.max_model_len, "--output-len", options.output_len)
     if (named := options.asked("input_format", "shape")) and not options.input_files:
         raise UsageError(f"{', '.join(named)} has no effect without -i", hint="add -i FILE, or drop it")
     if options.shape.keep:
@@ -139,6 +144,35 @@ def refuse_beside_model(
             f"with --resident-blocks {layers} all layers stay on the GPU, and --offload and --fetch have no effect",
             hint="choose fewer, or --offload none alone",
         )
+
+
+def prompt_room(max_prompt_tokens: int | None, max_model_len: int | None, new_tokens: int) -> int | None:
+    """Tokens of the longest prompt by --max-prompt-tokens or --max-model-len; None where neither says it. Raises
+    UsageError where both do, or none is left."""
+    if max_model_len is None:
+        return max_prompt_tokens
+    if max_prompt_tokens is not None:
+        raise UsageError(
+            "--max-prompt-tokens and --max-model-len both say how long prompts are", hint="drop one of them"
+        )
+    check_room(max_model_len, "--max-new-tokens", new_tokens)
+    return max_model_len - new_tokens
+
+
+def check_room(max_model_len: int, flag: str, new_tokens: int) -> None:
+    """Raise UsageError where completions of `new_tokens`, as `flag` says, leave no room for a prompt."""
+    if max_model_len <= new_tokens:
+        raise UsageError(
+            f"--max-model-len {max_model_len} holds prompt and completion, and {flag} is {new_tokens}",
+            hint=f"a smaller {flag}, or a larger --max-model-len",
+        )
+
+
+def check_max_model_len(max_model_len: int | None, anatomy: Anatomy) -> None:
+    """Raise UsageError for more tokens than the model's context holds."""
+    limit = anatomy.context_limit
+    if max_model_len is not None and limit is not None and max_model_len > limit:
+        raise UsageError(f"--max-model-len {max_model_len}, and the model's context holds {limit}", hint="lower it")
 
 
 def check_folders(disks: Sequence[Disk]) -> None:

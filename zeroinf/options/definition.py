@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from zeroinf.errors import UsageError
-from zeroinf.sizes import parse_size
+from zeroinf.sizes import Share, parse_size, parse_size_or_share
 
 _Options = TypeVar("_Options", bound="Options")
 _KEY = "option"
@@ -48,6 +48,8 @@ class Option:
     help: str
     flags: tuple[str, ...] = ()
     """As users write them, the one first that messages use; empty: `--` and the name of the field."""
+    foreign: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    """Flags of other programs that mean just this, and what makes its value of theirs; they raise ValueError."""
     default: Any = field(default_factory=lambda: MISSING)
     """On the command line, where the field has none or another one."""
     written: Any = None
@@ -64,6 +66,8 @@ class Option:
     """The minimum itself is not allowed."""
     is_size: bool = False
     """Bytes, written such as 24GiB."""
+    is_limit: bool = False
+    """A size, or a `Share` of what there is, written such as 90%."""
     multiple_of: int = 1
     auto: bool = False
     """None is written `auto`."""
@@ -134,7 +138,8 @@ class Definition:
         if numeric and high is not None and value > high:
             raise UsageError(f"{self.path[0]}={value}: at most {high:g}")
         if numeric and self.option.is_size and value < _LEAST_SIZE:
-            raise UsageError(f"{self.path[0]}={value} is {value} bytes", hint=f'write {self.path[0]}="{value}GiB"')
+            meant = Share(value) if self.option.is_limit and 0 < value <= 1 else f"{value}GiB"
+            raise UsageError(f"{self.path[0]}={value} is {value} bytes", hint=f'write {self.path[0]}="{meant}"')
 
 
 def choice_hint(given: str, choices: Sequence[str], aliases: Iterable[str] = ()) -> str:
@@ -291,6 +296,8 @@ def from_keywords(
 def _from_python(one: Definition, value: Any) -> Any:
     if one.option.is_size and isinstance(value, str):
         try:
+            if one.option.is_limit:
+                return parse_size_or_share(value)
             return parse_size(value, multiple_of=one.option.multiple_of)
         except ValueError as error:
             raise UsageError(f"{one.path[0]}: {error}") from error

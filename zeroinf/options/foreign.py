@@ -83,7 +83,7 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield none("local_files_only offline", "set HF_HUB_OFFLINE=1 in the environment")
     yield none("token hf_token use_auth_token", "log in with `hf auth login`, or set HF_TOKEN in the environment")
     # Memory
-    sized = "a size, not a share: 0.9 of a GPU of 24 GiB is 21.6GiB"
+    sized = "90% where 0.9 stands elsewhere, or a size"
     yield same("gpu_memory_utilization mem_fraction_static gpu_memory_fraction", "gpu_memory", sized)
     yield same("max_memory max_gpu_memory", "gpu_memory", "a size such as 20GiB; {host_memory} bounds host memory")
     yield same("max_cpu_memory cpu_memory", "host_memory")
@@ -96,10 +96,9 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("n_gpu_layers gpu_layers ngl", "resident_blocks", "layers that stay on the GPU; the plan knows them")
     yield none("device_map", "the plan places layers; {gpu_memory} and {host_memory} bound it")
     yield none("low_cpu_mem_usage no_mmap mmap mlock", "nothing: weights are held once, in locked memory")
-    context = "prompts alone; what is generated has {max_new_tokens}, and both together are the context"
     plans = "memory is planned for the prompts of the job; {max_new_tokens} bounds what is added"
-    yield same("max_model_len max_seq_len max_position_embeddings", "max_prompt_tokens input_len", context, plans)
-    yield same("ctx_size c context_length max_context_len", "max_prompt_tokens input_len", context, plans)
+    whole = "max_seq_len max_position_embeddings ctx_size c context_length max_context_len max_model_len"
+    yield same(whole, "max_model_len max_prompt_tokens input_len", "", plans)
     yield same("prompt_len prompt_length max_input_len max_prompt_len", "input_len max_prompt_tokens", "", plans)
     yield same("input_len input_length", "input_len max_prompt_tokens", "", plans)
     # Speed

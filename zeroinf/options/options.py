@@ -24,7 +24,7 @@ from zeroinf.planner.kv import Kv, KvAttention
 from zeroinf.planner.plan import AioSettings, TensorParallel
 from zeroinf.planner.wire import Wire
 from zeroinf.service.requests import ChatOptions
-from zeroinf.sizes import DEFAULT_NEW_TOKENS
+from zeroinf.sizes import DEFAULT_NEW_TOKENS, Share, parse_share
 from zeroinf.structured.answer_format import AnswerFormat, of_choices, of_file, of_regex
 
 _DIRECT_IO_BYTES = 4096
@@ -37,6 +37,8 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("fp32", "float", "f32"), "float32"),
 }
 """What vLLM, torch and llama.cpp call the dtypes."""
+_SHARES = {"--gpu-memory-utilization": parse_share}
+"""vLLM's limit of GPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +289,13 @@ class ParallelOptions(Options):
 class LimitOptions(Options):
     """The most that may be taken of a machine."""
 
-    gpu_memory: int | None = option(
+    gpu_memory: int | Share | None = option(
         None,
         is_size=True,
+        is_limit=True,
+        foreign=_SHARES,
         section="everyday options",
-        help="The most that each rank may take of its GPU, such as 24GiB; enforced. [default: what is free]",
+        help="The most that each rank may take of its GPU, such as 24GiB or 90%; enforced. [default: what is free]",
     )
     host_memory: int | None = option(
         None,
@@ -389,6 +393,13 @@ class InputOptions(Options):
             maximum=128,
             help="Completions of each prompt. With --temperature.",
         ),
+    )
+    max_model_len: int | None = option(
+        None,
+        minimum=2,
+        section="input",
+        help="Most tokens of a prompt and its completion together: longer requests are refused. [default: the model's "
+        "context]",
     )
 
 
@@ -688,8 +699,13 @@ class MachineOptions(Options):
         help="Plan with this GPU in place of the machine's, such as RTX4090-24GB; NAME,NAME or `all`: a table of which "
         "would do.",
     )
-    gpu_memory: int | None = option(
-        None, is_size=True, section="everyday options", help="Plan with at most this much of each GPU, such as 24GiB."
+    gpu_memory: int | Share | None = option(
+        None,
+        is_size=True,
+        is_limit=True,
+        foreign=_SHARES,
+        section="everyday options",
+        help="Plan with at most this much of each GPU, such as 24GiB or 90%.",
     )
     host_memory: int | None = option(
         None, is_size=True, section="everyday options", help="Plan with this much host memory."
@@ -711,13 +727,23 @@ class PlanOptions(
     def tensor_parallel(self) -> TensorParallel:
         return TensorParallel(size=self.tensor_parallel_size or 0)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that is planned for, where no input says it."""
+        return self.input_len if self.max_model_len is None else self.max_model_len - self.output_len
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationLimits(LimitOptions):
     """The most that an evaluation may take of a machine."""
 
-    gpu_memory: int | None = option(
-        None, is_size=True, section="everyday options", help="The most that may be taken of the GPU; enforced."
+    gpu_memory: int | Share | None = option(
+        None,
+        is_size=True,
+        is_limit=True,
+        foreign=_SHARES,
+        section="everyday options",
+        help="The most that may be taken of the GPU; enforced.",
     )
     host_memory: int | None = option(
         None, is_size=True, section="everyday options", help="The most host memory that may be taken."

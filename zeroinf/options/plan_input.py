@@ -29,7 +29,13 @@ from zeroinf.model.catalog import catalog_quantized
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.model.weights import weight_files
-from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
+from zeroinf.options.contradictions import (
+    check_folders,
+    check_max_model_len,
+    engine_of,
+    refuse_beside_model,
+    refuse_idle,
+)
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
 from zeroinf.options.planning import constraints_of, loading_of, packed_on, plan_input_from, share_model
@@ -92,7 +98,7 @@ def _job(options: PlanOptions, source: ModelSource, anatomy: Anatomy, ranks: int
     Raises InputError where nothing of the input can be run, ModelError where its model's tokenizer is not to be had.
     """
     if not options.input_files:
-        return Lengths(prompt_tokens=options.input_len, new_tokens=options.output_len), options.requests
+        return Lengths(prompt_tokens=options.prompt_tokens, new_tokens=options.output_len), options.requests
     defaults = Sampling(max_new_tokens=options.output_len)
     files = find_inputs(options.input_files)
     entries = read_inputs((), files, defaults, input_format=options.input_format, shape=options.shape)
@@ -101,7 +107,8 @@ def _job(options: PlanOptions, source: ModelSource, anatomy: Anatomy, ranks: int
     except ModelError as error:
         hint = "name a folder that has one, or say --input-len, --output-len and --requests"
         raise ModelError(f"-i takes the model's tokenizer: {error.message.splitlines()[0]}", hint=hint) from error
-    work = (read := tokenize(entries, TextCodec(tokenizer, anatomy), None, None, keeps_text=False)).work
+    codec = TextCodec(tokenizer, anatomy, most_tokens=options.max_model_len)
+    work = (read := tokenize(entries, codec, None, None, keeps_text=False)).work
     if not work:
         raise InputError(none_can_run(read.refusals))
     lengths = lengths_of(anatomy, work, groups_of(work) if options.share_prefixes else None)
@@ -181,10 +188,11 @@ def _refuse_impossible(options: PlanOptions, engine: str, machine: Machine, anat
     if options.offload == "nvme" and not machine.disks:
         raise UsageError("--offload nvme: the machine has no disk", hint="add --nvme-space")
     refuse_beside_model(options, engine, max(1, len(machine.gpus)), len(anatomy.blocks), regroups=anatomy.is_paged)
+    check_max_model_len(options.max_model_len, anatomy)
     if options.input_files:
         return
     tokens = anatomy.positions(options.input_len, options.output_len)
-    if anatomy.context_limit is not None and tokens > anatomy.context_limit:
+    if options.max_model_len is None and anatomy.context_limit is not None and tokens > anatomy.context_limit:
         raise UsageError(
             f"--input-len and --output-len take {tokens} positions, the model's context is {anatomy.context_limit}",
             hint="shorten one of them",

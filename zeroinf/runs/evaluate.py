@@ -28,7 +28,7 @@ from zeroinf.runs.session import Session
 from zeroinf.service.observer import Observer, Progress, rate
 from zeroinf.service.requests import NOT_NUMBERS, NOT_NUMBERS_HINT
 from zeroinf.service.text import TextCodec
-from zeroinf.sizes import gib
+from zeroinf.sizes import gib, limit_of
 
 _WINDOW = 512
 
@@ -158,7 +158,8 @@ def _check_scores_fit(options: RunOptions, anatomy: Anatomy, window: int, device
     """Raise DoesNotFitError where the scores of a window, of which a run has only the last, alone take all there is."""
     machine = read_machine()
     if device.type == "cuda":
-        where, free, asked = "GPU memory", min(gpu.free_bytes for gpu in machine.gpus), options.gpu_memory
+        where, free = "GPU memory", min(gpu.free_bytes for gpu in machine.gpus)
+        asked = limit_of(options.gpu_memory, min(gpu.total_bytes for gpu in machine.gpus))
     else:
         where, free, asked = "host memory", machine.memory.available_bytes, options.host_memory
     limit, needed = min(asked or free, free), scores_bytes(anatomy, window)

@@ -23,7 +23,7 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.skeleton import read_generation_config
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
-from zeroinf.options.contradictions import engine_of
+from zeroinf.options.contradictions import check_max_model_len, engine_of
 from zeroinf.options.definition import fingerprint_of
 from zeroinf.options.job_contradictions import check_output_of
 from zeroinf.options.model import anatomy_of
@@ -78,7 +78,8 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
     tokenizer = load_tokenizer(source)
     anatomy = anatomy_of(options, source, device)
     started = time.perf_counter()
-    codec = TextCodec(tokenizer, anatomy, began)
+    check_max_model_len(options.max_model_len, anatomy)
+    codec = TextCodec(tokenizer, anatomy, began, options.max_model_len)
     generation = read_generation_config(source)
     read = tokenize(entries, codec, refuse_sampling(generation), folder, keeps_text=options.output_file is None)
     work, refused = read.work, read.refusals

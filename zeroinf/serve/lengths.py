@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zeroinf.errors import UsageError
 from zeroinf.model.anatomy import Anatomy
+from zeroinf.options.contradictions import check_max_model_len
 from zeroinf.planner.workload import Lengths
 
 
@@ -15,12 +16,14 @@ def planned_lengths(
     new_tokens: int,
     logprobs: int | None,
     scores_prompts: bool = False,
+    max_model_len: int | None = None,
 ) -> Lengths:
     """Lengths for prompts of `prompt_tokens`; None: of `most_prompt_tokens`, or what the model's context holds beside
     `new_tokens` new ones. With `scores_prompts`, all tokens of a prompt may be scored.
 
-    Raises UsageError where no prompt has room.
+    Raises UsageError where no prompt has room, or the context holds less than `max_model_len`.
     """
+    check_max_model_len(max_model_len, anatomy)
     limit = anatomy.context_limit
     room = most_prompt_tokens if limit is None else min(most_prompt_tokens, limit - new_tokens)
     if (prompt_tokens or room) < 1:

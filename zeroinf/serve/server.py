@@ -204,6 +204,7 @@ def _lengths(
         new_tokens=options.sampling.max_new_tokens,
         logprobs=MOST_LOGPROBS,
         scores_prompts=scores_prompts,
+        max_model_len=options.max_model_len,
     )
 
 

@@ -16,6 +16,7 @@ from zeroinf.hardware.gpus import read_gpus, read_used_bytes
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import GRAPHS, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
+from zeroinf.sizes import Share, limit_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +55,17 @@ def _taken(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+def _bytes_of(limit: int | Share | None, device: torch.device) -> int | None:
+    """The limit as the plan has it: a share is one of what NVML, or where it does not tell CUDA, says there is."""
+    if not isinstance(limit, Share):
+        return limit
+    return limit_of(limit, read_gpus()[device.index].total_bytes)
+
+
 class GpuMemory:
     """Guards one GPU for one plan. To be made before anything touches the GPU."""
 
-    def __init__(self, plan: Plan, device: torch.device, limit_bytes: int | None) -> None:
+    def __init__(self, plan: Plan, device: torch.device, limit: int | Share | None) -> None:
         self._plan, self._device = plan, device
         self._outside_torch = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name in OUTSIDE_TORCH)
         self._planned = sum(t.nbytes for t in plan.terms if t.place == "gpu" and t.name != UNFORESEEN)
@@ -66,7 +74,7 @@ class GpuMemory:
         self._loaded = self._loading_peak = 0
         self._closing = ExitStack()
         try:
-            self._start(limit_bytes)
+            self._start(_bytes_of(limit, device))
         except BaseException:
             self.close()
             raise

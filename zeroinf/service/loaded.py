@@ -42,6 +42,7 @@ from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 from zeroinf.service.observer import Observer
 from zeroinf.service.text import TextCodec
 from zeroinf.service.warm_up import WarmUp
+from zeroinf.sizes import Share
 from zeroinf.structured.matcher import AnswerState, Vocabulary
 
 
@@ -60,7 +61,7 @@ class LoadedModel:
         observer: Observer,
         *,
         zero_config: dict[str, Any] | None = None,
-        gpu_memory: int | None = None,
+        gpu_memory: int | Share | None = None,
         peak: PeakMemory | None = None,
     ) -> None:
         """Take the GPU, load the weights and make room for keys and values.
@@ -103,11 +104,11 @@ class LoadedModel:
         if problem := warm_up.wait():
             self._observer.note(f"some kernels will be compiled at their first use, not while loading: {problem}")
 
-    def _take_gpu(self, plan: Plan, limit_bytes: int | None) -> None:
+    def _take_gpu(self, plan: Plan, limit: int | Share | None) -> None:
         """Start on the GPU: limit, link, and a look at whether the plan still holds."""
         if self.device.type != "cuda":
             return
-        self._gpu = GpuMemory(plan, self.device, limit_bytes)
+        self._gpu = GpuMemory(plan, self.device, limit)
         self._closing.callback(self._gpu.close)
         self._gpu.check()
         if plan.offload != "none" or plan.host is not None:

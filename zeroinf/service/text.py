@@ -27,11 +27,14 @@ _IMPOSSIBLE = -9999.0  # as OpenAI says it; JSON has no infinity
 class TextCodec:
     """A model's tokenizer, or plain UTF-8 bytes for random weights that come without one."""
 
-    def __init__(self, tokenizer: Any | None, anatomy: Anatomy, now: float | None = None) -> None:
-        """`now` (seconds since 1970) is what chat templates are told that ask for the date; None: the clock's."""
+    def __init__(
+        self, tokenizer: Any | None, anatomy: Anatomy, now: float | None = None, most_tokens: int | None = None
+    ) -> None:
+        """`now` (seconds since 1970) is what chat templates are told that ask for the date; None: the clock's.
+        `most_tokens` of a prompt and its completion together are taken, where not all of the model's context is."""
         self._tokenizer = tokenizer
         self._now = now
-        self._anatomy = anatomy
+        self._anatomy, self._most_tokens = anatomy, most_tokens
         self._texts: dict[int, str] = {}
         self._pieces: TokenBytes | None = None
         self._conversations: dict[ChatOptions, Conversations] = {}
@@ -69,7 +72,7 @@ class TextCodec:
         """Token ids of a request's prompt, checked against the model.
 
         Raises ValueError as `tokens` does, and where prompt and completion together are longer than the model's
-        context.
+        context, or than is taken.
         """
         return self._fitting(self.tokens(request), request)
 
@@ -80,6 +83,11 @@ class TextCodec:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_new_tokens is {new_tokens}, "
                 f"but the model's context holds {limit}"
+            )
+        if self._most_tokens is not None and len(ids) + new_tokens > self._most_tokens:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {new_tokens}, "
+                f"but --max-model-len is {self._most_tokens}"
             )
         return ids
 
