@@ -256,7 +256,8 @@ def pipeline(
     """Load `model` once, for calls as of transformers' text-generation pipeline, and for single requests.
 
     `max_prompt_tokens`, `max_new_tokens` and `logprobs` (the most that a request may ask for) are what is planned
-    for. `batch_size` None lets the planner choose. The others say how to run, with the names and meanings of the flags
+    for. `batch_size` None lets the planner choose, for prompts of all lengths up to that; a number has room for so many
+    of the longest. The others say how to run, with the names and meanings of the flags
     of `zeroinf run`. `progress` shows loading and results on stderr or in a notebook; None: where somebody looks.
 
         pipe = zeroinf.pipeline("HuggingFaceTB/SmolLM2-135M-Instruct", offload="cpu")
@@ -270,14 +271,19 @@ def pipeline(
     """
     sampling = Sampling(max_new_tokens=max_new_tokens)
     options = from_keywords(RunOptions, locals(), LoadOptions, sampling=sampling)
-    lengths = Lengths(
-        prompt_tokens=max_prompt_tokens,
-        new_tokens=max_new_tokens,
-        logprobs=logprobs,
-        sampled=True,
-        penalized=True,
-        structured=True,
-    )
+
+    def lengths(source: ModelSource, anatomy: Anatomy) -> Lengths:
+        return Lengths.up_to(
+            anatomy,
+            max_prompt_tokens,
+            max_new_tokens,
+            rows=batch_size,
+            logprobs=logprobs,
+            sampled=True,
+            penalized=True,
+            structured=True,
+        )
+
     observer = ProgressObserver(progress)
     return Pipeline(open_session(options, lengths, None, observer, num_gpus), max_new_tokens, observer)
 

@@ -148,6 +148,17 @@ def test_a_malformed_file_fails_the_batch(client: openai.OpenAI, lines: list[Any
     assert [(error.code, error.line) for error in batch.errors.data] == [(code, number)]
 
 
+def test_the_last_completions_of_a_batch_are_its_shortest(folder: Path, tmp_path: Path) -> None:
+    """As in a run, so that none of them runs on alone in the end."""
+    lengths = {"one": NEW_TOKENS, "two": 2, "three": 5}
+    with server(folder, state=tmp_path, plan={"rows": 1}) as (http, _):
+        client = official(http)
+        lines = [line_of(name, max_tokens=length, ignore_eos=True) for name, length in lengths.items()]
+        batch = ended(client, begin(client, jsonl(lines)))
+    journal = (tmp_path / "batches" / batch.id / "output.jsonl.journal").read_text()
+    assert re.findall(r'"id": ?"(one|two|three)"', journal) == ["one", "three", "two"]
+
+
 def test_a_server_without_a_state_says_so(folder: Path) -> None:
     with server(folder) as (client, _), pytest.raises(openai.BadRequestError, match="--state"):
         official(client).batches.list()

@@ -23,7 +23,7 @@ from zeroinf.errors import InputError, UsageError, ZeroinfError
 from zeroinf.generation.row import Sampling
 from zeroinf.model.anatomy import PAGE_TOKENS
 from zeroinf.model.inspect import find_blocks
-from zeroinf.service.core import Service
+from zeroinf.service.core import Asked, Service
 from zeroinf.service.handles import Completion
 
 REQUESTS = 200
@@ -124,6 +124,18 @@ def test_so_does_one_on_two_ranks_which_share_the_work(
     for _, _, pages, free, prefilled in ranks:
         assert (pages, free) == (0, 4)
         assert prefilled, "a rank had nothing to do"
+
+
+def test_requests_that_are_submitted_together_enter_one_pass(folder: Path) -> None:
+    with serving(folder, rows=4) as service:
+        asked = [Asked([5, 6, number + 7], Sampling(max_new_tokens=6, ignore_eos=True)) for number in range(4)]
+        handles = service.submit_all(asked, priority="batch")
+        assert [len(handle.result(60).tokens) for handle in handles] == [6] * 4
+        assert service.model.engine.stats().passes == 6
+        with pytest.raises(InputError, match="no tokens"):
+            service.submit_all([*asked, Asked([], asked[0].sampling)])
+        service.drain()  # nothing of them was submitted
+        assert service.model.engine.stats().passes == 6
 
 
 def test_a_cancelled_row_makes_room_within_a_pass(folder: Path) -> None:

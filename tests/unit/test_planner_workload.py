@@ -76,3 +76,13 @@ def test_some_of_rows_that_live_differently_long_have_nearly_all_their_tokens() 
     lengths = Lengths.of(CHAIN, rows)
     assert lengths.attended_tokens(1) == 10 + 100
     assert 10 + 30 < lengths.attended_tokens(1000) < 10 + 40
+
+
+def test_requests_that_are_to_come_are_planned_by_their_mean_unless_so_many_of_the_longest_have_room() -> None:
+    pages = CHAIN.row_pages(CHAIN.row_tokens(2048, 128))
+    to_come = Lengths.up_to(CHAIN, 2048, 128, sampled=True, logprobs=3)
+    assert (to_come.prompt_tokens, to_come.new_tokens, to_come.sampled, to_come.logprobs) == (2048, 128, True, 3)
+    assert 0.5 * pages < to_come.pool(CHAIN, 100).pages / 100 < 0.6 * pages
+    assert to_come.pool(CHAIN, 1).pages == pages  # the longest fits by itself
+    assert Lengths.up_to(CHAIN, 2048, 128, rows=100).pool(CHAIN, 100).pages == 100 * pages
+    assert Lengths.up_to(CHAIN, 1, 1).prompt_tokens == 1

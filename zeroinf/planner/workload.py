@@ -6,10 +6,10 @@ Input: recorded allocations and kernels. Output: workloads from which the planne
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from statistics import fmean
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event, Events
@@ -17,6 +17,8 @@ from zeroinf.planner.prefixes import SharedPrefixes
 
 # So many prompts' lengths stand for all of a job's.
 _MOST_PROMPTS = 64
+# And so many, at equal distances, for those that nobody has seen.
+_UNSEEN_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,22 @@ class Lengths:
             mean_tokens=fmean(map(sum, rows), lives),  # in a pass, of the rows that are live, more are long ones
             mean_pages=fmean(pages, lives),
         )
+
+    @classmethod
+    def up_to(
+        cls, anatomy: Anatomy, prompt_tokens: int, new_tokens: int, *, rows: int | None = None, **more: Any
+    ) -> Lengths:
+        """The lengths of requests that are to come: as many prompts of each length up to `prompt_tokens`, each with
+        `new_tokens` new ones.
+
+        What live rows need follows from their mean; of the longest prompts fewer are live together. With `rows`, so
+        many of the longest have room. `more` are other fields.
+        """
+        if rows is not None:
+            return cls(prompt_tokens=prompt_tokens, new_tokens=new_tokens, **more)
+        steps = min(prompt_tokens, _UNSEEN_PROMPTS)
+        prompts = [prompt_tokens * (step + 1) // steps for step in range(steps)]
+        return replace(cls.of(anatomy, [(prompt, new_tokens) for prompt in prompts]), **more)
 
     @property
     def mean_context(self) -> float:

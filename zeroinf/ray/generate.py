@@ -16,6 +16,8 @@ from zeroinf.paths import cache_directory
 
 if TYPE_CHECKING:
     from zeroinf.jobs.shape import Shaper
+    from zeroinf.model.anatomy import Anatomy
+    from zeroinf.model.source import ModelSource
     from zeroinf.runs.session import Session
     from zeroinf.service.handles import Handle
     from zeroinf.service.requests import Request
@@ -163,13 +165,18 @@ class Generate:
         self._shaper: Shaper = Shaper(shape)
         given = {"model": model, **settings}
         options = within_ray(from_keywords(RunOptions, given, LoadOptions, sampling=self._sampling))
-        lengths = Lengths(
-            prompt_tokens=max_prompt_tokens,
-            new_tokens=self._sampling.max_new_tokens,
-            sampled=True,
-            penalized=True,
-            structured=True,
-        )
+
+        def lengths(source: ModelSource, anatomy: Anatomy) -> Lengths:
+            return Lengths.up_to(
+                anatomy,
+                max_prompt_tokens,
+                self._sampling.max_new_tokens,
+                rows=options.batch_size,
+                sampled=True,
+                penalized=True,
+                structured=True,
+            )
+
         self._session: Session = open_session(options, lengths, None, ProgressObserver(shown=False), ranks_here())
 
     async def __call__(self, batch: Batch) -> AsyncIterator[Batch]:

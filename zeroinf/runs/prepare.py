@@ -30,7 +30,7 @@ from zeroinf.options.model import anatomy_of
 from zeroinf.options.options import RunOptions
 from zeroinf.options.planning import plan_run
 from zeroinf.planner.plan import Plan
-from zeroinf.runs.queue import shortest_last
+from zeroinf.runs.queue import in_running_order
 from zeroinf.service.text import TextCodec
 
 
@@ -121,13 +121,11 @@ def prepare(
     groups = groups_of(work) if options.share_prefixes else None
     lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
     plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
-    if plan.prefix_pages and groups is not None:
-        work = work.selected(groups.order)
     return PreparedRun(
         plan=plan,
         engine_choice=why,
         zero_config=own_config or build_zero_config(plan),
-        work=work if plan.static_batches else shortest_last(work, plan.batch_size * plan.streams),
+        work=in_running_order(work, plan, groups),
         refused=len(reading.job.refusals),
         rows_before=len(reading.job.work) - len(work),
         tokenize_s=reading.tokenize_s,

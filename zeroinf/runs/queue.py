@@ -9,11 +9,23 @@ from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING
 
+from zeroinf.jobs.tokenizing import groups_of
 from zeroinf.jobs.work_list import WorkList
+from zeroinf.planner.plan import Plan
+from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.service.requests import Result
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+
+def in_running_order(work: WorkList, plan: Plan, groups: PrefixGroups | None = None) -> WorkList:
+    """`work` in the order in which rows of `plan` run it best: prompts that begin alike follow each other, where rows
+    share what they begin with, and no long completion runs on alone at the end. `groups` are its prompts', if they are
+    known."""
+    if plan.prefix_pages:
+        work = work.selected((groups or groups_of(work)).order)
+    return work if plan.static_batches else shortest_last(work, plan.batch_size * plan.streams)
 
 
 def shortest_last(work: WorkList, rows: int) -> WorkList:

@@ -21,7 +21,7 @@ from zeroinf.distributed.world import World, world_from_environment
 from zeroinf.engines.zero.config import build_zero_config
 from zeroinf.errors import InputError, RankError, ZeroinfError
 from zeroinf.generation.settings import notes, refuse_sampling
-from zeroinf.hardware.process import process_age_s
+from zeroinf.hardware.process import process_age_s, uncollected
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.source import ModelSource
 from zeroinf.options.model import anatomy_of, source_of
@@ -32,7 +32,7 @@ from zeroinf.planner.workload import Lengths
 from zeroinf.runs.measure import RankMeter, streamed_by_all
 from zeroinf.runs.ranks import Ranks, SessionSpec
 from zeroinf.runs.report import RankReport, RunReport
-from zeroinf.service.core import Priority, Service
+from zeroinf.service.core import Asked, Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
 from zeroinf.service.loaded import LoadedModel
@@ -126,9 +126,10 @@ class Session:
             self._closing.callback(self._leave)
             self._watch_ranks(observer)
             observer.doing("planning")
-            planned, own_config = self._control.run_on_main(
-                lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
-            )
+            with uncollected():
+                planned, own_config = self._control.run_on_main(
+                    lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
+                )
             self.model = LoadedModel(
                 timed(planned),
                 source,
@@ -175,7 +176,9 @@ class Session:
 
     def submit(self, request: Request, *, priority: Priority = "interactive", stream: bool = False) -> Handle:
         """Let one request be completed. Raises InputError for one that cannot be, or is longer than was planned for."""
-        return self._submit(self._encoded(request), request, priority, stream)
+        index = request.index if priority == "batch" else 0
+        prompt = self._encoded(request)
+        return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
 
     def results(self, requests: Sequence[Request]) -> Iterator[Result]:
         """A result for each request, as they finish. On other ranks than 0 they come when all are there.
@@ -189,11 +192,12 @@ class Session:
     def _finishing(self, requests: Sequence[Request]) -> Iterator[Result]:
         prompts = [self._encoded(request) for request in requests]
         finished: SimpleQueue[int] = SimpleQueue()
-        handles: list[Handle] = []
+        asked = [
+            Asked(prompt, request.sampling, request.index) for request, prompt in zip(requests, prompts, strict=True)
+        ]
+        handles = self.service.submit_all(asked, priority="batch")
         try:
-            for number, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-                handle = self._submit(prompt, request, "batch", stream=False)
-                handles.append(handle)
+            for number, handle in enumerate(handles):
                 handle.when_changed(lambda number=number: finished.put(number))  # type: ignore[misc]
             progress = CallProgress(self.service, requests)
             for _ in requests:
@@ -250,10 +254,6 @@ class Session:
         except InputError as error:
             raise InputError(f"prompt {request.index}: {error.message}", hint=error.hint) from error
         return array("i", prompt)
-
-    def _submit(self, prompt: array[int], request: Request, priority: Priority, stream: bool) -> Handle:
-        index = request.index if priority == "batch" else 0
-        return self.service.submit(prompt, request.sampling, priority=priority, index=index, stream=stream)
 
     def result(self, found: Completion, request: Request | Work) -> Result:
         """The result of `request`."""

@@ -26,11 +26,12 @@ from zeroinf.jobs.files import make_folder, rename, write_lines, write_new
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import errors_path
+from zeroinf.runs.queue import in_running_order
 from zeroinf.serve.batch_records import Batch, Status, check_input, new_batch
 from zeroinf.serve.errors import ApiError
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway, check_room
-from zeroinf.service.core import Service
+from zeroinf.service.core import Asked, Service
 from zeroinf.service.handles import Handle
 from zeroinf.service.requests import Extra, Refusal, Result, Work
 
@@ -53,7 +54,7 @@ class _Running:
     job: Job
     output: JournalOutput
     left: deque[int]
-    """Indices of requests that are to be submitted."""
+    """Indices of requests that are to be submitted, in their order."""
     under_way: dict[Handle, Work] = field(default_factory=dict)
     choices: Counter[str] = field(default_factory=Counter)
     """Completions that an entry still lacks, by its id."""
@@ -193,7 +194,7 @@ class Batches:
         job = self._runnable(service, read_job(folder / _INPUT, folder / _OUTPUT, batch.model))
         output = JournalOutput(folder / _OUTPUT, job, overwrite=False, resume=True, resume_anyway=False)
         output.begin(service.model.control.world.size)
-        running = _Running(batch_id, job, output, deque(output.left.indices))
+        running = _Running(batch_id, job, output, deque(in_running_order(output.left, service.model.plan).indices))
         running.choices.update(work.id for work in output.left)
         done = {work.id for work in job.work} - running.choices.keys()
         refused = {refusal.id for refusal in job.refusals}
@@ -277,15 +278,17 @@ class Batches:
         most = _AHEAD * plan.batch_size * plan.streams
         under_way = sum(len(running.under_way) for running in self._running.values())
         waiting = deque(running for running in self._running.values() if running.left)
-        while waiting and under_way < most:
+        taken: list[tuple[_Running, Work]] = []
+        while waiting and under_way + len(taken) < most:
             running = waiting.popleft()
-            work = running.job.work.at(running.left.popleft())
-            handle = service.submit(work.prompt, work.sampling, priority="batch", index=work.index)
-            running.under_way[handle] = work
-            handle.when_changed(lambda running=running, handle=handle: self._heard(running, handle))  # type: ignore[misc]
-            under_way += 1
+            taken.append((running, running.job.work.at(running.left.popleft())))
             if running.left:
                 waiting.append(running)
+        asked = [Asked(work.prompt, work.sampling, work.index) for _, work in taken]
+        for (running, work), handle in zip(taken, service.submit_all(asked, priority="batch"), strict=True):
+            running.under_way[handle] = work
+            handle.when_changed(lambda running=running, handle=handle: self._heard(running, handle))  # type: ignore[misc]
+        under_way += len(taken)
         self._gateway.batch_requests = under_way + sum(len(running.left) for running in self._running.values())
 
     def _heard(self, running: _Running, handle: Handle) -> None:

@@ -23,7 +23,7 @@ from zeroinf.serve.asks import Ask
 from zeroinf.serve.errors import ApiError
 from zeroinf.serve.metrics import Metrics, counter, gauge, labelled
 from zeroinf.serve.settings import Settings
-from zeroinf.service.core import Service
+from zeroinf.service.core import Asked, Service
 from zeroinf.service.handles import Handle, TokenEvent
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.requests import Request
@@ -157,9 +157,11 @@ class Gateway:
         if len(self._live) + len(prompts) > most:
             wait = min(_MOST_RETRY_S, max(1, math.ceil(self._last_s)))
             raise ApiError(429, f"{len(self._live)} completions are under way already", retry_after_s=wait)
-        handles = []
-        for request, prompt in zip(ask.requests, prompts, strict=True):
-            handles.append(service.submit(prompt, request.sampling, index=request.index, stream=True))
+        asked = [
+            Asked(prompt, request.sampling, request.index)
+            for request, prompt in zip(ask.requests, prompts, strict=True)
+        ]
+        handles = service.submit_all(asked, stream=True)
         self._live.update(handles)
         scores: dict[tuple[int, ...], Future[TokenScores]] = {}
         if ask.scores_prompts:  # completions of one prompt share them; a single token has none

@@ -15,11 +15,13 @@ def planned_lengths(
     most_prompt_tokens: int,
     new_tokens: int,
     logprobs: int | None,
+    rows: int | None = None,
     scores_prompts: bool = False,
     max_model_len: int | None = None,
 ) -> Lengths:
     """Lengths for prompts of `prompt_tokens`; None: of `most_prompt_tokens`, or what the model's context holds beside
-    `new_tokens` new ones. With `scores_prompts`, all tokens of a prompt may be scored.
+    `new_tokens` new ones. With `rows`, so many of the longest have room at once; else as many of each length. With
+    `scores_prompts`, all tokens of a prompt may be scored.
 
     Raises UsageError where no prompt has room, or the context holds less than `max_model_len`.
     """
@@ -31,9 +33,11 @@ def planned_lengths(
             f"--max-new-tokens {new_tokens}, and the model's context holds {limit}: no prompt has room beside them",
             hint="lower it",
         )
-    return Lengths(
-        prompt_tokens=prompt_tokens or room,
-        new_tokens=new_tokens,
+    return Lengths.up_to(
+        anatomy,
+        prompt_tokens or room,
+        new_tokens,
+        rows=rows,
         logprobs=logprobs,
         sampled=True,
         penalized=True,

@@ -203,6 +203,7 @@ def _lengths(
         most_prompt_tokens=_PROMPT_TOKENS,
         new_tokens=options.sampling.max_new_tokens,
         logprobs=MOST_LOGPROBS,
+        rows=options.batch_size,
         scores_prompts=scores_prompts,
         max_model_len=options.max_model_len,
     )

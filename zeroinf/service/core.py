@@ -47,6 +47,17 @@ _TAKES = 4
 """Ranks that share work take a part of a batch at a time, so that none is left without in the end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as the model gets it."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    sampling: Sampling
+    index: int = 0
+    """Its place among those that share a seed."""
+
+
 @dataclass(slots=True)
 class Tally:
     """What came of the requests of a service: those that were cancelled count by their tokens alone."""
@@ -115,16 +126,29 @@ class Service:
         same seed gives the same text whatever runs beside it. With `stream` events come as tokens do, else there is one
         at the end. Raises InputError for what is longer than was planned for, and where the model failed before.
         """
-        self.check_lengths(len(prompt), sampling)
-        urgent = priority == "interactive"
-        handle = Handle(next(self._numbers), len(prompt), self._cancel)
+        (handle,) = self.submit_all([Asked(prompt, sampling, index)], priority=priority, stream=stream)
+        return handle
+
+    def submit_all(
+        self, asked: Sequence[Asked], *, priority: Priority = "interactive", stream: bool = False
+    ) -> list[Handle]:
+        """Let each be completed, as `submit`; they can enter one pass together. Nothing is submitted where it raises
+        InputError."""
+        for each in asked:
+            self.check_lengths(len(each.prompt), each.sampling)
+        handles = [Handle(next(self._numbers), len(each.prompt), self._cancel) for each in asked]
         with self._lock:
             self._refuse_if_over()
-            self._handles[handle.number] = handle
-            if sampling.answer_format is not None:
-                self._formatted.add(handle.number)
-        self._queue.post("urgent" if urgent else "batch", QueuedRequest(handle.number, prompt, sampling, index, stream))
-        return handle
+            for handle, each in zip(handles, asked, strict=True):
+                self._handles[handle.number] = handle
+                if each.sampling.answer_format is not None:
+                    self._formatted.add(handle.number)
+        posted = [
+            QueuedRequest(handle.number, each.prompt, each.sampling, each.index, stream)
+            for handle, each in zip(handles, asked, strict=True)
+        ]
+        self._queue.post("urgent" if priority == "interactive" else "batch", *posted)
+        return handles
 
     def score(
         self, sequences: Sequence[tuple[Sequence[int], int]], following: Sequence[Sequence[Sequence[int]]] | None = None
