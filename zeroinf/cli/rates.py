@@ -49,6 +49,8 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         yield "launch_s", "kernel launch", f"{rates.launch_s * 1e6:.1f} us"
     if rates.model_launch_s is not None:
         yield "model_launch_s", "a model's kernel launch", f"{rates.model_launch_s * 1e6:.1f} us"
+    if rates.triton_launch_s is not None:
+        yield "triton_launch_s", "a Triton kernel's launch", f"{rates.triton_launch_s * 1e6:.1f} us"
     if rates.context_bytes is not None:
         yield "context_bytes", "CUDA context", gib(rates.context_bytes)
     if rates.process_bytes is not None:

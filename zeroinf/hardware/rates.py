@@ -58,6 +58,9 @@ class Rates:
     model_launch_s: float | None = None
     """Host time of a kernel that a transformers model launches, its Python included."""
 
+    triton_launch_s: float | None = None
+    """Host time of a launch of a Triton kernel that has next to nothing to do."""
+
     page_lock_gbps: float | None = None
     """cudaHostRegister on memory of one process that has just been written."""
 

@@ -12,7 +12,13 @@ from zeroinf.hardware.machine import Disk, Gpu, Machine
 from zeroinf.hardware.measure.all_gather_rate import measure_all_gather
 from zeroinf.hardware.measure.disk_rate import measure_disk
 from zeroinf.hardware.measure.footprint import measure_footprint
-from zeroinf.hardware.measure.gpu_rates import measure_hbm, measure_launch, measure_matmul, measure_model_launch
+from zeroinf.hardware.measure.gpu_rates import (
+    measure_hbm,
+    measure_launch,
+    measure_matmul,
+    measure_model_launch,
+    measure_triton_launch,
+)
 from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
 from zeroinf.hardware.measure.host_read_rate import measure_host_read
 from zeroinf.hardware.measure.link_rates import measure_links, measure_page_lock
@@ -59,6 +65,7 @@ def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
     yield "kernel launches", lambda: {"launch_s": measure_launch()}
     yield "a model's kernel launches", lambda: {"model_launch_s": measure_model_launch()}
+    yield "launches of Triton's kernels", lambda: {"triton_launch_s": measure_triton_launch()}
     if len(gpus) > 1:
         yield "memory that ranks share", _shared_memory
         yield "all-gather", lambda: _all_gather(gpus)

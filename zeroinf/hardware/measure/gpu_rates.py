@@ -98,6 +98,32 @@ def measure_model_launch(device: str = "cuda") -> float:
         return step_s / kernels_of(step)
 
 
+def measure_triton_launch() -> float:
+    """Seconds of host time that a launch of a Triton kernel takes, with as many arguments as kernels of experts have.
+
+    Raises RuntimeError where Triton is missing or cannot compile.
+    """
+    import torch
+
+    from zeroinf.compat.launches import Launch
+
+    try:
+        from zeroinf.hardware.measure.triton_kernel import touch
+    except ImportError as error:
+        raise RuntimeError(f"no Triton: {error}") from error
+    launch, tensors = Launch(touch), [torch.zeros(16, device="cuda") for _ in range(6)]
+
+    def one_round() -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            launch((1,), tensors, (16, 16, 16, 16), BLOCK=16)
+        return (time.perf_counter() - started) / _LAUNCHES
+
+    one_round()
+    return statistics.median(one_round() for _ in range(_LAUNCH_ROUNDS))
+
+
 def kernels_of(work: Callable[[], object]) -> int:
     """Count the kernels that the operators of `work` launch: one each, except for views."""
     import torch
