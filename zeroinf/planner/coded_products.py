@@ -17,8 +17,8 @@ from zeroinf.planner.wire import CODES, MOST_CODED_ROWS, MOST_ROWS_BY_EXPERT, Wi
 from zeroinf.planner.workload import Kernel, Kernels
 
 _BY_EXPERT, _DENSE = ("_grouped_mm", "multiply_by_experts"), ("mm", "addmm")
-ON_CODES = "multiply codes"
-"""What kernels are called that multiply by codes."""
+ON_CODES, ON_CODES_BY_EXPERT, EXPAND = "multiply codes", "multiply codes by expert", "expand codes"
+"""What kernels are called that multiply by codes, and that make weights of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def coded_layers(anatomy: Anatomy, wire: Wire) -> CodedLayers:
     kernels: dict[bool, list[Kernel]] = {True: [], False: []}
     elements: dict[int, int] = {}
     for block, tensor in _coded(anatomy, wire):
-        kernels[tensor.name in experts].append(Kernel(0, int(tensor.nbytes * (1 + share))))
+        kernels[tensor.name in experts].append(Kernel(0, int(tensor.nbytes * (1 + share)), EXPAND))
         if tensor.name in experts:
             elements[block] = elements.get(block, 0) + tensor.numel
     return CodedLayers(
@@ -88,7 +88,7 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
         replace(
             group,
             kernels=tuple(
-                Kernel(kernel.flops, int(kernel.nbytes * layers.share), ON_CODES, kernel.pattern)
+                Kernel(kernel.flops, int(kernel.nbytes * layers.share), _on_codes(kernel), kernel.pattern)
                 if kernel.operator in few
                 else kernel
                 for kernel in group.kernels
@@ -99,6 +99,10 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
     expanded = [layers.dense] if tokens > MOST_CODED_ROWS else []
     expanded += [layers.experts] if rows > MOST_ROWS_BY_EXPERT else []
     return (outside, *coded, *expanded)
+
+
+def _on_codes(kernel: Kernel) -> str:
+    return ON_CODES_BY_EXPERT if kernel.operator in _BY_EXPERT else ON_CODES
 
 
 def _rows_by_expert(group: Kernels, layers: CodedLayers) -> float:

@@ -64,12 +64,18 @@ class ExpansionFigures(Figures):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassFigures(Figures):
-    """Host time of a pass beside its kernels."""
+    """Host time of a pass: of its launches, and beside its kernels."""
 
+    packed_launches: float
+    """A launch in a packed forward with the Python of a model's modules, in times of a model's launch by itself."""
+    triton_launch_s: float
+    """A launch of a Triton kernel with its Python, where that was not measured."""
+    triton_kernels: Mapping[str, int]
+    """Operators that are Triton kernels, and how many of these each of them launches."""
     attention_launches: int
-    """To launch attention over pages, in times of a model's launch."""
+    """Triton kernels that attention over pages launches in a layer for steps, and as many for prompts."""
     graph_launches: int
-    """A layer that replays its CUDA graphs, beside its attention, in times of a model's launch."""
+    """A layer that replays its CUDA graphs, beside its attention, in times of a launch in a packed forward."""
     row_s: float
     """Each row of a packed pass."""
     micro_batch_s: float

@@ -26,7 +26,7 @@ _SIZES = (
 )
 
 # Memory of all graphs beside what the driver keeps of them, at the most: fewer tokens are replayed where it is more.
-_MOST_BYTES = 512 << 20
+_MOST_BYTES = 1 << 30
 _DRIVER_BYTES = 64 << 20
 
 
@@ -35,12 +35,18 @@ def graph_sizes(most: int) -> tuple[int, ...]:
     return (*(size for size in _SIZES if size < most), most)
 
 
-def graph_tokens(workload: Workload, launches_bind: Callable[[int], bool]) -> int:
-    """The most tokens of a forward that replays graphs; 0 where none does. `launches_bind`: whether launches of a
-    forward of so many tokens take the host about as long as the GPU takes to compute it."""
-    found = () if workload.packed is None else workload.packed.replayed
-    fitting = [tokens for tokens, nbytes in found if 2 * nbytes <= _MOST_BYTES]
-    return next((tokens for tokens in reversed(fitting) if launches_bind(tokens)), 0)
+def graph_options(workload: Workload, launches_bind: Callable[[int], bool]) -> tuple[int, ...]:
+    """What is worth comparing of the most tokens of a forward that replays graphs, the most first; 0: none does. Graphs
+    may serve every forward, those of passes in which as many rows enter as end, or steps alone. `launches_bind`:
+    whether a forward of so many tokens, launched kernel by kernel, takes the host about as long as the GPU."""
+    packed, shape = workload.packed, workload.shape
+    fitting = [tokens for tokens, nbytes in packed.replayed if 2 * nbytes <= _MOST_BYTES] if packed else []
+    if not fitting:
+        return (0,)
+    entering = min(shape.prefill_tokens, shape.rows / workload.new_tokens * workload.prompt_tokens)
+    served = (fitting[-1], shape.rows + entering, shape.rows)
+    sizes = dict.fromkeys(next((size for size in fitting if size >= tokens), fitting[-1]) for tokens in served)
+    return (*filter(launches_bind, sizes), 0)
 
 
 def graph_size(tokens: float, most: int) -> float:

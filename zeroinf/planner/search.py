@@ -212,8 +212,8 @@ class Planner:
 class _Search:
     """The search for one share of rows whose KV cache rests in host memory."""
 
-    def __init__(self, facts: Facts, constraints: Constraints, *, exact: bool = False, graphs: bool = True) -> None:
-        """`exact` and `graphs` as for `Trials`; what is found is held against all that it takes in any case."""
+    def __init__(self, facts: Facts, constraints: Constraints, *, exact: bool = False) -> None:
+        """`exact` as for `Trials`; what is found is held against all that it takes in any case."""
         self._facts, self._constraints = facts, constraints
         self._budgets: dict[MemoryPlace, int] = {"host": facts.host_bytes}
         if facts.device == "cuda":
@@ -221,7 +221,7 @@ class _Search:
         if constraints.nvme_space_bytes is not None:
             self._budgets["disk"] = constraints.nvme_space_bytes
         self._shapes = PassShapes(facts, constraints)
-        self._trials = Trials(facts, constraints, self._budgets, self._shapes, exact=exact, graphs=graphs)
+        self._trials = Trials(facts, constraints, self._budgets, self._shapes, exact=exact)
 
     def best(self, speed: float = 0.0) -> Decision | list[Rejection]:
         """The best plan, or why there is none. `speed` can be had elsewhere, in tokens/s."""
@@ -235,7 +235,7 @@ class _Search:
                 tried[offload, fetch] = fitting
                 rejected += [one for one in outcome if isinstance(one, Rejection)][:1] if not fitting else []
         if not any(tried.values()):
-            return rejected if not self._trials.graphs else self._otherwise(graphs=False).best(speed)
+            return rejected
         best = {way: max(fitting, key=merit) for way, fitting in tried.items() if fitting}
         near = _NEAR * max(speed, *(one.timing.tokens_per_second for one in best.values()))
         found = [
@@ -244,7 +244,7 @@ class _Search:
         ]
         found.sort(key=merit, reverse=True)
         if not self._trials.exact and not all(map(self._trials.fits, found)):
-            return self._otherwise(exact=True).best(speed)
+            return _Search(self._facts, self._constraints, exact=True).best(speed)
         way = tried[found[0].choice.offload, found[0].choice.fetch]
         return Decision(
             chosen=found[0],
@@ -253,11 +253,6 @@ class _Search:
             rejected=tuple(rejected),
             budgets=self._budgets,
         )
-
-    def _otherwise(self, **how: bool) -> _Search:
-        """The same search with some of `Trials`' settings changed."""
-        settings = {"exact": self._trials.exact, "graphs": self._trials.graphs}
-        return _Search(self._facts, self._constraints, **{**settings, **how})
 
     def _candidates(self, offload: Offload, fetch: Fetch) -> Iterator[Candidate | Rejection]:
         """All that is worth comparing of one way to run, or why it does not fit."""
@@ -325,10 +320,9 @@ class _Search:
             choice = trials.choice(way.offload, way.fetch, point.rows, fewest)
             if shape is None or trials.too_many_rows(choice):
                 return None
-            outcome = trials.in_shape(choice, shape)
-            if not isinstance(outcome, Candidate):
-                return None
-            return max([outcome, *trials.with_more_residents(outcome, shape)], key=trials.merit)
+            fitting = [one for one in trials.with_graphs(choice, shape) if isinstance(one, Candidate)]
+            more = [other for one in fitting for other in trials.with_more_residents(one, shape)]
+            return max((*fitting, *more), key=trials.merit, default=None)
 
         def merit(point: SearchPoint) -> tuple[float, ...]:
             there = best_at(point)

@@ -24,6 +24,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     wanted += [lock, copy, "host_recopy_gbps"]
     wanted += ["disk_gbps"] if disks else []
     wanted += ["all_gather_gbps"] if world_size > 1 else []
+    fitted = fitted_figures(gpu.capability if gpu else None)
     fill = 1 / sum(1 / rates.known.get(name, 2 * assumed.fill_gbps) for name in (lock, copy))
     link = _link_gbps(rates, gpu, world_size)
     return Speeds(
@@ -34,12 +35,13 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         hbm_gbps=rates.hbm_gbps * _reached(rates, "hbm_gbps") if rates.hbm_gbps else card.hbm_gbps,
         launch_s=rates.launch_s or assumed.launch_s,
         model_launch_s=rates.model_launch_s or assumed.model_launch_s,
+        triton_launch_s=rates.triton_launch_s or fitted.passes.triton_launch_s,
         fill_gbps=fill,
         place_gbps=min(rates.host_recopy_gbps or rates.host_copy_gbps or 2 * assumed.fill_gbps, link),
         host_read_gbps=(rates.host_read_gbps or assumed.host_read_gbps) / world_size,
         host_read_link_cost=_link_cost(rates),
         reads_host=rates.host_read_gbps is not None,
-        fitted=fitted_figures(gpu.capability if gpu else None),
+        fitted=fitted,
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )
 

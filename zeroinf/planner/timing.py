@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil, hypot
 from typing import Literal
@@ -53,6 +53,8 @@ class Speeds:
     """Of a kernel by itself."""
     model_launch_s: float
     """Of one that a model's Python launches."""
+    triton_launch_s: float
+    """Of a Triton kernel, with its Python."""
     fill_gbps: float
     """Filling host memory from the page cache, and page-locking it."""
     place_gbps: float
@@ -300,11 +302,13 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
-    mixing, stepping = (_times(kernels, speeds) for kernels in workload.packed.mixing)
+    mixing, stepping = (_times(kernels, speeds, _packed_launch_s) for kernels in workload.packed.mixing)
     of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload))
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
+    attending_s = sum(group.times for group in workload.packed.prompts)  # in how many layers
+    attending_s *= host.attention_launches * speeds.triton_launch_s
 
     def count_of(prompts: float, decode: float, rows: int) -> int:
         """Forwards of the rows of one side, which have so large a share of the prompts."""
@@ -321,9 +325,8 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         more, none = of_forwards.choices(max(1.0, choices)), of_forwards.choices(1.0)
         attention = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in one}
         # Each forward launches it for steps and for prompts, however many it holds.
-        kinds = (of_prompts if prompts else {}, of_decode if decode else {})
-        launched = sum(kind.get("kernel launches", 0.0) for kind in kinds)
-        attention["kernel launches"] = count * host.attention_launches * launched
+        kinds = (prompts > 0) + (decode > 0)
+        attention["kernel launches"] = count * kinds * attending_s
         attention["kernel launches"] += decode * shape.rows * host.row_s
         attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
         attention["link"] += prompts * link_s[0] + decode * link_s[1]
@@ -350,10 +353,11 @@ def _coded(anatomy: Anatomy, choice: Choice, workload: Workload) -> CodedLayers 
 
 
 def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, tokens: int) -> bool:
-    """Whether a packed forward of so many tokens, launched kernel by kernel, takes the host at least half as long as
-    the GPU: the host has more to do than to launch kernels."""
-    assert workload.packed is not None
-    one = _forward_times(workload.packed.forwards, speeds, _coded(anatomy, choice, workload)).launched(tokens)
+    """Whether a packed forward of so many tokens, steps before all else, takes the host at least half as long as the
+    GPU where it is launched kernel by kernel: hosts are slower at times."""
+    cost = _packed(anatomy, replace(choice, graph_tokens=0), workload, speeds)
+    steps = min(tokens, workload.shape.rows)
+    one = cost((tokens - steps) / workload.shape.prefill_tokens, steps / workload.shape.rows, 0)
     return 2 * one["kernel launches"] > one["arithmetic"] + one["GPU memory"]
 
 
@@ -374,21 +378,34 @@ class _ForwardTimes:
 @lru_cache(maxsize=64)
 def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None) -> _ForwardTimes:
     """`coded`: the layers, where weights are multiplied as codes."""
-    many = forwards.tokens[-1][0]
-    by_tokens, by_choices = (
-        [
-            (float(count), _times(kernels if coded is None else on_codes(kernels, tokens or count, coded), speeds))
-            for count, kernels in found
-        ]
-        for found, tokens in ((forwards.tokens, None), (forwards.choices, many))
-    )
-    host, replayed = speeds.fitted.passes, list[tuple[float, dict[Resource, float]]]()
-    for (at, times), (_, kernels) in zip(by_tokens, forwards.tokens, strict=True):
-        spared = sum(max(0, len(group.kernels) - host.graph_launches) * group.times for group in kernels[1:])
+    many, host = forwards.tokens[-1][0], speeds.fitted.passes
+    replay_s = host.graph_launches * host.packed_launches * speeds.model_launch_s
+    launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
+    for at, kernels in forwards.tokens:
+        groups = kernels if coded is None else on_codes(kernels, at, coded)
+        times = _times(groups, speeds, _packed_launch_s)
         times["kernel launches"] += host.micro_batch_s
-        left = times["kernel launches"] - spared * speeds.model_launch_s
-        replayed.append((at, {**times, "kernel launches": left}))
-    return _ForwardTimes(_Line(by_tokens), _Line(replayed), _Line(by_choices))
+        launched.append((at, times))
+        outside_s = groups[0].times * _packed_launch_s(groups[0], speeds) + host.micro_batch_s
+        layers = sum(group.times for group in kernels[1:])
+        replayed.append((at, {**times, "kernel launches": outside_s + layers * replay_s}))
+    for at, kernels in forwards.choices:
+        groups = kernels if coded is None else on_codes(kernels, many, coded)
+        chosen.append((at, _times(groups, speeds, _packed_launch_s)))
+    return _ForwardTimes(_Line(launched), _Line(replayed), _Line(chosen))
+
+
+def _launch_s(group: Kernels, speeds: Speeds) -> float:
+    """Seconds that the host takes to launch the kernels of `group` once."""
+    return len(group.kernels) * speeds.model_launch_s
+
+
+def _packed_launch_s(group: Kernels, speeds: Speeds) -> float:
+    """The same in a packed forward."""
+    host = speeds.fitted.passes
+    of_triton = [host.triton_kernels.get(kernel.operator, 0) for kernel in group.kernels]
+    others_s = of_triton.count(0) * host.packed_launches * speeds.model_launch_s
+    return sum(of_triton) * speeds.triton_launch_s + others_s
 
 
 class _Line:
@@ -582,12 +599,15 @@ def _pass(
     return max(times[slowest], together), slowest
 
 
-def _times(groups: Sequence[Kernels], speeds: Speeds) -> dict[Resource, float]:
-    """Seconds of kernels by what each of them is bound by, and of launching them."""
+def _times(
+    groups: Sequence[Kernels], speeds: Speeds, launch_s: Callable[[Kernels, Speeds], float] = _launch_s
+) -> dict[Resource, float]:
+    """Seconds of kernels by what each of them is bound by, and of launching them, where the host takes `launch_s` for
+    a group."""
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
     times["host memory"] = 0.0
     for group in groups:
-        times["kernel launches"] += group.times * len(group.kernels) * speeds.model_launch_s
+        times["kernel launches"] += group.times * launch_s(group, speeds)
         for kernel in group.kernels:
             arithmetic, memory = kernel_s(kernel, speeds.fitted, speeds.tflops, speeds.hbm_gbps)
             times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)

@@ -7,7 +7,7 @@ memory terms and times, or a `Rejection` that says what is short.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -16,7 +16,7 @@ from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection, Shortage
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.facts import Facts
-from zeroinf.planner.graphs import graph_tokens, why_launched
+from zeroinf.planner.graphs import graph_options, why_launched
 from zeroinf.planner.memory import (
     COMPUTED,
     GAPS,
@@ -62,11 +62,10 @@ class Trials:
         shapes: PassShapes,
         *,
         exact: bool = False,
-        graphs: bool = True,
     ) -> None:
         """`exact`: no candidate is taken to fit before all that it takes is known, which takes several times as
-        long. `graphs`: layers may be CUDA graphs, which take memory."""
-        self.exact, self.graphs = exact, graphs
+        long."""
+        self.exact = exact
         self._facts, self._anatomy = facts, facts.anatomy
         assert constraints.embeddings != "auto"
         self._embeddings = constraints.embeddings
@@ -126,17 +125,21 @@ class Trials:
         return rejected
 
     def in_shape(self, choice: Choice, shape: Shape) -> Candidate | Rejection:
-        """`choice` in passes of `shape`."""
-        choice = replace(
-            choice,
-            micro_batch_rows=shape.micro_batch_rows,
-            prefill_tokens=shape.prefill_tokens,
-            forward_tokens=shape.forward_tokens,
-        )
-        workload = self._facts.simulate(shape)
+        """`choice` in passes of `shape`, with the CUDA graphs of layers that make it fastest, or as many as fit."""
+        outcome, *others = sorted(self.with_graphs(choice, shape), key=_speed, reverse=True)
+        while isinstance(outcome, Rejection) and others:
+            outcome, *others = others
+        return outcome
+
+    def with_graphs(self, choice: Choice, shape: Shape) -> Iterator[Candidate | Rejection]:
+        """`choice` in passes of `shape`, with CUDA graphs for as many tokens as are worth comparing."""
+        choice, workload = _in_passes(choice, shape), self._facts.simulate(shape)
         launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
-        tokens = 0 if launched or not self.graphs else self._graph_tokens(choice, workload)
-        choice = replace(choice, graph_tokens=tokens)
+        binds = partial(launches_bind, self._anatomy, choice, workload, self._facts.speeds)
+        for tokens in (0,) if launched else graph_options(workload, binds):
+            yield self._tried(replace(choice, graph_tokens=tokens), workload)
+
+    def _tried(self, choice: Choice, workload: Workload) -> Candidate | Rejection:
         choice = self._filling_host(choice, workload)
         counted = cache(partial(self._terms, choice, workload))
         least = self._terms(choice, roughly(workload))
@@ -156,9 +159,6 @@ class Trials:
             counted=counted,
             timing=timing,
         )
-
-    def _graph_tokens(self, choice: Choice, workload: Workload) -> int:
-        return graph_tokens(workload, partial(launches_bind, self._anatomy, choice, workload, self._facts.speeds))
 
     def _timing(self, choice: Choice, workload: Workload) -> Timing:
         constraints = self._constraints
@@ -232,7 +232,8 @@ class Trials:
         return Rejection.of(choice, Shortage(place=place, needed_bytes=pool, available_bytes=available))
 
     def with_more_residents(self, candidate: Candidate, shape: Shape | None = None) -> list[Candidate]:
-        """Give `candidate` as many resident blocks as fit beside its rows, if more do; in passes of `shape`, or any."""
+        """Give `candidate` as many resident blocks as fit beside its rows, if more do; in passes of its `shape` with
+        its graphs, or in any."""
         choice, blocks, place = candidate.choice, len(self._anatomy.blocks), self._facts.compute_place
         if self._constraints.resident_blocks is not None or choice.offload == "none" or not self._engine.places_blocks:
             return []
@@ -246,7 +247,11 @@ class Trials:
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
             if is_another_way:
                 continue
-            outcome = self.in_any_shape(changed) if shape is None else self.in_shape(changed, shape)
+            if shape is None:
+                outcome = self.in_any_shape(changed)
+            else:
+                changed = replace(_in_passes(changed, shape), graph_tokens=choice.graph_tokens)
+                outcome = self._tried(changed, self._facts.simulate(shape))
             if isinstance(outcome, Candidate):
                 return [outcome]
         return []
@@ -321,6 +326,20 @@ class Trials:
             ranks = self._constraints.world_size
             terms = tuple(_on_host(term, ranks) for term in terms if term.name not in (SMALL_PAGES, GAPS))
         return terms
+
+
+def _in_passes(choice: Choice, shape: Shape) -> Choice:
+    """`choice` in passes of `shape`."""
+    return replace(
+        choice,
+        micro_batch_rows=shape.micro_batch_rows,
+        prefill_tokens=shape.prefill_tokens,
+        forward_tokens=shape.forward_tokens,
+    )
+
+
+def _speed(outcome: Candidate | Rejection) -> float:
+    return outcome.timing.tokens_per_second if isinstance(outcome, Candidate) else 0.0
 
 
 def _most_lost(least: Sequence[Term]) -> float:
