@@ -30,24 +30,49 @@ class Launch:
     def __init__(self, kernel: Any) -> None:
         """`kernel`: what `triton.jit` makes of a function."""
         self._kernel = kernel
-        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        """By kinds of launches, what the launcher of a compiled kernel takes beside grid, stream and arguments."""
+        self._bound: dict[tuple[Any, ...], BoundLaunch] = {}
 
     def __call__(
         self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = (), **constants: Any
     ) -> None:
         """Launch it on the current stream of the current device, on which `tensors` are. `constants` include Triton's
         options, such as `num_warps`."""
+        self.bind(**constants)(grid, tensors, numbers)
+
+    def bind(self, **constants: Any) -> BoundLaunch:
+        """Its launches with these constants, which takes less time where they are many."""
+        key = (*constants, *constants.values())
+        found = self._bound.get(key)
+        if found is None:
+            found = self._bound[key] = BoundLaunch(self._kernel, constants)
+        return found
+
+    def compile(
+        self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = (), **constants: Any
+    ) -> None:
+        """Compile it for such a launch on the current device. `tensors` are on the meta device, and stand for tensors
+        that begin at multiples of 16 bytes."""
+        self._kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+
+
+class BoundLaunch:
+    """Launches one kernel with constants that stay the same."""
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self._kernel, self._constants = kernel, constants
+        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        """By kinds of launches, what the launcher of a compiled kernel takes beside grid, stream and arguments."""
+
+    def __call__(self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = ()) -> None:
+        """Launch it on the current stream of the current device, on which `tensors` are."""
         current = current_of_driver()
         if current is None:
-            self._kernel[grid](*tensors, *numbers, **constants)
+            self._kernel[grid](*tensors, *numbers, **self._constants)
             return
         device = current[0]()
         places = [each.data_ptr() for each in tensors]
         kind = (
             device,
-            *constants,
-            *constants.values(),
             *[each.dtype for each in tensors],
             *[not place & 15 for place in places],
             *[
@@ -67,17 +92,10 @@ class Launch:
                 return
             except TypeError:  # another Triton takes other things
                 self._known.pop(kind)
-        compiled = self._kernel[grid](*tensors, *numbers, **constants)
+        compiled = self._kernel[grid](*tensors, *numbers, **self._constants)
         with suppress(AttributeError):
             rest = (None,) * (len(self._kernel.arg_names) - len(tensors) - len(numbers))
             self._known[kind] = compiled.run, compiled.function, compiled.packed_metadata, rest
-
-    def compile(
-        self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = (), **constants: Any
-    ) -> None:
-        """Compile it for such a launch on the current device. `tensors` are on the meta device, and stand for tensors
-        that begin at multiples of 16 bytes."""
-        self._kernel.warmup(*tensors, *numbers, grid=grid, **constants)
 
 
 @cache

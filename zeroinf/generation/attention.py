@@ -107,6 +107,8 @@ class View:
 
     def __init__(self, tokens: Tokens, window: int | None) -> None:
         self.tokens, self.window = tokens, window
+        self.work: dict[Any, Any] = {}
+        """What a kernel launches in each layer, by what it knows layers by; those that are alike make it once."""
 
     @property
     def where(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from zeroinf.compat.launches import Launch
+from zeroinf.compat.launches import BoundLaunch, Launch
 from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, Tokens, parts_elements
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS
@@ -253,38 +253,88 @@ class _Tiles:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The launches for the steps of a forward, or for all else in it, in each layer of a kind."""
+
+    blocks: torch.Tensor
+    grid: tuple[int, int, int]
+    attend: BoundLaunch
+    numbers: tuple[Any, ...]
+    combine: BoundLaunch | None
+    """Combines what programs have found that share the keys of a block, where any do."""
+    parts: int
+    """Numbers that these leave."""
+    sums: int
+    """Where their sums begin among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is launched in each layer of a kind in a forward."""
+
+    write: BoundLaunch
+    shares: tuple[_Share, ...]
+
+
 def attend_on_gpu(
     layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
     """An `AttentionKernel` on the current stream, which does not wait for the GPU."""
-    tokens, view = layer.view.tokens, layer.view
+    view = layer.view
     query, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values))
+    held_keys, held_values, *scales = layer.memory
+    shapes = query.shape[0], query.shape[2], keys.shape[0], values.shape[2], query.dtype, query.device
+    kind = (*shapes, *[each.stride(0) for each in layer.memory], scores.scale, scores.softcap, scores.sinks is None)
+    work = view.work.get(kind)
+    if work is None:
+        work = view.work[kind] = _work(layer, query, keys, values, scores)
     out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
     if view.has_new:
-        _write_all(layer, keys, values)
-    group = query.shape[0] // keys.shape[0]
-    widths = _power_of_two(query.shape[2]), _power_of_two(values.shape[2])
-    for steps in (True, False):
-        tiles = _tiles(query.device, query.element_size(), widths, group, steps=steps)
-        blocks = _blocks(tokens, max(1, tiles.rows // group), steps=steps)
-        if blocks is not None:
-            _launch(layer, query, keys, values, scores, out, blocks, tiles, steps=steps)
+        _write_all(layer, work, keys, values)
+    sinks = out if scores.sinks is None else scores.sinks
+    rows, where = view.tokens.rows, view.where
+    strides = [each.stride(dim) for each in (query, keys, values) for dim in (1, 0)]
+    for share in work.shares:
+        parts = sums = out
+        if share.combine is not None:
+            parts = query.new_empty(share.parts, dtype=torch.float32)
+            sums = parts[share.sums :]
+        held = held_keys, held_values, *(scales or (out, out))
+        tensors = query, keys, values, *held, out, parts, sums, where, rows, share.blocks, sinks
+        share.attend(share.grid, tensors, (*share.numbers, *strides))
+        if share.combine is not None:
+            blocks, heads, splits = share.grid
+            grid = blocks, heads, query.shape[0] // heads
+            share.combine(grid, (parts, sums, out, rows, share.blocks, sinks), (rows.shape[1], splits))
     if view.overwrites:
-        _write_all(layer, keys, values)
+        _write_all(layer, work, keys, values)
     return out
 
 
-def _write_all(layer: PackedLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    heads, count, width = keys.shape
+def _write_all(layer: PackedLayer, work: _Work, keys: torch.Tensor, values: torch.Tensor) -> None:
     key_h, key_t, key_w = keys.stride()
     value_h, value_t, value_w = values.stride()
     places = layer.view.places
     assert places is not None
-    _write(
-        (count,), (keys, values, *layer.memory[:2], places), (key_t, key_h, key_w, value_t, value_h, value_w),
-        HEADS=heads, WIDTH=width, VALUE_WIDTH=values.shape[2], KEY_BLOCK=_power_of_two(heads * width),
-        VALUE_BLOCK=_power_of_two(heads * values.shape[2]),
+    tensors = keys, values, *layer.memory[:2], places
+    work.write((keys.shape[1],), tensors, (key_t, key_h, key_w, value_t, value_h, value_w))
+
+
+def _work(layer: PackedLayer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> _Work:
+    heads, width, value_width = keys.shape[0], keys.shape[2], values.shape[2]
+    write = _write.bind(
+        HEADS=heads, WIDTH=width, VALUE_WIDTH=value_width, KEY_BLOCK=_power_of_two(heads * width),
+        VALUE_BLOCK=_power_of_two(heads * value_width),
     )  # fmt: skip
+    group, shares = query.shape[0] // heads, list[_Share]()
+    widths = _power_of_two(query.shape[2]), _power_of_two(value_width)
+    for steps in (True, False):
+        tiles = _tiles(query.device, query.element_size(), widths, group, steps=steps)
+        blocks = _blocks(layer.view.tokens, max(1, tiles.rows // group), steps=steps)
+        if blocks is not None:
+            shares.append(_share(layer, query, keys, values, scores, blocks, tiles, steps=steps))
+    return _Work(write, tuple(shares))
 
 
 def _power_of_two(number: int) -> int:
@@ -326,39 +376,26 @@ def _blocks(tokens: Tokens, queries: int, *, steps: bool) -> torch.Tensor | None
     return tokens.blocks[key]
 
 
-def _launch(
+def _share(
     layer: PackedLayer,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: Scores,
-    out: torch.Tensor,
     blocks: torch.Tensor,
     tiles: _Tiles,
     *,
     steps: bool,
-) -> None:
+) -> _Share:
     view, heads, group = layer.view, keys.shape[0], query.shape[0] // keys.shape[0]
     window, width, value_width = view.window, query.shape[2], values.shape[2]
     longest = view.longest_step if steps else 0
     splits = _splits(blocks.shape[0] * heads, longest) if steps else 1
-    parts = sums = out
-    if splits > 1:
-        count = blocks.shape[0] * heads * splits
-        parts = query.new_empty(parts_elements(query, keys, values, count), dtype=torch.float32)
-        sums = parts[count * group * value_width :]
-    sinks = scores.sinks if scores.sinks is not None else out
+    count = blocks.shape[0] * heads * splits
     shape: dict[str, Any] = {"HEADS": heads, "GROUP": group, "VALUE_WIDTH": value_width}
     shape |= {"VALUE_BLOCK": max(16, _power_of_two(value_width)), "SUNK": scores.sinks is not None}
-    rows = view.tokens.rows
     held_keys, held_values, *scales = layer.memory
-    split_keys = -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0
-    strides = [each.stride(dim) for each in (query, keys, values) for dim in (1, 0)]
-    _attend(
-        (blocks.shape[0], heads, splits),
-        (query, keys, values, held_keys, held_values, *(scales or (out, out)), out, parts, sums, view.where, rows,
-         blocks, sinks),
-        (float(scores.scale), scores.softcap or 0.0, window or 0, view.row_tokens, rows.shape[1], split_keys, *strides),
+    attend = _attend.bind(
         **shape, WIDTH=width, WIDTH_BLOCK=max(16, _power_of_two(width)), QUERIES=max(1, tiles.rows // group),
         ROWS=tiles.rows, KEYS=tiles.keys, KEY_PLACE=held_keys.stride(0), VALUE_PLACE=held_values.stride(0),
         SCALE_PLACE=scales[0].stride(0) if scales else 0, PAGE=PAGE_TOKENS if view.row_tokens else 0,
@@ -366,11 +403,17 @@ def _launch(
         NEW=not steps or not view.has_new, SPLIT=splits > 1, PRECISION="ieee", num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip
-    if splits > 1:
-        _combine(
-            (blocks.shape[0], heads, group), (parts, sums, out, rows, blocks, sinks), (rows.shape[1], splits),
-            **shape, num_warps=1,
-        )  # fmt: skip
+    split_keys = -(-longest // splits // tiles.keys) * tiles.keys if splits > 1 else 0
+    limits = window or 0, view.row_tokens, view.tokens.rows.shape[1], split_keys
+    return _Share(
+        blocks=blocks,
+        grid=(blocks.shape[0], heads, splits),
+        attend=attend,
+        numbers=(float(scores.scale), scores.softcap or 0.0, *limits),
+        combine=_combine.bind(**shape, num_warps=1) if splits > 1 else None,
+        parts=parts_elements(query, keys, values, count) if splits > 1 else 0,
+        sums=count * group * value_width,
+    )
 
 
 def _splits(programs: int, longest: int) -> int:
