@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from zeroinf.hardware.host_library import ThreadPool
 from zeroinf.model.anatomy import KvDtype, Record, TokenState
 
 TOKENS = (1, 2, 31, 33, 200, 517)
+_LONGER_THAN_AWAKE_S = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,36 @@ def test_a_step_waits_for_its_flag(kind: Callable[[], CompiledKernel | TorchKern
     assert torch.allclose(outs[1], case.exact(), atol=1e-5)
     kernel.close()
     assert not outs[2].any(), "what has not begun is left out"
+
+
+def test_no_step_is_lost_whenever_its_flag_is_raised() -> None:
+    """Threads of two kernels share processors; they sleep, look for the flag, or still work when a step comes."""
+    draw, case = Random(0), Rows("float32")
+    processors = (*os.sched_getaffinity(0), min(os.sched_getaffinity(0))) * 2
+    kernels = [CompiledKernel(processors) for _ in range(2)]
+    flags, outs = torch.zeros(2, 1, dtype=torch.int64), torch.empty(2, *case.query.shape[:2], 32)
+    steps = [
+        HostStep(record=case.record, fresh=case.fresh, query=case.query, out=out, scores=case.scores) for out in outs
+    ]
+    exact = case.by(kernels[0])
+    kernels[1].wait(kernels[1].submit(steps[1], case.memory.clone(), case.rows, None), 60)
+    memories = [case.memory, case.memory.clone()]
+    for _ in range(500):
+        outs.fill_(torch.nan)
+        asked = list(zip(kernels, steps, memories, flags, strict=True))
+        numbers = [kernel.submit(step, memory, case.rows, flag) for kernel, step, memory, flag in asked]
+        time.sleep(draw.choice((0, 0, 1e-5, 1e-4, 1e-3, _LONGER_THAN_AWAKE_S * (draw.random() < 0.1))))
+        flags.fill_(numbers[0])
+        for kernel, number in zip(kernels, numbers, strict=True):
+            assert kernel.wait(number, 60)
+        assert torch.equal(outs, exact.expand_as(outs))
+        if draw.random() < 0.1:
+            kernels[0].clear(torch.empty(1 << 20, dtype=torch.uint8))
+    left = [kernel.submit(step, memory, case.rows, flag) for kernel, step, memory, flag in asked]
+    flags[0] = left[0]  # one is closed at work, the other as it waits
+    for kernel in kernels:
+        kernel.close()
+    assert left == [number + 1 for number in numbers]
 
 
 def test_memory_is_read_whole() -> None:

@@ -35,9 +35,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-// Tokens that are scored before their values are added; of many queries, fewer, which stay in the smallest cache.
+// Tokens that are scored before their values are added: fewer where few queries share keys, so that a task has more heads.
 constexpr int BLOCK = 32, SMALL_BLOCK = 16, FEW_QUERIES = 2;
-constexpr int64_t BLOCK_BYTES = 64 << 10;  // of a small block, for the heads of one task: two of them stay in the cache
 constexpr int TASKS_A_THREAD = 16;
 constexpr double AWAKE_S = 0.02;  // that long, who waits for a step does not sleep: its processor has nothing else to do
 
@@ -84,12 +83,6 @@ template <int KIND> inline Floats load_part(const uint8_t *at, int count) {
     return load<KIND>(padded);
 }
 
-inline uint16_t rounded_bfloat16(float value) {
-    uint32_t bits = read<uint32_t>(&value);
-    if (std::isnan(value)) return (bits >> 16) | 0x40;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 inline uint16_t rounded_float16(float value) {
 #if defined(__F16C__) || defined(__AVX512F__)
     return _cvtss_sh(value, 0);
@@ -103,12 +96,19 @@ inline uint16_t rounded_float16(float value) {
 #endif
 }
 
-inline void store(int kind, uint8_t *at, float value) {
-    if (kind == FLOAT32) std::memcpy(at, &value, 4);
-    else {
-        uint16_t half = kind == BFLOAT16 ? rounded_bfloat16(value) : rounded_float16(value);
-        std::memcpy(at, &half, 2);
+// The first `count` lanes, rounded.
+inline void store(int kind, uint8_t *at, Floats values, int count) {
+    if (kind == FLOAT32) {
+        std::memcpy(at, &values, count * 4);
+        return;
     }
+    Halves rounded;
+    if (kind == BFLOAT16) {
+        Words bits = (Words)values, up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        rounded = __builtin_convertvector(values == values ? up : bits >> 16 | 0x40, Halves);
+    } else
+        for (int lane = 0; lane < LANES; ++lane) rounded[lane] = rounded_float16(values[lane]);
+    std::memcpy(at, &rounded, count * 2);
 }
 
 // NaN stays NaN; what is below the smallest normal number becomes that.
@@ -151,18 +151,36 @@ struct Largest {
     static Floats of(Floats a, Floats b) { return larger(a, b); }
 };
 
-// What an operation makes of each of LANES vectors' lanes, of number i in lane i.
-template <typename Operation, int STEP = 1> inline __attribute__((always_inline)) Floats fold(const Floats *of) {
+// The place that value `of` of a head has where values of two tokens are brought side by side, 32 of each at once.
+constexpr int place_of_pairs(int of) { return of / 32 * 32 + of % 8 / 4 * 16 + of % 32 / 8 * 4 + of % 4; }
+
+template <size_t... LANE> inline Floats in_order(const float *sums, int first, std::index_sequence<LANE...>) {
+    constexpr Ints LOW{(place_of_pairs(LANE) % (2 * LANES))...}, HIGH{(place_of_pairs(LANE + LANES) % (2 * LANES))...};
+    const float *both = sums + first / 32 * 32;
+    Floats a = read<Floats>(both), b = read<Floats>(both + LANES);
+    return first % 32 ? shuffled(a, b, HIGH) : shuffled(a, b, LOW);
+}
+
+// LANES (16) values from the `first` on, of sums in the order of pairs.
+inline Floats in_order(const float *sums, int first) {
+    return in_order(sums, first, std::make_index_sequence<LANES>{});
+}
+
+// What an operation makes of each of COUNT vectors' lanes, of number i in every lane whose number is i modulo COUNT.
+template <typename Operation, int COUNT, int STEP = 1> inline __attribute__((always_inline)) Floats fold(const Floats *of) {
+    constexpr auto ALL = std::make_index_sequence<LANES>{};
     if constexpr (STEP == LANES) return of[0];
-    else {
-        constexpr auto ALL = std::make_index_sequence<LANES>{};
-        Floats half[LANES / STEP / 2];
+    else if constexpr (STEP >= COUNT) {
+        Floats both = Operation::of(of[0], shuffled(of[0], of[0], swapped<STEP, true>(ALL)));
+        return fold<Operation, COUNT, STEP * 2>(&both);
+    } else {
+        Floats half[COUNT / STEP / 2];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES / STEP / 2; ++i) {
+        for (int i = 0; i < COUNT / STEP / 2; ++i) {
             Floats low = shuffled(of[2 * i], of[2 * i + 1], swapped<STEP, false>(ALL));
             half[i] = Operation::of(low, shuffled(of[2 * i], of[2 * i + 1], swapped<STEP, true>(ALL)));
         }
-        return fold<Operation, STEP * 2>(half);
+        return fold<Operation, COUNT, STEP * 2>(half);
     }
 }
 
@@ -196,6 +214,16 @@ struct Ahead {
 // smallest cache before its turn.
 constexpr int level_of(int group) { return group == 1 ? 2 : 3; }
 
+// A block of a task's heads, and the next one, which is prefetched, take three quarters of the second cache. Heads whose
+// keys lie side by side are read together as far as may be: each page of memory is come to but once.
+inline int64_t most_block_bytes() {
+    long nbytes = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    nbytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::max<int64_t>(nbytes, 256 << 10) * 3 / 8;
+}
+
 #include "host_attention_tiles.h"
 
 // Queries times the keys of a block. query: (GROUP, width, padded with zeros); scores: (GROUP, BLOCK).
@@ -221,7 +249,7 @@ void multiply_keys(const float *query, int padded, const uint8_t *keys, int64_t 
                 Floats key = load_part<KIND>(at[k] + whole * size_of(KIND), width - whole);
                 for (int g = 0; g < GROUP; ++g) sums[g * KEYS + k] += key * read<Floats>(query + g * padded + whole);
             }
-        Floats found = fold<Sum>(sums);
+        Floats found = fold<Sum, LANES>(sums);
         for (int g = 0; g < GROUP; ++g) std::memcpy(scores + g * BLOCK + first, (float *)&found + g * KEYS, KEYS * 4);
     }
 }
@@ -247,7 +275,7 @@ void multiply_pairs(const uint16_t *query, int padded, const uint8_t *keys, int6
                     sums[g * KEYS + k] = (Floats)_mm512_dpbf16_ps((__m512)sums[g * KEYS + k], key, other);
                 }
             }
-        Floats found = fold<Sum>(sums);
+        Floats found = fold<Sum, LANES>(sums);
         for (int g = 0; g < GROUP; ++g) std::memcpy(scores + g * BLOCK + first, (float *)&found + g * KEYS, KEYS * 4);
     }
 }
@@ -334,122 +362,192 @@ inline void wait_briefly(int turn) {
     if (turn % 256 == 0) std::this_thread::yield();
 }
 
+// Whether something came true within so many seconds, in which nobody sleeps.
+template <typename Ready> bool look_for(double seconds, Ready ready) {
+    using Clock = std::chrono::steady_clock;
+    const auto until = Clock::now() + std::chrono::duration<double>(seconds);
+    for (int turn = 1; !ready(); ++turn) {
+        wait_briefly(turn);
+        if (turn % 64 == 0 && Clock::now() > until) return ready();
+    }
+    return true;
+}
+
+// Threads that work on the tasks of one call at a time. Only those that fall asleep, and who wakes them, take a lock:
+// where all begin at once, they would wait for each other's turns, asleep.
 class Pool {
   public:
-    Pool(int threads, const Processors &processors) {
-        for (int i = 1; i < threads; ++i) {
-            threads_.emplace_back([this] { serve(); });
-            processors.bind(threads_.back());
+    Pool(int threads, const Processors &processors) : sleepers_(threads) {
+        try {
+            for (int i = 1; i < threads; ++i) {
+                threads_.emplace_back([this, i] { serve(i); });
+                processors.bind(threads_.back());
+            }
+        } catch (...) {  // the system has no more
+            end();
+            throw;
         }
     }
 
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            ends_ = true;
-        }
-        wakes_.notify_all();
-        for (auto &thread : threads_) thread.join();
-    }
+    ~Pool() { end(); }
 
     int size() const { return (int)threads_.size() + 1; }
 
-    // Wakes the threads, which takes longer than a GPU does for a layer: they look for the next call without sleeping.
+    // Wakes the threads, which takes longer than a GPU does for a layer: for a while they look for the next call without
+    // sleeping.
     void expect_call() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            expected_ = true;
-        }
-        wakes_.notify_all();
+        ++expected_;
+        wake();
     }
 
-    // Calls act(task, next) for each of `count` tasks, by all threads and this one; `next` is what the same thread does
-    // then, `count` or more if nothing. Only one caller at a time.
+    // Calls act(thread, task, next) for each of `count` tasks, by all threads and this one, of which `thread` is the
+    // number; `next` is what the same thread does then, `count` or more if nothing. Nothing may be thrown.
     template <typename Act> void run(int count, Act act) {
-        auto job = std::make_shared<Job>();
-        job->count = count;
-        job->act = [&act](int task, int next) { act(task, next); };
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            job_ = job;
-            ++number_;
-            expected_ = false;
-        }
-        wakes_.notify_all();
-        work(*job);
+        if (count < 1) return;
+        std::lock_guard<std::mutex> one_caller(calls_);
+        count_ = count;
+        act_ = [&act](int thread, int task, int next) { act(thread, task, next); };
+        done_ = 0;
+        left_ = ++number_ << 32 | (uint64_t)count;
+        wake();
+        work(0);
+        auto is_done = [&] { return done_ == count; };
+        if (look_for(AWAKE_S, is_done)) return;
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [&] { return job->done.load() == count; });
-        job_.reset();
+        over_.wait(lock, is_done);
     }
 
   private:
-    struct Job {
-        std::function<void(int, int)> act;
-        std::atomic<int> next{0}, done{0};
-        int count = 0;
+    struct Sleeper {
+        std::mutex mutex;
+        std::condition_variable wakes;
+        std::atomic<bool> sleeps{false};
     };
 
-    void work(Job &job) {
-        for (int task = job.next.fetch_add(1), next; task < job.count; task = next) {
-            next = job.next.fetch_add(1);
-            job.act(task, next);
-            if (job.done.fetch_add(1) + 1 == job.count) {
-                std::lock_guard<std::mutex> lock(mutex_);
-                done_.notify_all();
+    void end() {
+        ends_ = true;
+        wake();
+        for (auto &thread : threads_) thread.join();
+    }
+
+    bool has_tasks() const { return (uint32_t)left_ != 0; }
+
+    // A task that nobody has, or the number of tasks. `count_` and `act_` are those of its call, which cannot be over
+    // before the task is.
+    int take() {
+        uint64_t left = left_;
+        while ((uint32_t)left != 0)
+            if (left_.compare_exchange_weak(left, left - 1)) return count_ - (int)(uint32_t)left;
+        return NOTHING;
+    }
+
+    void work(int thread) {
+        for (int task = take(), next; task != NOTHING; task = next) {
+            const int count = count_;
+            next = take();
+            act_(thread, task, next);
+            if (++done_ == count) {
+                { std::lock_guard<std::mutex> lock(mutex_); }
+                over_.notify_all();
             }
         }
     }
 
-    void serve() {
-        uint64_t seen = 0;
-        for (;;) {
-            std::shared_ptr<Job> job;
+    // Whoever is about to sleep says so before looking a last time; what it looks at has changed before this is called.
+    void wake() {
+        for (auto &sleeper : sleepers_)
+            if (sleeper.sleeps) {
+                { std::lock_guard<std::mutex> lock(sleeper.mutex); }
+                sleeper.wakes.notify_one();
+            }
+    }
+
+    void serve(int thread) {
+        auto &own = sleepers_[thread];
+        for (uint64_t seen = 0;;) {
+            work(thread);
             {
-                std::unique_lock<std::mutex> lock(mutex_);
-                wakes_.wait(lock, [&] { return ends_ || expected_ || (number_ != seen && job_); });
-                if (ends_) return;
-                if (!expected_) {
-                    seen = number_;
-                    job = job_;
-                }
+                std::unique_lock<std::mutex> lock(own.mutex);
+                own.sleeps = true;
+                own.wakes.wait(lock, [&] { return ends_ || has_tasks() || expected_ != seen; });
+                own.sleeps = false;
             }
-            if (job) work(*job);
-            else
-                for (int turn = 1; expected_ && !ends_; ++turn) wait_briefly(turn);
+            if (ends_) return;
+            if (expected_ == seen) continue;
+            seen = expected_;
+            look_for(AWAKE_S, [&] { return ends_ || has_tasks(); });
         }
     }
 
+    static constexpr int NOTHING = INT32_MAX;
+    std::vector<Sleeper> sleepers_;
     std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable wakes_, done_;
-    std::shared_ptr<Job> job_;
-    uint64_t number_ = 0;
-    std::atomic<bool> expected_{false}, ends_{false};
+    std::mutex calls_, mutex_;
+    std::condition_variable over_;
+    uint64_t number_ = 0;  // of the call
+    int count_ = 0;
+    std::function<void(int, int, int)> act_;
+    std::atomic<uint64_t> left_{0};  // the call's number, and in the lower half its tasks that nobody has
+    std::atomic<int> done_{0};
+    std::atomic<uint64_t> expected_{0};
+    std::atomic<bool> ends_{false};
 };
 
 int round_up(int number, int unit) { return (number + unit - 1) / unit * unit; }
 
+// Memory that steps use one after the other: the system would clear it for each of them.
+class Buffer {
+  public:
+    float *of(size_t count) {
+        if (count > count_) {
+            held_.reset();
+            count_ = 0;
+            held_.reset(new float[count]);
+            count_ = count;
+        }
+        return held_.get();
+    }
+
+  private:
+    std::unique_ptr<float[]> held_;
+    size_t count_ = 0;
+};
+
+struct Step {
+    Layout layout;
+    const RowTokens *rows;
+    int64_t count;
+    uint8_t *memory;
+    const uint8_t *fresh, *query;
+    uint8_t *out;
+    const int64_t *flag;  // raised to the step's number when all of this is there; null: it is
+};
+
+// A step in tasks. What its pointers point to is read by tasks alone, but for `rows`.
 class Attention {
   public:
-    Attention(const Layout &layout, const RowTokens *rows, int64_t count, uint8_t *memory, const uint8_t *fresh,
-              const uint8_t *query, uint8_t *out, int threads)
-        : of_(layout), rows_(rows), memory_(memory), fresh_(fresh), query_(query), out_(out) {
+    Attention(const Step &step, int threads, Buffer &results, Buffer &queries)
+        : of_(step.layout), rows_(step.rows), memory_(step.memory), fresh_(step.fresh), query_(step.query), out_(step.out) {
+        const Layout &layout = of_;
+        const RowTokens *rows = rows_;
+        const int64_t count = step.count;
         padded_ = round_up(layout.width, 32);
         value_padded_ = round_up(layout.value_width, LANES);
         tiles_ = takes_tiles(layout);
         tile_ = tiles_ ? 16 : std::min(8, LANES);
         while (tile_ > 1 && tile_ / 2 >= layout.group) tile_ /= 2;
         group_ = round_up(layout.group, tile_);
-        block_ = tiles_ || tile_ <= FEW_QUERIES ? BLOCK : SMALL_BLOCK;
+        block_ = tiles_ || tile_ > FEW_QUERIES ? BLOCK : SMALL_BLOCK;
         int64_t head_bytes = (int64_t)(layout.width + layout.value_width) * size_of(layout.kind);
-        heads_ = (int)std::clamp<int64_t>(BLOCK_BYTES / SMALL_BLOCK / head_bytes, 1, layout.heads);
-        parts_ = (layout.heads + heads_ - 1) / heads_;
+        int most = (int)std::clamp<int64_t>(most_block_bytes() / block_ / head_bytes, 1, layout.heads);
+        parts_ = (layout.heads + most - 1) / most;
+        heads_ = (layout.heads + parts_ - 1) / parts_;
         int64_t total = 0;
         for (int64_t row = 0; row < count; ++row) total += rows[row].count;
         int64_t share = total * parts_ / ((int64_t)threads * TASKS_A_THREAD);
-        tokens_ = std::max<int64_t>(4 * BLOCK, (share + BLOCK - 1) / BLOCK * BLOCK);
+        const int64_t tokens = std::max<int64_t>(4 * BLOCK, share);
         for (int64_t row = 0; row < count; ++row) {
-            int splits = (int)((rows[row].count + tokens_ - 1) / tokens_);
+            int splits = (int)((rows[row].count + tokens - 1) / tokens);
             for (int part = 0; part < parts_; ++part) {
                 for (int split = 0; split < splits; ++split) tasks_.push_back({row, part, split, splits});
             }
@@ -458,15 +556,17 @@ class Attention {
         firsts_.resize(tasks_.size());
         int64_t at = 0;
         for (size_t task = 0; task < tasks_.size(); ++task) firsts_[task] = at, at += result_floats(tasks_[task].part);
-        held_.reset(new float[at]);
+        held_ = results.of(at);
+        lines_floats_ = (size_t)heads_ * group_ * padded_;
+        queries_ = queries.of(2 * lines_floats_ * threads);
     }
 
     int tasks() const { return (int)tasks_.size(); }
 
-    void act(int number, int next) {
+    void act(int thread, int number, int next) {
         const Task &task = tasks_[number];
-        float *result = held_.get() + firsts_[number];
-        attend(task, next < tasks() ? &tasks_[next] : nullptr, result);
+        float *result = held_ + firsts_[number];
+        attend(task, next < tasks() ? &tasks_[next] : nullptr, result, queries_ + 2 * lines_floats_ * thread);
         auto &done = results_[task.row * parts_ + task.part];
         if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == task.splits) combine(task, number - task.split);
         // `number` is whichever part came last; the parts of one result lie side by side
@@ -499,36 +599,39 @@ class Attention {
         if (of_.kind == INT8) copy(of_.key_scales_at, 4), copy(of_.value_scales_at, 4);
     }
 
-    int64_t begin_of(const Task &task) const { return task.split * tokens_; }
-    int64_t end_of(const Task &task) const { return std::min(rows_[task.row].count, begin_of(task) + tokens_); }
+    // The parts of a row are as long as each other, but for a block.
+    int64_t begin_of(const Task &task, int more = 0) const {
+        int64_t blocks = (rows_[task.row].count + BLOCK - 1) / BLOCK;
+        return (task.split + more) * blocks / task.splits * BLOCK;
+    }
+    int64_t end_of(const Task &task) const { return std::min(rows_[task.row].count, begin_of(task, 1)); }
 
-    void attend(const Task &task, const Task *next, float *result) {
+    // queries: memory for those of the task, which are brought into the form in which they are multiplied.
+    void attend(const Task &task, const Task *next, float *result, float *queries) {
         const RowTokens &row = rows_[task.row];
         int64_t begin = begin_of(task), end = end_of(task);
         uint8_t *records = memory_ + row.first * of_.stride;
         if (end == row.count) place_new(task, records + (row.count - 1) * of_.stride);
         const int heads = head_count(task.part), lines = heads * group_;
-        static thread_local std::vector<float> floats;
-        static thread_local std::vector<uint16_t> pairs;
-        floats.assign(tiles_ ? 0 : (size_t)lines * padded_, 0.0f);
-        pairs.assign((size_t)lines * padded_, 0);
+        float *floats = queries;
+        auto *pairs = (uint16_t *)(queries + lines_floats_);
+        if (padded_ != of_.width || group_ != of_.group) std::memset(queries, 0, 2 * lines_floats_ * sizeof(float));
         for (int head = 0; head < heads; ++head)
             for (int g = 0; g < of_.group; ++g) {
                 int64_t line = (int64_t)task.row * of_.heads * of_.group + (first_head(task.part) + head) * of_.group + g;
                 const uint8_t *query = query_ + line * of_.width * size_of(of_.query_kind);
                 size_t own = (size_t)(head * group_ + g) * padded_;
-                if (of_.query_kind == BFLOAT16) std::memcpy(pairs.data() + own, query, of_.width * 2);
-                if (!tiles_) read_query(query, floats.data() + own);
+                if (of_.query_kind == BFLOAT16) std::memcpy(pairs + own, query, of_.width * 2);
+                if (!tiles_) read_query(query, floats + own);
             }
         float *highest = result, *totals = result + lines, *sums = result + 2 * lines;
         std::fill(highest, highest + lines, -1e30f);
         std::fill(totals, result + lines * (2 + value_padded_), 0.0f);
-        static thread_local std::vector<uint32_t> tiled;
+        auto *tiled = (uint32_t *)queries;
         if (tiles_) {
-            tiled.resize(pairs.size() / 2);
             for (int line = 0; line < lines; line += tile_) {
                 size_t own = (size_t)line * padded_;
-                pair_queries(pairs.data() + own, padded_, tile_, of_.width, tiled.data() + own / 2);
+                pair_tile(pairs + own, tiled + own / 2);
             }
             begin_tiles(tile_);
         }
@@ -541,12 +644,12 @@ class Attention {
                     int line = head * group_ + g;
                     if (tiles_)
                         one_by_tiles(block, ahead, first_head(task.part) + head, count,
-                                     tiled.data() + (size_t)line * padded_ / 2, highest + line, totals + line,
+                                     tiled + (size_t)line * padded_ / 2, highest + line, totals + line,
                                      sums + (size_t)line * value_padded_);
                     else
-                        one(block, ahead, first_head(task.part) + head, count, floats.data() + (size_t)line * padded_,
-                        pairs.data() + (size_t)line * padded_, highest + line, totals + line,
-                        sums + (size_t)line * value_padded_);
+                        one(block, ahead, first_head(task.part) + head, count, floats + (size_t)line * padded_,
+                            pairs + (size_t)line * padded_, highest + line, totals + line,
+                            sums + (size_t)line * value_padded_);
                 }
             }
         }
@@ -577,6 +680,13 @@ class Attention {
                                                         : load_part<FLOAT16>(at, left);
             std::memcpy(floats + c, &found, sizeof(Floats));
         }
+    }
+
+    void pair_tile(const uint16_t *query, uint32_t *paired) const {
+        if (tile_ == 2) pair_queries<2>(query, padded_, of_.width, paired);
+        else if (tile_ == 4) pair_queries<4>(query, padded_, of_.width, paired);
+        else if (tile_ == 8) pair_queries<8>(query, padded_, of_.width, paired);
+        else pair_queries<16>(query, padded_, of_.width, paired);
     }
 
     void one_by_tiles(const uint8_t *block, Ahead &ahead, int head, int count, const uint32_t *paired, float *highest,
@@ -613,10 +723,9 @@ class Attention {
     template <int GROUP>
     void weigh(float *scores, int count, const float *key_scales, const float *value_scales, float *highest,
                float *totals, float *fading) const {
-        Floats most[LANES], sums[LANES] = {}, before{}, total{};
-        std::memcpy(&before, highest, GROUP * 4);
-        std::memcpy(&total, totals, GROUP * 4);
-        for (int lane = 0; lane < LANES; ++lane) most[lane] = Floats{} - INFINITY;
+        Floats most[GROUP], sums[GROUP] = {}, before, total;
+        for (int lane = 0; lane < LANES; ++lane) before[lane] = highest[lane % GROUP], total[lane] = totals[lane % GROUP];
+        for (int g = 0; g < GROUP; ++g) most[g] = Floats{} - INFINITY;
 #pragma GCC unroll 8
         for (int g = 0; g < GROUP; ++g) {
             float *own = scores + g * BLOCK;
@@ -629,7 +738,7 @@ class Attention {
                 most[g] = larger(x, most[g]);
             }
         }
-        Floats now = larger(before, fold<Largest>(most)), faded = exponential(before - now);
+        Floats now = larger(before, fold<Largest, GROUP>(most)), faded = exponential(before - now);
 #pragma GCC unroll 8
         for (int g = 0; g < GROUP; ++g) {
             float *own = scores + g * BLOCK;
@@ -641,7 +750,7 @@ class Attention {
                 std::memcpy(own + t, &x, sizeof(Floats));
             }
         }
-        total = total * faded + fold<Sum>(sums);
+        total = total * faded + fold<Sum, GROUP>(sums);
         std::memcpy(highest, &now, GROUP * 4);
         std::memcpy(totals, &total, GROUP * 4);
         std::memcpy(fading, &faded, sizeof(Floats));
@@ -706,19 +815,27 @@ class Attention {
                     most = other > most || std::isnan(other) ? other : most;
                 }
                 float total = of_.sinks ? std::exp(of_.sinks[index] - most) : 0.0f;
-                static thread_local std::vector<float> sums;
-                sums.assign(of_.value_width, 0.0f);
+                float *sums = sums_of(first, line, lines);
                 for (int split = 0; split < task.splits; ++split) {
-                    const float *part = held_.get() + firsts_[first + split];
+                    const float *part = held_ + firsts_[first + split], *theirs = sums_of(first + split, line, lines);
                     float share = std::exp(part[line] - most);
                     total += part[lines + line] * share;
-                    const float *theirs = part + 2 * lines + (size_t)line * value_padded_;
-                    for (int c = 0; c < of_.value_width; ++c) sums[c] += theirs[c] * share;
+                    for (int c = 0; c < value_padded_; c += LANES) {
+                        Floats sum = read<Floats>(theirs + c) * share;
+                        if (split) sum += read<Floats>(sums + c);
+                        std::memcpy(sums + c, &sum, sizeof(Floats));
+                    }
                 }
                 uint8_t *into = out_ + (task.row * of_.heads * of_.group + index) * (int64_t)of_.value_width * size;
-                for (int c = 0; c < of_.value_width; ++c)
-                    store(of_.query_kind, into + c * size, sums[tiles_ ? place_in_tiles(c) : c] / total);
+                for (int c = 0; c < of_.value_width; c += LANES) {
+                    Floats found = tiles_ ? in_order(sums, c) : read<Floats>(sums + c);
+                    store(of_.query_kind, into + c * size, found / total, std::min(LANES, of_.value_width - c));
+                }
             }
+    }
+
+    float *sums_of(int task, int line, int lines) const {
+        return held_ + firsts_[task] + 2 * lines + (size_t)line * value_padded_;
     }
 
     const Layout of_;
@@ -726,29 +843,21 @@ class Attention {
     uint8_t *memory_;
     const uint8_t *fresh_, *query_;
     uint8_t *out_;
-    bool tiles_;
+    bool tiles_;  // with them, sums of values are in the order of pairs
     int padded_, value_padded_, tile_, group_, block_, heads_, parts_;
-    int64_t tokens_;
     std::vector<Task> tasks_;
     std::vector<int64_t> firsts_;
     std::vector<std::atomic<int>> results_;
-    std::unique_ptr<float[]> held_;
-};
-
-struct Step {
-    Layout layout;
-    const RowTokens *rows;
-    int64_t count;
-    uint8_t *memory;
-    const uint8_t *fresh, *query;
-    uint8_t *out;
-    const int64_t *flag;  // raised to the step's number when all of this is there; null: it is
+    float *held_, *queries_;
+    size_t lines_floats_;
 };
 
 // Threads, one of which takes steps in the order of their numbers.
 class Attending {
   public:
-    Attending(int threads, const Processors &processors) : pool(threads, processors), processors_(processors) {}
+    Attending(int threads, const Processors &processors) : pool(threads, processors), thread_([this] { serve(); }) {
+        processors.bind(thread_);
+    }
 
     ~Attending() {
         {
@@ -756,24 +865,18 @@ class Attending {
             ends_ = true;
         }
         wakes_.notify_all();
-        if (thread_.joinable()) thread_.join();
+        thread_.join();
     }
 
     int64_t submit(const Step &step) {
         std::lock_guard<std::mutex> lock(mutex_);
-        if (!thread_.joinable()) {
-            thread_ = std::thread([this] { serve(); });
-            processors_.bind(thread_);
-        }
         waiting_.push_back(step);
         wakes_.notify_all();
         return ++submitted_;
     }
 
     bool wait(int64_t number, double seconds) {
-        auto soon = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(seconds, AWAKE_S));
-        for (int turn = 1; finished_ < number && std::chrono::steady_clock::now() < soon; ++turn) wait_briefly(turn);
-        if (finished_ >= number) return true;
+        if (look_for(std::min(seconds, AWAKE_S), [&] { return finished_ >= number; })) return true;
         std::unique_lock<std::mutex> lock(mutex_);
         return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return finished_ >= number; });
     }
@@ -796,11 +899,11 @@ class Attending {
                 step = waiting_.front();
                 waiting_.pop_front();
             }
+            if (step.flag) pool.expect_call();
+            Attention attention(step, pool.size(), results_, queries_);
             if (!is_there(step, number)) return;
             auto begin = std::chrono::steady_clock::now();
-            Attention attention(step.layout, step.rows, step.count, step.memory, step.fresh, step.query, step.out,
-                                pool.size());
-            pool.run(attention.tasks(), [&](int task, int next) { attention.act(task, next); });
+            pool.run(attention.tasks(), [&](int thread, int task, int next) { attention.act(thread, task, next); });
             {
                 std::lock_guard<std::mutex> lock(mutex_);
                 finished_ = number;
@@ -811,7 +914,6 @@ class Attending {
     }
 
     bool is_there(const Step &step, int64_t number) {
-        if (step.flag) pool.expect_call();
         for (int turn = 1; step.flag && __atomic_load_n(step.flag, __ATOMIC_ACQUIRE) < number; ++turn) {
             if (ends_) return false;
             wait_briefly(turn);
@@ -819,8 +921,7 @@ class Attending {
         return true;
     }
 
-    const Processors processors_;
-    std::thread thread_;
+    Buffer results_, queries_;
     std::mutex mutex_;
     std::condition_variable wakes_, done_;
     std::deque<Step> waiting_;
@@ -828,6 +929,7 @@ class Attending {
     std::atomic<int64_t> finished_{0};
     double seconds_ = 0;
     std::atomic<bool> ends_{false};
+    std::thread thread_;  // begins when all of this is there
 };
 
 }  // namespace
@@ -835,8 +937,13 @@ class Attending {
 extern "C" {
 
 // processors: `count` numbers, on which the threads stay.
+// Null where the system has no threads or no memory for it.
 void *zeroinf_new_pool(int threads, const int *processors, int count) {
-    return new Attending(threads, {{processors, processors + count}});
+    try {
+        return new Attending(threads, {{processors, processors + count}});
+    } catch (const std::exception &) {
+        return nullptr;
+    }
 }
 
 // What has not begun is left out.
@@ -859,7 +966,7 @@ double zeroinf_seconds(void *pool) { return ((Attending *)pool)->seconds(); }
 // Fills memory with zeros; pages that nobody has touched come to lie where these threads are.
 void zeroinf_clear(void *pool, uint8_t *memory, int64_t nbytes) {
     constexpr int64_t PART = 32 << 20;
-    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task, int) {
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int, int task, int) {
         std::memset(memory + task * PART, 0, std::min(PART, nbytes - task * PART));
     });
 }
@@ -868,7 +975,7 @@ void zeroinf_clear(void *pool, uint8_t *memory, int64_t nbytes) {
 uint64_t zeroinf_read(void *pool, const uint8_t *memory, int64_t nbytes) {
     constexpr int64_t PART = 1 << 20;
     std::atomic<uint64_t> result{0};
-    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int task, int) {
+    ((Attending *)pool)->pool.run((int)((nbytes + PART - 1) / PART), [&](int, int task, int) {
         const uint8_t *at = memory + task * PART, *end = memory + std::min(nbytes, (task + 1) * PART);
         Words sums[8] = {};
         for (; at + sizeof(sums) <= end; at += sizeof(sums))

@@ -43,15 +43,6 @@ inline void end_tiles() { _tile_release(); }
 // Loads of tiles are no loads to the compiler: what was stored before must be there.
 inline void settle(const void *stored) { asm volatile("" : : "r"(stored) : "memory"); }
 
-// The place that value `of` of a head has in sums: those of 32 are in the order in which pairs are made.
-inline int place_in_tiles(int of) { return of / 32 * 32 + of % 8 / 4 * 16 + of % 32 / 8 * 4 + of % 4; }
-
-// Queries as the second factor: (width / 2, GROUP) pairs of neighbours. query: (GROUP, padded), bfloat16.
-inline void pair_queries(const uint16_t *query, int padded, int group, int width, uint32_t *paired) {
-    for (int pair = 0; pair < width / 2; ++pair)
-        for (int g = 0; g < group; ++g) paired[pair * group + g] = read<uint32_t>(query + g * padded + pair * 2);
-}
-
 // Exchanges the GROUP vectors' numbers with the lowest bits of their lanes' numbers.
 template <int GROUP, int STEP = 1> inline __attribute__((always_inline)) void exchange(Floats *of) {
     if constexpr (STEP < GROUP) {
@@ -64,6 +55,17 @@ template <int GROUP, int STEP = 1> inline __attribute__((always_inline)) void ex
                 of[i] = low;
             }
         exchange<GROUP, STEP * 2>(of);
+    }
+}
+
+// Queries as the second factor: (width / 2, GROUP) pairs of neighbours. query: (GROUP, padded), bfloat16.
+template <int GROUP> inline void pair_queries(const uint16_t *query, int padded, int width, uint32_t *paired) {
+    for (int pair = 0; pair < width / 2; pair += LANES) {
+        Floats of[GROUP];
+        for (int g = 0; g < GROUP; ++g) of[g] = read<Floats>(query + g * padded + pair * 2);
+        exchange<GROUP>(of);
+        for (int i = 0; i < LANES; ++i)
+            std::memcpy(paired + (pair + i) * GROUP, (const float *)&of[i % GROUP] + i / GROUP * GROUP, GROUP * 4);
     }
 }
 
@@ -114,7 +116,7 @@ inline void score_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &a
 }
 
 // Values of pairs of tokens side by side, for each 16 of them: (value_width / 16, 16, 16, 2), in the order of tokens
-// that weights have, and of values that `place_in_tiles` says.
+// that weights have, and of values that `place_of_pairs` says.
 template <int GROUP> inline void pair_values(const HeadBlock &block, Ahead &ahead, uint8_t *paired) {
     alignas(64) static const uint8_t nothing[MOST_TILE_WIDTH * 2] = {};
     auto values_of = [&](int place) {
@@ -194,8 +196,7 @@ void attend_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &ahead, 
 inline bool may_use_tiles() { return false; }
 inline void begin_tiles(int) {}
 inline void end_tiles() {}
-inline int place_in_tiles(int of) { return of; }
-inline void pair_queries(const uint16_t *, int, int, int, uint32_t *) {}
+template <int GROUP> inline void pair_queries(const uint16_t *, int, int, uint32_t *) {}
 template <int GROUP, typename Scored>
 void attend_tiles(const HeadBlock &, const uint32_t *, Ahead &, Scored, float *, float *, float *) {}
 #endif
