@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -146,6 +147,23 @@ def test_a_malformed_file_fails_the_batch(client: openai.OpenAI, lines: list[Any
     batch = ended(client, begin(client, jsonl(lines)))
     assert batch.status == "failed"
     assert [(error.code, error.line) for error in batch.errors.data] == [(code, number)]
+
+
+def test_a_file_that_a_run_reads_is_read_here_too(client: openai.OpenAI) -> None:
+    """Whatever program wrote its URLs, its methods, its ids and its line ends."""
+    urls = ("completions", "https://api.openai.com/v1/completions", "/v1/completions/")
+    lines = [{**line_of(str(number)), "url": url, "method": "post"} for number, url in enumerate(urls)]
+    lines[0]["custom_id"] = 0
+    content = "\r\n".join(map(json.dumps, lines)).encode("utf-16")
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch: Any = client.batches.create(input_file_id=file.id, endpoint="/completions", completion_window="24h")  # type: ignore[arg-type]
+    assert batch.endpoint == PATH
+    batch = ended(client, batch)
+    assert sorted(lines_in(client, batch.output_file_id)) == ["0", "1", "2"], batch
+    for wrong, why in ((gzip.compress(content), "compressed by gzip"), (bytes(range(256)), "no text")):
+        batch = ended(client, begin(client, wrong))
+        assert batch.status == "failed"
+        assert why in batch.errors.data[0].message
 
 
 def test_the_last_completions_of_a_batch_are_its_shortest(folder: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_settings_that_no_request_may_have_are_usage_errors(arguments: list[str]
     [
         ["run", "--prompt", "x", "--top-k", "1", "--top-k", "2"],
         ["run", "--prompt", "x", "-m", "a", "--model", "b"],
+        ["run", "--prompt", "x", "--max-new-tokens", "1", "--max-new-tokens", "2"],
         ["bench", "compare", "pyproject.toml", "README.md", "--format", "md", "--format", "csv"],
     ],
 )

@@ -29,6 +29,7 @@ _MISTAKES = {
     (*_RUN, "--engine", "resident", "--wire", "int4"): "--wire has no effect with the resident engine",
     (*_RUN, "-b", "4", "--micro-batch-rows", "8"): "--micro-batch-rows 8, but with --batch-size 4",
     (*_RUN, "--offload", "none", "--resident-blocks", "3"): "--resident-blocks has no effect with --offload none",
+    (*_RUN, "--json-schema", '{"type": "object"}'): "hint: it takes the name of a file",
     (*_RUN, "--overwrite"): "--overwrite without --output-file",
     ("runn",): "no such command: zeroinf runn\n\nhint: did you mean zeroinf run?",
     ("pull", "m"): "did you mean zeroinf download?",

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from zeroinf.errors import EnvironmentProblem, OutputError
 from zeroinf.generation.row import FinishReason, Sampling
 from zeroinf.jobs import export
+from zeroinf.jobs.envelope import chat_logprobs
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output import Job
 from zeroinf.jobs.output_files import check_output, errors_path, journal_path, partial_path
@@ -581,6 +582,21 @@ def test_an_openai_batch_is_answered_as_openai_does(out: Path) -> None:
     (error,) = (json.loads(line) for line in errors_path(out).read_text().splitlines())
     assert (error["custom_id"], error["response"]["status_code"]) == ("c", 400)
     assert error["response"]["body"]["error"]["message"] == "no"
+
+
+def test_tokens_of_a_chat_have_their_bytes_unless_they_are_parts_of_characters() -> None:
+    told = [{"token": "ü", "id": 1, "logprob": -0.5, "top_logprobs": [{"token": "\ufffd", "id": 2, "logprob": -0.1}]}]
+    assert chat_logprobs(told) == {
+        "content": [
+            {
+                "token": "ü",
+                "logprob": -0.5,
+                "bytes": [195, 188],
+                "top_logprobs": [{"token": "\ufffd", "logprob": -0.1, "bytes": None}],
+            }
+        ],
+        "refusal": None,
+    }
 
 
 def test_completions_have_texts_and_their_own_logprobs(out: Path) -> None:

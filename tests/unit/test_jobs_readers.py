@@ -239,6 +239,8 @@ def test_an_endless_integer_is_refused() -> None:
         ({"prompt": "a", "min_p": 1.5}, "min_p must lie between 0 and 1, not 1.5"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must have token ids as keys and numbers as values"),
         ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias must lie between -100 and 100"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"prompt": "a", "max_completion_tokens": -1}, "max_completion_tokens must be at least 1, not -1"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, not 0"),
         (
             {"prompt": "a", "echo": True, "logprobs": 1},

@@ -62,6 +62,8 @@ def test_files_on_a_web_server_are_read(folder: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
+    with pytest.raises(InputError, match=f"cannot read {base}/in.jsonl: Cannot connect"):
+        prompts_at(f"{base}/in.jsonl")
     with pytest.raises(OutputError, match="nothing is written by HTTP"):
         check_upload(f"{base}/out.jsonl", overwrite=True, resume=False)
 

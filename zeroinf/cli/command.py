@@ -37,7 +37,9 @@ class _Sectioned(click.Command):
             if not isinstance(one, click.Option) or one.multiple or one.count or order.count(one) < 2:
                 continue
             if not one.is_flag:
-                raise click.UsageError(f"{one.opts[-1]} is given twice, but takes one value", ctx)
+                written = {word.partition("=")[0] for word in args}
+                name = next((flag for flag in reversed(one.opts) if flag in written), one.opts[-1])
+                raise click.UsageError(f"{name} is given twice, but takes one value", ctx)
             if one.secondary_opts and not {*one.opts, *one.secondary_opts}.isdisjoint(args):
                 both = " and ".join((one.opts[-1], one.secondary_opts[-1]))
                 raise click.UsageError(f"{both}: one of them, and once", ctx)

@@ -133,7 +133,8 @@ def _bad_value(ctx: click.Context | None, error: click.BadParameter) -> UsageErr
     flag, message = _flag_of(parameter, ctx), _plain(error.message)
     if not isinstance(parameter.type, click.Choice):
         message = message.replace("not a valid integer range", "no whole number")
-        return UsageError(f"{flag}: {message.replace('not a valid float range', 'no number')}")
+        hint = "it takes the name of a file" if isinstance(parameter.type, click.Path) and " '{" in message else None
+        return UsageError(f"{flag}: {message.replace('not a valid float range', 'no number')}", hint=hint)
     given = message.partition("' is not one of ")[0].lstrip("'")
     return UsageError(
         f"{flag}: no choice {given!r}",

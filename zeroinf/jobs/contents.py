@@ -60,7 +60,7 @@ def open_contents(source: BinaryIO, name: str) -> FileContents:
     bytes."""
     stream, head = _with_head(source)
     ending = PurePosixPath(name.lower()).suffix
-    packed = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+    packed = compression_of(head)
     if (promised := _COMPRESSED_ENDINGS.get(ending)) and head and packed != promised:
         raise InputError(f"{name} is not compressed by {promised}, as its ending says", hint="rename it")
     inner = name[: -len(ending)] if promised else name
@@ -77,6 +77,11 @@ def open_contents(source: BinaryIO, name: str) -> FileContents:
     elif _is_binary(head):
         raise InputError(f"{name} holds bytes that are no text", hint="text, JSONL, JSON, CSV, TSV, Parquet, Arrow")
     return FileContents(inner, stream, head)
+
+
+def compression_of(head: bytes) -> str | None:
+    """What compressed the file that begins with `head`; None for nothing that is known."""
+    return next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def lines_of(contents: FileContents) -> Iterator[tuple[int, bytes]]:

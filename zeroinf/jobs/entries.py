@@ -302,7 +302,16 @@ def _sampling(body: Body, defaults: Sampling) -> Sampling:
     try:
         return replace(defaults, **changes) if changes else defaults
     except ValueError as error:
-        raise LineError(str(error)) from None
+        raise LineError(_as_named(str(error), body)) from None
+
+
+def _as_named(reason: str, body: Body) -> str:
+    """`reason`, which begins with a setting, by the name that the request has for it."""
+    for names in (_LENGTH_NAMES, _LEAST_NAMES):
+        ours, given = names[0], next(iter(_given(body, *names)), names[0])
+        if reason.startswith(ours):
+            return given + reason.removeprefix(ours)
+    return reason
 
 
 def _answer_format(value: Mapping[str, Any]) -> AnswerFormat | None:

@@ -82,8 +82,18 @@ def _chat_choice(result: Result) -> dict[str, Any]:
 
 
 def _chat_logprob(one: dict[str, Any]) -> dict[str, Any]:
-    top = [{"token": other["token"], "logprob": other["logprob"], "bytes": None} for other in one["top_logprobs"]]
-    return {"token": one["token"], "logprob": one["logprob"], "bytes": None, "top_logprobs": top}
+    top = [_with_bytes(other) for other in one["top_logprobs"]]
+    return {**_with_bytes(one), "top_logprobs": top}
+
+
+def _with_bytes(one: dict[str, Any]) -> dict[str, Any]:
+    """A token with its bytes, unless it is a part of a character: its text does not tell them then."""
+    text = one["token"]
+    return {
+        "token": text,
+        "logprob": one["logprob"],
+        "bytes": None if "\ufffd" in text else list(text.encode("utf-8", "surrogatepass")),
+    }
 
 
 def _text_choice(result: Result) -> dict[str, Any]:

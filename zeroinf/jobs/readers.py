@@ -25,6 +25,7 @@ from zeroinf.jobs.spool import Spool, ValueTable, first_of_equals
 from zeroinf.service.requests import ChatOptions, Extra, Refusal, Request
 
 _NOTHING = Extra()
+_NOT_FOUND = 404
 _EMPTY_HINT = "give --prompt, or a file with a prompt or a JSON object a line"
 _COUNTED = re.compile(r"request-\d+(-\d+)?")
 
@@ -138,6 +139,9 @@ def read_inputs(
                     for record in read_records(source, file.name, input_format):
                         yield (file.name if many else None), record
             except FileNotFoundError as error:
+                cause = error.__cause__  # fsspec says the same of hosts that do not answer
+                if cause is not None and getattr(cause, "status", None) != _NOT_FOUND:
+                    raise InputError(f"cannot read {file.name}: {cause}") from error
                 raise InputError(f"no such input file: {file.name}") from error
             except OSError as error:
                 raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error

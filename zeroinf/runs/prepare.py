@@ -137,9 +137,9 @@ def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iter
     if unused:
         yield f"not used of the input: {flags_of(unused)} (--keep-columns all passes them to the output)"
     if plain and codec.has_chat_template and plain > codec.templated:
-        yield (
-            f"the model has a chat template, and {plain} prompts are taken as they are: --chat makes them user messages"
-        )
+        few = "1 prompt is taken as it is: --chat makes it a user message"
+        many = f"{plain} prompts are taken as they are: --chat makes them user messages"
+        yield f"the model has a chat template, and {few if plain == 1 else many}"
     if codec.doubled:
         yield f"{codec.doubled} prompts begin with the beginning-of-sequence token already: no second one is added"
 

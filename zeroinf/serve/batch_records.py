@@ -11,8 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zeroinf.jobs.contents import compression_of
 from zeroinf.jobs.entries import parse_object
+from zeroinf.jobs.fields import as_id, as_text
 from zeroinf.jobs.files import rename, write_lines, write_new
+from zeroinf.jobs.foreign import endpoint_of
+from zeroinf.jobs.formats import read_records
 from zeroinf.jobs.shape import LineError
 from zeroinf.serve.asks import PATHS
 from zeroinf.serve.errors import ApiError
@@ -23,6 +27,7 @@ _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _LINE_KEYS = ("custom_id", "method", "url", "body")
 _MOST_ERRORS = 100
 _MOST_METADATA = 16
+_MAGIC_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +97,8 @@ def new_batch(body: dict[str, Any], model: str) -> Batch:
     asked = {name: body.pop(name, None) for name in ("endpoint", "input_file_id", "completion_window", "metadata")}
     if unknown := next((name for name, value in body.items() if value is not None), None):
         raise ApiError(400, f"{unknown} is not supported", param=unknown)
-    if asked["endpoint"] not in PATHS.values():
+    endpoint = endpoint_of(asked["endpoint"]) if isinstance(asked["endpoint"], str) else None
+    if endpoint is None:
         raise ApiError(400, f"endpoint must be one of {', '.join(PATHS.values())}", param="endpoint")
     if not isinstance(asked["input_file_id"], str):
         raise ApiError(400, "input_file_id must be the id of a file", param="input_file_id")
@@ -110,7 +116,7 @@ def new_batch(body: dict[str, Any], model: str) -> Batch:
     now = int(time.time())
     return Batch(
         id=f"batch_{secrets.token_hex(12)}",
-        endpoint=asked["endpoint"],
+        endpoint=PATHS[endpoint],
         input_file_id=asked["input_file_id"],
         completion_window=window,
         model=model,
@@ -121,16 +127,22 @@ def new_batch(body: dict[str, Any], model: str) -> Batch:
 
 
 def check_input(path: Path, endpoint: str) -> tuple[int, list[dict[str, Any]]]:
-    """Lines of a batch's input, and what fails all of it: lines that are no requests, double ids, other endpoints."""
+    """Lines of a batch's input, and what fails all of it: lines that are no requests, double ids, other endpoints.
+
+    Raises InputError for a file that is no text."""
     known: dict[str, int] = {}
     errors: list[dict[str, Any]] = []
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            for code, message, param in _complaints(raw.decode("utf-8", "replace"), endpoint, known, number):
+        if packed := compression_of(file.read(_MAGIC_BYTES)):  # it could grow beyond what --max-state allows
+            message = f"the file is compressed by {packed}: upload its lines as they are"
+            return 0, [{"code": "invalid_file", "line": None, "message": message, "param": None}]
+        file.seek(0)
+        for record in read_records(file, "the input file", "jsonl"):
+            assert isinstance(record.value, bytes)
+            text = record.value.decode("utf-8", "replace")
+            for code, message, param in _complaints(text, endpoint, known, record.line):
                 if len(errors) < _MOST_ERRORS:
-                    errors.append({"code": code, "line": number, "message": message, "param": param})
+                    errors.append({"code": code, "line": record.line, "message": message, "param": param})
     if not known and not errors:
         errors.append({"code": "empty_file", "line": None, "message": "the input file has no line", "param": None})
     return len(known), errors
@@ -144,20 +156,18 @@ def _complaints(text: str, endpoint: str, known: dict[str, int], number: int) ->
         return
     if unknown := next((key for key in line if key not in _LINE_KEYS), None):
         yield "unknown_key", f"unknown key {unknown!r}", unknown
-    custom_id = line.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        yield "missing_required_parameter", "custom_id must be a text", "custom_id"
-    elif custom_id in known:
-        yield (
-            "duplicate_custom_id",
-            f"custom_id {custom_id!r} was already given on line {known[custom_id]}",
-            "custom_id",
-        )
+    try:
+        custom_id = as_text(as_id(line.get("custom_id")))
+    except ValueError as error:
+        yield "missing_required_parameter", f"custom_id {error}", "custom_id"
     else:
-        known[custom_id] = number
-    if line.get("method") != "POST":
+        first = known.setdefault(custom_id, number)
+        if first != number:
+            yield "duplicate_custom_id", f"custom_id {custom_id!r} was already given on line {first}", "custom_id"
+    if str(line.get("method")).upper() != "POST":
         yield "invalid_method", "method must be 'POST'", "method"
-    if line.get("url") != endpoint:
-        yield "mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}, not {line.get('url')!r}", "url"
+    url = line.get("url")
+    if not isinstance(url, str) or endpoint_of(url) != endpoint_of(endpoint):
+        yield "mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}, not {url!r}", "url"
     if not isinstance(line.get("body"), dict):
         yield "missing_required_parameter", "body must be an object", "body"
