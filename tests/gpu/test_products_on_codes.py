@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantized import mxfp4_checkpoint
 from small_models import CONTEXT, build_model
+from transformers import AutoConfig
 
+from zeroinf.compat.models import is_experts
 from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
 from zeroinf.engines.stream.expand import Expander
 from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.norms import NormByKernel, use_norm_kernels
 from zeroinf.engines.stream.products import product_on_codes
 from zeroinf.engines.stream.tensor_groups import group_tensors
-from zeroinf.model.inspect import find_stacks
+from zeroinf.model.inspect import build_meta, find_stacks
+from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.wire import CODES, Wire
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +99,28 @@ def test_experts_of_many_rows_are_captured_as_a_graph() -> None:
         index.copy_(torch.rand(300, 4, device=GPU).topk(2).indices)
         graph.replay()
         assert close(out.float(), module(x, index, weights).float())
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 600])
+def test_experts_of_a_checkpoint_are_multiplied_as_codes(tokens: int, tmp_path: Path) -> None:
+    """MXFP4, of few rows of each expert and of many, as near to the products of expanded weights as those are."""
+    model = build_meta(AutoConfig.from_pretrained(mxfp4_checkpoint(tmp_path)), "bfloat16").to_empty(device=GPU)
+    generator = torch.Generator(GPU).manual_seed(0)
+    (module, *_) = [each for each in model.modules() if is_experts(each)]
+    for name, parameter in module.named_parameters():
+        if name.endswith("_blocks"):
+            parameter.data.random_(0, 256, generator=generator)
+        elif name.endswith("_scales"):
+            parameter.data.random_(120, 124, generator=generator)
+        else:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    x = torch.randn(tokens, model.config.hidden_size, device=GPU, dtype=torch.bfloat16, generator=generator)
+    weights, index = torch.rand(tokens, module.num_experts, device=GPU, generator=generator).topk(2)
+    with torch.inference_mode():
+        right = module(x, index, weights.bfloat16())
+        assert use_experts_kernels(model, GPU, None)
+        assert not expansions(model)
+        assert close(module(x, index, weights.bfloat16()), right)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss", "qwen3_next"])

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from quantized import mxfp4_checkpoint
 from small_models import build_model
+from transformers import AutoConfig
 from wire_reference import through_codes
 
+from zeroinf.compat.models import is_experts
 from zeroinf.engines.stream import experts
 from zeroinf.engines.stream.coded_weight import WeightMatrix
 from zeroinf.engines.stream.codes import encode
-from zeroinf.planner.wire import CODES, Wire
+from zeroinf.model.inspect import build_meta
+from zeroinf.model.quantized.expansion import Expansion, expansions
+from zeroinf.planner.wire import CODES, MXFP4, Codes, Wire
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
@@ -86,13 +93,12 @@ def test_experts_that_lie_transposed_are_multiplied() -> None:
     assert torch.allclose(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("each", [0, 2])
-def test_kernels_are_tried_before_they_are_used(bits: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "each"), [*product((CODES["int4"], CODES["int8"], Codes(16, 1)), (0, 2)), (MXFP4, 2)])
+def test_kernels_are_tried_before_they_are_used(kind: Codes, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from zeroinf.engines.stream import product_kernels as kernels
 
     monkeypatch.setattr(kernels, "ROWS_TRIED", (16,))
-    given = torch.device("cpu"), torch.float32, bits, {4: 32, 8: 64, 16: 1}[bits], each
+    given = torch.device("cpu"), torch.float32, kind, each
     assert kernels.why_not(*given) == ""
     monkeypatch.setattr(kernels, "_launch", lambda *args: args[3].zero_())
     assert "not those of the weights" in kernels.why_not(*given)
@@ -117,6 +123,42 @@ def test_experts_of_models_compute_what_transformers_computes(
         found = model(ids, use_cache=False).logits
     assert used
     assert torch.allclose(found, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [40, 0])
+def test_experts_of_a_checkpoint_are_multiplied_as_codes(
+    most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With few rows of each expert; with more, weights of some experts after the others are expanded."""
+    from zeroinf.engines.stream import product_kernels as kernels
+
+    monkeypatch.setattr(kernels, "MOST_ROWS_BY_EXPERT", most)
+    monkeypatch.setattr(kernels, "experts_at_once", lambda weight: 3)
+    folder = mxfp4_checkpoint(tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    model = build_meta(config, "float32").to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_blocks"):
+            parameter.data.random_(0, 256, generator=generator)
+        elif name.endswith("_scales"):
+            parameter.data.random_(120, 124, generator=generator)
+        else:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    (module, *_) = [each for each in model.modules() if is_experts(each)]
+    x, index = torch.randn(7, config.hidden_size), torch.rand(7, module.num_experts).topk(2).indices
+    weights = torch.rand(7, 2)
+    for each, value in (("DTYPES", (torch.float32,)), ("_CODED_DTYPES", (torch.float32,)), ("_fits", lambda *_: True)):
+        monkeypatch.setattr(experts, each, value)
+    tried: list[object] = []
+    monkeypatch.setattr(experts, "expert_products", lambda *given: tried.append(given[2]) or True)
+    with torch.inference_mode():
+        right = module(x, index, weights)
+        assert experts.use_experts_kernels(model, torch.device("cpu"), None)
+        assert tried == [MXFP4]
+        assert not expansions(model)  # nothing is expanded
+        monkeypatch.setattr(Expansion, "open", lambda *_: pytest.fail("weights are expanded"))
+        assert torch.allclose(module(x, index, weights), right, rtol=1e-3, atol=1e-3)
 
 
 def test_what_hangs_on_the_number_of_experts_is_compiled_ahead() -> None:

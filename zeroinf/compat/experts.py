@@ -20,12 +20,17 @@ Experts = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 to what these give (tokens, width)."""
 
 
+def runs_by_default(model: Any) -> bool:
+    """Whether experts of `model`, if it has any, run as transformers runs them by default."""
+    return getattr(model.config, "_experts_implementation", None) == _DEFAULT
+
+
 def replace_default_experts(model: Any, name: str, function: Experts) -> bool:
     """Let experts of `model` run by `function`, known to transformers as `name`, where they run by the default, and say
     whether they do."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if getattr(model.config, "_experts_implementation", None) != _DEFAULT:
+    if not runs_by_default(model):
         return False
     ALL_EXPERTS_FUNCTIONS.register(name, function)
     model.set_experts_implementation(name)

@@ -36,7 +36,7 @@ from zeroinf.generation.states import Mixing
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, KvDtype, PoolSize, Record, TokenState
 from zeroinf.model.kv import ReadsAsZero, dense_experts
 from zeroinf.model.mixers import hidden_of
-from zeroinf.model.quantized.expansion import expanded
+from zeroinf.model.quantized.expansion import expansions, opened
 
 _TOKENS = 2
 # Keys behind which a decode step is shared among programs.
@@ -114,7 +114,7 @@ def _uses(model: Any, anatomy: Anatomy) -> list[_Use]:
         state = BatchState(model, TokenRules(model, None, ()), pool, meta)
         state.kernel, state.mixing = note, _Unmixed
         seat = Seat(Row(index=0, prompt=[0] * _TOKENS, sampling=Sampling(max_new_tokens=1), decode=str), 0, _TOKENS)
-        stack.enter_context(expanded(model))
+        stack.enter_context(opened(expansions(model)))
         inputs = state.batch(Group.packed([seat], [0], [_TOKENS])).inputs()
         stack.enter_context(running(model, state.mixers, packed=True))
         model(**inputs)

@@ -16,7 +16,7 @@ from zeroinf.compat.models import computing_some_experts, experts_method, is_exp
 from zeroinf.compat.modules import own_parameters
 from zeroinf.model.anatomy import Experts, expert_ranges
 from zeroinf.model.kv import ReadsAsZero, dense_experts
-from zeroinf.model.quantized.expansion import Expansion
+from zeroinf.model.quantized.expansion import expansion_of
 
 _TOKENS = 5
 
@@ -89,9 +89,8 @@ class ExpertParts:
         self.module, self.enter, self.leave = module, enter, leave
         self.chosen: ChosenExperts | None = None
         """Where it is set, no part is asked for, but the experts that tokens were routed to alone."""
-        self.expansion = getattr(module.forward, "__self__", None)
-        if not isinstance(self.expansion, Expansion):
-            self.expansion = None
+        owner = expansion_of(module)
+        self.expansion = None if owner is None or owner.rests else owner
         self._run = module.forward
         module.forward = self._forward
 

@@ -25,18 +25,22 @@ class Codes:
 
     bits: int
     group: int
+    is_float: bool = False
+    """Codes are numbers (E2M1) and scales powers of two, in a byte each: MXFP4."""
 
     def nbytes(self, elements: int) -> int:
         """Bytes of so many codes, whole groups, without their scales."""
         return elements * self.bits // 8
 
     def scale_bytes(self, elements: int) -> int:
-        return elements // self.group * SCALE_BYTES
+        return elements // self.group * (1 if self.is_float else SCALE_BYTES)
 
 
 CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
 """The lossy formats. What their groups cost in quality is measured in docs/decisions/0009-wire-formats.md."""
 
+MXFP4 = Codes(4, 32, is_float=True)
+"""Of checkpoints, whose experts are multiplied as codes."""
 
 MOST_CODED_ROWS = 64
 """Dense products of more rows are faster with the weight in full, expansion included (`scripts/bench-products`)."""

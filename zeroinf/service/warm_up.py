@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
-from zeroinf.engines.stream.experts import expert_compilations
+from zeroinf.engines.stream.experts import expert_compilations, use_experts_kernels
 from zeroinf.generation.warm_up import attention_compilations
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.warm_up import expansion_compilations
 from zeroinf.model.source import ModelSource
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.wire import CODES
 
 
 def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable[[], None]]:
     """Calls that compile kernels for `plan`; `model`, on the meta device, shows with which shapes they are launched."""
+    by_kernels = plan.engine == "stream" and use_experts_kernels(model, device, CODES.get(plan.wire))
     found = expansion_compilations(model, device)
-    if plan.engine == "stream":
+    if by_kernels:
         found += expert_compilations(model, plan.anatomy, plan.wire, device)
     if plan.forward_tokens and plan.tensor_parallel.size == 1:
         found += attention_compilations(

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 
 from zeroinf.compat import experts
-from zeroinf.engines.stream.coded_weight import WeightMatrix
-from zeroinf.engines.stream.experts import compute_few, compute_many, matrices_of, takes_grouped
+from zeroinf.engines.stream.coded_weight import WeightMatrix, experts_at_once
+from zeroinf.engines.stream.experts import (
+    coded_experts,
+    compute_few,
+    compute_many,
+    matrices_of,
+    multiply_by_codes,
+    run_by_default,
+    takes_grouped,
+)
 from zeroinf.engines.stream.norms import NormByKernel, norms_of
 
 _NAME = "zeroinf on paper"
@@ -25,7 +33,8 @@ _ROWS = 64
 
 def simulate_kernels(model: Any) -> None:
     """Let experts and norms of `model`, on the meta device, take what the kernels take where these would run."""
-    experts.replace_default_experts(model, _NAME, _run)
+    if experts.replace_default_experts(model, _NAME, _run):
+        multiply_by_codes(coded_experts(model), _NAME)
     for module, form in list(norms_of(model)):
         NormByKernel(module, form, _norm)
 
@@ -38,7 +47,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, **form: bool) -> to
 def _run(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     matrices = matrices_of(module) if states.dim() == index.dim() == 2 and states.numel() > 0 else None
     if matrices is None:
-        return experts.run_by_default(module, states, index, weights)
+        return run_by_default(module, states, index, weights)
     # Many rows take more memory than few, and forwards of any size are to do the same things.
     compute = compute_many if takes_grouped(matrices) else compute_few
     return compute(_OnPaper, module, matrices, states, index, weights)
@@ -46,6 +55,19 @@ def _run(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.
 
 class _OnPaper:
     """What `product_kernels` has, as operators."""
+
+    @staticmethod
+    def are_in_full(weight: WeightMatrix, rows: int) -> bool:
+        return weight.is_float  # what takes more memory
+
+    @staticmethod
+    def product_in_full(
+        x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: Any, each: int, tile: Any
+    ) -> torch.Tensor:
+        whole = x.new_empty(experts_at_once(weight), *weight.shape[1:])
+        out: torch.Tensor = torch.ops.zeroinf.multiply_codes(x, weight.data, weight.scales, bias, each, weight.shape[1])
+        del whole
+        return out
 
     @staticmethod
     def tile_for(rows: int, bits: int, device: torch.device) -> Any:
@@ -89,6 +111,7 @@ for schema in (
     "route_tokens(Tensor index, int count, int rows) -> Tensor",
     "gather_rows(Tensor x, int each) -> Tensor",
     "multiply_by_experts(Tensor x, Tensor weight, Tensor? bias, int each) -> Tensor",
+    "multiply_codes(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int each, int outputs) -> Tensor",
     "add_bias(Tensor(a!) y, Tensor bias) -> ()",
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
@@ -106,6 +129,13 @@ def _routed(index: torch.Tensor, count: int, rows: int) -> torch.Tensor:
 @torch.library.impl(_PREFIX + "multiply_by_experts", "Meta")
 def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, each: int) -> torch.Tensor:
     return x.new_empty(x.shape[0] * each, weight.shape[1])
+
+
+@torch.library.impl(_PREFIX + "multiply_codes", "Meta")
+def _multiplied_by_codes(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, each: int, outputs: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0] * each, outputs)
 
 
 @torch.library.impl(_PREFIX + "gather_rows", "Meta")
@@ -134,5 +164,5 @@ def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def product_flops(x: torch.Tensor, weight: torch.Tensor, *ignored: Any, out_val: torch.Tensor, **more: Any) -> int:
-    """Of `multiply_by_experts`, as `torch.utils.flop_counter` counts."""
-    return 2 * out_val.numel() * weight.shape[2]
+    """Of `multiply_by_experts` and `multiply_codes`, as `torch.utils.flop_counter` counts."""
+    return 2 * out_val.numel() * x.shape[1]

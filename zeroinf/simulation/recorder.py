@@ -203,6 +203,7 @@ _FLOPS = {
     **flop_registry,
     GROUPED_MM: _grouped_flops,
     torch.ops.zeroinf.multiply_by_experts: product_flops,
+    torch.ops.zeroinf.multiply_codes: product_flops,
 }
 
 

@@ -30,6 +30,25 @@ class WeightMatrix:
     shape: tuple[int, ...]
     bits: int
     group: int
+    is_float: bool = False
+    """Codes are numbers (E2M1), the even ones of a group in the lower bits of its bytes, and scales powers of two."""
+
+
+_AT_ONCE_BYTES = 512 << 20
+
+
+def experts_at_once(weight: WeightMatrix) -> int:
+    """Of how many experts the codes of `weight` are expanded before they are multiplied."""
+    count, outputs, inputs = weight.shape
+    return min(count, max(1, _AT_ONCE_BYTES // (outputs * inputs * 2)))
+
+
+def in_halves(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
+    """`x` (rows, inputs) in the order in which a product reads inputs: as it is, or in groups whose even ones come
+    first, where a byte of `weight` holds two that lie side by side."""
+    if not weight.is_float:
+        return x
+    return x.view(x.shape[0], -1, weight.group // 2, 2).transpose(2, 3).reshape(x.shape)
 
 
 Product = Callable[[torch.Tensor, WeightMatrix, torch.Tensor | None], torch.Tensor]

@@ -9,7 +9,7 @@ kernels do not do runs as transformers runs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,18 +18,20 @@ import torch
 
 from zeroinf.compat import experts
 from zeroinf.compat.experts import grouped_product
-from zeroinf.compat.models import is_experts
-from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
+from zeroinf.compat.models import experts_method, is_experts
+from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix, in_halves
 from zeroinf.engines.stream.products import DTYPES, expert_products
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.model.quantized.expansion import expanded
+from zeroinf.model.quantized.expansion import expansion_of, expansions, opened
 from zeroinf.planner.coded_products import by_expert
-from zeroinf.planner.wire import CODES, MOST_ROWS_BY_EXPERT, Codes, Wire
+from zeroinf.planner.wire import CODES, MOST_ROWS_BY_EXPERT, MXFP4, Codes, Wire
 
 NAME = "zeroinf"
 
 _MANY = 128
 """Rows of a tile in tables that nothing reads."""
+_CODED_DTYPES = (torch.bfloat16,)
+"""In which codes of checkpoints are weights to the bit."""
 _GROUPED_CAPABILITIES = (9, 10)
 """Major compute capabilities for which torch has kernels of grouped products."""
 
@@ -37,21 +39,44 @@ _GROUPED_CAPABILITIES = (9, 10)
 def use_experts_kernels(model: Any, device: torch.device, kind: Codes | None) -> bool:
     """Let the experts of `model`, if any, run here where they would run as transformers runs them by default, and where
     kernels multiply by their weights, which rest as codes of `kind` or (None) as numbers; say whether they do."""
-    if not any(is_experts(module) for module in model.modules()) or not expert_products(device, model.dtype, kind):
+    modules = [module for module in model.modules() if is_experts(module)]
+    if not modules or not experts.runs_by_default(model):
         return False
-    return experts.replace_default_experts(model, NAME, run_experts)
+    coded = coded_experts(model)
+    if coded and expert_products(device, model.dtype, MXFP4):
+        kind = MXFP4
+    elif expert_products(device, model.dtype, kind):
+        coded = []
+    else:
+        return False
+    experts.replace_default_experts(model, NAME, run_experts)
+    multiply_by_codes(coded, NAME)
+    return True
+
+
+def coded_experts(model: Any) -> list[Any]:
+    """The experts of `model` whose weights its checkpoint has as codes that kernels multiply by."""
+    owners = ((module, expansion_of(module)) for module in model.modules() if is_experts(module))
+    found = [module for module, owner in owners if owner is not None and owner.has_codes]
+    return found if model.dtype in _CODED_DTYPES else []
+
+
+def multiply_by_codes(modules: Sequence[Any], name: str) -> None:
+    """Leave the weights of `coded_experts` as codes wherever transformers runs experts as `name`."""
+    for module in modules:
+        owner = expansion_of(module)
+        assert owner is not None
+        owner.rest(lambda own=module: experts_method(own) == name)  # type: ignore[misc]
 
 
 def expert_compilations(model: Any, anatomy: Anatomy, wire: Wire, device: torch.device) -> list[Callable[[], None]]:
     """Calls that each compile the products with one kind of weights of experts of `model`, which lies on the meta
     device, as those of weights that cross as `wire` would be launched on `device`."""
-    if not anatomy.experts or not expert_products(device, model.dtype, CODES.get(wire)):
-        return []
     modules, coded = dict(model.named_modules()), by_expert(anatomy, wire)
     found: dict[object, Callable[[], None]] = {}
     for own in anatomy.experts:
         module = modules[own.module]
-        with expanded(module):
+        with opened(expansions(module)):
             matrices = matrices_of(module)
         for name, one, each in zip(_names(module), matrices or (), (own.each, 1), strict=False):
             matrix = one.matrix
@@ -81,7 +106,7 @@ def run_experts(
     """
     matrices = matrices_of(module) if _fits(hidden_states, top_k_index) else None
     if matrices is None:
-        return experts.run_by_default(module, hidden_states, top_k_index, top_k_weights)
+        return run_by_default(module, hidden_states, top_k_index, top_k_weights)
     from zeroinf.engines.stream import product_kernels
 
     rows = -(-top_k_index.numel() // matrices[0].matrix.shape[0])
@@ -93,6 +118,13 @@ def run_experts(
     return compute(product_kernels, module, matrices, hidden_states, top_k_index, top_k_weights)
 
 
+def run_by_default(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As transformers runs experts, with weights in full."""
+    owner = expansion_of(module)
+    with opened([] if owner is None or not owner.rests else [owner]):
+        return experts.run_by_default(module, states, index, weights)
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
     """The weights of all experts in one of their products."""
@@ -100,8 +132,9 @@ class ExpertMatrix:
     matrix: WeightMatrix
     bias: torch.Tensor | None
     """(experts, outputs)."""
-    full: Callable[[], torch.Tensor]
-    """Gives the weights in full (experts, outputs, inputs), until those of another product are asked for."""
+    full: Callable[[], torch.Tensor] | None
+    """Gives the weights in full (experts, outputs, inputs), until those of another product are asked for; None where
+    they are never in full."""
 
 
 Matrices = tuple[ExpertMatrix, ExpertMatrix]
@@ -110,13 +143,22 @@ Matrices = tuple[ExpertMatrix, ExpertMatrix]
 def compute_few(
     kernels: Any, module: Any, matrices: Matrices, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """As `run_experts`, by the kernels that read rows where they lie and weights as they rest."""
+    """As `run_experts`, by the kernels that read rows where they lie and weights as they rest; codes that are numbers
+    become weights before products of many rows, of some experts after the others."""
     up, down = matrices
     count, each = up.matrix.shape[0], index.shape[-1]
-    tile = kernels.tile_for(-(-index.numel() // count), up.matrix.bits, states.device)
+    rows = -(-index.numel() // count)
+    in_full = kernels.are_in_full(up.matrix, rows)
+    tile = kernels.tile_for(rows, 16 if in_full else up.matrix.bits, states.device)
     routing = kernels.route(index, count, tile.rows)
-    hidden = _gated(kernels, module, kernels.product_by_expert(states, up.matrix, up.bias, routing, each, tile))
-    out = _normed(module, kernels.product_by_expert(hidden, down.matrix, down.bias, routing, 1, tile))
+
+    def product(x: torch.Tensor, one: ExpertMatrix, each: int) -> torch.Tensor:
+        multiply = kernels.product_in_full if in_full else kernels.product_by_expert
+        read = x if in_full else in_halves(x, one.matrix)
+        out: torch.Tensor = multiply(read, one.matrix, one.bias, routing, each, tile)
+        return out
+
+    out = _normed(module, product(_gated(kernels, module, product(states, up, each)), down, 1))
     result: torch.Tensor = kernels.combine(out, index, weights, count)
     return result
 
@@ -137,6 +179,7 @@ def compute_many(
 
 
 def _grouped(kernels: Any, rows: torch.Tensor, one: ExpertMatrix, routing: Any) -> torch.Tensor:
+    assert one.full is not None
     out = grouped_product(rows, one.full().mT, routing.ends)
     if one.bias is not None:
         kernels.add_bias(out, one.bias, routing)
@@ -163,8 +206,8 @@ def _fits(states: torch.Tensor, index: torch.Tensor) -> bool:
 
 
 def takes_grouped(matrices: Matrices) -> bool:
-    """Whether torch multiplies rows in order of experts by such weights: rows are aligned."""
-    return all(one.matrix.shape[1] % 8 == one.matrix.shape[2] % 8 == 0 for one in matrices)
+    """Whether torch multiplies rows in order of experts by such weights: they are in full, and their rows aligned."""
+    return all(one.full is not None and one.matrix.shape[1] % 8 == one.matrix.shape[2] % 8 == 0 for one in matrices)
 
 
 def _takes_grouped(matrices: Matrices, dtype: torch.dtype) -> bool:
@@ -191,10 +234,16 @@ def _names(module: Any) -> tuple[str, str]:
 
 
 def _matrix(module: Any, name: str) -> ExpertMatrix | None:
-    weight = getattr(module, name, None)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     if isinstance(bias, CodedWeight):
         bias = bias.full()
+    owner = expansion_of(module)
+    if owner is not None and owner.rests:
+        own = owner.codes()[name]
+        count, outputs, groups, _ = own.codes.shape
+        shape = count, outputs, groups * MXFP4.group
+        return ExpertMatrix(WeightMatrix(own.codes, own.powers, shape, MXFP4.bits, MXFP4.group, True), bias, None)
+    weight = getattr(module, name, None)
     if isinstance(weight, CodedWeight):
         matrix = weight.matrix() if len(weight.location.shape) == 3 and not module.is_transposed else None
         return ExpertMatrix(matrix, bias, weight.in_passing) if matrix is not None else None

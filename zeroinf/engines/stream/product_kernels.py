@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product as pairs_of
 from math import prod
 
 import torch
@@ -24,7 +25,10 @@ import triton
 import triton.language as tl
 
 from zeroinf.compat.launches import Launch
-from zeroinf.engines.stream.coded_weight import WeightMatrix
+from zeroinf.engines.stream.coded_weight import WeightMatrix, experts_at_once, in_halves
+from zeroinf.model.quantized.fp4 import expand_fp4
+from zeroinf.model.quantized.fused import OPERATORS
+from zeroinf.planner.wire import MOST_ROWS_BY_EXPERT, Codes
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """On a CPU, to test kernels: bfloat16 has no arithmetic there."""
@@ -58,6 +62,46 @@ def _four_bits(code, scale, is_high: tl.constexpr, dtype: tl.constexpr):  # type
     return ((code.to(tl.int32) - 8).to(tl.float32) * scale.to(tl.float32)).to(dtype)
 
 
+# Two bytes, each of two numbers of four bits, to two bfloat16 whose exponents are too low by 126.
+_FLOAT_LOW = tl.constexpr("""{
+.reg .b32 a, s, e;
+cvt.u32.u16 a, $1;
+prmt.b32 a, a, 0, 0x4140;
+shl.b32 s, a, 12;
+shl.b32 e, a, 6;
+and.b32 e, e, 0x01c001c0;
+lop3.b32 $0, s, 0x80008000, e, 0xEA;
+}""")
+_FLOAT_HIGH = tl.constexpr("""{
+.reg .b32 a, s, e;
+cvt.u32.u16 a, $1;
+prmt.b32 a, a, 0, 0x4140;
+shl.b32 s, a, 8;
+shl.b32 e, a, 2;
+and.b32 e, e, 0x01c001c0;
+lop3.b32 $0, s, 0x80008000, e, 0xEA;
+}""")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _four_bit_floats(code, scale, is_high: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same for E2M1, a sign, two bits of exponent and one of mantissa: nothing is rounded in bfloat16."""
+    if dtype == tl.bfloat16 and not _IS_INTERPRETED:
+        assembly: tl.constexpr = _FLOAT_HIGH if is_high else _FLOAT_LOW
+        value = tl.inline_asm_elementwise(assembly, "=r,h", [code], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return value * 8.507059173023462e37 * scale
+    code = (code >> 4 if is_high else code & 15).to(tl.int32)
+    value = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+    return (value * scale.to(tl.float32)).to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _power_of_two(code, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a byte stands for as the exponent of a scale."""
+    bits = tl.where(code == 0, 0x00400000, code.to(tl.int32) << 23)
+    return bits.to(tl.float32, bitcast=True).to(dtype)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _eight_bits(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     value = (code ^ 128).to(tl.int8, bitcast=True)
@@ -67,15 +111,16 @@ def _eight_bits(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @Launch
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "first_expert", "experts"])  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
-    out_stride, part_stride,
+    out_stride, part_stride, first_expert, experts,
     BITS: tl.constexpr, GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TURNED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end.
+    """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end. Those
+    are computed that go to one of `experts` experts from `first_expert` on, of which `weight` has the weights.
 
     `TURNED`: the outputs of numbers lie side by side. They are loaded by a mask then, since addresses that do not
     follow each other everywhere are read one by one.
@@ -91,7 +136,7 @@ def _product(  # type: ignore[no-untyped-def]
     own = tl.arange(0, ROWS)
     if BY_EXPERT:
         expert = tl.load(tiles + row_tile).to(tl.int64)
-        if expert < 0:
+        if (expert < first_expert) | (expert >= first_expert + experts):
             return
         start = tl.load(tiles + row_tiles + row_tile)
         end = tl.load(tiles + 2 * row_tiles + row_tile)
@@ -99,14 +144,15 @@ def _product(  # type: ignore[no-untyped-def]
         row = tl.load(slots + start + own, mask=inside, other=0).to(tl.int64)
         x_row = row // each
     else:
-        expert = 0
+        expert = first_expert
         row = row_tile.to(tl.int64) * ROWS + own
         inside = row < rows
         x_row = tl.where(inside, row, 0)
     real = output < outputs
-    weight_row = tl.where(real, output, 0).to(tl.int64) + expert * outputs
-    of_expert = output.to(tl.int64) if TURNED else weight_row - expert * outputs
-    weight_at = weight + expert * outputs * inputs + of_expert[:, None] * output_stride
+    own_expert = expert - first_expert
+    weight_row = tl.where(real, output, 0).to(tl.int64) + own_expert * outputs
+    of_expert = output.to(tl.int64) if TURNED else weight_row - own_expert * outputs
+    weight_at = weight + own_expert * outputs * inputs + of_expert[:, None] * output_stride
     x_at = x + x_row[None, :] * x_stride
     acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -115,6 +161,10 @@ def _product(  # type: ignore[no-untyped-def]
     steps = tl.cdiv(tl.cdiv(inputs, INPUTS), tl.num_programs(1))
     begin = tl.program_id(1) * steps * INPUTS
     finish = tl.minimum(begin + steps * INPUTS, inputs)
+    if FLOAT:
+        # Single bytes cannot be copied ahead of their use: those of the next step are loaded before this one is used.
+        power_at = scales + weight_row[:, None] * (inputs // GROUP) + group[None, :]
+        next_power = tl.load(power_at + begin // GROUP, mask=begin // GROUP + group[None, :] < finish // GROUP, other=0)
     for k in range(begin, finish, INPUTS):
         if BITS == 16:
             column = k + tl.arange(0, INPUTS)
@@ -133,19 +183,30 @@ def _product(  # type: ignore[no-untyped-def]
             code_ptr += (k // GROUP + group)[None, :, None] * of_group + tl.arange(0, of_group)[None, None, :]
             flat = tl.arange(0, groups * of_group)
             column = k + flat // of_group * GROUP + flat % of_group
-            if EVEN:
+            if FLOAT:
+                scale = _power_of_two(next_power, dtype)[:, :, None]
+                later = (k + INPUTS) // GROUP
+                next_power = tl.load(power_at + later, mask=later + group[None, :] < finish // GROUP, other=0)
+            elif EVEN:
                 scale = tl.load(scale_ptr)[:, :, None]
+            else:
+                scale = tl.load(scale_ptr, mask=there[None, :], other=0)[:, :, None]
+            if EVEN:
                 code = tl.load(code_ptr)
                 low = tl.load(x_at + column[:, None])
                 if BITS == 4:
                     high = tl.load(x_at + column[:, None] + of_group)
             else:
-                scale = tl.load(scale_ptr, mask=there[None, :], other=0)[:, :, None]
                 code = tl.load(code_ptr, mask=there[None, :, None], other=0)
                 low = tl.load(x_at + column[:, None], mask=column[:, None] < finish, other=0)
                 if BITS == 4:
                     high = tl.load(x_at + column[:, None] + of_group, mask=column[:, None] < finish, other=0)
-            if BITS == 4:
+            if FLOAT:
+                w = tl.reshape(_four_bit_floats(code, scale, False, dtype), (OUTPUTS, groups * of_group))
+                acc = tl.dot(w, low, acc, input_precision=PRECISION)
+                w = tl.reshape(_four_bit_floats(code, scale, True, dtype), (OUTPUTS, groups * of_group))
+                acc = tl.dot(w, high, acc, input_precision=PRECISION)
+            elif BITS == 4:
                 w = tl.reshape(_four_bits(code, scale, False, dtype), (OUTPUTS, groups * of_group))
                 acc = tl.dot(w, low, acc, input_precision=PRECISION)
                 w = tl.reshape(_four_bits(code, scale, True, dtype), (OUTPUTS, groups * of_group))
@@ -321,9 +382,10 @@ def tile_for(rows: int, bits: int, device: torch.device) -> ProductTile:
 
 def _launch(
     x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, out: torch.Tensor, tile: ProductTile,
-    row_tiles: int, routing: SlotTable | None, each: int, parts: int,
+    row_tiles: int, routing: SlotTable | None, each: int, parts: int, first_expert: int = 0,
 ) -> None:  # fmt: skip
-    """Into `out` (rows or slots, outputs), or its `parts` of sums over inputs (parts, rows, outputs)."""
+    """Into `out` (rows or slots, outputs), or its `parts` of sums over inputs (parts, rows, outputs). `weight` has the
+    experts from `first_expert` on."""
     outputs, inputs = weight.shape[-2:]
     steps = _step(weight, tile)
     rows, slots, tiles = x.shape[0], x, x
@@ -335,10 +397,13 @@ def _launch(
     run(
         (row_tiles * -(-outputs // tile.outputs), parts),
         (x, weight.data, scales, x if bias is None else bias, out, slots, tiles),
-        (rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride),
+        (
+            rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride, first_expert,
+            weight.shape[0] if routing is not None else 1,
+        ),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
-        EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, ROWS=tile.rows,
-        OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
+        EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, FLOAT=weight.is_float,
+        ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -446,7 +511,8 @@ def route(index: torch.Tensor, experts: int, rows: int) -> SlotTable:
 def product_by_expert(
     x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: SlotTable, each: int, tile: ProductTile
 ) -> torch.Tensor:
-    """For every slot its row of `x` by its expert's weights: (slots, outputs). A row of `x` has `each` slots."""
+    """For every slot its row of `x` by its expert's weights: (slots, outputs). A row of `x` has `each` slots, and is
+    `in_halves` where weights are numbers of four bits."""
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(routing.slots.numel(), weight.shape[1])
     _launch(x, weight, bias, out, tile, routing.tiles.shape[1], routing, each, 1)
@@ -473,6 +539,30 @@ def compile_for(experts: int, each: int, device: torch.device, dtype: torch.dtyp
     combine(x, index, weights, experts, routing)
 
 
+def are_in_full(weight: WeightMatrix, rows: int) -> bool:
+    """Whether codes become weights before a product of so many rows of each expert."""
+    return weight.is_float and rows > MOST_ROWS_BY_EXPERT
+
+
+def product_in_full(
+    x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: SlotTable, each: int, tile: ProductTile
+) -> torch.Tensor:
+    """As `product_by_expert` by codes that are numbers, with inputs in their own order: some experts after the others
+    are expanded into the same memory, and multiplied."""
+    assert weight.scales is not None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    count, outputs, inputs = weight.shape
+    whole = x.new_empty(experts_at_once(weight), outputs, inputs)
+    out = x.new_empty(routing.slots.numel(), outputs)
+    for first in range(0, count, len(whole)):
+        some = slice(first, first + len(whole))
+        own = whole[: min(count, some.stop) - first]
+        expand_fp4(own, weight.data[some].view(len(own), outputs, -1), weight.scales[some], None, False)
+        full = WeightMatrix(own, None, tuple(own.shape), 16, 1)
+        _launch(x, full, bias, out, tile, routing.tiles.shape[1], routing, each, 1, first)
+    return out
+
+
 def compile_product_by_expert(
     weight: WeightMatrix, bias: torch.Tensor | None, each: int, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -482,10 +572,17 @@ def compile_product_by_expert(
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
-    for rows in ROWS_TRIED:
-        tile = tile_for(rows, weight.bits, device)
+    own = [weight]
+    if weight.is_float:
+        whole = torch.empty(experts_at_once(weight), *weight.shape[1:], dtype=dtype, device="meta")
+        own.append(WeightMatrix(whole, None, tuple(whole.shape), 16, 1))
+        some = torch.empty(len(whole), weight.shape[1], weight.shape[2] // 2, dtype=torch.uint8, device="meta")
+        powers = some.new_empty(*weight.shape[:2], weight.shape[2] // weight.group)[: len(whole)]
+        OPERATORS["expand_fp4"].compile(device, whole, some, powers, None, False)
+    for matrix, rows in pairs_of(own, ROWS_TRIED):
+        tile = tile_for(rows, matrix.bits, device)
         routing = SlotTable(meta(each), meta(each), meta(weight.shape[0]), meta(3, each), tile.rows)
-        product_by_expert(meta(1, weight.shape[2]).to(dtype), weight, bias, routing, each, tile)
+        product_by_expert(meta(1, weight.shape[2]).to(dtype), matrix, bias, routing, each, tile)
 
 
 def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:
@@ -528,16 +625,16 @@ def combine(
     return out
 
 
-def why_not(device: torch.device, dtype: torch.dtype, bits: int, group: int, each: int = 0) -> str:
+def why_not(device: torch.device, dtype: torch.dtype, kind: Codes, each: int = 0) -> str:
     """Why these kernels do not run on `device`, empty where they do: each is compiled and used once, those of experts
-    where a token goes to `each` of them, or (0) the dense ones.
+    where a token goes to `each` of them, or (0) the dense ones. Codes of 16 bits are the weights themselves.
 
     What they give is compared with products of the weights: a compiler's fault must not become a model's.
     """
     try:
         for rows in ROWS_TRIED:
             generator = torch.Generator(device).manual_seed(rows)
-            weights = _example((max(4, each), 256, 1024), device, dtype, bits, group, generator)
+            weights = _example((max(4, each), 256, 1024), device, dtype, kind, generator)
             x = torch.randn(rows, 1024, device=device, generator=generator).to(dtype)
             pairs = _by_expert(x, *weights, each, generator) if each else _dense(x, *weights)
             if any(bool((one.float() - other).norm() > 0.01 * other.norm()) for one, other in pairs):
@@ -570,10 +667,15 @@ def _by_expert(
     index = torch.rand(rows, experts, device=x.device, generator=generator).topk(each).indices
     tile = tile_for(rows, stack.bits, x.device)
     routing = route(index, experts, tile.rows)
-    found = product_by_expert(x, stack, None, routing, each, tile)
+    read = in_halves(x, stack)
+    found = product_by_expert(read, stack, None, routing, each, tile)
     right = torch.einsum("ti,eoi->teo", x.float(), full)
     right = right.gather(1, index[..., None].expand(-1, -1, outputs)).flatten(0, 1)
-    again = product_by_expert(x.repeat_interleave(each, 0), stack, None, routing, 1, tile)
+    tiles = tile_for(rows, 16, x.device)
+    expanded = (
+        product_in_full(x, stack, None, route(index, experts, tiles.rows), each, tiles) if stack.is_float else found
+    )
+    again = product_by_expert(read.repeat_interleave(each, 0), stack, None, routing, 1, tile)
     weights = torch.rand(rows, each, device=x.device, generator=generator).to(x.dtype)
     summed = (found.float().view(rows, each, outputs) * weights.float()[..., None]).sum(1)
     gated, value = found.float().chunk(2, -1)
@@ -583,7 +685,7 @@ def _by_expert(
     add_bias(biased, bias, routing)
     of_slot = (x.float().repeat_interleave(each, 0) + bias[index.flatten()].float())[routing.slots.long()]
     return [
-        (biased, of_slot),
+        (biased, of_slot), (expanded, right),
         (found, right), (again, right), (combine(found, index, weights, experts), summed),
         (combine(in_order, index, weights, experts, routing), x.float() * weights.float().sum(1, keepdim=True)),
         (gate(found), torch.nn.functional.silu(gated) * value),
@@ -591,15 +693,22 @@ def _by_expert(
 
 
 def _example(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, bits: int, group: int,
-    generator: torch.Generator,
-) -> tuple[WeightMatrix, torch.Tensor]:  # fmt: skip
+    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, kind: Codes, generator: torch.Generator
+) -> tuple[WeightMatrix, torch.Tensor]:
     """Weights as they rest, and in full in float32."""
+    bits, group = kind.bits, kind.group
     if bits == 16:
         weight = torch.randn(shape, device=device, generator=generator).to(dtype)
         return WeightMatrix(weight, None, shape, 16, 1), weight.float()
     elements = prod(shape)
     codes = torch.randint(0, 256, (elements * bits // 8,), dtype=torch.uint8, device=device, generator=generator)
+    if kind.is_float:
+        powers = torch.randint(118, 126, (elements // group,), device=device, generator=generator)
+        both = torch.stack((codes & 15, codes >> 4), 1).flatten().long()
+        sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=device)[both & 7]
+        numbers = torch.where(both > 7, -sizes, sizes).view(-1, group) * (powers - 127.0).exp2()[:, None]
+        blocks, powers = codes.view(*shape[:2], -1, group // 2), powers.to(torch.uint8).view(*shape[:2], -1)
+        return WeightMatrix(blocks, powers, shape, bits, group, True), numbers.view(shape)
     scales = (torch.rand(elements // group, device=device, generator=generator) * 0.01 + 0.01).bfloat16()
     low = codes.view(-1, group * bits // 8).int()
     values = torch.cat((low & 15, low >> 4), 1) - 8 if bits == 4 else low - 128

@@ -49,7 +49,7 @@ def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: in
     except ImportError as error:
         reason = str(error)
     else:
-        reason = why_not(device, dtype, *((16, 1) if kind is None else (kind.bits, kind.group)), each)
+        reason = why_not(device, dtype, kind or Codes(16, 1), each)
     if reason:
         logging.getLogger(__name__).warning("products are computed by torch, since kernels for them fail: %s", reason)
     torch.cuda.empty_cache()

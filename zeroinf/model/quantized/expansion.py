@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,6 +16,18 @@ from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import ModelError
 
 Held = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCodes:
+    """The weights of all experts in one of their products as codes of four bits (E2M1) that share powers of two."""
+
+    codes: torch.Tensor
+    """(experts, outputs, groups, bytes of a group; uint8): two codes a byte, the first in its lower bits."""
+    powers: torch.Tensor
+    """(experts, outputs, groups; uint8): exponents, 127 too high."""
+
+
 Expand = Callable[[Held], Mapping[str, torch.Tensor]]
 """From what a module holds to the parameters that its forward uses."""
 
@@ -73,12 +86,35 @@ class Expansion:
     In between it has what its checkpoint holds and nothing more.
     """
 
-    def __init__(self, module: Module, expand: Expand) -> None:
-        """Let `module` run with what `expand` makes of its own parameters."""
+    def __init__(
+        self, module: Module, expand: Expand, codes: Callable[[Held], Mapping[str, ExpertCodes]] | None = None
+    ) -> None:
+        """Let `module` run with what `expand` makes of its own parameters. `codes` gives the codes of the weights of
+        experts, by the names of these."""
         self._own: dict[str, Any] = own_parameters(module)
-        self._expand, self._run = expand, module.forward
+        self._expand, self._run, self._codes = expand, module.forward, codes
         self._held: dict[str, Any] | None = None
+        self._multiplies: Callable[[], bool] | None = None
         module.forward = self._forward
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether products can be computed with codes."""
+        return self._codes is not None
+
+    def rest(self, multiplies: Callable[[], bool]) -> None:
+        """Leave weights as codes: as long as `multiplies` says so, the module multiplies by these."""
+        self._multiplies = multiplies
+
+    @property
+    def rests(self) -> bool:
+        """Whether the module multiplies by codes."""
+        return self._multiplies is not None
+
+    def codes(self) -> Mapping[str, ExpertCodes]:
+        """What the module holds now, by the names of its weights."""
+        assert self._codes is not None
+        return self._codes(self._own)
 
     def open(self, slot: ExpansionSlot | None = None) -> None:
         """Expand what the module holds now, into `slot` if there is one with room."""
@@ -102,7 +138,7 @@ class Expansion:
             self._held = None
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._held is not None:
+        if self._held is not None or (self._multiplies is not None and self._multiplies()):
             return self._run(*args, **kwargs)
         self.open()
         try:
@@ -111,17 +147,23 @@ class Expansion:
             self.close()
 
 
+def expansion_of(module: Any) -> Expansion | None:
+    """What gives `module` its weights in full; None where they are."""
+    owner = getattr(module.forward, "__self__", None)
+    return owner if isinstance(owner, Expansion) else None
+
+
 def expansions(module: Module) -> list[Expansion]:
-    """The expansions of `module` and all modules inside; none where its weights are in full."""
-    found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
-    return [owner for owner in found if isinstance(owner, Expansion)]
+    """The expansions of `module` and all modules inside, but for weights that are multiplied as codes."""
+    found = map(expansion_of, module.modules())
+    return [owner for owner in found if owner is not None and not owner.rests]
 
 
 @contextmanager
-def expanded(module: Module) -> Iterator[None]:
-    """While it lasts, `module` and all modules inside have their weights in full."""
+def opened(some: Iterable[Expansion]) -> Iterator[None]:
+    """While it lasts, the modules of `some` expansions have their weights in full."""
     with ExitStack() as stack:
-        for expansion in expansions(module):
+        for expansion in some:
             expansion.open()
             stack.callback(expansion.close)
         yield

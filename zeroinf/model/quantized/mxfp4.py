@@ -9,7 +9,7 @@ import torch
 
 from zeroinf.compat import quantizers
 from zeroinf.compat.modules import own_parameters
-from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
+from zeroinf.model.quantized.expansion import Expansion, ExpertCodes, Held, meta, whole_weights
 from zeroinf.model.quantized.fp4 import expand_fp4
 
 # So many codes share a power of two.
@@ -29,7 +29,11 @@ def hold_mxfp4(model: Any, found: dict[str, Any]) -> None:
             groups = experts, outputs, inputs // _FP4_GROUP
             module.register_parameter(f"{name}_blocks", meta((*groups, _FP4_GROUP // 2), torch.uint8))
             module.register_parameter(f"{name}_scales", meta(groups, torch.uint8))
-        Expansion(module, partial(_expand_mxfp4, names, dtype))
+        Expansion(module, partial(_expand_mxfp4, names, dtype), partial(_codes, names))
+
+
+def _codes(names: tuple[str, ...], held: Held) -> dict[str, ExpertCodes]:
+    return {name: ExpertCodes(held[f"{name}_blocks"], held[f"{name}_scales"]) for name in names}
 
 
 def _expand_mxfp4(names: tuple[str, ...], dtype: torch.dtype, held: Held) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zeroinf.compat.dispatch import TorchDispatchMode
-from zeroinf.model.quantized.expansion import expanded
+from zeroinf.model.quantized.expansion import expansions, opened
 from zeroinf.model.quantized.fused import OPERATORS
 
 
@@ -39,6 +39,6 @@ def _kind(given: Any) -> object:
 
 def expansion_compilations(model: Any, device: torch.device) -> list[Callable[[], None]]:
     """Calls that each compile and try one kernel that `model`, which lies on the meta device, will use on `device`."""
-    with torch.no_grad(), _Calls() as calls, expanded(model):
+    with torch.no_grad(), _Calls() as calls, opened(expansions(model)):
         pass
     return [partial(OPERATORS[name].compile, device, *args) for name, args in calls.found.values()]
