@@ -123,6 +123,19 @@ def test_recurrent_layers_run_without_graphs_beside_others() -> None:
     assert [row.generated for row in ran] == expected(model, ran)
 
 
+def test_layers_that_are_given_their_hidden_states_by_name_run_without_graphs_and_it_is_said() -> None:
+    model = build_model("llama")
+    block = find_blocks(model)[1][1]
+    engine, forward = PlainEngine(model), block.forward
+    graphs = Graphs([block], FakeCapturing(), SIZES, most=1)
+    block.forward, own = lambda hidden, **kwargs: own(hidden_states=hidden, **kwargs), block.forward
+    ran = rows()
+    run_rows(engine, ran, rows=3, pages=9, prefill_tokens=20, forward_tokens=13)
+    block.forward = forward
+    assert graphs.refused == "layer 0: a layer is not given its hidden states first"
+    assert [row.generated for row in ran] == expected(model, ran)
+
+
 class _Told(torch.Tensor):
     def data_ptr(self) -> int:
         return 1

@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import Module
-from transformers import DynamicCache
 
 from zeroinf.compat.graphs import CudaCapture, ignoring_waits, noting_waits
 from zeroinf.compat.modules import own_buffers, own_parameters
 from zeroinf.generation.attention import PackedLayer, Scores
+from zeroinf.generation.graph_inputs import GivenInputs, GraphBuffers, LayerCall, NotCaptured
 
 _Key = tuple[Any, ...]
 
@@ -61,8 +62,14 @@ class Capturing(Protocol):
         ...
 
 
-class _Refusal(Exception):  # noqa: N818  it is no error: the layer runs without graphs
-    """Why a layer is not captured."""
+class _States(NamedTuple):
+    """What a layer hands to its attention."""
+
+    query: torch.Tensor
+    """(heads, tokens, width)."""
+    keys: torch.Tensor
+    """(kv heads, tokens, width), as values."""
+    values: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,9 @@ class _Graph:
 
     before: Capture
     after: Capture
-    states: tuple[torch.Tensor, ...]
-    """Queries (heads, tokens, width), keys and values (kv heads, tokens, width)."""
+    hidden: torch.Tensor
+    """(1, tokens, hidden size): its input."""
+    states: _States
     sinks: torch.Tensor | None
     attended: torch.Tensor
     """(tokens, heads, width of values)."""
@@ -99,7 +107,9 @@ class Graphs:
         self.replays = 0
         """Layers that were replayed so far."""
         self._capturing, self._sizes, self._most, self._blocks = capturing, sizes, most, blocks
-        self._buffers = _Buffers(sizes[-1])
+        self._buffers = GraphBuffers(sizes[-1])
+        self._recent: deque[GivenInputs] = deque(maxlen=2)  # such as layers with windows and layers without
+        self._signatures: dict[_Key, int] = {}
         self._graphs: dict[_Key, _Graph] = {}
         self._rehearsed: set[_Key] = set()
         self._refusing: set[_Key] = set()
@@ -137,8 +147,8 @@ class Graphs:
         """The forward of a layer, with a graph if there may be one."""
         call = None
         try:
-            call = _Call.of(args, kwargs, layer.index) if layer.may_be_captured else None
-        except _Refusal as refusal:
+            call = self._call(layer.index, args, kwargs) if layer.may_be_captured else None
+        except NotCaptured as refusal:
             self._refuse(str(refusal), layer.index)
             layer.may_be_captured = False
         if call is None or call.tokens > self._sizes[-1]:
@@ -146,25 +156,43 @@ class Graphs:
         if layer.scores is None:
             return self._watch(layer, call)
         size = self._sizes[bisect_left(self._sizes, call.tokens)]
-        key = (layer.kind, size, call.signature, layer.places())
-        if (graph := self._graph(key, layer, call, size)) is not None:
+        key = (layer.kind, size, call.given.signature, layer.places())
+        graph = self._graphs.get(key) or self._graph(key, layer, call, size)
+        if graph is not None:
             return self._replay(graph, call, size, layer.scores)
         if key in self._rehearsed or key in self._refusing:
             return layer.forward(*args, **kwargs)
         return self._rehearse(key, layer, call, size)
 
+    def _call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+        """The arguments of layer `index`; None where they are no packed forward's whose keys and values are kept.
+
+        Raises NotCaptured where graphs cannot hold them.
+        """
+        for given in self._recent:
+            if given.is_again(args, kwargs):
+                break
+        else:
+            found = GivenInputs.of(args, kwargs, index, self._signatures)
+            if found is None:
+                return None
+            given = found
+            self._recent.append(given)
+        layer = given.cache.layers[index]
+        return LayerCall(given, args, kwargs, layer) if isinstance(layer, PackedLayer) else None
+
     def _refuse(self, why: str, index: int) -> None:
         self._refusals.setdefault(why, set()).add(index)
 
-    def _watch(self, layer: _Layer, call: _Call) -> Any:
+    def _watch(self, layer: _Layer, call: LayerCall) -> Any:
         """Run a layer as it is, and see whether it can be captured."""
         seen = _Seen(call.layer, self._capturing)
-        call.cache.layers[layer.index] = seen
+        call.given.cache.layers[layer.index] = seen
         try:
             with self._capturing.watching() as problems:
                 output = layer.forward(*call.args, **call.kwargs)
         finally:
-            call.cache.layers[layer.index] = call.layer
+            call.given.cache.layers[layer.index] = call.layer
         if len(seen.scores) != 1:
             problems.append(f"a layer calls attention {len(seen.scores)} times")
         if isinstance(output, tuple) and any(more is not None for more in output[1:]):
@@ -176,18 +204,19 @@ class Graphs:
             layer.scores = Scores(seen.scores[0].scale, seen.scores[0].softcap, None)
         return output
 
-    def _graph(self, key: _Key, layer: _Layer, call: _Call, size: int) -> _Graph | None:
-        """The graph of `key`, captured now if it may be."""
+    def _graph(self, key: _Key, layer: _Layer, call: LayerCall, size: int) -> _Graph | None:
+        """A graph for `key`, captured now if it may be."""
         may_be = key in self._rehearsed and key not in self._refusing and not self._has_failed
-        if key not in self._graphs and may_be and self.count < self._most:
-            try:
-                self._graphs[key] = self._capture(layer, call, size)
-            except RuntimeError as error:  # what a GPU cannot capture, or has no memory for
-                self._has_failed = True
-                self._refuse(f"a capture failed: {str(error).splitlines()[0]}", layer.index)
+        if not may_be or self.count >= self._most:
+            return None
+        try:
+            self._graphs[key] = self._capture(layer, call, size)
+        except RuntimeError as error:  # what a GPU cannot capture, or has no memory for
+            self._has_failed = True
+            self._refuse(f"a capture failed: {str(error).splitlines()[0]}", layer.index)
         return self._graphs.get(key)
 
-    def _rehearse(self, key: _Key, layer: _Layer, call: _Call, size: int) -> Any:
+    def _rehearse(self, key: _Key, layer: _Layer, call: LayerCall, size: int) -> Any:
         """Run a layer as it will be captured."""
 
         def attend(split: _Split) -> None:
@@ -204,7 +233,7 @@ class Graphs:
         self._rehearsed.add(key)
         return _returned(output[:, : call.tokens].clone(), more)
 
-    def _capture(self, layer: _Layer, call: _Call, size: int) -> _Graph:
+    def _capture(self, layer: _Layer, call: LayerCall, size: int) -> _Graph:
         before, after = self._capturing.new(), self._capturing.new()
 
         def go_on(split: _Split) -> None:
@@ -226,26 +255,31 @@ class Graphs:
         finally:
             if collects:
                 gc.enable()
-        return _Graph(before, after, split.states, split.scores.sinks, split.attended, output, more)
+        hidden = self._buffers.hidden(call, size)
+        return _Graph(before, after, hidden, split.states, split.scores.sinks, split.attended, output, more)
 
-    def _run(self, layer: _Layer, call: _Call, split: _Split, size: int) -> tuple[torch.Tensor, int | None]:
+    def _run(self, layer: _Layer, call: LayerCall, split: _Split, size: int) -> tuple[torch.Tensor, int | None]:
         """The output of a layer in its buffer, for `size` tokens of what was filled in, and what is behind it."""
         args, kwargs = call.within(self._buffers, split, layer.index, size)
         output = layer.forward(*args, **kwargs)
         hidden, more = (output[0], len(output) - 1) if isinstance(output, tuple) else (output, None)
         return self._buffers.like("output", hidden, 1, size).copy_(hidden), more
 
-    def _replay(self, graph: _Graph, call: _Call, size: int, scores: Scores) -> Any:
+    def _replay(self, graph: _Graph, call: LayerCall, size: int, scores: Scores) -> Any:
         self.replays += 1
         tokens = call.tokens
-        self._buffers.fill(call, size)
+        hidden, states, into, output = graph.hidden, graph.states, graph.attended, graph.output
+        if tokens < size:
+            hidden, output, into = hidden[:, :tokens], output[:, :tokens], into[:tokens]
+            states = _States(*[each[:, :tokens] for each in states])
+        self._buffers.fill_given(call, size)
+        hidden.copy_(call.hidden)
         graph.before.replay()
-        query, keys, values = (each[:, :tokens] for each in graph.states)
-        attended = call.layer.attend(query, keys, values, Scores(scores.scale, scores.softcap, graph.sinks))
-        graph.attended[:tokens].copy_(attended)
+        if graph.sinks is not None:
+            scores = Scores(scores.scale, scores.softcap, graph.sinks)
+        into.copy_(call.layer.attend(*states, scores))
         graph.after.replay()
-        output = graph.output[:, :tokens].clone()  # the buffer is the next layer's, and the next forward's
-        return _returned(output, graph.more)
+        return _returned(output.clone(), graph.more)  # the buffer is the next layer's, and the next forward's
 
 
 class CudaCapturing:
@@ -315,42 +349,6 @@ class _Layer:
             vars(block)["forward"] = self.forward
 
 
-class _Buffers:
-    """Memory at addresses that do not change, one tensor for each use, of which each size takes the beginning."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held: dict[_Key, torch.Tensor] = {}
-        self._filled: dict[_Key, torch.Tensor] = {}
-        """What was copied last into a buffer: layers are handed some inputs again and again."""
-
-    def like(self, name: str, tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-        """The buffer `name` for tensors like this one, with `size` tokens in the dimension `axis`."""
-        return self._of(name, tensor, (*tensor.shape[:axis], self._most, *tensor.shape[axis + 1 :])).narrow(
-            axis, 0, size
-        )
-
-    def whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The buffer `name` for tensors of this shape."""
-        return self._of(name, tensor, tuple(tensor.shape))
-
-    def _of(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        key = (name, tensor.dtype, shape)
-        if key not in self._held:
-            self._held[key] = tensor.new_zeros(shape)
-        return self._held[key]
-
-    def fill(self, call: _Call, size: int) -> None:
-        """Copy the inputs of `call` into the buffers that graphs of `size` tokens read."""
-        for at, (name, tensor, axis) in enumerate(call.tensors):
-            key = (name, tensor.dtype, tensor.shape[:axis], tensor.shape[axis + 1 :])
-            if at and self._filled.get(key) is tensor:
-                continue
-            self.like(name, tensor, axis, size).narrow(axis, 0, call.tokens).copy_(tensor)
-            if at:  # hidden states, which come first, are new in each layer
-                self._filled[key] = tensor
-
-
 class _Seen(PackedLayer):
     """The cache of a layer that is watched: it notes what attention is asked for."""
 
@@ -368,18 +366,18 @@ class _Seen(PackedLayer):
 class _Split(PackedLayer):
     """The cache of a layer that is divided where it calls attention: something else happens there."""
 
-    def __init__(self, buffers: _Buffers, layer: PackedLayer, size: int, instead: Callable[[_Split], None]) -> None:
+    def __init__(self, buffers: GraphBuffers, layer: PackedLayer, size: int, instead: Callable[[_Split], None]) -> None:
         super().__init__(layer.memory, layer.view, layer.kernel)
         self._buffers, self._size, self._instead = buffers, size, instead
-        self.states: tuple[torch.Tensor, ...] = ()
+        self.states = _States(*[torch.empty(0)] * 3)
         self.scores = Scores(1.0, None, None)
         self.attended = torch.empty(0)
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         buffers, size = self._buffers, self._size
-        self.states = tuple(
-            buffers.like(name, each.transpose(0, 1), 0, size).transpose(0, 1).copy_(each)
-            for name, each in (("queries", query), ("keys", keys), ("values", values))
+        given = ("queries", query), ("keys", keys), ("values", values)
+        self.states = _States(
+            *[buffers.like(name, each.transpose(0, 1), 0, size).transpose(0, 1).copy_(each) for name, each in given]
         )
         sinks = None if scores.sinks is None else buffers.whole("sinks", scores.sinks).copy_(scores.sinks)
         self.scores = Scores(scores.scale, scores.softcap, sinks)
@@ -387,75 +385,6 @@ class _Split(PackedLayer):
         self.attended = buffers.like("attended", like, 0, size)
         self._instead(self)
         return self.attended
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """The arguments of a layer's forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    cache: DynamicCache
-    layer: PackedLayer
-    """Its part of the cache."""
-    tokens: int
-    tensors: tuple[tuple[str, torch.Tensor, int], ...]
-    """Those that have a dimension of tokens, by names of their places, with the number of that dimension."""
-    signature: _Key
-    """Everything else about the arguments."""
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> _Call | None:
-        """None where they are no packed forward's whose keys and values are kept. Raises _Refusal where graphs cannot
-        hold them."""
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, DynamicCache)]
-        if len(caches) != 1 or not isinstance(layer := caches[0].layers[index], PackedLayer):
-            return None
-        tokens = layer.view.tokens.total
-        tensors: list[tuple[str, torch.Tensor, int]] = []
-        signature: list[Any] = []
-        for name, value in _named(args, kwargs):
-            if isinstance(value, torch.Tensor):
-                axis = 1 if value.shape[:2] == (1, tokens) else 0
-                if axis == 0 and value.shape != (tokens,):
-                    raise _Refusal(f"a layer is given {name} of shape {tuple(value.shape)} for {tokens} tokens")
-                tensors.append((name, value, axis))
-                signature.append((name, value.dtype, axis, value.shape[2:]))
-            elif isinstance(value, DynamicCache):
-                signature.append((name, "cache"))
-            elif value is None or isinstance(value, bool | int | float | str):
-                signature.append((name, value))
-            else:
-                raise _Refusal(f"a layer is given {name}, a {type(value).__name__}")
-        return cls(args, kwargs, caches[0], layer, tokens, tuple(tensors), tuple(signature))
-
-    def within(self, buffers: _Buffers, split: _Split, index: int, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with tensors of `buffers` in their places, and a cache of which `split` is a layer."""
-        cache = DynamicCache()
-        cache.layers = [split] * (index + 1)
-        tensors = {name: buffers.like(name, tensor, axis, size) for name, tensor, axis in self.tensors}
-
-        def of(name: str, value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(of(f"{name}.{at}", each) for at, each in enumerate(value))
-            return cache if isinstance(value, DynamicCache) else tensors.get(name, value)
-
-        args = tuple(of(str(at), value) for at, value in enumerate(self.args))
-        return args, {name: of(name, value) for name, value in self.kwargs.items()}
-
-
-def _named(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments with names of their places, those of tuples and lists one by one."""
-    for name, value in (*((str(at), value) for at, value in enumerate(args)), *kwargs.items()):
-        yield from _named_within(name, value)
-
-
-def _named_within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, tuple | list):
-        for at, each in enumerate(value):
-            yield from _named_within(f"{name}.{at}", each)
-    else:
-        yield name, value
 
 
 def _places(block: Module) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
