@@ -10,7 +10,7 @@ from pathlib import Path
 _RUN = ("run", "-m", "demo", "--prompt", "x")
 _MISTAKES = {
     ("run", "-m", "demo", "-i", "absent.jsonl"): "no such input file: absent.jsonl",
-    ("run", "-m", "demo", "-i", "there.jsonl"): "none of the 1 requests can be run: ",
+    ("run", "-m", "demo", "-i", "there.jsonl"): "the request cannot be run: ",
     ("run", "-m", "demo", "-i", "empty.jsonl"): "empty input: empty.jsonl holds no request",
     (*_RUN, "-o", "there.jsonl"): "there.jsonl exists already",
     (*_RUN, "-o", "absent/out.jsonl"): "the folder of absent/out.jsonl does not exist",

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from zeroinf import errors
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -162,6 +164,26 @@ def test_the_errors_that_are_explained_are_those_that_are_raised() -> None:
     assert len(messages) > 20
     parts = [part for message in messages for part in message.split("…") if len(part.strip(" ,:")) > 3]
     assert [part for part in parts if part not in said] == []
+
+
+def test_every_error_in_words_of_its_own_is_listed() -> None:
+    hook = runpy.run_path(str(ROOT / "scripts" / "docs_errors.py"))
+    source = """
+raise UsageError(f"{a} {b}", hint="not listed: no words")
+raise error(1)
+raise UsageError(f"no {what} of {1 + 1}" + " here", hint="drop it" if a else "keep it")
+raise HintedError("two" " parts", f"did you mean {b}?", ctx)
+raise ModelError(str(error))
+"""
+    assert [tuple(one) for one in hook["errors_of"](source)] == [
+        (2, "no … of … here", "drop it"),
+        (2, "two parts", "did you mean …?"),
+    ]
+    page = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
+    made = hook["on_page_markdown"](page)
+    assert "| --offload nvme needs --nvme-path | name a folder on a fast local disk | 2 |" in made
+    own = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and name in hook["_KINDS"]}
+    assert {name: kind.exit_code for name, kind in own.items()} | {"HintedError": 2} == hook["_KINDS"]
 
 
 @pytest.mark.full

@@ -110,7 +110,8 @@ _DRAFT = tuple(one.name for one in fields(Draft))
 
 def none_can_run(refusals: Sequence[Refusal]) -> str:
     """What there is to say of a job of which every request is refused."""
-    return f"none of the {len(refusals)} requests can be run: {refusals[0].reason}"
+    none = f"none of the {len(refusals):,} requests can" if len(refusals) > 1 else "the request cannot"
+    return f"{none} be run: {refusals[0].reason}"
 
 
 def read_inputs(

@@ -121,7 +121,10 @@ def _refuse_idle_figures(options: PlanOptions, engine: str) -> None:
     if named := options.asked(*without_disk, *without_link):
         raise UsageError(f"{', '.join(named)} has no effect with --offload {options.offload}", hint="drop it")
     if options.machine is not None and options.nvme_paths:
-        raise UsageError("--nvme-path names a folder of this machine, --machine another one", hint="drop one")
+        raise UsageError(
+            "--nvme-path names a folder of this machine, --machine another one",
+            hint="--nvme-space 1TB plans with a disk there",
+        )
 
 
 def refuse_beside_model(

@@ -140,8 +140,9 @@ def _notes_on_input(plain: int, unused: Sequence[str], codec: TextCodec) -> Iter
         few = "1 prompt is taken as it is: --chat makes it a user message"
         many = f"{plain} prompts are taken as they are: --chat makes them user messages"
         yield f"the model has a chat template, and {few if plain == 1 else many}"
-    if codec.doubled:
-        yield f"{codec.doubled} prompts begin with the beginning-of-sequence token already: no second one is added"
+    if (doubled := codec.doubled) > 0:
+        begin = "prompts begin" if doubled > 1 else "prompt begins"
+        yield f"{doubled} {begin} with the beginning-of-sequence token already: no second one is added"
 
 
 def _refuse_idle_sampling_flags(options: RunOptions, work: WorkList) -> None:
