@@ -22,16 +22,21 @@ FORMATS = (*_MARKS, "q4_k_m")
 _GGUF_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
 
 
-def checkpoint(model: str, form: str, folder: Path) -> Path:
-    """The catalog's `model` in the format `form`, in `folder`: what `zeroinf run --random-weights` takes."""
+def checkpoint(model: str, form: str | None, folder: Path, layers: int | None = None) -> Path:
+    """The catalog's `model`, or its first `layers` layers, in `folder`: what `zeroinf run --random-weights` takes. In
+    the format `form`, or (None) as the catalog has it."""
     from zeroinf.model.catalog import catalog_config
 
     config = catalog_config(model)
-    folder = folder / form
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    folder = folder / (form or "as it is")
     folder.mkdir(exist_ok=True)
     if form == "q4_k_m":
         return _gguf(config, folder / "model.gguf")
-    marked = {**config.to_dict(), "quantization_config": _MARKS[form]}
+    marked = config.to_dict() if form is None else {**config.to_dict(), "quantization_config": _MARKS[form]}
     (folder / "config.json").write_text(json.dumps(marked))
     return folder
 
