@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from zeroinf.hardware.processors import attention_processors
+from zeroinf.distributed.world import World
+from zeroinf.hardware.processors import attention_processors, own_processors
+from zeroinf.service.loaded import processors_of
 
 
 @pytest.fixture
-def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def system(tmp_path: Path) -> Path:
     """Two nodes of four cores with two threads each, as Linux numbers them."""
     for node, numbers in enumerate(("0-3,8-11", "4-7,12-15")):
         (tmp_path / f"node/node{node}").mkdir(parents=True)
@@ -19,27 +22,51 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / f"cpu/cpu{number}/topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{number % 8},{number % 8 + 8}\n")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     return tmp_path
 
 
+EVERY = range(16)
+
+
 def test_a_rank_has_whole_cores_of_one_node(system: Path) -> None:
-    assert attention_processors(0, 2, system) == (8, 1, 9, 2, 10, 3, 11)
-    assert attention_processors(1, 2, system) == (12, 5, 13, 6, 14, 7, 15)
-    assert attention_processors(1, 8, system) == (9,)
+    assert attention_processors(0, [EVERY] * 2, system) == (8, 1, 9, 2, 10, 3, 11)
+    assert attention_processors(1, [EVERY] * 2, system) == (12, 5, 13, 6, 14, 7, 15)
+    assert attention_processors(1, [EVERY] * 8, system) == (9,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_shares_are_even_and_leave_one_to_feed_each_gpu(ranks: int, system: Path) -> None:
-    shares = [attention_processors(rank, ranks, system) for rank in range(ranks)]
+    shares = [attention_processors(rank, [EVERY] * ranks, system) for rank in range(ranks)]
     assert len(set().union(*shares)) == sum(map(len, shares)) == 16 - ranks
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_more_ranks_than_processors_have_one_each(system: Path) -> None:
-    assert {len(attention_processors(rank, 40, system)) for rank in range(40)} == {1}
+    assert {len(attention_processors(rank, [EVERY] * 40, system)) for rank in range(40)} == {1}
 
 
-def test_only_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_launcher_has_bound_to_a_rank_is_not_divided_again(system: Path) -> None:
+    halves = [range(8), range(8, 16)]
+    assert attention_processors(0, halves, system) == (1, 2, 3, 4, 5, 6, 7)
+    assert attention_processors(1, halves, system) == (9, 10, 11, 12, 13, 14, 15)
+    sockets = [{0, 1, 2, 3, 8, 9, 10, 11}] * 2 + [{4, 5, 6, 7, 12, 13, 14, 15}] * 2
+    assert [attention_processors(rank, sockets, system) for rank in range(4)] == [
+        (8, 1, 9), (10, 3, 11), (12, 5, 13), (14, 7, 15),
+    ]  # fmt: skip
+    assert attention_processors(0, [EVERY, {4, 5, 6}], system) == (8, 1, 9, 2, 10, 3, 11, 12, 13, 14, 7, 15)
+
+
+class Ranks:
+    """The control channel of a rank of two nodes of two ranks, of which a launcher has bound those of the second."""
+
+    world = World(rank=2, size=4, local_rank=0, local_size=2, launched=True)
+
+    def all_gather(self, mine: Any) -> list[Any]:
+        return [(0, (0, 1, 2, 3)), (0, (0, 1, 2, 3)), mine, (2, (7, 8))]
+
+
+def test_ranks_tell_each_other_what_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 9})
-    assert attention_processors(0, 1, tmp_path) == (5, 9)
+    assert own_processors() == (3, 5, 9)
+    assert set(processors_of(Ranks())) < {3, 5, 9}  # type: ignore[arg-type]
+    assert len(processors_of(Ranks())) == 2  # type: ignore[arg-type]

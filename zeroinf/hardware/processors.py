@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _SYSTEM = Path("/sys/devices/system")
 
 
-def attention_processors(rank: int, ranks: int, system: Path = _SYSTEM) -> tuple[int, ...]:
-    """The processors on which number `rank` of a node's `ranks` attends: its share of those that this process may use,
-    but for one, which feeds its GPU.
+def own_processors() -> tuple[int, ...]:
+    """The processors that this process may use, as a launcher or a container has it."""
+    return tuple(sorted(os.sched_getaffinity(0)))
 
-    Shares are disjoint, unless there are fewer processors than ranks, and as far as may be on one NUMA node each, with
-    both threads of a core.
+
+def attention_processors(rank: int, allowed: Sequence[Collection[int]], system: Path = _SYSTEM) -> tuple[int, ...]:
+    """The processors on which number `rank` of a node's ranks attends, of which each may use those in `allowed`: its
+    share of them but for one, which feeds its GPU.
+
+    Ranks that may use the same processors share them. A launcher that has bound each rank to some has shared already,
+    and a rank leaves to others what they alone are bound to. Shares are disjoint, unless there are fewer processors
+    than ranks, and as far as may be on one NUMA node each, with both threads of a core.
     """
-    nodes = _nodes(system)
-    allowed = sorted(os.sched_getaffinity(0), key=lambda number: (nodes.get(number, 0), _core(number, system), number))
-    share = allowed[rank * len(allowed) // ranks : (rank + 1) * len(allowed) // ranks]
-    return tuple(share[1:] or share or allowed[rank % len(allowed) :][:1])
+    of_each = [frozenset(one) for one in allowed]
+    mine, nodes = of_each[rank], _nodes(system)
+    bound = frozenset[int]().union(*(one for one in of_each if len(one) < len(mine)))
+    order = sorted(mine - bound or mine, key=lambda number: (nodes.get(number, 0), _core(number, system), number))
+    place, places = of_each[:rank].count(mine), of_each.count(mine)
+    share = order[place * len(order) // places : (place + 1) * len(order) // places]
+    return tuple(share[1:] or share or order[place % len(order) :][:1])
 
 
 def _nodes(system: Path) -> dict[int, int]:

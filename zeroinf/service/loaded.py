@@ -31,7 +31,7 @@ from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
-from zeroinf.hardware.processors import attention_processors
+from zeroinf.hardware.processors import attention_processors, own_processors
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
@@ -155,13 +155,12 @@ class LoadedModel:
         )
         self.stops = rules.stops
         """Stop strings of the model's generation config."""
+        processors = processors_of(self.control) if planned.host is not None else ()
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(model.config))
         try:
             pool = PagePool(model, plan.rank_anatomy(self.control.world.rank), plan.pool, self.device)
             if plan.host is not None:
                 pin = plan.pin_memory and self.device.type == "cuda"
-                world = self.control.world
-                processors = attention_processors(world.local_rank, world.local_size)
                 self._host = HostCache(
                     model, plan.anatomy, plan.host, self.device, engine.link_stream, pin=pin, processors=processors
                 )
@@ -289,6 +288,14 @@ class LoadedModel:
             self.__dict__.pop(name, None)
         self._host = None
         gc.collect()  # hooks and the models that they belong to refer to each other
+
+
+def processors_of(control: Control) -> tuple[int, ...]:
+    """The processors that attend for this rank. Every rank calls it at once: they tell each other what they may use."""
+    world = control.world
+    node = world.rank - world.local_rank
+    told = control.all_gather((node, own_processors()))
+    return attention_processors(world.local_rank, [allowed for of, allowed in told if of == node])
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
