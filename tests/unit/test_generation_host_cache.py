@@ -85,6 +85,23 @@ def test_where_the_cpu_attends_they_are_too(name: str, limits: dict[str, int], m
     assert max(steps) == 2, "micro-batches of steps"
 
 
+def test_a_pass_that_breaks_before_its_flag_is_raised_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised, fill = list[int](), torch.Tensor.fill_
+
+    def breaks(flag: torch.Tensor, value: Any) -> torch.Tensor:
+        if flag.dtype == torch.int64 and flag.shape == (1,):
+            raised.append(value)
+            if len(raised) == 7:
+                raise torch.OutOfMemoryError
+        return fill(flag, value)
+
+    monkeypatch.setattr(torch.Tensor, "fill_", breaks)
+    model, ran = build_model("llama"), rows()
+    run_rows(PlainEngine(model), ran, **ALL_BY_CPU)
+    assert [row.generated for row in ran] == [greedy_by_transformers(model, row.prompt, row.generated) for row in ran]
+    assert raised[7:9] == [7, 8], "once more, for the step that waits"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", WITH_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,29 @@ def test_no_step_is_lost_whenever_its_flag_is_raised() -> None:
     for kernel in kernels:
         kernel.close()
     assert left == [number + 1 for number in numbers]
+
+
+def test_a_forked_process_lets_the_threads_be() -> None:
+    kernel = CompiledKernel(2)
+    child = os.fork()
+    if not child:
+        kernel.close()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert Rows("float32").by(kernel).isfinite().all()
+    kernel.close()
+
+
+def test_threads_that_the_system_does_not_have_are_said() -> None:
+    held = Path("/proc/self/statm").read_text().split()[0]
+    most = int(held) * os.sysconf("SC_PAGE_SIZE") + (64 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        with pytest.raises(EnvironmentProblem, match="1000 threads"):
+            ThreadPool(1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_memory_is_read_whole() -> None:

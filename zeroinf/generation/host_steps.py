@@ -2,7 +2,7 @@
 
 Input: queries, new keys and values of a forward that holds nothing but steps. The GPU writes them to page-locked memory
 and raises a flag, for which a thread of the CPU's kernel waits, and reads the results from there. Meanwhile the forward
-steps aside, so that the GPU runs the others of that layer. Without a GPU the same happens without a flag.
+steps aside, so that the GPU runs the others of that layer. Without a GPU the same happens on the CPU.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ class HostSteps:
         """`processors`: those that attend, by their numbers."""
         self._row_bytes = anatomy.step_row_bytes(size)
         nbytes = size.cpu_rows * self._row_bytes
-        on_gpu = device.type == "cuda"
+        self._on_gpu = on_gpu = device.type == "cuda"
         self._device = self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
-        self._flag = self._raised = None
+        self._raised = self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
         if on_gpu:
             self._device = mapped(self._host.view(torch.int64), device).view(torch.uint8)
-            self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
             self._raised = mapped(self._flag, device)
         self._used = 0
         self._kernel = host_kernel(processors)
@@ -54,7 +53,7 @@ class HostSteps:
     @property
     def pinned_bytes(self) -> int:
         """Page-locked memory; torch rounds it up to a power of two."""
-        return 1 << (self._host.nbytes - 1).bit_length() if self._raised is not None else 0
+        return 1 << (self._host.nbytes - 1).bit_length() if self._on_gpu else 0
 
     @property
     def seconds(self) -> float:
@@ -68,7 +67,8 @@ class HostSteps:
     def begin(self) -> None:
         """The forwards of the next pass have their memory: those of the one after begin anew."""
         self._used = 0
-        if self._last:  # of a pass that broke
+        if self._last and not self._kernel.wait(self._last, 0):  # a pass broke, perhaps before it raised the flag
+            self._raised.fill_(self._last)
             self.wait(self._last)
 
     def take(self, rows: int) -> StepRoom:
@@ -85,11 +85,12 @@ class HostSteps:
     def submit(self, step: HostStep, memory: torch.Tensor, rows: torch.Tensor, written: Any) -> int:
         """Have the kernel attend once all is over that the GPU was given so far, and the event `written`. Returns the
         step's number."""
-        if self._raised is not None:
+        self._last = self._kernel.submit(step, memory, rows, self._flag)  # its threads wake up meanwhile
+        if self._on_gpu:
             torch.cuda.current_stream(self._raised.device).wait_event(written)
-            self._raised.fill_(self._last + 1)
+        self._raised.fill_(self._last)
+        if self._given is not None:
             self._given.record()
-        self._last = self._kernel.submit(step, memory, rows, self._flag)
         return self._last
 
     def wait(self, number: int) -> None:

@@ -157,11 +157,20 @@ class ThreadPool:
     """
 
     def __init__(self, threads: int | Sequence[int], machine: str = "native") -> None:
-        """So many threads, or one for each of the processors of these numbers, among which they stay."""
+        """So many threads, or one for each of the processors of these numbers, among which they stay.
+
+        Raises EnvironmentProblem where the system has no more.
+        """
         processors = () if isinstance(threads, int) else tuple(threads)
         self.threads, self._library = len(processors) or threads, host_library(machine)
         numbers = (ctypes.c_int * len(processors))(*processors)
         self._pool: int | None = self._library.zeroinf_new_pool(self.threads, numbers, len(processors))
+        if self._pool is None:
+            raise EnvironmentProblem(
+                f"{self.threads} threads for attention on the CPU cannot be started",
+                hint="allow this process more threads or memory (ulimit -u, ulimit -v), or --kv-attention gpu",
+            )
+        self._process = os.getpid()
 
     def submit(
         self, layout: HostLayout, rows: int, count: int, memory: int, fresh: int, query: int, out: int, flag: int | None
@@ -193,7 +202,7 @@ class ThreadPool:
         self._library.zeroinf_clear(self._pool, memory, nbytes)
 
     def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
+        """End the threads. In a process that was forked there are none."""
+        if self._pool is not None and self._process == os.getpid():
             self._library.zeroinf_end_pool(self._pool)
         self._pool = None
