@@ -280,6 +280,7 @@ def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
     status = client.get("/status").json()
     assert (status["model"], status["state"], status["keeps_batches"]) == (MODEL, "ready", False)
     assert {one["place"] for one in status["memory"]} == {"host"}
+    assert status["max_new_tokens"] == NEW_TOKENS
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

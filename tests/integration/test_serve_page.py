@@ -58,6 +58,11 @@ def test_the_page_is_used(small_checkpoint: Callable[[str], Path], tmp_path: Pat
         with page.expect_download() as download:
             page.get_by_role("button", name="download output").click()
         assert len(Path(download.value.path()).read_text().splitlines()) == 5
+        page.get_by_label("A file of requests").set_input_files({"name": "x", "mimeType": "", "buffer": b"no request"})
+        page.get_by_role("button", name="Start batch").click()
+        page.get_by_role("cell", name="failed: not JSON").wait_for(timeout=30_000)
+        output = page.get_by_role("button", name="download output").bounding_box()
+        assert output["x"] + output["width"] <= width, "what one batch failed of hides no other's files"
         page.get_by_label("A file of requests").set_input_files(str(many))
         page.get_by_role("button", name="Start batch").click()
         page.get_by_role("cell", name="in_progress", exact=True).wait_for(timeout=30_000)

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from zeroinf.hardware.process import resident
+from zeroinf.planner.memory import MemoryPlace, taken
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import plan_lines
 from zeroinf.serve.gateway import Gateway
@@ -63,7 +64,7 @@ def status_of(gateway: Gateway) -> dict[str, Any]:
         "plan": [],
         "memory": [],
         **dict.fromkeys(("passes", "streamed_bytes", "kv_cache_usage"), 0),
-        "planned_tokens_per_second": None,
+        **dict.fromkeys(("planned_tokens_per_second", "max_new_tokens")),
     }
     if model is None:
         return told
@@ -71,6 +72,7 @@ def status_of(gateway: Gateway) -> dict[str, Any]:
     return told | {
         "plan": list(plan_lines(plan)),
         "memory": _memory(plan),
+        "max_new_tokens": plan.new_tokens,
         "passes": stats.passes,
         "streamed_bytes": stats.streamed_bytes,
         "kv_cache_usage": gateway.kv_cache_usage,
@@ -80,10 +82,7 @@ def status_of(gateway: Gateway) -> dict[str, Any]:
 
 def _memory(plan: Plan) -> list[dict[str, Any]]:
     """Bytes by place: planned, and what this process has of it."""
-    planned: dict[str, int] = {}
-    for term in plan.terms:
-        planned[term.place] = planned.get(term.place, 0) + term.nbytes
-    used = {"host": resident().total_bytes}
+    used: dict[MemoryPlace, int] = {"host": resident().total_bytes}
     if plan.device == "cuda":
         used["gpu"] = torch.cuda.memory_reserved()
-    return [{"place": place, "planned": planned.get(place, 0), "used": nbytes} for place, nbytes in used.items()]
+    return [{"place": place, "planned": taken(plan.terms, place), "used": nbytes} for place, nbytes in used.items()]

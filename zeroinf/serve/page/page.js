@@ -54,6 +54,11 @@ function show(status) {
     const words = `${one.place}: ${gib(one.used)} in use, ${gib(one.planned)} planned`;
     return [make("div", words), make("progress", words, { max: Math.max(one.planned, one.used, 1), value: one.used, "aria-label": words })];
   }));
+  const most = status.max_new_tokens, tokens = by("tokens");
+  if (most && Number(tokens.max) !== most) {
+    tokens.max = most;
+    tokens.value = Math.min(tokens.value, most);
+  }
   by("upload").hidden = !status.keeps_batches;
   by("no-state").hidden = status.keeps_batches;
   before = status;
@@ -79,9 +84,10 @@ function download(batch, id, name) {
 }
 
 function row(batch) {
-  const counts = batch.request_counts, done = counts.completed + counts.failed, made = make("tr");
+  const counts = batch.request_counts, done = counts.completed + counts.failed;
+  const made = make("tr", undefined, { role: "row" }); // roles of their own, since a narrow page shows no table
   made.dataset.id = batch.id;
-  const bar = make("td"), files = make("td"), action = make("td");
+  const cell = (text) => make("td", text, { role: "cell" }), bar = cell(), files = cell(), action = cell();
   bar.append(make("progress", "", { max: Math.max(1, counts.total), value: done, "aria-label": `${done} of ${counts.total} requests` }),
     ` ${done} of ${counts.total}${counts.failed ? `, ${counts.failed} failed` : ""}`);
   if (batch.output_file_id) files.append(download(batch, batch.output_file_id, "output"), " ");
@@ -92,8 +98,7 @@ function row(batch) {
     action.append(cancel);
   }
   const why = batch.errors ? `${batch.status}: ${batch.errors.data[0].message}` : batch.status;
-  const name = make("th", batch.id, { scope: "row" });
-  made.append(name, make("td", why), bar, make("td", timeLeft(batch)), files, action);
+  made.append(make("th", batch.id, { role: "rowheader" }), cell(why), bar, cell(timeLeft(batch)), files, action);
   return made;
 }
 
