@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import Module, Parameter
 
 from zeroinf.compat import launches
-from zeroinf.compat.launches import Launch
+from zeroinf.compat.launches import Launch, Recording
+from zeroinf.model.quantized.expansion import Expansion, ExpansionSlot, Held, whole_weights
 
 
 class Kernel:
@@ -104,6 +106,60 @@ def test_a_kernel_that_gives_nothing_back_is_launched_by_triton(kernel: Kernel) 
     for _ in range(2):
         launch((1,), (x, x), (32, 0.25), BLOCK=16)
     assert len(interpreted.bound) == 2
+
+
+def test_what_was_recorded_is_launched_again(kernel: Kernel) -> None:
+    launch, x, recording, other = Launch(kernel), torch.zeros(64), Recording(), Recording()
+    with other.recording():
+        launch((1,), (x, x), (32, 0.25), BLOCK=16)
+    assert not other.is_whole  # it went through Triton
+    with recording.recording():
+        launch((1,), (x, x), (32, 0.25), BLOCK=16)
+        launch((2,), (x, x), (64, 0.25), BLOCK=16)
+    assert recording.is_whole
+    recording.repeat()
+    assert len(kernel.direct) == 4 and kernel.direct[2:] == kernel.direct[:2]
+
+
+class Codes(Module):
+    """A matrix that is expanded by one launch, and by an operator of torch if `computes`."""
+
+    def __init__(self, launch: Launch, *, computes: bool) -> None:
+        super().__init__()
+        self.codes = Parameter(torch.zeros(4, 8))
+        self.expanded = 0
+        self._launch, self._computes = launch, computes
+        self.expansion = Expansion(self, self._expand)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def _expand(self, held: Held) -> dict[str, torch.Tensor]:
+        self.expanded += 1
+        whole = whole_weights((4, 8), torch.float32, torch.device("cpu"))
+        self._launch((1,), (whole.T, held["codes"].view(-1)), (8, 0.5), BLOCK=16)
+        return {"weight": whole + 0 if self._computes else whole}
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_weights_are_expanded_by_the_same_launches_at_the_same_addresses(kernel: Kernel, computes: bool) -> None:
+    slot, module = ExpansionSlot(1 << 12, torch.device("cpu")), Codes(Launch(kernel), computes=computes)
+
+    def visit(codes: torch.Tensor) -> int:
+        before = len(kernel.direct) + len(kernel.bound)
+        slot.end = 0
+        with torch.inference_mode():
+            module.codes = Parameter(codes, requires_grad=False)
+            module.expansion.open(slot)
+            assert slot.holds(module()) != computes and slot.end == 256
+            module.expansion.close()
+        assert set(module._parameters) == {"codes"}
+        return len(kernel.direct) + len(kernel.bound) - before
+
+    here, there = torch.zeros(4, 8), torch.zeros(4, 8)
+    assert [visit(codes) for codes in (here, here, here, there, here, here)] == [1] * 6
+    assert kernel.direct[-1] == kernel.direct[0]
+    assert module.expanded == (6 if computes else 3)  # here twice, and there
 
 
 @pytest.fixture

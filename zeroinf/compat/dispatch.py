@@ -24,6 +24,7 @@ __all__ = [
     "UNSAFE_VIEW",
     "TorchDispatchMode",
     "flop_registry",
+    "is_view",
     "operator_of",
     "schema_of",
     "storage_id",
@@ -46,6 +47,11 @@ GROUPED_MM = torch.ops.aten._grouped_mm
 def operator_of(func: Any) -> Any:
     """The operator, such as `aten.add`, of which `func`, such as `aten.add.Tensor`, is one form."""
     return func._overloadpacket
+
+
+def is_view(func: Any) -> bool:
+    """Whether `func` returns another view of what it is given, and computes nothing. Relies on `OpOverload.is_view`."""
+    return bool(func.is_view)
 
 
 def schema_of(func: Any) -> Any:

@@ -13,8 +13,9 @@ that is missing, on GPUs that are not NVIDIA's, and in Triton's interpreter, eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,40 @@ import torch
 
 Current = tuple[Callable[[], int], Callable[[int], int]]
 """Which device is current, and which stream of a device."""
+
+
+class Recording:
+    """Launches that can be made again: of the same kernels, with the same addresses and numbers."""
+
+    def __init__(self) -> None:
+        self._launches: list[tuple[Any, ...]] = []
+        self.is_whole = True
+        """False where a launch went through Triton, which cannot be recorded."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it lasts, launches of this thread are made and noted."""
+        token = _recording.set(self)
+        try:
+            yield
+        finally:
+            _recording.reset(token)
+
+    def note(self, run: Any, grid: tuple[int, int, int], function: Any, metadata: Any, args: Sequence[Any]) -> None:
+        """Note a launch: `run`, of a compiled kernel, took `args`."""
+        self._launches.append((run, *grid, function, metadata, args))
+
+    def repeat(self) -> None:
+        """Make all launches again, on the current stream. They must be whole."""
+        current = current_of_driver()
+        if current is None or not self._launches:
+            return
+        stream = current[1](current[0]())
+        for run, first, second, third, function, metadata, args in self._launches:
+            run(first, second, third, stream, function, metadata, None, None, None, *args)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
 class Launch:
@@ -50,9 +85,10 @@ class Launch:
     def compile(
         self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = (), **constants: Any
     ) -> None:
-        """Compile it for such a launch on the current device. `tensors` are on the meta device, and stand for tensors
-        that begin at multiples of 16 bytes."""
-        self._kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+        """Compile it, and what launches it, for such a launch on the current device. `tensors` are on the meta device,
+        and stand for tensors that begin at multiples of 16 bytes."""
+        compiled = self._kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+        getattr(compiled, "run", None)  # which makes the launcher
 
 
 class BoundLaunch:
@@ -65,8 +101,10 @@ class BoundLaunch:
 
     def __call__(self, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], numbers: Sequence[Any] = ()) -> None:
         """Launch it on the current stream of the current device, on which `tensors` are."""
-        current = current_of_driver()
+        current, recording = current_of_driver(), _recording.get()
         if current is None:
+            if recording is not None:
+                recording.is_whole = False
             self._kernel[grid](*tensors, *numbers, **self._constants)
             return
         device = current[0]()
@@ -89,9 +127,13 @@ class BoundLaunch:
                     first, second, third, current[1](device), function, metadata, None, None, None,
                     *places, *numbers, *rest,
                 )  # fmt: skip
+                if recording is not None:
+                    recording.note(run, (first, second, third), function, metadata, (*places, *numbers, *rest))
                 return
             except TypeError:  # another Triton takes other things
                 self._known.pop(kind)
+        if recording is not None:
+            recording.is_whole = False
         compiled = self._kernel[grid](*tensors, *numbers, **self._constants)
         with suppress(AttributeError):
             rest = (None,) * (len(self._kernel.arg_names) - len(tensors) - len(numbers))

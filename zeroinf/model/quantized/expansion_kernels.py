@@ -6,11 +6,13 @@ Only a process that needs the kernels imports this: Triton comes with torch for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from zeroinf.compat.launches import Launch
 from zeroinf.model.quantized.code_kernels import (
     expand_affine,
     expand_awq,
@@ -108,8 +110,8 @@ def expand_words(
     tile = TILES["words of rows side by side"]
     grid = triton.cdiv(units, tile.units), triton.cdiv(words, tile.rows), stacked.shape[0]
     _run(
-        expand_awq, grid, whole, _ready(codes), _ready(zeros), _ready(scales), words, units, groups, *stacked.stride(),
-        GROUP=group, ROWS=tile.rows, UNITS=tile.units, num_warps=tile.warps,
+        expand_awq, grid, (whole, _ready(codes), _ready(zeros), _ready(scales)),
+        (words, units, groups, *stacked.stride()), GROUP=group, ROWS=tile.rows, UNITS=tile.units, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -223,31 +225,22 @@ def _launch(
     down, across = triton.cdiv(rows, tile.rows), triton.cdiv(units, tile.units)
     _run(
         kernel, (down, across, stack) if is_turned else (across, down, stack),
-        whole, *before, rows, units, *after, *strides, **kinds,
-        ROWS=tile.rows, UNITS=tile.units, TURNED=is_turned, num_warps=tile.warps, enable_fp_fusion=False,
+        (whole, *before), (rows, units, *after, *strides), **kinds, ROWS=tile.rows, UNITS=tile.units, TURNED=is_turned,
+        num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-"""Kernels by all that Triton compiles them for, to be launched without a look-up of its own."""
+_launches: dict[Any, Launch] = {}
+"""By kernels."""
 
 
-def _run(kernel: Any, grid: tuple[int, int, int], whole: torch.Tensor, *given: Any, **options: Any) -> None:
-    if whole.is_meta:
-        compiled = kernel.warmup(whole, *given, grid=grid, **options)
-        getattr(compiled, "run", None)  # loads it, and compiles what launches it
-        return
-    key = kernel, *(_kind(one) for one in (whole, *given)), *options.values()
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](whole, *given, **options)
-    else:
-        constants = [options[name] for name in kernel.arg_names[len(given) + 1 :]]
-        compiled[grid](whole, *given, *constants)
-
-
-def _kind(given: Any) -> object:
-    return (given.dtype, given.data_ptr() % 16) if isinstance(given, torch.Tensor) else given
+def _run(
+    kernel: Any, grid: tuple[int, int, int], tensors: Sequence[torch.Tensor], numbers: Sequence[int], **options: Any
+) -> None:
+    launch = _launches.get(kernel)
+    if launch is None:
+        launch = _launches[kernel] = Launch(kernel)
+    (launch.compile if tensors[0].is_meta else launch)(grid, tensors, numbers, **options)
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:

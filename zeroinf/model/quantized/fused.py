@@ -56,7 +56,11 @@ def fused(
     _LIBRARY.impl(name, found, "CUDA")
     _LIBRARY.impl(name, _on_paper, "Meta")
     operator: Callable[..., None] = getattr(torch.ops.zeroinf, name)
-    return operator
+
+    def fill(whole: torch.Tensor, *args: Any) -> None:
+        (found if whole.is_cuda else operator)(whole, *args)  # torch's dispatcher takes as long as some kernels
+
+    return fill
 
 
 class Fused:
