@@ -15,6 +15,7 @@ from observers import Notes
 from test_jobs_output import begun, job, result
 
 from zeroinf.cli.main import cli
+from zeroinf.errors import UsageError
 from zeroinf.jobs import journal
 from zeroinf.jobs.journal import Journal
 from zeroinf.runs.interrupts import Interrupts, interrupted
@@ -181,6 +182,23 @@ def test_watch_ends_with_a_run_that_stops(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("zeroinf.cli.status.time.sleep", lambda seconds: output.abandon("the disk is on fire"))
     states = [json.loads(line)["state"] for line in status(out, "--watch", "--json").splitlines()]
     assert states == ["running", "stopped"]
+
+
+def test_status_prints_the_results_that_have_come_while_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    output = begun(out, job(4))
+    for index in (2, 0):
+        output.add(result(index))
+    output.add(replace(result(3), finish_reason="error"))
+    lines = [result(index).to_line() for index in (2, 0)]
+    assert status(out, "--tail").splitlines() == lines
+    following = iter([lambda: output.add(result(1)), lambda: output.abandon("the disk is on fire")])
+    monkeypatch.setattr("zeroinf.cli.status.time.sleep", lambda seconds: next(following)())
+    assert status(out, "--tail", "--watch").splitlines() == [*lines, result(1).to_line()]
+    with pytest.raises(UsageError, match="--tail and --json contradict"):
+        status(out, "--tail", "--json")
 
 
 @pytest.mark.parametrize("content", [None, b"what I did on my holidays\n"])

@@ -12,10 +12,12 @@ import click
 
 from zeroinf.cli.command import command
 from zeroinf.cli.environment import option
+from zeroinf.errors import UsageError
 from zeroinf.sizes import clock
 
 if TYPE_CHECKING:
     from zeroinf.jobs.status import JobStatus
+    from zeroinf.service.requests import Result
 
 JSON_SCHEMA = 1
 
@@ -26,22 +28,36 @@ _WATCH_EVERY_S = 2.0
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--watch", is_flag=True, help="Say it again every 2 s, until the job is finished or stops.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch one a line.")
-def status(file: Path, watch: bool, as_json: bool) -> None:
+@option(
+    "--tail",
+    is_flag=True,
+    help="Print the results that have come so far, one JSON object a line; with --watch those to come as well.",
+)
+def status(file: Path, watch: bool, as_json: bool, tail: bool) -> None:
     """Show what is done and left of the job whose output is FILE. It may be running, stopped or finished.
 
     \b
       zeroinf status out.jsonl --watch
+      zeroinf status out.jsonl --tail > so-far.jsonl
     """
     from zeroinf.jobs.output_files import journal_path
     from zeroinf.jobs.status import StatusReader
 
-    reader = StatusReader(file if file.suffix == ".journal" else journal_path(file))
+    if tail and as_json:
+        raise UsageError("--tail and --json contradict each other", hint="results are JSON already: drop --json")
+    journal = file if file.suffix == ".journal" else journal_path(file)
+    reader = StatusReader(journal, _print_result) if tail else StatusReader(journal)
     while True:
         now = reader.read()
-        click.echo(_as_json(now) if as_json else _in_words(now))
+        click.echo(_as_json(now) if as_json else _in_words(now), err=tail)
         if not watch or now.state != "running":
             return
         time.sleep(_WATCH_EVERY_S)
+
+
+def _print_result(result: Result) -> None:
+    if not result.failed:
+        click.echo(result.to_line())
 
 
 def _in_words(now: JobStatus) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from zeroinf.jobs.files import is_held
 from zeroinf.jobs.journal import moved, read_records
 from zeroinf.jobs.output_files import journal_path
 from zeroinf.service.observer import left_s, rate
+from zeroinf.service.requests import Result
 
 JobState = Literal["running", "stopped", "finished"]
 
@@ -59,6 +61,8 @@ class StatusReader:
     """Reads a journal as it grows: each `read` goes on where the last one ended."""
 
     journal: Path
+    heard: Callable[[Result], None] = lambda result: None
+    """Takes each result once, in the order in which they came."""
     _at: int = 0
     _came: dict[int, bool] = field(default_factory=dict)
     """Whether it failed, of each result by its index."""
@@ -104,6 +108,7 @@ class StatusReader:
         elif "result" in record:
             result = record["result"]
             self._came[result["index"]] = result["finish_reason"] == "error"
+            self.heard(Result.from_record(result))
         elif "progress" in record:
             told = record["progress"]
             named = {name: told[name] for name in ("tokens", "tokens_left")}
