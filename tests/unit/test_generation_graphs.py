@@ -115,6 +115,16 @@ def test_as_many_layers_are_captured_as_may_be() -> None:
     assert [row.generated for row in ran] == expected(model, ran)
 
 
+def test_few_tokens_replay_a_larger_graph_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama")
+    graphs, ran = run_with_graphs(model, pages=9)
+    monkeypatch.setattr("zeroinf.generation.graphs.SERVED_TIMES", 1)
+    by_size, _ = run_with_graphs(model, pages=9)
+    assert 0 < graphs.count < by_size.count
+    assert graphs.replays > by_size.replays
+    assert [row.generated for row in ran] == expected(model, ran)
+
+
 def test_recurrent_layers_run_without_graphs_beside_others() -> None:
     model = build_model("qwen3_next")
     with experts_by(model, "batched_mm"):

@@ -16,12 +16,12 @@ from simulating import shared_simulations
 
 from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.rates import Rates
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import Anatomy, Mixers
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner import trials
 from zeroinf.planner.constraints import Constraints
-from zeroinf.planner.graphs import graph_options, graph_size, graph_sizes, why_launched
+from zeroinf.planner.graphs import graph_options, graph_size, graph_sizes, launched_share, why_launched
 from zeroinf.planner.memory import GRAPHS, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.speeds import speeds_of
@@ -217,6 +217,25 @@ def test_forwards_of_few_tokens_replay_graphs_which_are_planned_and_timed(monkey
         True,
         False,
     ]
+
+
+def test_a_short_job_waits_for_its_graphs() -> None:
+    """Two forwards of each size are launched before there is a graph."""
+
+    def speed(requests: int) -> float:
+        plan = make_plan(plan_input_of(gpu=8 * GIB, offload="none", batch_size=8, requests=requests)).plan
+        assert plan.graph_tokens and plan.timing is not None
+        return plan.timing.tokens_per_second
+
+    assert speed(8) < 0.95 * speed(800)
+
+
+def test_recurrent_layers_are_launched() -> None:
+    paths = ("layers.0.mixer", "", "layers.2.mixer", "layers.3.mixer")
+    some, all_ = (replace(anatomy(), mixers=Mixers(paths=given)) for given in (paths, paths[:1] * 4))
+    assert [launched_share(each) for each in (anatomy(), some, all_)] == [0, 0.75, 1]
+    assert "recurrent" in why_launched(all_, "stream", "cuda")
+    assert not why_launched(some, "stream", "cuda")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ always does, over pages or over what was fetched from host memory, so nothing of
 not changed: the forward of each of its layers is wrapped, and the capture ends and begins anew where the layer calls
 attention.
 
-Token counts are rounded up to a few sizes. All that a graph reads from outside, and all that is read of it, lies in
-buffers that were allocated before: hidden states and the other inputs of a layer, queries, keys and values, the result
-of attention, and the layer's output. So nobody reads the memory pool in which all graphs compute, one at a time. A
-graph serves every layer that does the same with weights at the same addresses, as streamed layers do that share a slot.
+Token counts are rounded up to a few sizes, and those of few tokens to a larger one that has a graph already. All that a
+graph reads from outside, and all that is read of it, lies in buffers that were allocated before: hidden states and the
+other inputs of a layer, queries, keys and values, the result of attention, and the layer's output. So nobody reads the
+memory pool in which all graphs compute, one at a time. A graph serves every layer that does the same with weights at
+the same addresses, as streamed layers do that share a slot.
 
 A layer runs once as it is, and is watched: whether it calls attention once, waits for the GPU, returns one tensor. The
 next time it runs in the buffers, so that kernels for that size are compiled and loaded, and then it is captured. What
@@ -32,6 +33,7 @@ from zeroinf.compat.graphs import CudaCapture, ignoring_waits, noting_waits
 from zeroinf.compat.modules import own_buffers, own_parameters
 from zeroinf.generation.attention import PackedLayer, Scores
 from zeroinf.generation.graph_inputs import GivenInputs, GraphBuffers, LayerCall, NotCaptured
+from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES
 
 _Key = tuple[Any, ...]
 
@@ -157,9 +159,12 @@ class Graphs:
             return self._watch(layer, call)
         size = self._sizes[bisect_left(self._sizes, call.tokens)]
         key = (layer.kind, size, call.given.signature, layer.places())
+        found = self._larger(key) if key not in self._graphs else None
+        if found is not None:
+            return self._replay(*found, call, layer.scores)
         graph = self._graphs.get(key) or self._graph(key, layer, call, size)
         if graph is not None:
-            return self._replay(graph, call, size, layer.scores)
+            return self._replay(graph, size, call, layer.scores)
         if key in self._rehearsed or key in self._refusing:
             return layer.forward(*args, **kwargs)
         return self._rehearse(key, layer, call, size)
@@ -203,6 +208,16 @@ class Graphs:
         else:
             layer.scores = Scores(seen.scores[0].scale, seen.scores[0].softcap, None)
         return output
+
+    def _larger(self, key: _Key) -> tuple[_Graph, int] | None:
+        """A graph for more tokens than `key` says, with its size, where it takes the GPU about as long."""
+        kind, size, *others = key
+        for larger in self._sizes[bisect_left(self._sizes, size) + 1 :]:
+            if larger > min(FLAT_TOKENS, SERVED_TIMES * size):
+                return None
+            if (graph := self._graphs.get((kind, larger, *others))) is not None:
+                return graph, larger
+        return None
 
     def _graph(self, key: _Key, layer: _Layer, call: LayerCall, size: int) -> _Graph | None:
         """A graph for `key`, captured now if it may be."""
@@ -265,7 +280,7 @@ class Graphs:
         hidden, more = (output[0], len(output) - 1) if isinstance(output, tuple) else (output, None)
         return self._buffers.like("output", hidden, 1, size).copy_(hidden), more
 
-    def _replay(self, graph: _Graph, call: LayerCall, size: int, scores: Scores) -> Any:
+    def _replay(self, graph: _Graph, size: int, call: LayerCall, scores: Scores) -> Any:
         self.replays += 1
         tokens = call.tokens
         hidden, states, into, output = graph.hidden, graph.states, graph.attended, graph.output

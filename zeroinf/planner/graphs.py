@@ -14,6 +14,10 @@ MOST_GRAPHS = 512
 REPLAYED_TOKENS = (128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096)
 """Forwards of up to one of these replay graphs, or of up to the most tokens that they have."""
 
+FLAT_TOKENS, SERVED_TIMES = 256, 4
+"""Forwards of up to so many tokens take a GPU about as long as some of fewer: one of a size that has no graph yet
+replays that of a larger one, of up to so many times as many tokens."""
+
 # In steps of an eighth from 512 on: a forward computes 6 % more than it has tokens, on average.
 _SIZES = (
     *(1 << power for power in range(7)),
@@ -62,6 +66,12 @@ def graph_bytes(workload: Workload, tokens: int, workspace_bytes: int) -> int:
     return 2 * dict(workload.packed.replayed)[tokens] + workspace_bytes + _DRIVER_BYTES
 
 
+def launched_share(anatomy: Anatomy) -> float:
+    """The part of the layers that have no graphs where others do: those with recurrent modules."""
+    paths = anatomy.mixers.paths if anatomy.mixers is not None else ()
+    return sum(map(bool, paths)) / max(1, len(paths))
+
+
 def why_launched(
     anatomy: Anatomy, engine: str, device: str, *, expert_parts: int = 1, on_host: bool = False, scored: bool = False
 ) -> str:
@@ -75,4 +85,6 @@ def why_launched(
         return "forwards are padded"
     if expert_parts > 1:
         return "experts come in parts"
+    if launched_share(anatomy) == 1:
+        return "all layers are recurrent"
     return ""

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import ceil, hypot
+from math import ceil, hypot, inf
 from typing import Literal
 
 from zeroinf.model.anatomy import Anatomy
@@ -16,7 +16,7 @@ from zeroinf.planner.choice import Choice
 from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
-from zeroinf.planner.graphs import graph_size
+from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
 from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
@@ -130,6 +130,7 @@ def time_plan(
     tokens, seconds = work.tokens_and_seconds(rows)
     if requests is not None:
         tokens *= requests / (rows or 1) / world_size
+        seconds += _capturing_s(anatomy, choice, workload, speeds) if choice.graph_tokens else 0.0
     return Timing(
         load_s=_load_s(anatomy, choice, [decoder, *encoder], speeds),
         prefill_s=prefill_s,
@@ -303,7 +304,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     mixing, stepping = (_times(kernels, speeds, _packed_launch_s) for kernels in workload.packed.mixing)
-    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload))
+    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), launched_share(anatomy))
     link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
@@ -361,6 +362,37 @@ def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: 
     return 2 * one["kernel launches"] > one["arithmetic"] + one["GPU memory"]
 
 
+def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
+    """Seconds that a job takes longer until graphs are there: of each size that is captured, two forwards are launched
+    kernel by kernel. Steps grow fewer in the end, as rows do that entered together."""
+    assert workload.packed is not None
+    coded, shape = _coded(anatomy, choice, workload), workload.shape
+    extra = _capturing(workload.packed.forwards, speeds, coded, launched_share(anatomy), choice.graph_tokens)
+    largest, captured, serving = graph_size(shape.rows, choice.graph_tokens), list[float](), inf
+    for size, seconds in reversed(extra):
+        if size <= largest and size * SERVED_TIMES < serving:
+            captured.append(seconds)
+            serving = size if size <= FLAT_TOKENS else inf
+    waves = len(captured) if workload.is_mixed else ceil(shape.rows / workload.prompts_a_pass)
+    most = graph_size(shape.prefill_tokens + shape.rows, choice.graph_tokens)
+    of_prompts = (seconds for size, seconds in extra if shape.prefill_tokens <= size <= most)
+    return sum(captured[:waves]) + sum(of_prompts)
+
+
+@lru_cache(maxsize=256)
+def _capturing(
+    forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, launched_share: float, most: int
+) -> tuple[tuple[int, float], ...]:
+    """The sizes of graphs for up to `most` tokens, each with the seconds that two forwards take longer without."""
+    times, found = _forward_times(forwards, speeds, coded, launched_share), list[tuple[int, float]]()
+    for size in graph_sizes(most):
+        launched, replayed = times.launched(size), times.replayed(size)
+        gpu_s = launched["arithmetic"] + launched["GPU memory"]
+        longer = (max(gpu_s, each["kernel launches"]) for each in (launched, replayed))
+        found.append((size, 2 * max(0.0, next(longer) - next(longer))))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class _ForwardTimes:
     """Seconds of each resource by a forward's tokens, where layers launch their kernels and where they launch their
@@ -376,8 +408,10 @@ class _ForwardTimes:
 
 
 @lru_cache(maxsize=64)
-def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None) -> _ForwardTimes:
-    """`coded`: the layers, where weights are multiplied as codes."""
+def _forward_times(
+    forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, launched_share: float
+) -> _ForwardTimes:
+    """`coded`: the layers, where weights are multiplied as codes. `launched_share`: of layers without graphs."""
     many, host = forwards.tokens[-1][0], speeds.fitted.passes
     replay_s = host.graph_launches * host.packed_launches * speeds.model_launch_s
     launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
@@ -387,8 +421,9 @@ def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None
         times["kernel launches"] += host.micro_batch_s
         launched.append((at, times))
         outside_s = groups[0].times * _packed_launch_s(groups[0], speeds) + host.micro_batch_s
-        layers = sum(group.times for group in kernels[1:])
-        replayed.append((at, {**times, "kernel launches": outside_s + layers * replay_s}))
+        layers_s = sum(group.times for group in kernels[1:]) * replay_s
+        inside_s = layers_s + launched_share * (times["kernel launches"] - outside_s - layers_s)
+        replayed.append((at, {**times, "kernel launches": outside_s + inside_s}))
     for at, kernels in forwards.choices:
         groups = kernels if coded is None else on_codes(kernels, many, coded)
         chosen.append((at, _times(groups, speeds, _packed_launch_s)))
