@@ -144,14 +144,14 @@ _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def fp4(layout: str) -> Pack:
-    """NVFP4 as compressed-tensors or ModelOpt have it, or MXFP4."""
+    """NVFP4 as compressed-tensors or ModelOpt have it, or MXFP4, also as DeepSeek-V4's experts are stored."""
 
     def pack(weight: np.ndarray, rng: np.random.Generator) -> tuple[Packed, np.ndarray]:
-        size = 32 if layout == "mx" else 16
+        size = 32 if layout in ("mx", "deepseek") else 16
         value = torch.from_numpy(weight)
         groups = value.view(len(value), -1, size)
         most = groups.abs().amax(-1) / 6
-        if layout == "mx":
+        if size == 32:
             powers = most.log2().ceil()
             scale, stored = powers.exp2(), {"weight_scale": (powers + 127).to(torch.uint8)}
         else:
@@ -169,6 +169,9 @@ def fp4(layout: str) -> Pack:
         full = (_FP4[index] * torch.where(scaled < 0, -1.0, 1.0) * scale[..., None]).view(value.shape)
         name = "weight" if layout == "modelopt" else "weight_packed"
         stored[name] = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        if layout == "deepseek":
+            powers_of_two = stored["weight_scale"].view(torch.float8_e8m0fnu)
+            stored = {"weight": stored[name].view(torch.int8), "weight_scale_inv": powers_of_two}
         return stored, full.numpy()
 
     return pack
@@ -365,6 +368,10 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "fp8": (fp8("block"), {**_FP8, "weight_block_size": [GROUP, GROUP]}),
     "fp8_ue8m0": (fp8("ue8m0"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_powers": (fp8("powers"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
+    "fp8_experts_fp4": (
+        fp8("ue8m0"),
+        {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0", "expert_dtype": "fp4"},
+    ),
     "fp8_channel": (fp8("channel"), {**_FP8, "weight_block_size": None}),
     "fp8_tensor": (fp8("tensor"), {**_FP8, "weight_block_size": None}),
     **{f"hqq_{bits}": (hqq(bits, 1), _hqq(bits, 1)) for bits in (1, 2, 3, 4, 8)},
@@ -413,6 +420,7 @@ NAMES = {
     "fp8": "fp8 in blocks",
     "fp8_ue8m0": "fp8 in blocks, scales in ue8m0",
     "fp8_powers": "fp8 in blocks, scales in float32 that are powers of two (scale_fmt ue8m0)",
+    "fp8_experts_fp4": "fp8 in blocks, experts in fp4 (expert_dtype)",
     "fp8_channel": "fp8, a scale a row",
     "fp8_tensor": "fp8, one scale",
     **{f"hqq_{bits}": f"hqq in {bits} bit{'s' if bits > 1 else ''}" for bits in (1, 2, 3, 4, 8)},
@@ -424,6 +432,10 @@ NAMES = {
     "torchao_tiles": "torchao, int4 in tiles of tinygemm",
 }
 """What readers call each."""
+
+
+_OF_EXPERTS = {"fp8_experts_fp4": fp4("deepseek")}
+"""How experts are packed where that is another way."""
 
 
 def packed_checkpoint(name: str, method: str, folder: Path) -> Path:
@@ -444,7 +456,8 @@ def packed_checkpoint(name: str, method: str, folder: Path) -> Path:
         if suffix != "weight" or tensor.dim() != 2 or is_router or ".layers." not in layer:
             packed[called] = tensor
             continue
-        own, whole = pack(tensor.float().numpy(), rng)
+        own_pack = _OF_EXPERTS.get(method, pack) if ".experts." in layer else pack
+        own, whole = own_pack(tensor.float().numpy(), rng)
         packed |= {f"{layer}.{part}": value for part, value in own.items()}
         tensors[called] = torch.from_numpy(np.ascontiguousarray(whole))
     save_file(tensors, full / "model.safetensors", metadata={"format": "pt"})

@@ -54,6 +54,7 @@ USUAL_MIXED = [
     ("qwen3_moe", "gptq_ordered"),
     ("qwen3_moe", "w4a16_asymmetric"),
     ("qwen3_moe", "nvfp4"),
+    ("qwen3_moe", "fp8_experts_fp4"),
     ("mixtral", "awq"),
     ("deepseek_v3", "fp8"),
 ]

@@ -203,7 +203,7 @@ def _of_bits(bits: int, **fields: Any) -> dict[str, Any]:
         ("llama", "w4a16", {"kv_cache_scheme": {"num_bits": 8}}, "with a kv_cache_scheme"),
         ("llama", "w4a16", {"quantization_status": "frozen"}, "that are not compressed"),
         ("llama", "w4a16", {"config_groups": {"of_3": _of_bits(3)}}, "has codes of 3 bits"),
-        ("llama", "fp8", {"expert_dtype": "fp4"}, "fp8 with expert_dtype fp4"),
+        ("llama", "fp8", {"expert_dtype": "fp6"}, "fp8 with expert_dtype fp6"),
     ],
 )
 def test_what_is_not_known_to_run_is_refused_by_name(

@@ -36,7 +36,7 @@ SPEEDS = {
     NAMES["w4a16_channel"]: f"{_CT}int4, a scale a row",
     NAMES["w8a16_asymmetric"]: f"{_CT}int8 with zero points",
     NAMES["nvfp4"]: "NVFP4 of compressed-tensors",
-    NAMES["mxfp4"]: "MXFP4",
+    **dict.fromkeys((NAMES["mxfp4"], NAMES["fp8_experts_fp4"]), "MXFP4"),
     NAMES["modelopt_nvfp4"]: "NVFP4 of ModelOpt",
     NAMES["fp8_tensor"]: "FP8, one scale",
     **{NAMES[f"hqq_{bits}"]: f"HQQ, {bits} bits" for bits in (1, 2, 3, 4, 8)},

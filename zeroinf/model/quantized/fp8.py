@@ -15,10 +15,13 @@ import torch
 from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.fp4 import expand_fp4
 from zeroinf.model.quantized.fused import Random, fused, random_bytes, random_scales
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+# Of FP4: two codes a byte, of which so many share a power of two.
+_PAIRS, _FP4_GROUP = (torch.int8, torch.uint8), 32
 # DeepSeek's checkpoints say "inverse" for what weights are multiplied by. Activations have scales of their own.
 _SCALES, _OF_ACTIVATIONS = "weight_scale_inv", ("activation_scale", "input_scale")
 
@@ -27,20 +30,25 @@ def hold_fp8(model: Any, found: dict[str, Any]) -> None:
     """Let linear layers and experts hold codes and scales. Activations stay as they are."""
     from transformers import FineGrainedFP8Config
 
-    for part, usual in (("expert_dtype", "fp8"), ("modules_to_convert", None)):
-        if found.get(part, usual) != usual:
-            raise refused(model, f"fp8 with {part} {found[part]}", f"only {part} {usual} expands")
+    for part, known in (("expert_dtype", ("fp8", "fp4")), ("modules_to_convert", (None,))):
+        if found.get(part, known[0]) not in known:
+            raise refused(model, f"fp8 with {part} {found[part]}", f"only {part} {known[0]} expands")
     config = FineGrainedFP8Config(**{key: value for key, value in found.items() if key != "stored"})
     kept = quantizers.kept_modules(model, config.modules_to_not_convert, list(modules_in_float32(model)[1]))
     block = tuple(config.weight_block_size) if config.weight_block_size else None
-    hold_linears(model, found, "fp8", _Fp8(block), _SCALES, lambda name: not quantizers.is_quantized(name, kept))
+    form = _Fp8(block, experts_in_fp4=found.get("expert_dtype") == "fp4")
+    hold_linears(model, found, "fp8", form, _SCALES, lambda name: not quantizers.is_quantized(name, kept))
 
 
 @dataclass(frozen=True, slots=True)
 class _Fp8(MatrixFormat):
-    """A weight (rows, columns) of float8_e4m3fn; scales of blocks of `block` rows and columns, of rows, or one."""
+    """A weight (rows, columns) of float8_e4m3fn; scales of blocks of `block` rows and columns, of rows, or one.
+
+    Or pairs of FP4 in a byte (int8), of which 32 share a power of two, as the experts of DeepSeek-V4 have them.
+    """
 
     block: tuple[int, int] | None
+    experts_in_fp4: bool
 
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         scales = (ceil(rows / self.block[0]), ceil(columns / self.block[1])) if self.block else ()
@@ -49,12 +57,20 @@ class _Fp8(MatrixFormat):
             _SCALES: Stored(torch.float32, scales),
         }
 
+    def usual_expert(self, rows: int, columns: int) -> dict[str, Stored]:
+        if not self.experts_in_fp4:
+            return self.usual(rows, columns)
+        powers = Stored(torch.float8_e8m0fnu, (rows, columns // _FP4_GROUP))
+        return {"weight": Stored(torch.int8, (rows, columns // 2)), _SCALES: powers}
+
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
         unknown = set(stored) - {"weight", "bias", _SCALES, *_OF_ACTIVATIONS}
         if unknown:
             return f"has {', '.join(sorted(unknown))}, which is not known"
         if "weight" not in stored:
             return "has scales and no weight"
+        if stored["weight"].dtype in _PAIRS:
+            return _why_not_fp4(rows, columns, stored)
         if stored["weight"] != Stored(torch.float8_e4m3fn, (rows, columns)):
             return f"is not {rows} x {columns} weights of float8_e4m3fn"
         scales = stored[_SCALES]
@@ -70,6 +86,9 @@ class _Fp8(MatrixFormat):
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         scales = held[_SCALES]
+        if held["weight"].dtype in _PAIRS:
+            expand_fp4(whole, held["weight"].view(torch.uint8), scales.view(torch.uint8), None, False)
+            return
         scales = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
         rows, columns = whole.shape[-2:]
         if self.block is not None:
@@ -78,6 +97,15 @@ class _Fp8(MatrixFormat):
             height, width = 1 if scales.numel() > whole[..., 0, 0].numel() else rows, columns
         down = ceil(rows / height)
         expand_fp8(whole, held["weight"], scales.reshape(*whole.shape[:-2], down, -1), height, width)
+
+
+def _why_not_fp4(rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+    if columns % _FP4_GROUP or stored["weight"].shape != (rows, columns // 2):
+        return f"is not {rows} x {columns} weights in pairs of FP4"
+    scales = stored[_SCALES]
+    if scales.shape != (rows, columns // _FP4_GROUP) or scales.dtype not in (torch.float8_e8m0fnu, torch.uint8):
+        return f"has FP4 with scales of {scales.dtype} in the shape {scales.shape}"
+    return None
 
 
 def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:

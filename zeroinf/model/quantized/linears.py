@@ -44,6 +44,10 @@ class MatrixFormat(ABC):
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         """Its tensors, as the config lets expect them where files are not at hand."""
 
+    def usual_expert(self, rows: int, columns: int) -> dict[str, Stored]:
+        """The same for a matrix of a stack of experts."""
+        return self.usual(rows, columns)
+
     @abstractmethod
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
         """Why tensors `stored` are not known to be expanded exactly; None where they are."""
@@ -109,7 +113,8 @@ def hold_linears(
         rows, columns = matrices.end - matrices.first, parameter.shape[-1]
         layer = EXPERT.sub("*", matrices.names[0])
         if stored is None:
-            held = None if is_kept(matrices.names[0]) else form.usual(rows, columns)
+            usual = form.usual_expert if matrices.is_stack else form.usual
+            held = None if is_kept(matrices.names[0]) else usual(rows, columns)
         else:
             held = stored.get(layer) if key in stored.get(layer, ()) else None
         if held is None:
