@@ -19,6 +19,8 @@ import pytest
 import torch
 import transformers
 from ranks import on_ranks
+from rich.console import Console
+from rich.status import Status
 
 import zeroinf
 from zeroinf.api import Engine, Size
@@ -120,6 +122,34 @@ ONE = (
     *("response_format", "json_schema", "regex", "choices"),
 )
 SAMPLING = (*ONE, "n")
+
+
+def test_steps_before_loading_are_shown_and_gone_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = list[str]()
+
+    class Shown(Status):
+        def start(self) -> None:
+            told.append(str(self.status))
+
+        def update(self, status: Any = None, **how: Any) -> None:
+            told.append(str(status))
+
+        def stop(self) -> None:
+            told.append("gone")
+
+    monkeypatch.setattr(Console, "status", lambda console, step: Shown(step, console=console))
+    with pytest.raises(ModelError):
+        zeroinf.pipeline(str(tmp_path), progress=True)
+    assert told == ["reading the model", "gone"]
+    observer = ProgressObserver(True)
+    observer.doing("reading the model")
+    observer.doing("planning")
+    observer.ended()
+    assert told[2:] == ["reading the model", "planning", "gone"]
+    ProgressObserver(False).doing("planning")
+    assert len(told) == 5
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 from zeroinf.planner.plan import Plan
 from zeroinf.service import observer
@@ -16,7 +17,8 @@ _T = TypeVar("_T")
 
 
 class ProgressObserver:
-    """Shows how far loading and results are if `shown`; None: where stderr is a terminal, or in a notebook.
+    """Shows what is being prepared, and how far loading and results are, if `shown`; None: where stderr is a terminal,
+    or in a notebook.
 
     Notes, such as of memory that ran short, are shown everywhere.
     """
@@ -25,6 +27,7 @@ class ProgressObserver:
         self._console = Console(stderr=True)
         self._shown = (self._console.is_terminal or self._console.is_jupyter) if shown is None else shown
         self._bar: Progress | None = None
+        self._step: Status | None = None
         self._counting: Progress | None = None
 
     def counted(self, found: Iterable[_T], total: int) -> Iterator[_T]:
@@ -54,11 +57,20 @@ class ProgressObserver:
 
     def left_out(self, how: Literal["refused", "failed"], refusals: Sequence[Refusal]) -> None: ...
 
-    def doing(self, step: str) -> None: ...
+    def doing(self, step: str) -> None:
+        """A step without a measure, such as planning, which takes seconds."""
+        if not self._shown or self._bar is not None:
+            return
+        if self._step is None:
+            self._step = self._console.status(step)
+            self._step.start()
+        else:
+            self._step.update(step)
 
     def fetching(self, name: str) -> None: ...
 
     def loading(self, plan: Plan) -> None:
+        self.ended()
         if self._shown:
             columns = (TextColumn("MiB of weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
@@ -83,6 +95,9 @@ class ProgressObserver:
             )
 
     def ended(self) -> None:
+        if self._step is not None:
+            self._step.stop()
+            self._step = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -328,15 +328,19 @@ def open_session(
     """A session on this rank, or on `num_gpus` ranks that are started for it. `lengths` may need the model."""
     world, ranks = world_from_environment(), None
     device = pick_device(world)
-    observer.doing("reading the model")
-    source = source_of(options, device.type)
-    anatomy = anatomy_of(options, source, device.type)
-    if not isinstance(lengths, Lengths):
-        lengths = lengths(source, anatomy)
-    if num_gpus is not None:
-        ranks = Ranks(num_gpus, SessionSpec(options, lengths, requests))
-        world = ranks.world
-    session = Session(options, source, anatomy, lengths, requests, world, device, observer, ranks)
+    try:
+        observer.doing("reading the model")
+        source = source_of(options, device.type)
+        anatomy = anatomy_of(options, source, device.type)
+        if not isinstance(lengths, Lengths):
+            lengths = lengths(source, anatomy)
+        if num_gpus is not None:
+            ranks = Ranks(num_gpus, SessionSpec(options, lengths, requests))
+            world = ranks.world
+        session = Session(options, source, anatomy, lengths, requests, world, device, observer, ranks)
+    except BaseException:
+        observer.ended()
+        raise
     for note in notes(session.model.engine.model.generation_config, sampled=False) if world.is_main else ():
         warnings.warn(note, stacklevel=3)
     return session
