@@ -235,10 +235,16 @@ class PackedLayer(MarkingLayer):
         their scales beside them, (places, heads, 1) each, float32."""
         super().__init__(view.window)
         self.memory, self.view, self.kernel = memory, view, kernel
+        self.into: torch.Tensor | None = None
+        """Where a kernel may write what it returns, in place of memory of its own."""
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """Attend as a kernel does."""
         return self.kernel(self, query, keys, values, scores)
+
+    def result(self, query: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Memory for what a kernel returns."""
+        return query.new_empty(query.shape[1], query.shape[0], values.shape[2]) if self.into is None else self.into
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write new keys and values, (kv heads, tokens, width) each, into the pages of their rows, if they have any."""
@@ -301,7 +307,7 @@ def attend_in_torch(
 ) -> torch.Tensor:
     """Row by row, with torch's own attention: for the CPU."""
     tokens = layer.view.tokens
-    out = query.new_empty(query.shape[1], query.shape[0], values.shape[2])
+    out = layer.result(query, values)
     for row, (first, count) in enumerate(zip(tokens.firsts, tokens.counts, strict=True)):
         end = first + count
         seen = [

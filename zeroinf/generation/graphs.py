@@ -292,7 +292,11 @@ class Graphs:
         graph.before.replay()
         if graph.sinks is not None:
             scores = Scores(scores.scale, scores.softcap, graph.sinks)
-        into.copy_(call.layer.attend(*states, scores))
+        call.layer.into = into
+        attended = call.layer.attend(*states, scores)
+        call.layer.into = None
+        if attended is not into:  # such as what the CPU has attended to
+            into.copy_(attended)
         graph.after.replay()
         return _returned(output.clone(), graph.more)  # the buffer is the next layer's, and the next forward's
 
