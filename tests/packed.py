@@ -86,13 +86,14 @@ def fp8(scales: str) -> Pack:
         padded[:rows, :columns] = value
         blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
         scale = blocks.abs().amax((1, 3)) / 448
-        if scales in ("ue8m0", "powers"):
+        if scales in ("ue8m0", "powers", "deepseek"):
             scale = scale.log2().ceil().exp2()
         codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
         full = (codes.float() * scale[:, None, :, None]).view(padded.shape)[:rows, :columns]
         kept = scale.view(-1)[0] if scales == "tensor" else scale
-        kept = kept.to(torch.float8_e8m0fnu) if scales == "ue8m0" else kept
-        packed = {"weight": codes.view(padded.shape)[:rows, :columns].contiguous(), "weight_scale_inv": kept}
+        kept = kept.to(torch.float8_e8m0fnu) if scales in ("ue8m0", "deepseek") else kept
+        called = "scale" if scales == "deepseek" else "weight_scale_inv"
+        packed = {"weight": codes.view(padded.shape)[:rows, :columns].contiguous(), called: kept}
         return packed, full.numpy()
 
     return pack
@@ -171,7 +172,7 @@ def fp4(layout: str) -> Pack:
         stored[name] = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
         if layout == "deepseek":
             powers_of_two = stored["weight_scale"].view(torch.float8_e8m0fnu)
-            stored = {"weight": stored[name].view(torch.int8), "weight_scale_inv": powers_of_two}
+            stored = {"weight": stored[name].view(torch.int8), "scale": powers_of_two}
         return stored, full.numpy()
 
     return pack
@@ -369,7 +370,7 @@ METHODS: dict[str, tuple[Pack, dict[str, Any]]] = {
     "fp8_ue8m0": (fp8("ue8m0"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_powers": (fp8("powers"), {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0"}),
     "fp8_experts_fp4": (
-        fp8("ue8m0"),
+        fp8("deepseek"),
         {**_FP8, "weight_block_size": [GROUP, GROUP], "scale_fmt": "ue8m0", "expert_dtype": "fp4"},
     ),
     "fp8_channel": (fp8("channel"), {**_FP8, "weight_block_size": None}),

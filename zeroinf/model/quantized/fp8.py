@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +23,9 @@ _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0f
 # Of FP4: two codes a byte, of which so many share a power of two.
 _PAIRS, _FP4_GROUP = (torch.int8, torch.uint8), 32
 # DeepSeek's checkpoints say "inverse" for what weights are multiplied by. Activations have scales of their own.
-_SCALES, _OF_ACTIVATIONS = "weight_scale_inv", ("activation_scale", "input_scale")
+_SCALES, _OF_ACTIVATIONS = "weight_scale_inv", ("activation_scale", "input_scale", "qscale_act")
+# What others call them: DeepSeek-V4, and Mistral.
+_OTHER_NAMES = ("scale", "qscale_weight")
 
 
 def hold_fp8(model: Any, found: dict[str, Any]) -> None:
@@ -37,7 +39,9 @@ def hold_fp8(model: Any, found: dict[str, Any]) -> None:
     kept = quantizers.kept_modules(model, config.modules_to_not_convert, list(modules_in_float32(model)[1]))
     block = tuple(config.weight_block_size) if config.weight_block_size else None
     form = _Fp8(block, experts_in_fp4=found.get("expert_dtype") == "fp4")
-    hold_linears(model, found, "fp8", form, _SCALES, lambda name: not quantizers.is_quantized(name, kept))
+    hold_linears(
+        model, found, "fp8", form, (_SCALES, *_OTHER_NAMES), lambda name: not quantizers.is_quantized(name, kept)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class _Fp8(MatrixFormat):
         return {"weight": Stored(torch.int8, (rows, columns // 2)), _SCALES: powers}
 
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
+        stored = _named(stored)
         unknown = set(stored) - {"weight", "bias", _SCALES, *_OF_ACTIVATIONS}
         if unknown:
             return f"has {', '.join(sorted(unknown))}, which is not known"
@@ -85,7 +90,7 @@ class _Fp8(MatrixFormat):
         return name not in ("bias", *_OF_ACTIVATIONS)
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        scales = held[_SCALES]
+        scales = _named(held)[_SCALES]
         if held["weight"].dtype in _PAIRS:
             expand_fp4(whole, held["weight"].view(torch.uint8), scales.view(torch.uint8), None, False)
             return
@@ -97,6 +102,14 @@ class _Fp8(MatrixFormat):
             height, width = 1 if scales.numel() > whole[..., 0, 0].numel() else rows, columns
         down = ceil(rows / height)
         expand_fp8(whole, held["weight"], scales.reshape(*whole.shape[:-2], down, -1), height, width)
+
+
+_Tensor = TypeVar("_Tensor")
+
+
+def _named(tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+    """`tensors`, with scales by their usual name."""
+    return {_SCALES if name in _OTHER_NAMES else name: tensor for name, tensor in tensors.items()}
 
 
 def _why_not_fp4(rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:

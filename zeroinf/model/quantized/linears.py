@@ -96,16 +96,26 @@ def note_stored(config: Any, held: Mapping[str, Any]) -> None:
 
 
 def hold_linears(
-    model: Any, found: Mapping[str, Any], what: str, form: MatrixFormat, key: str, is_kept: Callable[[str], bool]
+    model: Any,
+    found: Mapping[str, Any],
+    what: str,
+    form: MatrixFormat,
+    key: str | tuple[str, ...],
+    is_kept: Callable[[str], bool],
 ) -> None:
     """Let the modules of `model` hold their matrices as `form` has them.
 
-    Where files were read, those are quantized that have a tensor `key`; else all linear layers but those that
-    `is_kept`. `what` names the format in messages. Raises ModelError for what is not known to be exact.
+    Where files were read, those are quantized that have a tensor `key`, or one of these; else all linear layers but
+    those that `is_kept`. `what` names the format in messages. Raises ModelError for what is not known to be exact.
     """
     noted = found.get(STORED) or {"coded": None, "names": None}
     stored, origins = _by_layer(noted["coded"]), origins_of(model, what, noted["names"])
     owners = {f"{path}.{own}": module for path, module in model.named_modules() for own in own_parameters(module)}
+    keys = {key} if isinstance(key, str) else set(key)
+
+    def is_coded(layer: str) -> bool:
+        return not keys.isdisjoint((stored or {}).get(layer, ()))
+
     plans: dict[Module, list[_Plan]] = defaultdict(list)
     for matrices in _matrices(model, origins.whole):
         module, own = owners[matrices.parameter], matrices.parameter.rpartition(".")[2]
@@ -116,13 +126,13 @@ def hold_linears(
             usual = form.usual_expert if matrices.is_stack else form.usual
             held = None if is_kept(matrices.names[0]) else usual(rows, columns)
         else:
-            held = stored.get(layer) if key in stored.get(layer, ()) else None
+            held = stored.get(layer) if is_coded(layer) else None
         if held is None:
             continue
         if (why := form.why_not(rows, columns, held)) is not None:
             raise refused(model, what, f"{layer} {why}")
         plans[module].append(_Plan(own, parameter.shape, parameter.dtype, matrices, held))
-    if fused := next((layer for layer in origins.layers_by_row() if key in (stored or {}).get(layer, ())), None):
+    if fused := next((layer for layer in origins.layers_by_row() if is_coded(layer)), None):
         raise refused(model, what, f"transformers fuses or reorders {fused} row by row")
     for module, own_plans in plans.items():
         _hold(model, what, module, own_plans, form)
