@@ -1,12 +1,13 @@
-"""Memory limits of containers, on fake cgroup trees."""
+"""Limits of containers, of memory and of processors' time, on fake cgroup trees."""
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import pytest
 
-from zeroinf.hardware.cgroup import CgroupMemory, read_cgroup_memory
+from zeroinf.hardware.cgroup import CgroupMemory, read_cgroup_memory, read_cgroup_processors
 
 GIB = 1 << 30
 V1_NO_LIMIT = 9223372036854771712
@@ -110,3 +111,24 @@ def test_group_over_its_limit_has_nothing_available(proc: Path, root: Path) -> N
 
 def test_system_without_cgroups_has_no_limit(tmp_path: Path) -> None:
     assert read_cgroup_memory(tmp_path / "no-proc", tmp_path / "no-cgroup") is None
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "expected"),
+    [("600000 100000", "max 100000", 6.0), ("max 100000", "150000 100000", 1.5), ("max 100000", "max 100000", inf)],
+)
+def test_the_smallest_v2_quota_of_time_binds(proc: Path, root: Path, own: str, parent: str, expected: float) -> None:
+    in_group(proc, "0::/job/step")
+    for folder, text in ((root / "job" / "step", own), (root / "job", parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{text}\n")
+    assert read_cgroup_processors(proc, root) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(400000, 4.0), (-1, inf)])
+def test_a_v1_quota_of_time_is_read_where_it_is_mounted(proc: Path, root: Path, quota: int, expected: float) -> None:
+    in_group(proc, "4:memory:/a", "2:cpu,cpuacct:/of/the/host")
+    (root / "cpu").mkdir()
+    (root / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (root / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert read_cgroup_processors(proc, root) == expected

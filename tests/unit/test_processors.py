@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +30,39 @@ EVERY = range(16)
 
 
 def test_a_rank_has_whole_cores_of_one_node(system: Path) -> None:
-    assert attention_processors(0, [EVERY] * 2, system) == (8, 1, 9, 2, 10, 3, 11)
-    assert attention_processors(1, [EVERY] * 2, system) == (12, 5, 13, 6, 14, 7, 15)
-    assert attention_processors(1, [EVERY] * 8, system) == (9,)
+    assert attention_processors(0, [EVERY] * 2, inf, system) == (8, 1, 9, 2, 10, 3, 11)
+    assert attention_processors(1, [EVERY] * 2, inf, system) == (12, 5, 13, 6, 14, 7, 15)
+    assert attention_processors(1, [EVERY] * 8, inf, system) == (9,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_shares_are_even_and_leave_one_to_feed_each_gpu(ranks: int, system: Path) -> None:
-    shares = [attention_processors(rank, [EVERY] * ranks, system) for rank in range(ranks)]
+    shares = [attention_processors(rank, [EVERY] * ranks, inf, system) for rank in range(ranks)]
     assert len(set().union(*shares)) == sum(map(len, shares)) == 16 - ranks
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_more_ranks_than_processors_have_one_each(system: Path) -> None:
-    assert {len(attention_processors(rank, [EVERY] * 40, system)) for rank in range(40)} == {1}
+    assert {len(attention_processors(rank, [EVERY] * 40, inf, system)) for rank in range(40)} == {1}
 
 
 def test_what_a_launcher_has_bound_to_a_rank_is_not_divided_again(system: Path) -> None:
     halves = [range(8), range(8, 16)]
-    assert attention_processors(0, halves, system) == (1, 2, 3, 4, 5, 6, 7)
-    assert attention_processors(1, halves, system) == (9, 10, 11, 12, 13, 14, 15)
+    assert attention_processors(0, halves, inf, system) == (1, 2, 3, 4, 5, 6, 7)
+    assert attention_processors(1, halves, inf, system) == (9, 10, 11, 12, 13, 14, 15)
     sockets = [{0, 1, 2, 3, 8, 9, 10, 11}] * 2 + [{4, 5, 6, 7, 12, 13, 14, 15}] * 2
-    assert [attention_processors(rank, sockets, system) for rank in range(4)] == [
+    assert [attention_processors(rank, sockets, inf, system) for rank in range(4)] == [
         (8, 1, 9), (10, 3, 11), (12, 5, 13), (14, 7, 15),
     ]  # fmt: skip
-    assert attention_processors(0, [EVERY, {4, 5, 6}], system) == (8, 1, 9, 2, 10, 3, 11, 12, 13, 14, 7, 15)
+    assert attention_processors(0, [EVERY, {4, 5, 6}], inf, system) == (8, 1, 9, 2, 10, 3, 11, 12, 13, 14, 7, 15)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "ranks", "threads"), [(6, 1, 5), (6, 2, 2), (1.5, 1, 1), (0.5, 2, 1), (40, 1, 15), (inf, 2, 7)]
+)
+def test_a_container_has_no_more_threads_than_time(at_once: float, ranks: int, threads: int, system: Path) -> None:
+    shares = [attention_processors(rank, [EVERY] * ranks, at_once, system) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {threads}
 
 
 class Ranks:

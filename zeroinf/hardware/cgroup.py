@@ -1,9 +1,12 @@
-"""Reads the memory limit that a container or a batch system puts on this process: cgroup v1, v2, or both."""
+"""Reads the limits of memory and of processors' time that a container or a batch system puts on this process: cgroup
+v1, v2, or both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path, PurePosixPath
 
 # Version 1 writes "no limit" as the largest page-aligned 64-bit number; no machine comes near a quarter of it.
@@ -33,6 +36,7 @@ _V1 = _Layout(
     file_pages=("total_active_file", "total_inactive_file"),
 )
 _V2 = _Layout(limit="memory.max", usage="memory.current", file_pages=("active_file", "inactive_file"))
+_LAYOUTS = {1: _V1, 2: _V2}
 
 
 def read_cgroup_memory(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> CgroupMemory | None:
@@ -42,7 +46,8 @@ def read_cgroup_memory(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cg
     Inside a container the path in /proc may be the host's; folders that are not there are passed over, and the root,
     where the container's own group is mounted, is always read.
     """
-    limited = [found for layout, folder in _groups(proc, root) if (found := _read_group(folder, layout))]
+    groups = _groups("memory", proc, root)
+    limited = [found for version, folder in groups if (found := _read_group(folder, _LAYOUTS[version]))]
     if not limited:
         return None
     return CgroupMemory(
@@ -51,15 +56,32 @@ def read_cgroup_memory(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cg
     )
 
 
-def _groups(proc: Path, root: Path) -> Iterator[tuple[_Layout, Path]]:
-    """Every group folder above this process, for lines such as `4:memory:/a/b` (v1) and `0::/a/b` (v2)."""
+def read_cgroup_processors(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """The number of processors whose time this process may take together with others of its groups, which is not a
+    whole one; infinite where there is no limit."""
+    return min((_read_quota(folder, version) for version, folder in _groups("cpu", proc, root)), default=inf)
+
+
+def _read_quota(folder: Path, version: int) -> float:
+    if version == 1:
+        parts = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    else:
+        parts = _read(folder / "cpu.max").split()
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):  # "max", or -1
+        return inf
+    return int(parts[0]) / int(parts[1])
+
+
+def _groups(controller: str, proc: Path, root: Path) -> Iterator[tuple[int, Path]]:
+    """The version and folder of every group above this process, for lines such as `4:memory:/a/b` (v1) and `0::/a/b`
+    (v2)."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
             for mount in (root, root / "unified"):
-                yield from ((_V2, folder) for folder in _upward(mount, path))
-        elif "memory" in controllers.split(","):
-            yield from ((_V1, folder) for folder in _upward(root / "memory", path))
+                yield from ((2, folder) for folder in _upward(mount, path))
+        elif controller in controllers.split(","):
+            yield from ((1, folder) for folder in _upward(root / controller, path))
 
 
 def _upward(mount: Path, path: str) -> Iterator[Path]:

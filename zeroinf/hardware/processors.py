@@ -15,13 +15,16 @@ def own_processors() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
-def attention_processors(rank: int, allowed: Sequence[Collection[int]], system: Path = _SYSTEM) -> tuple[int, ...]:
+def attention_processors(
+    rank: int, allowed: Sequence[Collection[int]], at_once: float, system: Path = _SYSTEM
+) -> tuple[int, ...]:
     """The processors on which number `rank` of a node's ranks attends, of which each may use those in `allowed`: its
     share of them but for one, which feeds its GPU.
 
     Ranks that may use the same processors share them. A launcher that has bound each rank to some has shared already,
     and a rank leaves to others what they alone are bound to. Shares are disjoint, unless there are fewer processors
-    than ranks, and as far as may be on one NUMA node each, with both threads of a core.
+    than ranks, and as far as may be on one NUMA node each, with both threads of a core. Of the `at_once` processors
+    whose time all ranks may take, each has an equal part: with more threads they would be stopped now and then.
     """
     of_each = [frozenset(one) for one in allowed]
     mine, nodes = of_each[rank], _nodes(system)
@@ -29,6 +32,7 @@ def attention_processors(rank: int, allowed: Sequence[Collection[int]], system: 
     order = sorted(mine - bound or mine, key=lambda number: (nodes.get(number, 0), _core(number, system), number))
     place, places = of_each[:rank].count(mine), of_each.count(mine)
     share = order[place * len(order) // places : (place + 1) * len(order) // places]
+    share = share[: int(max(1, min(len(share), at_once / len(of_each))))]
     return tuple(share[1:] or share or order[place % len(order) :][:1])
 
 

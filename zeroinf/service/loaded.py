@@ -29,6 +29,7 @@ from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Decode, Row, Sampling
 from zeroinf.generation.scheduler import Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
+from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.measure.link_rates import measure_own_link
 from zeroinf.hardware.process import PeakMemory, Resident
 from zeroinf.hardware.processors import attention_processors, own_processors
@@ -295,7 +296,8 @@ def processors_of(control: Control) -> tuple[int, ...]:
     world = control.world
     node = world.rank - world.local_rank
     told = control.all_gather((node, own_processors()))
-    return attention_processors(world.local_rank, [allowed for of, allowed in told if of == node])
+    on_node = [allowed for of, allowed in told if of == node]
+    return attention_processors(world.local_rank, on_node, read_cgroup_processors())
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:

@@ -9,6 +9,7 @@ from threading import Event, Thread
 
 import numpy as np
 
+from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.host_library import ThreadPool
 from zeroinf.hardware.mapped_memory import map_memory
 from zeroinf.hardware.processors import attention_processors, own_processors
@@ -21,7 +22,7 @@ def measure_host_read(*, nbytes: int = 1 << 30, beside_link_of: int | None = Non
     """`nbytes` read by the processors that attend for a process that has the node to itself, the best of five rounds,
     in GB/s; the median, while copies of page-locked memory to the GPU `beside_link_of` fill its link. Raises
     EnvironmentProblem where the code that reads cannot be compiled."""
-    pool = ThreadPool(attention_processors(0, [own_processors()]))
+    pool = ThreadPool(attention_processors(0, [own_processors()], read_cgroup_processors()))
     try:
         memory = np.frombuffer(map_memory(nbytes), dtype=np.uint8)
         pool.clear(memory.ctypes.data, nbytes)
