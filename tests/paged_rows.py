@@ -47,7 +47,10 @@ class PagedRows:
         whose = list(zip(seats, starts, tokens.firsts, strict=True))
         new = [[each[start : start + counts[seat]] for each in self.states[seat]] for seat, start, _ in whose]
         query, keys, values = (torch.cat(each).transpose(0, 1) for each in zip(*new, strict=True))
+        is_told = tokens.total % 2 == 1  # where to write
+        layer.into = query.new_empty(query.shape[1], query.shape[0], values.shape[2]) if is_told else None
         found = layer.attend(query, keys, values, scores)
+        assert not is_told or found is layer.into
         for seat, start, first in whose:
             end = self.done[seat] = start + counts[seat]
             expected = written_out(*(each[:end].float() for each in self.states[seat]), self.window, scores)
