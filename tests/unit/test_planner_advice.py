@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fake_machines import CHAIN, GIB, machine_of
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, ZeroinfError
-from zeroinf.planner.advice import alternatives, remedies, remedies_together
+from zeroinf.planner.advice import Advice, alternatives, remedies, remedies_together, worthwhile
 from zeroinf.planner.constraints import Constraints
 
 MACHINE = machine_of(gpu_bytes=24 * GIB, host_bytes=64 * GIB)
@@ -41,6 +42,20 @@ def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
     both = found[3].constraints
     assert (both.wire, both.kv_dtype) == ("int4", "int8")
     assert found[4].machine.disks and found[4].constraints.nvme_space_bytes
+
+
+@pytest.mark.parametrize(("together", "is_told"), [(151.3, False), (154.9, False), (160.0, True)])
+def test_changes_together_are_told_where_they_are_faster_than_one_of_them(together: float, is_told: bool) -> None:
+    rates = {
+        "--wire int8": 89.7, "--wire int4": 154.8, "--kv-dtype int8": 60.0, "--wire int4 --kv-dtype int8": together,
+    }  # fmt: skip
+    changes = {one.flags: one for one in alternatives(AUTO, MACHINE, CHAIN, {})}
+    planned: list[Any] = [
+        Advice(change=changes[flags], candidate=SimpleNamespace(timing=SimpleNamespace(tokens_per_second=rate)))  # type: ignore[arg-type]
+        for flags, rate in rates.items()
+    ]
+    told = [one.change.flags for one in worthwhile(planned)]
+    assert told == [flags for flags in rates if is_told or flags != "--wire int4 --kv-dtype int8"]
 
 
 def test_quantized_checkpoints_are_named_where_they_would_run() -> None:

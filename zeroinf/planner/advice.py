@@ -6,7 +6,7 @@ changes; the caller plans each of them, so that no figure is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -26,6 +26,8 @@ the least to the worst that it may be; a checkpoint that others quantized is not
 
 # More than any store takes: what it really takes stands in the plan.
 _ENOUGH_DISK_BYTES = 1 << 50
+# More tokens/s of several changes together than of one of them, which make them worth their cost in quality.
+_WORTH = 1.01
 _WIRES: dict[Wire, Quality] = {"int8": "near lossless", "int4": "lossy"}
 
 
@@ -39,11 +41,14 @@ class Change:
     quality: Quality = "exact"
     checkpoint: str = ""
     """The catalog's name of another checkpoint of the model; empty: the same one."""
+    parts: tuple[str, ...] = ()
+    """Of several changes together, the flags of each."""
 
     def then(self, other: Change) -> Change:
         """This change and `other`, which was made of this one's wish and machine."""
         worse = max((self.quality, other.quality), key=get_args(Quality).index)
-        return replace(other, flags=f"{self.flags} {other.flags}", quality=worse)
+        parts = (self.flags, other.flags)
+        return replace(other, flags=" ".join(parts), quality=worse, parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,17 @@ class Advice:
         store = total(self.candidate.terms, "disk")
         with_disk = " DIR" in self.change.flags and store
         return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
+
+
+def worthwhile(advice: Iterable[Advice]) -> tuple[Advice, ...]:
+    """`advice` without changes together that are no faster than one of them alone."""
+    found = tuple(advice)
+    rates = {one.change.flags: one.candidate.timing.tokens_per_second for one in found}
+
+    def alone(one: Advice) -> float:
+        return max((rates.get(part, 0.0) for part in one.change.parts), default=0.0)
+
+    return tuple(one for one in found if not one.change.parts or rates[one.change.flags] > _WORTH * alone(one))
 
 
 def alternatives(

@@ -27,6 +27,7 @@ from zeroinf.planner.advice import (
     remedies,
     remedies_together,
     smaller_weights,
+    worthwhile,
 )
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision, NothingFitsError
@@ -107,7 +108,7 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
         plan = replace(plan, no_host_kernel=plan_input.constraints.no_host_kernel)
     if plan.kv_attention == "cpu" and (plan.no_host_kernel or not speeds.reads_host):
         speeds = replace(speeds, projected=(*speeds.projected, "host_read_gbps"))
-    return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=tuple(advice))
+    return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=worthwhile(advice))
 
 
 def _with_prefixes(plan_input: PlanInput) -> PlanInput:
