@@ -139,14 +139,16 @@ def expand_e2m1(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def expand_e4m3(  # type: ignore[no-untyped-def]
     whole, codes, scales, rows, units, down, across, stack_stride, row_stride, column_stride,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, POWERS: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """FP8, in words of four codes: `HEIGHT` rows x `WIDTH` units share a scale."""
+    """FP8, in words of four codes: `HEIGHT` rows x `WIDTH` units share a scale, or (`POWERS`) a power of two."""
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
     words = codes + ((matrix() * rows + row) * units + unit) * 2
     word = tl.where(place < 4, load_int(words, inside), load_int(words + 1, inside))
-    scale = load_float(scales + (matrix() * down + row // HEIGHT) * across + unit // WIDTH, inside)
+    at = scales + (matrix() * down + row // HEIGHT) * across + unit // WIDTH
+    scale = half_e8m0(load_int(at, inside)) * 2.0 if POWERS else load_float(at, inside)
     write(
         whole,
         e4m3(word << (24 - place % 4 * 8)) * scale,

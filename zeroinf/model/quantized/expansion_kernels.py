@@ -85,11 +85,13 @@ def expand_fp4(
 
 
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
-    """Weights in FP8; `scales` (..., blocks down, blocks across) are float32, blocks `height` x `width`."""
+    """Weights in FP8; `scales` (..., blocks down, blocks across) are numbers or powers of two, blocks `height` x
+    `width`."""
     down, across = scales.shape[-2:]
-    given = _ready(codes).view(torch.int32), _ready(scales)
+    are_powers = scales.dtype == torch.float8_e8m0fnu
+    given = _ready(codes).view(torch.int32), _ready(scales.view(torch.uint8) if are_powers else scales)
     blocks = _ALL if down == 1 else height, _ALL if across == 1 else width // _UNIT
-    _launch(expand_e4m3, whole, given, (down, across), HEIGHT=blocks[0], WIDTH=blocks[1])
+    _launch(expand_e4m3, whole, given, (down, across), HEIGHT=blocks[0], WIDTH=blocks[1], POWERS=are_powers)
 
 
 def expand_words(

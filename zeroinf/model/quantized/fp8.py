@@ -94,7 +94,7 @@ class _Fp8(MatrixFormat):
         if held["weight"].dtype in _PAIRS:
             expand_fp4(whole, held["weight"].view(torch.uint8), scales.view(torch.uint8), None, False)
             return
-        scales = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+        scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
         rows, columns = whole.shape[-2:]
         if self.block is not None:
             height, width = self.block
@@ -125,7 +125,7 @@ def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, heig
     """Values that any dtype holds exactly, times float32, rounded once: in place, nothing is written in float32."""
     whole.copy_(codes)
     rows, columns = whole.shape[-2:]
-    of_rows = scales.repeat_interleave(height, dim=-2)[..., :rows, :]
+    of_rows = scales.float().repeat_interleave(height, dim=-2)[..., :rows, :]
     full = columns // width
     blocks: torch.Tensor = whole[..., : full * width].unflatten(-1, (full, width))  # type: ignore[no-untyped-call]
     blocks.mul_(of_rows[..., :full, None])
@@ -134,15 +134,15 @@ def _expand(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, heig
 
 
 @cache
-def _random(is_down: bool, is_across: bool, height: int) -> Random:
+def _random(is_down: bool, is_across: bool, height: int, dtype: torch.dtype = torch.float32) -> Random:
     def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
         high, width = height if is_down else rows, 128 if is_across else columns
-        return (
-            random_bytes(generator, stack, rows, columns).view(torch.float8_e4m3fn),
-            random_scales(generator, torch.float32, stack, ceil(rows / high), ceil(columns / width)),
-            high,
-            width,
-        )
+        blocks = stack, ceil(rows / high), ceil(columns / width)
+        if dtype == torch.float8_e8m0fnu:
+            scales = random_bytes(generator, *blocks).clamp_(64, 192).view(dtype)
+        else:
+            scales = random_scales(generator, dtype, *blocks)
+        return random_bytes(generator, stack, rows, columns).view(torch.float8_e4m3fn), scales, high, width
 
     return random
 
@@ -150,9 +150,12 @@ def _random(is_down: bool, is_across: bool, height: int) -> Random:
 _expand_fused = fused(
     "expand_fp8(Tensor(a!) whole, Tensor codes, Tensor scales, int height, int width) -> ()",
     _expand,
-    lambda whole, codes, scales, height, width: _random(scales.shape[-2] > 1, scales.shape[-1] > 1, min(height, 64)),
+    lambda whole, codes, scales, height, width: _random(
+        scales.shape[-2] > 1, scales.shape[-1] > 1, min(height, 64), scales.dtype
+    ),
     {
         "FP8, blocks of 128": _random(True, True, 64),
+        "FP8, blocks of 128, powers of two": _random(True, True, 64, torch.float8_e8m0fnu),
         "FP8, a scale a row": _random(True, False, 1),
         "FP8, one scale": _random(False, False, 64),
     },
@@ -162,7 +165,8 @@ _expand_fused = fused(
 def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, height: int, width: int) -> None:
     """Fill `whole` (..., rows, columns) with codes (float8_e4m3fn) times scales, by a kernel if that takes such blocks.
 
-    `scales` (..., blocks down, blocks across) are float32, of blocks of `height` x `width`.
+    `scales` (..., blocks down, blocks across) are numbers, or powers of two (float8_e8m0fnu), of blocks of `height` x
+    `width`.
     """
     columns = whole.shape[-1]
     is_usual = columns % 8 == 0 and (width % 8 == 0 or scales.shape[-1] == 1)

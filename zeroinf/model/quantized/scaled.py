@@ -165,7 +165,7 @@ def expand_scaled(
     (rows, columns), (down, across) = whole.shape[-2:], scales.shape[-2:]
     height, width = block or (rows // down, columns // across)
     if codes.dtype == torch.float8_e4m3fn and order is None and zeros is None:
-        expand_fp8(whole, codes, scales.float(), height, width)
+        expand_fp8(whole, codes, scales, height, width)
         return
     if rows % down or columns % across:
         scales = scales.repeat_interleave(height, -2)[..., :rows, :].repeat_interleave(width, -1)[..., :columns]
