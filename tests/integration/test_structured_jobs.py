@@ -46,6 +46,7 @@ LINES: list[dict[str, Any]] = [
     {"prompt": "four", "response_format": {"type": "regex", "regex": "[a-c]{2}x"}, "temperature": 1, "n": 2},
     {"prompt": "five", "response_format": ASKED, "max_tokens": 2},
     {"prompt": "six", "response_format": {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}}},
+    {"prompt": "seven", "response_format": {"type": "grammar", "grammar": 'start: "<" ("a" | "bb") ">"'}},
 ]
 
 
@@ -70,11 +71,12 @@ def test_lines_have_formats_of_their_own_and_what_is_cut_is_counted(model: Path,
     assert found["request-3", None]["completion"] in ("yes", "no")
     assert all(re.fullmatch("[a-c]{2}x", found["request-4", n]["completion"]) for n in range(2))
     assert found["request-5", None]["finish_reason"] == "length"
+    assert re.fullmatch("<(a|bb)>", found["request-7", None]["completion"])
     (refused,) = read_jsonl(errors_path(output))
     assert refused["line"] == 6
     assert refused["error"] == "response_format: the JSON schema cannot be carried out: uniqueItems: not supported"
     assert (outcome.report.cut_answers, outcome.report.to_json()["cut_answers"]) == (1, 1)
-    assert any(note.startswith("answers cut before they had their format: 1 of 6") for note in notes.notes)
+    assert any(note.startswith("answers cut before they had their format: 1 of 7") for note in notes.notes)
 
 
 @pytest.mark.full

@@ -21,6 +21,7 @@ from zeroinf.structured.answer_format import (
     AnswerFormat,
     of_choices,
     of_file,
+    of_grammar,
     of_regex,
     of_response_format,
     of_schema,
@@ -229,6 +230,13 @@ def response_format(**fields: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": fields}
 
 
+def test_answers_are_what_a_grammar_makes() -> None:
+    sums = of_grammar('start: sum (", " sum)*\nsum: /[0-9]/ " + " /[0-9]/')
+    found = [written(sums, seed) for seed in range(20)]
+    assert any(found)
+    assert all(re.fullmatch(r"\d \+ \d(, \d \+ \d)*", one) for one in found if one is not None)
+
+
 @pytest.mark.parametrize(
     ("value", "asked"),
     [
@@ -237,9 +245,10 @@ def response_format(**fields: Any) -> dict[str, Any]:
         (response_format(name="a", strict=True, schema={"type": "null"}), of_schema({"type": "null"})),
         ({"type": "regex", "regex": "a+"}, of_regex("a+")),
         ({"type": "choices", "choices": ["a", "b"]}, of_choices(["a", "b", "a"])),
+        ({"type": "grammar", "grammar": "start: /a+/"}, of_grammar("start: /a+/")),
     ],
 )
-def test_response_formats_as_openai_has_them_and_two_more(value: Any, asked: AnswerFormat | None) -> None:
+def test_response_formats_as_openai_has_them_and_three_more(value: Any, asked: AnswerFormat | None) -> None:
     assert of_response_format(value) == asked
 
 
@@ -275,6 +284,12 @@ def test_a_file_holds_a_schema_or_a_response_format() -> None:
         ({"type": "choices", "choices": []}, ["list of texts"]),
         ({"type": "choices", "choices": "yes,no"}, ["list of texts"]),
         ({"type": "choices", "choices": ["a", ""]}, ["not empty"]),
+        ({"type": "grammar", "grammar": " "}, ["not empty"]),
+        ({"type": "grammar", "grammar": 'start: b\nb: "a" | foo'}, ["Lark", "line 2", "unknown name"]),
+        ({"type": "grammar", "grammar": 'root ::= "a"'}, ["Lark", "line 1, column 7: Expected"]),
+        ({"type": "grammar", "grammar": 'begin: "a"'}, ["no start rule"]),
+        ({"type": "grammar", "grammar": "start: /(/"}, ["line 1, column 8: unclosed group"]),
+        ({"type": "grammar", "grammar": '%llguidance {}\nstart: "a"'}, ["%llguidance"]),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused_by_name(value: Any, words: Sequence[str]) -> None:

@@ -61,9 +61,10 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 _INSTEAD = {
     "guided_choice": 'response_format does it, with {"type": "choices", "choices": [...]}',
+    "guided_grammar": 'response_format does it, with {"type": "grammar", "grammar": "..."}',
     "guided_json": 'response_format does it, with {"type": "json_schema", "json_schema": {"schema": {...}}}',
     "guided_regex": 'response_format does it, with {"type": "regex", "regex": "..."}',
-    "structured_outputs": "response_format does it, with the types json_schema, regex and choices",
+    "structured_outputs": "response_format does it, with the types json_schema, regex, choices and grammar",
 }
 """What does the same as a setting that zeroinf does not have."""
 

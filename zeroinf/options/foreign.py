@@ -148,7 +148,10 @@ def _rows() -> Iterator[tuple[str, ForeignOption]]:
     yield same("guided_json structured_outputs response_format", "json_schema")
     yield same("guided_regex", "regex")
     yield same("guided_choice", "choices")
-    yield none("guided_grammar grammar grammar_file", "not supported; {json_schema}, {regex} and {choices} are")
+    yield none(
+        "guided_grammar grammar grammar_file",
+        "requests have it, as their response_format; for all: {json_schema}, {regex} and {choices}",
+    )
     yield none("num_beams use_beam_search", "there is no beam search; {samples} asks for several samples of a prompt")
     yield none("typical_p mirostat tfs", "not supported; {temperature}, {top_p}, {top_k} and {min_p} are")
     yield none("sampling_params generation_config", "its settings are options of their own, such as {temperature}")

@@ -1,8 +1,8 @@
 """Defines the format of an answer, as requests ask for it, and checks it before a model is loaded.
 
-Input: `response_format` of OpenAI's API, a JSON schema, a regular expression or a list of choices. Output: an
-`AnswerFormat`, small and immutable, which travels with a request's sampling settings. What cannot be carried out raises
-ValueError with a reason that names it; EnvironmentProblem where llguidance is not installed.
+Input: `response_format` of OpenAI's API, a JSON schema, a regular expression, a list of choices or a grammar. Output:
+an `AnswerFormat`, small and immutable, which travels with a request's sampling settings. What cannot be carried out
+raises ValueError with a reason that names it; EnvironmentProblem where llguidance is not installed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.structured.schema import misspelt_keyword
 
-Kind = Literal["json_schema", "regex", "choices"]
+Kind = Literal["json_schema", "regex", "choices", "grammar"]
 
-_TYPES = ("text", "json_object", "json_schema", "regex", "choices")
+_TYPES = ("text", "json_object", "json_schema", "regex", "choices", "grammar")
 _WHITESPACE = r"[ \t]{1,32}|\r?\n[ \t]{0,32}"
 """Between the tokens of JSON: enough for any indentation, and not so much that an answer is nothing else."""
 
@@ -36,10 +36,12 @@ class AnswerFormat:
 
     kind: Kind
     text: str
-    """A JSON schema as JSON, a regular expression, or choices as a JSON list."""
+    """A JSON schema as JSON, a regular expression, choices as a JSON list, or a grammar."""
 
     def grammar(self) -> str:
         """The grammar of such answers, as llguidance has it."""
+        if self.kind == "grammar":
+            return f"{_EVERY_TOKEN}\n{self.text}"
         if self.kind == "regex":
             start = f"/{_library().regex_to_lark(self.text, 'dw')}/"
         elif self.kind == "choices":
@@ -82,15 +84,24 @@ def of_choices(choices: object) -> AnswerFormat:
     return _checked(AnswerFormat("choices", json.dumps(list(dict.fromkeys(choices)), ensure_ascii=False)))
 
 
+def of_grammar(text: object) -> AnswerFormat:
+    """Answers that the rule `start` of a grammar makes; the syntax is Lark's, as llguidance has it."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a grammar must be a text that is not empty, not {_shown(text)}")
+    if "%llguidance" in text:
+        raise ValueError("the grammar has '%llguidance', which is set here")
+    return _checked(AnswerFormat("grammar", text))
+
+
 def of_response_format(value: object) -> AnswerFormat | None:
-    """The format that `response_format` asks for, as OpenAI has it, and `{"type": "regex", "regex": ...}` and `{"type":
-    "choices", "choices": [...]}` beside it; None where that is plain text."""
+    """The format that `response_format` asks for, as OpenAI has it, and `{"type": "regex", "regex": ...}`, `{"type":
+    "choices", "choices": [...]}` and `{"type": "grammar", "grammar": ...}` beside it; None where that is plain text."""
     if not isinstance(value, Mapping):
         raise ValueError(f"must be an object, not {_shown(value)}")
     kind = value.get("type")
     if kind not in _TYPES:
         raise ValueError(f"must have a type, one of {', '.join(_TYPES)}, not {_shown(kind)}")
-    own = kind if kind in ("json_schema", "regex", "choices") else None
+    own = kind if kind in get_args(Kind) else None
     if unknown := [key for key in value if key not in ("type", own)]:
         raise ValueError(f"type {kind} has no key {unknown[0]!r}")
     if own is not None and own not in value:
@@ -103,6 +114,8 @@ def of_response_format(value: object) -> AnswerFormat | None:
         return of_regex(value["regex"])
     if kind == "choices":
         return of_choices(value["choices"])
+    if kind == "grammar":
+        return of_grammar(value["grammar"])
     return of_schema(_schema_of(value["json_schema"]))
 
 
@@ -134,12 +147,24 @@ def _checked(asked: AnswerFormat) -> AnswerFormat:
     """`asked`, if it can be carried out; the same object for the same format, of which jobs have many."""
     problem = _library().LLMatcher.validate_grammar(asked.grammar())
     if problem:
-        raise ValueError(f"{_NAMES[asked.kind]} cannot be carried out: {_reason(problem)}")
+        at = _place(problem) if asked.kind == "grammar" else ""
+        raise ValueError(f"{_NAMES[asked.kind]} cannot be carried out: {at}{_reason(problem)}")
     return asked
 
 
-_WHERE = re.compile(r"at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .* \(in regex\): )?")
-_NAMES: dict[Kind, str] = {"json_schema": "the JSON schema", "regex": "the regex", "choices": "choices"}
+_WHERE = re.compile(r"(at )?(\d+)\((\d+)\): (failed to compile JSON schema: |invalid regex .* \(in regex\): )?")
+_NAMES: dict[Kind, str] = {
+    "json_schema": "the JSON schema",
+    "regex": "the regex",
+    "choices": "choices",
+    "grammar": "the grammar, in Lark's syntax,",
+}
+
+
+def _place(problem: str) -> str:
+    """Where in the user's grammar, which stands below a line of ours, the problem is; nothing where that is unknown."""
+    found = _WHERE.match(problem)
+    return f"line {int(found[2]) - 1}, column {found[3]}: " if found else ""
 
 
 def _reason(problem: str) -> str:
