@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import lru_cache
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.descriptor import descriptor_of, why_padded
@@ -34,6 +36,7 @@ _MOST_BYTES = 1 << 30
 _DRIVER_BYTES = 64 << 20
 
 
+@lru_cache(maxsize=1024)
 def graph_sizes(most: int) -> tuple[int, ...]:
     """Token counts that forwards of up to `most` tokens are rounded up to."""
     return (*(size for size in _SIZES if size < most), most)
@@ -55,8 +58,7 @@ def graph_options(workload: Workload, launches_bind: Callable[[int], bool]) -> t
 
 def graph_size(tokens: float, most: int) -> float:
     """The tokens that a forward of so many computes where those of up to `most` replay graphs."""
-    sizes = graph_sizes(most) if tokens <= most else ()
-    return next((size for size in sizes if size >= tokens), tokens)
+    return graph_sizes(most)[bisect_left(graph_sizes(most), tokens)] if tokens <= most else tokens
 
 
 def graph_bytes(workload: Workload, tokens: int, workspace_bytes: int) -> int:

@@ -302,14 +302,19 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     in host memory have forwards of their own."""
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
-    of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
-    mixing, stepping = (_times(kernels, speeds, _packed_launch_s) for kernels in workload.packed.mixing)
     of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), launched_share(anatomy))
-    link_s = [nbytes / speeds.link_gbps / 1e9 for nbytes in _fetched_bytes(anatomy, choice, workload)]
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
-    attending_s = sum(group.times for group in workload.packed.prompts)  # in how many layers
-    attending_s *= host.attention_launches * speeds.triton_launch_s
+    # Beside forwards: attention, of which each forward launches some however many rows it holds, and recurrent modules.
+    of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
+    attending_s = sum(group.times for group in workload.packed.prompts) * host.attention_launches
+    attending_s *= speeds.triton_launch_s
+    of_prompts["kernel launches"], of_decode["kernel launches"] = 0.0, shape.rows * host.row_s + copies_s
+    both_fetched = _fetched_bytes(anatomy, choice, workload)
+    for times, mixing, fetched in zip((of_prompts, of_decode), workload.packed.mixing, both_fetched, strict=True):
+        times["link"] += fetched / speeds.link_gbps / 1e9
+        for name, seconds in _times(mixing, speeds, _packed_launch_s).items():
+            times[name] += seconds
 
     def count_of(prompts: float, decode: float, rows: int) -> int:
         """Forwards of the rows of one side, which have so large a share of the prompts."""
@@ -322,19 +327,14 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         on_host = count_of(prompts, decode, shape.host_rows)
         count = on_host + count_of(prompts, decode, shape.rows - shape.host_rows)
         choices = (decode * shape.rows + prompts * workload.prompts_rows) / count
-        one = of_forwards.of(tokens / count, choice.graph_tokens)
-        more, none = of_forwards.choices(max(1.0, choices)), of_forwards.choices(1.0)
-        attention = {name: prompts * of_prompts[name] + decode * of_decode[name] for name in one}
-        # Each forward launches it for steps and for prompts, however many it holds.
-        kinds = (prompts > 0) + (decode > 0)
-        attention["kernel launches"] = count * kinds * attending_s
-        attention["kernel launches"] += decode * shape.rows * host.row_s
-        attention["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s + decode * copies_s
-        attention["link"] += prompts * link_s[0] + decode * link_s[1]
-        _add_gathering(attention, anatomy, choice, speeds, tokens, count)
-        for name in mixing:
-            attention[name] += prompts * mixing[name] + decode * stepping[name]
-        both = {name: count * (one[name] + more[name] - none[name]) + attention[name] for name in one}
+        one, more = of_forwards.of(tokens / count, choice.graph_tokens), of_forwards.choices(max(1.0, choices))
+        both = {
+            name: count * (one[name] + more[name]) + prompts * of_prompts[name] + decode * of_decode[name]
+            for name in one
+        }
+        both["kernel launches"] += count * ((prompts > 0) + (decode > 0)) * attending_s
+        both["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s
+        _add_gathering(both, anatomy, choice, speeds, tokens, count)
         if decode and attended_s:  # in each layer the CPU waits for one forward, which replays no graph
             steps = of_forwards.launched(decode * shape.host_rows)
             both["kernel launches"] += steps["kernel launches"] - one["kernel launches"]
@@ -353,13 +353,17 @@ def _coded(anatomy: Anatomy, choice: Choice, workload: Workload) -> CodedLayers 
     return coded_layers(with_layers(anatomy, choice.embeddings), choice.wire)
 
 
-def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds, tokens: int) -> bool:
-    """Whether a packed forward of so many tokens, steps before all else, takes the host at least half as long as the
-    GPU where it is launched kernel by kernel: hosts are slower at times."""
-    cost = _packed(anatomy, replace(choice, graph_tokens=0), workload, speeds)
-    steps = min(tokens, workload.shape.rows)
-    one = cost((tokens - steps) / workload.shape.prefill_tokens, steps / workload.shape.rows, 0)
-    return 2 * one["kernel launches"] > one["arithmetic"] + one["GPU memory"]
+def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> Callable[[int], bool]:
+    """A function that says whether a packed forward of so many tokens, steps before all else, takes the host at least
+    half as long as the GPU where it is launched kernel by kernel: hosts are slower at times."""
+    cost, shape = _packed(anatomy, replace(choice, graph_tokens=0), workload, speeds), workload.shape
+
+    def bind(tokens: int) -> bool:
+        steps = min(tokens, shape.rows)
+        one = cost((tokens - steps) / shape.prefill_tokens, steps / shape.rows, 0)
+        return 2 * one["kernel launches"] > one["arithmetic"] + one["GPU memory"]
+
+    return bind
 
 
 def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
@@ -396,7 +400,7 @@ def _capturing(
 @dataclass(frozen=True, slots=True)
 class _ForwardTimes:
     """Seconds of each resource by a forward's tokens, where layers launch their kernels and where they launch their
-    graphs, whatever these hold; and by its choices."""
+    graphs, whatever these hold; and what more choices than one add."""
 
     launched: _Line
     replayed: _Line
@@ -427,7 +431,9 @@ def _forward_times(
     for at, kernels in forwards.choices:
         groups = kernels if coded is None else on_codes(kernels, many, coded)
         chosen.append((at, _times(groups, speeds, _packed_launch_s)))
-    return _ForwardTimes(_Line(launched), _Line(replayed), _Line(chosen))
+    fewest = chosen[0][1]
+    more = [(at, {name: times[name] - fewest[name] for name in times}) for at, times in chosen]
+    return _ForwardTimes(_Line(launched), _Line(replayed), _Line(more))
 
 
 def _launch_s(group: Kernels, speeds: Speeds) -> float:
@@ -453,7 +459,9 @@ class _Line:
         above = min(max(1, bisect(self._at, at)), len(self._at) - 1)
         (low, one), (high, other) = self._known[above - 1 : above + 1]
         share = (at - low) / (high - low)
-        return {name: max(0.0, one[name] + share * (other[name] - one[name])) for name in one}
+        if 0 <= share <= 1:
+            return {name: seconds + share * (other[name] - seconds) for name, seconds in one.items()}
+        return {name: max(0.0, seconds + share * (other[name] - seconds)) for name, seconds in one.items()}
 
 
 @dataclass(frozen=True, slots=True)

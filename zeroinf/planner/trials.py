@@ -134,10 +134,17 @@ class Trials:
     def with_graphs(self, choice: Choice, shape: Shape) -> Iterator[Candidate | Rejection]:
         """`choice` in passes of `shape`, with CUDA graphs for as many tokens as are worth comparing."""
         choice, workload = _in_passes(choice, shape), self._facts.simulate(shape)
+        options: tuple[int, ...] = (0,)
+        fits = False
         launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
-        binds = partial(launches_bind, self._anatomy, choice, workload, self._facts.speeds)
-        for tokens in (0,) if launched else graph_options(workload, binds):
-            yield self._tried(replace(choice, graph_tokens=tokens), workload)
+        if not launched and workload.packed is not None:
+            options = graph_options(workload, launches_bind(self._anatomy, choice, workload, self._facts.speeds))
+        for tokens in options:
+            if fits and not tokens and choice.offload == "none":
+                return  # no layer could stay in their place
+            outcome = self._tried(replace(choice, graph_tokens=tokens), workload)
+            fits = fits or isinstance(outcome, Candidate)
+            yield outcome
 
     def _tried(self, choice: Choice, workload: Workload) -> Candidate | Rejection:
         choice = self._filling_host(choice, workload)
