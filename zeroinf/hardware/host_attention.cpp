@@ -495,18 +495,21 @@ class Pool {
 
 int round_up(int number, int unit) { return (number + unit - 1) / unit * unit; }
 
-// Memory that steps use one after the other: the system would clear it for each of them.
+// Memory that steps use one after the other: the system would clear it for each of them. It begins with a line of the
+// cache, as everything in it does that vectors or tiles are read from.
 class Buffer {
   public:
     float *of(size_t count) {
         if (count > count_) {
             held_.reset();
             count_ = 0;
-            held_.reset(new float[count]);
+            held_.reset(new float[count + LINE]);
             count_ = count;
         }
-        return held_.get();
+        return (float *)(((uintptr_t)held_.get() + LINE * sizeof(float) - 1) / (LINE * sizeof(float)) * (LINE * sizeof(float)));
     }
+
+    static constexpr int LINE = 16;  // numbers
 
   private:
     std::unique_ptr<float[]> held_;
@@ -586,7 +589,12 @@ class Attention {
 
     int first_head(int part) const { return part * heads_; }
     int head_count(int part) const { return std::min(heads_, of_.heads - part * heads_); }
-    int64_t result_floats(int part) const { return (int64_t)head_count(part) * group_ * (value_padded_ + 2); }
+    // A result is the highest scores of some queries, their totals, and sums of values.
+    static int sums_at(int lines) { return round_up(2 * lines, Buffer::LINE); }
+    int64_t result_floats(int part) const {
+        int64_t lines = (int64_t)head_count(part) * group_;
+        return sums_at(lines) + round_up(lines * value_padded_, Buffer::LINE);
+    }
 
     void place_new(const Task &task, uint8_t *record) {
         const uint8_t *from = fresh_ + task.row * of_.stride;
@@ -624,9 +632,10 @@ class Attention {
                 if (of_.query_kind == BFLOAT16) std::memcpy(pairs + own, query, of_.width * 2);
                 if (!tiles_) read_query(query, floats + own);
             }
-        float *highest = result, *totals = result + lines, *sums = result + 2 * lines;
+        float *highest = result, *totals = result + lines, *sums = result + sums_at(lines);
         std::fill(highest, highest + lines, -1e30f);
-        std::fill(totals, result + lines * (2 + value_padded_), 0.0f);
+        std::fill(totals, totals + lines, 0.0f);
+        std::fill(sums, sums + (size_t)lines * value_padded_, 0.0f);
         auto *tiled = (uint32_t *)queries;
         if (tiles_) {
             for (int line = 0; line < lines; line += tile_) {
@@ -835,7 +844,7 @@ class Attention {
     }
 
     float *sums_of(int task, int line, int lines) const {
-        return held_ + firsts_[task] + 2 * lines + (size_t)line * value_padded_;
+        return held_ + firsts_[task] + sums_at(lines) + (size_t)line * value_padded_;
     }
 
     const Layout of_;
