@@ -176,9 +176,13 @@ def test_bytes_alive_in_every_pass_are_those_of_a_real_run(name: str, case: str)
 
 @pytest.mark.parametrize("name", tiered(RECURRENT, ("lfm2", "qwen3_next")))
 def test_so_are_those_of_recurrent_layers_with_prompts_of_one_length(name: str) -> None:
-    """Of others fewer meet in a call than plans take for it."""
+    """Of others fewer meet in a call than plans take for it. Where a module computes chunks that are shorter than a
+    prompt, plans hold the output of another call beside the largest one."""
+    mixers = anatomy_of(name).mixers
+    has_more_calls = mixers is not None and mixers.chunk_tokens < PROMPT
+    rel = 0.02 if has_more_calls else 0.003  # the CPU has the rows' seats elsewhere
     for case in CASES.values() if anatomy_of(name).whole_because == "" else (CASES["one"],):
-        _compare(name, Shape(*case), {"padded": False}, rel=0.003)  # the CPU has the rows' seats elsewhere
+        _compare(name, Shape(*case), {"padded": False}, rel=rel)
 
 
 @pytest.mark.parametrize("kv_dtype", ["model", "int8"])
