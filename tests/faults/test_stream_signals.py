@@ -38,7 +38,7 @@ def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
     with started([*common, "-i", str(many), "-o", str(out)], ranks=ranks, launcher=launcher) as process:
         wait_until(lambda: has_results(tmp_path / "out.jsonl", 2), process)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     if code is not None:
         assert process.returncode == code, err
         assert re.search(r"finished results? (is|are) saved in ", err)

@@ -25,7 +25,7 @@ ALONE = [
 ALONE += [("demo", "resident", "none"), ("demo", "accelerate", "nvme")]
 ALONE_DEFAULT = [("llama", "resident", "none"), ("llama", "accelerate", "none"), ("llama", "accelerate", "nvme")]
 ALONE_DEFAULT += [("demo", "resident", "none")]
-SPLIT_DEFAULT = ("llama", "opt")
+SPLIT_DEFAULT = ("llama",)
 POLICY = ["OPTDecoderLayer", ["self_attn.out_proj", "fc2"]]
 # Parts are summed in another order than the whole: in float32 that shows in no token.
 DTYPE = "float32"

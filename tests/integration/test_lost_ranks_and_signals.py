@@ -107,7 +107,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), full(signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2)]
+    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), full(signal.SIGTERM, 143, 1), full(signal.SIGTERM, 143, 2)]
 )
 def test_a_signal_ends_the_run_in_order(
     number: int, code: int, ranks: int, model: Path, many: Path, tmp_path: Path
