@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,16 @@ def test_few_tests_that_fail_run_again_alone_and_are_named(
         {f"test_it.py::test_flaky_{number}" for number in range(passing_later)} if runs == 2 and code == 0 else set()
     )
     assert set(named.strip().rpartition("mending: ")[2].split(", ")) - {""} == flaky
+
+
+def test_every_script_is_described_and_each_of_python_is_linted_and_type_checked() -> None:
+    scripts = [file for file in SCRIPTS.iterdir() if file.is_file() and file.name != "README.md"]
+    described = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in scripts if not re.search(rf"`{re.escape(file.name)}[ `]", described)] == []
+    tools = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    programs = {f"scripts/{file.name}" for file in scripts if file.read_bytes().startswith(b"#!/usr/bin/env python3")}
+    assert programs - set(tools["ruff"]["extend-include"]) == set()
+    assert programs - set(tools["mypy"]["files"]) == set()
 
 
 def test_pips_settings_are_handed_to_uv_or_refused() -> None:
