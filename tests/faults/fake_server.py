@@ -26,6 +26,7 @@ from zeroinf.serve.errors import ApiError
 from zeroinf.serve.files import FileStore
 from zeroinf.serve.gateway import Gateway
 from zeroinf.serve.settings import Settings
+from zeroinf.service.core import Asked
 from zeroinf.service.handles import Handle, TokenEvent
 from zeroinf.service.requests import Work
 
@@ -78,12 +79,16 @@ class InstantService:
 
     def __init__(self) -> None:
         anatomy = SimpleNamespace(context_limit=None)
-        plan = SimpleNamespace(batch_size=2, streams=1, prompt_tokens=99, new_tokens=9, anatomy=anatomy)
+        sizes = {"batch_size": 2, "streams": 1, "prompt_tokens": 99, "new_tokens": 9, "prefix_pages": 0}
+        plan = SimpleNamespace(**sizes, static_batches=False, anatomy=anatomy)
         control = SimpleNamespace(world=SimpleNamespace(size=1))
         self.model = SimpleNamespace(plan=plan, control=control, codec=None)
         self._count = 0
 
-    def submit(self, prompt: bytes, sampling: Sampling, *, priority: str, index: int) -> Handle:
+    def submit_all(self, asked: Sequence[Asked], *, priority: str) -> list[Handle]:
+        return [self._answer(one.prompt, one.sampling) for one in asked]
+
+    def _answer(self, prompt: Sequence[int], sampling: Sampling) -> Handle:
         self._count += 1
         handle = Handle(self._count, len(prompt), lambda number: None)
         tokens = list(prompt[-sampling.max_new_tokens :])
