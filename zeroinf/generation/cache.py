@@ -73,7 +73,8 @@ class PagePool:
         self._states = [tuple(next(places) for _ in layer.pooled) for layer in self._layers]
         self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
         self._empty = self.new_cache()
-        self._tables = {layer.window: _Table(layer, size, device) for layer in self._layers if layer.pooled}
+        of_window = {layer.window: layer for layer in self._layers if layer.pooled}
+        self._tables = {window: _Table(layer, size, device) for window, layer in of_window.items()}
 
     def _places(self) -> Iterator[torch.Tensor]:
         """Keys and values of each layer, one after the other: (places, heads, width)."""

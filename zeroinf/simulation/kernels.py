@@ -122,8 +122,11 @@ for schema in (
 
 @torch.library.impl(_PREFIX + "route_tokens", "Meta")
 def _routed(index: torch.Tensor, count: int, rows: int) -> torch.Tensor:
-    """Of 4 bytes each: slots in order, their places, their ranks by expert, counts, ends, and the table of tiles."""
-    return index.new_empty(3 * index.numel() + 2 * count + 3 * (index.numel() // rows + count), dtype=torch.int32)
+    """Of 4 bytes each: slots in order, their places, their ranks by expert, counts, ends, and the table of tiles. Tiles
+    are as many as their kernel may need, rounded up for each token: so the table grows evenly with the tokens."""
+    tokens, each = index.shape
+    tiles = tokens * -(-each // rows) + count
+    return index.new_empty(3 * index.numel() + 2 * count + 3 * tiles, dtype=torch.int32)
 
 
 @torch.library.impl(_PREFIX + "multiply_by_experts", "Meta")

@@ -4,68 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 from zeroinf.planner.allocator import Event, Events
-from zeroinf.planner.workload import Kernel, Kernels, Step, same
+from zeroinf.planner.pass_shapes import MOST_MICRO_BATCH_ROWS
+from zeroinf.planner.workload import Kernel, Kernels, Pass, Step, same
 
 # The line is not followed further than this many times the most rows that were found to lie on it.
 _REACH = 8
 
 
 class ByRows:
-    """Answers for `simulate`, but asks it for a few numbers of rows only.
+    """Answers for `simulate`, which gives the steps of a micro-batch one after the other, but asks it for a few numbers
+    of rows only.
 
-    All that a micro-batch allocates, reads and computes is a straight line in its rows: two steps give it, and a third
-    one must lie on it to the byte, as must one far beyond them. Where one does not, every number of rows is simulated.
-    One row is a case of its own: nothing is padded there.
+    All that a micro-batch allocates, reads and computes is a straight line in its rows: the first two that are asked
+    for give it, and the largest micro-batch must lie on it to the byte. Where it does not, every number of rows is
+    simulated. One row is a case of its own: nothing is padded there.
     """
 
-    def __init__(self, simulate: Callable[[int], Step]) -> None:
+    def __init__(self, simulate: Callable[[int], Pass]) -> None:
         self._simulate = simulate
-        self._known: dict[int, Step] = {}
-        self._points: list[tuple[int, Step]] = []
+        self._known: dict[int, Pass] = {}
+        self._points: list[tuple[int, Pass]] = []
         self._line: _Line | None = None
         self._is_bent = False
 
-    def __call__(self, rows: int) -> Step:
+    def __call__(self, rows: int) -> Pass:
         if rows not in self._known:
-            if rows > 1 and self._line is not None and rows <= _REACH * self._points[-1][0]:
+            if rows > 1 and len(self._points) == 2 and max(rows, self._most) < MOST_MICRO_BATCH_ROWS:
+                self._learn(MOST_MICRO_BATCH_ROWS)
+            if rows > 1 and self._line is not None and rows <= _REACH * self._most:
                 self._known[rows] = self._line.at(rows)
+            elif rows > 1 and not self._is_bent:
+                self._learn(rows)
             else:
                 self._known[rows] = self._simulate(rows)
-                if rows > 1 and not self._is_bent:
-                    self._learn(rows, self._known[rows])
         return self._known[rows]
 
-    def _learn(self, rows: int, found: Step) -> None:
-        """Draw the line, or hold what was `found` against it."""
-        self._points.append((rows, found))
+    @property
+    def _most(self) -> int:
+        return self._points[-1][0]
+
+    def _learn(self, rows: int) -> None:
+        """Simulate so many rows; draw the line between the fewest and the most, and hold the others against it."""
+        self._known[rows] = found = self._simulate(rows)
+        self._points = sorted([*self._points, (rows, found)], key=itemgetter(0))
         if len(self._points) < 3:
             return
-        first, *_, before, last = self._points
-        self._is_bent = not _Line(*first, *before).holds(*last)
-        self._line = None if self._is_bent else _Line(*first, *last)
+        first, *between, last = self._points
+        line = _Line(*first, *last)
+        self._is_bent = not all(line.holds(*each) for each in between)
+        self._line = None if self._is_bent else line
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The steps between and beyond two."""
+    """The steps between and beyond those of two numbers of rows."""
 
     few: int
-    one: Step
+    some: Pass
     many: int
-    other: Step
+    others: Pass
 
-    def holds(self, rows: int, found: Step) -> bool:
+    def holds(self, rows: int, found: Pass) -> bool:
         """Whether `found` lies on the line."""
         try:
-            return same(self.at(rows), found)
+            return all(same(*each) for each in zip(self.at(rows), found, strict=True))
         except ValueError:
             return False
 
-    def at(self, rows: int) -> Step:
-        """The step of `rows` rows. Raises ValueError where the two do not do the same things in other sizes."""
-        one, other = self.one, self.other
+    def at(self, rows: int) -> Pass:
+        """The steps of `rows` rows. Raises ValueError where the two do not do the same things in other sizes."""
+        return tuple(self._step(*each, rows) for each in zip(self.some, self.others, strict=True))
+
+    def _step(self, one: Step, other: Step, rows: int) -> Step:
         known: dict[tuple[int, int], Events] = {}
 
         def events(a: Events, b: Events) -> Events:

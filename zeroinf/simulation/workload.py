@@ -112,6 +112,7 @@ class Simulator:
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
         self._steps: dict[tuple[int, int, bool, KvDtype | None, tuple[bool, ...]], ByRows] = {}
+        self._lives: dict[KvDtype | None, ByRows] = {}
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
         self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
         if anatomy.is_paged:
@@ -348,8 +349,8 @@ class Simulator:
         rows rest in host memory as `kv`, or on the GPU."""
         key = start, count, self._lengths.padded if padded is None else padded, kv, self._calls_are_full(rows, count)
         if key not in self._steps:
-            self._steps[key] = ByRows(lambda rows: self._simulate(_parts(rows, *key[:3]), kv))
-        return self._steps[key](rows)
+            self._steps[key] = ByRows(lambda rows: (self._simulate(_parts(rows, *key[:3]), kv),))
+        return self._steps[key](rows)[0]
 
     def _calls_are_full(self, rows: int, count: int) -> tuple[bool, ...]:
         """Which of the largest calls of recurrent modules have fewer rows than a micro-batch: more do not change
@@ -369,16 +370,31 @@ class Simulator:
 
     def _together(self, shape: Shape) -> Workload:
         """All rows in one micro-batch from the first step to the last, with the states that it keeps."""
+        kv = shape.kv_dtype if shape.host_rows else None
+        if kv not in self._lives:
+            self._lives[kv] = ByRows(partial(self._life, kv))
+        prompts, *decode = self._lives[kv](shape.rows)
+        return self._workload(
+            shape,
+            prompts=(prompts,),
+            prompts_rows=shape.rows,
+            prompts_a_pass=shape.rows,
+            first_decode=tuple(decode[:1]),
+            last_decode=tuple(decode[1:]),
+        )
+
+    def _life(self, kv: KvDtype | None, rows: int) -> Pass:
+        """The steps of rows that start and end together: their prompts, the first and the last new token, as far as
+        there are any."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         shorter = 1 if self._lengths.padded else longest
-        given = (longest, *(shorter,) * (shape.rows - 1))
+        given = (longest, *(shorter,) * (rows - 1))
         sources = given if self._anatomy.encoder is not None else ()
         prompts = [Part(0, 1 if sources else tokens) for tokens in given]
         recorder = Recorder(self._model, self._blocks, self._split)
         with torch.no_grad(), recorder:
             longer = [Part(part.count + new, longest) for part in prompts]
-            kv = shape.kv_dtype if shape.host_rows else None
-            batch_state = self._batch_state(self._lengths.pool(self._anatomy, shape.rows), kv, longer)
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, rows), kv, longer)
             recorder.cut()
             found = [self._record(batch_state, prompts, recorder, sources)]
             if new > 1:
@@ -387,14 +403,7 @@ class Simulator:
                 skipped = self._skip(batch_state, prompts, recorder)
                 last = self._record(batch_state, [Part(part.count + new - 2, 1) for part in prompts], recorder)
                 found.append(replace(last, inputs=(*skipped, *last.inputs)))
-        return self._workload(
-            shape,
-            prompts=(found[0],),
-            prompts_rows=shape.rows,
-            prompts_a_pass=shape.rows,
-            first_decode=tuple(found[1:2]),
-            last_decode=tuple(found[2:]),
-        )
+        return tuple(found)
 
     def _skip(self, batch_state: BatchState, prompts: Sequence[Part], recorder: Recorder) -> Events:
         """Let states stand where they would be before the last step, two steps in; returns what that leaves allocated.
