@@ -26,7 +26,7 @@ from zeroinf.compat.loading import conversions
 from zeroinf.compat.warnings import without_library_warnings
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
-from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Quantized, TensorSpec
+from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Mixers, Quantized, TensorSpec
 from zeroinf.model.config import config_dtype
 from zeroinf.model.experts import find_experts
 from zeroinf.model.kv import can_be_pooled, read_cache, read_encoded_bytes, turns_keys
@@ -74,13 +74,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     text = model.config.get_text_config(decoder=True)
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
-    cache = _cache_of(model, config, dtype, limit, stacks)
-    mixers = read_mixers(model, cache)
-    if mixers is None:  # the states of a layer stay with its keys and values
-        cache = tuple(replace(layer, keys=None, values=None) if layer.states else layer for layer in cache)
-    padded_because = why_padded(model, cache, mixers, len(blocks), limit)
-    if padded_because and not can_be_pooled(model, cache):
-        cache, mixers = tuple(replace(layer, keys=None, values=None) for layer in cache), None
+    cache, mixers, padded_because = _states_of(model, config, dtype, limit, stacks)
     return Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
@@ -121,18 +115,34 @@ def _refuse_counted_padding(model: Any) -> None:
         )
 
 
-def _cache_of(
+_States = tuple[tuple[LayerCache, ...], Mixers | None, str]
+
+
+def _states_of(
     model: Any, config: Any, dtype: str, limit: int | None, stacks: Sequence[tuple[str, ModuleList]]
-) -> tuple[LayerCache, ...]:
-    """The KV cache of each layer. It does not depend on how weights are quantized, so it is read once for all ways."""
-    unquantized = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+) -> _States:
+    """The KV cache of each layer, the modules that keep states by row, and why forwards must be padded. None of it
+    depends on how weights are quantized, so it is read once for all ways."""
+    apart = ("quantization_config", "dtype")  # what the model computes in is said beside
+    unquantized = {name: value for name, value in config.to_dict().items() if name not in apart}
     key = type(config), json.dumps(unquantized, default=str, sort_keys=True), dtype
-    if key not in _caches:
-        _caches[key] = read_cache(model, limit, [block for _, layers in stacks for block in layers])
-    return _caches[key]
+    if key not in _states:
+        _states[key] = _read_states(model, limit, [block for _, layers in stacks for block in layers])
+    return _states[key]
 
 
-_caches: dict[tuple[object, ...], tuple[LayerCache, ...]] = {}
+_states: dict[tuple[object, ...], _States] = {}
+
+
+def _read_states(model: Any, limit: int | None, blocks: Sequence[Module]) -> _States:
+    cache = read_cache(model, limit, blocks)
+    mixers = read_mixers(model, cache)
+    if mixers is None:  # the states of a layer stay with its keys and values
+        cache = tuple(replace(layer, keys=None, values=None) if layer.states else layer for layer in cache)
+    padded_because = why_padded(model, cache, mixers, len(blocks), limit)
+    if padded_because and not can_be_pooled(model, cache):
+        cache, mixers = tuple(replace(layer, keys=None, values=None) for layer in cache), None
+    return cache, mixers, padded_because
 
 
 def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:

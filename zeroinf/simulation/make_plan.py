@@ -156,7 +156,7 @@ def sketch_plan(plan_input: PlanInput, *, advise: bool = True) -> tuple[tuple[Ad
 
 
 def _planned(
-    plan_input: PlanInput, changes: Iterable[Change], simulate: Callable[[], Simulate], rows: Decision | None = None
+    plan_input: PlanInput, changes: Iterable[Change], simulate: Callable[[], Simulator], rows: Decision | None = None
 ) -> Iterator[Advice]:
     """The advice of `changes` with which something fits, each planned with few candidates; with as many rows as in
     `rows` where simulating others takes long."""
@@ -165,11 +165,11 @@ def _planned(
         if rows is not None:
             constraints = replace(constraints, batch_size=rows.chosen.choice.batch_size)
         changed = replace(plan_input, constraints=constraints, machine=change.machine)
-        simulator = simulate
+        simulator: Callable[[], Simulator] = simulate
         if change.checkpoint:
             config = catalog_config(change.checkpoint)
             changed = replace(changed, config=config, anatomy=read_anatomy(config, dtype=plan_input.anatomy.dtype))
-            simulator = partial(_simulator, changed, None)
+            simulator = partial(_simulator, changed, None, simulate)
         try:
             decision = _planner(changed, _speeds(changed), simulator, thorough=False).choose(constraints)
         except NothingFitsError:
@@ -179,7 +179,7 @@ def _planned(
             yield advice
 
 
-def _remedies(plan_input: PlanInput, error: NothingFitsError, simulate: Callable[[], Simulate]) -> str:
+def _remedies(plan_input: PlanInput, error: NothingFitsError, simulate: Callable[[], Simulator]) -> str:
     """The changes with which it would fit, as lines of a hint, cheapest first."""
     constraints, machine, anatomy = plan_input.constraints, plan_input.machine, plan_input.anatomy
     found: list[Advice] = []
@@ -226,7 +226,10 @@ def _speeds(plan_input: PlanInput) -> Speeds:
     )
 
 
-def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulator:
+def _simulator(
+    plan_input: PlanInput, expanded: ExpansionCost | None, like: Callable[[], Simulator] | None = None
+) -> Simulator:
+    """`like`: gives what simulates another checkpoint of the model."""
     return Simulator(
         plan_input.config,
         plan_input.anatomy,
@@ -235,6 +238,7 @@ def _simulator(plan_input: PlanInput, expanded: ExpansionCost | None) -> Simulat
         trust_remote_code=plan_input.trust_remote_code,
         expansion=expanded,
         own_kernels=_has_own_kernels(plan_input),
+        like=None if like is None else like(),
     )
 
 

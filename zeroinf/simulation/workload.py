@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +29,7 @@ from zeroinf.planner.allocator import Allocator, Event, Events
 from zeroinf.planner.graphs import REPLAYED_TOKENS
 from zeroinf.planner.memory import layer_bytes
 from zeroinf.planner.pass_shapes import MOST_ROWS
-from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload
+from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload, same
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.kernels import simulate_kernels
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
@@ -75,10 +75,12 @@ class Simulator:
         expansion: ExpansionCost | None = None,
         expert_parts: int = 1,
         own_kernels: bool = False,
+        like: Simulator | None = None,
     ) -> None:
         """`expansion`: how weights become whole where the engine makes codes of them. `expert_parts`: in how many parts
         the experts of a layer compute; shapes with other numbers are simulated apart. `own_kernels`: experts and norms
-        compute by the stream engine's kernels."""
+        compute by the stream engine's kernels. `like`: a simulator of another checkpoint of the model, or of other
+        parts of experts, whose layers are of the same kinds in the same order."""
         self._in_parts = partial(
             Simulator,
             config,
@@ -88,6 +90,7 @@ class Simulator:
             trust_remote_code=trust_remote_code,
             expansion=expansion,
             own_kernels=own_kernels,
+            like=self,
         )
         self._of_parts: dict[int, Simulator] = {expert_parts: self}
         self._anatomy, self._lengths = anatomy, lengths
@@ -115,8 +118,30 @@ class Simulator:
         self._lives: dict[KvDtype | None, ByRows] = {}
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
         self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
+        self._kinds: list[Any] = []
         if anatomy.is_paged:
-            self._keep_kinds()
+            self._kinds = self._find_kinds() if like is None or not like._kinds else like._kinds
+            self._keep_kinds(self._kinds)
+        if like is not None and self._does_as(like):
+            self._steps, self._packed_forwards, self._mixing_kernels = (
+                like._steps,
+                like._packed_forwards,
+                like._mixing_kernels,
+            )
+
+    def _does_as(self, other: Simulator) -> bool:
+        """Whether micro-batches of `other` are this one's: a checkpoint whose weights are expanded computes as one whose
+        weights are in full."""
+        how, others = ((one._anatomy.cache, one._repeats, len(one._split)) for one in (self, other))
+        if not self._kinds or self._split or how != others:
+            return False
+        return all(same(*steps) for steps in zip(self._samples, other._samples, strict=True))
+
+    @cached_property
+    def _samples(self) -> tuple[Step, ...]:
+        """A step with prompts and one after them, as they are recorded."""
+        longest = self._lengths.prompt_tokens
+        return tuple(self._recorded(2, *part)[0] for part in ((0, longest), (longest, 1)))
 
     def __call__(self, shape: Shape) -> Workload:
         if shape.expert_parts not in self._of_parts:
@@ -127,13 +152,12 @@ class Simulator:
             self._seen[shape] = self._run(shape)
         return self._seen[shape]
 
-    def _keep_kinds(self) -> None:
+    def _keep_kinds(self, kinds: Sequence[Any]) -> None:
         """Leave the first blocks in the model, up to one of each kind behind the first block, and one more: models tell
         a block what it is by its place. Steps have some of them repeated on paper.
 
         Where caches grow by themselves, every block counts instead.
         """
-        kinds = self._kinds()
         firsts = {kind: index for index, kind in reversed(list(enumerate(kinds))) if index}
         kept = max(firsts.values(), default=0) + 2
         between = kinds[1 : kept - 1]
@@ -155,7 +179,7 @@ class Simulator:
         self._blocks = self._all_blocks[:kept]
         self._model.set_submodule(self._path, self._blocks)
 
-    def _kinds(self) -> list[Any]:
+    def _find_kinds(self) -> list[Any]:
         """For each block what it does, with prompts and in the last step of a long row."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
         steps = [self._recorded(2, *part)[0] for part in ((0, longest), (longest + max(1, new - 1), 1))]
