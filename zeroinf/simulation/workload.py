@@ -130,8 +130,7 @@ class Simulator:
             )
 
     def _does_as(self, other: Simulator) -> bool:
-        """Whether micro-batches of `other` are this one's: a checkpoint whose weights are expanded computes as one whose
-        weights are in full."""
+        """Whether micro-batches of `other` are this one's: expanded weights of a checkpoint compute as weights in full."""
         how, others = ((one._anatomy.cache, one._repeats, len(one._split)) for one in (self, other))
         if not self._kinds or self._split or how != others:
             return False
