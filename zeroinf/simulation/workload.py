@@ -130,7 +130,7 @@ class Simulator:
             )
 
     def _does_as(self, other: Simulator) -> bool:
-        """Whether micro-batches of `other` are this one's: expanded weights of a checkpoint compute as weights in full."""
+        """Whether micro-batches of `other` are this one's: expanded weights compute as those of another checkpoint."""
         how, others = ((one._anatomy.cache, one._repeats, len(one._split)) for one in (self, other))
         if not self._kinds or self._split or how != others:
             return False
@@ -281,6 +281,8 @@ class Simulator:
             recorder.cut()
             seats = _group(parts, self._lengths, (), on_host=kv is not None).seats
             group = Group.packed(seats, [part.start for part in parts], [part.count for part in parts])
+            for seat in seats:  # penalties read all that a row may have, however little of it a forward computes
+                seat.known = self._lengths.prompt_tokens + self._lengths.new_tokens
             return self._alone(record_step(self._model, batch_state, group, recorder, self._times), recorder)
 
     def _alone(self, step: Step, recorder: Recorder) -> Step:
