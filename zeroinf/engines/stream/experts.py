@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -213,8 +213,13 @@ def takes_grouped(matrices: Matrices) -> bool:
 def _takes_grouped(matrices: Matrices, dtype: torch.dtype) -> bool:
     """The same for this GPU, which has a kernel for them: elsewhere torch waits for the GPU."""
     weights = matrices[0].matrix.data
-    able = torch.cuda.get_device_capability(weights.device)[0] in _GROUPED_CAPABILITIES
-    return able and dtype == torch.bfloat16 and takes_grouped(matrices)
+    return dtype == torch.bfloat16 and _has_grouped(weights.device) and takes_grouped(matrices)
+
+
+@cache
+def _has_grouped(device: torch.device) -> bool:
+    """Asked once: torch takes its time for an answer."""
+    return torch.cuda.get_device_capability(device)[0] in _GROUPED_CAPABILITIES
 
 
 def matrices_of(module: Any) -> Matrices | None:
