@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from torch.nn import Module, Parameter
 
 from zeroinf.compat import launches
 from zeroinf.compat.launches import Launch, Recording
-from zeroinf.model.quantized.expansion import Expansion, ExpansionSlot, Held, whole_weights
+from zeroinf.model.quantized.expansion import Expansion, ExpansionSlot, Held, expansion_of, whole_weights
 
 
 class Kernel:
@@ -160,6 +162,15 @@ def test_weights_are_expanded_by_the_same_launches_at_the_same_addresses(kernel:
     assert [visit(codes) for codes in (here, here, here, there, here, here)] == [1] * 6
     assert kernel.direct[-1] == kernel.direct[0]
     assert module.expanded == (6 if computes else 3)  # here twice, and there
+
+
+def test_a_module_that_is_gone_is_held_by_nobody(kernel: Kernel) -> None:
+    module = Codes(Launch(kernel), computes=False)
+    assert expansion_of(module) is module.expansion
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.fixture

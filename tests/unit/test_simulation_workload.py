@@ -515,3 +515,17 @@ def test_experts_by_kernels_launch_less_and_hold_less(name: str) -> None:
     assert own[0] < theirs[0]
     assert own[1] < theirs[1]
     assert own[2] == theirs[2]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_experts_that_are_multiplied_as_codes_are_not_expanded(parts: int) -> None:
+    config = eager("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    anatomy = read_anatomy(config, dtype="bfloat16")
+    simulate = Simulator(config, anatomy, lengths_of(), own_kernels=True)
+    workload = simulate(Shape(8, 8, 64, forward_tokens=64, expert_parts=parts))
+    assert workload.expansion is not None and workload.packed is not None
+    assert workload.expansion.nbytes == 0 and not any(group.kernels for group in workload.expansion.kernels)
+    found = [kernel for group in workload.packed.forwards.tokens[6][1] for kernel in group.kernels]
+    codes = [kernel for kernel in found if kernel.operator == "multiply_codes"]
+    assert codes and all(kernel.flops for kernel in codes)

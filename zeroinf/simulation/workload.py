@@ -495,7 +495,7 @@ def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> 
         with torch.no_grad():
             nbytes = expanded_bytes(opened)
         with torch.no_grad(), Recorder(model, ()) as recorder:
-            slot = None if split else ExpansionSlot(nbytes, torch.device("meta"))
+            slot = None if split or not opened else ExpansionSlot(nbytes, torch.device("meta"))
             for expansion in opened:
                 expansion.open(slot)
             events = [event for section in recorder.cut() for event in section]

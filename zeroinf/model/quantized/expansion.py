@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.nn import Module, Parameter
@@ -125,6 +126,7 @@ class Expansion:
         self._visits: dict[tuple[Any, ...], _Visit | Literal["seen", "expanded anew"]] = {}
         """What can be done again, by slot, place in it, and addresses of what is held."""
         module.forward = self._forward
+        _of_modules[module] = ref(self)
 
     @property
     def has_codes(self) -> bool:
@@ -194,16 +196,21 @@ class Expansion:
             self.close()
 
 
-def expansion_of(module: Any) -> Expansion | None:
+_of_modules: WeakKeyDictionary[Module, ref[Expansion]] = WeakKeyDictionary()
+"""Which lives as long as its module's forward, and holds the module."""
+
+
+def expansion_of(module: Module) -> Expansion | None:
     """What gives `module` its weights in full; None where they are."""
-    owner = getattr(module.forward, "__self__", None)
-    return owner if isinstance(owner, Expansion) else None
+    found = _of_modules.get(module)
+    return None if found is None else found()
 
 
 def expansions(module: Module) -> list[Expansion]:
-    """The expansions of `module` and all modules inside, but for weights that are multiplied as codes."""
-    found = map(expansion_of, module.modules())
-    return [owner for owner in found if owner is not None and not owner.rests]
+    """The expansions of `module` and all modules inside, but for weights that are multiplied as codes, and for modules
+    whose forward is replaced by what expands a part of them at a time."""
+    found = (getattr(inner.forward, "__self__", None) for inner in module.modules())
+    return [owner for owner in found if isinstance(owner, Expansion) and not owner.rests]
 
 
 @contextmanager
