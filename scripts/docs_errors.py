@@ -71,7 +71,7 @@ def _table() -> str:
     modules = (file.read_text(encoding="utf-8") for file in sorted(_SOURCE.rglob("*.py")))
     found = {one for module in modules for one in errors_of(module)}
     lines = ["| `error:` | `hint:` | exit code |", "|---|---|---|"]
-    for one in sorted(found, key=lambda one: (one.message.lstrip("…-' ").lower(), one)):
+    for one in sorted(found, key=lambda one: (one.message.startswith("…"), one.message.lstrip("…-' ").lower(), one)):
         hint = one.hint if one.hint.strip("…") else ""
         lines.append(f"| {_cell(one.message)} | {_cell(hint)} | {one.code} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Parses and formats sizes, shares and durations, and defines the default length of completions."""
+"""Parses and formats sizes, shares, rates and durations, and defines the default length of completions."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ def gib(size_bytes: int) -> str:
         if size_bytes >= unit / 10 or size_bytes == 0:
             return f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes / 1024:.1f} KiB"
+
+
+def rate_text(per_second: float) -> str:
+    """A rate as it is printed: `1,126.3`, `4.0`, and `0.034` where one digit would show nothing."""
+    return f"{per_second:,.1f}" if per_second >= 1 or not per_second else f"{per_second:.2g}"
 
 
 def clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, ZeroinfError
 from zeroinf.planner.advice import Advice, alternatives, remedies, remedies_together, worthwhile
 from zeroinf.planner.constraints import Constraints
+from zeroinf.sizes import rate_text
 
 MACHINE = machine_of(gpu_bytes=24 * GIB, host_bytes=64 * GIB)
 AUTO = Constraints(host_share="auto")
@@ -42,6 +43,11 @@ def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
     both = found[3].constraints
     assert (both.wire, both.kv_dtype) == ("int4", "int8")
     assert found[4].machine.disks and found[4].constraints.nvme_space_bytes
+
+
+@pytest.mark.parametrize(("rate", "text"), [(1126.25, "1,126.2"), (4.02, "4.0"), (0.0341, "0.034"), (0.0, "0.0")])
+def test_a_slow_plan_is_not_said_to_give_nothing(rate: float, text: str) -> None:
+    assert rate_text(rate) == text
 
 
 @pytest.mark.parametrize(("together", "is_told"), [(151.3, False), (154.9, False), (160.0, True)])

@@ -27,7 +27,7 @@ from zeroinf.runs.compare import Compared
 from zeroinf.runs.report import RunReport
 from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal
-from zeroinf.sizes import clock, gib
+from zeroinf.sizes import clock, gib, rate_text
 
 _PLAIN_LINE_EVERY_S = 10.0
 _REFUSALS_SHOWN = 5
@@ -206,7 +206,7 @@ def _counts(report: RunReport | ClusterReport) -> Iterator[tuple[str, str]]:
     counts |= {"cut at their length": report.cut, "cut before their format was complete": report.cut_answers}
     yield "requests", ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "done")
     yield "tokens", f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} generated"
-    yield "generate", f"{report.generate_s:.1f} s, {report.tokens_per_second:,.1f} tokens/s"
+    yield "generate", f"{report.generate_s:.1f} s, {rate_text(report.tokens_per_second)} tokens/s"
 
 
 def _summary(report: RunReport) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from zeroinf.planner.memory import MARGIN, MemoryPlace, Term, taken, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.summary import SOME_REQUESTS, job_duration, limited_by, plan_lines
 from zeroinf.simulation.make_plan import PlanInput, PlanResult
-from zeroinf.sizes import gib
+from zeroinf.sizes import gib, rate_text
 
 JSON_SCHEMA = 1
 
@@ -104,7 +104,7 @@ def _print_others(console: Console, found: PlanResult) -> None:
         resident = f", {one.choice.resident_blocks} layers on the GPU" if found.plan.device == "cuda" else ""
         console.print(
             f"     {_way(one.choice, found.plan)}, batch {one.choice.batch_size}{resident}: "
-            f"{one.timing.tokens_per_second:,.1f} tokens/s, {limited_by(one.timing, found.plan.device)}"
+            f"{rate_text(one.timing.tokens_per_second)} tokens/s, {limited_by(one.timing, found.plan.device)}"
         )
     for rejected in decision.rejected:
         console.print(f"     {_way(rejected, found.plan)}: does not fit, {rejected.reason}")

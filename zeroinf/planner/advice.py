@@ -19,6 +19,7 @@ from zeroinf.planner.decision import Candidate, Rejection
 from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.memory import MemoryPlace, total
 from zeroinf.planner.wire import Wire
+from zeroinf.sizes import rate_text
 
 Quality = Literal["exact", "near lossless", "lossy", "quality not measured"]
 """The effect of a change on completions, as measured in docs/benchmarks.md, "What wire formats cost in quality", from
@@ -63,7 +64,7 @@ class Advice:
         """Tokens/s, with their unit; empty where the planner knows no speed of the engine."""
         rate = self.candidate.timing.tokens_per_second
         return (
-            f"{rate:,.{0 if rate >= 100 else 1}f} tokens/s"
+            f"{f'{rate:,.0f}' if rate >= 100 else rate_text(rate)} tokens/s"
             if descriptor_of(self.candidate.choice.engine).is_timed
             else ""
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.memory import MemoryPlace, taken
 from zeroinf.planner.timing import Timing
-from zeroinf.sizes import clock, gib
+from zeroinf.sizes import clock, gib, rate_text
 
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
@@ -115,7 +115,7 @@ def _speed(plan: Plan) -> str:
     timing = plan.timing
     if timing is None:
         return f"no speed expected: the planner has no model of the {plan.engine} engine"
-    expected = f"{timing.tokens_per_second:,.1f} tokens/s expected: load {timing.load_s:.0f} s, "
+    expected = f"{rate_text(timing.tokens_per_second)} tokens/s expected: load {timing.load_s:.0f} s, "
     if plan.new_tokens == 1:
         return f"{expected}pass {timing.prefill_s:.2f} s"
     return (

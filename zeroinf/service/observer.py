@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from zeroinf.service.requests import Refusal
-from zeroinf.sizes import clock
+from zeroinf.sizes import clock, rate_text
 
 if TYPE_CHECKING:
     from zeroinf.planner.plan import Plan
@@ -48,7 +48,7 @@ class Progress:
     @property
     def rates(self) -> str:
         """Tokens/s, what was transferred, nodes at work and the time left, in words."""
-        parts = [f"{self.tokens_per_second:,.1f} tokens/s"]
+        parts = [f"{rate_text(self.tokens_per_second)} tokens/s"]
         if self.streamed_bytes:
             parts.append(f"{self.streamed_bytes / max(self.elapsed_s, 1e-9) / 1e9:.1f} GB/s of weights")
         if self.nodes:
