@@ -180,7 +180,7 @@ def test_so_are_those_of_recurrent_layers_with_prompts_of_one_length(name: str) 
     prompt, plans hold the output of another call beside the largest one."""
     mixers = anatomy_of(name).mixers
     has_more_calls = mixers is not None and mixers.chunk_tokens < PROMPT
-    rel = 0.02 if has_more_calls else 0.003  # the CPU has the rows' seats elsewhere
+    rel = 0.03 if has_more_calls else 0.003  # the CPU has the rows' seats elsewhere
     for case in CASES.values() if anatomy_of(name).whole_because == "" else (CASES["one"],):
         _compare(name, Shape(*case), {"padded": False}, rel=rel)
 
