@@ -18,10 +18,11 @@ import openai
 import pytest
 from forked import CHANGES, Forked
 from http_serving import MODEL, server
-from launching import run_zeroinf
+from launching import journalled, run_zeroinf
 from serving import NEW_TOKENS
 
 from zeroinf.distributed.ports import free_port
+from zeroinf.jobs.output_files import journal_path
 from zeroinf.serve.gateway import Gateway
 
 PATH = "/v1/completions"
@@ -259,9 +260,9 @@ def test_a_server_that_is_killed_loses_nothing_and_doubles_nothing(folder: Path,
         with process(folder, state) as (_, client):
             batch = batch or begin(client, jsonl(lines))
             time.sleep(draw.uniform(0.0, 0.6))
-            done.append(client.batches.retrieve(batch.id).request_counts.completed)
-            while kill == kills - 1 and not done[-1]:  # the last one has something to lose
-                done[-1] = client.batches.retrieve(batch.id).request_counts.completed
+            while kill == kills - 1 and not client.batches.retrieve(batch.id).request_counts.completed:
+                time.sleep(0.01)  # the last one has something to lose
+        done.append(len(journalled(journal_path(state / "batches" / batch.id / "output.jsonl"))))
     with process(folder, state) as (running, client):
         batch = ended(client, client.batches.retrieve(batch.id))
         assert batch.status == "completed"
