@@ -97,7 +97,7 @@ def test_a_step_of_few_recorded_layers_takes_what_one_of_all_takes(name: str, mo
 
     lengths = Lengths(prompt_tokens=32, new_tokens=8)
     few = Simulator(config, anatomy, lengths)
-    monkeypatch.setattr(Simulator, "_keep_kinds", lambda self: None)
+    monkeypatch.setattr(Simulator, "_keep_kinds", lambda self, kinds: None)
     every = usage(Simulator(config, anatomy, lengths))
     found = usage(few)
     assert found[0] == every[0]

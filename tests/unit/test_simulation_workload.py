@@ -402,7 +402,7 @@ def test_blocks_left_out_change_neither_the_peak_nor_what_is_computed(
     config = deeper(name)
     anatomy = read_anatomy(config)
     few = simulator(config, anatomy)
-    monkeypatch.setattr(Simulator, "_keep_kinds", lambda self: None)
+    monkeypatch.setattr(Simulator, "_keep_kinds", lambda self, kinds: None)
     every = simulator(config, anatomy)
     assert len(few._blocks) < len(every._blocks) == len(anatomy.blocks)
     some, all_of_them = few(whole(3)), every(whole(3))
