@@ -178,8 +178,8 @@ def test_no_step_is_lost_whenever_its_flag_is_raised() -> None:
         HostStep(record=case.record, fresh=case.fresh, query=case.query, out=out, scores=case.scores) for out in outs
     ]
     exact = case.by(kernels[0])
-    kernels[1].wait(kernels[1].submit(steps[1], case.memory.clone(), case.rows, None), 60)
     memories = [case.memory, case.memory.clone()]
+    kernels[1].wait(kernels[1].submit(steps[1], memories[1], case.rows, None), 60)
     for _ in range(500):
         outs.fill_(torch.nan)
         asked = list(zip(kernels, steps, memories, flags, strict=True))
