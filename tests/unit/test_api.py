@@ -183,7 +183,12 @@ def test_signatures_are_frozen_and_typed(function: Any, names: tuple[str, ...]) 
             set(),
             {"max_prompt_tokens", "max_new_tokens", "logprobs", "num_gpus", "progress"},
         ),
-        (zeroinf.plan, PlanOptions, {"aio", "pin_memory", "input_files", "input_format", "shape"}, set()),
+        (
+            zeroinf.plan,
+            PlanOptions,
+            {"aio", "pin_memory", "input_files", "input_format", "shape", "max_model_len"},
+            set(),
+        ),
     ],
 )
 def test_keywords_are_the_options_of_the_command_line_with_their_types_and_defaults(
