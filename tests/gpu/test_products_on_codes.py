@@ -136,7 +136,8 @@ def test_norms_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_experts_are_captured_as_a_graph(bits: int) -> None:
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels as kernels
+    from zeroinf.engines.stream.product_kernels import tile_for
 
     weight, kind = torch.randn(8, 64, 64, device=GPU, dtype=torch.bfloat16), CODES["int4"]
     matrix = WeightMatrix(weight, None, tuple(weight.shape), 16, 1)
@@ -148,7 +149,7 @@ def test_experts_are_captured_as_a_graph(bits: int) -> None:
         numbers = (torch.cat((low & 15, low >> 4), 1) - 8) * scales.float()[:, None]
         weight = numbers.bfloat16().view(weight.shape)
     x = torch.randn(50, 64, device=GPU, dtype=torch.bfloat16)
-    index, tile = torch.rand(50, 8, device=GPU).topk(2).indices, kernels.tile_for(16, bits, GPU)
+    index, tile = torch.rand(50, 8, device=GPU).topk(2).indices, tile_for(16, bits, GPU)
 
     def run() -> torch.Tensor:
         routing = kernels.route(index, 8, tile.rows)

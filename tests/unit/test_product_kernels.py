@@ -59,14 +59,15 @@ def test_products_are_those_of_the_weights(rows: int, outputs: int, inputs: int,
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels as kernels
+    from zeroinf.engines.stream.product_kernels import ProductTile
 
     count, each, tokens, width, inner = 5, 3, 23, 64, 128
     up, down = torch.randn(count, 2 * inner, width) / 8, torch.randn(count, width, inner) / 8
     x, weights = torch.randn(tokens, width), torch.rand(tokens, each)
     index = torch.rand(tokens, count).topk(each).indices
     index[3, 1] = count  # of nobody
-    tile = kernels.ProductTile(16, 64, 64, 4, 2)
+    tile = ProductTile(16, 64, 64, 4, 2)
     routing = kernels.route(index, count, tile.rows)
     hidden = kernels.gate(kernels.product_by_expert(x, coded(up, wire), None, routing, each, tile))
     out = kernels.product_by_expert(hidden, coded(down, wire), None, routing, 1, tile)
@@ -82,26 +83,28 @@ def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
 
 
 def test_experts_that_lie_transposed_are_multiplied() -> None:
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels as kernels
+    from zeroinf.engines.stream.product_kernels import ProductTile
 
     weights, x = torch.randn(4, 64, 48), torch.randn(9, 64)  # (experts, inputs, outputs)
     index, turned = torch.arange(9).remainder(4)[:, None], weights.transpose(1, 2)
     routing, bias = kernels.route(index, 4, 16), torch.randn(4, 48)
     matrix = WeightMatrix(turned, None, (4, 48, 64), 16, 1)
-    found = kernels.product_by_expert(x, matrix, bias, routing, 1, kernels.ProductTile(16, 64, 64, 4, 2))
+    found = kernels.product_by_expert(x, matrix, bias, routing, 1, ProductTile(16, 64, 64, 4, 2))
     right = torch.einsum("toi,ti->to", turned[index[:, 0]], x) + bias[index[:, 0]]
     assert torch.allclose(found, right, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "each"), [*product((CODES["int4"], CODES["int8"], Codes(16, 1)), (0, 2)), (MXFP4, 2)])
 def test_kernels_are_tried_before_they_are_used(kind: Codes, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels, kernel_trials, product_kernels
 
-    monkeypatch.setattr(kernels, "ROWS_TRIED", (16,))
+    monkeypatch.setattr(kernel_trials, "ROWS_TRIED", (16,))
     given = torch.device("cpu"), torch.float32, kind, each
-    assert kernels.why_not(*given) == ""
-    monkeypatch.setattr(kernels, "_launch", lambda *args: args[3].zero_())
-    assert "not those of the weights" in kernels.why_not(*given)
+    assert kernel_trials.why_not(*given) == ""
+    for module in (product_kernels, expert_kernels):
+        monkeypatch.setattr(module, "launch_product", lambda *args: args[3].zero_())
+    assert "not those of the weights" in kernel_trials.why_not(*given)
 
 
 @pytest.mark.parametrize("most", [40, 0])
@@ -130,7 +133,7 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(
     most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With few rows of each expert; with more, weights of some experts after the others are expanded."""
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels as kernels
 
     monkeypatch.setattr(kernels, "MOST_ROWS_BY_EXPERT", most)
     monkeypatch.setattr(kernels, "experts_at_once", lambda weight: 3)
@@ -162,6 +165,6 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(
 
 
 def test_what_hangs_on_the_number_of_experts_is_compiled_ahead() -> None:
-    from zeroinf.engines.stream import product_kernels as kernels
+    from zeroinf.engines.stream import expert_kernels as kernels
 
     kernels.compile_for(5, 3, torch.device("cpu"), torch.float32)

@@ -54,7 +54,7 @@ def _run(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.
 
 
 class _OnPaper:
-    """What `product_kernels` has, as operators."""
+    """What `expert_kernels` has, as operators."""
 
     @staticmethod
     def are_in_full(weight: WeightMatrix, rows: int) -> bool:

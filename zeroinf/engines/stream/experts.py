@@ -92,7 +92,7 @@ def expert_compilations(model: Any, anatomy: Anatomy, wire: Wire, device: torch.
 
 
 def _compile_product(*given: Any) -> None:
-    from zeroinf.engines.stream.product_kernels import compile_product_by_expert
+    from zeroinf.engines.stream.expert_kernels import compile_product_by_expert
 
     compile_product_by_expert(*given)
 
@@ -107,7 +107,7 @@ def run_experts(
     matrices = matrices_of(module) if _fits(hidden_states, top_k_index) else None
     if matrices is None:
         return run_by_default(module, hidden_states, top_k_index, top_k_weights)
-    from zeroinf.engines.stream import product_kernels
+    from zeroinf.engines.stream import expert_kernels
 
     rows = -(-top_k_index.numel() // matrices[0].matrix.shape[0])
     compute = (
@@ -115,7 +115,7 @@ def run_experts(
         if rows <= MOST_ROWS_BY_EXPERT or not _takes_grouped(matrices, hidden_states.dtype)
         else compute_many
     )
-    return compute(product_kernels, module, matrices, hidden_states, top_k_index, top_k_weights)
+    return compute(expert_kernels, module, matrices, hidden_states, top_k_index, top_k_weights)
 
 
 def run_by_default(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: in
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
         return False
     try:
-        from zeroinf.engines.stream.product_kernels import why_not
+        from zeroinf.engines.stream.kernel_trials import why_not
     except ImportError as error:
         reason = str(error)
     else:
@@ -58,6 +58,6 @@ def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: in
 
 def compile_for_experts(experts: int, each: int, device: torch.device, dtype: torch.dtype) -> None:
     """Compile what hangs on the number of experts, and of those of a token, before a pass needs it."""
-    from zeroinf.engines.stream.product_kernels import compile_for
+    from zeroinf.engines.stream.expert_kernels import compile_for
 
     compile_for(experts, each, device, dtype)
