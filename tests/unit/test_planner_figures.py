@@ -6,9 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from zeroinf.paths import configs_directory
+from zeroinf.planner.coded_products import EXPAND, ON_CODES, ON_CODES_BY_EXPERT
 from zeroinf.planner.figures import FittedFigures, fitted_figures, nearest, unmeasured_figures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel
@@ -48,3 +50,18 @@ def test_another_file_changes_what_is_planned() -> None:
     kernel = Kernel(0, 10**9, "expand_fp8", "crossed")
     times = [kernel_s(kernel, figures, 1.0, 1000.0)[1] for figures in (slower, fitted_figures())]
     assert times[0] == pytest.approx(2 * times[1])
+
+
+def test_each_operator_is_one_that_forwards_have() -> None:
+    """A name that no kernel has would be ignored, and the kernel's own figure with it."""
+    import zeroinf.simulation.kernels  # noqa: F401  it defines operators
+
+    written = json.loads(H200.read_bytes())
+    names = {
+        *written["kernels"]["own_products"],
+        *written["kernels"]["operators"],
+        *written["passes"]["triton_kernels"],
+    }
+    called = {ON_CODES, ON_CODES_BY_EXPERT, EXPAND, "packed attention", "efficient attention", "packed write"}
+    known = (torch.ops.aten, torch.ops.zeroinf)
+    assert [name for name in names - called if not any(hasattr(each, name) for each in known)] == []

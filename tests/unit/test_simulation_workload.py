@@ -527,5 +527,5 @@ def test_experts_that_are_multiplied_as_codes_are_not_expanded(parts: int) -> No
     assert workload.expansion is not None and workload.packed is not None
     assert workload.expansion.nbytes == 0 and not any(group.kernels for group in workload.expansion.kernels)
     found = [kernel for group in workload.packed.forwards.tokens[6][1] for kernel in group.kernels]
-    codes = [kernel for kernel in found if kernel.operator == "multiply_codes"]
+    codes = [kernel for kernel in found if kernel.operator == "multiply_mxfp4_by_experts"]
     assert codes and all(kernel.flops for kernel in codes)

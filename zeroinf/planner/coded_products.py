@@ -17,7 +17,7 @@ from zeroinf.planner.wire import CODES, MOST_CODED_ROWS, MOST_ROWS_BY_EXPERT, Wi
 from zeroinf.planner.workload import Kernel, Kernels
 
 _BY_EXPERT, _DENSE = ("_grouped_mm", "multiply_by_experts"), ("mm", "addmm")
-ON_CODES, ON_CODES_BY_EXPERT, EXPAND = "multiply codes", "multiply codes by expert", "expand codes"
+ON_CODES, ON_CODES_BY_EXPERT, EXPAND = "multiply wire codes", "multiply wire codes by expert", "expand wire codes"
 """What kernels are called that multiply by codes, and that make weights of them."""
 
 

@@ -65,7 +65,9 @@ class _OnPaper:
         x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: Any, each: int, tile: Any
     ) -> torch.Tensor:
         whole = x.new_empty(experts_at_once(weight), *weight.shape[1:])
-        out: torch.Tensor = torch.ops.zeroinf.multiply_codes(x, weight.data, weight.scales, bias, each, weight.shape[1])
+        out: torch.Tensor = torch.ops.zeroinf.multiply_mxfp4_by_experts(
+            x, weight.data, weight.scales, bias, each, weight.shape[1]
+        )
         del whole
         return out
 
@@ -111,7 +113,7 @@ for schema in (
     "route_tokens(Tensor index, int count, int rows) -> Tensor",
     "gather_rows(Tensor x, int each) -> Tensor",
     "multiply_by_experts(Tensor x, Tensor weight, Tensor? bias, int each) -> Tensor",
-    "multiply_codes(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int each, int outputs) -> Tensor",
+    "multiply_mxfp4_by_experts(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int each, int outputs) -> Tensor",
     "add_bias(Tensor(a!) y, Tensor bias) -> ()",
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
@@ -134,7 +136,7 @@ def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return x.new_empty(x.shape[0] * each, weight.shape[1])
 
 
-@torch.library.impl(_PREFIX + "multiply_codes", "Meta")
+@torch.library.impl(_PREFIX + "multiply_mxfp4_by_experts", "Meta")
 def _multiplied_by_codes(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, each: int, outputs: int
 ) -> torch.Tensor:
@@ -167,5 +169,5 @@ def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def product_flops(x: torch.Tensor, weight: torch.Tensor, *ignored: Any, out_val: torch.Tensor, **more: Any) -> int:
-    """Of `multiply_by_experts` and `multiply_codes`, as `torch.utils.flop_counter` counts."""
+    """Of `multiply_by_experts` and `multiply_mxfp4_by_experts`, as `torch.utils.flop_counter` counts."""
     return 2 * out_val.numel() * x.shape[1]

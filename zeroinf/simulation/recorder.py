@@ -203,7 +203,7 @@ _FLOPS = {
     **flop_registry,
     GROUPED_MM: _grouped_flops,
     torch.ops.zeroinf.multiply_by_experts: product_flops,
-    torch.ops.zeroinf.multiply_codes: product_flops,
+    torch.ops.zeroinf.multiply_mxfp4_by_experts: product_flops,
 }
 
 
