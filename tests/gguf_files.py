@@ -60,7 +60,8 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
         for number, (called, part, order, added) in enumerate(_tensors(architecture, model)):
             values = (part[order] if order is not None else part).float().numpy() + np.float32(added)
             kind = GGMLQuantizationType[kinds[number % len(kinds)]]
-            fits = part.dim() > 1 and values.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 and "gate_inp" not in called
+            is_quantized = part.dim() > 1 and "gate_inp" not in called and not called.endswith(".bias")
+            fits = is_quantized and values.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
             kind = kind if fits else GGMLQuantizationType.F32
             data = _packed(values, kind, rng)
             writer.add_tensor(called, data, raw_dtype=kind)

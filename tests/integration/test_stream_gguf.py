@@ -17,9 +17,10 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 from tiers import tiered
 
 from zeroinf.distributed.control import Control
+from zeroinf.engines.stream.experts import coded_experts
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.model.gguf.convert import convert_gguf
-from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.inspect import build_meta, read_anatomy
 from zeroinf.model.resolve import resolve_model
 
 SMALL_BLOCKS = ["Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"]
@@ -109,6 +110,16 @@ def test_nor_do_they_depend_on_where_weights_rest(name: str, gguf_of: Gguf, tmp_
         assert run(file, offload="nvme", nvme_blocks=2, resident_blocks=1, nvme_paths=(tmp_path,)) == expected
     (store,) = list_stores([tmp_path])
     assert store.state == "whole"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_experts_in_mxfp4_are_stored_as_products_read_them(name: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    file, full = gguf_of(name, ["MXFP4"])
+    assert coded_experts(build_meta(resolve_model(str(file)).config, "bfloat16"))
+    expected = plain_tokens(full)
+    assert run(file, resident_blocks=1) == expected
+    nvme = {"offload": "nvme", "nvme_blocks": 2, "host_units": 3, "nvme_paths": (tmp_path,)}
+    assert run(file, expert_parts=3, routed_tokens=4, **nvme) == expected
 
 
 def test_two_ranks_that_gather_blocks_give_the_same_tokens(gguf_of: Gguf) -> None:

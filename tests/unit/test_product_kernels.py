@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import packed_checkpoint
 from quantized import mxfp4_checkpoint
 from small_models import build_model
-from transformers import AutoConfig
 from wire_reference import through_codes
 
 from zeroinf.compat.models import is_experts
@@ -20,6 +20,7 @@ from zeroinf.engines.stream.coded_weight import WeightMatrix
 from zeroinf.engines.stream.codes import encode
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.expansion import Expansion, expansions
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.wire import CODES, MXFP4, Codes, Wire
 
 pytestmark = pytest.mark.skipif(
@@ -128,17 +129,20 @@ def test_experts_of_models_compute_what_transformers_computes(
     assert torch.allclose(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("most", [40, 0])
+@pytest.mark.parametrize(("name", "most"), [("gpt_oss", 40), ("gpt_oss", 0), ("qwen3_moe", 40)])
 def test_experts_of_a_checkpoint_are_multiplied_as_codes(
-    most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With few rows of each expert; with more, weights of some experts after the others are expanded."""
     from zeroinf.engines.stream import expert_kernels as kernels
 
     monkeypatch.setattr(kernels, "MOST_ROWS_BY_EXPERT", most)
     monkeypatch.setattr(kernels, "experts_at_once", lambda weight: 3)
-    folder = mxfp4_checkpoint(tmp_path)
-    config = AutoConfig.from_pretrained(folder)
+    if name == "gpt_oss":
+        mxfp4_checkpoint(tmp_path)
+    else:
+        packed_checkpoint(name, "fp8_experts_fp4", tmp_path)
+    config = resolve_model(str(tmp_path)).config
     model = build_meta(config, "float32").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -146,7 +150,7 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(
             parameter.data.random_(0, 256, generator=generator)
         elif name.endswith("_scales"):
             parameter.data.random_(120, 124, generator=generator)
-        else:
+        elif parameter.is_floating_point() and parameter.itemsize > 1:
             parameter.data.normal_(0, 0.2, generator=generator)
     (module, *_) = [each for each in model.modules() if is_experts(each)]
     x, index = torch.randn(7, config.hidden_size), torch.rand(7, module.num_experts).topk(2).indices
@@ -159,7 +163,7 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(
         right = module(x, index, weights)
         assert experts.use_experts_kernels(model, torch.device("cpu"), None)
         assert tried == [MXFP4]
-        assert not expansions(model)  # nothing is expanded
+        assert not expansions(module)  # nothing is expanded
         monkeypatch.setattr(Expansion, "open", lambda *_: pytest.fail("weights are expanded"))
         assert torch.allclose(module(x, index, weights), right, rtol=1e-3, atol=1e-3)
 

@@ -89,6 +89,10 @@ class _Fp8(MatrixFormat):
     def is_needed(self, name: str) -> bool:
         return name not in ("bias", *_OF_ACTIVATIONS)
 
+    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
+        scales = next(name for name in stored if name in (_SCALES, *_OTHER_NAMES))
+        return ("weight", scales) if stored["weight"].dtype in _PAIRS else None
+
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         scales = _named(held)[_SCALES]
         if held["weight"].dtype in _PAIRS:

@@ -156,6 +156,27 @@ def _q6_k(blocks: _Blocks) -> torch.Tensor:
     return _times(scales, codes.float() - 32)
 
 
+def codes_of_mxfp4(rows: torch.Tensor) -> torch.Tensor:
+    """The codes (..., groups, 16) of `rows` (..., bytes; uint8) of MXFP4: two that lie side by side in a byte, where
+    ggml has the first half of a group in the lower bits of its bytes."""
+    words = _groups_of_mxfp4(rows)[..., 1:].contiguous().view(torch.int64)
+    codes = torch.empty((*words.shape[:-1], 16), dtype=torch.uint8)
+    for half in (0, 1):
+        bits = (words >> 4 * half) & 0x0F0F0F0F0F0F0F0F
+        bits |= bits >> 4
+        codes[..., 8 * half : 8 * half + 8] = bits.view(torch.uint8)[..., ::2]
+    return codes
+
+
+def powers_of_mxfp4(rows: torch.Tensor) -> torch.Tensor:
+    """The powers of two (..., groups) of `rows` (..., bytes; uint8) of MXFP4."""
+    return _groups_of_mxfp4(rows)[..., 0]
+
+
+def _groups_of_mxfp4(rows: torch.Tensor) -> torch.Tensor:
+    return rows.view(*rows.shape[:-1], -1, QUANTIZED_TYPES[_NUMBERS["MXFP4"]].nbytes)
+
+
 def _mxfp4(blocks: _Blocks) -> torch.Tensor:
     power = blocks[:, :1].int()
     bits = torch.where(power < 2, 0x00200000 << power.clamp(max=1), (power - 1) << 23)

@@ -18,7 +18,8 @@ from torch.nn import Linear, Module
 from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
-from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
+from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, codes_of_mxfp4, expand, powers_of_mxfp4
+from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
 from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 
 _View = Callable[[torch.Tensor], torch.Tensor]
@@ -73,7 +74,9 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
                 pieces = _pieces(names, f"{path}.{own}", buffer)
                 names.use(pieces, f"{path}.{own}", buffer.shape)
                 _expand_as_read(buffer, pieces, names)
-        if held:
+        if _are_coded(held, names.kinds):
+            _hold_codes(module, held)
+        elif held:
             _hold(module, held, names.kinds)
     names.refuse_unused()
 
@@ -83,9 +86,56 @@ def _can_hold(module: Module, pieces: Sequence[_Piece], kinds: Mapping[str, int]
     return known and all(kinds[piece.name] in QUANTIZED_TYPES for piece in pieces)
 
 
+_Holds = dict[str, tuple[torch.Size, torch.dtype, list[_Piece]]]
+"""Of parameters, by their own names: shape, dtype and what they are made of."""
+
+
+def _are_coded(held: _Holds, kinds: Mapping[str, int]) -> bool:
+    """Whether these are the weights of experts, in codes that products read."""
+    pieces = [piece for *_, own in held.values() for piece in own]
+    return can_hold_coded(held) and all(QUANTIZED_TYPES[kinds[piece.name]].name == "MXFP4" for piece in pieces)
+
+
+def _hold_codes(module: Module, held: _Holds) -> None:
+    """Replace the weights of experts by codes in the order of products, which are made as they are read."""
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    parts: dict[str, CodedParts | None] = {}
+    for own, (shape, _, pieces) in held.items():
+        size = (shape[2], shape[1]) if is_transposed else (shape[1], shape[2])
+        codes, powers = (
+            tuple(
+                StoredPart(
+                    tuple(piece.name for piece in pieces),
+                    partial(_of_expert, expert, make, [piece.view for piece in pieces], size, is_transposed),
+                    expert * size[0] * size[1] // of_each,
+                )
+                for expert in range(shape[0])
+            )
+            for make, of_each in ((codes_of_mxfp4, 2), (powers_of_mxfp4, GROUP))
+        )
+        parts[own] = CodedParts(codes, powers)
+    hold_coded_experts(module, parts, is_transposed=is_transposed)
+
+
+def _of_expert(
+    expert: int,
+    make: _Change,
+    views: Sequence[_View],
+    size: tuple[int, int],
+    is_transposed: bool,
+    *stored: torch.Tensor,
+) -> torch.Tensor:
+    """What `make` makes of one expert's rows in all pieces of a weight of `size`."""
+    found = [make(piece[expert : expert + 1]) for piece in stored]
+    whole = found[0].new_empty(1, size[0], found[0][0, 0].numel())
+    for view, piece in zip(views, found, strict=True):
+        view(whole.mT if is_transposed else whole).copy_(piece.flatten(2))
+    return whole.view(1, size[0], *found[0].shape[2:])
+
+
 def _hold(
     module: Module,
-    held: dict[str, tuple[torch.Size, torch.dtype, list[_Piece]]],
+    held: _Holds,
     kinds: Mapping[str, int],
 ) -> None:
     """Replace parameters by the blocks that each is made of."""

@@ -18,6 +18,7 @@ from torch.nn import Linear, Module
 
 from zeroinf.compat.modules import own_parameters
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused, whole_weights
+from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
 from zeroinf.model.quantized.origins import EXPERT, Origin, name_others, origins_of
 from zeroinf.model.stored_parts import StoredPart, set_parts
 
@@ -59,6 +60,11 @@ class MatrixFormat(ABC):
     def is_needed(self, name: str) -> bool:
         """Whether weights depend on the tensor `name`; others are not read."""
         return name != "bias"
+
+    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
+        """The names of the codes and of the powers of two where `stored` is no more than MXFP4, whose bytes have the
+        first of two codes in the lower bits; else None."""
+        return None
 
     def held(self, name: str, one: Stored) -> Stored:
         """The part of the tensor `name` that is held: all of it."""
@@ -159,6 +165,10 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
             raise refused(
                 model, what, f"{plan.matrices.names[0]} is quantized, but the weights that it is fused with are not"
             )
+    if can_hold_coded(covered) and all(form.mxfp4(plan.stored) and plan.matrices.is_stack for plan in plans):
+        _hold_codes(module, plans, form)
+        return
+    for plan in plans:
         own_parameters(module).pop(plan.own, None)
     steps = []
     for number, plan in enumerate(plans):
@@ -176,6 +186,32 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
         steps.append((plan.own, names, plan.matrices))
     shapes = {plan.own: (plan.shape, plan.dtype) for plan in plans}
     Expansion(module, partial(_expand, form, shapes, steps))
+
+
+def _hold_codes(module: Module, plans: Sequence[_Plan], form: MatrixFormat) -> None:
+    """Hold the codes of a stack of experts, and their powers of two, in one tensor each for all that is fused."""
+    parts: dict[str, CodedParts | None] = {}
+    for own in dict.fromkeys(plan.own for plan in plans):
+        some = [plan for plan in plans if plan.own == own]
+        outputs, inputs = some[0].shape[-2:]
+        made: tuple[list[StoredPart], list[StoredPart]] = [], []
+        for number in range(len(some[0].matrices.names)):
+            for plan in some:
+                row, rows = number * outputs + plan.matrices.first, plan.matrices.end - plan.matrices.first
+                names = form.mxfp4(plan.stored)
+                assert names is not None
+                for found, name, of_each in zip(made, names, ((GROUP // 2,), ()), strict=True):
+                    size = 1, rows, inputs // GROUP, *of_each
+                    make = partial(_bytes, size, plan.stored[name].shape)
+                    start = row * torch.Size(size[2:]).numel()
+                    found.append(StoredPart((f"{plan.matrices.names[number]}.{name}",), make, start))
+        parts[own] = CodedParts(tuple(made[0]), tuple(made[1]))
+    hold_coded_experts(module, parts, is_transposed=False)
+
+
+def _bytes(size: tuple[int, ...], shape: tuple[int, ...], stored: torch.Tensor) -> torch.Tensor:
+    """The bytes of a stored tensor as `size`, if it is of the `shape` that the others of its stack have."""
+    return stored.view(torch.uint8).view(size) if tuple(stored.shape) == shape else stored.new_empty(0)
 
 
 def _parts(form: MatrixFormat, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[StoredPart]:

@@ -142,6 +142,11 @@ class _Scaled(MatrixFormat):
             return f"has scales of {scales.dtype} in the shape {scales.shape}"
         return None if "weight_zero_point" not in stored else "has codes of four bits with zero points"
 
+    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
+        names = {name for name in stored if self.is_needed(name)}
+        is_mxfp4 = names == {"weight_packed", "weight_scale"} and stored["weight_packed"].dtype == torch.uint8
+        return ("weight_packed", "weight_scale") if is_mxfp4 else None
+
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes = held.get("weight_packed", held.get("weight"))
         assert codes is not None
