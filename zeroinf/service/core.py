@@ -269,7 +269,8 @@ class Service:
             raise InputError("a continuation holds no tokens", hint="give at least one")
         if not self.model.shares_scores and any(len(each) > 1 for each in posted.following):
             raise UsageError(
-                "continuations of several tokens do not share what they follow: forwards of this model are padded",
+                "continuations of several tokens do not share what they follow: "
+                "scores of this model are computed in padded forwards",
                 hint="score each with what it follows",
             )
         tokens, scored = posted.length, count - start + sum(map(len, posted.following))
