@@ -7,17 +7,27 @@ is started again, and the client goes on with what it was told. The default tier
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from crashes import CRASHES, DIED, Failure, Fault, Faults
 from fake_job import exit_code, in_child
-from fake_server import journalled, outcome, run_server
+from fake_server import DEFAULTS, MODEL, PATH, InstantService, content, journalled, outcome, read_job, run_server
 from schedules import Share, Step, scratch
 from tiers import tiered
+
+from zeroinf.generation.row import Sampling
+from zeroinf.serve.batches import Batches
+from zeroinf.serve.files import FileStore
+from zeroinf.serve.gateway import Gateway
+from zeroinf.serve.settings import Settings
+from zeroinf.service.handles import Handle, TokenEvent
 
 REQUESTS = 5
 FAULTS: tuple[Fault | Failure, ...] = (*CRASHES, "disk full", "sync fails")
@@ -92,3 +102,42 @@ def test_what_clients_were_told_stays_and_each_request_is_answered_once(
             counts = journalled(client.state, client.known["batch"])
             assert set(counts.values()) == {1}, (at, seed)
     assert ended[0] <= len(steps) // 2, "faults that do not happen prove nothing"
+
+
+def test_the_next_server_counts_failures_as_such(tmp_path: Path) -> None:
+    """Beside a line that is refused: the first request is answered, the second one fails, others are under way."""
+
+    class Halting(InstantService):
+        def _answer(self, prompt: Sequence[int], sampling: Sampling) -> Handle:
+            self._count += 1
+            cancelled = TokenEvent(text="", tokens=(), finish_reason="cancelled")
+            handle = Handle(self._count, len(prompt), lambda number: handle.heard(cancelled))
+            if self._count < 3:
+                handle.heard(TokenEvent(text="", tokens=[1], finish_reason=("length", "error")[self._count - 1]))
+            return handle
+
+    def server() -> tuple[Gateway, FileStore, Batches]:
+        gateway = Gateway(Settings(model_name=MODEL), DEFAULTS)
+        gateway.open(service := Halting())  # type: ignore[arg-type]
+        files = FileStore(tmp_path / "files", 1 << 30)
+        batches = Batches(tmp_path / "batches", files, gateway)
+        batches.start(service, read_job)  # type: ignore[arg-type]
+        return gateway, files, batches
+
+    def counts(batches: Batches, batch: str) -> tuple[int, int]:
+        found = batches.get(batch)
+        return found.completed, found.failed
+
+    _, files, batches = server()
+    file = files.add(io.BytesIO(content(REQUESTS)), "in.jsonl", "batch").id
+    batch = batches.create({"input_file_id": file, "endpoint": PATH, "completion_window": "24h"}).id
+    while counts(batches, batch) != (1, 2):
+        time.sleep(0.01)
+    batches.stop()
+    gateway, _, batches = server()
+    try:
+        while not gateway.batch_requests:  # it has read the journal
+            time.sleep(0.01)
+        assert counts(batches, batch) == (1, 2)
+    finally:
+        batches.stop()

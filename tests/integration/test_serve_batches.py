@@ -23,6 +23,7 @@ from serving import NEW_TOKENS
 
 from zeroinf.distributed.ports import free_port
 from zeroinf.jobs.output_files import journal_path
+from zeroinf.serve.batch_records import Batch
 from zeroinf.serve.gateway import Gateway
 
 PATH = "/v1/completions"
@@ -260,9 +261,13 @@ def test_a_server_that_is_killed_loses_nothing_and_doubles_nothing(folder: Path,
         with process(folder, state) as (_, client):
             batch = batch or begin(client, jsonl(lines))
             time.sleep(draw.uniform(0.0, 0.6))
-            while kill == kills - 1 and not client.batches.retrieve(batch.id).request_counts.completed:
-                time.sleep(0.01)  # the last one has something to lose
-        done.append(len(journalled(journal_path(state / "batches" / batch.id / "output.jsonl"))))
+            shown = client.batches.retrieve(batch.id).request_counts.completed
+            while kill == kills - 1 and not shown:  # the last one has something to lose
+                time.sleep(0.01)
+                shown = client.batches.retrieve(batch.id).request_counts.completed
+        own = state / "batches" / batch.id
+        done.append(len(journalled(journal_path(own / "output.jsonl"))))
+        assert shown <= Batch.load(own).completed <= done[-1], "the next server shows no fewer"
     with process(folder, state) as (running, client):
         batch = ended(client, client.batches.retrieve(batch.id))
         assert batch.status == "completed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from heapq import merge
@@ -72,6 +72,11 @@ class JournalOutput:
     def damaged(self) -> int:
         """Lines of the journal whose checksum does not hold; what they said is done again."""
         return self._journal.damaged
+
+    @property
+    def failed(self) -> Collection[int]:
+        """Indices of requests that have come to nothing so far."""
+        return self._journal.failed
 
     def _compare(self, resume: bool, anyway: bool) -> None:
         journal, now = self._journal, self._job.fingerprint

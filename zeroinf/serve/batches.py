@@ -58,8 +58,12 @@ class _Running:
     under_way: dict[Handle, Work] = field(default_factory=dict)
     choices: Counter[str] = field(default_factory=Counter)
     """Completions that an entry still lacks, by its id."""
+    answered: set[str] = field(default_factory=set)
+    """Entries that have a completion, of those that lack others."""
     ended: list[int] = field(default_factory=lambda: [0, 0])
     """Entries that were completed and that failed, of which clients do not know yet."""
+    durable: int = 0
+    """Results that the journal kept durably when clients were last told."""
     missing: list[int] = field(default_factory=list)
     """Indices of requests that will not run."""
     ending: Literal["completed", "cancelled", "expired"] = "completed"
@@ -196,13 +200,18 @@ class Batches:
         output.begin(service.model.control.world.size)
         running = _Running(batch_id, job, output, deque(in_running_order(output.left, service.model.plan).indices))
         running.choices.update(work.id for work in output.left)
-        done = {work.id for work in job.work} - running.choices.keys()
+        running.durable = output.settle()
+        left = set(output.left.indices)
+        answered = {work.id for work in job.work if work.index not in left and work.index not in output.failed}
+        running.answered = answered & running.choices.keys()
+        completed = len(answered) - len(running.answered)
+        failed = len({work.id for work in job.work} - running.choices.keys()) - completed
         refused = {refusal.id for refusal in job.refusals}
         with self._lock:
             begun: dict[str, Any] = {} if batch.in_progress_at else {"in_progress_at": int(time.time())}
             if self._batches[batch_id].status == "validating":
                 begun["status"] = "in_progress"
-            self._set(batch, total=total, completed=len(done), failed=len(refused), **begun)
+            self._set(batch, total=total, completed=completed, failed=failed + len(refused), **begun)
         return running
 
     def _runnable(self, service: Service, job: Job) -> Job:
@@ -258,8 +267,9 @@ class Batches:
                 self._expire()
                 self._refill(service)
                 for running in self._running.values():
-                    running.output.settle()
-                    self._tell_counts(running)
+                    if (durable := running.output.settle()) > running.durable:
+                        running.durable = durable
+                        self._tell_counts(running)
             self._leave()
         except Exception as error:
             self._gateway.fail(error)  # a disk that is full, or the model: nothing of a batch is lost
@@ -324,23 +334,25 @@ class Batches:
 
     def _count(self, running: _Running, work: Work, result: Result) -> None:
         running.choices[work.id] -= 1
+        if not result.failed:
+            running.answered.add(work.id)
         if not running.choices[work.id]:
-            running.ended[result.failed] += 1
+            running.ended[work.id not in running.answered] += 1
+            running.answered.discard(work.id)
 
     def _tell_counts(self, running: _Running) -> None:
-        """Let clients know how many entries have ended since the last call."""
+        """Let clients, and the next server, know how many entries have ended since the last call. All of it is durable,
+        so that counts never fall."""
         completed, failed = running.ended
         if completed or failed:
             running.ended = [0, 0]
             with self._lock:
                 batch = self._batches[running.id]
-                counts = {"completed": batch.completed + completed, "failed": batch.failed + failed}
-                self._batches[running.id] = replace(batch, **counts)  # type: ignore[arg-type]
+                self._set(batch, completed=batch.completed + completed, failed=batch.failed + failed)
 
     def _finish(self, running: _Running) -> None:
         """Publish what there is. It may be done again after a crash, with the same outcome."""
         del self._running[running.id]
-        self._tell_counts(running)
         folder, ending = self._folder / running.id, running.ending
         self._change(running.id, "finalizing")
         lacking = {running.job.work.at(index).id for index in running.missing}
