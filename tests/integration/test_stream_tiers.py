@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_machines import overhead, shape_of, workload_of
 from generating import greedy_by_transformers
 from test_stream_tokens import NEW_TOKENS, PROMPTS, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
@@ -17,17 +18,19 @@ from tiny_models import build_tiny
 from transformers import AutoModelForImageTextToText
 
 from zeroinf.engines.base import SilentListener
-from zeroinf.engines.stream import data_files, weights
+from zeroinf.engines.stream import data_files, read_ahead, weights
+from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_terms
 from zeroinf.engines.stream.tensor_groups import group_tensors
+from zeroinf.model.inspect import read_anatomy
+from zeroinf.model.resolve import resolve_model
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.walks import walks
 
 ARCHITECTURES = ("llama", "llama_tied", "gptj", "gpt_neo", "mixtral", "deepseek_v3", "lfm2", "mamba", "jamba", "bloom")
 DEFAULT = ("llama_tied", "mixtral", "deepseek_v3", "jamba")
 
 
 def blocks_of(folder: Path) -> int:
-    from zeroinf.model.inspect import read_anatomy
-    from zeroinf.model.resolve import resolve_model
-
     return len(read_anatomy(resolve_model(str(folder)).config).blocks)
 
 
@@ -103,6 +106,44 @@ def test_what_stays_on_the_device_passes_through_the_host_in_no_more_memory_than
     blocks = max(group.nbytes for group in groups)
     assert len(groups) >= 2
     assert sum(made) == 2 * blocks + max(blocks, outside.nbytes)
+
+
+@pytest.mark.parametrize("name", ["jamba", "deepseek_v3", "lfm2"])
+@pytest.mark.parametrize(("resident", "nvme"), [(1, 1), (0, 2), (2, 0)])
+def test_layers_of_several_sizes_take_what_the_plan_says(
+    name: str,
+    resident: int,
+    nvme: int,
+    small_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = small_checkpoint(name)
+    given: dict[str, Any] = {"offload": "nvme" if nvme else "cpu", "resident_blocks": resident, "nvme_blocks": nvme}
+    anatomy = read_anatomy(resolve_model(str(folder)).config, dtype="float32")
+    choice = Choice(
+        engine="stream", fetch="replicated", batch_size=4, micro_batch_rows=4, prefill_tokens=256, **given
+    )  # fmt: skip
+    (walk,) = walks(anatomy, choice)
+    assert len({block.nbytes for block in anatomy.blocks}) > 1
+    on_gpu = stream_gpu_terms(anatomy, choice, workload_of(shape_of(4)), 1, overhead(False))
+    on_host = stream_host_terms(anatomy, choice, 1, overhead(False))
+    planned = {term.name: term.nbytes for term in (*on_gpu, *on_host)}
+    made = counted_host_memory(monkeypatch, weights, read_ahead)
+    engine = stream(folder, nvme_paths=(tmp_path,) if nvme else (), **given)
+    stats = engine.stats()
+    assert stats.slot_bytes == planned["slots"]
+    assert stats.shared_host_bytes == planned["weights, page-locked"] == walk.host_bytes
+    assert stats.streamed_bytes_per_pass == walk.streamed_bytes
+    groups, _, _ = group_tensors(engine.model)
+    assert (
+        walk.resident_bytes == planned.get("resident layers", 0) == sum(g.nbytes for g in groups) - walk.streamed_bytes
+    )
+    rings = planned.get("NVMe read ring, page-locked", 0)
+    assert rings == (made.pop() if nvme else 0)
+    stages = sum(made) - walk.host_bytes  # let go of before there is a ring
+    assert stages <= max(rings, rings + planned.get("staging buffers (load only)", 0))
+    engine.close()
 
 
 def test_waits_for_the_disk_are_counted(

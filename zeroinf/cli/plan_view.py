@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -55,9 +55,15 @@ def _model(plan_input: PlanInput) -> str:
     return (
         f"{anatomy.architecture}, {anatomy.parameters / 1e6:,.0f} M parameters, {gib(anatomy.weight_bytes)} "
         f"{computed}in {anatomy.dtype}, {len(anatomy.blocks)} layers "
-        f"of {gib(max(block.nbytes for block in anatomy.blocks))}, "
+        f"of {_range(block.nbytes for block in anatomy.blocks)}, "
         f"KV cache {anatomy.kv_bytes_per_token / 2**10:,.0f} KiB a token{limit}"
     )
+
+
+def _range(sizes: Iterable[int]) -> str:
+    """Sizes in bytes as they are printed: one where all print alike, or the least and the most."""
+    ordered = sorted(sizes)
+    return " to ".join(dict.fromkeys((gib(ordered[0]), gib(ordered[-1]))))
 
 
 def machine_line(machine: Machine) -> str:

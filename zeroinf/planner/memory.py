@@ -14,7 +14,6 @@ from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Table, TensorSpec
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Crossing, Event, rounded
 from zeroinf.planner.choice import Choice, Embeddings, Fetch
 from zeroinf.planner.figures import MemoryFigures, fitted_figures
-from zeroinf.planner.tiers import shares, tiers, unit_tiers
 from zeroinf.planner.wire import CODES, Wire, is_coded
 from zeroinf.planner.workload import Pass, Step, Workload, in_lock_step
 
@@ -205,36 +204,6 @@ class Passes(Protocol):
     def micro_batch_rows(self) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Walk:
-    """The blocks that are visited together: `sizes` in bytes, largest first, of which so many rest elsewhere."""
-
-    sizes: tuple[int, ...]
-    resident: int
-    nvme: int
-    spared_bytes: int = 0
-    """Of the blocks on NVMe, what rests in host memory all the same."""
-    reads: tuple[bool, bool] = (True, True)
-    """Whether any of these has something on NVMe that is no part of experts, and something that is."""
-
-    @property
-    def streamed(self) -> int:
-        """The number of blocks that pass through slots."""
-        return len(self.sizes) - self.resident
-
-    @property
-    def streamed_bytes(self) -> int:
-        return sum(self.sizes[self.resident :])
-
-    @property
-    def nvme_bytes(self) -> int:
-        return sum(self.sizes[: self.nvme]) - self.spared_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.sizes[: self.streamed - self.nvme]) + self.spared_bytes
-
-
 def scores_bytes(anatomy: Anatomy, tokens: int) -> int:
     """Bytes of the model's scores in the places of so many tokens, with the two copies that are made of them."""
     return tokens * anatomy.vocabulary * (2 * DTYPE_BYTES[anatomy.dtype] + DTYPE_BYTES["float32"])
@@ -245,56 +214,6 @@ def mask_bytes(anatomy: Anatomy, rows: int, *, pinned: bool) -> int:
     allocations are powers of two."""
     nbytes = rows * 8 * -(-anatomy.vocabulary // 64)
     return 1 << (nbytes - 1).bit_length() if pinned else nbytes
-
-
-def walks(anatomy: Anatomy, choice: Choice) -> tuple[Walk, ...]:
-    """The decoder's blocks, which every pass visits, and the encoder's, if there is one, which new prompts visit."""
-    layers, first = with_layers(anatomy, choice.embeddings), anatomy.encoder_blocks
-    sizes = tuple(sum(own) for own in units(layers, choice.wire, choice.expert_parts))
-    parts = (sizes[first:], sizes[:first]) if first else (sizes,)
-    counts = shares(len(sizes), choice.resident_blocks, choice.nvme_blocks, first)
-    found = tuple(
-        Walk(sizes=tuple(sorted(part, reverse=True)), resident=resident, nvme=nvme)
-        for part, (resident, nvme) in zip(parts, counts, strict=False)
-    )
-    if not choice.host_units:
-        return found
-    saved = spared(anatomy, choice)
-    return (replace(found[0], spared_bytes=saved.nbytes, reads=saved.reads),)
-
-
-@dataclass(frozen=True, slots=True)
-class Spared:
-    """Bytes of blocks on NVMe that rest in host memory, and whether any have something on NVMe that is no part of
-    experts, and something that is."""
-
-    nbytes: int
-    reads: tuple[bool, bool]
-
-
-def spared(anatomy: Anatomy, choice: Choice) -> Spared:
-    """What the `host_units` of a choice spare the disk."""
-    layers = with_layers(anatomy, choice.embeddings)
-    return _spared(
-        layers, choice.wire, choice.expert_parts, choice.resident_blocks, choice.nvme_blocks, choice.host_units
-    )
-
-
-@lru_cache(maxsize=1024)
-def _spared(anatomy: Anatomy, wire: Wire, parts: int, resident: int, nvme: int, host_units: int) -> Spared:
-    every = units(anatomy, wire, parts)
-    of_blocks = tiers(len(every), resident, nvme)
-    where = unit_tiers(of_blocks, tuple(map(len, every)), host_units)
-    mixed = [index for index, tier in enumerate(of_blocks) if tier == "nvme"]
-    kept = (size for index in mixed for tier, size in zip(where[index], every[index], strict=True) if tier == "host")
-    return Spared(sum(kept), (any(own[0] == "nvme" for own in where), any("nvme" in own[1:] for own in where)))
-
-
-def units_on_disk(anatomy: Anatomy, choice: Choice) -> int:
-    """The number of pieces of the blocks on NVMe, were none of them in host memory."""
-    every = units(with_layers(anatomy, choice.embeddings), choice.wire, choice.expert_parts)
-    of_blocks = tiers(len(every), choice.resident_blocks, choice.nvme_blocks)
-    return sum(len(own) for own, tier in zip(every, of_blocks, strict=True) if tier == "nvme")
 
 
 def store_bytes(anatomy: Anatomy, wire: Wire = "model", embeddings: Embeddings = "gpu", expert_parts: int = 1) -> int:

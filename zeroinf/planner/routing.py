@@ -11,8 +11,7 @@ from functools import lru_cache
 from math import floor, log
 
 from zeroinf.model.anatomy import Anatomy
-from zeroinf.planner.choice import Choice
-from zeroinf.planner.memory import Walk, units, with_layers
+from zeroinf.planner.walks import Walk
 from zeroinf.planner.wire import CODES, Wire, is_coded
 
 # Experts that are brought one by one arrive while nothing computes, so they must be fewer than that part of all.
@@ -53,8 +52,8 @@ class ExpertBytes:
     of_disk: float
 
 
-def expert_bytes(anatomy: Anatomy, choice: Choice, walk: Walk) -> ExpertBytes:
-    """The parts of a walk that are experts; what is beside them is as large in every layer, as far as this goes."""
-    every = units(with_layers(anatomy, choice.embeddings), choice.wire, choice.expert_parts)
-    experts = sum(sum(own[1:]) for own in every) / sum(map(sum, every))
-    return ExpertBytes(experts, experts if walk.reads[0] else 1.0)
+def expert_bytes(walk: Walk) -> ExpertBytes:
+    """The parts of a walk that are experts: of all that is streamed, and of what is on disks."""
+    experts = walk.lanes[1:]
+    streamed, on_disk = sum(lane.streamed_bytes for lane in experts), sum(lane.nvme_bytes for lane in experts)
+    return ExpertBytes(streamed / (walk.streamed_bytes or 1), on_disk / (walk.nvme_bytes or 1))

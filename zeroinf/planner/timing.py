@@ -19,8 +19,9 @@ from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import Walk, pieces, table_pieces, walks, with_layers
+from zeroinf.planner.memory import pieces, table_pieces, with_layers
 from zeroinf.planner.routing import expert_bytes, routed_share
+from zeroinf.planner.walks import Walk, walks
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
 Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory"]
@@ -171,7 +172,7 @@ class _Routed:
     expanded: float
     """The part of what is expanded that is no expert."""
     asking_s: float
-    """Until the host knows which experts are wanted, in all layers."""
+    """Until the host knows which experts are wanted, in all layers that stream."""
 
     def passing(
         self, tokens: float, work: dict[Resource, float], expansion: dict[Resource, float], *, overlaps: bool
@@ -186,7 +187,8 @@ class _Routed:
 
 
 def _routed(anatomy: Anatomy, choice: Choice, walk: Walk, waits: dict[Resource, float], speeds: Speeds) -> _Routed:
-    parts = expert_bytes(anatomy, choice, walk)
+    parts = expert_bytes(walk)
+    layers = sum(lane.streamed for lane in walk.lanes[1:]) / choice.expert_parts
     experts: dict[Resource, float] = {"link": waits["link"] * parts.of_link, "disk": waits["disk"] * parts.of_disk}
     return _Routed(
         tokens=choice.routed_tokens,
@@ -194,7 +196,7 @@ def _routed(anatomy: Anatomy, choice: Choice, walk: Walk, waits: dict[Resource, 
         waits={name: seconds - experts.get(name, 0.0) for name, seconds in waits.items()},
         experts=experts,
         expanded=1 - parts.of_link,
-        asking_s=walk.streamed * _ASKING_LAUNCHES * speeds.model_launch_s,
+        asking_s=layers * _ASKING_LAUNCHES * speeds.model_launch_s,
     )
 
 
@@ -228,15 +230,14 @@ def _fetched_bytes(anatomy: Anatomy, choice: Choice, workload: Workload) -> tupl
 
 def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: Speeds) -> float:
     """Seconds until all blocks are where they rest; a store that is not there yet takes longer."""
-    resident = (
-        sum(sum(walk.sizes[: walk.resident]) for walk in visited) if descriptor_of(choice.engine).places_blocks else 0
-    )
+    places_blocks = descriptor_of(choice.engine).places_blocks
+    resident = sum(walk.resident_bytes for walk in visited) if places_blocks else 0
     on_disk = sum(walk.nvme_bytes for walk in visited)
     from_store = resident / speeds.disk_gbps if choice.nvme_blocks else resident / speeds.place_gbps
     encoded = 0 if choice.wire == "model" or choice.nvme_blocks else sum(pieces(anatomy))
     tables = sum(table_pieces(anatomy, choice.embeddings))
     return (
-        (sum(sum(walk.sizes) for walk in visited) + tables - resident - on_disk) / speeds.fill_gbps
+        (sum(walk.nbytes for walk in visited) + tables - resident - on_disk) / speeds.fill_gbps
         + from_store
         + encoded / speeds.fitted.engines.encode_gbps
     ) / 1e9

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.figures import EngineFigures
-from zeroinf.planner.memory import Walk
+from zeroinf.planner.walks import Walk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

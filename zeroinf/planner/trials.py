@@ -20,27 +20,22 @@ from zeroinf.planner.graphs import graph_options, why_launched
 from zeroinf.planner.memory import (
     COMPUTED,
     GAPS,
-    LOADING_STAGES,
     MASKS,
     REQUESTS,
     SCORES,
-    SLOTS,
     SMALL_PAGES,
     MemoryPlace,
     Term,
     mask_bytes,
     roughly,
     scores_bytes,
-    spared,
     total,
-    units,
-    units_on_disk,
-    with_layers,
 )
 from zeroinf.planner.pass_shapes import PassShapes
 from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import OFFLOADS
 from zeroinf.planner.timing import Timing, launches_bind, time_plan
+from zeroinf.planner.walks import device_bytes, with_pieces_on_disk
 from zeroinf.planner.workload import Shape, Workload
 
 # Where rows compute, an allocator loses less than so many bytes and such a part of what passes take: in 1,200 plans of
@@ -69,22 +64,24 @@ class Trials:
         self._facts, self._anatomy = facts, facts.anatomy
         assert constraints.embeddings != "auto"
         self._embeddings = constraints.embeddings
-        layers = with_layers(facts.anatomy, self._embeddings)
-        self._largest_piece = max(map(sum, units(layers, constraints.wire, constraints.expert_parts or 1)))
         self._constraints, self._budgets, self._shapes = constraints, budgets, shapes
         self._engine, self._parts = descriptor_of(constraints.engine), constraints.expert_parts or 1
         asked = constraints.routed_tokens
         few = few_tokens(facts.anatomy, constraints.wire) if asked is None else asked
         self._routed_tokens = few if self._parts > 1 else 0
+        self._held: dict[tuple[int, int], bool] = {}
 
     def choice(self, offload: Offload, fetch: Fetch, rows: int, residents: int) -> Choice:
-        """The settings of `rows` rows and so many resident blocks, before the shape of their passes is known."""
+        """The settings of `rows` rows and so many resident blocks, before the shape of their passes is known. What is
+        left to NVMe is wholly there, unless the host can hold it."""
         constraints, on_disk = self._constraints, 0
         if offload == "nvme":
-            on_disk = len(self._anatomy.blocks) - residents
-            if constraints.offload == "auto" and self._engine.mixes_tiers:
-                in_host = min(on_disk, self._blocks_in_host(rows))
-                on_disk -= in_host if self._parts == 1 or in_host == on_disk else 0
+            fills_host = constraints.offload == "auto" and self._engine.mixes_tiers
+            on_disk = 0 if fills_host and self._host_holds(rows, residents) else len(self._anatomy.blocks) - residents
+        return self._choice(offload, fetch, rows, residents, on_disk)
+
+    def _choice(self, offload: Offload, fetch: Fetch, rows: int, residents: int, on_disk: int) -> Choice:
+        constraints = self._constraints
         return Choice(
             engine=constraints.engine,
             offload=offload,
@@ -110,7 +107,7 @@ class Trials:
         if asked is not None:
             return min(asked, blocks)
         if offload == "cpu" and self._facts.device == "cuda" and self._engine.mixes_tiers:
-            return max(0, min(blocks - 1, blocks - self._blocks_in_host(1)))
+            return next((residents for residents in range(blocks - 1) if self._host_holds(1, residents)), blocks - 1)
         return 0
 
     def in_any_shape(self, choice: Choice) -> Candidate | Rejection:
@@ -183,31 +180,15 @@ class Trials:
         """`choice` with as much of what would rest on NVMe in host memory as there is room for beside all else."""
         if not choice.nvme_blocks or self._constraints.offload != "auto" or not self._engine.mixes_tiers:
             return choice
-        terms = (*self._facts.engine_terms.elsewhere(choice, workload.host), *self._request_terms(choice.batch_size))
-        if self._facts.device == "cpu":  # what computes lies there, too
-            terms = self._terms(choice, roughly(workload))
-        free = self._budgets["host"] - total(terms, "host")
-        if self._parts == 1:
-            on_host = len(self._anatomy.blocks) - choice.resident_blocks - choice.nvme_blocks
-            more = min(max(free // self._largest_piece, -on_host), choice.nvme_blocks - 1)
-            return replace(choice, nvme_blocks=choice.nvme_blocks - more)
-        fits, miss = 0, units_on_disk(self._anatomy, choice)
-        while miss - fits > 1:
-            count = (fits + miss) // 2
-            fit = spared(self._anatomy, replace(choice, host_units=count)).nbytes <= free
-            fits, miss = (count, miss) if fit else (fits, count)
-        return replace(choice, host_units=fits)
+
+        def fits(some: Choice) -> bool:
+            return self._host_bytes(some, workload) <= self._budgets["host"]
+
+        return with_pieces_on_disk(self._anatomy, choice, fits)
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether all that `candidate` takes is there."""
         return not self._missing(candidate.terms)
-
-    def _room(self, candidate: Candidate, place: MemoryPlace) -> int:
-        """The number of the largest pieces that fit beside `candidate`."""
-        free, piece = self._budgets[place] - total(candidate.least_terms, place), self._largest_piece
-        if self.exact or free // piece != (free - _most_lost(candidate.least_terms)) // piece:
-            free = self._budgets[place] - total(candidate.terms, place)
-        return free // piece
 
     def _surely_fits(self, least: Sequence[Term]) -> bool:
         return not self.exact and not self._missing(least, _most_lost(least))
@@ -241,15 +222,10 @@ class Trials:
     def with_more_residents(self, candidate: Candidate, shape: Shape | None = None) -> list[Candidate]:
         """Give `candidate` as many resident blocks as fit beside its rows, if more do; in passes of its `shape` with
         its graphs, or in any."""
-        choice, blocks, place = candidate.choice, len(self._anatomy.blocks), self._facts.compute_place
+        choice = candidate.choice
         if self._constraints.resident_blocks is not None or choice.offload == "none" or not self._engine.places_blocks:
             return []
-        room, slots = self._room(candidate, place), SLOTS[choice.fetch]
-        for residents in range(blocks - 1, choice.resident_blocks, -1):
-            # The last that stream pass through fewer slots: one more that stays takes nothing then.
-            spared = min(slots, blocks - choice.resident_blocks) - min(slots, blocks - residents)
-            if residents - choice.resident_blocks > room + spared:
-                continue
+        for residents in self._more_residents(candidate):
             changed = self.choice(choice.offload, choice.fetch, choice.batch_size, residents)
             is_another_way = choice.offload == "nvme" and not changed.nvme_blocks  # nothing is left for the disk
             if is_another_way:
@@ -263,6 +239,20 @@ class Trials:
                 return [outcome]
         return []
 
+    def _more_residents(self, candidate: Candidate) -> list[int]:
+        """Numbers of resident blocks beside which `candidate` still has room, the most first; few may not fit."""
+        taken, now = device_bytes(self._anatomy, candidate.choice), candidate.choice.resident_blocks
+
+        def fitting(terms: Sequence[Term], lost: float = 0.0) -> list[int]:
+            place = self._facts.compute_place
+            free = self._budgets[place] - total(terms, place) - lost
+            return [more for more in range(len(taken) - 2, now, -1) if taken[more] - taken[now] <= free]
+
+        found = fitting(candidate.least_terms)
+        if self.exact or found[:1] != fitting(candidate.least_terms, _most_lost(candidate.least_terms))[:1]:
+            return fitting(candidate.terms)
+        return found
+
     def true_shortage(self, rejected: Rejection, fewest: int) -> Rejection:
         """Why a way does not fit: where blocks had to stay on the GPU for want of host memory, the least that the host
         lacks, with as many blocks on the GPU as there is room for."""
@@ -274,7 +264,7 @@ class Trials:
         if isinstance(outcome, Candidate):
             (outcome,) = with_plenty.with_more_residents(outcome) or [outcome]
             streamed, least = streamed - outcome.choice.resident_blocks, total(outcome.terms, "host")
-        needed = max(least, self._host_bytes_beside_blocks(1) + streamed * self._largest_piece)
+        needed = max(least, self._bytes_without_disk(1, len(self._anatomy.blocks) - streamed))
         short = Shortage(place="host", needed_bytes=needed, available_bytes=self._facts.host_bytes)
         return Rejection.of(choice, short, *(outcome.shortages if isinstance(outcome, Rejection) else ()))
 
@@ -288,32 +278,26 @@ class Trials:
         rows = -choice.batch_size if on_cpu else choice.batch_size
         return (speed, -OFFLOADS.index(choice.offload), rows, -choice.resident_blocks)
 
-    def _blocks_in_host(self, rows: int) -> int:
-        """The number of blocks that the host can hold beside everything else there."""
-        free = self._facts.host_bytes - self._host_bytes_beside_blocks(rows)
-        return max(0, free // self._largest_piece)
+    def _host_holds(self, rows: int, residents: int) -> bool:
+        """Whether the host can hold all blocks but the resident ones beside everything else there."""
+        found = self._held.get((rows, residents))
+        if found is None:
+            found = self._held[rows, residents] = self._bytes_without_disk(rows, residents) <= self._facts.host_bytes
+        return found
 
-    def _host_bytes_beside_blocks(self, rows: int) -> int:
-        """Bytes that the host holds beside blocks, the stages of resident ones included."""
-        blocks, on_gpu = len(self._anatomy.blocks), self._facts.device == "cuda"
-        resident = min(LOADING_STAGES - 1, blocks) if on_gpu else 0
-        nothing = Choice(
-            engine=self._constraints.engine,
-            offload="nvme",
-            fetch="replicated",
-            batch_size=rows,
-            micro_batch_rows=rows,
-            prefill_tokens=rows,
-            resident_blocks=resident,
-            nvme_blocks=blocks - resident,
-            wire=self._constraints.wire,
-            embeddings=self._embeddings,
-            expert_parts=self._parts,
-        )
-        terms = (*self._facts.engine_terms.elsewhere(nothing, None), *self._request_terms(rows))
-        if not on_gpu:  # what computes lies there, too
-            terms = self._terms(nothing, self._facts.simulate(next(self._shapes.of_rows(rows))))
-        return total(terms, "host")
+    def _bytes_without_disk(self, rows: int, residents: int) -> int:
+        """Bytes that the host holds where all blocks but the resident ones rest there, before any shape is known."""
+        choice = self._choice("cpu", "replicated", rows, residents, 0)
+        on_gpu = self._facts.device == "cuda"
+        return self._host_bytes(choice, None if on_gpu else self._facts.simulate(next(self._shapes.of_rows(rows))))
+
+    def _host_bytes(self, choice: Choice, workload: Workload | None) -> int:
+        """Bytes that the host holds, with what `workload` has there; where rows compute there it must be given."""
+        if self._facts.device == "cpu":
+            assert workload is not None
+            return total(self._terms(choice, workload), "host")
+        terms = self._facts.engine_terms.elsewhere(choice, workload.host if workload is not None else None)
+        return total((*terms, *self._request_terms(choice.batch_size)), "host")
 
     def _request_terms(self, rows: int) -> tuple[Term, ...]:
         """Host memory that the job's requests take, and the masks of those that run, on all ranks."""

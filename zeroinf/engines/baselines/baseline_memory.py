@@ -32,14 +32,14 @@ def memory_terms(
 
 def _gpu_terms(asked: Plan, choice: Choice, workload: Workload, overhead: Overhead) -> Iterator[Term]:
     """GPU memory of one rank. Activations are those of the whole model: split over ranks they are smaller."""
-    sizes = sorted(pieces(asked.anatomy), reverse=True)
+    sizes = pieces(asked.anatomy)
     # The first rank of a group has the most heads where they cannot be shared equally.
     mine, whole = (anatomy.kv_bytes_per_token for anatomy in (asked.rank_anatomy(0), asked.anatomy))
     resident = choice.resident_blocks if choice.engine == "accelerate" else len(sizes)
     held = {
         "embeddings, head, norms": piece_bytes(asked.anatomy.outside),
         "resident layers": _share(sum(sizes[:resident]), mine, whole),
-        "the block that computes": sizes[0] if resident < len(sizes) else 0,
+        "the block that computes": max(sizes[resident:], default=0),
     }
     yield from (Term("gpu", name, nbytes, "counted") for name, nbytes in held.items() if nbytes)
     cache = tuple(
@@ -56,10 +56,10 @@ def _share(nbytes: int, mine: int, whole: int) -> int:
 def _host_terms(asked: Plan, choice: Choice, overhead: Overhead) -> Iterator[Term]:
     """Host memory of all ranks: accelerate's have a copy each, the parts of a split model are cut from one that is
     there for a while."""
-    sizes = sorted(pieces(asked.anatomy), reverse=True)
-    on_host = len(sizes) - choice.resident_blocks - choice.nvme_blocks
+    sizes = pieces(asked.anatomy)
+    on_host = sizes[choice.resident_blocks :]
     if choice.engine == "accelerate" and choice.offload == "cpu" and on_host:
-        yield Term("host", "weights", asked.world_size * sum(sizes[:on_host]), "counted")
+        yield Term("host", "weights", asked.world_size * sum(on_host), "counted")
     if choice.engine == "tensor-parallel":
         yield Term("host", "weights while loading", sum(sizes) + piece_bytes(asked.anatomy.outside), "counted")
     yield from process_terms(asked.world_size, overhead)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from zeroinf.engines.baselines.baseline_memory import memory_terms
@@ -11,9 +10,10 @@ from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import EngineDescriptor
 from zeroinf.planner.figures import EngineFigures
-from zeroinf.planner.memory import Walk
+from zeroinf.planner.memory import pieces
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.transfers import Transfers, no_transfers, placed_transfers
+from zeroinf.planner.transfers import Transfers, no_transfers
+from zeroinf.planner.walks import Walk
 
 
 def _load_resident(plan: Plan, source: Any, zero_config: Any, control: Any, device: Any, listener: Any) -> Any:
@@ -37,8 +37,13 @@ def _load_tensor_parallel(plan: Plan, source: Any, zero_config: Any, control: An
 def _accelerate_transfers(
     anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], world_size: int, figures: EngineFigures
 ) -> Transfers:
-    placed = placed_transfers(anatomy, choice, visited, world_size, figures)
-    return replace(placed, link_share=figures.accelerate_link_share)
+    """The first layers stay on the GPU, the others rest in one place; each process copies for itself."""
+    moved = sum(pieces(anatomy)[choice.resident_blocks :])
+    return Transfers(
+        link_bytes=moved,
+        disk_bytes=moved * world_size if choice.offload == "nvme" else 0,
+        link_share=figures.accelerate_link_share,
+    )
 
 
 RESIDENT = EngineDescriptor(

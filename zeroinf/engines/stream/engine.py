@@ -7,7 +7,6 @@ slot.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -86,11 +85,14 @@ class StreamEngine:
             compile_for_experts(count, each, device, self._model.dtype)
         passing = by_expert(plan.anatomy, plan.wire) if by_kernels else ()
         self._expanders = _expanders(groups, device, product, passing) if plan.wire != "model" else {}
+        pieces = [
+            [group.nbytes for group in groups if (group.block or 0) == block]
+            for block in range(len(plan.anatomy.blocks))
+        ]
         of_blocks = tiers(
-            len(plan.anatomy.blocks), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
+            list(map(sum, pieces)), plan.resident_blocks, plan.nvme_blocks, encoder=plan.anatomy.encoder_blocks
         )
-        pieces = Counter(group.block or 0 for group in groups)
-        units = unit_tiers(of_blocks, [pieces[block] for block in range(len(of_blocks))], plan.host_units)
+        units = unit_tiers(of_blocks, list(map(len, pieces)), plan.host_units)
         where = [tier for own in units for tier in own]
         self._weights = Weights(
             plan,

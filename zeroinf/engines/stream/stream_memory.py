@@ -20,11 +20,9 @@ from zeroinf.planner.memory import (
     PIECE_ALIGNMENT,
     PINNED_BYTES_PER_PAGE_TABLE_BYTE,
     READ_BUFFERS,
-    SLOTS,
     STAGES,
     Overhead,
     Term,
-    Walk,
     dynamic_terms,
     gathered_bytes,
     gathered_tokens,
@@ -36,10 +34,10 @@ from zeroinf.planner.memory import (
     store_terms,
     table_pieces,
     units,
-    walks,
     with_layers,
 )
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.walks import walks
 from zeroinf.planner.wire import is_coded
 from zeroinf.planner.workload import Workload
 
@@ -75,11 +73,11 @@ def stream_gpu_terms(
     slots, stages, resident = list[int](), list[int](), list[int]()
     layers = with_layers(anatomy, choice.embeddings)
     for walk in walks(anatomy, choice):
-        for largest, count in zip(_largest(layers, choice, walk), (1, choice.expert_parts), strict=False):
-            pulled = _pulled_bytes(largest, choice, world_size)
-            slots += [pulled * parts] * min(SLOTS[choice.fetch], walk.streamed * count)
-            stages += [pulled] * STAGES if walk.streamed and parts > 1 else []
-        resident += walk.sizes[: walk.resident]
+        for lane in walk.lanes:
+            slots += [_pulled_bytes(lane.largest, choice, world_size) * parts] * lane.slots(choice.fetch)
+            resident += lane.resident
+        if parts > 1 and walk.streamed_bytes:
+            stages += [_pulled_bytes(max(lane.largest for lane in walk.lanes), choice, world_size)] * STAGES
     fixed = {
         OUTSIDE[choice.embeddings]: [piece_bytes(layers.outside)],
         "resident layers": resident,
@@ -122,10 +120,9 @@ def stream_host_terms(
     of_one = _locked_bytes(anatomy, choice, world_size, kv)
     locked, rings = of_one["weights"], of_one["NVMe read ring"] * world_size
     layers = with_layers(anatomy, choice.embeddings)
-    with_residents = [walk for walk in walks(anatomy, choice) if walk.resident]
-    largest = max((size for walk in with_residents for size in _largest(layers, choice, walk)), default=0)
-    outside = piece_bytes(layers.outside)
-    stages = max(outside, largest) + largest * min(LOADING_STAGES - 1, choice.resident_blocks * choice.expert_parts)
+    resident = [size for walk in walks(anatomy, choice) for lane in walk.lanes for size in lane.resident]
+    largest, outside = max(resident, default=0), piece_bytes(layers.outside)
+    stages = max(outside, largest) + largest * min(LOADING_STAGES - 1, len(resident))
     terms = [
         Term("host", "weights, page-locked", locked, "counted"),
         Term("host", "embeddings, page-locked", of_one["tables"], "counted"),
@@ -145,31 +142,27 @@ def _locked_bytes(anatomy: Anatomy, choice: Choice, world_size: int, kv: HostSiz
     """Page-locked memory that one rank's GPU reaches: what ranks share, and what is its own."""
     all_walks = walks(anatomy, choice)
     layers = with_layers(anatomy, choice.embeddings)
-    read = sum(
-        _pulled_bytes(size, choice, world_size)
-        for walk in all_walks
-        if walk.nvme
-        for size, is_read in zip(_largest(layers, choice, walk), walk.reads, strict=False)
-        if is_read
-    )
+    read = [_pulled_bytes(lane.largest_read, choice, world_size) for walk in all_walks for lane in walk.lanes]
     return {
         "weights": sum(walk.host_bytes for walk in all_walks),
         "tables": sum(table_pieces(anatomy, choice.embeddings)),
         "gathered rows": sum(_gathered_bytes(anatomy, choice)[:1]),
         "keys and values": 0 if kv is None else kv.tokens * anatomy.host_token_bytes(kv.dtype),
         "steps": 0 if kv is None else _power_of_two(_step_bytes(anatomy, kv)),
-        "NVMe read ring": READ_BUFFERS * read,
-        "routed experts": _routed_bytes(layers, choice)
-        if any(walk.nvme and walk.reads[1] for walk in all_walks)
-        else 0,
+        "NVMe read ring": READ_BUFFERS * sum(read),
+        "routed experts": sum(
+            _routed_bytes(layers, choice, lane.largest)
+            for walk in all_walks
+            for lane in walk.lanes[1:]
+            if lane.largest_read
+        ),
     }
 
 
-def _routed_bytes(layers: Anatomy, choice: Choice) -> int:
-    """Bytes of the buffer for experts that are read from the store one by one."""
-    if not choice.routed_tokens or choice.expert_parts == 1:
+def _routed_bytes(layers: Anatomy, choice: Choice, part: int) -> int:
+    """Bytes of the buffer for experts that are read from the store one by one, as many as the largest part holds."""
+    if not choice.routed_tokens:
         return 0
-    *_, part = largest_units(layers, choice.wire, choice.expert_parts)
     most = 0
     for one in layers.experts:
         tensors = layers.blocks[one.block].tensors
@@ -177,13 +170,6 @@ def _routed_bytes(layers: Anatomy, choice: Choice) -> int:
         ranges = sum(1 + code for tensor, code in zip(tensors, coded, strict=True) if tensor.name in one.tensors)
         most = max(most, ranges * len(expert_ranges(one.count, choice.expert_parts)[0]))
     return routed_buffer_bytes(part, most)
-
-
-def _largest(layers: Anatomy, choice: Choice, walk: Walk) -> tuple[int, ...]:
-    """The largest piece of each kind that moves in `walk`."""
-    if choice.expert_parts == 1:
-        return walk.sizes[:1]
-    return largest_units(layers, choice.wire, choice.expert_parts)
 
 
 def _step_bytes(anatomy: Anatomy, kv: HostSize) -> int:

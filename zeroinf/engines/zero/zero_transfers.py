@@ -8,8 +8,9 @@ from functools import lru_cache
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.figures import EngineFigures
-from zeroinf.planner.memory import Walk, piece_bytes
+from zeroinf.planner.memory import piece_bytes
 from zeroinf.planner.transfers import Transfers
+from zeroinf.planner.walks import Walk
 
 
 def zero_transfers(
@@ -17,7 +18,7 @@ def zero_transfers(
 ) -> Transfers:
     """No layer stays on the GPU, and weights outside the layers are fetched as they are."""
     outside = piece_bytes(anatomy.outside) + _tied_bytes(anatomy)
-    passing = sum(sum(walk.sizes) for walk in visited) + outside
+    passing = sum(walk.nbytes for walk in visited) + outside
     from_disk = sum(walk.nvme_bytes for walk in visited) + (outside if choice.offload == "nvme" else 0)
     launches = figures.deepspeed_launches if world_size == 1 else figures.deepspeed_gathered_launches
     return Transfers(

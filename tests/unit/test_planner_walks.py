@@ -1,0 +1,83 @@
+"""Counts of what layers of several sizes take where they rest, and the fewest that are left to NVMe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fake_machines import CHAIN, GIB, MIB, lengths_of, machine_of, overhead, speeds, workload_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroinf.engines.stream.stream_memory import stream_host_terms, stream_terms
+from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
+from zeroinf.planner.choice import Choice
+from zeroinf.planner.constraints import Constraints
+from zeroinf.planner.decision import Decision
+from zeroinf.planner.memory import total
+from zeroinf.planner.search import Planner
+from zeroinf.planner.tiers import tiers
+from zeroinf.planner.walks import walks, with_pieces_on_disk
+
+
+def hybrid(sizes: list[int]) -> Anatomy:
+    """Layers of these MiB."""
+    blocks = tuple(
+        Block(index=at, tensors=(TensorSpec(name=f"blocks.{at}.matrix", shape=(size * MIB // 2,), dtype="bfloat16"),))
+        for at, size in enumerate(sizes)
+    )
+    return replace(CHAIN, blocks=blocks)
+
+
+def choice(**placed: int) -> Choice:
+    return Choice(
+        engine="stream", offload="nvme", fetch="replicated", batch_size=4, micro_batch_rows=4, prefill_tokens=256,
+        resident_blocks=placed["resident"], nvme_blocks=placed["nvme"],
+    )  # fmt: skip
+
+
+def test_each_layer_is_counted_where_it_rests() -> None:
+    sizes = [3, 40, 3, 50, 3, 40]
+    (walk,) = walks(hybrid(sizes), choice(resident=1, nvme=2))
+    (lane,) = walk.lanes
+    assert lane.resident == (50 * MIB,)
+    assert (lane.streamed, lane.largest, lane.largest_read) == (5, 40 * MIB, 3 * MIB)
+    assert (walk.host_bytes, walk.nvme_bytes, walk.nbytes) == (83 * MIB, 6 * MIB, sum(sizes) * MIB)
+
+
+@given(st.lists(st.sampled_from([3, 40, 50]), min_size=1, max_size=12), st.data())
+def test_no_fewer_layers_on_nvme_would_fit(sizes: list[int], data: st.DataObject) -> None:
+    anatomy, resident = hybrid(sizes), data.draw(st.integers(0, len(sizes) - 1))
+    budget = data.draw(st.integers(0, 2 * sum(sizes))) * MIB
+
+    def fits(some: Choice) -> bool:
+        counted = (term for term in stream_host_terms(anatomy, some, 1, overhead(False)) if term.origin == "counted")
+        return total(counted, "host") <= budget
+
+    most = len(sizes) - resident
+    fitting = [count for count in range(1, most + 1) if fits(choice(resident=resident, nvme=count))]
+    found = with_pieces_on_disk(anatomy, choice(resident=resident, nvme=most), fits)
+    assert found.nvme_blocks == min(fitting, default=most)
+
+
+def plan(anatomy: Anatomy, host_bytes: int) -> Decision:
+    """With a GPU that holds a few of its layers, and a slow disk."""
+    planner = Planner(
+        anatomy,
+        machine_of(gpu_bytes=2 * GIB, host_bytes=host_bytes),
+        speeds(disk_gbps=1.0),
+        stream_terms(anatomy, 1, overhead),
+        workload_of,
+        device="cuda",
+        lengths=lengths_of(),
+    )
+    return planner.choose(Constraints(nvme_space_bytes=64 * GIB, host_share=0.0))
+
+
+def test_a_hybrid_is_planned_with_the_size_of_each_layer() -> None:
+    """Were each layer as large as the largest, most of this model would rest on NVMe."""
+    sizes = [8, 200] * 12
+    host_bytes = sum(sizes) * MIB + 7 * GIB // 2  # the process and the margin
+    chosen = plan(hybrid(sizes), host_bytes).chosen
+    assert total(chosen.terms, "host") <= host_bytes
+    where = tiers([size * MIB for size in sizes], chosen.choice.resident_blocks, chosen.choice.nvme_blocks)
+    assert {size for size, tier in zip(sizes, where, strict=True) if tier == "nvme"} == {8}
