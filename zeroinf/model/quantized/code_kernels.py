@@ -23,6 +23,7 @@ from zeroinf.model.quantized.tile_kernels import (
     matrix,
     tile,
     write,
+    write_rows,
 )
 
 
@@ -58,6 +59,31 @@ def _code(at, stride, number, inside, BITS: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _codes_of_rows(  # type: ignore[no-untyped-def]
+    at, stride, row, rows, MORE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr
+):
+    """The codes of a tile's rows, plus `MORE` (0 or 1), out of words that are `stride` apart, units and places as
+    `at` has them: a word is loaded once for all of its rows."""
+    each: tl.constexpr = 32 // BITS
+    first = (tl.program_id(0) if TURNED else tl.program_id(1)).to(tl.int64) * (ROWS // each)
+    number = first + tl.arange(0, ROWS // each)
+    words = number[None, None, :] if TURNED else number[:, None, None]
+    word = load_int(at + words * stride, words * each < rows)
+    if MORE:
+        # All codes of a word at once: the highest bit of each takes the carry, and passes none on.
+        ones: tl.constexpr = 0xFFFFFFFF // ((1 << BITS) - 1)
+        high: tl.constexpr = (ones << (BITS - 1)) - (1 << 32)
+        word = ((word & ~high) + ones) ^ (word & high)
+    if TURNED:
+        wide = tl.broadcast_to(word[:, :, :, None], (word.shape[0], word.shape[1], word.shape[2], each))
+        own = tl.reshape(wide, (word.shape[0], word.shape[1], word.shape[2] * each))
+    else:
+        wide = tl.broadcast_to(word[:, None, :, :], (word.shape[0], each, word.shape[1], word.shape[2]))
+        own = tl.reshape(wide, (word.shape[0] * each, word.shape[1], word.shape[2]))
+    return (own >> (row % each * BITS).to(tl.int32)) & ((1 << BITS) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def expand_affine(  # type: ignore[no-untyped-def]
     whole, codes, zeros, scales, order, rows, units,
     code_stack, code_row, code_word, zero_stack, zero_row, zero_group, scale_stack, scale_row, scale_group, order_stack,
@@ -80,7 +106,9 @@ def expand_affine(  # type: ignore[no-untyped-def]
     if IS_ORDERED:
         part = load_int(order + matrix() * order_stack + unit * 8 + place, unit < units)
     at_zero = zeros + matrix() * zero_stack + part * zero_group
-    if ZEROS == 2:
+    if ZEROS == 2 and IS_ORDERED and BITS != 3 and ROWS * BITS >= 32:
+        zero = _codes_of_rows(at_zero, zero_row, row, rows, ZERO, BITS, ROWS, TURNED)
+    elif ZEROS == 2:
         zero = (_code(at_zero, zero_row, row, inside, BITS) + ZERO) & ((1 << BITS) - 1)
     elif ZEROS == 1:
         zero = load_int(at_zero + row * zero_row, inside) + ZERO
@@ -92,7 +120,10 @@ def expand_affine(  # type: ignore[no-untyped-def]
         value = value + load_float(at_zero + row * zero_row, inside)
     if FACTOR != 1.0:
         value = value * FACTOR
-    write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
+    if IS_ORDERED and ROWS > 1 and not TURNED:
+        write_rows(whole, value, rows, units, stack_stride, row_stride, column_stride)
+    else:
+        write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

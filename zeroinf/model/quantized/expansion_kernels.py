@@ -46,7 +46,7 @@ TILES = {
     "rows in groups of an order": Tile(1, 128, 4),
     "rows side by side": Tile(64, 16, 8),
     "codes of rows side by side": Tile(4, 128, 4),
-    "codes of rows side by side in an order": Tile(32, 16, 4),
+    "codes of rows side by side in an order": Tile(64, 8, 4),
     "words of rows side by side": Tile(4, 32, 4),
 }
 """By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side; and by

@@ -218,6 +218,7 @@ _expand_fused = fused(
         "compressed-tensors, int4 in groups": _random(torch.int32, 4),
         "compressed-tensors, int4 with zero points": _random(torch.int32, 4, "words"),
         "compressed-tensors, int4 with actorder": _random(torch.int32, 4, is_ordered=True),
+        "compressed-tensors, int4 with actorder and zero points": _random(torch.int32, 4, "words", is_ordered=True),
         "compressed-tensors, int4, a scale a row": _random(torch.int32, 4, is_grouped=False),
         "compressed-tensors, int2 in groups": _random(torch.int32, 2),
         "compressed-tensors, int8 in words with zero points": _random(torch.int32, 8, "words", is_grouped=False),

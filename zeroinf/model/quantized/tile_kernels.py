@@ -46,6 +46,16 @@ def write(whole, value, row, unit, place, stack_stride, row_stride, column_strid
 
 
 @triton.jit
+def write_rows(whole, value, rows, units, stack_stride, row_stride, column_stride):  # type: ignore[no-untyped-def]
+    """Write a tile (rows, units, eight) by warps that each have parts of few rows, however many rows there are."""
+    row = tl.program_id(1).to(tl.int64) * value.shape[0] + tl.arange(0, value.shape[0])[:, None]
+    column = tl.program_id(0) * (value.shape[1] * 8) + tl.arange(0, value.shape[1] * 8)[None, :]
+    to = whole + matrix() * stack_stride + row * row_stride + column * column_stride
+    own = tl.reshape(value.to(whole.dtype.element_ty), (value.shape[0], value.shape[1] * 8))
+    tl.store(to, own, mask=(row < rows) & (column < units * 8))
+
+
+@triton.jit
 def load_int(at, inside):  # type: ignore[no-untyped-def]
     """An integer of any width, as 32 bits."""
     return tl.load(at, mask=inside, other=0).to(tl.int32)
