@@ -180,7 +180,7 @@ def test_a_plan_that_was_wrong_costs_rows_and_is_reported_with_its_terms(
     report = job.run()
     (note,) = job.ear.notes
     assert re.match(
-        r"out of GPU memory, although the plan fits: the pass is repeated with micro-batches of \d sequence", note
+        r"out of GPU memory, although the plan fits: the pass is repeated with forwards of at most \d sequence", note
     )
     terms = [term for term in report.plan.terms if term.place == "gpu"]
     assert {"KV cache", "slots", "activations, logits, states"} <= {term.name for term in terms}

@@ -17,6 +17,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.micro_batch import PaddedBatch
+from zeroinf.generation.scheduler import Limits
 from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan
@@ -58,8 +59,8 @@ def fail_in_inputs(forward: int, patch: pytest.MonkeyPatch) -> None:
 
 def tokens_with_a_failure(
     control: Control, folder: Path, where: int | str | None, forward: int, *, rows: bool = True, **choice: Any
-) -> tuple[list[list[int]], list[int]]:
-    """This rank's tokens of PROMPTS, and what it was told of smaller micro-batches; fails nowhere where None."""
+) -> tuple[list[list[int]], list[Limits]]:
+    """This rank's tokens of PROMPTS, and what it was told of smaller forwards; fails nowhere where None."""
     control.world = replace(control.world, local_size=control.world.size)
     source = resolve_model(str(folder))
     plan = Plan(
@@ -72,7 +73,7 @@ def tokens_with_a_failure(
         **{"offload": "cpu", **choice},
     )
     engine = StreamEngine(plan, source, control, CPU)
-    wanted, told = rows_of(PROMPTS if rows else [], NEW_TOKENS, ignore_eos=True), list[int]()
+    wanted, told = rows_of(PROMPTS if rows else [], NEW_TOKENS, ignore_eos=True), list[Limits]()
     try:
         with pytest.MonkeyPatch.context() as patch:
             if where is not None:

@@ -16,6 +16,7 @@ from small_models import build_model
 
 from zeroinf.generation import micro_batch
 from zeroinf.generation.row import Row
+from zeroinf.generation.scheduler import Limits
 
 LENGTHS = (3, 9, 1, 6, 9, 2, 4, 9)
 ROWS = 4
@@ -60,9 +61,9 @@ def rows_of(**sampling: Any) -> list[Row]:
     return made([(3 + i, 9, 8)[: 1 + i % 3] * 3 for i in range(len(LENGTHS))], LENGTHS, ignore_eos=True, **sampling)
 
 
-def run(engine: TightEngine, rows: Sequence[Row], *, draw: int = ROWS, **more: Any) -> tuple[list[Row], list[int]]:
-    """The rows in the order in which they were given back, and what was told of smaller micro-batches."""
-    ended, told = [], []
+def run(engine: TightEngine, rows: Sequence[Row], *, draw: int = ROWS, **more: Any) -> tuple[list[Row], list[Limits]]:
+    """The rows in the order in which they were given back, and what was told of smaller forwards."""
+    ended, told = list[Row](), list[Limits]()
     run_rows(engine, rows, draw=draw, **{"rows": ROWS, "done": ended.append, "shrank": told.append, **more})
     return ended, told
 
@@ -104,30 +105,57 @@ def test_wherever_memory_runs_out_each_row_is_given_back_once_with_its_own_token
 def test_micro_batches_are_halved_until_they_fit_and_stay_so(model: Any, expected: list[list[int]]) -> None:
     rows, engine = rows_of(), TightEngine(model, most=1)
     _, told = run(engine, rows)
-    assert told == [2, 1]
-    assert [max(rows for rows, _ in groups) for groups in engine.passes[:3]] == [4, 2, 1]
-    assert {rows for groups in engine.passes[2:] for rows, _ in groups} == {1}
+    failed = [groups for groups in engine.passes if max(rows for rows, _ in groups) > 1]
+    assert failed[:2] == [[(4, 9)], [(2, 9)]]
+    assert len(told) == len(failed)
+    assert told[-1].micro_batch_rows == 1
     assert [row.generated for row in rows] == expected
 
 
-def test_packed_forwards_are_halved_until_they_fit_and_stay_so(model: Any, expected: list[list[int]]) -> None:
-    class Tight(TightEngine):
-        @property
-        def rows(self) -> list[int]:
-            return [tokens for _, tokens in self.passes[-1]]
+class FewTokens(TightEngine):
+    """Forwards of more than `most` tokens, packed or padded, run out of memory."""
 
-    rows, engine = rows_of(), Tight(model, most=6)
-    run(engine, rows, forward_tokens=100)
-    most = [max(tokens for _, tokens in groups) for groups in engine.passes]
-    assert most[:3] == [21, 11, 6]
-    assert max(most[2:]) == 6
+    @property
+    def rows(self) -> list[int]:
+        return [rows * tokens for rows, tokens in self.passes[-1]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [({}, [(ROWS, 1)]), ({"forward_tokens": 100}, [(1, ROWS)])],
+    ids=["padded", "packed"],
+)
+def test_prompts_that_do_not_fit_are_halved_and_steps_of_all_rows_stay_in_one_forward(
+    limits: dict[str, int], steps: list[tuple[int, int]], model: Any, expected: list[list[int]]
+) -> None:
+    rows, engine = rows_of(), FewTokens(model, most=6)
+    _, told = run(engine, rows, **limits)
     assert [row.generated for row in rows] == expected
+    assert {each.micro_batch_rows for each in told} == {ROWS}
+    most = [max(rows * tokens for rows, tokens in groups) for groups in engine.passes]
+    failed = len(told)
+    assert min(most[:failed]) > 6 >= max(most[failed:])
+    assert steps in engine.passes
+    halves = [[(rows // 2, tokens // 2 or 1)] * 2 for rows, tokens in steps]
+    assert not any(half in engine.passes for half in halves)
+
+
+@pytest.mark.parametrize("limits", [{}, {"forward_tokens": 100}], ids=["padded", "packed"])
+def test_steps_that_do_not_fit_are_halved_and_leave_prompts_as_large(
+    limits: dict[str, int], model: Any, expected: list[list[int]]
+) -> None:
+    rows, engine = rows_of()[:4], TightEngine(model, failing=[2])
+    _, told = run(engine, rows, **limits)
+    assert [row.generated for row in rows] == expected[:4]
+    (smaller,) = told
+    assert smaller.micro_batch_rows == 2
+    assert (smaller.forward_tokens or smaller.prefill_tokens) >= 21
 
 
 def test_tokens_that_are_there_are_not_computed_again(model: Any, expected: list[list[int]]) -> None:
     rows, engine = rows_of()[:4], TightEngine(model, failing=[5])
     ended, told = run(engine, rows)
-    assert told == [1]
+    assert [limits.micro_batch_rows for limits in told] == [1]
     assert [row.index for row in ended] == [2, 0, 3, 1]
     assert len(engine.passes) == 9 + 1
     assert [row.generated for row in rows] == expected[:4]
@@ -148,7 +176,7 @@ def test_sampled_rows_draw_the_same_again(model: Any) -> None:
     at_ease, pressed = rows_of(**sampling), rows_of(**sampling)
     run(TightEngine(model), at_ease)
     _, told = run(TightEngine(model, failing=[2, 9]), pressed)
-    assert told == [2, 1]
+    assert len(told) == 2
     assert [row.generated for row in pressed] == [row.generated for row in at_ease]
 
 
@@ -166,7 +194,7 @@ def test_memory_that_runs_out_while_tokens_are_chosen_is_no_different(
     monkeypatch.setattr(micro_batch, "choose_tokens", failing)
     rows = rows_of()
     ended, told = run(TightEngine(model), rows, micro_batch_rows=2)
-    assert told == [1]
+    assert len(told) == 1
     assert sorted(row.index for row in ended) == list(range(len(rows)))
     assert [row.generated for row in rows] == expected
 

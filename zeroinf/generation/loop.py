@@ -17,7 +17,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
 from zeroinf.generation.micro_batch import BatchState, Chosen, MicroBatch, running
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Group, Scheduler
+from zeroinf.generation.scheduler import Group, Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch
 
 
@@ -40,8 +40,8 @@ class Feed:
     grew: Callable[[int], None] = lambda rows: None
     """Told how many rows gained a token in a pass."""
     stop_requested: Callable[[], int] = lambda: 0
-    shrank: Callable[[int], None] = lambda rows: None
-    """Told the most rows of a micro-batch from now on, after one ran out of GPU memory."""
+    shrank: Callable[[Limits], None] = lambda limits: None
+    """Told the limits of passes from now on, after one ran out of GPU memory."""
 
 
 def generate(engine: Engine, control: Control, batch_state: BatchState, scheduler: Scheduler, feed: Feed) -> int:
@@ -49,8 +49,9 @@ def generate(engine: Engine, control: Control, batch_state: BatchState, schedule
 
     Where an engine's ranks must step together, a rank without rows keeps the others company with forwards of one token.
 
-    A pass that runs out of GPU memory is made again with micro-batches half as large, and those that follow are as
-    small. Raises torch.OutOfMemoryError when one of a single row does not fit, or the engine cannot go on.
+    A pass that runs out of GPU memory is made again with forwards half as large, and those that follow are as small:
+    where there were prompts, in tokens, so that steps of all rows still have one forward. Raises torch.OutOfMemoryError
+    when one of a single row does not fit, or the engine cannot go on.
 
     Returns 0, or what `stop_requested` said when it ended the loop with rows unfinished.
     """
@@ -218,13 +219,13 @@ class _Passes:
         )
 
     def halve(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> None:
-        """Go on with smaller micro-batches after a pass that broke; what was to be scored comes later, in halves."""
+        """Go on with smaller forwards after a pass that broke; what was to be scored comes later, in halves."""
         self.accept()
         self._scores_again += [half for batch in scored for half in batch.halves()]
         self._scheduler.compute_anew(groups)
         if groups and not scored:
             self._batch_state.close(self._scheduler.halve(groups))
-            self._feed.shrank(self._scheduler.limits.micro_batch_rows)
+            self._feed.shrank(self._scheduler.limits)
 
     def likely_goes_on(self, groups: Sequence[Group]) -> bool:
         """Whether there is likely a pass after that of `groups`; two rows that may end early hardly do so together."""

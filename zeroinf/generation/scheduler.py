@@ -217,8 +217,13 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Columns that are computed: rows are padded to the longest part."""
+        """Tokens of the longest part, to which rows are padded where they do not lie side by side."""
         return max(self.counts)
+
+    @property
+    def columns(self) -> int:
+        """Tokens that its forward computes, padding included."""
+        return sum(self.counts) if self.is_packed else len(self.seats) * self.width
 
     @property
     def length(self) -> int:
@@ -492,27 +497,24 @@ class Scheduler:
         return self._smaller(groups) != self.limits
 
     def _smaller(self, groups: Sequence[Group]) -> Limits:
+        """Limits under which the largest forward of `groups`, taken for the one that ran out of memory, is half as
+        large: it has fewer tokens where a prompt is in it that can be cut or left to the next one, and fewer rows
+        where not. So a prompt that does not fit leaves steps of all rows in one forward."""
+        limits, largest = self.limits, max(groups, key=attrgetter("columns", "width"))
         rows = max(len(group.seats) for group in groups)
-        if self.limits.forward_tokens:
-            whole = 1 if not self.limits.runs_whole else max(count for group in groups for count in group.counts)
-            tokens = max(whole, -(-max(sum(group.counts) for group in groups) // 2))
-            return replace(
-                self.limits,
-                micro_batch_rows=max(1, -(-rows // 2)),
-                forward_tokens=min(self.limits.forward_tokens, tokens),
-            )
-        prompts = [len(group.seats) * group.width for group in groups if group.width > 1]
-        tokens = -(-max(prompts) // 2) if prompts else self.limits.prefill_tokens
-        if self.limits.together and rows == 1:
-            return self.limits
-        return replace(
-            self.limits,
-            micro_batch_rows=max(1, -(-rows // 2)),
-            prefill_tokens=min(self.limits.prefill_tokens, tokens),
-        )
+        if limits.together and rows == 1:
+            return limits
+        if largest.width > 1 and not limits.together:
+            whole = max(largest.counts) if limits.runs_whole else 1
+            tokens = max(whole, -(-largest.columns // 2))
+            if tokens < limits.forward_tokens:
+                return replace(limits, forward_tokens=tokens)
+            if not limits.forward_tokens and tokens < limits.prefill_tokens:
+                return replace(limits, prefill_tokens=tokens)
+        return replace(limits, micro_batch_rows=max(1, -(-rows // 2)))
 
     def halve(self, groups: Sequence[Group]) -> list[Seat]:
-        """A pass of `groups` ran out of memory: micro-batches are half as large from now on.
+        """A pass of `groups` ran out of memory: forwards like its largest one are half as large from now on.
 
         What was left half done is computed again. Returns the seats that had to be given up; their rows wait again.
         """

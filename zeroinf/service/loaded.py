@@ -238,12 +238,14 @@ class LoadedModel:
                 self._told_of_graphs = self._graphs.refused
                 self._observer.note(f"layers ran without CUDA graphs: {self._told_of_graphs}")
 
-    def _tell_of_shrinking(self, rows: int) -> None:
+    def _tell_of_shrinking(self, limits: Limits) -> None:
         """An error of the planner: say so, with what it had counted on."""
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self.plan.terms if t.place == "gpu")
+        rows, tokens = limits.micro_batch_rows, limits.forward_tokens or limits.prefill_tokens
+        most = f"{rows} sequence{'s' * (rows > 1)}" + f" and {tokens:,} tokens" * (not limits.together)
         self._observer.note(
-            f"out of GPU memory, although the plan fits: the pass is repeated with micro-batches of {rows} "
-            f"sequence{'s' * (rows > 1)}. Please report this with the planned terms: {terms}"
+            f"out of GPU memory, although the plan fits: the pass is repeated with forwards of at most {most}. Please "
+            f"report this with the planned terms: {terms}"
         )
 
     @property
