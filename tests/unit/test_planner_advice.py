@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ from fake_machines import CHAIN, GIB, machine_of
 
 from zeroinf.cli.main import cli
 from zeroinf.errors import DoesNotFitError, ZeroinfError
+from zeroinf.paths import configs_directory
 from zeroinf.planner.advice import Advice, alternatives, remedies, remedies_together, worthwhile
 from zeroinf.planner.constraints import Constraints
 from zeroinf.sizes import rate_text
@@ -43,6 +45,8 @@ def test_a_plan_is_told_of_fewer_bytes_and_of_a_disk() -> None:
     both = found[3].constraints
     assert (both.wire, both.kv_dtype) == ("int4", "int8")
     assert found[4].machine.disks and found[4].constraints.nvme_space_bytes
+    elsewhere = replace(AUTO, names_folders=False)
+    assert flags(alternatives(elsewhere, MACHINE, CHAIN, {}))[4] == "--nvme-space SIZE"
 
 
 @pytest.mark.parametrize(("rate", "text"), [(1126.25, "1,126.2"), (4.02, "4.0"), (0.0341, "0.034"), (0.0, "0.0")])
@@ -129,6 +133,21 @@ def test_each_change_that_a_hint_names_does(tmp_path: Any) -> None:
     assert more is not None, named
     enough = 5700 + int(float(more[1]) * 1024) + 1
     assert plan(*BOX, "--host-memory", f"{enough}MiB", "--no-advice").exit_code == 0
+
+
+@pytest.mark.full
+def test_a_machine_of_a_file_is_advised_room_on_a_disk(tmp_path: Path) -> None:
+    file, box = tmp_path / "box.json", json.loads((configs_directory() / "machines" / "1xT4-16GB.json").read_bytes())
+    box["machine"]["disks"] = []
+    file.write_text(json.dumps(box))
+    there = (*BOX, "--machine", str(file), "--host-memory", "5200MiB")
+    error = plan(*there).exception
+    assert isinstance(error, DoesNotFitError), error
+    found = re.search(r"--nvme-space \d+GiB(?=: )", error.hint or "")
+    assert found is not None, error.hint
+    assert "--nvme-path" not in (error.hint or "")
+    done = plan(*there, *found[0].split(), "--no-advice")
+    assert done.exit_code == 0, done.exception
 
 
 @pytest.mark.full

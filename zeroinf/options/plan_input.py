@@ -74,6 +74,7 @@ def plan_input_of(
         world_size=ranks,
         ranks_per_stream=parallel.size,
         nvme_space_bytes=_nvme_space(options, machine, loaded, anatomy),
+        names_folders=options.machine is None,
         gpus_are_linked=not _is_here(options, machine) or gpus_are_linked(ranks),
         no_host_kernel=why_no_host_kernel() if _is_here(options, machine) else "",
     )

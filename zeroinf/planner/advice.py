@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal, get_args
 
 from zeroinf.hardware.machine import Machine
@@ -29,6 +30,7 @@ the least to the worst that it may be; a checkpoint that others quantized is not
 _ENOUGH_DISK_BYTES = 1 << 50
 # More tokens/s of several changes together than of one of them, which make them worth their cost in quality.
 _WORTH = 1.01
+_FOLDER, _SPACE = "--nvme-path DIR", "--nvme-space SIZE"
 _WIRES: dict[Wire, Quality] = {"int8": "near lossless", "int4": "lossy"}
 
 
@@ -73,14 +75,16 @@ class Advice:
     def has_effect(self) -> bool:
         """Whether the plan uses what the change offers: a disk, or codes of keys and values."""
         choice, flags = self.candidate.choice, self.change.flags
-        return bool(choice.nvme_blocks or " DIR" not in flags) and bool(choice.host_rows or "--kv-dtype" not in flags)
+        return bool(choice.nvme_blocks or "--nvme-" not in flags) and bool(
+            choice.host_rows or "--kv-dtype" not in flags
+        )
 
     @property
     def flags(self) -> str:
         """The flags to write, with the space that a disk needs."""
-        store = total(self.candidate.terms, "disk")
-        with_disk = " DIR" in self.change.flags and store
-        return f"{self.change.flags} ({store / 2**30:.0f} GiB there)" if with_disk else self.change.flags
+        store = total(self.candidate.terms, "disk") / 2**30
+        flags = self.change.flags.replace(_SPACE, f"--nvme-space {ceil(store)}GiB")
+        return f"{flags} ({store:.0f} GiB there)" if _FOLDER in flags and store else flags
 
 
 def worthwhile(advice: Iterable[Advice]) -> tuple[Advice, ...]:
@@ -198,6 +202,7 @@ def _smaller_cache(constraints: Constraints, machine: Machine, anatomy: Anatomy)
 def _disk(constraints: Constraints, machine: Machine) -> Iterator[Change]:
     if descriptor_of(constraints.engine).mixes_tiers and not machine.disks and constraints.offload in ("auto", "cpu"):
         with_disk, _ = override(machine, Rates(), nvme_space=_ENOUGH_DISK_BYTES)
-        flags = "--nvme-path DIR" if constraints.offload == "auto" else "--offload auto --nvme-path DIR"
+        disk = _FOLDER if constraints.names_folders else _SPACE
+        flags = disk if constraints.offload == "auto" else f"--offload auto {disk}"
         found = replace(constraints, offload="auto", nvme_space_bytes=_ENOUGH_DISK_BYTES)
         yield Change(flags=flags, constraints=found, machine=with_disk)

@@ -28,6 +28,8 @@ class Constraints:
     """How many rows there are in all; None is plenty."""
     nvme_space_bytes: int | None = None
     """What the folders for NVMe can still take; None without a folder."""
+    names_folders: bool = True
+    """Whether --nvme-path can name a folder; of another machine than this one, --nvme-space gives the disk's room."""
     one_node: bool = True
     gpus_are_linked: bool = True
     """GPUs reach each other's memory: what makes partitioned fetch worth while."""
