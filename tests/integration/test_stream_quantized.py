@@ -21,11 +21,14 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 from zeroinf.compat.models import experts_by
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
+from zeroinf.engines.stream import engine as engine_module
+from zeroinf.engines.stream import experts
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
 from zeroinf.generation.graphs import Graphs
 from zeroinf.generation.row import Sampling
 from zeroinf.model.inspect import find_blocks, read_anatomy
+from zeroinf.model.quantized.expansion import ExpansionSlot
 from zeroinf.model.resolve import resolve_model
 from zeroinf.options.options import RunOptions
 from zeroinf.planner.memory import pieces, store_bytes
@@ -257,6 +260,27 @@ def test_graphs_of_layers_read_what_was_expanded_last(
         found.append([row.generated for row in rows])
     engine.close()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("by_codes", [False, True])
+def test_weights_that_rest_as_codes_have_no_room_in_full(
+    by_codes: bool, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = list[int]()
+    take = ExpansionSlot.__init__
+
+    def noted(slot: ExpansionSlot, nbytes: int, device: torch.device) -> None:
+        slots.append(nbytes)
+        take(slot, nbytes, device)
+
+    monkeypatch.setattr(ExpansionSlot, "__init__", noted)
+    monkeypatch.setattr(experts, "expert_products", lambda *_: by_codes)
+    monkeypatch.setattr(engine_module, "compile_for_experts", lambda *_: None)
+    engine = stream(quantized("gpt_oss", "mxfp4"), "bfloat16", random_weights=True)
+    layer = engine.model.model.layers[0].mlp.experts
+    engine.close()
+    whole = 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size * 2
+    assert slots == ([] if by_codes else [whole])
 
 
 def test_an_interrupted_pass_leaves_modules_as_they_were(quantized: Quantized) -> None:

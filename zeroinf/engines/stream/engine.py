@@ -77,8 +77,8 @@ class StreamEngine:
         groups, outside, tables = group_tensors(
             self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
         )
-        self._expansion_slot = _expansion_slot(self._model, plan, device)
         by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
+        self._expansion_slot = _expansion_slot(self._model, plan, device)  # without weights that now rest as codes
         use_norm_kernels(self._model, device)
         product = product_on_codes(device, groups)
         for count, each in {(own.count, own.each) for own in plan.anatomy.experts if by_kernels}:
