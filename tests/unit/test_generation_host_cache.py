@@ -21,7 +21,7 @@ from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Limits, Scheduler
-from zeroinf.model.anatomy import FETCHED_UNITS, KvDtype, Record, TokenState
+from zeroinf.model.anatomy import FETCHED_UNITS, LONG_RUN_BYTES, KvDtype, Record, TokenState
 from zeroinf.model.kv import cache_name
 
 LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8), (18, 14))
@@ -252,6 +252,19 @@ def test_units_arrive_ahead_of_their_turn_and_in_order() -> None:
             ahead = min(turn + FETCHED_UNITS, len(units))
             assert link.fetched_bytes - before == (ahead - FETCHED_UNITS) * 5 * 16
     assert link.fetched_bytes == 2 * len(units) * 5 * 16
+
+
+def test_one_kernel_copies_many_short_runs_and_copy_engines_the_others() -> None:
+    memory = torch.empty(1, 4096, dtype=torch.uint8).expand(100_000, -1)
+    short, long = LONG_RUN_BYTES // 4096 - 1, LONG_RUN_BYTES // 4096
+
+    def has_short_runs(rows: int, count: int) -> bool:
+        runs = [Run(row * count, row * count, count) for row in range(rows)]
+        return Unit(0, memory, rows * count, Runs(runs)).has_short_runs
+
+    assert has_short_runs(32, short)
+    assert not has_short_runs(32, long)
+    assert not has_short_runs(2, 1)  # two copies take the host no longer than a kernel
 
 
 def test_units_out_of_order_are_refused_and_a_new_pass_begins_anew() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from zeroinf.engines.stream.transfer import new_event, new_stream
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import FETCHED_UNITS, SENT_UNITS
+from zeroinf.model.anatomy import FETCHED_UNITS, LONG_RUN_BYTES, SENT_UNITS
 
 # So many copies take the host no longer than a kernel, and the GPU's multiprocessors nothing.
 _FEW_RUNS = 4
@@ -73,9 +73,14 @@ class Unit:
         """Bytes that cross the link."""
         return self.runs.records * self.memory.shape[1]
 
+    @property
+    def has_short_runs(self) -> bool:
+        """Whether one kernel copies all runs sooner than the host asks copy engines for each."""
+        return len(self.runs.runs) > _FEW_RUNS and self.nbytes < len(self.runs.runs) * LONG_RUN_BYTES
+
     def fetch(self, records: torch.Tensor) -> None:
         """Copy its runs into `records` (records, bytes) on the device, on the current stream."""
-        if self.mapped is not None and len(self.runs.runs) > _FEW_RUNS:
+        if self.mapped is not None and self.has_short_runs:
             _copy_runs(self.mapped, records, self.runs, fetch=True)
             return
         for run in self.runs.runs:
@@ -83,7 +88,7 @@ class Unit:
 
     def send(self, records: torch.Tensor) -> None:
         """Copy its runs from `records` (records, bytes) on the device to host memory, on the current stream."""
-        if self.mapped is not None and len(self.runs.runs) > _FEW_RUNS:
+        if self.mapped is not None and self.has_short_runs:
             _copy_runs(records, self.mapped, self.runs, fetch=False)
             return
         for run in self.runs.runs:

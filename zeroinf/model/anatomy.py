@@ -40,6 +40,9 @@ _SCALE_BYTES = 4
 FETCHED_UNITS, SENT_UNITS = 3, 2
 """Staging for keys and values of host memory, one unit for each block of a micro-batch: one is attended to, two are on
 their way; new ones are written to one unit while those of the other leave."""
+LONG_RUN_BYTES = 1 << 20
+"""Keys and values of so many bytes side by side take a link about twice as long as it takes the host to ask for their
+copy, so copy engines move them, which fill a link. Shorter ones are copied by one kernel for all rows."""
 
 KvDtype = Literal["model", "int8"]
 """How keys and values rest in host memory: as the model has them, or as a byte each with a scale a token and head."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import ceil, hypot, inf
 from typing import Literal
 
-from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.anatomy import LONG_RUN_BYTES, Anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes
 from zeroinf.planner.descriptor import descriptor_of
@@ -247,10 +247,18 @@ _Cost = Callable[[float, float, float], dict[Resource, float]]
 """Seconds of each resource that the forwards of a pass take, by the arguments of `_Work.passing`."""
 
 
-def _copies_s(anatomy: Anatomy, choice: Choice, speeds: Speeds) -> float:
-    """Seconds that the host takes for copies to and from host memory in a step of all rows: what a row has, and its new
-    token, are one each for each block, without a model's Python around it."""
-    return len(anatomy.cache) * 2 * choice.host_rows * speeds.launch_s
+def _copies_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
+    """Seconds that the host takes for copies to and from host memory in a step of all rows, without a model's Python
+    around them: one for what each row has in a layer, or a kernel for all rows of a micro-batch where that is short;
+    new tokens leave by a kernel."""
+    tokens = workload.prompt_tokens + workload.new_tokens / 2
+    kernels_s, seconds = -(-choice.host_rows // choice.micro_batch_rows) * speeds.triton_launch_s, 0.0
+    for layer in anatomy.cache:
+        if (record := layer.record(choice.kv_dtype)) is not None:
+            row_bytes = record.nbytes * (tokens if layer.window is None else min(tokens, layer.window))
+            by_engines = row_bytes >= LONG_RUN_BYTES
+            seconds += kernels_s + (choice.host_rows * speeds.launch_s if by_engines else kernels_s)
+    return seconds
 
 
 def _add_gathering(
@@ -282,7 +290,7 @@ def _padded(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     of_decode["link"] += fetched / speeds.link_gbps / 1e9
     batches = -(-choice.host_rows // choice.micro_batch_rows)
     of_decode["kernel launches"] += len(anatomy.cache) * batches * speeds.fitted.passes.host_layer_s
-    copies_s = _copies_s(anatomy, choice, speeds)
+    copies_s = _copies_s(anatomy, choice, workload, speeds)
     _add_gathering(of_prompts, anatomy, choice, speeds, workload.shape.prefill_tokens, len(workload.prompts))
     _add_gathering(of_decode, anatomy, choice, speeds, workload.shape.rows, len(workload.last_decode))
 
@@ -305,7 +313,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), launched_share(anatomy))
     attended_s = _attended_s(anatomy, choice, workload, speeds)
-    copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, speeds)
+    copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, workload, speeds)
     # Beside forwards: attention, of which each forward launches some however many rows it holds, and recurrent modules.
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
     attending_s = sum(group.times for group in workload.packed.prompts) * host.attention_launches
