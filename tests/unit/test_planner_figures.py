@@ -10,7 +10,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from zeroinf.paths import configs_directory
-from zeroinf.planner.coded_products import EXPAND, ON_CODES, ON_CODES_BY_EXPERT
+from zeroinf.planner.coded_products import (
+    EXPAND,
+    EXPAND_MXFP4,
+    ON_CODES,
+    ON_CODES_BY_EXPERT,
+    ON_EXPANDED_MXFP4,
+)
 from zeroinf.planner.figures import FittedFigures, fitted_figures, nearest, unmeasured_figures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel
@@ -62,6 +68,7 @@ def test_each_operator_is_one_that_forwards_have() -> None:
         *written["kernels"]["operators"],
         *written["passes"]["triton_kernels"],
     }
-    called = {ON_CODES, ON_CODES_BY_EXPERT, EXPAND, "packed attention", "efficient attention", "packed write"}
+    called = {ON_CODES, ON_CODES_BY_EXPERT, EXPAND, ON_EXPANDED_MXFP4, EXPAND_MXFP4}
+    called |= {"packed attention", "efficient attention", "packed write"}
     known = (torch.ops.aten, torch.ops.zeroinf)
     assert [name for name in names - called if not any(hasattr(each, name) for each in known)] == []

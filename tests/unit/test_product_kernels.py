@@ -136,7 +136,7 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(
     """With few rows of each expert; with more, weights of some experts after the others are expanded."""
     from zeroinf.engines.stream import expert_kernels as kernels
 
-    monkeypatch.setattr(kernels, "MOST_ROWS_BY_EXPERT", most)
+    monkeypatch.setattr(kernels, "MOST_MXFP4_ROWS_BY_EXPERT", most)
     monkeypatch.setattr(kernels, "experts_at_once", lambda weight: 3)
     if name == "gpt_oss":
         mxfp4_checkpoint(tmp_path)

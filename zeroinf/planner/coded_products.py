@@ -1,7 +1,7 @@
 """Adjusts the kernels of a forward for weights that rest as codes and are multiplied as they are.
 
-Simulated forwards multiply by weights in full. On codes, a product of few rows reads fewer bytes; before others,
-weights are expanded.
+Simulated forwards multiply by weights of `--wire` in full. On codes, a product of few rows reads fewer bytes; before
+others, weights are expanded. By MXFP4 of a checkpoint, they multiply as codes: with many rows, experts are expanded.
 """
 
 from __future__ import annotations
@@ -13,12 +13,23 @@ from math import ceil
 
 from zeroinf.model.anatomy import Anatomy, TensorSpec
 from zeroinf.planner.memory import piece_bytes, pieces
-from zeroinf.planner.wire import CODES, MOST_CODED_ROWS, MOST_ROWS_BY_EXPERT, Wire, is_coded
+from zeroinf.planner.wire import (
+    CODES,
+    EXPANDED_AT_ONCE_BYTES,
+    MOST_CODED_ROWS,
+    MOST_MXFP4_ROWS_BY_EXPERT,
+    MOST_ROWS_BY_EXPERT,
+    MXFP4,
+    Wire,
+    is_coded,
+)
 from zeroinf.planner.workload import Kernel, Kernels
 
 _BY_EXPERT, _DENSE = ("_grouped_mm", "multiply_by_experts"), ("mm", "addmm")
 ON_CODES, ON_CODES_BY_EXPERT, EXPAND = "multiply wire codes", "multiply wire codes by expert", "expand wire codes"
 """What kernels are called that multiply by codes, and that make weights of them."""
+ON_MXFP4, ON_EXPANDED_MXFP4, EXPAND_MXFP4 = "multiply_mxfp4_by_experts", "multiply_expanded_mxfp4", "expand_fp4"
+"""The same for experts of a checkpoint in MXFP4, with those that multiply by what was expanded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,27 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
     expanded = [layers.dense] if tokens > MOST_CODED_ROWS else []
     expanded += [layers.experts] if rows > MOST_ROWS_BY_EXPERT else []
     return (outside, *coded, *expanded)
+
+
+def with_many_rows(groups: Sequence[Kernels], tokens: int, count: int, each: int) -> tuple[Kernels, ...]:
+    """The kernels `groups` of a forward of so many tokens, each of which is routed to `each` of `count` experts, with
+    those that are in MXFP4 expanded before products where that is faster."""
+    if tokens * each <= count * MOST_MXFP4_ROWS_BY_EXPERT:
+        return tuple(groups)
+    found = [
+        replace(group, kernels=tuple(kernel for kernel in group.kernels if kernel.operator != ON_MXFP4))
+        for group in groups
+    ]
+    for group in groups:
+        for kernel in group.kernels:
+            if kernel.operator == ON_MXFP4:
+                elements = kernel.flops // (2 * tokens * each) * count
+                codes, full = MXFP4.nbytes(elements) + MXFP4.scale_bytes(elements), 2 * elements
+                turns = ceil(full / EXPANDED_AT_ONCE_BYTES)
+                expand = Kernel(0, (codes + full) // turns, EXPAND_MXFP4)
+                multiply = Kernel(kernel.flops // turns, (kernel.nbytes - codes + full) // turns, ON_EXPANDED_MXFP4)
+                found.append(Kernels(group.times * turns, (expand, multiply)))
+    return tuple(found)
 
 
 def _on_codes(kernel: Kernel) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil, hypot, inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from zeroinf.model.anatomy import LONG_RUN_BYTES, Anatomy
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes
+from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes, with_many_rows
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
@@ -311,7 +311,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     in host memory have forwards of their own."""
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
-    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), launched_share(anatomy))
+    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy))
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, workload, speeds)
     # Beside forwards: attention, of which each forward launches some however many rows it holds, and recurrent modules.
@@ -380,7 +380,7 @@ def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: S
     kernel by kernel. Steps grow fewer in the end, as rows do that entered together."""
     assert workload.packed is not None
     coded, shape = _coded(anatomy, choice, workload), workload.shape
-    extra = _capturing(workload.packed.forwards, speeds, coded, launched_share(anatomy), choice.graph_tokens)
+    extra = _capturing(workload.packed.forwards, speeds, coded, _layers(anatomy), choice.graph_tokens)
     largest, captured, serving = graph_size(shape.rows, choice.graph_tokens), list[float](), inf
     for size, seconds in reversed(extra):
         if size <= largest and size * SERVED_TIMES < serving:
@@ -392,12 +392,26 @@ def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: S
     return sum(captured[:waves]) + sum(of_prompts)
 
 
+class _Layers(NamedTuple):
+    """What the times of forwards take from a model's layers."""
+
+    launched_share: float
+    """Of layers without graphs."""
+    routing: tuple[int, int]
+    """Experts of a layer, and how many of them each token is routed to; one where there are none."""
+
+
+def _layers(anatomy: Anatomy) -> _Layers:
+    routing = next(((one.count, one.each) for one in anatomy.experts), (1, 1))
+    return _Layers(launched_share(anatomy), routing)
+
+
 @lru_cache(maxsize=256)
 def _capturing(
-    forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, launched_share: float, most: int
+    forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, layers: _Layers, most: int
 ) -> tuple[tuple[int, float], ...]:
     """The sizes of graphs for up to `most` tokens, each with the seconds that two forwards take longer without."""
-    times, found = _forward_times(forwards, speeds, coded, launched_share), list[tuple[int, float]]()
+    times, found = _forward_times(forwards, speeds, coded, layers), list[tuple[int, float]]()
     for size in graph_sizes(most):
         launched, replayed = times.launched(size), times.replayed(size)
         gpu_s = launched["arithmetic"] + launched["GPU memory"]
@@ -421,24 +435,22 @@ class _ForwardTimes:
 
 
 @lru_cache(maxsize=64)
-def _forward_times(
-    forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, launched_share: float
-) -> _ForwardTimes:
-    """`coded`: the layers, where weights are multiplied as codes. `launched_share`: of layers without graphs."""
+def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, layers: _Layers) -> _ForwardTimes:
+    """`coded`: the layers, where weights of `--wire` are multiplied as codes."""
     many, host = forwards.tokens[-1][0], speeds.fitted.passes
     replay_s = host.graph_launches * host.packed_launches * speeds.model_launch_s
     launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
     for at, kernels in forwards.tokens:
-        groups = kernels if coded is None else on_codes(kernels, at, coded)
+        groups = with_many_rows(kernels, at, *layers.routing) if coded is None else on_codes(kernels, at, coded)
         times = _times(groups, speeds, _packed_launch_s)
         times["kernel launches"] += host.micro_batch_s
         launched.append((at, times))
         outside_s = groups[0].times * _packed_launch_s(groups[0], speeds) + host.micro_batch_s
         layers_s = sum(group.times for group in kernels[1:]) * replay_s
-        inside_s = layers_s + launched_share * (times["kernel launches"] - outside_s - layers_s)
+        inside_s = layers_s + layers.launched_share * (times["kernel launches"] - outside_s - layers_s)
         replayed.append((at, {**times, "kernel launches": outside_s + inside_s}))
     for at, kernels in forwards.choices:
-        groups = kernels if coded is None else on_codes(kernels, many, coded)
+        groups = with_many_rows(kernels, many, *layers.routing) if coded is None else on_codes(kernels, many, coded)
         chosen.append((at, _times(groups, speeds, _packed_launch_s)))
     fewest = chosen[0][1]
     more = [(at, {name: times[name] - fewest[name] for name in times}) for at, times in chosen]

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from zeroinf.compat.subclasses import as_plain_tensors, make_wrapper, replaced
 from zeroinf.engines.stream.layout import Layout, TensorLocation
-from zeroinf.planner.wire import MOST_CODED_ROWS, Codes
+from zeroinf.planner.wire import EXPANDED_AT_ONCE_BYTES, MOST_CODED_ROWS, Codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,10 @@ class WeightMatrix:
     """Codes are numbers (E2M1), the even ones of a group in the lower bits of its bytes, and scales powers of two."""
 
 
-_AT_ONCE_BYTES = 512 << 20
-
-
 def experts_at_once(weight: WeightMatrix) -> int:
     """Of how many experts the codes of `weight` are expanded before they are multiplied."""
     count, outputs, inputs = weight.shape
-    return min(count, max(1, _AT_ONCE_BYTES // (outputs * inputs * 2)))
+    return min(count, max(1, EXPANDED_AT_ONCE_BYTES // (outputs * inputs * 2)))
 
 
 def in_halves(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:

@@ -22,7 +22,7 @@ from zeroinf.engines.stream.coded_weight import WeightMatrix, experts_at_once
 from zeroinf.engines.stream.product_kernels import ROWS_TRIED, ProductTile, SlotTable, launch_product, tile_for
 from zeroinf.model.quantized.fp4 import expand_fp4
 from zeroinf.model.quantized.fused import OPERATORS
-from zeroinf.planner.wire import MOST_ROWS_BY_EXPERT
+from zeroinf.planner.wire import MOST_MXFP4_ROWS_BY_EXPERT
 
 
 @Launch
@@ -187,7 +187,7 @@ def compile_for(experts: int, each: int, device: torch.device, dtype: torch.dtyp
 
 def are_in_full(weight: WeightMatrix, rows: int) -> bool:
     """Whether codes become weights before a product of so many rows of each expert."""
-    return weight.is_float and rows > MOST_ROWS_BY_EXPERT
+    return weight.is_float and rows > MOST_MXFP4_ROWS_BY_EXPERT
 
 
 def product_in_full(
