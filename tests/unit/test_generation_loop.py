@@ -197,6 +197,28 @@ def test_no_pass_is_started_on_tokens_that_may_end_every_row(model: Any) -> None
     assert engine.known == [[0, 0], [1, 1], [2, 2], [3, 3]]
 
 
+@pytest.mark.parametrize(("runs_ahead", "known"), [(False, [0, 1, 2, 3]), (True, [0, 0, 1, 2])])
+def test_passes_begin_ahead_of_tokens_that_hardly_end_all_rows_where_the_gpu_would_wait(
+    model: Any, runs_ahead: bool, known: list[int]
+) -> None:
+    rows = rows_of(5, PROMPTS * 2)
+    engine = WatchfulEngine(model, rows)
+    run_rows(engine, rows, runs_ahead=runs_ahead)
+    assert [each[0] for each in engine.known[:4]] == known
+    assert len(engine.passes) == 5
+    assert [row.generated for row in rows] == by_transformers(model, PROMPTS * 2, 5)
+
+
+def test_only_the_first_rows_that_all_end_together_cost_a_pass_of_those_that_begin_ahead(model: Any) -> None:
+    full = by_transformers(model, PROMPTS[:1])[0]
+    model.generation_config.eos_token_id = [full[3]]
+    at_once, waves = full.index(full[3]) + 1, 3
+    rows, engine = rows_of(12, PROMPTS[:1] * 8 * waves), PlainEngine(model)
+    run_rows(engine, rows, rows=8, runs_ahead=True)
+    assert {tuple(row.generated) for row in rows} == {tuple(full[:at_once])}
+    assert len(engine.passes) == waves * at_once + 1
+
+
 def test_tokens_that_are_read_late_are_the_same(model: Any) -> None:
     """The first row lets passes be started early; the others end by an end token on the way."""
     long = by_transformers(model)

@@ -15,10 +15,14 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
+from zeroinf.generation.lifetimes import Lifetimes
 from zeroinf.generation.micro_batch import BatchState, Chosen, MicroBatch, running
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Group, Limits, Scheduler
 from zeroinf.generation.scoring import ScoreBatch
+
+_WASTED_PASSES = 0.02
+"""A pass is begun before the tokens of the last one are known if the chance that they end all rows is smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +109,7 @@ class _Passes:
         self._full_since: float | None = None
         """When the pass before the last one ended, if the last one was a full step."""
         self._was_full = False
+        self._lifetimes = Lifetimes()
 
     def next(self) -> tuple[list[Group], Sequence[ScoreBatch]]:
         """The micro-batches of the next pass, their inputs made: of rows, and of sequences to be scored. None: nothing
@@ -113,7 +118,7 @@ class _Passes:
         A rank in step that has agreed to a pass must make it, so all that can fail before the forward is done here.
         """
         while True:
-            if not self._surely_goes_on():
+            if not self._goes_on():
                 self.accept()  # a pass started before the tokens are known would be wasted if they ended all rows
             for row in self._feed.cancelled():
                 self._cancel(row)
@@ -195,6 +200,7 @@ class _Passes:
             self._scheduler.release(early)
             self._batch_state.close(early)
             for seat in ended:
+                self._lifetimes.note(len(seat.row.generated), was_cut=seat.row.finish_reason == "length")
                 if seat.row.finish_reason == "error":
                     self._scheduler.forget_prefix(seat)
                 self._feed.done(seat.row)
@@ -238,14 +244,21 @@ class _Passes:
         sure = any(not seat.may_end_early for seat in after)
         return sure or len(after) > 1 or bool(self._scores_again) or self._scheduler.has_more_than(groups)
 
-    def _surely_goes_on(self) -> bool:
-        """Whether some row needs another pass, whatever tokens have been chosen."""
+    def _goes_on(self) -> bool:
+        """Whether some row needs another pass, whatever tokens have been chosen; or very likely does, where the device
+        would be idle while the host reads them and prepares the next pass."""
         live = 0
         for seat in self._scheduler.seats:
             if not (seat.may_end_early or seat.has_left):
                 return True
             live += not seat.has_left
-        return live > sum([not seat.has_left for each in self._chosen for seat in each.seats])
+        open_ones = [seat for each in self._chosen for seat in each.seats if not seat.has_left]
+        if live > len(open_ones):
+            return True
+        if not live or not self._scheduler.limits.runs_ahead:
+            return False
+        tokens = [seat.known - len(seat.row.prompt) for seat in open_ones]
+        return not self._lifetimes.all_end(tokens, _WASTED_PASSES)
 
     def _fill(self) -> None:
         """Admit rows as long as there are rows and room."""

@@ -14,10 +14,13 @@ from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.row import Row
 from zeroinf.model.anatomy import PAGE_TOKENS
 from zeroinf.planner.plan import Plan
+from zeroinf.planner.timing import Resource
 
 # A prompt joins a micro-batch that is wider by so many tokens, or by a quarter: to compute the padding costs less than
 # a forward of its own.
 _CHEAP_PADDING_TOKENS = 64
+
+_ON_THE_GPU: tuple[Resource, ...] = ("arithmetic", "GPU memory", "kernel launches")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,9 @@ class Limits:
     cpu_rows: int = 0
     """Rows in host memory for whose steps the CPU attends, at the most: steps and prompts have forwards of their own.
     0: the GPU attends."""
+    runs_ahead: bool = False
+    """A pass begins before the tokens of the last one are known, where these hardly end all rows: passes are bound by
+    the GPU, which would wait for the host. Passes that are bound by a link lose nothing by waiting."""
 
     def __post_init__(self) -> None:
         if self.together and self.pages and self.host_tokens:
@@ -95,6 +101,7 @@ class Limits:
             prefix_pages=plan.prefix_pages,
             staged_tokens=plan.host.seen_columns if plan.host is not None and plan.host.cpu_rows else 0,
             cpu_rows=plan.host.cpu_rows if plan.host is not None else 0,
+            runs_ahead=plan.device == "cuda" and plan.timing is not None and plan.timing.binds in _ON_THE_GPU,
         )
 
 
