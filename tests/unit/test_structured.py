@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -56,6 +57,10 @@ def allowed(answer: AnswerState) -> list[int]:
     return [int(token) for token in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
 
 
+def take(answer: AnswerState, token: int) -> None:
+    answer.vocabulary.take([(answer, token)])
+
+
 def written(asked: AnswerFormat, seed: int) -> str | None:
     """An answer of tokens drawn among those allowed, none of them special; None where it found no end."""
     draw, answer, text = random.Random(seed), AnswerState(vocabulary(), asked), b""
@@ -70,7 +75,7 @@ def written(asked: AnswerFormat, seed: int) -> str | None:
         token = draw.choice(closing if closing and draw.random() < 0.3 else tokens)
         if token == END:
             return text.decode()
-        answer.take(token)
+        take(answer, token)
         text += piece(token) or b""
     return None
 
@@ -153,12 +158,12 @@ def test_properties_come_in_the_order_of_the_schema() -> None:
 
 def test_white_space_never_fills_an_answer() -> None:
     answer = AnswerState(vocabulary(), of_schema({"type": "object"}))
-    answer.take(ord("{"))
+    take(answer, ord("{"))
     for _ in range(40):
         spaces = [token for token in allowed(answer) if (piece(token) or b"x").isspace()]
         if not spaces:
             break
-        answer.take(spaces[-1])
+        take(answer, spaces[-1])
     assert not spaces
 
 
@@ -198,7 +203,7 @@ def test_an_answer_can_be_taken_up_anywhere() -> None:
         whole, parts = (AnswerState(vocabulary(), of_schema(TREE)) for _ in range(2))
         whole.follow(list(text[:at]))
         for byte in text[:at]:
-            parts.take(byte)
+            take(parts, byte)
         parts.follow(list(text[:at]))  # it has gone so far already
         assert allowed(whole) == allowed(parts)
         assert END not in allowed(whole)
@@ -207,7 +212,7 @@ def test_an_answer_can_be_taken_up_anywhere() -> None:
 def test_the_end_is_allowed_only_where_the_answer_may_end() -> None:
     answer = AnswerState(vocabulary(), of_regex("ab*"))
     assert END not in allowed(answer)
-    answer.take(ord("a"))
+    take(answer, ord("a"))
     assert {END, ord("b")} <= set(allowed(answer))
     assert not answer.is_complete
 
@@ -220,9 +225,9 @@ def test_a_model_without_an_end_of_sequence_has_no_such_answers() -> None:
 
 def test_a_token_that_the_format_forbids_is_a_problem_of_its_answer() -> None:
     answer = AnswerState(vocabulary(), of_regex("ab"))
-    answer.take(ord("x"))
+    take(answer, ord("x"))
     assert "cannot be followed" in answer.problem
-    answer.take(ord("a"))
+    take(answer, ord("a"))
     assert not answer.is_complete
 
 
@@ -310,3 +315,20 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentProblem, match="llguidance") as caught:
         of_regex("only asked for here")
     assert "zeroinf[structured]" in str(caught.value.hint)
+
+
+def test_a_vocabulary_that_is_read_ahead_is_read_once_and_whoever_needs_it_waits() -> None:
+    asked = list[int]()
+
+    def slow(token: int) -> bytes | None:
+        if not asked:
+            time.sleep(0.1)
+        asked.append(token)
+        return piece(token)
+
+    read = Vocabulary(slow, SIZE, {SPECIAL}, {END})
+    thread = read.read_ahead()
+    assert {ord("a")} == set(allowed(AnswerState(read, of_regex("a"))))
+    assert thread is not None
+    thread.join()
+    assert sorted(asked) == [token for token in range(SIZE) if token not in (SPECIAL, END)]

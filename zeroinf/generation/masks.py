@@ -35,6 +35,10 @@ class Masks:
         self._seats, self._device = seats, device
         self._packed: torch.Tensor | None = None
         """(seats, words), int64, in host memory."""
+        self._held: torch.Tensor | None = None
+        """The same memory, as the device reads it."""
+        self._bits: torch.Tensor | None = None
+        """(8,), uint8, on the device: each bit of a byte."""
         self._following = ThreadPoolExecutor(1, thread_name_prefix="zeroinf-answers")
         self._filling = ThreadPoolExecutor(1, thread_name_prefix="zeroinf-masks")
         self._filled: dict[Row, Future[None]] = {}
@@ -64,14 +68,14 @@ class Masks:
         if not own:
             return None
 
-        packed = self._packed
-        assert packed is not None
+        packed, answer = self._packed, own[0][1].row.answer
+        assert packed is not None and answer is not None
+        vocabulary = answer.vocabulary
 
         def follow() -> None:
             found = tokens()
-            for number, seat in own:
-                if found[number] >= 0 and seat.row.answer is not None:
-                    seat.row.answer.take(found[number])
+            answers = [(seat.row.answer, found[number]) for number, seat in own]
+            vocabulary.take([(answer, token) for answer, token in answers if answer is not None and token >= 0])
 
         following = self._following.submit(follow)
 
@@ -103,6 +107,7 @@ class Masks:
         if self._packed is None:
             pinned = self._device.type == "cuda"
             self._packed = torch.zeros(self._seats, vocabulary.words, dtype=torch.int64, pin_memory=pinned)
+            self._held = mapped(self._packed, self._device) if pinned else self._packed
         return self._packed
 
     def leave(self, seats: Sequence[Seat]) -> None:
@@ -110,17 +115,19 @@ class Masks:
         for seat in seats:
             self._filled.pop(seat.row, None)
 
-    def forbid(self, scores: torch.Tensor, seats: Sequence[Seat]) -> torch.Tensor | None:
-        """Set the scores (rows, vocabulary) of tokens that may not come next to minus infinity, in place.
+    def forbid(self, scores: torch.Tensor, seats: Sequence[Seat], numbers: torch.Tensor) -> torch.Tensor | None:
+        """Set the scores (rows, vocabulary) of tokens that may not come next to minus infinity, in place. `numbers`:
+        those of `seats`, (rows,), int64, on the device.
 
         Returns the rows for which no token is left, (rows,), bool; None where no row has a format.
         """
-        members = [number for number, seat in enumerate(seats) if seat.row.sampling.answer_format is not None]
+        members = [place for place, seat in enumerate(seats) if seat.row.sampling.answer_format is not None]
         if not members:
             return None
-        packed = self._on_device([seats[number] for number in members], -(-scores.shape[1] // WORD_BITS))
+        self._wait_for([seats[place].row for place in members])
         index = None if len(members) == len(seats) else to_device(members, scores.device)
-        bits = to_device([1 << bit for bit in range(8)], scores.device).to(torch.uint8)
+        own = numbers if index is None else numbers.index_select(0, index)
+        packed, bits = self._on_device(own, -(-scores.shape[1] // WORD_BITS))
         step = max(1, _AT_ONCE // scores.shape[1])
         for start in range(0, len(members), step):
             part = slice(start, start + step)
@@ -130,18 +137,21 @@ class Masks:
                 scores.index_copy_(0, index[part], _forbid(scores.index_select(0, index[part]), packed[part], bits))
         return scores.amax(dim=-1).isneginf()
 
-    def _on_device(self, seats: Sequence[Seat], words: int) -> torch.Tensor:
-        """The masks of `seats`, once they are filled: (seats, words), int64, on the device."""
+    def _wait_for(self, rows: Sequence[Row]) -> None:
+        """Wait until the masks of `rows` are filled."""
         started = time.perf_counter()
-        for seat in seats:
-            if seat.row in self._filled:
-                self._filled[seat.row].result()
+        for filled in {self._filled[row] for row in rows if row in self._filled}:
+            filled.result()
         self.waited_s += time.perf_counter() - started
-        numbers = to_device([seat.number for seat in seats], self._device)
-        if self._packed is None:  # a simulated choice
-            return torch.empty(self._seats, words, dtype=torch.int64, device=self._device).index_select(0, numbers)
-        held = mapped(self._packed, self._device) if self._device.type == "cuda" else self._packed
-        return held.index_select(0, numbers)
+
+    def _on_device(self, numbers: torch.Tensor, words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of the seats of these `numbers`, (seats, words), int64, and the bits of a byte."""
+        if self._bits is None:
+            self._bits = to_device([1 << bit for bit in range(8)], self._device).to(torch.uint8)
+        held = self._held
+        if held is None:  # a simulated choice
+            held = torch.empty(self._seats, words, dtype=torch.int64, device=self._device)
+        return held.index_select(0, numbers), self._bits
 
 
 def _goes_on(row: Row) -> bool:

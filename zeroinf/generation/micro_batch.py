@@ -247,7 +247,7 @@ class MicroBatch(ABC):
             known = [seat.known for seat in chosen]
             of_rows = batch_state.ids.index_select(0, seats)
             processed = alter_scores(processed, rows, of_rows, known, batch_state.rules.eos_tokens)
-            is_stuck = batch_state.masks.forbid(processed, chosen)
+            is_stuck = batch_state.masks.forbid(processed, chosen, seats)
         judged = processed if batch_state.rules.mends_scores else scores
         highest = judged.amax(dim=-1)  # a NaN is the highest of all
         is_broken = highest.sub(highest).ne(0)  # an infinite one less itself is a NaN

@@ -37,6 +37,7 @@ from zeroinf.model.inspect import find_stacks
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.planner.graphs import MOST_GRAPHS, graph_sizes
+from zeroinf.planner.memory import MASKS
 from zeroinf.planner.plan import Plan
 from zeroinf.service.environment import Environment
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
@@ -154,6 +155,8 @@ class LoadedModel:
         self._vocabulary = Vocabulary(
             self.codec.piece, plan.anatomy.vocabulary, self.codec.special_tokens, rules.eos_tokens
         )
+        if any(term.name == MASKS for term in plan.terms):
+            self._vocabulary.read_ahead()
         self.stops = rules.stops
         """Stop strings of the model's generation config."""
         processors = processors_of(self.control) if planned.host is not None else ()

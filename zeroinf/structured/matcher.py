@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 from zeroinf.structured.answer_format import AnswerFormat
@@ -23,7 +25,8 @@ _NO_TEXT = b""
 
 
 class Vocabulary:
-    """The tokens of a model as grammars see them. Read at the first use, which takes up to a second."""
+    """The tokens of a model as grammars see them. To read them takes up to a second: `read_ahead` does it in a thread,
+    else the first use does."""
 
     def __init__(
         self, piece: Callable[[int], bytes | None], size: int, special: Collection[int], ends: Collection[int]
@@ -37,8 +40,25 @@ class Vocabulary:
         self._special = frozenset(special) | frozenset(self._ends)
         self.words = -(-size // WORD_BITS)
         """Words of 64 bits in a mask."""
+        self._read: LLTokenizer | None = None
+        self._reading = Lock()
 
-    @cached_property
+    def read_ahead(self) -> Thread | None:
+        """Begin to read the vocabulary in a thread, if llguidance is there. Until it ends, a first use waits for it."""
+        if not self._ends or find_spec("llguidance") is None:
+            return None
+        thread = Thread(target=lambda: self.tokenizer, name="zeroinf-vocabulary", daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def tokenizer(self) -> LLTokenizer:
+        """llguidance's view of the vocabulary."""
+        with self._reading:
+            if self._read is None:
+                self._read = self._tokenizer()
+            return self._read
+
     def _tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -61,13 +81,21 @@ class Vocabulary:
     def _compiled(self) -> Callable[[AnswerFormat], LLMatcher]:
         from llguidance import LLMatcher
 
-        return lru_cache(maxsize=256)(lambda asked: LLMatcher(self._tokenizer, asked.grammar(), log_level=0))
+        return lru_cache(maxsize=256)(lambda asked: LLMatcher(self.tokenizer, asked.grammar(), log_level=0))
 
     def begin(self, asked: AnswerFormat) -> LLMatcher:
         """llguidance's matcher at the beginning of an answer. Raises ValueError where no answer could end."""
         if not self._ends:
             raise ValueError("the model has no end-of-sequence token")
         return self._compiled(asked).deep_copy()
+
+    def take(self, answers: Sequence[tuple[AnswerState, int]]) -> None:
+        """Let each of `answers` go on with its next token."""
+        going_on = [(answer, token) for answer, token in answers if not answer.problem]
+        if going_on:
+            self._executor.consume_token_par([(answer.matcher, token) for answer, token in going_on])
+        for answer, _ in going_on:
+            answer.took()
 
     def fill(self, answers: Sequence[tuple[AnswerState, int]], address: int, rows: int) -> None:
         """Write the mask of each of `answers` into its row of `rows` at `address`, each of `words` words."""
@@ -119,17 +147,15 @@ class AnswerState:
         self._followed = len(tokens)
         self._judge()
 
-    def take(self, token: int) -> None:
-        """Go on with the next token."""
-        if self.problem:
-            return
-        self.matcher.consume_token(token)
+    def took(self) -> None:
+        """The matcher has gone on with the next token."""
         self._followed += 1
         self._judge()
 
     def _judge(self) -> None:
-        self.check()
-        self.is_complete = not self.problem and bool(self.matcher.is_stopped() and self.matcher.is_accepting())
+        if self.matcher.is_stopped():  # failed ones are, too
+            self.check()
+            self.is_complete = not self.problem and self.matcher.is_accepting()
 
     def check(self) -> None:
         """Notice where the grammar has failed, such as by growing beyond llguidance's limits."""
