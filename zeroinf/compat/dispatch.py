@@ -1,10 +1,10 @@
 """Gives access to torch's dispatcher: operators as a dispatch mode sees them, and the storages behind tensors.
 
-Relies on `torch.utils._python_dispatch.TorchDispatchMode` (since torch 1.13; documented, in a private module), on
-`_schema` and `_overloadpacket` of operators (since torch 1.11), on `_cdata` of storages, on the table of formulas
-`flop_registry` (since torch 2.1), and on the private operators of aten that are named below. Planning records what a
-model allocates and computes by them; without them there would be no plans. `tests/unit/test_compat.py` fails when they
-change.
+Relies on `torch.utils._python_dispatch.TorchDispatchMode` (since torch 1.13; documented, in a private module) and its
+`_should_skip_dynamo` (a mode works without, and takes longer), on `_schema` and `_overloadpacket` of operators (since
+torch 1.11), on `_cdata` of storages, on the table of formulas `flop_registry` (since torch 2.1), and on the private
+operators of aten that are named below. Planning records what a model allocates and computes by them; without them there
+would be no plans. `tests/unit/test_compat.py` fails when they change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
@@ -42,6 +42,15 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """What products end with; it returns what it is given."""
 GROUPED_MM = torch.ops.aten._grouped_mm
 """A product of rows with the weights of their group (since torch 2.8)."""
+
+
+class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch's mode, whose `__torch_dispatch__` is called as it is: torch wraps it in a function that keeps its compiler
+    away, which takes as long as all that a mode does, and nothing is compiled while one of ours is active."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def operator_of(func: Any) -> Any:

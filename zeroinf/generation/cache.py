@@ -18,6 +18,7 @@ from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.states import StateMemory
 from zeroinf.generation.upload import to_device
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
+from zeroinf.model.kv import empty_cache
 from zeroinf.model.mixers import CacheWithStates
 from zeroinf.model.packing import windows_of
 
@@ -61,7 +62,7 @@ class PagePool:
 
     def __init__(self, model: Any, anatomy: Anatomy, size: PoolSize, device: torch.device) -> None:
         self.size = size
-        self._config = None if model.config.is_encoder_decoder else model.config.get_text_config(decoder=True)
+        self._model = None if model.config.is_encoder_decoder else model
         self._layers, self.mixers = anatomy.cache, anatomy.mixers
         self._memory = torch.empty(anatomy.pool_bytes(size), dtype=torch.uint8, device=device)
         self.states: StateMemory | None = None
@@ -69,24 +70,26 @@ class PagePool:
         if anatomy.mixers is not None:
             slots = self._memory[-size.rows * anatomy.state_bytes :].view(size.rows, -1)
             self.states = StateMemory(anatomy, size, slots)
-        places = self._places()
-        self._states = [tuple(next(places) for _ in layer.pooled) for layer in self._layers]
-        self._windows = windows_of(self._config) if self._config is not None else [None] * len(self._layers)
+        self._states = list(self._places())
+        self._windows = windows_of(model) if self._model is not None else [None] * len(self._layers)
         self._empty = self.new_cache()
         of_window = {layer.window: layer for layer in self._layers if layer.pooled}
         self._tables = {window: _Table(layer, size, device) for window, layer in of_window.items()}
 
-    def _places(self) -> Iterator[torch.Tensor]:
-        """Keys and values of each layer, one after the other: (places, heads, width)."""
-        pooled = [(state, layer.pool_pages(self.size)) for layer in self._layers for state in layer.pooled]
+    def _places(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Keys and values of each layer, which lie one after the other: (places, heads, width); none of other
+        layers."""
         start = 0
-        for (state, pages), alike in groupby(pooled):
-            count, nbytes = len(list(alike)), state.pooled_bytes(pages)
-            memory = self._memory[start : start + count * nbytes].view(getattr(torch, state.dtype)).view(count, -1)
-            used = memory[:, : pages * PAGE_TOKENS * state.heads * state.width]
-            places = torch.unflatten(used, 1, (-1, state.heads, state.width))
-            places[:, 0].zero_()
-            yield from places.unbind()
+        for (pooled, pages), alike in groupby((layer.pooled, layer.pool_pages(self.size)) for layer in self._layers):
+            count, nbytes = len(list(alike)), sum(state.pooled_bytes(pages) for state in pooled)
+            memory, of_states, first = self._memory[start : start + count * nbytes].view(count, -1), [], 0
+            for state in pooled:
+                used = memory[:, first : first + pages * PAGE_TOKENS * state.nbytes].view(getattr(torch, state.dtype))
+                places = torch.unflatten(used, 1, (-1, state.heads, state.width))
+                places[:, 0].zero_()
+                of_states.append(places.unbind())
+                first += state.pooled_bytes(pages)
+            yield from zip(*of_states, strict=True) if pooled else [()] * count
             start += count * nbytes
 
     @property
@@ -125,8 +128,8 @@ class PagePool:
 
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""
-        if self._config is not None:
-            return (DynamicCache if self.states is None else CacheWithStates)(config=self._config)
+        if self._model is not None:
+            return empty_cache(self._model, DynamicCache if self.states is None else CacheWithStates)
         cache = DynamicCache()
         cache.layers = [DynamicLayer() for _ in self._layers]
         return cache

@@ -44,7 +44,7 @@ class HostCache:
         """`processors` attend where the CPU does."""
         self.size = size
         self._device = device
-        self._windows = windows_of(model.config.get_text_config(decoder=True))
+        self._windows = windows_of(model)
         self._records = anatomy.records(size.dtype)
         nbytes = size.tokens * anatomy.host_token_bytes(size.dtype)
         self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin and not size.cpu_rows)

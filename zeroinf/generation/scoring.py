@@ -327,7 +327,7 @@ def _whole_cache(model: Any, spans: Sequence[_Span], places: torch.Tensor) -> Dy
     """A cache that keeps nothing: its layers let attention know what sees what."""
     cache, views = DynamicCache(), dict[int | None, _WholeView]()
     cache.layers = []
-    for window in windows_of(model.config.get_text_config(decoder=True)):
+    for window in windows_of(model):
         view = views.setdefault(window, _WholeView(spans, places, window))
         cache.layers.append(_WholeLayer(view))
     return cache

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
@@ -170,7 +170,7 @@ class HostSize:
     """Heads of the queries that cross the link for that."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """The layout of a token's keys and values in host memory and on the link: where each part begins, in bytes.
 
@@ -181,7 +181,7 @@ class Record:
     values: TokenState
     dtype: KvDtype
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, int, int, int, int]:
         """Offsets in bytes of keys, values, scales of keys, scales of values, and of the next record."""
         coded = self.dtype == "int8"
@@ -478,28 +478,20 @@ class Anatomy:
 
     def records(self, dtype: KvDtype) -> dict[int, Record]:
         """The layout of a token in host memory for each layer that can lie there, by the layer's number."""
-        found = {index: layer.record(dtype) for index, layer in enumerate(self.cache)}
-        return {index: record for index, record in found.items() if record is not None}
+        return dict(_records(self, dtype))
 
     def host_token_bytes(self, dtype: KvDtype) -> int:
         """Bytes of a token of one row in host memory, in all layers together."""
-        return sum(_record_bytes(self, dtype))
+        return sum(record.nbytes for record in _records(self, dtype).values())
 
     def step_row_bytes(self, size: HostSize) -> int:
         """Bytes that cross the link, there and back, for a step of one row in one layer where the CPU attends: its new
         record, queries, sinks and results, which are read in whole numbers."""
-        rows = [
-            record.nbytes
-            + size.query_heads * (record.keys.width + record.values.width) * DTYPE_BYTES[record.keys.dtype]
-            + size.query_heads * DTYPE_BYTES["float32"]
-            + STEP_ALIGNMENT
-            for record in self.records(size.dtype).values()
-        ]
-        return -(-max(rows, default=0) // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
+        return _step_row_bytes(self, size.dtype, size.query_heads)
 
     def staging_bytes(self, size: HostSize) -> tuple[int, int]:
         """Bytes of the two allocations on the GPU: for keys and values that arrive, and for those that leave."""
-        widest = max(_record_bytes(self, size.dtype), default=0)
+        widest = max((record.nbytes for record in _records(self, size.dtype).values()), default=0)
         return FETCHED_UNITS * size.seen_columns * widest, SENT_UNITS * size.new_columns * widest
 
     def with_heads_shared(self, parts: int, part: int) -> Anatomy:
@@ -520,6 +512,19 @@ def _share(heads: int, parts: int, part: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _record_bytes(anatomy: Anatomy, dtype: KvDtype) -> tuple[int, ...]:
-    """The bytes of each of the anatomy's records, which a search asks for thousands of times."""
-    return tuple(record.nbytes for record in anatomy.records(dtype).values())
+def _records(anatomy: Anatomy, dtype: KvDtype) -> Mapping[int, Record]:
+    """What `Anatomy.records` says, which a search asks for thousands of times."""
+    found = {index: layer.record(dtype) for index, layer in enumerate(anatomy.cache)}
+    return {index: record for index, record in found.items() if record is not None}
+
+
+@lru_cache(maxsize=64)
+def _step_row_bytes(anatomy: Anatomy, dtype: KvDtype, query_heads: int) -> int:
+    rows = [
+        record.nbytes
+        + query_heads * (record.keys.width + record.values.width) * DTYPE_BYTES[record.keys.dtype]
+        + query_heads * DTYPE_BYTES["float32"]
+        + STEP_ALIGNMENT
+        for record in _records(anatomy, dtype).values()
+    ]
+    return -(-max(rows, default=0) // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT

@@ -57,17 +57,24 @@ def read_anatomy(config: Any, *, dtype: str | None = None, trust_remote_code: bo
     would run it is missing.
     """
     dtype = dtype or config_dtype(config)
-    key = type(config), config.to_json_string(use_diff=False), dtype, trust_remote_code
+    key = _key(config, dtype, trust_remote_code)
     if key not in _read:
         with without_library_warnings():  # of slow code, which nothing runs here
-            _read[key] = _count(config, dtype, trust_remote_code)
+            _read[key], _built[key] = _count(config, dtype, trust_remote_code)
     return _read[key]
 
 
 _read: dict[tuple[object, ...], Anatomy] = {}
+_built: dict[tuple[object, ...], Any] = {}
+"""The model that was read last, until it is asked for."""
 
 
-def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
+def _key(config: Any, dtype: str, trust_remote_code: bool) -> tuple[object, ...]:
+    return type(config), config.to_json_string(use_diff=False), dtype, trust_remote_code
+
+
+def _count(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Anatomy, Any]:
+    _built.clear()
     model, quantized = _build(config, dtype, trust_remote_code)
     _refuse_counted_padding(model)
     stacks = find_stacks(model)
@@ -75,7 +82,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
     limit = _context_limit(text)
     blocks, outside, tied = _sort_tensors(model, stacks)
     cache, mixers, padded_because = _states_of(model, config, dtype, limit, stacks)
-    return Anatomy(
+    anatomy = Anatomy(
         architecture=type(model).__name__,
         dtype=dtype,
         blocks_path=stacks[-1][0],
@@ -95,6 +102,7 @@ def _count(config: Any, dtype: str, trust_remote_code: bool) -> Anatomy:
         experts=find_experts(model, list(stacks[-1][1])),
         unread=find_unread(model, stacks[-1][0]),
     )
+    return anatomy, model
 
 
 def _refuse_counted_padding(model: Any) -> None:
@@ -127,19 +135,20 @@ def _states_of(
     unquantized = {name: value for name, value in config.to_dict().items() if name not in apart}
     key = type(config), json.dumps(unquantized, default=str, sort_keys=True), dtype
     if key not in _states:
-        _states[key] = _read_states(model, limit, [block for _, layers in stacks for block in layers])
+        _states[key] = _read_states(model, limit, stacks)
     return _states[key]
 
 
 _states: dict[tuple[object, ...], _States] = {}
 
 
-def _read_states(model: Any, limit: int | None, blocks: Sequence[Module]) -> _States:
-    cache = read_cache(model, limit, blocks)
+def _read_states(model: Any, limit: int | None, stacks: Sequence[tuple[str, ModuleList]]) -> _States:
+    cache = read_cache(model, limit, stacks)
     mixers = read_mixers(model, cache)
     if mixers is None:  # the states of a layer stay with its keys and values
         cache = tuple(replace(layer, keys=None, values=None) if layer.states else layer for layer in cache)
-    padded_because = why_padded(model, cache, mixers, len(blocks), limit)
+    blocks = sum(len(layers) for _, layers in stacks)
+    padded_because = why_padded(model, cache, mixers, blocks, limit)
     if padded_because and not can_be_pooled(model, cache):
         cache, mixers = tuple(replace(layer, keys=None, values=None) for layer in cache), None
     return cache, mixers, padded_because
@@ -151,7 +160,8 @@ def build_meta(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
     Parameters are those of its checkpoint, quantized or with the dtypes that `from_pretrained` would give them; buffers
     keep the ones they are made with. Raises the errors of `read_anatomy`.
     """
-    return _build(config, dtype, trust_remote_code)[0]
+    model = _built.pop(_key(config, dtype, trust_remote_code), None)
+    return _build(config, dtype, trust_remote_code)[0] if model is None else model
 
 
 def _build(config: Any, dtype: str, trust_remote_code: bool) -> tuple[Any, Quantized | None]:

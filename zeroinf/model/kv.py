@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -19,6 +21,7 @@ from zeroinf.compat.models import CACHE_ARGUMENTS, experts_by, takes_default_cac
 from zeroinf.compat.states import keeps_states_and_keys, states_in
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
+from zeroinf.model.alike import first_alike
 from zeroinf.model.anatomy import LayerCache, RowState, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
@@ -57,30 +60,91 @@ def cache_name(model: Any) -> str:
     return name
 
 
-def read_cache(model: Any, context_limit: int | None, blocks: Sequence[Module] = ()) -> tuple[LayerCache, ...]:
-    """`LayerCache` of each layer of `model`, which lies on the meta device and runs `blocks` one after the other.
+_empty: WeakKeyDictionary[Module, dict[type[DynamicCache], DynamicCache]] = WeakKeyDictionary()
+
+
+def empty_cache(model: Any, kind: type[DynamicCache] = DynamicCache) -> Any:
+    """A cache with nothing in it for a forward of `model`, which makes caches by its config.
+
+    Reading the config takes transformers a millisecond or two, so that is done once for a model.
+    """
+    made = _empty.setdefault(model, {})
+    if kind not in made:
+        made[kind] = kind(config=model.config.get_text_config(decoder=True))
+    cache = copy.copy(made[kind])
+    cache.layers = [_as_new(layer) for layer in cache.layers]
+    return cache
+
+
+def _as_new(layer: Any) -> Any:
+    """A layer like `layer`, in which nothing has been kept; the states of recurrent ones lie in dicts."""
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict | list):
+            setattr(other, name, copy.copy(value))
+    return other
+
+
+def read_cache(
+    model: Any, context_limit: int | None, stacks: Sequence[tuple[str, ModuleList]] = ()
+) -> tuple[LayerCache, ...]:
+    """`LayerCache` of each layer of `model`, which lies on the meta device and runs the blocks of `stacks`, each of
+    which has a dotted path, one after the other.
 
     Lengths below and beyond the widest window are run through the model, a prefill and then one decode step, as in
     generation; one more, with two rows, checks the result. Bytes are those of the storages that the cache holds after
-    the step, so what a layer keeps beyond what attention sees is counted. A window that `context_limit` lets no row
-    outgrow is None. Layers that compress tokens are bounded from above. Raises ModelError when a layer grows in a way
-    that LayerCache cannot express, or when a forward does anything but run each of `blocks` once, in order.
+    the step, so what a layer keeps beyond what attention sees is counted. Of blocks that are alike, and whose layers of
+    the cache are after the first length, few run the other lengths. A window that `context_limit` lets no row outgrow
+    is None. Layers that compress tokens are bounded from above. Raises ModelError when a layer grows in a way that
+    LayerCache cannot express, or when a forward does anything but run each block once, in order.
     """
     with dense_experts(model):
-        with _walking(model, blocks, forwards=2):
+        with _walking(model, [block for _, blocks in stacks for block in blocks], forwards=2):
             short = _filled(model, rows=1, tokens=_SHORT)
-        longer = _filled(model, rows=1, tokens=_LONGER)
-        widest = max(layer.get_max_length() for layer in short)
-        beyond = min(max(_FAR, 2 * widest + 1), context_limit or sys.maxsize)
-        far = _filled(model, rows=1, tokens=beyond)
-        check = beyond * 3 // 4
-        checked = _filled(model, rows=2, tokens=check)
-        fitted = [
-            _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
-            for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
-        ]
-        bounds = _bounded(model, widest, context_limit) if None in fitted else ()
-        layers = tuple(layer or bounds[index] for index, layer in enumerate(fitted))
+        firsts = _first_alike(model, stacks, short)
+        kept = min(len(firsts), max(firsts) + 2)  # a model may tell the first block by its place
+        if kept < len(firsts):
+            with first_blocks(model, *stacks[0], kept):
+                layers = _grown(model, short[:kept], context_limit)
+            return tuple(layers[first] for first in firsts)
+        return _grown(model, short, context_limit)
+
+
+def _first_alike(model: Any, stacks: Sequence[tuple[str, ModuleList]], short: Sequence[Any]) -> Sequence[int]:
+    """For each layer of the cache, which holds a `short` row, the first that grows as it does."""
+    own = range(len(short))
+    if len(stacks) != 1 or len(stacks[0][1]) != len(short):
+        return own
+    firsts = first_alike(model.config.get_text_config(decoder=True), list(stacks[0][1]))
+    kinds = [(type(layer), layer.get_max_length(), held_bytes(vars(layer))) for layer in short]
+    return firsts if all(kinds[index] == kinds[first] for index, first in enumerate(firsts)) else own
+
+
+@contextmanager
+def first_blocks(model: Any, path: str, blocks: ModuleList, count: int) -> Iterator[None]:
+    """While it lasts, `model` has no more than the first `count` of its `blocks` at `path`."""
+    model.set_submodule(path, blocks[:count])
+    try:
+        yield
+    finally:
+        model.set_submodule(path, blocks)
+
+
+def _grown(model: Any, short: Sequence[Any], context_limit: int | None) -> tuple[LayerCache, ...]:
+    """What explains the layers of the cache that hold a `short` row, and what they hold of longer ones."""
+    count = len(short)
+    longer = _filled(model, rows=1, tokens=_LONGER)[:count]
+    widest = max(layer.get_max_length() for layer in short)
+    beyond = min(max(_FAR, 2 * widest + 1), context_limit or sys.maxsize)
+    far = _filled(model, rows=1, tokens=beyond)[:count]
+    check = beyond * 3 // 4
+    checked = _filled(model, rows=2, tokens=check)[:count]
+    fitted = [
+        _fit(model, index, {_SHORT: a, _LONGER: b, beyond: c})
+        for index, (a, b, c) in enumerate(zip(short, longer, far, strict=True))
+    ]
+    bounds = _bounded(model, widest, context_limit, count) if None in fitted else ()
+    layers = tuple(layer or bounds[index] for index, layer in enumerate(fitted))
     for index, (layer, found) in enumerate(zip(layers, checked, strict=True)):
         measured, said = held_bytes(vars(found)), 2 * layer.nbytes(check)
         if measured > said or (measured < said and not _compresses(found)):
@@ -98,7 +162,7 @@ def can_be_pooled(model: Any, cache: Sequence[LayerCache]) -> bool:
         return False
     if not all(layer.pooled for layer in cache) or not takes_default_cache(model):
         return True
-    own = DynamicCache(config=model.config.get_text_config(decoder=True))
+    own = empty_cache(model)
     for layer in own.layers:
         layer.update = partial(_as_in_pages, layer.update)
     try:
@@ -144,8 +208,9 @@ def _compresses(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and type(layer).__module__ != DynamicLayer.__module__
 
 
-def _bounded(model: Any, widest: int, context_limit: int | None) -> tuple[LayerCache, ...]:
-    """A bound from above for each layer of the cache: a slope a token, and what is beyond it at the most.
+def _bounded(model: Any, widest: int, context_limit: int | None, count: int) -> tuple[LayerCache, ...]:
+    """A bound from above for each of the first `count` layers of the cache: a slope a token, and what is beyond it at
+    the most.
 
     Layers keep an entry for every group of tokens, and all tokens of the last group: at multiples of a group their
     bytes are on a line, and one token before that they are farthest above.
@@ -156,7 +221,7 @@ def _bounded(model: Any, widest: int, context_limit: int | None) -> tuple[LayerC
         raise _unreadable(model, f"what it compresses shows in {lengths[-1]} tokens, and it takes {context_limit}")
     filled = {tokens: _filled(model, rows=1, tokens=tokens) for tokens in lengths}
     found = []
-    for index in range(len(filled[_SHORT])):
+    for index in range(count):
         nbytes = {tokens: held_bytes(vars(each[index])) for tokens, each in filled.items()}
         per_token = -(-(nbytes[2 * first] - nbytes[first]) // first)
         fixed = max(size - per_token * tokens for tokens, size in nbytes.items())
@@ -239,7 +304,7 @@ def _filled(model: Any, *, rows: int, tokens: int) -> list[Any]:
     prompt = _PROMPT if model.config.is_encoder_decoder else 0
     cache = None
     if takes_default_cache(model) and not prompt:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = empty_cache(model)
     for length in (tokens - 1, 1):
         before, cache = cache, _forward(model, rows, length, prompt=prompt, **{name: cache}).get(name)
         if before is not None and cache is not before:

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.models import attention_by
 from zeroinf.model.anatomy import LayerCache, Mixers
-from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts
+from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts, empty_cache
 from zeroinf.model.mixers import CacheWithStates, hidden_of, mixed_by_cache, modules_of
 
 # Tokens of the probing forward, and those of which logits are asked for; no dimension of a model is as small.
@@ -34,9 +34,9 @@ _MARK = "zeroinf_probed"
 _NOT_DISPATCHED = "its layers do not all hand attention to a function that transformers lets others register"
 
 
-def windows_of(config: Any) -> list[int | None]:
-    """The window of each layer's attention in tokens; None where it sees all of them. `config` is the decoder's."""
-    own = DynamicCache(config=config).layers
+def windows_of(model: Any) -> list[int | None]:
+    """The window of the attention of each layer of `model` in tokens; None where it sees all of them."""
+    own = empty_cache(model).layers
     return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
 
 
@@ -65,7 +65,7 @@ def why_padded(
     attending = [index for index, layer in enumerate(cache) if layer.pooled]
     if "position_ids" not in accepted and attending:
         return "its forward takes no positions"
-    windows = windows_of(model.config.get_text_config(decoder=True))
+    windows = windows_of(model)
     probe = _Probe(windows, attending, context_limit or _FURTHEST)
     try:
         probe.run(model, mixers)
@@ -93,7 +93,7 @@ class _Probe:
         """Raises _Refusal, or whatever the model raises."""
         accepted = inspect.signature(model.forward).parameters
         keeps = "logits_to_keep" in accepted
-        cache = CacheWithStates(config=model.config.get_text_config(decoder=True))
+        cache = empty_cache(model, CacheWithStates)
         cache.mix = _unchanged
         for index in self._attending:
             cache.layers[index] = _ProbedLayer(index)

@@ -190,10 +190,10 @@ def query_heads(config: Any) -> int:
     return max(asked) if isinstance(asked, list | tuple) else asked or 1
 
 
-def attention_of(anatomy: Anatomy, config: Any, rows: float, start: float, count: float) -> tuple[Kernels, ...]:
+def attention_of(anatomy: Anatomy, model: Any, rows: float, start: float, count: float) -> tuple[Kernels, ...]:
     """Attention of `rows` rows, each with `count` new tokens behind `start`, a kernel for each layer."""
-    text, heads = config.get_text_config(decoder=True), query_heads(config)
-    kinds = Counter(each for each in zip(anatomy.cache, windows_of(text), strict=True) if each[0].pooled)
+    heads = query_heads(model.config)
+    kinds = Counter(each for each in zip(anatomy.cache, windows_of(model), strict=True) if each[0].pooled)
     return tuple(
         Kernels(times, (_attention(layer, heads, window, rows, start, count),))
         for (layer, window), times in kinds.items()

@@ -209,7 +209,7 @@ class Simulator:
         whole, kinds, computed = self._whole, (None, shape.kv_dtype), lengths.computed_tokens
         rows = shape.rows - shape.host_rows, shape.host_rows
         sides = [(self._forwards(kv), count) for kv, count in zip(kinds, rows, strict=True) if count]
-        attention = partial(attention_of, self._anatomy, self._config)
+        attention = partial(attention_of, self._anatomy, self._model)
         new = lengths.new_tokens > 1
         return self._workload(
             shape,

@@ -92,19 +92,20 @@ class _Marks:
 
     def origin(self, value: torch.Tensor) -> Origin | None:
         """Where a tensor with the marks `value` is; None where it is not a run of rows of one parameter."""
-        first, end = int(value.min()), int(value.max()) + 1
+        own = value.flatten().tolist()
+        first, end = min(own), max(own) + 1
         at = bisect_right(self._starts, first) - 1
         name = self._names[at]
         parameter, marks = self._parameters[name], self._count(name)
         rows = parameter.shape[-2:][0] if parameter.dim() > 1 else parameter.shape[0]
         number, mark = divmod(first - self._starts[at], marks)
-        is_run = value.numel() == end - first and bool((value.flatten().diff() == 1).all() or not self._in_full)
+        is_run = len(own) == end - first and (not self._in_full or own == [*range(first, end)])
         if not is_run or end > self._starts[at] + self.tensors[name].numel() or (mark and rows % marks):
             return None
         if parameter.dim() == 3 and value.dim() == 3:
             number, mark, end = 0, 0, first + marks  # a stack in the checkpoint too
         at_rows = mark * rows // marks, (mark + end - first) * rows // marks
-        return Origin(name, number, *at_rows, is_whole=value.numel() == self.tensors[name].numel())
+        return Origin(name, number, *at_rows, is_whole=len(own) == self.tensors[name].numel())
 
     def by_rows(self, stored: str, value: torch.Tensor) -> dict[str, StoredPart]:
         """The parameters that are made of rows of the tensor `stored`, whose marks are `value`; none where some are
