@@ -7,9 +7,12 @@ from dataclasses import replace
 from fake_machines import CHAIN, GIB, MIB, lengths_of, machine_of, overhead, speeds, workload_of
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MixtralConfig
 
 from zeroinf.engines.stream.stream_memory import stream_host_terms, stream_terms
+from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
+from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision
@@ -17,6 +20,7 @@ from zeroinf.planner.memory import total
 from zeroinf.planner.search import Planner
 from zeroinf.planner.tiers import tiers
 from zeroinf.planner.walks import walks, with_pieces_on_disk
+from zeroinf.simulation.make_plan import PlanInput, make_plan
 
 
 def hybrid(sizes: list[int]) -> Anatomy:
@@ -81,3 +85,26 @@ def test_a_hybrid_is_planned_with_the_size_of_each_layer() -> None:
     assert total(chosen.terms, "host") <= host_bytes
     where = tiers([size * MIB for size in sizes], chosen.choice.resident_blocks, chosen.choice.nvme_blocks)
     assert {size for size, tier in zip(sizes, where, strict=True) if tier == "nvme"} == {8}
+
+
+def test_experts_come_in_parts_where_the_host_cannot_hold_all_layers() -> None:
+    """Buffers as large as whole layers would take the place of weights, on the host and on the GPU."""
+    config = MixtralConfig(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=4,
+        num_local_experts=16, vocab_size=4096,
+    )  # fmt: skip
+    anatomy = read_anatomy(config, dtype="bfloat16")
+    found = {}
+    for host_bytes in (16 * GIB, 7 * GIB):
+        given = PlanInput(
+            config=config,
+            anatomy=anatomy,
+            machine=machine_of(gpu_bytes=9 * GIB // 4, host_bytes=host_bytes),
+            rates=Rates.of("given", link_gbps=25.0),
+            constraints=Constraints(batch_size=4, host_share=0.0, nvme_space_bytes=64 * GIB, routed_tokens=0),
+            lengths=lengths_of(),
+            device="cuda",
+        )
+        found[host_bytes] = make_plan(given, remedy=False).plan
+    assert found[16 * GIB].expert_parts == 1
+    assert found[7 * GIB].expert_parts > 1

@@ -19,7 +19,7 @@ from zeroinf.planner.descriptor import EngineTerms, descriptor_of, why_padded
 from zeroinf.planner.facts import Facts
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, table_pieces, with_layers
+from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, pieces, table_pieces, with_layers
 from zeroinf.planner.pass_shapes import PassShapes, SearchPoint
 from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import fetches_of, offloads_of
@@ -44,6 +44,9 @@ _FILLING_SHARE, _PARTS_SHARE = 1 / 2, 1 / 3
 # Of smaller layers, experts come in so many parts where only those are brought that a few rows are routed to: each part
 # of a layer that stays on the GPU takes launches.
 _FEW_PARTS = 2
+# Where the host cannot hold all layers, parts whose slots take no more than this part of the GPU: buffers for reads and
+# for loading are as large as slots, and what they leave holds weights.
+_SLIGHT_SHARE = 1 / 16
 
 
 class Planner:
@@ -106,11 +109,20 @@ class Planner:
         layers = with_layers(facts.anatomy, "cpu")
         in_use = {parts: self._bytes_in_use(layers, constraints, parts) for parts in _parts_up_to(most)}
         if in_use[1] <= facts.gpu_bytes * _FILLING_SHARE:
+            slight = next((parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _SLIGHT_SHARE), max(in_use))
+            if slight > 1 and self._is_host_short(constraints):
+                most_streams = sum(pieces(layers, constraints.wire)) > 2 * facts.gpu_bytes
+                return (slight,) if most_streams else (1, slight)
             few = (min(_FEW_PARTS, most),)
             return few if asked else (1, *few) if self._are_few(constraints) else (1,)
         small = [parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _PARTS_SHARE and parts > 1]
         whole = (1,) if in_use[1] < facts.gpu_bytes and not asked else ()
         return (*whole, *(small or [max(in_use)])[:2])
+
+    def _is_host_short(self, constraints: Constraints) -> bool:
+        """Whether the host cannot hold all layers in whole pieces, so that some have to rest elsewhere."""
+        whole = replace(next(self._ways(constraints)), embeddings="gpu", expert_parts=1, resident_blocks=None)
+        return constraints.offload != "nvme" and _Search(self._facts, whole).fewest_residents > 0
 
     def _are_few(self, constraints: Constraints) -> bool:
         """Whether so few rows are live that steps bring only the experts that they are routed to."""
@@ -222,6 +234,11 @@ class _Search:
             self._budgets["disk"] = constraints.nvme_space_bytes
         self._shapes = PassShapes(facts, constraints)
         self._trials = Trials(facts, constraints, self._budgets, self._shapes, exact=exact)
+
+    @property
+    def fewest_residents(self) -> int:
+        """Blocks that must stay on the GPU where none rest on NVMe."""
+        return self._trials.fewest_residents("cpu")
 
     def best(self, speed: float = 0.0) -> Decision | list[Rejection]:
         """The best plan, or why there is none. `speed` can be had elsewhere, in tokens/s."""
