@@ -90,6 +90,8 @@ LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8))
 PRESSED = {"draw": 2, "rows": 3, "pages": 5, "micro_batch_rows": 2, "prefill_tokens": 8}
 # Packed, they share forwards of five tokens, over whose ends prompts go on.
 PACKED = {"draw": 2, "rows": 3, "pages": 5, "prefill_tokens": 8, "forward_tokens": 5}
+# The CPU attends for steps of two forwards in turns, of which one is a layer ahead.
+IN_TURNS = {**PACKED, "rows": 5, "pages": 2, "host_tokens": 90, "cpu_rows": 5, "cpu_forwards": 2}
 
 
 @pytest.mark.parametrize("name", tiered(sorted(SMALL_MODELS), REPRESENTATIVES))
@@ -100,6 +102,11 @@ def test_greedy_tokens_are_those_of_plain_transformers_whoever_comes_and_goes(na
 @pytest.mark.parametrize("name", tiered(PACKED_MODELS, set(REPRESENTATIVES) & set(PACKED_MODELS)))
 def test_so_are_those_of_packed_forwards(name: str, tmp_path: Path) -> None:
     _compare(name, PACKED, tmp_path)
+
+
+@pytest.mark.parametrize("name", tiered([name for name in PACKED_MODELS if "mamba" not in name], ["llama", "gemma2"]))
+def test_so_are_those_of_steps_for_which_the_cpu_attends_in_turns(name: str, tmp_path: Path) -> None:
+    _compare(name, IN_TURNS, tmp_path)
 
 
 def _compare(name: str, given: dict[str, int], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ PACKED = {**MIXED, "forward_tokens": 9}
 ALL_PACKED = {**ALL, "forward_tokens": 5}
 BY_CPU = {**PACKED, "cpu_rows": 5}
 ALL_BY_CPU = {**ALL_PACKED, "cpu_rows": 3}
+IN_TURNS = {**ALL_BY_CPU, "micro_batch_rows": 3, "cpu_forwards": 2}
 ROOM = {
     "rows": (5, 8), "pages": (3, 4), "host_tokens": (80, 160), "micro_batch_rows": (1, 4),
     "prefill_tokens": (5, 30), "forward_tokens": (3, 30),
@@ -66,7 +67,7 @@ FIRST = ("llama", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "mixtral", "exaone
 """Groups of heads, soft caps, windows, sinks, experts, and more."""
 
 
-@pytest.mark.parametrize("limits", [ALL_BY_CPU, BY_CPU], ids=["all", "mixed"])
+@pytest.mark.parametrize("limits", [ALL_BY_CPU, BY_CPU, IN_TURNS], ids=["all", "mixed", "in turns"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FIRST else pytest.mark.full) for name in WITH_KEYS]
 )

@@ -170,6 +170,7 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     assert fast.host is not None
     assert fast.host.seen_columns == 512 + 32, "steps stage nothing on the GPU, a prompt that goes on does"
     assert fast.host.new_columns == fast.forward_tokens, "nor are their new tokens sent from there"
+    assert fast.host.cpu_forwards == 2, "the GPU computes one forward while the CPU attends for the other"
     crossing = [one for one in fast.terms if one.name == "attention on the CPU, page-locked"]
     assert fast.host is not None
     assert crossing[0].nbytes >= fast.host_rows * fast.anatomy.step_row_bytes(fast.host) > 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from greenlet import getcurrent
 from small_models import build_model
 
 from zeroinf.engines.stream.lockstep import LockStep, step_aside
@@ -20,11 +21,11 @@ IDS = [torch.tensor([[5 + i, 6, 7 * i]]) for i in range(3)]
 class Walk:
     """A model whose blocks note who runs them and when they are handed over."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int = 0) -> None:
         self.model = build_model("llama")
         self.seen: list[str] = []
         blocks = list(find_blocks(self.model)[1])
-        self.lock_step = LockStep(blocks, partial(self._note, "enter"), partial(self._note, "leave"))
+        self.lock_step = LockStep(blocks, partial(self._note, "enter"), partial(self._note, "leave"), ahead=ahead)
         for block in blocks:
             block.mlp.register_forward_pre_hook(lambda *ignored: self.seen.append("run"))
 
@@ -75,6 +76,42 @@ def test_a_forward_that_steps_aside_lets_the_others_of_its_block_go_first(walk: 
     one = [["enter", "ask 0", *others, "go on 0", "run", "leave"]] * 3
     assert walk.seen == [
         f"{what} {index}" if what in ("enter", "leave") else what for index, turn in enumerate(one) for what in turn
+    ]
+
+
+def test_of_two_that_step_aside_one_is_a_block_ahead_while_the_other_waits() -> None:
+    walk, names = Walk(ahead=1), dict[Any, str]()
+    plain = [output.logits for output in walk.run(walk.forwards())]
+
+    def attend(*ignored: Any) -> None:
+        name = names.setdefault(getcurrent(), "abc"[len(names) % 3])
+        if name != "c":
+            walk.seen.append(f"{name} asks")
+            step_aside()
+        walk.seen.append(f"{name} goes on")
+
+    for block in find_blocks(walk.model)[1]:
+        block.self_attn.register_forward_pre_hook(attend)
+    walk.seen.clear()
+    outputs = walk.run(walk.forwards())
+    assert all(torch.equal(output.logits, before) for output, before in zip(outputs, plain, strict=True))
+    between = [
+        ["a goes on", "run", f"enter {block}", "a asks", "b goes on", "run", f"leave {block - 1}", "b asks"]
+        for block in (1, 2)
+    ]
+    ends = ["a goes on", "run", "b goes on", "run"]
+    first, *others = (["c goes on", "run"] for _ in range(3))
+    assert walk.seen == [
+        "enter 0",
+        "a asks",
+        "b asks",
+        *first,
+        *between[0],
+        *others[0],
+        *between[1],
+        *others[1],
+        *ends,
+        "leave 2",
     ]
 
 

@@ -98,6 +98,21 @@ def test_the_ring_holds_no_more_slots_than_asked_for() -> None:
     assert [slot.numel() for slot in ring.slots] == [100, 100, 100]
 
 
+def test_two_pieces_may_be_held_while_the_next_one_comes() -> None:
+    ring = Ring(
+        [Piece(1, torch.full((1,), i, dtype=torch.uint8)) for i in range(4)], 3, CPU, ReplicatedTransfer(CPU), None
+    )
+    for turn in range(9):
+        slot = ring.acquire(turn % 4)
+        held = [int(each[0]) for each in ring.slots]
+        assert held[slot] == turn % 4
+        if turn:
+            assert (turn - 1) % 4 in held, "the one before is held, too"
+            ring.release()
+    ring.finish(3)
+    assert int(ring.slots[ring.acquire(0)][0]) == 0
+
+
 def test_a_block_out_of_order_is_an_error_and_never_wrong_weights() -> None:
     ring = Ring([Piece(8, torch.zeros(8, dtype=torch.uint8))] * 3, 2, CPU, ReplicatedTransfer(CPU), None)
     ring.acquire(0)

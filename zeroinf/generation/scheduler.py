@@ -63,6 +63,8 @@ class Limits:
     cpu_rows: int = 0
     """Rows in host memory for whose steps the CPU attends, at the most: steps and prompts have forwards of their own.
     0: the GPU attends."""
+    cpu_forwards: int = 1
+    """Forwards of such steps in a pass, at least, where there are as many rows."""
     runs_ahead: bool = False
     """A pass begins before the tokens of the last one are known, where these hardly end all rows: passes are bound by
     the GPU, which would wait for the host. Passes that are bound by a link lose nothing by waiting."""
@@ -101,6 +103,7 @@ class Limits:
             prefix_pages=plan.prefix_pages,
             staged_tokens=plan.host.seen_columns if plan.host is not None and plan.host.cpu_rows else 0,
             cpu_rows=plan.host.cpu_rows if plan.host is not None else 0,
+            cpu_forwards=plan.host.cpu_forwards if plan.host is not None else 1,
             runs_ahead=plan.device == "cuda" and plan.timing is not None and plan.timing.binds in _ON_THE_GPU,
         )
 
@@ -577,6 +580,8 @@ class Scheduler:
         limits, tokens = self.limits, sum(part.tokens for part in parts)
         may_split = not limits.runs_whole and not parts[0].seat.on_host
         forwards = max(-(-tokens // limits.forward_tokens), -(-len(parts) // limits.micro_batch_rows))
+        if limits.cpu_rows and parts[0].seat.on_host and parts[0].tokens == 1:
+            forwards = max(forwards, min(limits.cpu_forwards, len(parts)))
         size, rest = -(-tokens // forwards), deque(parts)
         most_staged = limits.staged_tokens if parts[0].seat.on_host and parts[0].tokens > 1 else 0
         while rest:

@@ -168,6 +168,8 @@ class HostSize:
     """Rows for whose decode steps the CPU attends, at the most; 0: the GPU attends, to what is copied to it."""
     query_heads: int = 0
     """Heads of the queries that cross the link for that."""
+    cpu_forwards: int = 1
+    """Forwards of these steps in a pass: of two, one is computed by the GPU while the CPU attends for the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -313,6 +313,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
     of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy))
     attended_s = _attended_s(anatomy, choice, workload, speeds)
+    cpu_forwards = workload.host.cpu_forwards if workload.host is not None else 1
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, workload, speeds)
     # Beside forwards: attention, of which each forward launches some however many rows it holds, and recurrent modules.
     of_prompts, of_decode = (_times(kernels, speeds) for kernels in (workload.packed.prompts, workload.packed.decode))
@@ -334,6 +335,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     def cost(prompts: float, decode: float, _: float) -> dict[Resource, float]:
         tokens = prompts * shape.prefill_tokens + decode * shape.rows
         on_host = count_of(prompts, decode, shape.host_rows)
+        on_host += cpu_forwards - 1 if decode and attended_s else 0
         count = on_host + count_of(prompts, decode, shape.rows - shape.host_rows)
         choices = (decode * shape.rows + prompts * workload.prompts_rows) / count
         one, more = of_forwards.of(tokens / count, choice.graph_tokens), of_forwards.choices(max(1.0, choices))
@@ -344,12 +346,13 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
         both["kernel launches"] += count * ((prompts > 0) + (decode > 0)) * attending_s
         both["kernel launches"] += on_host * len(anatomy.cache) * host.host_layer_s
         _add_gathering(both, anatomy, choice, speeds, tokens, count)
-        if decode and attended_s:  # in each layer the CPU waits for one forward, which replays no graph
-            steps = of_forwards.launched(decode * shape.host_rows)
-            both["kernel launches"] += steps["kernel launches"] - one["kernel launches"]
+        if decode and attended_s:  # in each layer the CPU waits for a forward, which replays no graph
+            steps = of_forwards.launched(decode * shape.host_rows / cpu_forwards)
+            both["kernel launches"] += cpu_forwards * (steps["kernel launches"] - one["kernel launches"])
             launches_s = steps["kernel launches"] + len(anatomy.cache) * host.host_attention_layer_s
             alone = max(steps["arithmetic"] + steps["GPU memory"], launches_s)
-            both["host memory"] = decode * attended_s + alone
+            meanwhile = decode * attended_s * (1 - 1 / cpu_forwards)  # it attends for the other forward
+            both["host memory"] = decode * attended_s + max(0.0, alone - meanwhile)
         return both
 
     return cost

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
+from zeroinf.model.anatomy import HostSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection, Shortage
@@ -155,14 +156,26 @@ class Trials:
             other = self._timing(all_experts, workload)
             if other.tokens_per_second > timing.tokens_per_second:
                 choice, timing = all_experts, other
+        timing, host = self._with_turns(choice, workload, timing)
         return Candidate(
             choice=choice,
             pool=workload.pool,
-            host=workload.host,
+            host=host,
             least_terms=least,
             counted=counted,
             timing=timing,
         )
+
+    def _with_turns(self, choice: Choice, workload: Workload, timing: Timing) -> tuple[Timing, HostSize | None]:
+        """The time, and the room in host memory: with two forwards of steps for which the CPU attends in turns, where
+        one may be a layer ahead of the other and that is faster than one forward, which takes `timing`."""
+        host = workload.host
+        expands = choice.wire != "model" or workload.expansion is not None
+        if host is None or host.cpu_rows < 2 or expands or choice.expert_parts > 1:
+            return timing, host
+        two = replace(host, cpu_forwards=2)
+        other = self._timing(choice, replace(workload, host=two))
+        return (other, two) if other.tokens_per_second > timing.tokens_per_second else (timing, host)
 
     def _timing(self, choice: Choice, workload: Workload) -> Timing:
         constraints = self._constraints

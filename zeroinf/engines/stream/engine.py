@@ -150,7 +150,9 @@ class StreamEngine:
     ) -> None:
         """Let forwards take `blocks`, and parts of their experts, in step."""
         starts = [index for index, group in enumerate(groups) if group.entries is None]
-        self._lock_step = LockStep(blocks, self._enter, self._leave, starts, len(groups))
+        # Expanded weights have one place for all blocks, and parts of experts one module.
+        ahead = 0 if self._expanders or plan.expert_parts > 1 or any(map(expansions, blocks)) else 1
+        self._lock_step = LockStep(blocks, self._enter, self._leave, starts, len(groups), ahead)
         self._expansions: dict[int, list[Expansion]] = {}
         self._routing = self._begin_routing(plan, groups, in_memory)
         modules = dict(self._model.named_modules())

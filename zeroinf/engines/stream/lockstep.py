@@ -1,4 +1,5 @@
-"""Runs several forwards in lock-step: every forward runs block i before any forward runs block i + 1.
+"""Runs several forwards in lock-step: every forward runs block i before any forward runs block i + 1, or, where they
+wait inside of blocks for what others compute meanwhile, one block later.
 
 Forward pre-hooks switch between greenlets at block boundaries. The forwards themselves are unmodified.
 """
@@ -18,10 +19,14 @@ _ASIDE = "aside"
 class _Forward(greenlet):  # type: ignore[misc]
     """A forward that runs in step with others."""
 
+    place = 0
+    """How many units of the pass it has begun to wait for, less one: that of the unit it waits for or is in."""
+    is_aside = False
+
 
 def step_aside() -> None:
-    """Let the other forwards go on in the block that this one is in, and be resumed after them. Nothing happens where
-    a forward runs alone. To be called inside of a block."""
+    """Let the other forwards have their turns, and be resumed after them. Nothing happens where a forward runs alone.
+    To be called inside of a block."""
     current = getcurrent()
     if isinstance(current, _Forward):
         current.parent.switch(_ASIDE)
@@ -33,8 +38,9 @@ class LockStep:
     A pass visits so many `units`: each block is one, at the place that `first` gives, and is followed by those inside
     of it, such as parts of its experts, which count as blocks and call `reach` and `done` themselves. `enter` is called
     with a unit before its first use in a pass, `leave` after its last one; that of a block comes after those inside. A
-    forward that runs alone goes its plain way; several are greenlets, which change places before each unit, and where
-    one of them steps aside inside of a block.
+    forward that runs alone goes its plain way; several are greenlets, which take turns in their order. A turn ends
+    before a unit, and where a forward steps aside inside of a block; one that stood aside goes on until it does so
+    again. With `ahead`, a unit may be entered while forwards that stand aside have yet to leave so many before it.
     """
 
     def __init__(
@@ -44,10 +50,15 @@ class LockStep:
         leave: Callable[[int], None],
         first: Sequence[int] | None = None,
         units: int | None = None,
+        ahead: int = 0,
     ) -> None:
         """Without `first` and `units` there is nothing inside of blocks."""
-        self._units, self._enter, self._leave = len(blocks) if units is None else units, enter, leave
+        self._all, self._enter, self._leave = range(len(blocks) if units is None else units), enter, leave
+        self._ahead = ahead
         self._hub: greenlet | None = None
+        self._forwards: list[_Forward] = []
+        self._visited: Sequence[int] = ()
+        """The units of the pass that runs."""
         self._inside: dict[int, int] = {}
         """Forwards that have yet to use a unit that has been entered."""
         for unit, block in zip(range(len(blocks)) if first is None else first, blocks, strict=True):
@@ -67,41 +78,61 @@ class LockStep:
         def body(number: int) -> None:
             results[number] = forwards[number]()
 
-        runners = [_Forward(body, getcurrent()) for _ in forwards]
-        self._hub = getcurrent()
+        self._hub, self._visited = getcurrent(), self._all if units is None else units
+        self._inside.clear()
+        self._forwards = [_Forward(body, self._hub) for _ in forwards]
         try:
-            waiting = [self._start(runner, number) for number, runner in enumerate(runners)]
-            for index in range(self._units) if units is None else units:
-                if any(at != index for at in waiting):
-                    raise RuntimeError(f"a forward left block {index} out, or visited it out of order")
-                self._inside[index] = len(runners)
-                self._enter(index)
-                waiting = self._turn(runners)
-            if not all(runner.dead for runner in runners):
-                raise RuntimeError(f"a forward visits more than {self._units} blocks")
+            for number, one in enumerate(self._forwards):
+                one.gr_context = copy_context()
+                self._check(one, one.switch(number))
+            while not all(one.dead for one in self._forwards):
+                for one in self._forwards:
+                    if not one.dead:
+                        self._take_turn(one)
         finally:
             self._hub = None
-            for runner in runners:
-                if runner:
-                    runner.throw()
+            for one in self._forwards:
+                if one:
+                    one.throw()
+            self._forwards = []
         return results
 
-    @staticmethod
-    def _turn(runners: Sequence[greenlet]) -> list[Any]:
-        """Let each of `runners` go through one block, those that step aside after the others."""
-        found: dict[greenlet, Any] = dict.fromkeys(runners, _ASIDE)
-        while aside := [runner for runner, reached in found.items() if reached is _ASIDE]:
-            for runner in aside:
-                found[runner] = runner.switch()
-        return list(found.values())
+    def _take_turn(self, one: _Forward) -> None:
+        """Let a forward go through a unit, if it may; or on from where it stood aside, and into the next block."""
+        stood_aside = one.is_aside
+        if stood_aside:
+            self._resume(one)
+        if not (one.dead or one.is_aside) and self._lets_in(one):
+            self._resume(one)
 
-    @staticmethod
-    def _start(runner: greenlet, number: int) -> Any:
-        runner.gr_context = copy_context()
-        return runner.switch(number)
+    def _resume(self, one: _Forward) -> None:
+        reached = one.switch()
+        one.is_aside = reached is _ASIDE
+        if not one.is_aside:
+            one.place += 1
+            self._check(one, reached)
+
+    def _check(self, one: _Forward, reached: int | None) -> None:
+        """A forward comes to a unit, or to its end: it must be the next one."""
+        if one.place == len(self._visited):
+            if not one.dead:
+                raise RuntimeError(f"a forward visits more than {len(self._all)} blocks")
+        elif one.dead or reached != self._visited[one.place]:
+            unit = self._visited[one.place]
+            raise RuntimeError(f"a forward left block {unit} out, or visited it out of order")
+
+    def _lets_in(self, one: _Forward) -> bool:
+        """Whether a forward may use the unit that it waits for, which is entered then."""
+        unit = self._visited[one.place]
+        if unit not in self._inside:
+            if any(other.place < one.place - self._ahead for other in self._forwards):
+                return False
+            self._inside[unit] = len(self._forwards)
+            self._enter(unit)
+        return True
 
     def reach(self, unit: int) -> None:
-        """The current forward needs `unit`: it goes on once all have come that far."""
+        """The current forward needs `unit`: it goes on once the others have come far enough."""
         if self._hub is None:
             self._enter(unit)
         else:

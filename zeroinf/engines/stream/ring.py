@@ -30,7 +30,8 @@ class Ring:
     """`slots` pieces of device memory through which `pieces` pass in order, again and again.
 
     `acquire` makes the compute stream wait until the next piece has arrived; `release` says that everything enqueued so
-    far is the last use of it, and lets the carrier start on the piece that will follow in its slot. The order of pieces
+    far is the last use of the one that was acquired first, and lets the carrier start on the piece that will follow in
+    its slot. As many may be held as there are slots, so that a few are on their way meanwhile. The order of pieces
     goes on over the end of a pass: while the last blocks compute, the first ones of the next pass arrive. The host
     waits only where the piece whose turn it is has not been read from the store yet.
 
@@ -61,30 +62,31 @@ class Ring:
         self._arrived = [new_event(device) for _ in range(count)]
         self._released = [new_event(device) for _ in range(count)]
         self._pulled = new_event(device)
-        self._turn = self._carried = 0
-        self.is_held = False
+        self._turn = self._carried = self._held = 0
         for event in self._released:  # the slots' memory may still be in use by what loading has enqueued
             self._compute.record(event)
         self._transfer_ahead()
 
     def acquire(self, piece: int) -> int:
         """The number of the slot that holds `piece`, which must be the next in order."""
-        if piece != self._turn % len(self._pieces):
-            raise RuntimeError(f"block {piece} ran out of order: {self._turn % len(self._pieces)} is in the slot")
-        slot = self._turn % len(self.slots)
+        turn = self._turn + self._held
+        if piece != turn % len(self._pieces):
+            raise RuntimeError(f"block {piece} ran out of order: {turn % len(self._pieces)} is in the slot")
+        slot = turn % len(self.slots)
         self.stalls.wanted()
         waited_s = self._ahead.waited_s if self._ahead is not None else 0.0
-        self._transfer_ahead(needed=True)
+        self._transfer_ahead(needed=turn)
         self._compute.wait(self._arrived[slot])
-        self.is_held = True
+        self._held += 1
         self.stalls.there(self._ahead.waited_s - waited_s if self._ahead is not None else 0.0)
         return slot
 
     def release(self) -> None:
-        """The current piece has been used: its slot may be overwritten once the work enqueued so far is done."""
+        """The piece that was acquired first has been used: its slot may be overwritten once the work enqueued so far is
+        done."""
         self._compute.record(self._released[self._turn % len(self.slots)])
         self.stalls.used()
-        self.is_held = False
+        self._held -= 1
         self._turn += 1
         self._transfer_ahead()
 
@@ -123,21 +125,21 @@ class Ring:
         if self._is_lent:
             self.give_back()
         passes = self._begun if self._yields else passes
-        if self.is_held:
+        while self._held:
             self.release()
         while self._turn < passes * len(self._pieces):
             self.acquire(self._turn % len(self._pieces))
             self.release()
 
-    def _transfer_ahead(self, *, needed: bool = False) -> None:
-        """Carry what has a free slot and can be had without waiting; what is `needed`, the current turn's, with it.
+    def _transfer_ahead(self, *, needed: int = -1) -> None:
+        """Carry what has a free slot and can be had without waiting, and the piece whose turn is `needed`.
 
         Where ranks must carry the same pieces, what they carry does not depend on what their disks have done so far.
         """
         while self._carried < self._turn + len(self.slots):
             turn = self._carried
             piece = self._pieces[turn % len(self._pieces)]
-            if piece.memory is None and not (needed and turn == self._turn) and not self._may_take(turn):
+            if piece.memory is None and turn != needed and not self._may_take(turn):
                 return
             self._transfer_one(turn % len(self.slots), piece)
             self._carried += 1
