@@ -251,7 +251,7 @@ def process(folder: Path, state: Path) -> Iterator[tuple[Forked, openai.OpenAI]]
         running.wait()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [1, pytest.param(15, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 def test_a_server_that_is_killed_loses_nothing_and_doubles_nothing(folder: Path, tmp_path: Path, kills: int) -> None:
     draw, names = random.Random(kills), [str(number) for number in range(20 + 20 * kills)]
     lines = [line_of(name, max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0.7) for name in names]

@@ -132,6 +132,7 @@ def test_litellm(client: httpx.Client, monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.full
 def test_lm_eval_local_completions(folder: Path, client: httpx.Client) -> None:
     """The harness over HTTP, with the server's tokenizer, finds the log-likelihoods of its own `hf`."""
+    pytest.importorskip("tenacity")
     models = pytest.importorskip("lm_eval.models.openai_completions")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
