@@ -47,7 +47,7 @@ def sample(option: EnvironmentOption) -> str:
         return "Block=attention.output,mlp.output"
     if isinstance(kind, JsonObjectType):
         return '{"a": [1]}'
-    if kind is click.STRING:
+    if isinstance(kind, type(click.STRING)):
         return " whole words,\nand lines "
     if isinstance(kind, click.FloatRange):
         return "77.5" if kind.max is None or kind.max > 2 else "0.25"

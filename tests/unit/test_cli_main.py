@@ -277,3 +277,11 @@ def test_what_is_no_finite_number_is_a_usage_error_of_every_option(
     assert any(flag == "--link-gbps" for _, flag, _ in FLOATS)
     with pytest.raises(click.UsageError):
         kind.convert(value, None, None)
+
+
+def test_words_for_the_model_are_utf8_whatever_the_locale() -> None:
+    typed = "Grüße ✓".encode().decode("ascii", "surrogateescape")  # as Python has arguments where the locale is C
+    params = run_command.make_context("run", ["demo", "--prompt", typed, "--prompt", "ü", "--stop", typed]).params
+    assert (params["prompts"], params["stop"]) == (("Grüße ✓", "ü"), ("Grüße ✓",))
+    half = "\ud83d \udce4"
+    assert run_command.make_context("run", ["demo", "--prompt", half]).params["prompts"] == (half,)

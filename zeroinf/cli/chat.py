@@ -11,7 +11,7 @@ import click
 
 from zeroinf.cli.environment import option
 from zeroinf.cli.keys import api_key, api_key_options
-from zeroinf.cli.params import asked_of, flags, given, loading_options, options_of
+from zeroinf.cli.params import TextType, asked_of, flags, given, loading_options, options_of
 from zeroinf.cli.waiting import importing
 from zeroinf.errors import UsageError
 from zeroinf.options.contradictions import prompt_room, refuse_early, refuse_idle
@@ -35,7 +35,7 @@ _NEW_TOKENS, _PROMPT_TOKENS = 512, 4096
 @click.command(short_help="Talk with a model in the terminal.")
 @click.argument("model", required=False)
 @option("--server", help="Ask a server: its address, or the name of one that `zeroinf ps` lists. MODEL is one of its.")
-@option("--system", help="System prompt.")
+@option("--system", type=TextType(), help="System prompt.")
 @api_key_options("chat", "of --server")
 @options_of(ModelOptions, only=("revision", "dtype", "trust_remote_code"))
 @loading_options

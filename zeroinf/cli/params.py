@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING
 from math import isfinite
 from pathlib import Path
@@ -40,6 +42,20 @@ class AliasedChoice(click.Choice):  # type: ignore[type-arg]  # older releases o
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The choice; a usage error for what is none."""
         return super().convert(self.aliases.get(value, value), param, ctx)
+
+
+class TextType(click.types.StringParamType):
+    """Words that a model reads: bytes of the command line that the locale has no characters for are UTF-8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text; as it is where it is none in UTF-8 either."""
+        text = super().convert(value, param, ctx)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            with suppress(UnicodeError):
+                return os.fsencode(text).decode()
+        return text
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]
@@ -234,6 +250,8 @@ def _type_of(one: Definition, written: Any) -> Any:
     known = one.option
     if one.choices:
         return AliasedChoice(one.choices, known.aliases)
+    if known.is_text:
+        return TextType()
     if written is Path:
         return click.Path(path_type=Path, **_PATHS[known.path])
     if written is dict:

@@ -66,6 +66,8 @@ class Option:
     """The minimum itself is not allowed."""
     is_size: bool = False
     """Bytes, written such as 24GiB."""
+    is_text: bool = False
+    """Words that a model reads, in UTF-8 whatever the locale."""
     is_limit: bool = False
     """A size, or a `Share` of what there is, written such as 90%."""
     multiple_of: int = 1

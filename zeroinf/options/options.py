@@ -367,7 +367,10 @@ class InputOptions(Options):
             help="Prompts are user messages, and go through the model's chat template.",
         ),
         system=Option(
-            section="input", flags=("--system",), help="The system message of chats that begin with none, or @FILE."
+            section="input",
+            flags=("--system",),
+            is_text=True,
+            help="The system message of chats that begin with none, or @FILE.",
         ),
         chat_options=Option(
             section="input",
@@ -408,7 +411,7 @@ class JobOptions(InputOptions):
     """The input, and the place of the results."""
 
     prompts: tuple[str, ...] = option(
-        (), flags=("--prompt",), section="everyday options", help="A prompt; may be given many times."
+        (), flags=("--prompt",), is_text=True, section="everyday options", help="A prompt; may be given many times."
     )
     output_file: Path | None = option(
         None,
@@ -477,6 +480,7 @@ class SamplingOptions(Options):
         stop=Option(
             section="sampling",
             flags=("--stop",),
+            is_text=True,
             help="End a row at this text, which is left out; may be given many times.",
         ),
         ignore_eos=Option(section="sampling", flags=("--ignore-eos",), help="Go on past the end-of-sequence token."),
