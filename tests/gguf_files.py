@@ -29,6 +29,8 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
+    "qwen3_5": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
     "qwen3_moe": "qwen3moe",
 }
 """What GGUF calls the architectures of small models."""
@@ -39,8 +41,9 @@ _SCALES = {
     "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 
-_Tensor = tuple[str, torch.Tensor, Any, float]
-"""A tensor's name in the file, the part of a parameter that it holds, in which order of rows, and what is added."""
+_Tensor = tuple[str, torch.Tensor, Any, float | None]
+"""A tensor's name in the file, the part of a parameter that it holds, in which order, and what is added; None where the
+file has minus the exponential."""
 
 
 def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None, parts: int = 1) -> Any:
@@ -58,14 +61,16 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for number, (called, part, order, added) in enumerate(_tensors(architecture, model)):
-            values = (part[order] if order is not None else part).float().numpy() + np.float32(added)
+            values = (part[order] if order is not None else part).float().numpy()
+            values = -np.exp(values) if added is None else values + np.float32(added)
             kind = GGMLQuantizationType[kinds[number % len(kinds)]]
             is_quantized = part.dim() > 1 and "gate_inp" not in called and not called.endswith(".bias")
             fits = is_quantized and values.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
             kind = kind if fits else GGMLQuantizationType.F32
             data = _packed(values, kind, rng)
             writer.add_tensor(called, data, raw_dtype=kind)
-            found = torch.from_numpy(dequantize(data, kind).reshape(values.shape) - np.float32(added))
+            stored = dequantize(data, kind).reshape(values.shape)
+            found = torch.from_numpy(np.log(-stored) if added is None else stored - np.float32(added))
             if order is None:
                 part.copy_(found)
             else:
@@ -120,6 +125,10 @@ def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
             is_turned = architecture == "gpt-oss" and value.dim() == 3
             kind = "bias" if "bias" in suffix else "weight"
             yield called(f"{base}.down_proj", kind), value.transpose(1, 2) if is_turned else value, None, 0
+        elif "linear_attn" in name and not base.endswith("linear_attn.norm"):
+            yield _of_linear_attention(called, name, value, config)
+        elif base.endswith("shared_expert_gate") and architecture == "qwen35moe":
+            yield called(base, suffix), value[0], None, 0
         elif base.endswith("kv_b_proj"):
             heads, keys = config.num_attention_heads, config.qk_nope_head_dim
             both = value.view(heads, keys + config.v_head_dim, -1)
@@ -132,22 +141,38 @@ def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
             order = torch.arange(value.shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
             yield called(base, suffix), value, order, 0
         else:
-            yield (
-                called(base, suffix),
-                value,
-                None,
-                1 if "gemma" in architecture and name.endswith("norm.weight") else 0,
-            )
+            is_plus_one = name.endswith("norm.weight") and ("gemma" in architecture or "qwen35" in architecture)
+            yield called(base, suffix), value, None, 1 if is_plus_one and "linear_attn" not in name else 0
     for name, value in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             yield called(name.removesuffix("_bias"), "bias"), value, None, 0
+
+
+def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: Any) -> _Tensor:
+    """Value heads in tiles: the first of each key head, then the second of each."""
+    keys, of_value = config.linear_num_key_heads, config.linear_value_head_dim
+    base, _, leaf = name.rpartition(".")
+    wide = base.endswith(("in_proj_qkv", "conv1d", "in_proj_z", "out_proj"))
+    heads = torch.arange(config.linear_num_value_heads * (of_value if wide else 1))
+    order = heads.view(keys, -1, of_value if wide else 1).transpose(0, 1).flatten()
+    if leaf == "A_log":
+        return called(name).removesuffix(".weight"), value, order, None
+    if leaf == "dt_bias":
+        return called(f"{base}.dt_proj", "bias"), value, order, 0
+    if base.endswith("out_proj"):
+        return called(base), value, (slice(None), order), 0
+    if base.endswith(("in_proj_qkv", "conv1d")):
+        others = 2 * keys * config.linear_key_head_dim
+        order = torch.cat((torch.arange(others), others + order))
+    return called(base), value.squeeze(1) if base.endswith("conv1d") else value, order, 0
 
 
 def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if architecture != "qwen35moe":
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1 if architecture == "deepseek2" else config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -170,9 +195,11 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "qwen35moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture == "qwen2moe":
+    if architecture in ("qwen35", "qwen35moe"):
+        _write_linear_attention(writer, config)
+    if architecture in ("qwen2moe", "qwen35moe"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -182,6 +209,17 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if architecture == "deepseek2":
         _write_deepseek(writer, config)
     _write_tokenizer(writer)
+
+
+def _write_linear_attention(writer: GGUFWriter, config: Any) -> None:
+    writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+    writer.add_rope_dimension_sections([1, 1, 1, 0])
+    writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
 
 def _write_deepseek(writer: GGUFWriter, config: Any) -> None:

@@ -311,6 +311,7 @@ MORE_RECURRENT_MODELS: dict[str, Callable[[], Any]] = {
     ),
     "olmo_hybrid": _of("OlmoHybridConfig", _LLAMA, _DELTA, linear_num_key_heads=4),
     "qwen3_5": _of("Qwen3_5TextConfig", _LLAMA, _HEAD_DIM, _DELTA),
+    "qwen3_5_moe": _of("Qwen3_5MoeTextConfig", _LLAMA, _EXPERTS, _HEAD_DIM, _DELTA, shared_expert_intermediate_size=32),
 }
 """Models with recurrent layers beside those of `SMALL_MODELS`, for the tests of such layers alone."""
 

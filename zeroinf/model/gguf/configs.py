@@ -211,17 +211,20 @@ def _qwen3(facts: _Facts) -> _Config:
     return config | {"head_dim": width, "rope_parameters": _rope(facts, width)}
 
 
-def _experts(facts: _Facts) -> _Config:
-    """The config entries of Qwen's mixtures of experts, in which all layers have experts."""
+def _routed(facts: _Facts) -> _Config:
+    """The config entries of Qwen's mixtures of experts."""
     width = facts.shape("blk.0.ffn_down_exps.weight")[-1]
     facts.expect("expert_feed_forward_length", width)
     return {
         "num_experts": facts.get("expert_count"),
         "num_experts_per_tok": facts.get("expert_used_count"),
         "moe_intermediate_size": width,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
     }
+
+
+def _experts(facts: _Facts) -> _Config:
+    """The same where a config says which layers have experts: all of them."""
+    return {**_routed(facts), "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _qwen2moe(facts: _Facts) -> _Config:
@@ -236,6 +239,35 @@ def _qwen3moe(facts: _Facts) -> _Config:
     config = _with_rms_norms(facts, "qwen3_moe", "Qwen3MoeForCausalLM") | _experts(facts)
     width = _head_dim(facts, config)
     return config | {"head_dim": width, "norm_topk_prob": True, "rope_parameters": _rope(facts, width)}
+
+
+def _qwen35(facts: _Facts) -> _Config:
+    """Qwen3.5, of which every so many layers have attention and the others linear attention."""
+    config = _with_rms_norms(facts, "qwen3_5_text", "Qwen3_5ForCausalLM")
+    width, heads = _head_dim(facts, config), facts.get("ssm.time_step_rank")
+    sections = facts.get("rope.dimension_sections")[:3]
+    rope = _rope(facts, width, partial=True)
+    return config | {
+        "head_dim": width,
+        "full_attention_interval": facts.get("full_attention_interval", 4),
+        "linear_conv_kernel_dim": facts.get("ssm.conv_kernel"),
+        "linear_key_head_dim": facts.get("ssm.state_size"),
+        "linear_num_key_heads": facts.get("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": facts.get("ssm.inner_size") // heads,
+        "rope_parameters": {**rope, "mrope_section": sections, "mrope_interleaved": True},
+    }
+
+
+def _qwen35moe(facts: _Facts) -> _Config:
+    shared = facts.shape("blk.0.ffn_down_shexp.weight")[-1]
+    facts.expect("expert_shared_feed_forward_length", shared)
+    return _qwen35(facts) | {
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        **_routed(facts),
+        "shared_expert_intermediate_size": shared,
+    }
 
 
 def _gpt_oss(facts: _Facts) -> _Config:
@@ -355,5 +387,7 @@ _BUILDERS: dict[str, Callable[[_Facts], _Config]] = {
     "qwen2": _qwen2,
     "qwen2moe": _qwen2moe,
     "qwen3": _qwen3,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35moe,
     "qwen3moe": _qwen3moe,
 }

@@ -1,14 +1,14 @@
 """Models of GGUF files: linear layers and experts hold the file's quantized blocks, everything else full weights.
 
 Names are those of the package gguf. Where llama.cpp stores weights in another order than transformers, rows are
-reordered when they are read, and columns and experts when they are expanded.
+reordered when they are read, and columns and experts when they are expanded; where columns change places across
+blocks, inputs do instead.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,30 +19,15 @@ from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, codes_of_mxfp4, expand, powers_of_mxfp4
+from zeroinf.model.quantized.gguf_pieces import Change, GgufPiece, Tiles, View, pieces_of
 from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
 from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 
-_View = Callable[[torch.Tensor], torch.Tensor]
-_Change = Callable[[torch.Tensor], torch.Tensor]
-
 # Weights that are expanded as they are read are so a few rows at a time.
 _AT_ONCE = 1 << 24
-# llama.cpp's converters turn the rows of queries and keys of these round, and add one to the norms of those.
-_TURNED = ("llama",)
-_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 # Tensors that a config has taken up, or that are computed.
 _IN_CONFIG = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _PREDICTION = re.compile(r"blk\.(\d+)\.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A tensor of the file, `name`, which fills `view` of a parameter."""
-
-    name: str
-    view: _View
-    change: _Change = as_stored
-    """Of rows as they lie in the file, bytes or numbers."""
 
 
 def hold_gguf(model: Any, found: dict[str, Any]) -> None:
@@ -57,12 +42,12 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
     outside = {id(parameter) for name, parameter in model.named_parameters() if not names.of(name).startswith("blk.")}
     seen: set[int] = set()
     for path, module in list(model.named_modules()):
-        held: dict[str, tuple[torch.Size, torch.dtype, list[_Piece]]] = {}
+        held: dict[str, tuple[torch.Size, torch.dtype, list[GgufPiece]]] = {}
         for own, parameter in list(own_parameters(module).items()):
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            pieces = _pieces(names, f"{path}.{own}", parameter)
+            pieces = names.pieces(f"{path}.{own}", parameter)
             names.use(pieces, f"{path}.{own}", parameter.shape)
             packed = not found.get("in_full") and parameter.dim() > 1 and id(parameter) not in outside
             if packed and _can_hold(module, pieces, names.kinds):
@@ -71,7 +56,7 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
                 _expand_as_read(parameter, pieces, names)
         for own, buffer in own_buffers(module).items():
             if buffer is not None and own not in unsaved_buffers(module):
-                pieces = _pieces(names, f"{path}.{own}", buffer)
+                pieces = names.pieces(f"{path}.{own}", buffer)
                 names.use(pieces, f"{path}.{own}", buffer.shape)
                 _expand_as_read(buffer, pieces, names)
         if _are_coded(held, names.kinds):
@@ -81,12 +66,12 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
     names.refuse_unused()
 
 
-def _can_hold(module: Module, pieces: Sequence[_Piece], kinds: Mapping[str, int]) -> bool:
+def _can_hold(module: Module, pieces: Sequence[GgufPiece], kinds: Mapping[str, int]) -> bool:
     known = type(module) is Linear or type(module).__name__.endswith("Experts")
     return known and all(kinds[piece.name] in QUANTIZED_TYPES for piece in pieces)
 
 
-_Holds = dict[str, tuple[torch.Size, torch.dtype, list[_Piece]]]
+_Holds = dict[str, tuple[torch.Size, torch.dtype, list[GgufPiece]]]
 """Of parameters, by their own names: shape, dtype and what they are made of."""
 
 
@@ -119,8 +104,8 @@ def _hold_codes(module: Module, held: _Holds) -> None:
 
 def _of_expert(
     expert: int,
-    make: _Change,
-    views: Sequence[_View],
+    make: Change,
+    views: Sequence[View],
     size: tuple[int, int],
     is_transposed: bool,
     *stored: torch.Tensor,
@@ -151,12 +136,21 @@ def _hold(
             name = own if len(pieces) == 1 else f"{own}_{number}"
             module.register_parameter(name, blocks)
             plans.append((own, name, kind, piece.view))
+            if piece.tiles is not None:
+                module.forward = partial(_in_tiles, module.forward, piece.tiles)
     shapes = {own: (shape, dtype) for own, (shape, dtype, _) in held.items()}
     Expansion(module, partial(_expand, shapes, plans, bool(getattr(module, "is_transposed", False))))
 
 
+def _in_tiles(run: Callable[[torch.Tensor], torch.Tensor], tiles: Tiles, x: torch.Tensor) -> torch.Tensor:
+    """What `run` makes of `x` (..., inputs), brought into the order of the columns of its weights."""
+    inner, outer, each = tiles
+    heads: torch.Tensor = x.reshape(*x.shape[:-1], inner, outer, each)
+    return run(heads.transpose(-3, -2).reshape(x.shape))
+
+
 def _expand(
-    shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, _View]], is_transposed: bool, held: Held
+    shapes: Mapping[str, Any], plans: Sequence[tuple[str, str, Any, View]], is_transposed: bool, held: Held
 ) -> Held:
     device = held[plans[0][1]].device
     # Of a stack of experts there may be some alone.
@@ -172,10 +166,10 @@ def _expand(
     return whole
 
 
-def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[_Piece], names: _Names) -> None:
+def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[GgufPiece], names: _Names) -> None:
     """Let `parameter` be read in full, with the numbers that it has in transformers."""
     shape, dtype, kinds = parameter.shape, parameter.dtype, [names.kinds[piece.name] for piece in pieces]
-    if len(pieces) == 1 and pieces[0].change is as_stored and parameter.dim() == 2:
+    if len(pieces) == 1 and pieces[0].change is as_stored and pieces[0].tiles is None and parameter.dim() == 2:
         rows = max(1, _AT_ONCE // shape[1])
         parts = tuple(
             StoredPart(
@@ -191,16 +185,15 @@ def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[_Piece], names: _N
 
 
 def _rows(kind: int, dtype: torch.dtype, rows: slice, stored: torch.Tensor) -> torch.Tensor:
-    return _numbers(stored[rows], kind, dtype)
+    return _numbers(stored.view(-1, stored.shape[-1])[rows], kind, dtype)
 
 
 def _whole(
-    shape: torch.Size, dtype: torch.dtype, kinds: Sequence[int], pieces: Sequence[_Piece], *stored: torch.Tensor
+    shape: torch.Size, dtype: torch.dtype, kinds: Sequence[int], pieces: Sequence[GgufPiece], *stored: torch.Tensor
 ) -> torch.Tensor:
     whole = torch.empty(shape, dtype=dtype)
     for kind, piece, tensor in zip(kinds, pieces, stored, strict=True):
-        into = piece.view(whole)
-        into.copy_(piece.change(_numbers(tensor, kind, dtype)).view(into.shape))
+        piece.write(piece.change(_numbers(tensor, kind, dtype)), piece.view(whole))
     return whole
 
 
@@ -234,25 +227,33 @@ class _Names:
     def of(self, name: str) -> str:
         """The file's name for the parameter `name` of the model, if one tensor were all of it."""
         base, _, suffix = name.rpartition(".")
+        if name.endswith(".dt_bias"):
+            base, suffix = f"{base}.dt_proj", "bias"
         if suffix not in ("weight", "bias"):
             base, suffix = name, "weight"
         if base.endswith("e_score_correction_bias"):
             base, suffix = base.removesuffix("_bias"), "bias"
         if base.endswith("_proj_bias"):
             base, suffix = base.removesuffix("_bias"), "bias"
-        known = self._map.get_name(base) or self._map.get_name(base.replace("gate_up_proj", "gate_proj"))
+        known = self._map.get_name(base)
+        if known is None or f"{known}.{suffix}" not in self.kinds:  # files have it whole or in halves
+            known = self._map.get_name(base.replace("gate_up_proj", "gate_proj")) or known
         if known is None:
             raise self._refusal(f"what it calls {name} is not known")
-        return f"{known}.{suffix}"
+        return known if base.endswith(".A_log") else f"{known}.{suffix}"
 
-    def use(self, pieces: Sequence[_Piece], name: str, shape: torch.Size) -> None:
+    def pieces(self, name: str, parameter: torch.Tensor) -> list[GgufPiece]:
+        """The tensors that make the parameter `name`."""
+        return pieces_of(self.of(name), name, parameter, self.architecture, self.config, self.kinds)
+
+    def use(self, pieces: Sequence[GgufPiece], name: str, shape: torch.Size) -> None:
         """`pieces` make the parameter `name` of `shape`."""
         whole = torch.empty(shape, dtype=torch.uint8, device="meta")
         for piece in pieces:
             if piece.name not in self.kinds:
                 raise self._refusal(f"it lacks {piece.name}, the model's {name}")
             found, expected = self._shapes[piece.name], tuple(piece.view(whole).shape)
-            if found != expected:
+            if _without_ones(found) != _without_ones(expected):
                 raise self._refusal(f"it holds {piece.name} as {found}, the model has {expected}")
             self._used.add(piece.name)
 
@@ -272,51 +273,6 @@ class _Names:
         )
 
 
-def _pieces(names: _Names, name: str, parameter: torch.Tensor) -> list[_Piece]:
-    """The tensors that make the parameter `name`."""
-    own, config = names.of(name), names.config
-    if name.endswith(".experts.gate_up_proj"):
-        up, middle = own.replace("ffn_gate_exps", "ffn_up_exps"), parameter.shape[1] // 2
-        if names.architecture == "gpt-oss":
-            return [_Piece(own, partial(_columns, 0)), _Piece(up, partial(_columns, 1))]
-        return [_Piece(own, lambda whole: whole[:, :middle]), _Piece(up, lambda whole: whole[:, middle:])]
-    if name.endswith(".experts.gate_up_proj_bias"):
-        up = own.replace("ffn_gate_exps", "ffn_up_exps")
-        return [_Piece(own, lambda whole: whole[:, 0::2]), _Piece(up, lambda whole: whole[:, 1::2])]
-    if name.endswith(".experts.down_proj") and names.architecture == "gpt-oss":
-        return [_Piece(own, lambda whole: whole.transpose(1, 2))]
-    if name.endswith(".kv_b_proj.weight") and own not in names.kinds:
-        heads, keys, values = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-        return [
-            _Piece(own.replace("attn_kv_b", "attn_k_b"), partial(_keys, heads, keys, values)),
-            _Piece(own.replace("attn_kv_b", "attn_v_b"), partial(_values, heads, keys, values)),
-        ]
-    change: _Change = as_stored
-    if names.architecture in _TURNED and ".attn_q." in own:
-        change = partial(_turn_back, config.num_attention_heads)
-    elif names.architecture in _TURNED and ".attn_k." in own:
-        change = partial(_turn_back, config.num_key_value_heads)
-    elif names.architecture in _NORMS_PLUS_ONE and own.endswith("norm.weight"):
-        change = _less_one
-    return [_Piece(own, as_stored, change)]
-
-
-def _columns(first: int, whole: torch.Tensor) -> torch.Tensor:
-    return whole.transpose(1, 2)[:, first::2]
-
-
-def _keys(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
-    return whole.view(heads, keys + values, -1)[:, :keys].transpose(1, 2)
-
-
-def _values(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
-    return whole.view(heads, keys + values, -1)[:, keys:]
-
-
-def _turn_back(heads: int, rows: torch.Tensor) -> torch.Tensor:
-    """`rows` of each head, of which pairs that turn together lie side by side, with these pairs half a head apart."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _less_one(norms: torch.Tensor) -> torch.Tensor:
-    return norms - 1
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Files have tensors with and without dimensions of one."""
+    return tuple(size for size in shape if size != 1)

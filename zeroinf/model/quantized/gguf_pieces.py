@@ -1,0 +1,127 @@
+"""The tensors of a GGUF file that make a parameter of transformers, and the orders in which llama.cpp has elements.
+
+Facts are those of llama.cpp's converters (`conversion/`), and for Qwen3.5 of transformers' `integrations/gguf` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from zeroinf.model.stored_parts import as_stored
+
+View = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor]
+Tiles = tuple[int, int, int]
+"""Inner heads, outer heads, and elements of each: a file has them as (outer, inner, of each), a parameter as (inner,
+outer, of each)."""
+
+# llama.cpp's converters turn the rows of queries and keys of these round, and add one to the norms of those.
+_TURNED = ("llama",)
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe")
+# Value heads of linear attention lie tiled: the first of each key head, then the second of each.
+_TILED = ("qwen35", "qwen35moe")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPiece:
+    """A tensor of the file, `name`, which fills `view` of a parameter."""
+
+    name: str
+    view: View
+    change: Change = as_stored
+    """Of rows as they lie in the file, bytes or numbers."""
+    tiles: Tiles | None = None
+    """How columns lie, if not as the parameter has them. Held in blocks, they stay so, and inputs are reordered."""
+
+    def write(self, numbers: torch.Tensor, into: torch.Tensor) -> None:
+        """Write `numbers` (rows, columns as in the file) to `into`, the view of the parameter."""
+        if self.tiles is None:
+            into.copy_(numbers.view(into.shape))
+            return
+        inner, outer, each = self.tiles
+        rows = numbers.shape[:-1]
+        into.view(*rows, inner, outer, each).copy_(numbers.view(*rows, outer, inner, each).transpose(-3, -2))
+
+
+def pieces_of(
+    own: str, name: str, parameter: torch.Tensor, architecture: str, config: Any, stored: Collection[str]
+) -> list[GgufPiece]:
+    """The tensors that make the parameter `name`, which the file calls `own` if one tensor is all of it; `stored` are
+    the file's names."""
+    if name.endswith(".experts.gate_up_proj") and "ffn_gate_exps" in own:
+        up, middle = own.replace("ffn_gate_exps", "ffn_up_exps"), parameter.shape[1] // 2
+        if architecture == "gpt-oss":
+            return [GgufPiece(own, partial(_columns, 0)), GgufPiece(up, partial(_columns, 1))]
+        return [GgufPiece(own, lambda whole: whole[:, :middle]), GgufPiece(up, lambda whole: whole[:, middle:])]
+    if name.endswith(".experts.gate_up_proj_bias"):
+        up = own.replace("ffn_gate_exps", "ffn_up_exps")
+        return [GgufPiece(own, lambda whole: whole[:, 0::2]), GgufPiece(up, lambda whole: whole[:, 1::2])]
+    if name.endswith(".experts.down_proj") and architecture == "gpt-oss":
+        return [GgufPiece(own, lambda whole: whole.transpose(1, 2))]
+    if name.endswith(".kv_b_proj.weight") and own not in stored:
+        heads, keys, values = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        return [
+            GgufPiece(own.replace("attn_kv_b", "attn_k_b"), partial(_keys, heads, keys, values)),
+            GgufPiece(own.replace("attn_kv_b", "attn_v_b"), partial(_values, heads, keys, values)),
+        ]
+    if architecture in _TILED and "linear_attn" in name:
+        return [_of_linear_attention(own, config)]
+    change: Change = as_stored
+    if architecture in _TURNED and ".attn_q." in own:
+        change = partial(_turn_back, config.num_attention_heads)
+    elif architecture in _TURNED and ".attn_k." in own:
+        change = partial(_turn_back, config.num_key_value_heads)
+    elif architecture in _NORMS_PLUS_ONE and own.endswith("norm.weight"):
+        change = _less_one
+    return [GgufPiece(own, as_stored, change)]
+
+
+def _of_linear_attention(own: str, config: Any) -> GgufPiece:
+    """What linear attention has for each value head is brought from tiles into groups, one for each key head."""
+    inner, width = config.linear_num_key_heads, config.linear_value_head_dim
+    outer, leaf = config.linear_num_value_heads // inner, own.split(".")[2]
+    if leaf == "ssm_out":
+        return GgufPiece(own, as_stored, tiles=(inner, outer, width))
+    each, first = 1, 0
+    if leaf in ("attn_qkv", "ssm_conv1d"):  # after queries and keys
+        each, first = width, 2 * inner * config.linear_key_head_dim
+    elif leaf == "attn_gate":
+        each = width
+    elif leaf == "ssm_norm":
+        return GgufPiece(own, as_stored)
+    return GgufPiece(own, as_stored, partial(_grouped, (inner, outer, each), first, leaf == "ssm_a"))
+
+
+def _grouped(tiles: Tiles, first: int, is_decay: bool, rows: torch.Tensor) -> torch.Tensor:
+    """`rows` from `first` on in groups. Of the decay of states the file has minus the exponential."""
+    inner, outer, each = tiles
+    if is_decay:
+        rows = (-rows).log()
+    tiled = rows[first:].reshape(outer, inner, each, *rows.shape[1:])
+    return torch.cat((rows[:first], tiled.transpose(0, 1).flatten(0, 2)))
+
+
+def _columns(first: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.transpose(1, 2)[:, first::2]
+
+
+def _keys(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.view(heads, keys + values, -1)[:, :keys].transpose(1, 2)
+
+
+def _values(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.view(heads, keys + values, -1)[:, keys:]
+
+
+def _turn_back(heads: int, rows: torch.Tensor) -> torch.Tensor:
+    """`rows` of each head, of which pairs that turn together lie side by side, with these pairs half a head apart."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _less_one(norms: torch.Tensor) -> torch.Tensor:
+    return norms - 1
