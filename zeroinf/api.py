@@ -208,7 +208,7 @@ def generate(
             if share_prefixes
             else None,
             sampled=any(not request.sampling.is_greedy for request in requests),
-            penalized=any(request.sampling.alters_scores for request in requests),
+            penalized=any(request.sampling.weighs_tokens for request in requests),
             structured=any(request.sampling.answer_format is not None for request in requests),
         )
 

@@ -29,6 +29,7 @@ from zeroinf.jobs.output_files import errors_path, journal_path
 from zeroinf.options.options import RunOptions
 from zeroinf.runs.runner import run_job
 from zeroinf.structured.answer_format import of_choices, of_regex
+from zeroinf.structured.matcher import Vocabulary
 
 SCHEMA = {
     "type": "object",
@@ -107,6 +108,16 @@ def test_a_batch_of_openai_is_answered_in_the_format_that_its_lines_ask_for(mode
 
 def asked(model: str, *flags: str) -> Any:
     return CliRunner().invoke(cli, ["run", "-m", model, "--prompt", "a", "-q", "--offload", "cpu", *flags])
+
+
+def test_only_for_formats_is_the_vocabulary_read_while_a_model_loads(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = list[Vocabulary]()
+    monkeypatch.setattr(Vocabulary, "read_ahead", lambda vocabulary: reading.append(vocabulary))
+    for format_of, count in (({}, 0), ({"choices": ["a", "b"]}, 1)):
+        zeroinf.generate(str(model), ["a"], max_new_tokens=2, dtype="float32", offload="cpu", **format_of)
+        assert len(reading) == count
 
 
 @pytest.mark.full

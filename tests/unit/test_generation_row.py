@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from zeroinf.generation.row import NO_TOKEN, Row, Sampling
+from zeroinf.structured.answer_format import AnswerFormat
 
 EOS = 0
 ENDS = frozenset({EOS})
@@ -188,3 +189,11 @@ def test_an_end_of_sequence_is_not_in_a_text_that_shows_special_tokens() -> None
     for token in (5, EOS):
         ended.accept(token, ENDS)
     assert ended.text == "[5]"
+
+
+def test_a_format_alters_scores_and_weighs_no_tokens() -> None:
+    formatted = Sampling(max_new_tokens=1, answer_format=AnswerFormat("regex", "a"))
+    assert (formatted.alters_scores, formatted.weighs_tokens) == (True, False)
+    for weighing in ({"logit_bias": ((3, 1.0),)}, {"min_tokens": 1}, {"repetition_penalty": 1.1}):
+        asked = Sampling(max_new_tokens=1, **weighing)  # type: ignore[arg-type]
+        assert asked.alters_scores and asked.weighs_tokens

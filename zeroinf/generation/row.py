@@ -96,8 +96,12 @@ class Sampling:
     @property
     def alters_scores(self) -> bool:
         """Whether the model's scores are altered before a token is chosen by them."""
-        own = bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
-        return own or self.answer_format is not None
+        return self.weighs_tokens or self.answer_format is not None
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether something other than a format does it: biases, a least length, or penalties."""
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalizes
 
     @property
     def penalizes(self) -> bool:

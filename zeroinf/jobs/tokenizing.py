@@ -11,7 +11,7 @@ from zeroinf.jobs.fingerprint import ListDigest, request_value
 from zeroinf.jobs.matching import prompt_digest
 from zeroinf.jobs.readers import InputRequests
 from zeroinf.jobs.spool import Spool
-from zeroinf.jobs.work_list import ALTERED, FORMATTED, SAMPLED, WorkList
+from zeroinf.jobs.work_list import FORMATTED, SAMPLED, WEIGHED, WorkList
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.workload import Lengths
@@ -86,7 +86,7 @@ def lengths_of(anatomy: Anatomy, work: WorkList, groups: PrefixGroups | None = N
         Lengths.of(anatomy, rows, work.most_logprobs),
         prefixes=None if groups is None else groups.shared(anatomy, rows),
         sampled=work.any(SAMPLED),
-        penalized=work.any(ALTERED),
+        penalized=work.any(WEIGHED),
         structured=work.any(FORMATTED),
     )
 

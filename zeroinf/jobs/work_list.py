@@ -22,9 +22,9 @@ from zeroinf.service.requests import Extra, Work
 
 _TOKEN_BYTES = array("i").itemsize
 _NONE = -1
-SAMPLED, ALTERED, FORMATTED, KNOWN_END, HAS_EXTRA, IN_BATCH = (1 << bit for bit in range(6))
-"""Facts of a request: it draws tokens; its scores are altered; its answer has a format; an end of a sequence ends it;
-the output says more of it than its result; it is of an OpenAI batch."""
+SAMPLED, WEIGHED, FORMATTED, KNOWN_END, HAS_EXTRA, IN_BATCH = (1 << bit for bit in range(6))
+"""Facts of a request: it draws tokens; biases or penalties alter its scores; its answer has a format; an end of a
+sequence ends it; the output says more of it than its result; it is of an OpenAI batch."""
 _EXTRA = tuple(one.name for one in fields(Extra))
 _CHUNK_BYTES = 64 << 20
 _REQUEST_BYTES = 120
@@ -58,7 +58,7 @@ class _Store:
         self.logprobs.append(_NONE if sampling.logprobs is None else sampling.logprobs)
         self.facts.append(
             SAMPLED * (not sampling.is_greedy)
-            | ALTERED * sampling.alters_scores
+            | WEIGHED * sampling.weighs_tokens
             | FORMATTED * (sampling.answer_format is not None)
             | KNOWN_END * (not sampling.ignore_eos)
             | HAS_EXTRA * (extra is not None)

@@ -42,9 +42,9 @@ class Lengths:
     sampled: bool = False
     """Some rows draw their tokens, which takes copies of the scores."""
     penalized: bool = False
-    """The scores of some rows are altered by their own settings, which takes copies of them."""
+    """Biases or penalties alter the scores of some rows, which takes copies of them."""
     structured: bool = False
-    """The answers of some rows have a format, whose masks take memory where they are applied."""
+    """The answers of some rows have a format: masks take memory where they are applied, to copies of the scores."""
     mean_prompt_tokens: float | None = None
     """None: all are as long as the longest."""
     prompts: tuple[int, ...] = ()
