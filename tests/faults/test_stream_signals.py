@@ -54,5 +54,5 @@ def test_a_run_that_is_stopped_leaves_a_sound_store_and_no_lock(
     assert report["pinned_host_bytes"] == 0, "there is no GPU to lock memory for"
     for rank in report["ranks"]:
         assert rank["slot_bytes"] > 0
-        assert rank["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s"}
+        assert rank["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s", "between_s"}
         assert 0 <= rank["stalls"]["disk_s"] <= report["generate_s"]

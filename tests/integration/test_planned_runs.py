@@ -85,7 +85,7 @@ def test_where_the_host_is_too_small_blocks_rest_on_the_disk_and_tokens_are_the_
     assert read_jsonl(tmp_path / "scarce.jsonl") == read_jsonl(tmp_path / "plenty.jsonl")
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["offload"], report["resident_blocks"]) == ("nvme", 0)
-    assert report["ranks"][0]["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s"}
+    assert report["ranks"][0]["stalls"].keys() == {"link_s", "disk_s", "compute_s", "host_s", "between_s"}
     assert {one["name"] for one in report["compared"]} == {"host memory in all", "load", "step", "speed"}
 
 

@@ -262,7 +262,9 @@ def test_the_json_holds_what_was_planned_what_was_moved_and_where_the_time_went(
     assert (data["resident_blocks"], data["batch_size"], data["offload"], data["fetch"]) == (1, 4, "cpu", "replicated")
     assert data["link_share"] == pytest.approx(80 / 90)
     assert data["tokens_per_second"] == 200.0
-    assert data["ranks"][0]["stalls"] == {"link_s": 1.0, "disk_s": 0.0, "compute_s": 2.0, "host_s": 0.0}
+    assert data["ranks"][0]["stalls"] == {
+        "link_s": 1.0, "disk_s": 0.0, "compute_s": 2.0, "host_s": 0.0, "between_s": 0.0,
+    }  # fmt: skip
     assert data["ranks"][0]["gpu"] == asdict(USE)
     assert data["padding"] == {"prefill": 0.1, "decode": 0.25}
     assert data["kv_pool"] == {"mean": 0.75, "peak": 0.9}

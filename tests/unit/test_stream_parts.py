@@ -64,6 +64,9 @@ class FakeStream:
         self.waited: list[Any] = []
         self.wait_event = self.wait_stream = self.waited.append
 
+    def query(self) -> bool:
+        return False
+
 
 class FakeEvent:
     def record(self, stream: FakeStream) -> None:

@@ -279,7 +279,8 @@ def _stalls(report: RunReport) -> str:
     """The shares of the ranks' time by what they waited for, on average."""
     words = {
         "compute_s": "computing layers",
-        "host_s": "between layers",
+        "host_s": "waiting for the host",
+        "between_s": "between passes",
         "link_s": "waiting for PCIe",
         "disk_s": "waiting for disk",
     }

@@ -16,9 +16,11 @@ class Stalls:
     disk_s: float = 0.0
     """Waits for a block that had not been read yet."""
     compute_s: float = 0.0
-    """Inside blocks, the host's delays in enqueueing their work included."""
+    """Computing layers, streamed and resident ones, with work queued."""
     host_s: float = 0.0
-    """Between blocks: what lies outside them, sampling, and the host's own work."""
+    """In layers at whose end the GPU had no work queued, and from there to the next layer: at the host's pace."""
+    between_s: float = 0.0
+    """Between the layers of one pass and those of the next: the head, sampling, and the host's own work."""
 
     def __sub__(self, earlier: Stalls) -> Stalls:
         return Stalls(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})

@@ -116,6 +116,8 @@ class StreamEngine:
         self._routing: Routing | None = None
         self._compute = ComputeStream(device)
         self._stalls = StallMeter(device, self._compute)
+        self._metered = set[int]()
+        """Blocks that stay on the device, beside others that stream."""
         try:
             streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
@@ -136,6 +138,10 @@ class StreamEngine:
                 self._streamed_bytes[number] = sum(groups[index].nbytes for index in own)
                 self._stream(plan, control, number, own, groups, in_memory)
                 first += len(stack)
+            if self._rings:  # those that stream are metered by their rings
+                self._metered = {
+                    index for index, group in enumerate(groups) if group.entries is None and index not in self._ring_of
+                }
             self._visit([block for stack in stacks for block in stack], groups, plan, in_memory)
         except BaseException:
             self.close()
@@ -313,6 +319,8 @@ class StreamEngine:
 
     def _enter(self, index: int) -> None:
         self._place.step()
+        if index in self._metered:
+            self._stalls.wanted()
         if index in self._before:
             self._before[index]()
         if self._expansion_slot is not None:
@@ -323,6 +331,8 @@ class StreamEngine:
     def _leave(self, index: int) -> None:
         for expansion in self._expansions[index]:
             expansion.close()
+        if index in self._metered:
+            self._stalls.used()
         if index in self._ring_of:
             self._ring_of[index].release()
 
@@ -342,14 +352,18 @@ class StreamEngine:
         units: Sequence[int] | None = None
         if self._routing is not None:
             units = self._routing.begin(sum(inputs["input_ids"].numel() for inputs in micro_batches))
-        with torch.inference_mode():
-            return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches], units)
+        try:
+            with torch.inference_mode():
+                return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches], units)
+        finally:
+            self._stalls.end_pass()
 
     def recover(self) -> bool:
         for expansion in (expansion for own in self._expansions.values() for expansion in own):
             expansion.close()
         for number, ring in self._rings:
             ring.finish(self._walks[number])
+        self._stalls.end_pass()
         return True
 
     def stats(self) -> EngineStats:

@@ -176,6 +176,10 @@ class ComputeStream:
         if self.is_there:
             self._stream.wait_event(event)
 
+    def is_idle(self) -> bool:
+        """Whether all that was enqueued is done, so that the GPU waits for the host; False on the CPU."""
+        return self.is_there and bool(self._stream.query())
+
     def record(self, event: Any) -> None:
         """Let `event` tell when what is enqueued so far is done."""
         if self.is_there:
