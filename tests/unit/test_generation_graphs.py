@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -122,6 +124,27 @@ def test_few_tokens_replay_a_larger_graph_that_is_there(monkeypatch: pytest.Monk
     by_size, _ = run_with_graphs(model, pages=9)
     assert 0 < graphs.count < by_size.count
     assert graphs.replays > by_size.replays
+    assert [row.generated for row in ran] == expected(model, ran)
+
+
+def test_what_layers_are_given_in_a_forward_of_many_tokens_is_gone_behind_it() -> None:
+    model, given, alive = build_model("llama"), list[weakref.ref[torch.Tensor]](), list[bool]()
+
+    class Engine(PlainEngine):
+        def forward(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+            outputs = super().forward(micro_batches)
+            alive.extend(each() is not None for each in given)
+            return outputs
+
+    def note(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if args[0].shape[1] > SIZES[-1]:
+            given.append(weakref.ref(kwargs["position_embeddings"][0]))
+
+    find_blocks(model)[1][0].register_forward_pre_hook(note, with_kwargs=True)
+    graphs, ran = run_with_graphs(model, engine=Engine(model), pages=9, prefill_tokens=40, forward_tokens=40)
+    assert graphs.replays
+    assert alive
+    assert not any(alive)
     assert [row.generated for row in ran] == expected(model, ran)
 
 

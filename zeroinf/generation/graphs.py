@@ -148,12 +148,13 @@ class Graphs:
     def run(self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of a layer, with a graph if there may be one."""
         call = None
+        may_be = layer.may_be_captured and not self._exceeds(args)
         try:
-            call = self._call(layer.index, args, kwargs) if layer.may_be_captured else None
+            call = self._call(layer.index, args, kwargs) if may_be else None
         except NotCaptured as refusal:
             self._refuse(str(refusal), layer.index)
             layer.may_be_captured = False
-        if call is None or call.tokens > self._sizes[-1]:
+        if call is None:
             return layer.forward(*args, **kwargs)
         if layer.scores is None:
             return self._watch(layer, call)
@@ -168,6 +169,12 @@ class Graphs:
         if key in self._rehearsed or key in self._refusing:
             return layer.forward(*args, **kwargs)
         return self._rehearse(key, layer, call, size)
+
+    def _exceeds(self, args: tuple[Any, ...]) -> bool:
+        """Whether a layer's arguments are those of a forward with more tokens than any graph has. Nothing of them is
+        kept then: they take memory until they are forgotten."""
+        hidden = args[0] if args else None
+        return isinstance(hidden, torch.Tensor) and hidden.dim() > 1 and hidden.shape[1] > self._sizes[-1]
 
     def _call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
         """The arguments of layer `index`; None where they are no packed forward's whose keys and values are kept.
