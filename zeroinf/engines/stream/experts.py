@@ -171,8 +171,9 @@ def compute_many(
     count, each = up.matrix.shape[0], index.shape[-1]
     routing = kernels.route(index, count, _MANY)
     rows = kernels.gather(states, routing, each)
-    hidden = _gated(kernels, module, _grouped(kernels, rows, up, routing))
-    del rows
+    hidden = _grouped(kernels, rows, up, routing)
+    del rows  # which take the most memory of all
+    hidden = _gated(kernels, module, hidden)
     out = _normed(module, _grouped(kernels, hidden, down, routing))
     result: torch.Tensor = kernels.combine(out, index, weights, count, routing)
     return result
