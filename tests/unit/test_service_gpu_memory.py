@@ -77,6 +77,18 @@ def test_what_the_plan_needs_is_enough(gpu: FakeGpu) -> None:
     assert guarded.plan_that_fits().batch_size == ROWS
 
 
+def test_a_gpu_s_process_computes_with_few_threads_on_the_cpu_until_its_end(gpu: FakeGpu) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        guarded = guard()
+        assert torch.get_num_threads() == 2
+        guarded.close()
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("taken", [GIB // 4, 3 * GIB])
 def test_a_neighbour_that_takes_memory_before_loading_is_named_with_how_much_is_missing(
     taken: int, gpu: FakeGpu

@@ -119,10 +119,10 @@ class CompiledKernel:
 
 
 class TorchKernel:
-    """torch's own operators, row by row, with its own threads."""
+    """torch's own operators, row by row, with `threads` threads of its own."""
 
-    def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1, "attention-on-the-cpu")
+    def __init__(self, threads: int = 1) -> None:
+        self._worker = ThreadPoolExecutor(1, "attention-on-the-cpu", torch.set_num_threads, (threads,))
         self._steps: list[Future[None]] = []
         self._ends = False
         self.seconds = 0.0
@@ -166,4 +166,4 @@ class TorchKernel:
 def host_kernel(processors: Sequence[int]) -> CompiledKernel | TorchKernel:
     """The compiled kernel on `processors`, or torch's where there is no compiler. Raises EnvironmentProblem where
     compiling fails."""
-    return TorchKernel() if why_no_host_kernel() else CompiledKernel(processors)
+    return TorchKernel(len(processors)) if why_no_host_kernel() else CompiledKernel(processors)
