@@ -59,11 +59,15 @@ def test_no_weight_moves_by_more_than_a_step_and_its_scales_rounding(values: lis
     assert bool((moved <= (1.01 + scales) * step + 1e-35).all())
 
 
-def test_where_the_device_has_no_room_the_cpu_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = codes_module._encode
+def test_where_the_device_has_no_room_turns_are_shorter_and_then_the_cpu_makes_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, turns = codes_module._encode, list[int]()
 
     def full(*arguments: Any) -> None:
-        if arguments[-1].type != "cpu":
+        *_, device, chunk = arguments
+        turns.append(chunk)
+        if device.type != "cpu":
             raise torch.OutOfMemoryError
         made(*arguments)
 
@@ -72,6 +76,7 @@ def test_where_the_device_has_no_room_the_cpu_makes_codes(monkeypatch: pytest.Mo
     codes = torch.empty(kind.nbytes(weights.numel()), dtype=torch.uint8)
     scales = torch.empty(weights.numel() // kind.group, dtype=torch.bfloat16)
     encode(weights, weights.dtype, kind, codes, scales, torch.device("cuda", 0))
+    assert turns == sorted(turns, reverse=True) and len(set(turns)) == 3
     right_codes, right_scales = coded(weights, "int4")
     assert torch.equal(codes, right_codes) and torch.equal(scales, right_scales)
 

@@ -32,7 +32,8 @@ from zeroinf.model.weights import can_be_converted, weight_files
 _THREADS = 8
 _RANDOM_SCALE = 0.02
 _RANDOM_SEED = 0
-_TILE = 1 << 22
+# So many random values are drawn, and repeated to a tile so large that few copies and launches are needed for each.
+_DRAWN, _TILE = 1 << 22, 1 << 23
 # Random codes lie around 120, which is no power of two too large for MXFP4. Two of GGUF's bytes are a scale in float16.
 _MIDDLE_CODES = {"gguf": 32}
 
@@ -154,7 +155,8 @@ class CheckpointWeights:
 
 def _random_tiles(groups: Sequence[TensorGroup], method: str) -> dict[torch.dtype, torch.Tensor]:
     """Random values of each dtype of `groups`, which are repeated over all tensors, of codes of `method`."""
-    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
+    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(_RANDOM_SEED)) * _RANDOM_SCALE
+    tile = drawn.repeat(_TILE // _DRAWN)
     kinds = {place.dtype for group in groups for place in group.layout.locations}
     middle = _MIDDLE_CODES.get(method, 120)
     return {kind: (tile if kind.is_floating_point else middle + 100 * tile).to(kind) for kind in kinds}

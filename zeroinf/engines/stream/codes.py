@@ -9,7 +9,7 @@ threads or ranks share the work, nor on the device that does it.
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch.nn.functional import pad
@@ -18,10 +18,11 @@ from zeroinf.planner.wire import Codes
 
 SCALE_DTYPE = torch.bfloat16
 
-# Elements that are computed at a time. On the CPU what lies between the steps stays in a core's cache; a GPU is
-# launched less often, and what is alive there takes some 24 bytes an element.
+# Elements that are computed at a time. On the CPU what lies between the steps stays in a core's cache.
 _CHUNK = 1 << 17
-_GPU_CHUNK = 1 << 20
+# A GPU takes them in longer turns, since launches and copies of a turn cost as much for few: what is alive there takes
+# some 24 bytes an element, and turns are shorter where there is no room for it.
+_GPU_CHUNKS = (1 << 23, 1 << 20)
 # Threads take turns on a GPU: it holds what lies between the steps of one of them.
 _ON_GPU = threading.Lock()
 
@@ -40,10 +41,11 @@ def encode(
 
     It is computed on `device`, to the same bits on any, or on the CPU where the device has no room for it.
     """
-    try:
-        _encode(weights, dtype, kind, codes, scales, device)
-    except torch.OutOfMemoryError:
-        _encode(weights, dtype, kind, codes, scales, _CPU)
+    for chunk in _GPU_CHUNKS if device.type != "cpu" else ():
+        with suppress(torch.OutOfMemoryError):
+            _encode(weights, dtype, kind, codes, scales, device, chunk)
+            return
+    _encode(weights, dtype, kind, codes, scales, _CPU, _CHUNK)
 
 
 def _encode(
@@ -53,12 +55,11 @@ def _encode(
     codes: torch.Tensor,
     scales: torch.Tensor,
     device: torch.device,
+    chunk: int,
 ) -> None:
-    on_cpu = device.type == "cpu"
-    chunk = _CHUNK if on_cpu else _GPU_CHUNK
     for start in range(0, weights.numel(), chunk):
         part = weights[start : start + chunk].to(device)
-        with nullcontext() if on_cpu else _ON_GPU:
+        with nullcontext() if device.type == "cpu" else _ON_GPU:
             packed, scale = _codes_of(part.to(dtype), kind)
         elements = scale.numel() * kind.group
         _part(scales, start, elements, kind.group).copy_(scale)
