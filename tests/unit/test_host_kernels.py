@@ -86,6 +86,7 @@ def scores_of(heads: int, width: int, *, softcap: float | None = None, sinks: bo
         {"dtype": "float16"},
         {"dtype": "float32", "kv": "int8"},
         {"dtype": "bfloat16", "kv": "int8", "heads": (8, 1), "widths": (64, 64)},
+        {"dtype": "bfloat16", "kv": "int8", "heads": (6, 2), "widths": (96, 40)},
         {"dtype": "float32", "window": 40},
         {"dtype": "float32", "heads": (4, 4), "widths": (24, 8)},
         {"dtype": "bfloat16", "heads": (14, 2), "widths": (192, 128)},
@@ -136,8 +137,16 @@ def test_instructions_of_older_processors_give_the_same(machine: str, dtype: str
         {"heads": (4, 2), "widths": (64, 64)},
         {"heads": (14, 2), "widths": (192, 128), "scores": scores_of(14, 192, softcap=5.0, sinks=True), "window": 130},
         {"heads": (71, 1), "widths": (64, 96)},
+        {
+            "heads": (14, 2),
+            "widths": (192, 128),
+            "scores": scores_of(14, 192, softcap=5.0),
+            "window": 130,
+            "kv": "int8",
+        },
+        {"heads": (8, 4), "widths": (32, 64), "kv": "int8"},
     ],
-    ids=lambda rows: str(rows["heads"]),
+    ids=lambda rows: f"{rows['heads']} {rows.get('kv', '')}".strip(),
 )
 def test_a_matrix_unit_gives_the_same(rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
@@ -147,7 +156,8 @@ def test_a_matrix_unit_gives_the_same(rows: dict[str, Any], monkeypatch: pytest.
     case = Rows("bfloat16", **rows)
     found, exact = case.by(CompiledKernel(2)).float(), case.exact()
     host_library.host_library.cache_clear()
-    assert float((found - exact).abs().max() / exact.abs().max()) < 5e-3
+    limit = 7e-3 if "kv" in rows else 5e-3  # codes are read as bfloat16 here
+    assert float((found - exact).abs().max() / exact.abs().max()) < limit
 
 
 @pytest.mark.parametrize("kind", [lambda: CompiledKernel(2), TorchKernel], ids=["compiled", "torch"])

@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__linux__)
@@ -75,6 +76,14 @@ template <int KIND> inline Floats load(const uint8_t *at) {
     return (Floats)((Words)magnitude | special | ((bits & 0x8000) << 16));
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// 32 numbers in bfloat16, which has all codes of a byte.
+template <int KIND> inline __m512i load_pairs(const uint8_t *at) {
+    if constexpr (KIND == BFLOAT16) return _mm512_loadu_si512(at);
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)load<INT8>(at + 16), (__m512)load<INT8>(at));
+}
+#endif
 
 // The last elements of a head, and zeros behind them.
 template <int KIND> inline Floats load_part(const uint8_t *at, int count) {
@@ -255,8 +264,9 @@ void multiply_keys(const float *query, int padded, const uint8_t *keys, int64_t 
 }
 
 #if defined(__AVX512BF16__)
-// The same with products of pairs. query: (GROUP, width) in bfloat16, of which 32 fill a vector.
-template <int GROUP>
+// The same with products of pairs. query: (GROUP, width) in bfloat16, of which 32 fill a vector. Codes become numbers once
+// for all queries.
+template <int KIND, int GROUP>
 void multiply_pairs(const uint16_t *query, int padded, const uint8_t *keys, int64_t stride, Ahead &ahead, int width,
                     int count, float *scores) {
     constexpr int KEYS = LANES / GROUP;
@@ -267,8 +277,8 @@ void multiply_pairs(const uint16_t *query, int padded, const uint8_t *keys, int6
         for (int c = 0; c < width; c += 32)
 #pragma GCC unroll 16
             for (int k = 0; k < KEYS; ++k) {
-                __m512bh key = (__m512bh)_mm512_loadu_si512(at[k] + c * 2);
-                ahead.fetch<level_of(GROUP)>();
+                __m512bh key = (__m512bh)load_pairs<KIND>(at[k] + c * size_of(KIND));
+                if (c % (64 / size_of(KIND)) == 0) ahead.fetch<level_of(GROUP)>();
 #pragma GCC unroll 16
                 for (int g = 0; g < GROUP; ++g) {
                     __m512bh other = (__m512bh)_mm512_loadu_si512(query + g * padded + c);
@@ -583,7 +593,7 @@ class Attention {
 
     static bool takes_tiles(const Layout &of) {
         auto fits = [](int width) { return width % 32 == 0 && width <= MOST_TILE_WIDTH; };
-        bool shared = of.group > 1 && of.kind == BFLOAT16 && of.query_kind == BFLOAT16;
+        bool shared = of.group > 1 && (of.kind == BFLOAT16 || of.kind == INT8) && of.query_kind == BFLOAT16;
         return shared && fits(of.width) && fits(of.value_width) && may_use_tiles();
     }
 
@@ -647,6 +657,8 @@ class Attention {
         for (int64_t at = begin; at < end; at += block_) {
             int count = (int)std::min<int64_t>(block_, end - at);
             const uint8_t *block = records + at * of_.stride;
+            if (of_.kind == INT8 && at + block_ < end)
+                fetch_scales(block + block_ * of_.stride, std::min<int64_t>(block_, end - at - block_), task.part);
             Ahead ahead = at + block_ < end ? ahead_of(task, at + block_) : next ? ahead_of(*next, begin_of(*next)) : Ahead();
             for (int head = 0; head < heads; ++head) {
                 for (int g = 0; g < group_; g += tile_) {
@@ -663,6 +675,16 @@ class Attention {
             }
         }
         if (tiles_) end_tiles();
+    }
+
+    // Scales lie apart from what is prefetched in the order of its addresses, in a line or two of each record.
+    void fetch_scales(const uint8_t *block, int64_t count, int part) const {
+        const int64_t first = first_head(part) * 4, last = first + head_count(part) * 4 - 4;
+        for (int64_t t = 0; t < count; ++t, block += of_.stride)
+            for (int64_t at : {of_.key_scales_at, of_.value_scales_at}) {
+                __builtin_prefetch(block + at + first);
+                __builtin_prefetch(block + at + last);
+            }
     }
 
     // The block of a task that begins with its token `at`.
@@ -700,14 +722,29 @@ class Attention {
 
     void one_by_tiles(const uint8_t *block, Ahead &ahead, int head, int count, const uint32_t *paired, float *highest,
                       float *totals, float *sums) const {
-        HeadBlock of{block + of_.keys_at + (int64_t)head * of_.width * 2,
-                     block + of_.values_at + (int64_t)head * of_.value_width * 2, of_.stride, count, of_.width,
+        const int size = size_of(of_.kind);
+        HeadBlock of{block + of_.keys_at + (int64_t)head * of_.width * size,
+                     block + of_.values_at + (int64_t)head * of_.value_width * size, of_.stride, count, of_.width,
                      of_.value_width};
         auto scored = [this](Floats x) { return of_.softcap != 0 ? capped(x * of_.scale) : x * of_.scale; };
-        if (tile_ == 2) attend_tiles<2>(of, paired, ahead, scored, highest, totals, sums);
-        else if (tile_ == 4) attend_tiles<4>(of, paired, ahead, scored, highest, totals, sums);
-        else if (tile_ == 8) attend_tiles<8>(of, paired, ahead, scored, highest, totals, sums);
-        else attend_tiles<16>(of, paired, ahead, scored, highest, totals, sums);
+        auto attend = [&](auto kind) {
+            constexpr int KIND = decltype(kind)::value;
+            if (tile_ == 2) attend_tiles<KIND, 2>(of, paired, ahead, scored, highest, totals, sums);
+            else if (tile_ == 4) attend_tiles<KIND, 4>(of, paired, ahead, scored, highest, totals, sums);
+            else if (tile_ == 8) attend_tiles<KIND, 8>(of, paired, ahead, scored, highest, totals, sums);
+            else attend_tiles<KIND, 16>(of, paired, ahead, scored, highest, totals, sums);
+        };
+        if (of_.kind == BFLOAT16) return attend(std::integral_constant<int, BFLOAT16>{});
+        scales(block, head, count, of.key_scales, of.value_scales);
+        attend(std::integral_constant<int, INT8>{});
+    }
+
+    // Scales of a block's codes, (BLOCK,) each.
+    void scales(const uint8_t *block, int head, int count, float *of_keys, float *of_values) const {
+        for (int t = 0; t < count; ++t, block += of_.stride) {
+            of_keys[t] = read<float>(block + of_.key_scales_at + head * 4);
+            of_values[t] = read<float>(block + of_.value_scales_at + head * 4);
+        }
     }
 
     void one(const uint8_t *block, Ahead &ahead, int head, int count, const float *floats, const uint16_t *pairs,
@@ -715,11 +752,7 @@ class Attention {
         alignas(64) float scores[8 * BLOCK], key_scales[BLOCK], value_scales[BLOCK], fading[LANES];
         const uint8_t *keys = block + of_.keys_at + (int64_t)head * of_.width * size_of(of_.kind);
         const uint8_t *values = block + of_.values_at + (int64_t)head * of_.value_width * size_of(of_.kind);
-        if (of_.kind == INT8)
-            for (int t = 0; t < count; ++t) {
-                key_scales[t] = read<float>(block + t * of_.stride + of_.key_scales_at + head * 4);
-                value_scales[t] = read<float>(block + t * of_.stride + of_.value_scales_at + head * 4);
-            }
+        if (of_.kind == INT8) scales(block, head, count, key_scales, value_scales);
         multiply(keys, ahead, count, floats, pairs, scores);
         if (tile_ == 1) weigh<1>(scores, count, key_scales, value_scales, highest, totals, fading);
         else if (tile_ == 2) weigh<2>(scores, count, key_scales, value_scales, highest, totals, fading);
@@ -774,9 +807,9 @@ class Attention {
     template <int KIND, int GROUP>
     void multiply_as(const uint8_t *keys, Ahead &ahead, int count, const float *floats, const uint16_t *pairs, float *scores) const {
 #if defined(__AVX512BF16__)
-        if constexpr (KIND == BFLOAT16)
+        if constexpr (KIND == BFLOAT16 || (KIND == INT8 && GROUP > FEW_QUERIES))
             if (of_.query_kind == BFLOAT16 && of_.width % 32 == 0)
-                return multiply_pairs<GROUP>(pairs, padded_, keys, of_.stride, ahead, of_.width, count, scores);
+                return multiply_pairs<KIND, GROUP>(pairs, padded_, keys, of_.stride, ahead, of_.width, count, scores);
 #endif
         multiply_keys<KIND, GROUP>(floats, padded_, keys, of_.stride, ahead, of_.width, count, scores);
     }

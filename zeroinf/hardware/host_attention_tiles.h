@@ -1,9 +1,9 @@
-// Attention of queries that share keys, in bfloat16, by the matrix unit of Intel's processors (AMX). Part of
-// host_attention.cpp, whose vectors it uses.
+// Attention of queries that share keys, in bfloat16 or codes of a byte, by the matrix unit of Intel's processors (AMX). Part
+// of host_attention.cpp, whose vectors it uses.
 //
-// A block of 32 tokens is scored by products of tiles, keys as they lie in memory times queries; weights and values are
-// brought into the order that the second product takes. Sums are in float32, weights are rounded to bfloat16 as GPUs'
-// kernels do.
+// A block of 32 tokens is scored by products of tiles, keys as they lie in memory, or codes as numbers in bfloat16,
+// times queries; weights and values are brought into the order that the second product takes. Sums are in float32,
+// weights are rounded to bfloat16 as GPUs' kernels do.
 
 constexpr int MOST_TILE_WIDTH = 256;
 
@@ -12,6 +12,7 @@ struct HeadBlock {
     const uint8_t *keys, *values;
     int64_t stride;  // between tokens
     int count, width, value_width;
+    alignas(64) float key_scales[32] = {}, value_scales[32] = {};  // of codes
 };
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -87,14 +88,17 @@ template <int GROUP> inline Floats each_query(const float *of) {
 }
 
 // Scores (32, GROUP) of a block.
-template <int GROUP>
+template <int KIND, int GROUP>
 inline void score_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &ahead, float *scores) {
     alignas(64) uint8_t padded[32 * MOST_TILE_WIDTH * 2];
     const uint8_t *keys = block.keys;
     int64_t stride = block.stride;
-    if (block.count < 32) {  // nothing behind the last record may be read
+    if (KIND == INT8 || block.count < 32) {  // nothing behind the last record may be read
         stride = block.width * 2;
-        for (int t = 0; t < block.count; ++t) std::memcpy(padded + t * stride, keys + t * block.stride, stride);
+        for (int t = 0; t < block.count; ++t)
+            for (int c = 0; c < block.width; c += 32)
+                _mm512_store_si512(padded + t * stride + c * 2,
+                                   load_pairs<KIND>(keys + t * block.stride + c * size_of(KIND)));
         std::memset(padded + block.count * stride, 0, (32 - block.count) * stride);
         keys = padded;
     }
@@ -105,10 +109,10 @@ inline void score_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &a
         _tile_loadd(4, paired + c * 16 * GROUP, GROUP * 4);
         _tile_loadd(2, keys + c * 64, stride);
         _tile_dpbf16ps(0, 2, 4);
-        ahead.fetch<2>(16);
+        ahead.fetch<2>(8 * size_of(KIND));
         _tile_loadd(3, keys + 16 * stride + c * 64, stride);
         _tile_dpbf16ps(1, 3, 4);
-        ahead.fetch<2>(16);
+        ahead.fetch<2>(8 * size_of(KIND));
     }
     _tile_stored(0, scores, GROUP * 4);
     _tile_stored(1, scores + 16 * GROUP, GROUP * 4);
@@ -117,7 +121,7 @@ inline void score_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &a
 
 // Values of pairs of tokens side by side, for each 16 of them: (value_width / 16, 16, 16, 2), in the order of tokens
 // that weights have, and of values that `place_of_pairs` says.
-template <int GROUP> inline void pair_values(const HeadBlock &block, Ahead &ahead, uint8_t *paired) {
+template <int KIND, int GROUP> inline void pair_values(const HeadBlock &block, Ahead &ahead, uint8_t *paired) {
     alignas(64) static const uint8_t nothing[MOST_TILE_WIDTH * 2] = {};
     auto values_of = [&](int place) {
         int token = place / 16 * 16 + place % GROUP * (16 / GROUP) + place % 16 / GROUP;
@@ -127,31 +131,36 @@ template <int GROUP> inline void pair_values(const HeadBlock &block, Ahead &ahea
         const uint8_t *one = values_of(2 * pair), *other = values_of(2 * pair + 1);
         uint8_t *into = paired + pair * 64;
         for (int c = 0; c < block.value_width / 32; ++c, into += 2048) {
-            __m512i a = _mm512_loadu_si512(one + c * 64), b = _mm512_loadu_si512(other + c * 64);
+            __m512i a = load_pairs<KIND>(one + c * 32 * size_of(KIND)), b = load_pairs<KIND>(other + c * 32 * size_of(KIND));
             _mm512_store_si512(into, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(into + 1024, _mm512_unpackhi_epi16(a, b));
         }
-        ahead.fetch<2>(block.value_width / 16);
+        ahead.fetch<2>(block.value_width * size_of(KIND) / 32);
     }
 }
 
 // Attends to a block for GROUP queries. paired: their pairs; highest, totals: (GROUP,); sums: (GROUP, value_width). `of`
 // turns products of LANES lanes into scores.
-template <int GROUP, typename Scored>
+template <int KIND, int GROUP, typename Scored>
 void attend_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &ahead, Scored of, float *highest, float *totals,
                   float *sums) {
     constexpr int VECTORS = 2 * GROUP, TOKENS = LANES / GROUP;  // of 16 lanes, and of one of them
     alignas(64) float scores[32 * GROUP];
     alignas(64) uint8_t values[32 * MOST_TILE_WIDTH * 2];
     alignas(64) float added[GROUP * MOST_TILE_WIDTH], fading[LANES];
-    score_tiles<GROUP>(block, paired, ahead, scores);
-    pair_values<GROUP>(block, ahead, values);
+    score_tiles<KIND, GROUP>(block, paired, ahead, scores);
+    pair_values<KIND, GROUP>(block, ahead, values);
     Floats x[VECTORS], most = Floats{} - INFINITY, total{};
     Ints token;
     for (int lane = 0; lane < LANES; ++lane) token[lane] = lane / GROUP;
+    auto scales_of = [&](const float *of_tokens, int i) {
+        return shuffled(read<Floats>(of_tokens), read<Floats>(of_tokens + LANES), token + i * TOKENS);
+    };
 #pragma GCC unroll 32
     for (int i = 0; i < VECTORS; ++i) {
-        x[i] = of(read<Floats>(scores + i * LANES));
+        x[i] = read<Floats>(scores + i * LANES);
+        if (KIND == INT8) x[i] *= scales_of(block.key_scales, i);
+        x[i] = of(x[i]);
         if (block.count < 32) x[i] = token + i * TOKENS < block.count ? x[i] : Floats{} - INFINITY;
         most = larger(x[i], most);
     }
@@ -162,6 +171,7 @@ void attend_tiles(const HeadBlock &block, const uint32_t *paired, Ahead &ahead, 
         x[i] = exponential(x[i] - now);
         if (block.count < 32) x[i] = token + i * TOKENS < block.count ? x[i] : Floats{};
         total += x[i];
+        if (KIND == INT8) x[i] *= scales_of(block.value_scales, i);
     }
     total = each_query<GROUP>(totals) * faded + over_tokens<Sum, GROUP>(total);
     std::memcpy(highest, &now, GROUP * 4);
@@ -197,6 +207,6 @@ inline bool may_use_tiles() { return false; }
 inline void begin_tiles(int) {}
 inline void end_tiles() {}
 template <int GROUP> inline void pair_queries(const uint16_t *, int, int, uint32_t *) {}
-template <int GROUP, typename Scored>
+template <int KIND, int GROUP, typename Scored>
 void attend_tiles(const HeadBlock &, const uint32_t *, Ahead &, Scored, float *, float *, float *) {}
 #endif
