@@ -36,6 +36,7 @@ GPU_TERMS = {
     "KV cache": "KV cache",
     "activations, logits, states": "live weights, activations, workspaces",
     "matrix product workspaces": "live weights, activations, workspaces",
+    "CUDA graphs of layers": "live weights, activations, workspaces",
     "pages of small tensors": "reserved",
     "allocator's pages and gaps": "reserved",
     "CUDA context": "CUDA context, collectives",

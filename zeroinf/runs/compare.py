@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroinf.planner.memory import COMPUTED, ENCODED, GAPS, KV_STAGING, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN, taken
+from zeroinf.planner.memory import (
+    COMPUTED,
+    ENCODED,
+    GAPS,
+    GRAPHS,
+    KV_STAGING,
+    OUTSIDE_TORCH,
+    SMALL_PAGES,
+    UNFORESEEN,
+    taken,
+)
 from zeroinf.planner.plan import Plan
 from zeroinf.service.gpu_memory import GpuUse
 
@@ -37,7 +47,7 @@ def compare_gpu(plan: Plan, uses: Sequence[GpuUse]) -> Iterator[Compared]:
         return sum(term.nbytes for term in plan.terms if term.place == "gpu" and term.name in names)
 
     outside, slots, cache = planned(*OUTSIDE_TORCH), planned("slots", "expanded slot"), planned("KV cache", KV_STAGING)
-    computing = planned(COMPUTED, ENCODED, "matrix product workspaces", "live weights")
+    computing = planned(COMPUTED, ENCODED, GRAPHS, "matrix product workspaces", "live weights")
     gaps, unforeseen = planned(GAPS, SMALL_PAGES, "gaps between live weights"), planned(UNFORESEEN)
     whole = sum(term.nbytes for term in plan.terms if term.place == "gpu")
     allocated = whole - outside - gaps - unforeseen
