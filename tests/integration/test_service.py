@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,20 @@ def test_passes_that_run_out_of_memory_go_on_in_halves(folder: Path, model: Any)
         assert all(is_greedy(model, p, row.result(60).tokens) for p, row in zip(prompts, rows, strict=True))
         assert all(future.result(60).logprobs for future in scored)
     assert any("out of GPU memory, although the plan fits" in note for note in notes.notes)
+
+
+def test_what_is_scored_after_a_lack_of_memory_is_scored_in_smaller_forwards(folder: Path, model: Any) -> None:
+    most, notes = 15, Notes()
+    with serving(folder, notes=notes) as service:
+        seen = break_down(service, lambda shape: prod(shape) > most)
+        for seed in (6, 7):
+            sequences = [(tokens[:6], 1) for tokens in some_prompts(9, seed=seed) if len(tokens) > 1]
+            failed = len([shape for shape in seen if prod(shape) > most])
+            for (tokens, start), future in zip(sequences, service.score(sequences), strict=True):
+                assert future.result(60).logprobs == pytest.approx(likelihoods(model, tokens, start).tolist(), abs=1e-4)
+    assert failed  # and not again
+    assert len([shape for shape in seen if prod(shape) > most]) == failed == len(notes.notes)
+    assert re.search(r"48 tokens, \d+ where they are scored", notes.notes[-1])
 
 
 def test_a_loop_that_fails_tells_everybody_who_waits_and_who_comes_later(folder: Path) -> None:

@@ -225,13 +225,16 @@ class _Passes:
         )
 
     def halve(self, groups: Sequence[Group], scored: Sequence[ScoreBatch]) -> None:
-        """Go on with smaller forwards after a pass that broke; what was to be scored comes later, in halves."""
+        """Go on with smaller forwards after a pass that broke; what was to be scored, which is taken for the reason,
+        comes later, in halves."""
         self.accept()
         self._scores_again += [half for batch in scored for half in batch.halves()]
         self._scheduler.compute_anew(groups)
-        if groups and not scored:
+        if scored:
+            self._scheduler.halve_scores(max(batch.columns for batch in scored))
+        else:
             self._batch_state.close(self._scheduler.halve(groups))
-            self._feed.shrank(self._scheduler.limits)
+        self._feed.shrank(self._scheduler.limits)
 
     def likely_goes_on(self, groups: Sequence[Group]) -> bool:
         """Whether there is likely a pass after that of `groups`; two rows that may end early hardly do so together."""

@@ -56,6 +56,8 @@ class Limits:
     """A pass changes states of its rows, so it cannot be made again: they are computed anew."""
     scores_alone: bool = False
     """Sequences that are scored have passes of their own: all forwards of a pass attend in one way."""
+    score_tokens: int = 0
+    """Tokens of a forward of sequences that are scored, at the most; 0: as many as a pass computes of prompts."""
     prefix_pages: int = 0
     """Pages that may hold what prompts begin with in common; 0: rows share none."""
     staged_tokens: int = 0
@@ -540,6 +542,10 @@ class Scheduler:
             self._leave_place(seat)
         self._vacate(self.seats)
         return given_up
+
+    def halve_scores(self, columns: int) -> None:
+        """A forward ran out of memory that scored sequences in so many columns: later ones have half of them."""
+        self.limits = replace(self.limits, score_tokens=-(-columns // 2))
 
     def compute_anew(self, groups: Sequence[Group]) -> None:
         """A pass of `groups` broke: rows whose states it may have changed begin again, with all their tokens."""

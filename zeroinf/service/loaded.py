@@ -217,7 +217,7 @@ class LoadedModel:
             self._scorer,
             sequences,
             rows=limits.micro_batch_rows,
-            columns=limits.prefill_tokens,
+            columns=limits.score_tokens or limits.prefill_tokens,
             kept=self.plan.scored_tokens,
             breaks_at=limits.breaks_at,
         )
@@ -246,6 +246,7 @@ class LoadedModel:
         terms = ", ".join(f"{t.name} {t.nbytes / 2**30:.2f} GiB" for t in self.plan.terms if t.place == "gpu")
         rows, tokens = limits.micro_batch_rows, limits.forward_tokens or limits.prefill_tokens
         most = f"{rows} sequence{'s' * (rows > 1)}" + f" and {tokens:,} tokens" * (not limits.together)
+        most += f", {limits.score_tokens:,} where they are scored" * bool(limits.score_tokens)
         self._observer.note(
             f"out of GPU memory, although the plan fits: the pass is repeated with forwards of at most {most}. Please "
             f"report this with the planned terms: {terms}"
