@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    ExpertGatingFuncType,
+    GGMLQuantizationType,
+    GGUFWriter,
+    TokenType,
+    get_tensor_name_map,
+)
 from gguf.quants import dequantize, quantize
 from small_models import BOS, EOS, INIT_STD, PAD, VOCABULARY, build_model, build_tokenizer
 
@@ -21,9 +29,11 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "llama": "llama",
     "llama_tied": "llama",
+    "minimax_m2": "minimax-m2",
     "mixtral": "llama",
     "phi3": "phi3",
     "qwen2": "qwen2",
@@ -201,13 +211,18 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
         _write_linear_attention(writer, config)
     if architecture in ("qwen2moe", "qwen35moe"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if architecture == "gpt-oss":
+    if architecture in ("gpt-oss", "minimax-m2"):
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture in ("glm4moe", "minimax-m2"):
+        writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 1)))
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     if architecture == "deepseek2":
         _write_deepseek(writer, config)
+    if architecture in ("deepseek2", "glm4moe"):
+        _write_routed_in_groups(writer, config)
     _write_tokenizer(writer)
 
 
@@ -223,7 +238,6 @@ def _write_linear_attention(writer: GGUFWriter, config: Any) -> None:
 
 
 def _write_deepseek(writer: GGUFWriter, config: Any) -> None:
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_vocab_size(config.vocab_size)
     writer.add_q_lora_rank(config.q_lora_rank)
     writer.add_kv_lora_rank(config.kv_lora_rank)
@@ -231,15 +245,19 @@ def _write_deepseek(writer: GGUFWriter, config: Any) -> None:
     writer.add_value_length(config.kv_lora_rank)
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    if config.model_type == "deepseek_v3":
+        writer.add_uint32("deepseek2.expert_gating_func", 2)  # sigmoid
+
+
+def _write_routed_in_groups(writer: GGUFWriter, config: Any) -> None:
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_shared_count(config.n_shared_experts)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_group_count(config.n_group or 1)
     writer.add_expert_group_used_count(config.topk_group or 1)
-    writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    if config.model_type == "deepseek_v3":
-        writer.add_uint32("deepseek2.expert_gating_func", 2)  # sigmoid
 
 
 def _write_tokenizer(writer: GGUFWriter) -> None:

@@ -311,9 +311,15 @@ MORE_RECURRENT_MODELS: dict[str, Callable[[], Any]] = {
     ),
     "olmo_hybrid": _of("OlmoHybridConfig", _LLAMA, _DELTA, linear_num_key_heads=4),
     "qwen3_5": _of("Qwen3_5TextConfig", _LLAMA, _HEAD_DIM, _DELTA),
-    "qwen3_5_moe": _of("Qwen3_5MoeTextConfig", _LLAMA, _EXPERTS, _HEAD_DIM, _DELTA, shared_expert_intermediate_size=32),
 }
 """Models with recurrent layers beside those of `SMALL_MODELS`, for the tests of such layers alone."""
+
+MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
+    "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _DEEPSEEK, _HEAD_DIM, num_key_value_heads=2, use_qk_norm=True),
+    "minimax_m2": _of("MiniMaxM2Config", _LLAMA, _HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
+    "qwen3_5_moe": _of("Qwen3_5MoeTextConfig", _LLAMA, _EXPERTS, _HEAD_DIM, _DELTA, shared_expert_intermediate_size=32),
+}
+"""Models for the tests of GGUF files alone."""
 
 RECURRENT_MODELS = sorted(
     ("bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", *MORE_RECURRENT_MODELS)
@@ -342,7 +348,7 @@ PACKED_MODELS = sorted(SMALL_MODELS.keys() - set().union(*PADDED_MODELS.values()
 
 def small_config(name: str) -> Any:
     """The config of the small model `name`."""
-    return (SMALL_MODELS | SEQ2SEQ_MODELS | MORE_RECURRENT_MODELS)[name]()
+    return (SMALL_MODELS | SEQ2SEQ_MODELS | MORE_RECURRENT_MODELS | MODELS_OF_FILES)[name]()
 
 
 def auto_class(name: str) -> Any:

@@ -196,6 +196,23 @@ def test_a_tokenizer_parses_the_file_once_and_prints_nothing_where_results_go(tm
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["ab", "c"]
 
 
+@pytest.mark.parametrize(("name", "words"), [("glm4", ["123", "45"]), ("smollm", list("12345")), ("deepseek-v9", None)])
+def test_text_is_split_as_the_file_names_it_or_refused(
+    name: str, words: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = gguf_files.GGUFWriter.add_tokenizer_pre
+    monkeypatch.setattr(gguf_files.GGUFWriter, "add_tokenizer_pre", lambda self, _: write(self, name))
+    monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
+    write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"])
+    if words is None:
+        with pytest.raises(ModelError, match="splits text into words as 'deepseek-v9'"):
+            resolve_model(str(tmp_path / "small.gguf"))
+        return
+    tokenizer: Any = load_tokenizer(resolve_model(str(tmp_path / "small.gguf")))
+    found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("12345")
+    assert [word for word, _ in found] == words
+
+
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`small()`: a file of a small Llama, `without` one of its tensors, with one of them `cut` by a row, of another

@@ -334,6 +334,48 @@ def _phi3(facts: _Facts) -> _Config:
     return config | {"sliding_window": facts.get("attention.sliding_window", None), "rope_parameters": rope}
 
 
+def _routed_in_groups(facts: _Facts) -> _Config:
+    """The config entries of mixtures of experts as DeepSeek has them, but for their groups."""
+    return {
+        "n_routed_experts": facts.get("expert_count"),
+        "num_experts_per_tok": facts.get("expert_used_count"),
+        "n_shared_experts": facts.get("expert_shared_count"),
+        "moe_intermediate_size": facts.get("expert_feed_forward_length"),
+        "first_k_dense_replace": facts.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": facts.get("expert_weights_norm", False),
+    }
+
+
+def _glm4moe(facts: _Facts) -> _Config:
+    config = _with_rms_norms(facts, "glm4_moe", "Glm4MoeForCausalLM")
+    width = _head_dim(facts, config)
+    facts.expect("expert_gating_func", 2)
+    return config | {
+        "head_dim": width,
+        "attention_bias": "blk.0.attn_q.bias" in facts.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in facts.tensors,
+        "n_group": facts.get("expert_group_count", 1),
+        "topk_group": facts.get("expert_group_used_count", 1),
+        **_routed_in_groups(facts),
+        "rope_parameters": _rope(facts, width, partial=True),
+    }
+
+
+def _minimax_m2(facts: _Facts) -> _Config:
+    config = _with_rms_norms(facts, "minimax_m2", "MiniMaxM2ForCausalLM")
+    width, inner = _head_dim(facts, config), facts.shape("blk.0.ffn_down_exps.weight")[-1]
+    facts.expect("expert_feed_forward_length", inner)
+    facts.expect("expert_gating_func", 2)
+    return config | {
+        "head_dim": width,
+        "intermediate_size": inner,
+        "num_local_experts": facts.get("expert_count"),
+        "num_experts_per_tok": facts.get("expert_used_count"),
+        "rope_parameters": _rope(facts, width, partial=True),
+    }
+
+
 def _deepseek2(facts: _Facts) -> _Config:
     gating = facts.get("expert_gating_func", 1)
     if gating not in (1, 2):
@@ -359,13 +401,7 @@ def _deepseek2(facts: _Facts) -> _Config:
         "qk_nope_head_dim": key - turned,
         "v_head_dim": value,
         "head_dim": turned,
-        "n_routed_experts": experts,
-        "num_experts_per_tok": facts.get("expert_used_count"),
-        "n_shared_experts": facts.get("expert_shared_count"),
-        "moe_intermediate_size": facts.get("expert_feed_forward_length"),
-        "first_k_dense_replace": facts.get("leading_dense_block_count", 0),
-        "routed_scaling_factor": facts.get("expert_weights_scale", 1.0),
-        "norm_topk_prob": facts.get("expert_weights_norm", False),
+        **_routed_in_groups(facts),
         "n_group": groups or 1,
         "topk_group": facts.get("expert_group_used_count", 1),
         "topk_method": "noaux_tc" if number == "V3" else "greedy" if (groups or 1) == 1 else "group_limited_greedy",
@@ -381,8 +417,10 @@ _BUILDERS: dict[str, Callable[[_Facts], _Config]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "glm4moe": _glm4moe,
     "gpt-oss": _gpt_oss,
     "llama": _llama,
+    "minimax-m2": _minimax_m2,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen2moe": _qwen2moe,

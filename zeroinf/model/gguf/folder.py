@@ -17,10 +17,11 @@ from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model.cache import build_once
 from zeroinf.model.gguf.configs import OF_CONFIG, build_config
 from zeroinf.model.gguf.header import GgufHeader, read_gguf
+from zeroinf.model.gguf.splits import NAMES, set_split
 from zeroinf.paths import cache_directory
 
 # Part of the folder's name: raise it when something else is written than before.
-_VERSION = 2
+_VERSION = 3
 
 
 def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:
@@ -56,7 +57,7 @@ def _write(header: GgufHeader, folder: Path) -> None:
     config["quantization_config"] = {"quant_method": "gguf", "architecture": header.architecture, "tensors": lies}
     _dump(folder / "config.json", config)
     _dump(folder / "generation_config.json", _generation(header))
-    _tokenizer(header.parts[0]).save_pretrained(folder)
+    _tokenizer(header).save_pretrained(folder)
 
 
 def _generation(header: GgufHeader) -> dict[str, Any]:
@@ -71,8 +72,22 @@ def _dump(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _tokenizer(path: Path) -> Any:
-    """The tokenizer, which transformers makes of the metadata."""
+def _tokenizer(header: GgufHeader) -> Any:
+    """The tokenizer, which transformers makes of the metadata, and which splits text as these say."""
+    split = header.metadata.get("tokenizer.ggml.pre", "default")
+    is_byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    if is_byte_level and split not in NAMES:
+        raise ModelError(
+            f"{header.parts[0]} splits text into words as {split!r}, which is not known: its tokens would be others",
+            hint="take the model's safetensors, and --wire int8 or int4 to move fewer bytes",
+        )
+    tokenizer = _made_by_transformers(header.parts[0])
+    if is_byte_level:
+        set_split(tokenizer, split)
+    return tokenizer
+
+
+def _made_by_transformers(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
