@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -135,6 +136,31 @@ def test_an_error_becomes_its_message_its_hint_and_its_code(
         main.main()
     assert ended.value.code == code
     assert capsys.readouterr() == ("", "error: it broke\n\nhint: mend it\n")
+
+
+def test_what_the_system_refuses_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(**kwargs: object) -> None:
+        (tmp_path / ("x" * 300)).touch()
+
+    monkeypatch.setattr(main.cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 4
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path}/xxx")
+    assert told.endswith("x: File name too long\n")
+
+
+def test_a_current_folder_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    result = CliRunner().invoke(cli, ["plan", "--model", "demo"], standalone_mode=False)
+    assert isinstance(result.exception, UsageError)
+    assert "current folder does not exist" in result.exception.message
 
 
 def test_a_ranks_error_says_which_rank_it_is(

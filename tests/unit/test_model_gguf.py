@@ -382,6 +382,24 @@ def test_nobody_but_their_owner_may_write_to_what_was_built_whatever_the_umask(t
     assert not any(path.stat().st_mode & 0o022 for path in (folder / "weights", folder, *folder.parents[:2]))
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device (28)")])
+def test_a_cache_that_is_full_is_named_and_left_without_remains(error: Exception, tmp_path: Path) -> None:
+    def build(partial: Path) -> None:
+        partial.joinpath("half").touch()
+        raise error
+
+    with pytest.raises(EnvironmentProblem, match=r"cannot write to the cache .*No space left") as told:
+        build_once(tmp_path / "model", build)
+    assert "ZEROINF_CACHE" in (told.value.hint or "")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.lock"]
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentProblem, match=r"cannot write to the cache .*Not a directory"):
+        build_once(tmp_path / "file" / "gguf" / "model", lambda partial: None)
+
+
 def test_many_at_once_build_once(tmp_path: Path) -> None:
     built: list[Path] = []
 

@@ -186,7 +186,7 @@ def _refuse_contradictions(
 ) -> None:
     for path in (output_file, plot):
         if path is not None and not path.parent.is_dir():
-            raise OutputError(f"{path}: its folder does not exist", hint=f"mkdir -p {path.parent}")
+            raise OutputError(f"{path}: its folder does not exist", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
     if overwrite and output_file is None:
         raise UsageError("--overwrite without --output-file", hint="add -o FILE, or drop --overwrite")
     if time_limit_s is not None and output_file is None:

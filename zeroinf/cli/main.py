@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -16,9 +17,14 @@ from zeroinf.cli.environment import prefix_of, refuse_unknown, variables_of
 from zeroinf.cli.streams import steady_streams, trouble_with_stdout
 from zeroinf.cli.usage import explained, no_such_command
 from zeroinf.compat.imports import quicken_imports
-from zeroinf.errors import OutputError, ZeroinfError
+from zeroinf.errors import EnvironmentProblem, OutputError, UsageError, ZeroinfError
 from zeroinf.paths import cache_directory
 
+_REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EMFILE, errno.ENFILE, errno.EIO,
+)  # fmt: skip
+"""Errors of files that are the machine's, whoever meets them: no defect, and no traceback."""
 _COMMANDS = (
     "run",
     "status",
@@ -60,6 +66,8 @@ class _LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command, once it is known that no variable meant for it would be ignored; its help is always there."""
+        if not ctx.resilient_parsing:
+            _refuse_lost_folder()
         if args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise no_such_command(args[0], _COMMANDS, ctx)
         name, command, rest = super().resolve_command(ctx, args)
@@ -121,10 +129,20 @@ def main() -> NoReturn:
     except Exception as error:  # a defect: others wait for this rank, so it must end here too
         if isinstance(error, OSError) and (trouble := trouble_with_stdout()) is not None:
             code = _show(_unwritable(trouble))
+        elif isinstance(error, OSError) and error.errno in _REFUSALS and error.filename:
+            code = _show(EnvironmentProblem(f"{os.fspath(error.filename)}: {error.strerror}"))
         else:
             traceback.print_exc()
             code = ZeroinfError.exit_code
     _leave(code if isinstance(code, int) else 0)
+
+
+def _refuse_lost_folder() -> None:
+    """torch does not load where the current folder is gone."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the current folder does not exist any more", hint="cd to another one") from error
 
 
 def _unwritable(error: OSError) -> OutputError:

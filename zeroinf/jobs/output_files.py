@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from zeroinf.errors import OutputError
@@ -58,7 +59,7 @@ def _check_folder(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder", hint="name a file in it")
     if not folder.is_dir():
-        raise OutputError(f"the folder of {path} does not exist", hint=f"mkdir -p {folder}")
+        raise OutputError(f"the folder of {path} does not exist", hint=f"mkdir -p {shlex.quote(str(folder))}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the folder of {path} is not writable", hint="choose another folder")
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from zeroinf.engines.registry import default_engine, descriptor_of, engines
@@ -182,7 +183,7 @@ def check_folders(disks: Sequence[Disk]) -> None:
     """Raise UsageError for a folder of --nvme-path that cannot be written to, or stands there twice."""
     for disk in disks:
         if not disk.exists:
-            raise UsageError(f"--nvme-path {disk.path} is not a folder", hint=f"mkdir -p {disk.path}")
+            raise UsageError(f"--nvme-path {disk.path} is not a folder", hint=f"mkdir -p {shlex.quote(str(disk.path))}")
         if not disk.writable:
             raise UsageError(f"--nvme-path {disk.path} is not writable", hint="choose another folder")
     if len({disk.path.resolve() for disk in disks}) < len(disks):

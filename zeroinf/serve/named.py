@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from zeroinf.errors import UsageError, ZeroinfError
+from zeroinf.errors import EnvironmentProblem, UsageError, ZeroinfError
 from zeroinf.jobs.files import is_held, rename, write_lines, write_new
 from zeroinf.paths import cache_directory
 
@@ -60,11 +60,23 @@ def _file(name: str, ending: str) -> Path:
     return cache_directory() / "servers" / f"{name}.{ending}"
 
 
+def _writable(name: str, ending: str) -> Path:
+    """The same, once the folder is there and takes it. Raises EnvironmentProblem where it does not."""
+    file = _file(name, ending)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.touch()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"a name cannot be kept in {file.parent}: {error.strerror}", hint="set ZEROINF_CACHE to another folder"
+        ) from error
+    return file
+
+
 @contextmanager
 def holding_name(name: str) -> Iterator[None]:
     """This process is the server of that name within the block. Raises UsageError where another one is."""
-    lock = _file(name, "lock")
-    lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = _writable(name, "lock")
     with lock.open("a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,8 +140,7 @@ def start_in_background(name: str, arguments: Sequence[str], env: Mapping[str, s
     """
     if find_server(name) is not None:
         raise UsageError(f"a server named {name} runs already", hint=f"zeroinf stop {name}")
-    log = _file(name, "log")
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = _writable(name, "log")
     whole = {key: value for key, value in {**os.environ, **(env or {})}.items() if key != "ZEROINF_SERVE_DETACH"}
     whole["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each)
     with log.open("w") as told:
