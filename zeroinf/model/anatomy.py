@@ -484,7 +484,7 @@ class Anatomy:
 
     def host_token_bytes(self, dtype: KvDtype) -> int:
         """Bytes of a token of one row in host memory, in all layers together."""
-        return sum(record.nbytes for record in _records(self, dtype).values())
+        return sum(_record_bytes(self, dtype))
 
     def step_row_bytes(self, size: HostSize) -> int:
         """Bytes that cross the link, there and back, for a step of one row in one layer where the CPU attends: its new
@@ -493,7 +493,7 @@ class Anatomy:
 
     def staging_bytes(self, size: HostSize) -> tuple[int, int]:
         """Bytes of the two allocations on the GPU: for keys and values that arrive, and for those that leave."""
-        widest = max((record.nbytes for record in _records(self, size.dtype).values()), default=0)
+        widest = max(_record_bytes(self, size.dtype), default=0)
         return FETCHED_UNITS * size.seen_columns * widest, SENT_UNITS * size.new_columns * widest
 
     def with_heads_shared(self, parts: int, part: int) -> Anatomy:
@@ -518,6 +518,11 @@ def _records(anatomy: Anatomy, dtype: KvDtype) -> Mapping[int, Record]:
     """What `Anatomy.records` says, which a search asks for thousands of times."""
     found = {index: layer.record(dtype) for index, layer in enumerate(anatomy.cache)}
     return {index: record for index, record in found.items() if record is not None}
+
+
+@lru_cache(maxsize=64)
+def _record_bytes(anatomy: Anatomy, dtype: KvDtype) -> tuple[int, ...]:
+    return tuple(record.nbytes for record in _records(anatomy, dtype).values())
 
 
 @lru_cache(maxsize=64)

@@ -121,11 +121,12 @@ def _first_alike(model: Any, stacks: Sequence[tuple[str, ModuleList]], short: Se
 
 
 @contextmanager
-def first_blocks(model: Any, path: str, blocks: ModuleList, count: int) -> Iterator[None]:
-    """While it lasts, `model` has no more than the first `count` of its `blocks` at `path`."""
-    model.set_submodule(path, blocks[:count])
+def first_blocks(model: Any, path: str, blocks: ModuleList, count: int) -> Iterator[ModuleList]:
+    """While it lasts, `model` has no more than the first `count` of its `blocks` at `path`: these."""
+    some = blocks[:count]
+    model.set_submodule(path, some)
     try:
-        yield
+        yield some
     finally:
         model.set_submodule(path, blocks)
 

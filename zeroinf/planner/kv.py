@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
 from zeroinf.errors import UsageError
@@ -51,9 +54,18 @@ def check_kv_attention(attention: KvAttention, kv: Kv, engine: str, anatomy: Ana
 
 def fetched_bytes(anatomy: Anatomy, dtype: KvDtype, tokens: float) -> float:
     """Bytes that cross the link for a step of one row in host memory, of which so many tokens are in the cache."""
-    layers = ((layer.window, layer.record(dtype)) for layer in anatomy.cache)
-    return sum(
-        record.nbytes * (tokens if window is None else min(tokens, window))
-        for window, record in layers
-        if record is not None
-    )
+    return sum(count * nbytes for nbytes, count in row_bytes(anatomy, dtype, tokens))
+
+
+def row_bytes(anatomy: Anatomy, dtype: KvDtype, tokens: float) -> list[tuple[float, int]]:
+    """Bytes of a row of so many tokens in each kind of layer that can lie in host memory, and how many of these there
+    are."""
+    kinds = _kinds(anatomy, dtype).items()
+    return [(nbytes * (tokens if window is None else min(tokens, window)), count) for (nbytes, window), count in kinds]
+
+
+@lru_cache(maxsize=64)
+def _kinds(anatomy: Anatomy, dtype: KvDtype) -> Mapping[tuple[int, int | None], int]:
+    """How many layers have a record of so many bytes and such a window."""
+    records = anatomy.records(dtype).items()
+    return Counter((record.nbytes, anatomy.cache[index].window) for index, record in records)

@@ -216,6 +216,7 @@ def mask_bytes(anatomy: Anatomy, rows: int, *, pinned: bool) -> int:
     return 1 << (nbytes - 1).bit_length() if pinned else nbytes
 
 
+@lru_cache(maxsize=64)
 def store_bytes(anatomy: Anatomy, wire: Wire = "model", embeddings: Embeddings = "gpu", expert_parts: int = 1) -> int:
     """Bytes of a model's store on NVMe: all that is in the model, wherever it rests while it runs."""
     layers = with_layers(anatomy, embeddings)

@@ -18,7 +18,7 @@ from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
 from zeroinf.planner.kernel_times import kernel_s
-from zeroinf.planner.kv import fetched_bytes
+from zeroinf.planner.kv import fetched_bytes, row_bytes
 from zeroinf.planner.memory import pieces, table_pieces, with_layers
 from zeroinf.planner.routing import expert_bytes, routed_share
 from zeroinf.planner.walks import Walk, walks
@@ -253,11 +253,9 @@ def _copies_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Spee
     new tokens leave by a kernel."""
     tokens = workload.prompt_tokens + workload.new_tokens / 2
     kernels_s, seconds = -(-choice.host_rows // choice.micro_batch_rows) * speeds.triton_launch_s, 0.0
-    for layer in anatomy.cache:
-        if (record := layer.record(choice.kv_dtype)) is not None:
-            row_bytes = record.nbytes * (tokens if layer.window is None else min(tokens, layer.window))
-            by_engines = row_bytes >= LONG_RUN_BYTES
-            seconds += kernels_s + (choice.host_rows * speeds.launch_s if by_engines else kernels_s)
+    for nbytes, layers in row_bytes(anatomy, choice.kv_dtype, tokens):
+        by_engines = nbytes >= LONG_RUN_BYTES
+        seconds += layers * (kernels_s + (choice.host_rows * speeds.launch_s if by_engines else kernels_s))
     return seconds
 
 

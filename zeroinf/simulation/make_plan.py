@@ -263,6 +263,7 @@ def _planner(
         anatomy = with_codes(anatomy, model, codes)
     simulate = streaming() if constraints.engine == default_engine() else _simulator(plan_input, expanded)
 
+    @cache
     def overhead(gathers: bool) -> Overhead:
         if plan_input.device == "cpu":
             return Overhead()

@@ -21,9 +21,11 @@ from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, ru
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Group, Seat
 from zeroinf.generation.states import CallLimits, pieces_of
+from zeroinf.model.alike import first_alike
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
+from zeroinf.model.kv import first_blocks
 from zeroinf.model.quantized.expansion import ExpansionSlot, expanded_bytes, expansions
 from zeroinf.planner.allocator import Allocator, Event, Events
 from zeroinf.planner.graphs import REPLAYED_TOKENS
@@ -104,13 +106,16 @@ class Simulator:
         self._blocks = ModuleList(block for _, stack in find_stacks(self._model) for block in stack)
         self._all_blocks, self._repeats = self._blocks, 0
         self._times = [1.0] * len(self._blocks)
+        firsts = [*range(len(self._blocks))]
+        if anatomy.is_paged:
+            firsts = first_alike(self._model.config.get_text_config(decoder=True), list(self._blocks))
         modules = dict(self._model.named_modules())
         self._split = [
             ExpertsOnPaper(modules[experts.module], experts, expert_parts)
             for experts in (anatomy.experts if expert_parts > 1 else ())
         ]
         self._expansion = (
-            _expand(self._model, self._blocks, self._split) if anatomy.quantized is not None else expansion
+            _expand(self._model, self._blocks, firsts, self._split) if anatomy.quantized is not None else expansion
         )
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
@@ -120,7 +125,7 @@ class Simulator:
         self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
         self._kinds: list[Any] = []
         if anatomy.is_paged:
-            self._kinds = self._find_kinds() if like is None or not like._kinds else like._kinds
+            self._kinds = self._find_kinds(firsts) if like is None or not like._kinds else like._kinds
             self._keep_kinds(self._kinds)
         if like is not None and self._does_as(like):
             self._steps, self._packed_forwards, self._mixing_kernels = (
@@ -178,12 +183,18 @@ class Simulator:
         self._blocks = self._all_blocks[:kept]
         self._model.set_submodule(self._path, self._blocks)
 
-    def _find_kinds(self) -> list[Any]:
-        """For each block what it does, with prompts and in the last step of a long row."""
+    def _find_kinds(self, firsts: Sequence[int]) -> list[Any]:
+        """For each block what it does, with prompts and in the last step of a long row. `firsts`: the number of the
+        first block that is like it; what the second of a kind does, all others behind it do."""
         longest, new = self._lengths.prompt_tokens, self._lengths.new_tokens
-        steps = [self._recorded(2, *part)[0] for part in ((0, longest), (longest + max(1, new - 1), 1))]
+        seconds = {first: index for index, first in reversed(list(enumerate(firsts))) if index != first}
+        like = [index if index == first else seconds[first] for index, first in enumerate(firsts)]
+        with first_blocks(self._model, self._path, self._all_blocks, max(like) + 1) as self._blocks:
+            steps = [self._recorded(2, *part)[0] for part in ((0, longest), (longest + max(1, new - 1), 1))]
+        self._blocks = self._all_blocks
         groups = zip(*(step.kernels[1:] for step in steps), strict=True)
-        return [tuple(group.kernels for group in block) for block in groups]
+        kinds = [tuple(group.kernels for group in block) for block in groups]
+        return [kinds[index] for index in like]
 
     def _recorded(self, rows: int, start: int, count: int) -> tuple[Step, Sequence[int]]:
         """A step as it is recorded, in which recurrent modules take one token, and the sections with which its blocks
@@ -485,11 +496,13 @@ def _largest_calls(limits: CallLimits, tokens: int) -> list[Call]:
     return largest_calls(limits, tokens) or [Call(limits.rows, 1)]
 
 
-def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> ExpansionCost:
-    """Expand `blocks` one after the other, and then, for good, all of them: passes find them so, and no other does.
-    Experts that are `split` are expanded part by part."""
-    most, found = 0, list[Kernels]()
-    for block in blocks:
+def _expand(model: Any, blocks: ModuleList, firsts: Sequence[int], split: Sequence[ExpertsOnPaper]) -> ExpansionCost:
+    """Expand `blocks` one after the other, those of one kind once, and then, for good, all of them: passes find them
+    so, and no other does. `firsts`: for each block the number of the first that is like it. Experts that are `split`
+    are expanded part by part."""
+    most, found, repeats = 0, list[Kernels](), Counter(firsts)
+    for index in repeats:
+        block = blocks[index]
         own = [parts for parts in split if parts.module in set(block.modules())]
         opened = expansions(block)
         with torch.no_grad():
@@ -510,7 +523,7 @@ def _expand(model: Any, blocks: ModuleList, split: Sequence[ExpertsOnPaper]) -> 
             allocator = Allocator()
             allocator.replay(events)
             most = max(most, allocator.usage.allocated)
-            found += recorder.cut_kernels(())
+            found += (replace(each, times=each.times * repeats[index]) for each in recorder.cut_kernels(()))
             for expansion in opened:
                 expansion.close()
     for expansion in (*expansions(blocks), *(parts.expansion for parts in split if parts.expansion is not None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from zeroinf.model.anatomy import Anatomy, HostSize, expert_ranges
@@ -38,7 +39,7 @@ from zeroinf.planner.memory import (
 )
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.walks import walks
-from zeroinf.planner.wire import is_coded
+from zeroinf.planner.wire import Wire, is_coded
 from zeroinf.planner.workload import Workload
 
 OUTSIDE: dict[Embeddings, str] = {"gpu": "embeddings, head, norms", "cpu": "head, norms"}
@@ -163,13 +164,19 @@ def _routed_bytes(layers: Anatomy, choice: Choice, part: int) -> int:
     """Bytes of the buffer for experts that are read from the store one by one, as many as the largest part holds."""
     if not choice.routed_tokens:
         return 0
+    return routed_buffer_bytes(part, _most_ranges(layers, choice.wire, choice.expert_parts))
+
+
+@lru_cache(maxsize=64)
+def _most_ranges(layers: Anatomy, wire: Wire, parts: int) -> int:
+    """Ranges of the store that make up a part of experts, at the most."""
     most = 0
     for one in layers.experts:
         tensors = layers.blocks[one.block].tensors
-        coded = is_coded(tensors, layers.dtype, choice.wire)  # their codes and scales lie apart
+        coded = is_coded(tensors, layers.dtype, wire)  # their codes and scales lie apart
         ranges = sum(1 + code for tensor, code in zip(tensors, coded, strict=True) if tensor.name in one.tensors)
-        most = max(most, ranges * len(expert_ranges(one.count, choice.expert_parts)[0]))
-    return routed_buffer_bytes(part, most)
+        most = max(most, ranges * len(expert_ranges(one.count, parts)[0]))
+    return most
 
 
 def _step_bytes(anatomy: Anatomy, kv: HostSize) -> int:
@@ -202,9 +209,18 @@ def _passing_bytes(anatomy: Anatomy, choice: Choice, locked_bytes: int) -> int:
     One piece is converted from what the checkpoint holds of it while another one is copied; of weights that are loaded
     as a whole each is let go when it has been copied.
     """
-    layers, tables = with_layers(anatomy, choice.embeddings), table_pieces(anatomy, choice.embeddings)
-    own = (size for sizes in units(layers, "model", choice.expert_parts) for size in sizes)
-    sizes = [piece_bytes(layers.outside), *own, *tables]
-    locked_bytes += sum(tables)
-    converting = 0 if anatomy.loads == "in place" else 3 * max(sizes)
-    return converting + (max(0, sum(sizes) - locked_bytes) if anatomy.loads == "as a whole" else 0)
+    if anatomy.loads == "in place":
+        return 0
+    tables = table_pieces(anatomy, choice.embeddings)
+    largest, every = _loaded_bytes(anatomy, choice.embeddings, choice.expert_parts)
+    whole = max(0, every - locked_bytes - sum(tables)) if anatomy.loads == "as a whole" else 0
+    return 3 * largest + whole
+
+
+@lru_cache(maxsize=64)
+def _loaded_bytes(anatomy: Anatomy, embeddings: Embeddings, parts: int) -> tuple[int, int]:
+    """Bytes of the largest piece that is loaded, and of all."""
+    layers = with_layers(anatomy, embeddings)
+    own = (size for sizes in units(layers, "model", parts) for size in sizes)
+    sizes = [piece_bytes(layers.outside), *own, *table_pieces(anatomy, embeddings)]
+    return max(sizes), sum(sizes)
