@@ -84,16 +84,17 @@ def test_a_forward_of_few_rows_is_launched_like_one_of_many(requests: int, shape
     assert requests * NEW / timing.tokens_per_second == pytest.approx(seconds, rel=0.1)
 
 
-def mixed(lengths: list[int], **rates: float) -> Timing:
-    """The prediction for rows of these lengths, 32 of which are live."""
-    shape = Shape(32, 32, 16 * PROMPT)
+def mixed(lengths: list[int], *, prompts: int = 16, **rates: float) -> Timing:
+    """The prediction for rows of these lengths, 32 of which are live, where a pass computes so many prompts."""
+    shape = Shape(32, 32, prompts * PROMPT)
     workload = workload_of(shape, prompt=PROMPT, new=NEW)
     workload = replace(workload, new_tokens=fmean(lengths), most_new_tokens=max(lengths))
     return time_plan(CHAIN, choice_of(shape), workload, speeds(**rates), 1, len(lengths))
 
 
-def limits_of(entering_rows: int) -> Limits:
-    return Limits(rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=16 * PROMPT, entering_rows=entering_rows)
+def limits_of(entering_rows: int, prompts: int = 16) -> Limits:
+    tokens = prompts * PROMPT
+    return Limits(rows=32, pages=1 << 30, micro_batch_rows=32, prefill_tokens=tokens, entering_rows=entering_rows)
 
 
 def forwards_of(lengths: list[int], limits: Limits) -> tuple[int, int]:
@@ -133,6 +134,27 @@ def test_rows_enter_at_once_where_their_prompts_hide_behind_the_link(lengths: li
     assert timing.entering_rows == 1
     passes, _ = forwards_of(lengths, limits_of(1))
     assert sum(lengths) / timing.tokens_per_second == pytest.approx(passes * timing.decode_s, rel=0.04)
+
+
+@pytest.mark.parametrize("requests", [20, 32, 34, 60, 800])
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_rows_that_enter_one_after_the_other_end_so_too(lengths: list[int], prompts: int, requests: int) -> None:
+    """Passes go on until the last of them has ended, and few rows take as long as many where the link binds."""
+    some = sorted(lengths[:requests], key=lambda length: length % 16)
+    timing = mixed(some, prompts=prompts, link_gbps=0.1)
+    assert timing.binds == "link"
+    passes, _ = forwards_of(some, limits_of(1, prompts))
+    assert sum(some) / timing.tokens_per_second == pytest.approx(passes * timing.decode_s, rel=0.12)
+
+
+def test_the_first_pass_of_a_job_takes_longer() -> None:
+    shape = Shape(16, 16, 16 * PROMPT)
+    seconds = [
+        64 * NEW / timed(shape, 64, first_pass_s=first_s, first_layer_s=layer_s).tokens_per_second
+        for first_s, layer_s in ((0.0, 0.0), (3.0, 0.0), (0.0, 0.5))
+    ]
+    assert seconds[1] - seconds[0] == pytest.approx(3.0)
+    assert seconds[2] - seconds[0] == pytest.approx(0.5 * len(CHAIN.blocks))
 
 
 def test_a_job_without_end_runs_at_the_speed_of_a_very_long_one() -> None:

@@ -53,6 +53,8 @@ class KernelFigures(Figures):
     """Of operators that differ from others of their pattern."""
     shortest_s: float
     """No kernel takes less."""
+    gap_s: float
+    """From the end of a kernel to the beginning of the next, which was launched before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,12 @@ class PassFigures(Figures):
     """Triton kernels that attention over pages launches in a layer for steps, and as many for prompts."""
     graph_launches: int
     """A layer that replays its CUDA graphs, beside its attention, in times of a launch in a packed forward."""
+    graph_copies: int
+    """Short kernels of a layer that copy between its graphs and what is outside of them."""
+    first_pass_s: float
+    """What the first pass of a run takes longer than others: kernels and libraries are loaded, memory is taken."""
+    first_layer_s: float
+    """The same for each layer."""
     row_s: float
     """Each row of a packed pass."""
     micro_batch_s: float

@@ -41,6 +41,8 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         host_read_gbps=(rates.host_read_gbps or assumed.host_read_gbps) / world_size,
         host_read_link_cost=_link_cost(rates),
         reads_host=rates.host_read_gbps is not None,
+        first_pass_s=fitted.passes.first_pass_s if gpu else 0.0,
+        first_layer_s=fitted.passes.first_layer_s if gpu else 0.0,
         fitted=fitted,
         projected=tuple(name for name in wanted if name not in rates.known or rates.origin(name) != "measured"),
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil, hypot, inf
+from operator import mul
 from typing import Literal, NamedTuple
 
 from zeroinf.model.anatomy import LONG_RUN_BYTES, Anatomy
@@ -30,6 +31,9 @@ Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "ke
 _WAVES = 4
 _STRIDES = 64
 _FEW = 1e-6
+# The same of rows of different lengths, and in how many strides the longest of them lives.
+_MIXED_WAVES = 2
+_MIXED_STRIDES = 32
 # Rows enter in so many groups at least in the time of a row, and in smaller ones where that takes as good as no longer.
 _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
@@ -64,6 +68,10 @@ class Speeds:
     """Reads of host memory by all threads but one, while the other ranks of the node do the same."""
     host_read_link_cost: float = 1.0
     """Bytes of host memory that are not read for each byte that crosses a link from there meanwhile."""
+    first_pass_s: float = 0.0
+    """What a run's first pass takes longer than others."""
+    first_layer_s: float = 0.0
+    """The same for each layer."""
     reads_host: bool = False
     """That was measured: attention on the CPU may be compared with others."""
     fitted: FittedFigures
@@ -131,6 +139,7 @@ def time_plan(
     tokens, seconds = work.tokens_and_seconds(rows)
     if requests is not None:
         tokens *= requests / (rows or 1) / world_size
+        seconds += speeds.first_pass_s + len(anatomy.blocks) * speeds.first_layer_s
         seconds += _capturing_s(anatomy, choice, workload, speeds) if choice.graph_tokens else 0.0
     return Timing(
         load_s=_load_s(anatomy, choice, [decoder, *encoder], speeds),
@@ -439,6 +448,8 @@ class _ForwardTimes:
 def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, layers: _Layers) -> _ForwardTimes:
     """`coded`: the layers, where weights of `--wire` are multiplied as codes."""
     many, host = forwards.tokens[-1][0], speeds.fitted.passes
+    launched_share, short = layers.launched_share, speeds.fitted.kernels
+    copying_s = (1 - launched_share) * host.graph_copies * (short.shortest_s + short.gap_s)
     replay_s = host.graph_launches * host.packed_launches * speeds.model_launch_s
     launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
     for at, kernels in forwards.tokens:
@@ -447,9 +458,10 @@ def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None
         times["kernel launches"] += host.micro_batch_s
         launched.append((at, times))
         outside_s = groups[0].times * _packed_launch_s(groups[0], speeds) + host.micro_batch_s
-        layers_s = sum(group.times for group in kernels[1:]) * replay_s
-        inside_s = layers_s + layers.launched_share * (times["kernel launches"] - outside_s - layers_s)
-        replayed.append((at, {**times, "kernel launches": outside_s + inside_s}))
+        count = sum(group.times for group in kernels[1:])
+        inside_s = count * replay_s + launched_share * (times["kernel launches"] - outside_s - count * replay_s)
+        copied_s = times["GPU memory"] + count * copying_s
+        replayed.append((at, {**times, "GPU memory": copied_s, "kernel launches": outside_s + inside_s}))
     for at, kernels in forwards.choices:
         groups = with_many_rows(kernels, many, *layers.routing) if coded is None else on_codes(kernels, many, coded)
         chosen.append((at, _times(groups, speeds, _packed_launch_s)))
@@ -598,21 +610,37 @@ class _Continuous(_Work):
 
 
 class _Mixed(_Work):
-    """Rows of different lengths, as if lengths were spread evenly: at first all enter, then one after the other as
-    others end, and in the end they grow fewer."""
+    """Rows of different lengths, as if lengths were spread evenly: at first all enter, as many in a pass as it has room
+    for their prompts, then one after the other as others end, and in the end they grow fewer."""
 
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
-        live, new, most = self.workload.shape.rows, self.workload.new_tokens, self.workload.most_new_tokens
+        live, together = self.workload.shape.rows, self.entering_rows
+        new = self.workload.new_tokens
         if rows is None:
-            return live * new, live * self.steady_s(self.entering_rows)
-        first = min(live, rows)
-        seconds = self.filling_s(first) - first / self.workload.prompts_a_pass * self.seconds(0, first / live / 2)
-        seconds += (rows - first) * self.steady_s(self.entering_rows) if rows > live else 0.0
-        # What is left of a row that has run for a while is shorter than what is left of one that begins.
-        power = most / new if rows > live else most / new - 1
-        strides = min(most, _STRIDES)
-        parts = ((1 - (stride + 0.5) / strides) ** power for stride in range(strides))
-        return rows * new, seconds + most / strides * sum(self.seconds(0, first / live * part) for part in parts)
+            return live * new, live * self.steady_s(together)
+        entering = self.workload.prompts_a_pass * self.workload.most_new_tokens  # in the time of the longest row
+        walked = min(rows, _MIXED_WAVES * live, ceil(2 * _MIXED_WAVES * entering))
+        return rows * new, self._walk(walked, together) + (rows - walked) * self.steady_s(together)
+
+    def _walk(self, rows: float, together: int) -> float:
+        """Seconds until so many rows have come and gone, in strides; where few enter, so many enter together."""
+        workload, live = self.workload, self.workload.shape.rows
+        strides = min(workload.most_new_tokens, _MIXED_STRIDES)
+        passes = workload.most_new_tokens / strides
+        # The part of the rows that live on, in each stride of their lives: all parts come to a row's tokens on average.
+        power = workload.most_new_tokens / workload.new_tokens - 1
+        left = [(1 - (stride + 0.5) / strides) ** power for stride in range(strides)]
+        waiting, seconds, entered = float(rows), 0.0, deque[float](maxlen=strides - 1)
+        while waiting > _FEW or any(entered):
+            staying = sum(map(mul, entered, left[1:]))
+            entering = max(0.0, min(waiting, live - staying, workload.prompts_a_pass * passes))
+            waiting, running = waiting - entering, (staying + entering * left[0]) / live
+            entered.appendleft(entering)
+            at_once = min(workload.prompts_a_pass, max(together, entering / passes))
+            with_prompts = min(passes, entering / at_once)
+            seconds += (passes - with_prompts) * self.seconds(0, running)
+            seconds += with_prompts * self.seconds(at_once / workload.prompts_rows, running, 1) if with_prompts else 0.0
+        return seconds
 
 
 def _decode_work(workload: Workload, speeds: Speeds) -> dict[Resource, float]:
@@ -675,5 +703,6 @@ def _times(
         times["kernel launches"] += group.times * launch_s(group, speeds)
         for kernel in group.kernels:
             arithmetic, memory = kernel_s(kernel, speeds.fitted, speeds.tflops, speeds.hbm_gbps)
-            times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * max(arithmetic, memory)
+            seconds = max(arithmetic, memory) + speeds.fitted.kernels.gap_s
+            times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * seconds
     return times
