@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
+    "lfm2": "lfm2",
     "llama": "llama",
     "llama_tied": "llama",
     "minimax_m2": "minimax-m2",
@@ -42,6 +43,7 @@ ARCHITECTURES = {
     "qwen3_5": "qwen35",
     "qwen3_5_moe": "qwen35moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
 }
 """What GGUF calls the architectures of small models."""
 
@@ -64,6 +66,9 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
         model.config.norm_topk_prob = True
         for module in model.modules():
             module.norm_topk_prob = True
+    if name == "lfm2":
+        model.config.intermediate_size = model.model.layers[0].feed_forward.w1.weight.shape[0]
+        model.config.block_auto_adjust_ff_dim = False
     architecture = ARCHITECTURES[name]
     count = sum(1 for _ in _tensors(architecture, model))
     writer = GGUFWriter(file, architecture, split_max_tensors=-(-count // parts) if parts > 1 else 0)
@@ -136,9 +141,11 @@ def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
             kind = "bias" if "bias" in suffix else "weight"
             yield called(f"{base}.down_proj", kind), value.transpose(1, 2) if is_turned else value, None, 0
         elif "linear_attn" in name and not base.endswith("linear_attn.norm"):
-            yield _of_linear_attention(called, name, value, config)
+            yield from _of_linear_attention(called, name, value, config)
         elif base.endswith("shared_expert_gate") and architecture == "qwen35moe":
             yield called(base, suffix), value[0], None, 0
+        elif base.endswith("conv.conv"):
+            yield called(base), value.squeeze(1), None, 0
         elif base.endswith("kv_b_proj"):
             heads, keys = config.num_attention_heads, config.qk_nope_head_dim
             both = value.view(heads, keys + config.v_head_dim, -1)
@@ -151,30 +158,40 @@ def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
             order = torch.arange(value.shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
             yield called(base, suffix), value, order, 0
         else:
-            is_plus_one = name.endswith("norm.weight") and ("gemma" in architecture or "qwen35" in architecture)
+            is_plus_one = name.endswith("norm.weight") and architecture.startswith(("gemma", "qwen35", "qwen3next"))
             yield called(base, suffix), value, None, 1 if is_plus_one and "linear_attn" not in name else 0
     for name, value in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             yield called(name.removesuffix("_bias"), "bias"), value, None, 0
 
 
-def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: Any) -> _Tensor:
+def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: Any) -> Iterator[_Tensor]:
     """Value heads in tiles: the first of each key head, then the second of each."""
     keys, of_value = config.linear_num_key_heads, config.linear_value_head_dim
     base, _, leaf = name.rpartition(".")
+    of_key = config.linear_key_head_dim
+    if base.endswith("in_proj_qkvz"):
+        sizes = [of_key, of_key, *2 * [config.linear_num_value_heads // keys * of_value]]
+        places = torch.arange(len(value)).view(keys, -1).split(sizes, dim=1)
+        qkv, gate = torch.cat([part.flatten() for part in places[:3]]), places[3].flatten()
+        yield called(base).replace("ssm_in", "attn_qkv"), value, qkv, 0
+        yield called(base).replace("ssm_in", "attn_gate"), value, gate, 0
+        return
     wide = base.endswith(("in_proj_qkv", "conv1d", "in_proj_z", "out_proj"))
     heads = torch.arange(config.linear_num_value_heads * (of_value if wide else 1))
     order = heads.view(keys, -1, of_value if wide else 1).transpose(0, 1).flatten()
+    others = torch.arange(2 * keys * of_key) if base.endswith(("in_proj_qkv", "conv1d")) else heads[:0]
+    order = torch.cat((others, len(others) + order))
+    if config.model_type == "qwen3_next":
+        order = torch.arange(value.shape[1] if base.endswith("out_proj") else len(value))
     if leaf == "A_log":
-        return called(name).removesuffix(".weight"), value, order, None
-    if leaf == "dt_bias":
-        return called(f"{base}.dt_proj", "bias"), value, order, 0
-    if base.endswith("out_proj"):
-        return called(base), value, (slice(None), order), 0
-    if base.endswith(("in_proj_qkv", "conv1d")):
-        others = 2 * keys * config.linear_key_head_dim
-        order = torch.cat((torch.arange(others), others + order))
-    return called(base), value.squeeze(1) if base.endswith("conv1d") else value, order, 0
+        yield called(name).removesuffix(".weight"), value, order, None
+    elif leaf == "dt_bias":
+        yield called(f"{base}.dt_proj", "bias"), value, order, 0
+    elif base.endswith("out_proj"):
+        yield called(base), value, (slice(None), order), 0
+    else:
+        yield called(base), value.squeeze(1) if base.endswith("conv1d") else value, order, 0
 
 
 def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
@@ -184,8 +201,12 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if architecture != "qwen35moe":
         writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1 if architecture == "deepseek2" else config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    heads = 1 if architecture == "deepseek2" else config.num_key_value_heads
+    if architecture == "lfm2":
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        heads = [heads if kind == "full_attention" else 0 for kind in config.layer_types]
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps if architecture == "lfm2" else config.rms_norm_eps)
     ropes = config.rope_parameters
     rope = ropes.get("full_attention", ropes)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -205,11 +226,11 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe", "qwen35moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "qwen3next", "qwen35moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture in ("qwen35", "qwen35moe"):
+    if architecture in ("qwen3next", "qwen35", "qwen35moe"):
         _write_linear_attention(writer, config)
-    if architecture in ("qwen2moe", "qwen35moe"):
+    if architecture in ("qwen2moe", "qwen3next", "qwen35moe"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if architecture in ("gpt-oss", "minimax-m2"):
         writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -233,7 +254,8 @@ def _write_linear_attention(writer: GGUFWriter, config: Any) -> None:
     writer.add_ssm_group_count(config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
-    writer.add_rope_dimension_sections([1, 1, 1, 0])
+    if config.model_type != "qwen3_next":
+        writer.add_rope_dimension_sections([1, 1, 1, 0])
     writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
 
 

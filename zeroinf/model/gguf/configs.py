@@ -229,9 +229,7 @@ def _experts(facts: _Facts) -> _Config:
 
 def _qwen2moe(facts: _Facts) -> _Config:
     config = _with_rms_norms(facts, "qwen2_moe", "Qwen2MoeForCausalLM") | _experts(facts)
-    shared = facts.shape("blk.0.ffn_down_shexp.weight")[-1]
-    facts.expect("expert_shared_feed_forward_length", shared)
-    config |= {"shared_expert_intermediate_size": shared, "norm_topk_prob": False}
+    config |= {**_shared_expert(facts), "norm_topk_prob": False}
     return config | {"rope_parameters": _rope(facts, _head_dim(facts, config))}
 
 
@@ -241,32 +239,72 @@ def _qwen3moe(facts: _Facts) -> _Config:
     return config | {"head_dim": width, "norm_topk_prob": True, "rope_parameters": _rope(facts, width)}
 
 
-def _qwen35(facts: _Facts) -> _Config:
-    """Qwen3.5, of which every so many layers have attention and the others linear attention."""
-    config = _with_rms_norms(facts, "qwen3_5_text", "Qwen3_5ForCausalLM")
-    width, heads = _head_dim(facts, config), facts.get("ssm.time_step_rank")
-    sections = facts.get("rope.dimension_sections")[:3]
-    rope = _rope(facts, width, partial=True)
-    return config | {
-        "head_dim": width,
+def _linear_attention(facts: _Facts) -> _Config:
+    """The config entries of models of which every so many layers have attention and the others linear attention."""
+    heads = facts.get("ssm.time_step_rank")
+    return {
         "full_attention_interval": facts.get("full_attention_interval", 4),
         "linear_conv_kernel_dim": facts.get("ssm.conv_kernel"),
         "linear_key_head_dim": facts.get("ssm.state_size"),
         "linear_num_key_heads": facts.get("ssm.group_count"),
         "linear_num_value_heads": heads,
         "linear_value_head_dim": facts.get("ssm.inner_size") // heads,
+    }
+
+
+def _shared_expert(facts: _Facts) -> _Config:
+    shared = facts.shape("blk.0.ffn_down_shexp.weight")[-1]
+    facts.expect("expert_shared_feed_forward_length", shared)
+    return {"shared_expert_intermediate_size": shared}
+
+
+def _qwen3next(facts: _Facts) -> _Config:
+    config = _with_rms_norms(facts, "qwen3_next", "Qwen3NextForCausalLM")
+    width = _head_dim(facts, config)
+    return config | {
+        "head_dim": width,
+        **_linear_attention(facts),
+        **_experts(facts),
+        **_shared_expert(facts),
+        "norm_topk_prob": True,
+        "rope_parameters": _rope(facts, width, partial=True),
+    }
+
+
+def _qwen35(facts: _Facts) -> _Config:
+    config = _with_rms_norms(facts, "qwen3_5_text", "Qwen3_5ForCausalLM")
+    width = _head_dim(facts, config)
+    sections = facts.get("rope.dimension_sections")[:3]
+    rope = _rope(facts, width, partial=True)
+    return config | {
+        "head_dim": width,
+        **_linear_attention(facts),
         "rope_parameters": {**rope, "mrope_section": sections, "mrope_interleaved": True},
     }
 
 
 def _qwen35moe(facts: _Facts) -> _Config:
-    shared = facts.shape("blk.0.ffn_down_shexp.weight")[-1]
-    facts.expect("expert_shared_feed_forward_length", shared)
     return _qwen35(facts) | {
         "model_type": "qwen3_5_moe_text",
         "architectures": ["Qwen3_5MoeForCausalLM"],
         **_routed(facts),
-        "shared_expert_intermediate_size": shared,
+        **_shared_expert(facts),
+    }
+
+
+def _lfm2(facts: _Facts) -> _Config:
+    """LFM2, in which layers without heads of keys are short convolutions."""
+    config = _with_rms_norms(facts, "lfm2", "Lfm2ForCausalLM")
+    heads = facts.get("attention.head_count_kv")
+    each = heads if isinstance(heads, list) else [heads] * config["num_hidden_layers"]
+    return config | {
+        "num_key_value_heads": max(each),
+        "layer_types": ["full_attention" if one else "conv" for one in each],
+        "norm_eps": config["rms_norm_eps"],
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": facts.get("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in facts.tensors),
+        "rope_parameters": _rope(facts, _head_dim(facts, config)),
     }
 
 
@@ -419,6 +457,7 @@ _BUILDERS: dict[str, Callable[[_Facts], _Config]] = {
     "gemma3": _gemma3,
     "glm4moe": _glm4moe,
     "gpt-oss": _gpt_oss,
+    "lfm2": _lfm2,
     "llama": _llama,
     "minimax-m2": _minimax_m2,
     "phi3": _phi3,
@@ -428,4 +467,5 @@ _BUILDERS: dict[str, Callable[[_Facts], _Config]] = {
     "qwen35": _qwen35,
     "qwen35moe": _qwen35moe,
     "qwen3moe": _qwen3moe,
+    "qwen3next": _qwen3next,
 }

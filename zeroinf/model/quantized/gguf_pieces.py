@@ -22,7 +22,7 @@ outer, of each)."""
 
 # llama.cpp's converters turn the rows of queries and keys of these round, and add one to the norms of those.
 _TURNED = ("llama",)
-_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe")
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
 # Value heads of linear attention lie tiled: the first of each key head, then the second of each.
 _TILED = ("qwen35", "qwen35moe")
 
@@ -69,8 +69,9 @@ def pieces_of(
             GgufPiece(own.replace("attn_kv_b", "attn_k_b"), partial(_keys, heads, keys, values)),
             GgufPiece(own.replace("attn_kv_b", "attn_v_b"), partial(_values, heads, keys, values)),
         ]
-    if architecture in _TILED and "linear_attn" in name:
-        return [_of_linear_attention(own, config)]
+    if "linear_attn" in name:
+        tiled = architecture in _TILED
+        return [_of_linear_attention(own, config)] if tiled else _of_joined_linear_attention(own, config, stored)
     change: Change = as_stored
     if architecture in _TURNED and ".attn_q." in own:
         change = partial(_turn_back, config.num_attention_heads)
@@ -97,11 +98,46 @@ def _of_linear_attention(own: str, config: Any) -> GgufPiece:
     return GgufPiece(own, as_stored, partial(_grouped, (inner, outer, each), first, leaf == "ssm_a"))
 
 
+def _of_joined_linear_attention(own: str, config: Any, stored: Collection[str]) -> list[GgufPiece]:
+    """Of Qwen3-Next, which joins what each key head has of queries, keys, values and gates: files have it so, or gates
+    apart, and all heads' queries before all heads' keys and values."""
+    leaf = own.split(".")[2]
+    if leaf == "ssm_a":
+        return [GgufPiece(own, as_stored, _decay)]
+    if leaf != "ssm_in" or own in stored:
+        return [GgufPiece(own, as_stored)]
+    heads, keys = config.linear_num_key_heads, config.linear_key_head_dim
+    values = config.linear_num_value_heads // heads * config.linear_value_head_dim
+    sizes, middle = (keys, keys, values), 2 * keys + values
+    return [
+        GgufPiece(
+            own.replace("ssm_in", "attn_qkv"),
+            lambda whole: whole.view(heads, middle + values, -1)[:, :middle],
+            partial(_by_head, heads, sizes),
+        ),
+        GgufPiece(
+            own.replace("ssm_in", "attn_gate"),
+            lambda whole: whole.view(heads, middle + values, -1)[:, middle:],
+            partial(_by_head, heads, (values,)),
+        ),
+    ]
+
+
+def _by_head(heads: int, sizes: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor:
+    """`rows`, the parts of all heads one after the other, as (heads, rows of all parts, columns)."""
+    parts = torch.split(rows, [heads * size for size in sizes])
+    return torch.cat([part.view(heads, -1, rows.shape[-1]) for part in parts], dim=1)
+
+
+def _decay(rows: torch.Tensor) -> torch.Tensor:
+    """The logarithm of how fast states decay, of which a file has minus the exponential."""
+    return (-rows).log()
+
+
 def _grouped(tiles: Tiles, first: int, is_decay: bool, rows: torch.Tensor) -> torch.Tensor:
-    """`rows` from `first` on in groups. Of the decay of states the file has minus the exponential."""
+    """`rows` from `first` on in groups."""
     inner, outer, each = tiles
-    if is_decay:
-        rows = (-rows).log()
+    rows = _decay(rows) if is_decay else rows
     tiled = rows[first:].reshape(outer, inner, each, *rows.shape[1:])
     return torch.cat((rows[:first], tiled.transpose(0, 1).flatten(0, 2)))
 
