@@ -22,6 +22,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner import trials
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.graphs import graph_options, graph_size, graph_sizes, launched_share, why_launched
+from zeroinf.planner.kv import HostShare
 from zeroinf.planner.memory import GRAPHS, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.speeds import speeds_of
@@ -185,6 +186,30 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     assert "no C++ compiler" not in repr(plan()), "the CPU would not attend in any case"
     asked = replace(asked, constraints=replace(asked.constraints, kv_attention="cpu"))
     assert "with torch's operators, many times slower (no C++ compiler" in repr(plan(host_read_gbps=80.0))
+
+
+def test_as_many_rows_rest_on_the_gpu_as_keep_the_cpu_and_the_link_busy() -> None:
+    config, anatomy = catalog_config("opt-125m"), read_anatomy(catalog_config("opt-125m"), dtype="bfloat16")
+    rates = replace(FAST, link_gbps=24.0, host_read_gbps=40.0)
+
+    def plan(share: HostShare) -> Plan:
+        asked = plan_input_of(
+            gpu=1300 * MIB,
+            host=100 * GIB,
+            prompt=512,
+            offload="cpu",
+            batch_size=96,
+            host_share=share,
+            kv_attention="cpu",
+        )
+        return make_plan(replace(asked, config=config, anatomy=anatomy, rates=rates)).plan
+
+    balanced, all_on_host = plan("auto"), plan(1.0)
+    assert balanced.timing is not None
+    assert all_on_host.timing is not None
+    assert 72 < balanced.host_rows < 96
+    assert balanced.resident_blocks < all_on_host.resident_blocks
+    assert balanced.timing.tokens_per_second > 1.02 * all_on_host.timing.tokens_per_second
 
 
 def test_no_other_batch_beats_what_is_chosen() -> None:

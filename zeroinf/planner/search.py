@@ -35,6 +35,8 @@ _CLOSE_ENOUGH, _CLOSE_AT_FIRST = 32, 8
 _NEAR = 0.8
 
 _HOST_SHARES = (0.0, 0.75, 1.0)
+# Where the CPU attends to the best of them, shares beside it are compared, in such steps.
+_HOST_STEP = 1 / 16
 # Keys and values leave the GPU where that is expected to bring so much: they take host memory, and rates vary.
 _WORTHWHILE = 1.03
 # So does what tokens read by row, if it takes so large a part of the GPU.
@@ -177,7 +179,7 @@ class Planner:
             if not isinstance(outcome, Decision):
                 raise NothingFitsError(outcome)
             return outcome
-        best: Decision | None = None
+        best, best_way = None, constraints
         rejected: list[Rejection] = []
         for way in ways:
             if best is not None and self._most_with_host(way) <= _WORTHWHILE * best.tokens_per_second:
@@ -187,10 +189,23 @@ class Planner:
             if not isinstance(found, Decision):
                 rejected += found
             elif best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
-                best = found
+                best, best_way = found, way
         if best is None:
             nearest = {(one.offload, one.fetch): one for one in sorted(rejected, key=lambda one: -one.price)}
             raise NothingFitsError(list(nearest.values()))
+        may_balance = self._facts.thorough and constraints.host_share == "auto" and best_way.kv_attention == "cpu"
+        return self._balanced(best, best_way) if may_balance and best_way.host_share else best
+
+    def _balanced(self, best: Decision, way: Constraints) -> Decision:
+        """`best`, or a faster plan with another share of rows in host memory than `way`, where the CPU attends: fewer
+        while it is waited for, more while the link is, over which more layers come the more rows are on the GPU."""
+        direction = {"host memory": -1, "link": 1}.get(best.chosen.timing.binds, 0)
+        share = way.host_share
+        while direction and share != "auto" and 0 < (share := share + direction * _HOST_STEP) <= 1:
+            found = _Search(self._facts, replace(way, host_share=share)).best(best.tokens_per_second)
+            if not isinstance(found, Decision) or found.tokens_per_second <= best.tokens_per_second:
+                break
+            best = found
         return best
 
     def _ways(self, constraints: Constraints) -> Iterator[Constraints]:
