@@ -1,5 +1,5 @@
-"""Simulates experts and norms as the stream engine's kernels compute them on a GPU: their allocations, arithmetic and
-traffic.
+"""Simulates experts, norms and rotary embeddings as the stream engine's kernels compute them on a GPU: their
+allocations, arithmetic and traffic.
 
 On the meta device each kernel is an operator of its own, which the recorder notes under its name. What the kernels do
 not do runs as transformers runs it, here as there.
@@ -24,6 +24,7 @@ from zeroinf.engines.stream.experts import (
     takes_grouped,
 )
 from zeroinf.engines.stream.norms import NormByKernel, norms_of
+from zeroinf.engines.stream.rotary import find_rotary, rotating
 
 _NAME = "zeroinf on paper"
 _PREFIX = "zeroinf::"
@@ -32,16 +33,26 @@ _ROWS = 64
 
 
 def simulate_kernels(model: Any) -> None:
-    """Let experts and norms of `model`, on the meta device, take what the kernels take where these would run."""
+    """Let experts, norms and rotary embeddings of `model`, on the meta device, take what the kernels take where these
+    would run."""
     if experts.replace_default_experts(model, _NAME, _run):
         multiply_by_codes(coded_experts(model), _NAME)
     for module, form in list(norms_of(model)):
         NormByKernel(module, form, _norm)
+    if find_rotary(model):
+        model.forward = rotating(_rotate)(model.forward)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, **form: bool) -> torch.Tensor:
     out: torch.Tensor = torch.ops.zeroinf.rms_norm(x, weight)
     return out
+
+
+def _rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.zeroinf.rotate(q, k, cos, sin)
+    return found
 
 
 def _run(module: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -118,6 +129,7 @@ for schema in (
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
     "rms_norm(Tensor x, Tensor weight) -> Tensor",
+    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
 ):
     torch.library.define(_PREFIX + schema.partition("(")[0], "(" + schema.partition("(")[2])
 
@@ -166,6 +178,15 @@ def _combined(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 @torch.library.impl(_PREFIX + "rms_norm", "Meta")
 def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.impl(_PREFIX + "rotate", "Meta")
+def _rotated(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token in memory."""
+    outs = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
+    return next(outs), next(outs)
 
 
 def product_flops(x: torch.Tensor, weight: torch.Tensor, *ignored: Any, out_val: torch.Tensor, **more: Any) -> int:

@@ -25,6 +25,7 @@ from zeroinf.engines.stream.norms import use_norm_kernels
 from zeroinf.engines.stream.products import compile_for_experts, product_on_codes
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
+from zeroinf.engines.stream.rotary import rotary_kernel, rotating
 from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
 from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
@@ -80,6 +81,7 @@ class StreamEngine:
         by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
         self._expansion_slot = _expansion_slot(self._model, plan, device)  # without weights that now rest as codes
         use_norm_kernels(self._model, device)
+        self._rotate = rotary_kernel(self._model, device)
         product = product_on_codes(device, groups)
         for count, each in {(own.count, own.each) for own in plan.anatomy.experts if by_kernels}:
             compile_for_experts(count, each, device, self._model.dtype)
@@ -353,7 +355,7 @@ class StreamEngine:
         if self._routing is not None:
             units = self._routing.begin(sum(inputs["input_ids"].numel() for inputs in micro_batches))
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), rotating(self._rotate):
                 return self._lock_step.run([partial(self._model, **inputs) for inputs in micro_batches], units)
         finally:
             self._stalls.end_pass()
