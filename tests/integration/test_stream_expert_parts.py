@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_machines import CHAIN, GIB, MIB, machine_of, overhead, shape_of, workload_of
 from generating import greedy_by_transformers, rows_of, run_rows
+from packed import packed_checkpoint
 from quantized import fp8_experts_checkpoint, mxfp4_checkpoint
 from ranks import on_ranks
 from test_stream_gguf import SMALL_BLOCKS, Gguf
@@ -142,6 +143,12 @@ def test_quantized_experts_are_split_as_they_are_stored(method: str, tmp_path: P
     assert tokens_of(parts) == tokens_of(whole)
     assert parts.stats().spared_bytes > 0
     assert parts.stats().slot_bytes < whole.stats().slot_bytes
+
+
+@pytest.mark.parametrize("method", ["fp8_tensor", "modelopt_nvfp4"])
+def test_a_scale_of_a_whole_expert_goes_with_it(method: str, tmp_path: Path) -> None:
+    folder = packed_checkpoint("qwen3_moe", method, tmp_path)
+    assert tokens_of(stream(folder, expert_parts=3, routed_tokens=4)) == plain_tokens(folder / "full")
 
 
 def test_so_are_those_of_gguf_files(gguf_of: Gguf) -> None:

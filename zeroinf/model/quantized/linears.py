@@ -178,7 +178,7 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
                 continue
             stack = (len(plan.matrices.names),) if plan.matrices.is_stack else ()
             kept = form.held(suffix, one)
-            held = meta((*stack, *kept.shape), kept.dtype)
+            held = meta((*stack, *(kept.shape or (stack and (1,)))), kept.dtype)
             set_parts(held, tuple(_parts(form, plan.matrices, suffix, one)))
             own_name = f"{plan.own}_{number}_{suffix}" if plan.matrices.is_stack else suffix
             names[suffix] = own_name.replace(".", "_")
@@ -222,10 +222,14 @@ def _parts(form: MatrixFormat, matrices: _Matrices, suffix: str, one: Stored) ->
 
 
 def _read(form: MatrixFormat, name: str, of_stack: tuple[int, ...] | None, stored: torch.Tensor) -> torch.Tensor:
-    """The held form of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have."""
+    """The held form of a stored tensor; of one in a stack, if it is of the shape `of_stack` that the others have. A
+    single number is a row there, since experts are told by their rows."""
     if of_stack is None:
         return form.read(name, stored)
-    return form.read(name, stored)[None] if tuple(stored.shape) == of_stack else stored.new_empty(0)
+    if tuple(stored.shape) != of_stack:
+        return stored.new_empty(0)
+    made = form.read(name, stored)
+    return made[None] if made.dim() else made.view(1, 1)
 
 
 def _expand(
