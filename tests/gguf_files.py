@@ -44,6 +44,9 @@ ARCHITECTURES = {
     "qwen3_5_moe": "qwen35moe",
     "qwen3_moe": "qwen3moe",
     "qwen3_next": "qwen3next",
+    "qwen3_vl": "qwen3vl",
+    "qwen3_vl_moe": "qwen3vlmoe",
+    "smollm3": "smollm3",
 }
 """What GGUF calls the architectures of small models."""
 
@@ -62,7 +65,7 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
     """Write the small model `name`, its matrices in `kinds` in turn where their rows fill blocks; return the model in
     transformers with the values that are in the file."""
     model = build_model(name) if model is None else model
-    if name == "qwen3_moe":  # llama.cpp knows no other
+    if name in ("qwen3_moe", "qwen3_vl_moe"):  # llama.cpp knows no other
         model.config.norm_topk_prob = True
         for module in model.modules():
             module.norm_topk_prob = True
@@ -153,7 +156,7 @@ def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
             yield called(base.replace("kv_b", "v_b")), both[:, keys:], None, 0
         elif suffix not in ("weight", "bias"):
             yield called(name), value, None, 0
-        elif architecture == "llama" and base.endswith(("q_proj", "k_proj")):
+        elif architecture in ("llama", "smollm3") and base.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
             order = torch.arange(value.shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
             yield called(base, suffix), value, order, 0
@@ -226,8 +229,11 @@ def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe", "qwen3next", "qwen35moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "qwen3vlmoe", "qwen3next", "qwen35moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture.startswith("qwen3vl"):
+        writer.add_rope_dimension_sections([4, 2, 2, 0])
+        writer.add_num_deepstack_layers(3)
     if architecture in ("qwen3next", "qwen35", "qwen35moe"):
         _write_linear_attention(writer, config)
     if architecture in ("qwen2moe", "qwen3next", "qwen35moe"):

@@ -318,8 +318,10 @@ MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
     "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _DEEPSEEK, _HEAD_DIM, num_key_value_heads=2, use_qk_norm=True),
     "minimax_m2": _of("MiniMaxM2Config", _LLAMA, _HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
     "qwen3_5_moe": _of("Qwen3_5MoeTextConfig", _LLAMA, _EXPERTS, _HEAD_DIM, _DELTA, shared_expert_intermediate_size=32),
+    "qwen3_vl": SMALL_MODELS["qwen3"],
+    "qwen3_vl_moe": SMALL_MODELS["qwen3_moe"],
 }
-"""Models for the tests of GGUF files alone."""
+"""Models for the tests of GGUF files alone; of Qwen3-VL the text part."""
 
 RECURRENT_MODELS = sorted(
     ("bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", *MORE_RECURRENT_MODELS)

@@ -222,6 +222,21 @@ def _routed(facts: _Facts) -> _Config:
     }
 
 
+def _of_text(build: Callable[[_Facts], _Config]) -> Callable[[_Facts], _Config]:
+    """The text part of Qwen3-VL: positions are the same on all axes, and no layer takes what images give."""
+
+    def text(facts: _Facts) -> _Config:
+        facts.get("rope.dimension_sections", None), facts.get("n_deepstack_layers", 0)
+        return build(facts)
+
+    return text
+
+
+def _smollm3(facts: _Facts) -> _Config:
+    config = _with_rms_norms(facts, "smollm3", "SmolLM3ForCausalLM")
+    return config | {"no_rope_layer_interval": 4, "rope_parameters": _rope(facts, _head_dim(facts, config))}
+
+
 def _experts(facts: _Facts) -> _Config:
     """The same where a config says which layers have experts: all of them."""
     return {**_routed(facts), "decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -468,4 +483,7 @@ _BUILDERS: dict[str, Callable[[_Facts], _Config]] = {
     "qwen35moe": _qwen35moe,
     "qwen3moe": _qwen3moe,
     "qwen3next": _qwen3next,
+    "qwen3vl": _of_text(_qwen3),
+    "qwen3vlmoe": _of_text(_qwen3moe),
+    "smollm3": _smollm3,
 }

@@ -21,7 +21,7 @@ Tiles = tuple[int, int, int]
 outer, of each)."""
 
 # llama.cpp's converters turn the rows of queries and keys of these round, and add one to the norms of those.
-_TURNED = ("llama",)
+_TURNED = ("llama", "smollm3")
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
 # Value heads of linear attention lie tiled: the first of each key head, then the second of each.
 _TILED = ("qwen35", "qwen35moe")
