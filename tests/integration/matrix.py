@@ -35,7 +35,8 @@ PROMPTS = (
     "Water",
     "def f(n):",
 )
-DRIVER_TIMEOUT_S = 500
+DRIVER_TIMEOUT_S = 1200
+"""Of all cells of a matrix together, on a machine that does much else."""
 
 # DeepSpeed keeps what is smaller than 1 MiB a rank in host memory: these widths make weights that really go to disk.
 _WIDE = {
