@@ -24,7 +24,9 @@ def show(**fields: Any) -> None:
 
 def write_prompts(path: Path, count: int, tokens: int) -> None:
     """Requests for models without a tokenizer: a prompt's bytes are its tokens."""
-    path.write_text("".join(json.dumps({"prompt": prompt_of(number, tokens)}) + "\n" for number in range(count)))
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt_of(number, tokens)}) + "\n" for number in range(count)), encoding="utf-8"
+    )
 
 
 def prompt_of(number: int, tokens: int) -> str:
@@ -125,7 +127,7 @@ def run_report(options: Sequence[str], work: Path, *, limit_s: float, fresh: Fre
 
 def _started(command: Sequence[str], words: Path, limit_s: float) -> dict[str, Any]:
     try:
-        with words.open("w") as file:
+        with words.open("w", encoding="utf-8") as file:
             python = [sys.executable, "-W", "ignore", "-m", *command]
             return {"code": subprocess.run(python, stdout=file, stderr=file, timeout=limit_s).returncode}
     except subprocess.TimeoutExpired:

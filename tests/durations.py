@@ -105,7 +105,7 @@ def _cpu_seconds_so_far() -> float:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             try:
-                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+                fields = Path(entry.path, "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             except OSError:
                 continue  # it has ended meanwhile
             pid = int(entry.name)

@@ -100,13 +100,13 @@ def run(folder: Path, engine: str, offload: str) -> dict[str, Any]:
             try:
                 found = run_cell(cell, World(), Control(World(), "cpu"))
                 rows = [found["tokens"][index] for index in sorted(found["tokens"])]
-                answer.write_text(json.dumps({**found, "tokens": rows}, default=str))
+                answer.write_text(json.dumps({**found, "tokens": rows}, default=str), encoding="utf-8")
             except Exception as error:
-                answer.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+                answer.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}), encoding="utf-8")
             return 0
 
         exit_code(in_child(body))
-        return dict(json.loads(answer.read_text()))
+        return dict(json.loads(answer.read_text(encoding="utf-8")))
 
 
 def cell_of(folder: Path, work: Path, engine: str, offload: str) -> dict[str, Any]:

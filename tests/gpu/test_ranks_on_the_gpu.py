@@ -30,7 +30,7 @@ if rank == "1":
 
 
 def completions(file: Path) -> dict[str, str]:
-    return {line["id"]: line["completion"] for line in map(json.loads, file.read_text().splitlines())}
+    return {line["id"]: line["completion"] for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")

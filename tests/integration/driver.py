@@ -88,7 +88,7 @@ def main(cells_file: str, result_file: str) -> None:
     control = Control(world, "cpu")
     shared = control.store
     results: dict[str, Any] = {}
-    for cell in json.loads(Path(cells_file).read_text()):
+    for cell in json.loads(Path(cells_file).read_text(encoding="utf-8")):
         control.store = dist.PrefixStore(cell["name"], shared) if world.size > 1 else dist.HashStore()
         started = time.monotonic()
         try:
@@ -99,7 +99,7 @@ def main(cells_file: str, result_file: str) -> None:
         results[cell["name"]] = {"ranks": parts, "seconds": time.monotonic() - started}
         if world.is_main:  # written each time: a cell that hangs does not take the others with it
             partial = Path(result_file + ".partial")
-            partial.write_text(json.dumps(results))
+            partial.write_text(json.dumps(results), encoding="utf-8")
             partial.replace(result_file)
         if any("error" in part for part in parts):
             break

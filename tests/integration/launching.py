@@ -155,12 +155,12 @@ def has_results(output: Path, count: int) -> bool:
 
 def write_jsonl(path: Path, entries: Sequence[Any]) -> Path:
     """One JSON value a line."""
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return path
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def changed(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:

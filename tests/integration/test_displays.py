@@ -111,7 +111,7 @@ def test_what_a_command_cannot_print_is_an_error(arguments: list[str], redirect:
 
 
 def test_a_display_drops_what_cannot_be_written_and_is_its_stream_in_all_else() -> None:
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         display = Display(full)
         display.write("x" * 100_000)
         display.writelines(["a\n", "b\n"])

@@ -173,7 +173,7 @@ def test_with_an_output_file_a_job_of_bad_lines_ends_like_any_other(fails: Any, 
             "none of the 2 requests can be run: not JSON: Expecting value at column 12",
         )
         assert out.read_text() == ""
-        errors = [json.loads(line) for line in Path(f"{out}.errors.jsonl").read_text().splitlines()]
+        errors = [json.loads(line) for line in Path(f"{out}.errors.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [(error["line"], error["id"]) for error in errors] == [(1, None), (2, "b")]
     assert fails(*arguments)[:2] == (2, f"{out} exists already")
 

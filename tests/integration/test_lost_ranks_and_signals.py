@@ -77,7 +77,7 @@ def check_saved(out: Path, err: str) -> None:
 def gone(processes: list[int]) -> bool:
     def lives(pid: int) -> bool:
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
         except OSError:
             return False
 

@@ -100,7 +100,7 @@ def gone(cluster: RayNodes) -> None:
 
 
 def nodes_of(report: Path) -> dict[str, int]:
-    return {node["name"]: node["requests"] for node in json.loads(report.read_text())["nodes"]}
+    return {node["name"]: node["requests"] for node in json.loads(report.read_text(encoding="utf-8"))["nodes"]}
 
 
 def test_one_node_gives_what_a_plain_run_gives_and_a_killed_actor_is_started_again(

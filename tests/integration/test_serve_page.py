@@ -57,7 +57,7 @@ def test_the_page_is_used(small_checkpoint: Callable[[str], Path], tmp_path: Pat
         page.get_by_role("cell", name="completed", exact=True).wait_for(timeout=30_000)
         with page.expect_download() as download:
             page.get_by_role("button", name="download output").click()
-        assert len(Path(download.value.path()).read_text().splitlines()) == 5
+        assert len(Path(download.value.path()).read_text(encoding="utf-8").splitlines()) == 5
         page.get_by_label("A file of requests").set_input_files({"name": "x", "mimeType": "", "buffer": b"no request"})
         page.get_by_role("button", name="Start batch").click()
         page.get_by_role("cell", name="failed: not JSON").wait_for(timeout=30_000)

@@ -24,7 +24,7 @@ def configured(model: Path | str, dtype: str, codes: dict[str, Any], to: Path) -
     """A run with DeepSpeed's JSON for the model, and `codes` in it."""
     how = ["-m", str(model), "--dtype", dtype]
     config = json.loads(CliRunner().invoke(cli, ["config", *how, "--offload", "cpu"], catch_exceptions=False).stdout)
-    to.write_text(json.dumps({**config, "weight_quantization": {"quantized_initialization": codes}}))
+    to.write_text(json.dumps({**config, "weight_quantization": {"quantized_initialization": codes}}), encoding="utf-8")
     return [*how, "--zero-config", str(to), "-b", "1", "--prompt", "Hello", "--max-new-tokens", "4"]
 
 

@@ -12,7 +12,7 @@ from zeroinf.distributed.ports import free_port
 
 
 def test_a_free_port_can_be_listened_on_and_is_none_that_connections_take() -> None:
-    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     port = free_port()
     assert port < max(first_of_connections, 32_768)
     with socket.create_server(("127.0.0.1", port)):

@@ -41,7 +41,7 @@ def of_zeroinf(text: str) -> str | None:
 
 def commands(page: str) -> Iterator[str]:
     """Words for `zeroinf` in blocks, in running text, and in the right column of tables, where flags are of `run`."""
-    lines = (ROOT / page).read_text().splitlines()
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("$ ") and after.startswith("error: "):  # is run, and compared with the page, by another test
             parts, flags = [], list[str]()

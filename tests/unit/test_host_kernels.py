@@ -149,7 +149,7 @@ def test_instructions_of_older_processors_give_the_same(machine: str, dtype: str
     ids=lambda rows: f"{rows['heads']} {rows.get('kv', '')}".strip(),
 )
 def test_a_matrix_unit_gives_the_same(rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip("tiles are emulated for processors with products of pairs")
     monkeypatch.setenv("CXX", f"c++ -include {Path(__file__).parents[1] / 'fake_tiles.h'}")
     host_library.host_library.cache_clear()
@@ -220,7 +220,7 @@ def test_a_forked_process_lets_the_threads_be() -> None:
 
 
 def test_threads_that_the_system_does_not_have_are_said() -> None:
-    held = Path("/proc/self/statm").read_text().split()[0]
+    held = Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]
     most = int(held) * os.sysconf("SC_PAGE_SIZE") + (64 << 20)
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))

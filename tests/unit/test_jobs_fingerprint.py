@@ -64,8 +64,8 @@ def job_in(folder: Path, device: str = "cpu", revision: str | None = None, **cha
 
 
 def edit_json(file: Path, **fields: Any) -> None:
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, **fields}))
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps({**known, **fields}), encoding="utf-8")
 
 
 def flip_a_weight(folder: Path) -> None:

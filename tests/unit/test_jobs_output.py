@@ -76,7 +76,7 @@ def begun(out: Path, of: Job, **how: bool) -> JournalOutput:
 
 
 def ids(path: Path) -> list[str]:
-    return [json.loads(line)["id"] for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def left(output: JournalOutput) -> list[int]:
@@ -243,7 +243,7 @@ def test_forced_to_go_on_with_a_changed_input_each_request_has_the_result_of_its
     with pytest.raises(OutputError, match="of another job"):
         opened(out, second, resume=True)
     assert finish_all(opened(out, second, resume_anyway=True)) == runs
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [(line["id"], line["completion"]) for line in lines] == [(w.id, f"to {w.text}") for w in second.work]
     assert finish_all(opened(out, second, resume=True)) == [], "it is this job from here on"
     now_told = read_status(out)
@@ -259,7 +259,11 @@ def test_what_a_forced_run_has_not_kept_does_not_come_back_when_it_is_stopped_as
     begun(out, changed, resume_anyway=True).abandon("stopped")
     assert [read_status(out).done, read_status(out).left] == [1, 2]
     assert finish_all(opened(out, changed, resume=True)) == ["new", "edited"]
-    assert [json.loads(line)["completion"] for line in out.read_text().splitlines()] == ["to new", "to edited", "to a"]
+    assert [json.loads(line)["completion"] for line in out.read_text(encoding="utf-8").splitlines()] == [
+        "to new",
+        "to edited",
+        "to a",
+    ]
 
 
 @pytest.mark.parametrize("now", [("a",), ("a", "b")])
@@ -267,14 +271,14 @@ def test_a_finished_output_that_its_user_has_changed_is_found_before_the_work_an
     out: Path, now: tuple[str, ...]
 ) -> None:
     finish_all(begun(out, of_asked("a")))
-    out.write_text("my notes")
+    out.write_text("my notes", encoding="utf-8")
     with pytest.raises(OutputError, match="was changed since the job was finished") as caught:
         opened(out, of_asked(*now), resume_anyway=True)
     assert "move it away" in (caught.value.hint or "")
-    assert out.read_text() == "my notes"
+    assert out.read_text(encoding="utf-8") == "my notes"
     out.rename(out.with_name("notes"))
     assert finish_all(opened(out, of_asked(*now), resume_anyway=True)) == list(now[1:])
-    assert len(out.read_text().splitlines()) == len(now)
+    assert len(out.read_text(encoding="utf-8").splitlines()) == len(now)
 
 
 def as_fields(item: Any) -> dict[str, Any]:
@@ -378,25 +382,25 @@ def test_overwrite_replaces_what_an_earlier_run_left_and_the_output_only_at_the_
     output = begun(out, job(2, refused=[1]))
     output.add(result(0, completion="old"))
     output.finish()
-    old = out.read_text()
+    old = out.read_text(encoding="utf-8")
     output = begun(out, job(1), overwrite=True)
     output.add(result(0))
-    assert out.read_text() == old
+    assert out.read_text(encoding="utf-8") == old
     output.abandon("stopped")
     output = opened(out, job(1), resume=True)
     output.finish()
     assert sorted(out.parent.iterdir()) == [out, journal_path(out)]
-    assert json.loads(out.read_text())["completion"] == "out"
+    assert json.loads(out.read_text(encoding="utf-8"))["completion"] == "out"
 
 
 def test_a_file_that_appears_during_the_run_is_not_replaced(out: Path) -> None:
     output = begun(out, job(1))
     output.add(result(0))
-    out.write_text("of another program")
+    out.write_text("of another program", encoding="utf-8")
     with pytest.raises(OutputError, match="made by another program") as caught:
         output.finish()
     assert str(partial_path(out)) in (caught.value.hint or "")
-    assert (out.read_text(), ids(partial_path(out))) == ("of another program", ["id-0"])
+    assert (out.read_text(encoding="utf-8"), ids(partial_path(out))) == ("of another program", ["id-0"])
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_named_and_a_dead_ones_lock_is_none(out: Path) -> None:
@@ -563,7 +567,7 @@ def test_an_openai_batch_is_answered_as_openai_does(out: Path) -> None:
     for index in (2, 1, 0):
         output.add(result(index, completion=f"text {index}"))
     output.finish()
-    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    first, second = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     assert (first["custom_id"], first["error"], first["response"]["status_code"]) == ("a", None, 200)
     assert first["id"].startswith("batch_req_") and first["response"]["request_id"]
     body = first["response"]["body"]
@@ -608,7 +612,7 @@ def test_completions_have_texts_and_their_own_logprobs(out: Path) -> None:
     for index in range(3):
         output.add(replace(result(index), logprobs=told))
     output.finish()
-    body = json.loads(out.read_text().splitlines()[1])["response"]["body"]
+    body = json.loads(out.read_text(encoding="utf-8").splitlines()[1])["response"]["body"]
     assert body["object"] == "text_completion"
     assert body["choices"] == [
         {
@@ -630,7 +634,7 @@ def test_jsonl_of_a_batch_where_it_is_asked_for(out: Path) -> None:
     for index in range(3):
         output.add(result(index))
     output.finish()
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [(line["id"], line.get("choice")) for line in lines] == [("a", 0), ("a", 1), ("b", None)]
 
 
@@ -638,7 +642,7 @@ def test_an_echo_stands_before_the_completion(out: Path) -> None:
     output = begun(out, replace(job(1), work=WorkList.of([work(0)], {0: Extra(echo=True)})))
     output.add(result(0))
     output.finish()
-    assert json.loads(out.read_text())["completion"] == "inout"
+    assert json.loads(out.read_text(encoding="utf-8"))["completion"] == "inout"
 
 
 # Endings

@@ -180,7 +180,7 @@ def test_memory_that_cannot_be_locked_is_refused_with_the_limit_to_set(monkeypat
 def test_host_memory_is_exact_and_private_to_a_rank_that_is_alone() -> None:
     memory = HostMemory(12_345, Control(World(), "cpu"), pin=False)
     assert memory.bytes.numel() == memory.nbytes == 12_345
-    assert "memfd:zeroinf-weights" not in Path("/proc/self/maps").read_text()
+    assert "memfd:zeroinf-weights" not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 _RANK = """

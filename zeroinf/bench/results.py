@@ -135,7 +135,7 @@ class Results:
 def read_results(path: Path) -> Results:
     """The results in the file `path`. Raises InputError for any other file."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise InputError(f"{path} has schema {data['schema']}, this release reads {SCHEMA}", hint="run it again")
         return Results(machine=data["machine"], settings=data["settings"], outcomes=tuple(map(_outcome, data["cells"])))

@@ -233,7 +233,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
 
 def _write_report(file: Path, report: RunReport | ClusterReport) -> None:
     try:
-        file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write --report {file}: {error.strerror}; the results are complete") from error
 
@@ -276,7 +276,7 @@ def _run_on_ray(options: RunOptions, address: str, limits: NodeLimits, *, report
     observer = ConsoleObserver(console, quiet=quiet)
     results = cast("TextIO", ResultsBesideDisplay(sys.stdout, observer))
     # Ray prints the death of each process to standard output.
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), observer:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), observer:
         observer.doing("joining the Ray cluster")
         cluster = RayCluster(address, waits=limits.waits)
         try:

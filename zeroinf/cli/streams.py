@@ -97,9 +97,9 @@ def steady_streams() -> None:
         except OSError:
             opened = os.open(os.devnull, mode)  # the lowest that is free: this one
             os.set_inheritable(opened, True)  # ranks have them, too
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = sys.stdout or io.TextIOWrapper(open(1, "wb", closefd=False))  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if not isinstance(sys.stderr, Display):
         sys.stderr = Display(sys.stderr)
     if not isinstance(sys.stdout, ResultStream):

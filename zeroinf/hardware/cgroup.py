@@ -4,6 +4,7 @@ v1, v2, or both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
@@ -103,6 +104,6 @@ def _read_group(folder: Path, layout: _Layout) -> CgroupMemory | None:
 def _read(path: Path) -> str:
     """The file's text; empty where it is missing or may not be read."""
     try:
-        return path.read_text()
+        return os.fsdecode(path.read_bytes())  # names of groups, to be opened
     except OSError:
         return ""

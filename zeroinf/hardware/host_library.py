@@ -115,7 +115,7 @@ def _name(command: Sequence[str]) -> str:
 def _instructions() -> str:
     """The instructions that the processor knows, as the kernel of the system lists them."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return line
     return platform.processor()

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 def write_whole(path: Path, text: str) -> None:
     """Put `text` in place of the file, which nobody ever sees half written; its folder is made. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
         try:
             file.write(text)
             file.flush()

@@ -29,7 +29,9 @@ class Resident:
 
 def resident(status: Path = Path("/proc/self/status")) -> Resident:
     """Host memory that this process holds now."""
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1) for line in status.read_text(encoding="utf-8", errors="replace").splitlines() if ":" in line
+    )
     own, shared = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
     return Resident(own, shared)
 
@@ -87,5 +89,6 @@ def process_age_s() -> float:
 
     Both times count from boot; psutil's adds the time of boot, which Linux tells in whole seconds.
     """
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()  # past the name, whose bytes are cut
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -54,7 +54,7 @@ def _numbers(file: Path) -> list[int]:
     """The numbers of a list such as 0-3,8; none where there is no such file."""
     found = list[int]()
     with suppress(OSError, ValueError):
-        for part in filter(None, file.read_text().strip().split(",")):
+        for part in filter(None, file.read_text(encoding="utf-8").strip().split(",")):
             first, _, last = part.partition("-")
             found += range(int(first), int(last or first) + 1)
     return found

@@ -66,7 +66,7 @@ def read_memlock(proc: Path = Path("/proc")) -> int | None:
 def _may_lock_all(proc: Path) -> bool:
     """Whether CAP_IPC_LOCK lifts the limit; it does in the first user namespace only, not in rootless containers."""
     try:
-        status = (proc / "self" / "status").read_text()
+        status = (proc / "self" / "status").read_text(encoding="utf-8", errors="replace")
         user_map = (proc / "self" / "uid_map").read_text().split()
     except OSError:
         return False

@@ -247,7 +247,7 @@ def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, an
 
 def _read_zero_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--zero-config {path}: {error}") from error
     if not isinstance(config, dict):

@@ -163,7 +163,7 @@ def start_in_background(name: str, arguments: Sequence[str], env: Mapping[str, s
 
 
 def _failure(name: str, log: Path, code: int) -> ServerFailedError:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next((line.partition(": ")[2] for line in reversed(lines) if line.startswith(("error:", "Error:"))), None)
     hint = next((line.partition(": ")[2] for line in reversed(lines) if line.startswith("hint:")), None)
     why = said or (lines[-1] if lines else "without a word")
