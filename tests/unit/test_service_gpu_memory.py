@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import SMALL_PAGES, Term
 from zeroinf.planner.plan import Plan
-from zeroinf.planner.timing import Timing
+from zeroinf.planner.timing import Resource, Timing
 from zeroinf.service import gpu_memory
 from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 
@@ -136,6 +137,20 @@ def test_with_fewer_rows_a_pass_is_smaller_by_as_much_and_as_many_groups_of_rows
         (1, 1, 30),
         (1, 1, 10),
     ]
+
+
+def test_passes_begin_ahead_where_a_gpu_bounds_them_and_not_where_a_link_or_the_host_does() -> None:
+    timing = Timing(
+        load_s=1, prefill_s=1, decode_s=1, tokens_per_second=1, streamed_bytes=1, fetched_bytes=1, binds="link"
+    )
+
+    def runs_ahead(binds: Resource, **changes: Any) -> bool:
+        plan = replace(PLAN, timing=replace(timing, binds=binds), **changes)
+        return Limits.of(plan, shares_passes=True, breaks_at=None).runs_ahead
+
+    every = get_args(Resource)
+    assert {binds for binds in every if runs_ahead(binds)} == {"arithmetic", "GPU memory", "kernel launches"}
+    assert not any(runs_ahead(binds, device="cpu") for binds in every)
 
 
 def test_fewer_rows_keep_the_room_that_staging_has_for_those_in_host_memory() -> None:
