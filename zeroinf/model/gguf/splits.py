@@ -31,18 +31,20 @@ _DEEPSEEK_3 = (
 )
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGITS = (r"\p{N}", _GPT_2)
 
 _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "dbrx", "smaug-bpe"), _LLAMA_3),
     **dict.fromkeys(("chatglm-bpe", "glm4", "falcon-h1", "midm-2.0", "jina-v5-nano"), _LLAMA_3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2"), _QWEN_2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"), _QWEN_2),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2", "talkie"), _GPT_4O),
-    **dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo"), (_GPT_2,)),
+    **dict.fromkeys(("default", "gpt-2", "gpt2", "mpt", "olmo", "trillion"), (_GPT_2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     "qwen35": _QWEN_35,
     "tekken": _TEKKEN,
     "deepseek-v3": _DEEPSEEK_3,
+    "hunyuan-dense": _DEEPSEEK_3,
     "deepseek-coder": _DEEPSEEK_CODER,
-    "smollm": (r"\p{N}", _GPT_2),
 }
 """Patterns by names; each splits what those before it have left."""
 
