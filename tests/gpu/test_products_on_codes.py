@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from packed import packed_checkpoint
 from quantized import mxfp4_checkpoint
 from small_models import CONTEXT, build_model
-from transformers import AutoConfig
 
 from zeroinf.compat.models import is_experts
 from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
@@ -20,6 +20,7 @@ from zeroinf.engines.stream.products import product_on_codes
 from zeroinf.engines.stream.tensor_groups import group_tensors
 from zeroinf.model.inspect import build_meta, find_stacks
 from zeroinf.model.quantized.expansion import expansions
+from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.wire import CODES, Wire
 
 pytestmark = pytest.mark.gpu
@@ -101,10 +102,16 @@ def test_experts_of_many_rows_are_captured_as_a_graph() -> None:
         assert close(out.float(), module(x, index, weights).float())
 
 
-@pytest.mark.parametrize("tokens", [3, 40, 600])
-def test_experts_of_a_checkpoint_are_multiplied_as_codes(tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("gpt_oss", 3), ("gpt_oss", 40), ("gpt_oss", 600), ("qwen3_moe", 3), ("qwen3_moe", 600)]
+)
+def test_experts_of_a_checkpoint_are_multiplied_as_codes(name: str, tokens: int, tmp_path: Path) -> None:
     """MXFP4, of few rows of each expert and of many, as near to the products of expanded weights as those are."""
-    model = build_meta(AutoConfig.from_pretrained(mxfp4_checkpoint(tmp_path)), "bfloat16").to_empty(device=GPU)
+    if name == "gpt_oss":
+        mxfp4_checkpoint(tmp_path)
+    else:
+        packed_checkpoint(name, "fp8_experts_fp4", tmp_path)
+    model = build_meta(resolve_model(str(tmp_path)).config, "bfloat16").to_empty(device=GPU)
     generator = torch.Generator(GPU).manual_seed(0)
     (module, *_) = [each for each in model.modules() if is_experts(each)]
     for name, parameter in module.named_parameters():
@@ -119,7 +126,7 @@ def test_experts_of_a_checkpoint_are_multiplied_as_codes(tokens: int, tmp_path: 
     with torch.inference_mode():
         right = module(x, index, weights.bfloat16())
         assert use_experts_kernels(model, GPU, None)
-        assert not expansions(model)
+        assert not expansions(module)
         assert close(module(x, index, weights.bfloat16()), right)
 
 
