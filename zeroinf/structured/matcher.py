@@ -44,10 +44,13 @@ class Vocabulary:
         self._reading = Lock()
 
     def read_ahead(self) -> Thread | None:
-        """Begin to read the vocabulary in a thread, if llguidance is there. Until it ends, a first use waits for it."""
+        """Begin to read the vocabulary in a thread, if llguidance is there. A first use waits for it.
+
+        The end of the process does so, too: llguidance is not made for a thread that ends within it.
+        """
         if not self._ends or find_spec("llguidance") is None:
             return None
-        thread = Thread(target=lambda: self.tokenizer, name="zeroinf-vocabulary", daemon=True)
+        thread = Thread(target=lambda: self.tokenizer, name="zeroinf-vocabulary")
         thread.start()
         return thread
 
