@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zeroinf.planner.coded_products import EXPAND_MXFP4, ON_EXPANDED_MXFP4, ON_MXFP4, with_many_rows
+from zeroinf.planner.coded_products import EXPAND_MXFP4, ON_EXPANDED_MXFP4, ON_MXFP4, in_parts, with_many_rows
 from zeroinf.planner.figures import fitted_figures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel, Kernels
@@ -50,3 +50,11 @@ def test_experts_with_many_rows_are_expanded_some_after_the_others() -> None:
         for groups in (layer(4096), many)
     ]
     assert flops[0] == flops[1]
+
+
+def test_each_part_of_the_experts_multiplies_its_own_rows_alone() -> None:
+    product, other = Kernel(800, 50, ON_MXFP4), Kernel(800, 50, "mm")
+    simulated = [Kernels(1.0, ()), Kernels(3.0, (other, *[product] * 4))]
+    groups = in_parts(simulated, 4)
+    assert groups[1] == Kernels(3.0, (other, *[Kernel(200, 50, ON_MXFP4)] * 4))
+    assert in_parts(simulated, 1) == tuple(simulated)

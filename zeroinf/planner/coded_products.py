@@ -112,6 +112,24 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
     return (outside, *coded, *expanded)
 
 
+def in_parts(groups: Sequence[Kernels], parts: int) -> tuple[Kernels, ...]:
+    """The kernels `groups` where experts compute in so many parts: each part was simulated with the rows of all, and
+    multiplies its own alone."""
+    if parts == 1:
+        return tuple(groups)
+    own = {*_BY_EXPERT, ON_MXFP4}
+    return tuple(
+        replace(
+            group,
+            kernels=tuple(
+                kernel._replace(flops=kernel.flops // parts) if kernel.operator in own else kernel
+                for kernel in group.kernels
+            ),
+        )
+        for group in groups
+    )
+
+
 def with_many_rows(groups: Sequence[Kernels], tokens: int, count: int, each: int) -> tuple[Kernels, ...]:
     """The kernels `groups` of a forward of so many tokens, each of which is routed to `each` of `count` experts, with
     those that are in MXFP4 expanded before products where that is faster."""

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from zeroinf.model.anatomy import LONG_RUN_BYTES, Anatomy
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.coded_products import CodedLayers, coded_layers, on_codes, with_many_rows
+from zeroinf.planner.coded_products import CodedLayers, coded_layers, in_parts, on_codes, with_many_rows
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
@@ -318,7 +318,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     in host memory have forwards of their own."""
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
-    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy))
+    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy, choice))
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     cpu_forwards = workload.host.cpu_forwards if workload.host is not None else 1
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, workload, speeds)
@@ -390,7 +390,7 @@ def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: S
     kernel by kernel. Steps grow fewer in the end, as rows do that entered together."""
     assert workload.packed is not None
     coded, shape = _coded(anatomy, choice, workload), workload.shape
-    extra = _capturing(workload.packed.forwards, speeds, coded, _layers(anatomy), choice.graph_tokens)
+    extra = _capturing(workload.packed.forwards, speeds, coded, _layers(anatomy, choice), choice.graph_tokens)
     largest, captured, serving = graph_size(shape.rows, choice.graph_tokens), list[float](), inf
     for size, seconds in reversed(extra):
         if size <= largest and size * SERVED_TIMES < serving:
@@ -409,11 +409,18 @@ class _Layers(NamedTuple):
     """Of layers without graphs."""
     routing: tuple[int, int]
     """Experts of a layer, and how many of them each token is routed to; one where there are none."""
+    parts: int
+    """In which the experts compute."""
+
+    def computed(self, kernels: Sequence[Kernels], tokens: int, coded: CodedLayers | None) -> tuple[Kernels, ...]:
+        """The kernels of a forward of so many tokens, as runs choose them."""
+        own = in_parts(kernels, self.parts)
+        return with_many_rows(own, tokens, *self.routing) if coded is None else on_codes(own, tokens, coded)
 
 
-def _layers(anatomy: Anatomy) -> _Layers:
+def _layers(anatomy: Anatomy, choice: Choice) -> _Layers:
     routing = next(((one.count, one.each) for one in anatomy.experts), (1, 1))
-    return _Layers(launched_share(anatomy), routing)
+    return _Layers(launched_share(anatomy), routing, choice.expert_parts)
 
 
 @lru_cache(maxsize=256)
@@ -453,7 +460,7 @@ def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None
     replay_s = host.graph_launches * host.packed_launches * speeds.model_launch_s
     launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
     for at, kernels in forwards.tokens:
-        groups = with_many_rows(kernels, at, *layers.routing) if coded is None else on_codes(kernels, at, coded)
+        groups = layers.computed(kernels, at, coded)
         times = _times(groups, speeds, _packed_launch_s)
         times["kernel launches"] += host.micro_batch_s
         launched.append((at, times))
@@ -463,7 +470,7 @@ def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None
         copied_s = times["GPU memory"] + count * copying_s
         replayed.append((at, {**times, "GPU memory": copied_s, "kernel launches": outside_s + inside_s}))
     for at, kernels in forwards.choices:
-        groups = with_many_rows(kernels, many, *layers.routing) if coded is None else on_codes(kernels, many, coded)
+        groups = layers.computed(kernels, many, coded)
         chosen.append((at, _times(groups, speeds, _packed_launch_s)))
     fewest = chosen[0][1]
     more = [(at, {name: times[name] - fewest[name] for name in times}) for at, times in chosen]
