@@ -122,7 +122,7 @@ def in_parts(groups: Sequence[Kernels], parts: int) -> tuple[Kernels, ...]:
         replace(
             group,
             kernels=tuple(
-                kernel._replace(flops=kernel.flops // parts) if kernel.operator in own else kernel
+                Kernel(kernel.flops // parts, *kernel[1:]) if kernel.operator in own else kernel
                 for kernel in group.kernels
             ),
         )
