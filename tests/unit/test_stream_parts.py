@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream import host_memory, stalls
+from zeroinf.engines.stream import checkpoint_weights, host_memory, stalls
 from zeroinf.engines.stream import ring as ring_module
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.engines.stream.layout import lay_out
@@ -264,3 +264,17 @@ def test_a_piece_that_cannot_be_filled_ends_the_loading(broken: int) -> None:
     with pytest.raises(StoreError, match="broken"):
         for index, _ in placed(Filler(broken), [4096] * 6):
             assert index < broken
+
+
+def test_parts_of_a_weight_that_transformers_has_loaded_are_read_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, values = torch.arange(4.0), dict[str, torch.Tensor]()
+    values |= {"experts": weight, "tied": weight}
+    loaded: Any = SimpleNamespace(state_dict=lambda: values)
+    monkeypatch.setattr(checkpoint_weights, "load_pretrained", lambda *_: loaded)
+    source: Any = SimpleNamespace(location="here")
+    read = checkpoint_weights._read_through_transformers(SimpleNamespace(dtype=None), source)
+    for entries in (range(2, 4), range(0, 2)):
+        assert values
+        part: Any = SimpleNamespace(names=("experts", "tied"), entries=entries, of=4)
+        assert next(iter(read(part)))[1] is weight
+    assert not values  # it is let go of with its last part

@@ -5,6 +5,7 @@ conversion.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -211,10 +212,17 @@ def _open(files: Sequence[Path]) -> dict[str, tuple[Path, Callable[[], torch.Ten
 
 def _read_through_transformers(model: Any, source: ModelSource) -> _Read:
     values = load_pretrained(source, model.dtype).state_dict()
+    read_entries: Counter[str] = Counter()
+    taking = threading.Lock()
 
     def read(tensor: Tensor) -> Iterator[_Found]:
-        get = values.pop if tensor.entries is None or tensor.entries.stop == tensor.of else values.get
-        value, *_ = [get(name) for name in tensor.names if name in values]
+        with taking:  # parts of a tensor are read in any order, on several threads
+            first, *_ = names = [name for name in tensor.names if name in values]
+            value = values[first]
+            read_entries[first] += tensor.of if tensor.entries is None else len(tensor.entries)
+            if tensor.entries is None or read_entries[first] == tensor.of:
+                for name in names:
+                    del values[name]
         yield 0, value, source.location
 
     return read
