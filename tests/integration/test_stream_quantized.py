@@ -21,7 +21,6 @@ from test_stream_tokens import plain_tokens, stream, tokens_of
 from zeroinf.compat.models import experts_by
 from zeroinf.distributed.control import Control, OtherRankFailedError
 from zeroinf.distributed.world import World
-from zeroinf.engines.stream import engine as engine_module
 from zeroinf.engines.stream import experts
 from zeroinf.engines.stream.manage_stores import list_stores
 from zeroinf.errors import EnvironmentProblem, ModelError, UsageError
@@ -275,7 +274,6 @@ def test_weights_that_rest_as_codes_have_no_room_in_full(
 
     monkeypatch.setattr(ExpansionSlot, "__init__", noted)
     monkeypatch.setattr(experts, "expert_products", lambda *_: by_codes)
-    monkeypatch.setattr(engine_module, "compile_for_experts", lambda *_: None)
     engine = stream(quantized("gpt_oss", "mxfp4"), "bfloat16", random_weights=True)
     layer = engine.model.model.layers[0].mlp.experts
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny_models import build_tiny
 from transformers import AutoModelForImageTextToText
 
 from zeroinf.engines.base import SilentListener
-from zeroinf.engines.stream import data_files, read_ahead, weights
+from zeroinf.engines.stream import data_files, early_trials, read_ahead, weights
 from zeroinf.engines.stream.stream_memory import stream_gpu_terms, stream_host_terms
 from zeroinf.engines.stream.tensor_groups import group_tensors
 from zeroinf.model.inspect import read_anatomy
@@ -143,6 +144,25 @@ def test_layers_of_several_sizes_take_what_the_plan_says(
     assert rings == (made.pop() if nvme else 0)
     stages = sum(made) - walk.host_bytes  # let go of before there is a ring
     assert stages <= max(rings, rings + planned.get("staging buffers (load only)", 0))
+    engine.close()
+
+
+def test_weights_are_loaded_while_kernels_are_tried(
+    small_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_loaded, found, keep = threading.Event(), list[bool](), weights.Weights.keep
+
+    def kept(self: weights.Weights, groups: Any) -> Any:
+        pieces = keep(self, groups)
+        is_loaded.set()
+        return pieces
+
+    monkeypatch.setattr(weights.Weights, "keep", kept)
+    monkeypatch.setattr(early_trials, "norm_kernel_runs", lambda *_: found.append(is_loaded.wait(60)))
+    engine = stream(small_checkpoint("llama"))
+    for trying in [thread for thread in threading.enumerate() if thread.name == "zeroinf-trials"]:
+        trying.join(60)
+    assert found == [True]
     engine.close()
 
 

@@ -6,13 +6,16 @@ kernels says what a plan needs of them, as calls that compile some each (`_compi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from zeroinf.engines.stream.experts import expert_compilations, use_experts_kernels
+from zeroinf.engines.stream.products import compile_for_experts
 from zeroinf.generation.warm_up import attention_compilations
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.warm_up import expansion_compilations
@@ -21,12 +24,9 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.wire import CODES
 
 
-def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable[[], None]]:
+def _compilations(model: Any, plan: Plan, device: torch.device) -> Iterable[Callable[[], None]]:
     """Calls that compile kernels for `plan`; `model`, on the meta device, shows with which shapes they are launched."""
-    by_kernels = plan.engine == "stream" and use_experts_kernels(model, device, CODES.get(plan.wire))
     found = expansion_compilations(model, device)
-    if by_kernels:
-        found += expert_compilations(model, plan.anatomy, plan.wire, device)
     if plan.forward_tokens and plan.tensor_parallel.size == 1:
         found += attention_compilations(
             model,
@@ -36,7 +36,15 @@ def _compilations(model: Any, plan: Plan, device: torch.device) -> list[Callable
             pages=plan.pool_pages > 0,
             kv_dtype=None if plan.host is None else plan.host.dtype,
         )
-    return found
+    return chain(found, _of_experts(model, plan, device) if plan.engine == "stream" else ())
+
+
+def _of_experts(model: Any, plan: Plan, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Those for experts, found as they are asked for: whether there are any is known once kernels have been tried."""
+    if use_experts_kernels(model, device, CODES.get(plan.wire)):
+        for count, each in {(own.count, own.each) for own in plan.anatomy.experts}:
+            yield partial(compile_for_experts, count, each, device, model.dtype)
+        yield from expert_compilations(model, plan.anatomy, plan.wire, device)
 
 
 class WarmUp:
@@ -58,8 +66,8 @@ class WarmUp:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _run(compilations: list[Callable[[], None]], device: torch.device) -> None:
-    if compilations and device.type == "cuda":
+def _run(compilations: Iterable[Callable[[], None]], device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # threads have one each
     problem: Exception | None = None
     with torch.inference_mode():

@@ -17,12 +17,13 @@ from torch.nn import Embedding, Module
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import EngineStats, LoadListener, SilentListener, Stalls
 from zeroinf.engines.stream.coded_weight import Product
+from zeroinf.engines.stream.early_trials import begin_trials
 from zeroinf.engines.stream.expand import ExpandedGroup, Expander
 from zeroinf.engines.stream.experts import use_experts_kernels
 from zeroinf.engines.stream.gather import Gatherer
 from zeroinf.engines.stream.lockstep import LockStep
 from zeroinf.engines.stream.norms import use_norm_kernels
-from zeroinf.engines.stream.products import compile_for_experts, product_on_codes
+from zeroinf.engines.stream.products import product_on_codes
 from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.rotary import rotary_kernel, rotating
@@ -78,15 +79,11 @@ class StreamEngine:
         groups, outside, tables = group_tensors(
             self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
         )
-        by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
-        self._expansion_slot = _expansion_slot(self._model, plan, device)  # without weights that now rest as codes
-        use_norm_kernels(self._model, device)
-        self._rotate = rotary_kernel(self._model, device)
-        product = product_on_codes(device, groups)
-        for count, each in {(own.count, own.each) for own in plan.anatomy.experts if by_kernels}:
-            compile_for_experts(count, each, device, self._model.dtype)
-        passing = by_expert(plan.anatomy, plan.wire) if by_kernels else ()
-        self._expanders = _expanders(groups, device, product, passing) if plan.wire != "model" else {}
+        if expansions(self._model):
+            require_kernels(device)
+        begin_trials(self._model, groups, CODES.get(plan.wire), device)
+        self._expansion_slot: ExpansionSlot | None = None
+        self._expanders: dict[bool, Expander] = {}
         pieces = [
             [group.nbytes for group in groups if (group.block or 0) == block]
             for block in range(len(plan.anatomy.blocks))
@@ -126,7 +123,12 @@ class StreamEngine:
             in_host = [index for index in streamed if where[index] == "host"]
             numbers = range(len(groups) + 1, len(groups) + 1 + len(tables))
             in_memory = self._weights.keep([*in_host, *numbers])
-            self._bind_residents([index for index, tier in enumerate(where) if tier == "gpu"], groups, outside)
+            residents = [*(index for index, tier in enumerate(where) if tier == "gpu"), len(groups)]
+            placed = list(self._weights.place(residents))
+            # Once all is loaded: transformers converts weights in the modules that use them, and kernels are tried
+            # meanwhile.
+            self._choose_kernels(plan, groups)
+            self._bind_residents(placed, groups, outside)
             if tables:
                 self._gather(plan, [(group, in_memory[number]) for number, group in zip(numbers, tables, strict=True)])
             if plan.wire != "model" and device.type == "cuda":
@@ -221,9 +223,21 @@ class StreamEngine:
     def _leave_part(self, first: int, part: int) -> None:
         self._lock_step.done(first + part)
 
-    def _bind_residents(self, residents: Sequence[int], groups: Sequence[TensorGroup], outside: TensorGroup) -> None:
-        # Once all is loaded: transformers converts weights in the modules that use them.
-        for index, piece in list(self._weights.place([*residents, len(groups)])):
+    def _choose_kernels(self, plan: Plan, groups: Sequence[TensorGroup]) -> None:
+        """Let the model compute by kernels, where they run, and make room for weights that are expanded before."""
+        device = self._device
+        by_kernels = use_experts_kernels(self._model, device, CODES.get(plan.wire))
+        self._expansion_slot = _expansion_slot(self._model, plan, device)  # without weights that now rest as codes
+        use_norm_kernels(self._model, device)
+        self._rotate = rotary_kernel(self._model, device)
+        if plan.wire != "model":
+            passing = by_expert(plan.anatomy, plan.wire) if by_kernels else ()
+            self._expanders = _expanders(groups, device, product_on_codes(device, groups), passing)
+
+    def _bind_residents(
+        self, placed: Sequence[tuple[int, torch.Tensor]], groups: Sequence[TensorGroup], outside: TensorGroup
+    ) -> None:
+        for index, piece in placed:
             group = (*groups, outside)[index]
             if not self._expanders or index == len(groups):
                 views = _ready(group.views(piece))
@@ -405,12 +419,9 @@ _Views = list[tuple[Tensor, torch.Tensor]]
 def _expansion_slot(model: Any, plan: Plan, device: torch.device) -> ExpansionSlot | None:
     """Memory for the weights of any block of `model`, which lies on the meta device, if its checkpoint is quantized.
 
-    None where parts of experts are expanded beside their block. Raises EnvironmentProblem where no kernel is built.
+    None where parts of experts are expanded beside their block.
     """
-    if not expansions(model):
-        return None
-    require_kernels(device)
-    if plan.expert_parts > 1:
+    if not expansions(model) or plan.expert_parts > 1:
         return None
     blocks = [block for _, layers in find_stacks(model) for block in layers]
     with torch.no_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from zeroinf.compat.modules import own_buffers, own_parameters
 from zeroinf.engines.stream.products import DTYPES
 from zeroinf.planner.descriptor import KERNEL_CAPABILITY
 
+_TRYING = threading.Lock()
 _TRIED = 64
 """Elements of a row that a module is tried with."""
 _MOST = 1 << 14
@@ -100,7 +102,7 @@ def _tried(module: Module, weight: torch.Tensor) -> Module:
 
 def use_norm_kernels(model: Any, device: torch.device) -> None:
     """Let RMS norms of `model` run by the kernel, where it runs on `device`."""
-    if not _runs(device, model.dtype):
+    if not norm_kernel_runs(device, model.dtype):
         return
     from zeroinf.engines.stream.norm_kernels import rms_norm
 
@@ -108,9 +110,15 @@ def use_norm_kernels(model: Any, device: torch.device) -> None:
         NormByKernel(module, form, rms_norm)
 
 
+def norm_kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes on `device` what the forms do, to rounding: where it does not, a warning says why.
+    Tried once: a thread that asks while another tries waits for it."""
+    with _TRYING:
+        return _kernel_runs(device, dtype)
+
+
 @cache
-def _runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes on `device` what the forms do, to rounding: where it does not, a warning says why."""
+def _kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
         return False
     try:

@@ -7,6 +7,7 @@ are expanded before products.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from functools import cache
 
@@ -18,6 +19,7 @@ from zeroinf.planner.descriptor import KERNEL_CAPABILITY
 from zeroinf.planner.wire import Codes
 
 DTYPES = (torch.bfloat16, torch.float16)
+_TRYING = threading.Lock()
 _SOME = 8
 """Experts of a token in the trial of kernels; how many there are changes none of them, but for one."""
 
@@ -38,10 +40,15 @@ def expert_products(device: torch.device, dtype: torch.dtype, kind: Codes | None
     return _runs(device, dtype, kind, _SOME)
 
 
-@cache
 def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: int) -> bool:
     """Whether kernels multiply by weights of `kind` (None: numbers) on `device`; dense ones, or those of experts of
-    which a token has `each`."""
+    which a token has `each`. Tried once: a thread that asks while another tries waits for it."""
+    with _TRYING:
+        return _tried(device, dtype, kind, each)
+
+
+@cache
+def _tried(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: int) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
         return False
     try:
