@@ -1,4 +1,4 @@
-"""The kernel for rotary embeddings gives, bit by bit, what torch gives."""
+"""The kernel for rotary embeddings gives what torch gives, to rounding."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_it_turns_as_torch_does(width: int, turned: int, table: int, dtype: torc
     angles = torch.randn(1, 1001, turned // 2, device=device).repeat(1, 1, 2 * table // turned)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     for x, found in zip((q, k), rotate(q, k, cos, sin, turned), strict=True):
-        assert torch.equal(found, turn(x, cos, sin, turned))
+        assert torch.allclose(found, turn(x, cos, sin, turned), rtol=0.01, atol=0.03)
     assert rotary_kernel(build_model("llama").to(dtype), device) is rotate

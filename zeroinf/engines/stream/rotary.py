@@ -133,7 +133,7 @@ def _does(function: Any, halves: bool, turned: int) -> bool:
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         try:
             found = function(q, k, cos, sin)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        except Exception:  # it takes something else
             return False
         right = [turn(x, cos, sin, turned) for x in (q, k)]
         if not isinstance(found, tuple) or len(found) != 2 or not all(map(_equal, found, right)):
@@ -147,7 +147,7 @@ def _equal(found: Any, right: torch.Tensor) -> bool:
 
 def rotary_kernel(model: Any, device: torch.device) -> Rotate | None:
     """The kernel by which rotary embeddings of `model` are computed on `device`; None where torch computes them."""
-    if not find_rotary(model) or not _runs(device, model.dtype, *_widths(model)):
+    if device.type != "cuda" or not find_rotary(model) or not _runs(device, model.dtype, *_widths(model)):
         return None
     from zeroinf.engines.stream.rotary_kernels import rotate
 
@@ -158,18 +158,20 @@ def _widths(model: Any) -> tuple[int, int]:
     """Columns of a head and those that are turned, as most models' configurations say: the kernel is compiled for
     them, and for others where it meets them."""
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = getattr(config, "partial_rotary_factor", None) or (getattr(config, "rope_parameters", None) or {}).get(
-        "partial_rotary_factor"
-    )
-    turned = int(width * share) // 2 * 2 if isinstance(share, float) else width
-    return (width, turned) if 0 < turned <= width <= _MOST else (_WIDTH, _WIDTH)
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None)
+    if width is None and isinstance(hidden, int) and isinstance(heads, int):
+        width = hidden // heads
+    share = getattr(config, "partial_rotary_factor", None)
+    if not isinstance(width, int) or not 1 < width <= _MOST:
+        return _WIDTH, _WIDTH
+    return width, max(2, int(width * share) // 2 * 2) if isinstance(share, float) else width
 
 
 @cache
 def _runs(device: torch.device, dtype: torch.dtype, width: int, turned: int) -> bool:
-    """Whether the kernel computes on `device` what torch does: where it does not, a warning says why."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
+    """Whether the kernel computes on `device` what torch does, to rounding: where it does not, a warning says why."""
+    if torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
         return False
     try:
         from zeroinf.engines.stream.rotary_kernels import rotate
@@ -178,7 +180,7 @@ def _runs(device: torch.device, dtype: torch.dtype, width: int, turned: int) -> 
         angles = torch.randn(1, 70, turned // 2, device=device).repeat(1, 1, 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         for x, found in zip((q, k), rotate(q, k, cos, sin, turned), strict=True):
-            if not torch.equal(found, turn(x, cos, sin, turned)):
+            if not torch.allclose(found, turn(x, cos, sin, turned), rtol=0.01, atol=0.03):
                 raise RuntimeError("they are not those of torch")
     except Exception as error:  # Triton has errors of many kinds, and none of them may end a run
         why = (str(error).splitlines() or [type(error).__name__])[0]

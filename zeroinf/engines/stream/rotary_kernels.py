@@ -77,5 +77,6 @@ def rotate(
         (-(-tokens // together), q_heads + k_heads), (q, k, cos, sin, q_out, k_out),
         (tokens, q_heads, k_heads, q.stride(2), q.stride(1), k.stride(2), k.stride(1)),
         WIDTH=width, TURNED=turned, TABLE=cos.shape[-1], TOKENS=together, COLUMNS=wide,
+        enable_fp_fusion=False,  # a product and a sum in one would leave a rounding out
     )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
