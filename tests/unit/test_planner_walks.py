@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from fake_machines import CHAIN, GIB, MIB, lengths_of, machine_of, overhead, speeds, workload_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from zeroinf.engines.stream.stream_memory import stream_host_terms, stream_terms
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
 from zeroinf.model.inspect import read_anatomy
+from zeroinf.options.options import PlanOptions
+from zeroinf.options.plan_input import input_of_best_gpus
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Decision
@@ -108,3 +111,11 @@ def test_experts_come_in_parts_where_the_host_cannot_hold_all_layers() -> None:
         found[host_bytes] = make_plan(given, remedy=False).plan
     assert found[16 * GIB].expert_parts == 1
     assert found[7 * GIB].expert_parts > 1
+
+
+@pytest.mark.full
+def test_layers_whose_codes_are_multiplied_whole_are_not_split_at_a_loss() -> None:
+    given = input_of_best_gpus(PlanOptions(model="gpt-oss-120b", machine="1xRTX4090-24GB-64GiB"))
+    whole = replace(given, constraints=replace(given.constraints, expert_parts=1))
+    found = make_plan(given).decision.tokens_per_second
+    assert found >= make_plan(whole).decision.tokens_per_second

@@ -114,7 +114,8 @@ class Planner:
             slight = next((parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _SLIGHT_SHARE), max(in_use))
             if slight > 1 and self._is_host_short(constraints):
                 most_streams = sum(pieces(layers, constraints.wire)) > 2 * facts.gpu_bytes
-                return (slight,) if most_streams else (1, slight)
+                # Kernels that multiply by a checkpoint's codes may take whole layers alone.
+                return (slight,) if most_streams and layers.quantized is None else (1, slight)
             few = (min(_FEW_PARTS, most),)
             return few if asked else (1, *few) if self._are_few(constraints) else (1,)
         small = [parts for parts in in_use if in_use[parts] <= facts.gpu_bytes * _PARTS_SHARE and parts > 1]
