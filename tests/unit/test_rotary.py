@@ -100,6 +100,16 @@ def test_inputs_that_do_not_suit_the_kernel_go_the_functions_way(change: Any) ->
     assert len(seen) == 1
 
 
+def test_a_call_that_turns_one_tensor_alone_goes_the_functions_way() -> None:
+    q, _, cos, sin = asked(WIDTH, WIDTH)
+    calls, seen = Calls(), []
+    rotary = Rotary(lambda *inputs, **named: seen.append((inputs, named)), RotaryForm(halves=False, partly=False))
+    with rotating(calls):
+        rotary(q, cos=cos, sin=sin, unsqueeze_dim=2)
+    assert not calls.turned
+    assert seen == [((q,), {"cos": cos, "sin": sin, "unsqueeze_dim": 2})]
+
+
 def test_a_module_of_another_kind_with_such_a_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("modeling_of_nobody")
     module.apply_rotary_pos_emb = lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None])  # type: ignore[attr-defined]

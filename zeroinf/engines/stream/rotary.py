@@ -24,6 +24,7 @@ from zeroinf.engines.stream.products import DTYPES
 from zeroinf.planner.descriptor import KERNEL_CAPABILITY
 
 _NAME = "apply_rotary_pos_emb"
+_GIVEN = ("q", "k", "cos", "sin")
 _WIDTH = 16
 """Columns of a head that a function is tried with."""
 _MOST = 1024
@@ -67,10 +68,14 @@ class Rotary:
         functools.update_wrapper(self, function)
         self._function, self._form = function, form
 
-    def __call__(self, q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         rotate: Rotate | None = getattr(_active, "rotate", None)
-        if rotate is None or args or kwargs or not self._suits(q, k, cos, sin):
-            return self._function(q, k, cos, sin, *args, **kwargs)
+        given = dict(zip(_GIVEN, args, strict=False)) | kwargs
+        if rotate is None or len(args) + len(kwargs) != len(_GIVEN) or given.keys() != set(_GIVEN):
+            return self._function(*args, **kwargs)  # some models turn one tensor alone
+        q, k, cos, sin = (given[name] for name in _GIVEN)
+        if not self._suits(q, k, cos, sin):
+            return self._function(*args, **kwargs)
         return rotate(q, k, cos, sin, self._form.turned(q.shape[-1], cos.shape[-1]))
 
     def _suits(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
