@@ -707,9 +707,36 @@ def _times(
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
     times["host memory"] = 0.0
     for group in groups:
-        times["kernel launches"] += group.times * launch_s(group, speeds)
-        for kernel in group.kernels:
-            arithmetic, memory = kernel_s(kernel, speeds.fitted, speeds.tflops, speeds.hbm_gbps)
-            seconds = max(arithmetic, memory) + speeds.fitted.kernels.gap_s
-            times["arithmetic" if arithmetic > memory else "GPU memory"] += group.times * seconds
+        launches, arithmetic, memory = _once(_Run(group.kernels), speeds, launch_s)
+        times["kernel launches"] += group.times * launches
+        times["arithmetic"] += group.times * arithmetic
+        times["GPU memory"] += group.times * memory
     return times
+
+
+class _Run:
+    """Kernels one after the other, which are the same as others if they are the same object: recurrent layers launch
+    tens of thousands for long prompts, and each setting that is tried asks for their time."""
+
+    def __init__(self, kernels: tuple[Kernel, ...]) -> None:
+        self.kernels = kernels
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Run) and self.kernels is other.kernels
+
+    def __hash__(self) -> int:
+        return id(self.kernels)
+
+
+@lru_cache(maxsize=4096)
+def _once(run: _Run, speeds: Speeds, launch_s: Callable[[Kernels, Speeds], float]) -> tuple[float, float, float]:
+    """Seconds of launching the kernels of `run`, and of those that are bound by arithmetic, and by GPU memory, each
+    with the gap before it."""
+    by_arithmetic, by_memory, gap_s = 0.0, 0.0, speeds.fitted.kernels.gap_s
+    for kernel in run.kernels:
+        arithmetic, memory = kernel_s(kernel, speeds.fitted, speeds.tflops, speeds.hbm_gbps)
+        if arithmetic > memory:
+            by_arithmetic += arithmetic + gap_s
+        else:
+            by_memory += memory + gap_s
+    return launch_s(Kernels(1.0, run.kernels), speeds), by_arithmetic, by_memory
