@@ -144,10 +144,11 @@ def tokens_per_second(name: str, plan_input: PlanInput, **wished: Any) -> float:
 
 
 def test_no_smaller_micro_batch_beats_what_is_chosen() -> None:
+    """By more than the 3 % for which keys and values leave the GPU."""
     asked = plan_input_of(gpu=3500 * MIB, host=100 * GIB, prompt=512, offload="cpu", requests=64, host_share="auto")
     best = tokens_per_second("opt-1.3b", asked)
-    assert all(best > 0.99 * tokens_per_second("opt-1.3b", asked, micro_batch_rows=rows) for rows in (8, 32))
-    assert best > 0.99 * tokens_per_second("opt-1.3b", asked, batch_size=64, resident_blocks=18)
+    assert all(best > 0.97 * tokens_per_second("opt-1.3b", asked, micro_batch_rows=rows) for rows in (8, 16, 32))
+    assert best > 0.97 * tokens_per_second("opt-1.3b", asked, batch_size=64, resident_blocks=18)
 
 
 def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
