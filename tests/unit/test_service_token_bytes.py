@@ -109,7 +109,7 @@ def test_answers_with_a_format_are_their_tokens_bytes(make: Callable[[], Any]) -
             vocabulary.fill([(answer, 0)], mask.ctypes.data, 1)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
             tokens.append(int(draw.choice(np.flatnonzero(bits))))
-            answer.take(tokens[-1])
+            vocabulary.take([(answer, tokens[-1])])
         assert not codec.special_tokens & {*tokens}
         stream = TextStream(codec.decode_as_it_is, ())
         told = [stream.take(tokens[:count]) for count in range(1, len(tokens) + 1)]
