@@ -19,8 +19,9 @@ from zeroinf.generation.cache import PagePool
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import find_blocks, read_anatomy
 

@@ -17,7 +17,7 @@ from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.engines.stream.engine import StreamEngine
 from zeroinf.generation.micro_batch import PaddedBatch
-from zeroinf.generation.scheduler import Limits
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.model.inspect import find_blocks, read_anatomy
 from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zeroinf
 from zeroinf.distributed.world import World
 from zeroinf.errors import InputError, UsageError
+from zeroinf.generation.groups import Group
+from zeroinf.generation.pass_counts import Counts
 from zeroinf.generation.row import Sampling
-from zeroinf.generation.scheduler import Counts, Group
 from zeroinf.model.demo import demo_file
 from zeroinf.model.gguf.convert import convert_gguf
 from zeroinf.options.options import RunOptions

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from small_models import build_model
 
 from zeroinf.generation import micro_batch
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Limits
 
 LENGTHS = (3, 9, 1, 6, 9, 2, 4, 9)
 ROWS = 4

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from small_models import PACKED_MODELS, VOCABULARY, build_model
 from transformers import DynamicCache
 
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_steps import HostSteps
 from zeroinf.generation.link import Link, Run, Runs, Unit
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.model.anatomy import FETCHED_UNITS, LONG_RUN_BYTES, KvDtype, Record, TokenState
 from zeroinf.model.kv import cache_name
 

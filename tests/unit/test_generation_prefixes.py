@@ -17,9 +17,11 @@ from small_models import build_model
 
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
+from zeroinf.generation.groups import Group
 from zeroinf.generation.loop import Feed, generate
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.planner.prefixes import PrefixGroups
 
 PAGE = 16

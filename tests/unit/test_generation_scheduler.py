@@ -10,7 +10,9 @@ from generating import rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.generation.groups import Group
+from zeroinf.generation.pass_limits import Limits
+from zeroinf.generation.scheduler import Scheduler
 
 PAGE = 16
 

@@ -14,9 +14,11 @@ from generating import rows_of
 from torch.nn import ModuleList
 
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import BatchState, TokenRules
-from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.generation.pass_limits import Limits
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy

@@ -12,7 +12,8 @@ from fake_machines import CHAIN, GIB, lengths_of, machine_of, overhead, speeds, 
 from generating import rows_of
 
 from zeroinf.engines.stream.stream_memory import stream_terms
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.pass_limits import Limits
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate

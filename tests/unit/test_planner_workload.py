@@ -10,7 +10,8 @@ import pytest
 from fake_machines import CHAIN
 from generating import rows_of
 
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.pass_limits import Limits
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.planner.workload import Lengths, Shape
 
 Rows = Sequence[tuple[int, int]]

@@ -11,8 +11,9 @@ from threading import Barrier, Thread
 import pytest
 import torch.distributed as dist
 
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue, shortest_last
 from zeroinf.service.requests import Result, Work

@@ -15,7 +15,7 @@ from small_models import small_config
 
 from zeroinf.cli.console import print_report
 from zeroinf.engines.base import Stalls
-from zeroinf.generation.scheduler import Counts
+from zeroinf.generation.pass_counts import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.memory import Term, total

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_models import small_config
 
 from zeroinf.errors import DoesNotFitError
-from zeroinf.generation.scheduler import Limits
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.model.anatomy import HostSize
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES

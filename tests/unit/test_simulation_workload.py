@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from zeroinf.generation.attention import MOST_PARTS, parts_elements
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, _Passes
 from zeroinf.generation.micro_batch import BatchState, TokenRules
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Group, Limits, Scheduler, Seat
+from zeroinf.generation.scheduler import Scheduler
+from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import _TOKENS_AT_ONCE, CallLimits
 from zeroinf.model.anatomy import Anatomy, KvDtype
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy

@@ -14,10 +14,10 @@ from zeroinf.compat.host_arrays import mapped
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, Scores, StagedView, Tokens
 from zeroinf.generation.cache import CacheView, Columns, SharedLayer
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_steps import HostSteps, StepLayer, StepView
 from zeroinf.generation.link import Link, Run, Runs, Unit
 from zeroinf.generation.records import parts, read, write
-from zeroinf.generation.scheduler import Group
 from zeroinf.hardware.triton import why_no_kernels
 from zeroinf.model.anatomy import Anatomy, HostSize, Record
 from zeroinf.model.packing import windows_of

@@ -18,9 +18,9 @@ from zeroinf.compat.host_arrays import mapped
 from zeroinf.engines.stream.lockstep import step_aside
 from zeroinf.engines.stream.transfer import new_event
 from zeroinf.generation.attention import MarkingLayer, Scores, Tokens, View
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_kernels import HostStep, host_kernel
 from zeroinf.generation.records import write
-from zeroinf.generation.scheduler import Group
 from zeroinf.model.anatomy import STEP_ALIGNMENT, Anatomy, HostSize, Record
 
 _LOOK_S = 1.0

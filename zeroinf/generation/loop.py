@@ -15,10 +15,12 @@ import torch
 
 from zeroinf.distributed.control import Control
 from zeroinf.engines.base import Engine
+from zeroinf.generation.groups import Group
 from zeroinf.generation.lifetimes import Lifetimes
 from zeroinf.generation.micro_batch import BatchState, Chosen, MicroBatch, running
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Group, Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.generation.scoring import ScoreBatch
 
 _WASTED_PASSES = 0.02

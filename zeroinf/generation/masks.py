@@ -20,7 +20,7 @@ import torch
 
 from zeroinf.compat.host_arrays import mapped
 from zeroinf.generation.row import Row
-from zeroinf.generation.scheduler import Seat
+from zeroinf.generation.seats import Seat
 from zeroinf.generation.upload import to_device
 from zeroinf.structured.matcher import WORD_BITS, Vocabulary
 

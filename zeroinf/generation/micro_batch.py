@@ -20,6 +20,7 @@ from zeroinf.errors import ModelError
 from zeroinf.generation.attention import IMPLEMENTATION, kernel_for, tokens_of
 from zeroinf.generation.cache import PagePool, columns_of
 from zeroinf.generation.ends import Ends
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.link import Unit
 from zeroinf.generation.masks import Masks
@@ -27,7 +28,7 @@ from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.prompts import EncodedPrompts
 from zeroinf.generation.row import NO_TOKEN, NO_TOKEN_ALLOWED, Row
 from zeroinf.generation.sampling import Likelihoods, alter_scores, choose_tokens, likelihoods_of
-from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.seats import Seat
 from zeroinf.generation.settings import check_settings
 from zeroinf.generation.states import MakeMixing, Mixing
 from zeroinf.generation.upload import to_device

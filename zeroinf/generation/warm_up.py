@@ -28,10 +28,11 @@ from zeroinf.generation.attention import (
     kernel_for,
 )
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.groups import Group
 from zeroinf.generation.micro_batch import BatchState, TokenRules, running
 from zeroinf.generation.records import parts, read
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import Mixing
 from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, KvDtype, PoolSize, Record, TokenState
 from zeroinf.model.kv import ReadsAsZero, dense_experts

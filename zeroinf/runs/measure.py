@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zeroinf.generation.scheduler import Counts
+from zeroinf.generation.pass_counts import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.runs.report import RankReport
 from zeroinf.service.loaded import LoadedModel

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroinf.engines.base import Stalls
-from zeroinf.generation.scheduler import Counts
+from zeroinf.generation.pass_counts import Counts
 from zeroinf.hardware.process import Resident
 from zeroinf.planner.plan import Plan
 from zeroinf.runs.compare import Compared, compare_gpu, compare_host, compare_time

@@ -25,9 +25,10 @@ from zeroinf.generation.graphs import CudaCapturing, Graphs
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.loop import Feed, generate
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
+from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.prompts import decoder_start
 from zeroinf.generation.row import Decode, Row, Sampling
-from zeroinf.generation.scheduler import Limits, Scheduler
+from zeroinf.generation.scheduler import Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.measure.link_rates import measure_own_link

@@ -16,10 +16,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.warnings import without_library_warnings
 from zeroinf.generation.cache import PagePool
+from zeroinf.generation.groups import Group
 from zeroinf.generation.host_cache import HostCache
 from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at, running
 from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scheduler import Group, Seat
+from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import CallLimits, pieces_of
 from zeroinf.model.alike import first_alike
 from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
