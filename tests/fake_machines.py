@@ -6,7 +6,8 @@ from typing import Any
 
 import zeroinf.engines.registry  # noqa: F401  (hands the engines to the planner)
 from zeroinf.hardware.machine import Gpu, Machine, Memory
-from zeroinf.model.anatomy import Anatomy, Block, LayerCache, TensorSpec, TokenState
+from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
+from zeroinf.model.cache_layout import LayerCache, TokenState
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.figures import fitted_figures
 from zeroinf.planner.memory import Overhead

@@ -22,7 +22,8 @@ from zeroinf.generation.micro_batch import BatchState, TokenRules, breaks_at
 from zeroinf.generation.pass_limits import Limits
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Scheduler
-from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize, KvDtype, PoolSize
 from zeroinf.model.inspect import find_blocks, read_anatomy
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 
 from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedView, Scores, StagedView, Tokens, tokens_of
 from zeroinf.generation.records import parts, read, write
-from zeroinf.model.anatomy import PAGE_TOKENS, KvDtype, Record, TokenState
+from zeroinf.model.cache_layout import PAGE_TOKENS, KvDtype, Record, TokenState
 
 
 class PagedRows:

@@ -16,7 +16,7 @@ from small_models import auto_class
 from zeroinf.distributed.control import Control
 from zeroinf.distributed.world import World
 from zeroinf.generation.row import Sampling
-from zeroinf.model.anatomy import HostSize
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.resolve import resolve_model
 from zeroinf.planner.plan import Plan

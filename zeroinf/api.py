@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from zeroinf.errors import InputError, RequestsFailedError
 from zeroinf.generation.row import Sampling
-from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
 from zeroinf.options.definition import from_keywords

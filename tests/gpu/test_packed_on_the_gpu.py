@@ -11,7 +11,7 @@ from paged_rows import PagedRows, StagedRows
 from small_models import PACKED_MODELS, VOCABULARY, build_model
 
 from zeroinf.generation.attention import Scores, kernel_for
-from zeroinf.model.anatomy import KvDtype
+from zeroinf.model.cache_layout import KvDtype
 
 pytestmark = pytest.mark.gpu
 

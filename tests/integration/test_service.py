@@ -23,7 +23,7 @@ from tiers import full, tiered
 from zeroinf.distributed.control import Control
 from zeroinf.errors import InputError, UsageError, ZeroinfError
 from zeroinf.generation.row import Sampling
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.cache_layout import PAGE_TOKENS
 from zeroinf.model.inspect import find_blocks
 from zeroinf.service.core import Asked, Service
 from zeroinf.service.handles import Completion

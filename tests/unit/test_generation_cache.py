@@ -12,7 +12,7 @@ from small_models import build_model, small_config
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.generation.cache import PagePool, columns_of
-from zeroinf.model.anatomy import PAGE_TOKENS, PoolSize
+from zeroinf.model.cache_layout import PAGE_TOKENS, PoolSize
 from zeroinf.model.inspect import read_anatomy
 
 HEADS, WIDTH = 2, 16

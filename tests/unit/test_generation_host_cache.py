@@ -23,7 +23,7 @@ from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.records import read, write
 from zeroinf.generation.row import Row
 from zeroinf.generation.scheduler import Scheduler
-from zeroinf.model.anatomy import FETCHED_UNITS, LONG_RUN_BYTES, KvDtype, Record, TokenState
+from zeroinf.model.cache_layout import FETCHED_UNITS, LONG_RUN_BYTES, KvDtype, Record, TokenState
 from zeroinf.model.kv import cache_name
 
 LENGTHS = ((7, 6), (1, 9), (20, 3), (12, 1), (3, 12), (9, 8), (18, 14))

@@ -19,7 +19,7 @@ from zeroinf.generation.host_kernels import CompiledKernel, HostStep, TorchKerne
 from zeroinf.generation.records import parts, read, write
 from zeroinf.hardware import host_library
 from zeroinf.hardware.host_library import ThreadPool
-from zeroinf.model.anatomy import KvDtype, Record, TokenState
+from zeroinf.model.cache_layout import KvDtype, Record, TokenState
 
 TOKENS = (1, 2, 31, 33, 200, 517)
 _LONGER_THAN_AWAKE_S = 0.03

@@ -10,7 +10,7 @@ from small_models import RECURRENT_MODELS, small_config
 from transformers.models.lfm2 import modeling_lfm2
 
 from zeroinf.compat.states import StatesOfOneLayer
-from zeroinf.model.anatomy import PoolSize
+from zeroinf.model.cache_layout import PoolSize
 from zeroinf.model.inspect import build_meta, read_anatomy
 from zeroinf.model.kv import read_cache
 from zeroinf.model.mixers import read_mixers

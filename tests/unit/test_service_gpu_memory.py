@@ -15,7 +15,7 @@ from small_models import small_config
 
 from zeroinf.errors import DoesNotFitError
 from zeroinf.generation.pass_limits import Limits
-from zeroinf.model.anatomy import HostSize
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import SMALL_PAGES, Term

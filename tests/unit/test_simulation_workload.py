@@ -29,7 +29,8 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.scheduler import Scheduler
 from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import _TOKENS_AT_ONCE, CallLimits
-from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.model.inspect import build_meta, find_blocks, read_anatomy
 from zeroinf.model.quantized.expansion import expansions
 from zeroinf.planner.allocator import Allocator, Event, Usage

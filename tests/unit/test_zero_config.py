@@ -27,7 +27,9 @@ from zeroinf.engines.zero.config import (
     nvme_pool_bytes,
 )
 from zeroinf.errors import OutputError, UsageError
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Block, LayerCache, TensorSpec
+from zeroinf.model.anatomy import Anatomy, Block, TensorSpec
+from zeroinf.model.cache_layout import LayerCache
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.plan import AioSettings, Plan
 

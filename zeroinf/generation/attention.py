@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.cache_layout import PAGE_TOKENS
 from zeroinf.model.packing import not_understood
 
 IMPLEMENTATION = "zeroinf_pages"

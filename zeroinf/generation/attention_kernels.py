@@ -25,7 +25,7 @@ from triton.language.extra import libdevice
 from zeroinf.compat.launches import BoundLaunch, Launch
 from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, Tokens, parts_elements
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.cache_layout import PAGE_TOKENS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)

@@ -17,7 +17,8 @@ from zeroinf.generation.attention import AttentionKernel, PackedLayer, PackedVie
 from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.states import StateMemory
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, LayerCache, PoolSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import PAGE_TOKENS, LayerCache, PoolSize
 from zeroinf.model.kv import empty_cache
 from zeroinf.model.mixers import CacheWithStates
 from zeroinf.model.packing import windows_of

@@ -19,7 +19,8 @@ from zeroinf.generation.host_steps import HostSteps, StepLayer, StepView
 from zeroinf.generation.link import Link, Run, Runs, Unit
 from zeroinf.generation.records import parts, read, write
 from zeroinf.hardware.triton import why_no_kernels
-from zeroinf.model.anatomy import Anatomy, HostSize, Record
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize, Record
 from zeroinf.model.packing import windows_of
 
 

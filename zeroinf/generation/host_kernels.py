@@ -19,7 +19,7 @@ import torch
 from zeroinf.generation.attention import Scores, attend_row
 from zeroinf.generation.records import read
 from zeroinf.hardware.host_library import HostLayout, ThreadPool, why_no_host_kernel
-from zeroinf.model.anatomy import Record
+from zeroinf.model.cache_layout import Record
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3}
 _LOOK_AGAIN_S = 1e-4

@@ -21,7 +21,8 @@ from zeroinf.generation.attention import MarkingLayer, Scores, Tokens, View
 from zeroinf.generation.groups import Group
 from zeroinf.generation.host_kernels import HostStep, host_kernel
 from zeroinf.generation.records import write
-from zeroinf.model.anatomy import STEP_ALIGNMENT, Anatomy, HostSize, Record
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import STEP_ALIGNMENT, HostSize, Record
 
 _LOOK_S = 1.0
 """So often the GPU is asked whether it is well while results do not come."""

@@ -17,7 +17,7 @@ import torch
 
 from zeroinf.engines.stream.transfer import new_event, new_stream
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import FETCHED_UNITS, LONG_RUN_BYTES, SENT_UNITS
+from zeroinf.model.cache_layout import FETCHED_UNITS, LONG_RUN_BYTES, SENT_UNITS
 
 # So many copies take the host no longer than a kernel, and the GPU's multiprocessors nothing.
 _FEW_RUNS = 4

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from zeroinf.model.anatomy import Record, TokenState
+from zeroinf.model.cache_layout import Record, TokenState
 
 _HIGHEST_CODE = 127
 

@@ -16,7 +16,7 @@ from zeroinf.generation.prefixes import PrefixCache, PrefixPage
 from zeroinf.generation.range_allocator import RangeAllocator
 from zeroinf.generation.row import Row
 from zeroinf.generation.seats import Seat, most_tokens
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.cache_layout import PAGE_TOKENS
 
 
 class Scheduler:

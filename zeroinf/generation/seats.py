@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from zeroinf.generation.prefixes import PrefixPage
 from zeroinf.generation.row import Row
-from zeroinf.model.anatomy import PAGE_TOKENS
+from zeroinf.model.cache_layout import PAGE_TOKENS
 
 
 @dataclass(slots=True, eq=False)

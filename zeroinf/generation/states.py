@@ -17,7 +17,8 @@ import torch
 
 from zeroinf.compat.states import StatesOfOneLayer
 from zeroinf.generation.upload import to_device
-from zeroinf.model.anatomy import Anatomy, PoolSize, RowState
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import PoolSize, RowState
 from zeroinf.model.mixers import hidden_of, with_part
 
 # A recurrent module computes so many tokens at a time. In torch alone, a token takes up to half a megabyte there.

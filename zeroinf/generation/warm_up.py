@@ -34,7 +34,8 @@ from zeroinf.generation.records import parts, read
 from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import Mixing
-from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy, KvDtype, PoolSize, Record, TokenState
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import PAGE_TOKENS, KvDtype, PoolSize, Record, TokenState
 from zeroinf.model.kv import ReadsAsZero, dense_experts
 from zeroinf.model.mixers import hidden_of
 from zeroinf.model.quantized.expansion import expansions, opened

@@ -26,7 +26,8 @@ from zeroinf.compat.loading import conversions
 from zeroinf.compat.warnings import without_library_warnings
 from zeroinf.errors import ModelError
 from zeroinf.model.adapter import merge_adapter
-from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, LayerCache, Mixers, Quantized, TensorSpec
+from zeroinf.model.anatomy import UNTIED, Anatomy, Block, Encoder, Mixers, Quantized, TensorSpec
+from zeroinf.model.cache_layout import LayerCache
 from zeroinf.model.config import config_dtype
 from zeroinf.model.experts import find_experts
 from zeroinf.model.kv import can_be_pooled, read_cache, read_encoded_bytes, turns_keys

@@ -22,7 +22,7 @@ from zeroinf.compat.states import keeps_states_and_keys, states_in
 from zeroinf.errors import ModelError
 from zeroinf.model import meta_operators
 from zeroinf.model.alike import first_alike
-from zeroinf.model.anatomy import LayerCache, RowState, TokenState
+from zeroinf.model.cache_layout import LayerCache, RowState, TokenState
 
 # Two lengths give the slope, longer than the convolution kernels of state-space models (4); a third, where the context
 # allows it, is far enough out to see blocks of tokens that a model compresses together (128).

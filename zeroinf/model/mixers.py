@@ -21,7 +21,8 @@ from transformers import DynamicCache
 from zeroinf.compat.models import CACHE_ARGUMENTS
 from zeroinf.compat.states import StatesOfOneLayer
 from zeroinf.errors import ModelError
-from zeroinf.model.anatomy import USUAL_CHUNK, LayerCache, Mixers, RowState
+from zeroinf.model.anatomy import USUAL_CHUNK, Mixers
+from zeroinf.model.cache_layout import LayerCache, RowState
 from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts
 
 _TOKENS = 3

@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zeroinf.compat.models import attention_by
-from zeroinf.model.anatomy import LayerCache, Mixers
+from zeroinf.model.anatomy import Mixers
+from zeroinf.model.cache_layout import LayerCache
 from zeroinf.model.kv import ReadsAsZero, cache_name, dense_experts, empty_cache
 from zeroinf.model.mixers import CacheWithStates, hidden_of, mixed_by_cache, modules_of
 

@@ -17,7 +17,7 @@ from zeroinf.generation.row import MOST_LOGPROBS, Sampling
 from zeroinf.jobs.export import OutputFormat
 from zeroinf.jobs.formats import InputFormat
 from zeroinf.jobs.shape import EntryShape
-from zeroinf.model.anatomy import KvDtype
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.options.definition import Option, Options, option, parts
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.kv import Kv, KvAttention

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroinf.model.anatomy import KvDtype
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.planner.wire import Wire
 
 Offload = Literal["none", "cpu", "nvme"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zeroinf.errors import UsageError
-from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import default_engine, descriptor_of
 from zeroinf.planner.kv import HostShare, KvAttention

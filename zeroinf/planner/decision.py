@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from zeroinf.errors import DoesNotFitError
-from zeroinf.model.anatomy import HostSize, PoolSize
+from zeroinf.model.cache_layout import HostSize, PoolSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.memory import MemoryPlace, Term
 from zeroinf.planner.timing import Timing

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from zeroinf.errors import UsageError
-from zeroinf.model.anatomy import Anatomy, HostSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.memory import Overhead, Term
 from zeroinf.planner.transfers import CountTransfers

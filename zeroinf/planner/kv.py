@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Literal
 
 from zeroinf.errors import UsageError
-from zeroinf.model.anatomy import Anatomy, KvDtype
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import KvDtype
 from zeroinf.planner.descriptor import descriptor_of, why_padded
 
 Kv = Literal["gpu", "host", "auto"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, Table, TensorSpec
+from zeroinf.model.anatomy import Anatomy, Table, TensorSpec
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Crossing, Event, rounded
 from zeroinf.planner.choice import Choice, Embeddings, Fetch
 from zeroinf.planner.figures import MemoryFigures, fitted_figures

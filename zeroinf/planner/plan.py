@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from zeroinf.model.anatomy import Anatomy, HostSize, PoolSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize, PoolSize
 from zeroinf.planner.choice import Embeddings, Fetch, Offload
 from zeroinf.planner.descriptor import packs_scores, why_padded
 from zeroinf.planner.graphs import why_launched

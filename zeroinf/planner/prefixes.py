@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from zeroinf.model.anatomy import PAGE_TOKENS, Anatomy
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import PAGE_TOKENS
 
 PAGE_BYTES = PAGE_TOKENS * array("i").itemsize
 

@@ -11,7 +11,8 @@ from functools import cache
 from typing import Literal
 
 from zeroinf.hardware.machine import Machine
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection

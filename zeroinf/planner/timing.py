@@ -12,7 +12,8 @@ from math import ceil, hypot, inf
 from operator import mul
 from typing import Literal, NamedTuple
 
-from zeroinf.model.anatomy import LONG_RUN_BYTES, Anatomy
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import LONG_RUN_BYTES
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.coded_products import CodedLayers, coded_layers, in_parts, on_codes, with_many_rows
 from zeroinf.planner.descriptor import descriptor_of

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
-from zeroinf.model.anatomy import HostSize
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Rejection, Shortage

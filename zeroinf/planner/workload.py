@@ -11,7 +11,8 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, Protocol
 
-from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize, KvDtype, PoolSize
 from zeroinf.planner.allocator import Event, Events
 from zeroinf.planner.prefixes import SharedPrefixes
 

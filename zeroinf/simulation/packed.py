@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from zeroinf.generation.attention import MOST_PARTS, PackedLayer, Scores, parts_elements
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, LayerCache
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import LayerCache
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.model.packing import windows_of
 from zeroinf.planner.allocator import Event, Events
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Shape, Step, same

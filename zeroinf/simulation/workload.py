@@ -23,7 +23,8 @@ from zeroinf.generation.row import Row, Sampling
 from zeroinf.generation.seats import Seat
 from zeroinf.generation.states import CallLimits, pieces_of
 from zeroinf.model.alike import first_alike
-from zeroinf.model.anatomy import Anatomy, HostSize, KvDtype, PoolSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize, KvDtype, PoolSize
 from zeroinf.model.experts import ExpertsOnPaper
 from zeroinf.model.inspect import build_meta, find_blocks, find_stacks
 from zeroinf.model.kv import first_blocks

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zeroinf.model.anatomy import HostSize
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.choice import Choice
 from zeroinf.planner.descriptor import EngineTerms

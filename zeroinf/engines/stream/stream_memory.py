@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from zeroinf.model.anatomy import Anatomy, HostSize, expert_ranges
+from zeroinf.model.anatomy import Anatomy, expert_ranges
+from zeroinf.model.cache_layout import HostSize
 from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.choice import Choice, Embeddings
 from zeroinf.planner.coded_products import by_expert, expanded_bytes

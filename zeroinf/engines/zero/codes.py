@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, TensorSpec
+from zeroinf.model.anatomy import Anatomy, TensorSpec
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.workload import ExpansionCost, Kernel, Kernels
 
 _CODED_MODULES = (nn.Linear, nn.Embedding)

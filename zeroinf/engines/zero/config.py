@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zeroinf.errors import UsageError
-from zeroinf.model.anatomy import DTYPE_BYTES, TensorSpec
+from zeroinf.model.anatomy import TensorSpec
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.plan import AioSettings, Plan
 from zeroinf.planner.wire import Wire
 

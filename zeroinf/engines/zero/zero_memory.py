@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from zeroinf.engines.zero.config import build_zero_config, nvme_pool_bytes
-from zeroinf.model.anatomy import DTYPE_BYTES, Anatomy, HostSize
+from zeroinf.model.anatomy import Anatomy
+from zeroinf.model.cache_layout import HostSize
+from zeroinf.model.dtypes import DTYPE_BYTES
 from zeroinf.planner.choice import Choice, Offload
 from zeroinf.planner.descriptor import EngineTerms
 from zeroinf.planner.memory import Overhead, Term, dynamic_terms, process_terms, store_terms
