@@ -106,6 +106,13 @@ def test_measured_rates_are_printed_and_found_again_by_the_next_doctor(tmp_path:
     assert Path(after["profile"]["path"]).is_file()
 
 
+def test_what_a_run_alone_has_measured_is_no_profile_of_the_machine() -> None:
+    keep_profile(read_machine(), Rates.of("measured", host_read_gbps=60.0), now=datetime.now(UTC))
+    stdout = CliRunner().invoke(doctor, []).stdout
+    assert "warn rates" in stdout
+    assert "only what a run has measured: host_read_gbps" in stdout
+
+
 @pytest.mark.usefixtures("quick_measurements")
 def test_json_of_a_measured_machine_is_a_machine_to_plan_for_elsewhere(tmp_path: Path) -> None:
     if not read_disk(tmp_path).o_direct:

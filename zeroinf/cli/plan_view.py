@@ -45,7 +45,7 @@ def print_plan(plan_input: PlanInput, found: PlanResult, *, explain: bool) -> No
             _print_place(console, place, found.plan.terms, found.decision.budgets[place], explain=explain)
     _print_others(console, found)
     _print_advice(console, plan_input, found)
-    _print_rates(console, found, explain=explain)
+    _print_rates(console, plan_input, found, explain=explain)
 
 
 def _model(plan_input: PlanInput) -> str:
@@ -134,7 +134,7 @@ def _print_advice(console: Console, plan_input: PlanInput, found: PlanResult) ->
         )
 
 
-def _print_rates(console: Console, found: PlanResult, *, explain: bool) -> None:
+def _print_rates(console: Console, plan_input: PlanInput, found: PlanResult, *, explain: bool) -> None:
     speeds = found.speeds
     if explain:
         console.print(
@@ -146,6 +146,11 @@ def _print_rates(console: Console, found: PlanResult, *, explain: bool) -> None:
         console.print("\nestimated (this machine was not measured: run `zeroinf doctor --measure`)")
         if explain:
             console.print(f"not measured: {', '.join(speeds.projected)}")
+    if found.could_attend and any(gpu.uuid for gpu in plan_input.machine.gpus):
+        console.print(
+            "\nattention on the CPU was not compared: nobody has measured how fast host memory is read here "
+            "(`zeroinf doctor --measure` does, and so does a run of a minute or more before it plans)"
+        )
 
 
 def to_json(plan_input: PlanInput, found: PlanResult, *, advised: bool) -> dict[str, Any]:

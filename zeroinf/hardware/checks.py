@@ -162,6 +162,9 @@ def check_profile(profile: Profile, now: datetime) -> Check:
         return Check(name="rates", status="warn", value=f"not used: {value}", advice=advice)
     if profile.measured_at is None:
         return Check(name="rates", status="warn", value="not measured on this machine", advice=advice)
+    if profile.rates.host_copy_gbps is None:  # which `zeroinf doctor` measures everywhere
+        known = ", ".join(sorted(profile.rates.known))
+        return Check(name="rates", status="warn", value=f"only what a run has measured: {known}", advice=advice)
     days = (now - profile.measured_at).days
     age = {0: "today", 1: "yesterday"}.get(days, f"{days} days ago")
     return Check(name="rates", status="ok", value=f"measured {age} ({profile.measured_at:%Y-%m-%d %H:%M} UTC)")

@@ -118,8 +118,8 @@ class EngineOptions(Options):
         engine_specific=True,
         section="memory",
         help="Who attends to a KV cache in host memory: the GPU, to which it is copied, or, for decode steps, the CPU, "
-        "where it rests. auto compares both once `zeroinf doctor --measure` has measured host memory, and is the GPU "
-        "before. With the stream engine.",
+        "where it rests. auto compares both once host memory has been measured: by `zeroinf doctor --measure`, or "
+        "before a run of a minute or more whose steps wait for the link. With the stream engine.",
     )
     embeddings: Embeddings | Literal["auto"] = option(
         "auto",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
 from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
 from zeroinf.options.definition import definitions
+from zeroinf.options.host_reads import plan_with_host_reads
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts, check_routed_tokens
@@ -40,7 +41,7 @@ from zeroinf.planner.kv import check_kv_attention, host_share
 from zeroinf.planner.plan import Plan, TensorParallel
 from zeroinf.planner.unified import divided
 from zeroinf.planner.workload import Lengths
-from zeroinf.simulation.make_plan import PlanInput, make_plan, plan_as_requested
+from zeroinf.simulation.make_plan import PlanInput, plan_as_requested
 
 
 def plan_run(
@@ -51,8 +52,10 @@ def plan_run(
     requests: int | None,
     world: World,
     device: str,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, dict[str, Any] | None, str | None]:
     """The plan, the user's own DeepSpeed JSON if there is one, and why `auto` did not take the stream engine.
+    `say` gets what is measured for it.
 
     Raises ModelError for a generation config that cannot be carried out, UsageError for what contradicts itself,
     EnvironmentProblem for what the machine lacks, DoesNotFitError when nothing fits; all before anything is allocated
@@ -94,7 +97,7 @@ def plan_run(
     )
     if own_config is not None:
         check_user_config(own_config, plan_as_requested(plan_input))
-    plan = make_plan(plan_input).plan
+    plan = plan_with_host_reads(plan_input, say)
     if plan.offload == "nvme":
         descriptor_of(plan.engine).check_disks(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why

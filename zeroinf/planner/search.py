@@ -216,9 +216,8 @@ class Planner:
         shares = [asked] if asked != "auto" else list(_HOST_SHARES if facts.device == "cuda" else _HOST_SHARES[:1])
         attention = [constraints.kv_attention]
         if attention == ["auto"]:
-            knows = facts.speeds.reads_host and facts.device == "cuda" and not constraints.no_host_kernel
-            packs = not why_padded(facts.anatomy, constraints.engine, scored=facts.lengths.scored_tokens > 0)
-            attention = ["gpu", "cpu"] if knows and packs and any(shares) else ["gpu"]
+            able = facts.speeds.reads_host and cpu_may_attend(facts.anatomy, constraints, facts.lengths, facts.device)
+            attention = ["gpu", "cpu"] if able and any(shares) else ["gpu"]
         for by in attention:
             for share in shares:
                 if share or by == attention[0]:
@@ -236,6 +235,18 @@ class Planner:
         speeds = self._facts.speeds
         gbps = speeds.host_read_gbps if constraints.kv_attention == "cpu" else speeds.link_gbps
         return constraints.world_size * gbps * 1e9 / row
+
+
+def cpu_may_attend(anatomy: Anatomy, constraints: Constraints, lengths: Lengths, device: str) -> bool:
+    """Whether the CPU may attend to keys and values in host memory, however fast it is."""
+    if (
+        device != "cuda"
+        or constraints.no_host_kernel
+        or constraints.kv_attention == "gpu"
+        or not constraints.host_share
+    ):
+        return False
+    return not why_padded(anatomy, constraints.engine, scored=lengths.scored_tokens > 0)
 
 
 class _Search:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,13 +114,22 @@ def read_job(options: RunOptions, source: ModelSource, device: str) -> JobInput:
 
 
 def prepare(
-    options: RunOptions, source: ModelSource, reading: JobInput, work: WorkList, world: World, device: str
+    options: RunOptions,
+    source: ModelSource,
+    reading: JobInput,
+    work: WorkList,
+    world: World,
+    device: str,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PreparedRun:
-    """Plan for `work`, what is still to be done. Raises the error of whatever does not hold."""
+    """Plan for `work`, what is still to be done; `say` gets what is measured for the plan.
+
+    Raises the error of whatever does not hold.
+    """
     held = request_bytes(len(reading.job.work), world.local_size)
     groups = groups_of(work) if options.share_prefixes else None
     lengths = replace(lengths_of(reading.anatomy, work, groups), request_bytes=held)
-    plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device)
+    plan, own_config, why = plan_run(options, source, reading.anatomy, lengths, len(work), world, device, say)
     return PreparedRun(
         plan=plan,
         engine_choice=why,

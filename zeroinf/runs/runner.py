@@ -118,7 +118,7 @@ def _start(options: RunOptions, world: World, device: str, results: TextIO, obse
 
     def prepare_here(reading: JobInput, left: WorkList) -> PreparedRun:
         with uncollected():
-            return prepare(options, source, reading, left, world, device)
+            return prepare(options, source, reading, left, world, device, observer.note)
 
     opened = open_job(options, source, device, results, observer, prepare_here, world.size)
     return _Start(source=source, prepared=opened.prepared, writer=opened.writer, job=opened.job)

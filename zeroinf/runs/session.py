@@ -128,7 +128,7 @@ class Session:
             observer.doing("planning")
             with uncollected():
                 planned, own_config = self._control.run_on_main(
-                    lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type)[:2]
+                    lambda: plan_run(options, source, anatomy, lengths, requests, world, device.type, observer.note)[:2]
                 )
             self.model = LoadedModel(
                 timed(planned),

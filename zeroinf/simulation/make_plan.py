@@ -35,7 +35,7 @@ from zeroinf.planner.descriptor import KERNEL_CAPABILITY, refuse_beside_codes
 from zeroinf.planner.memory import Overhead
 from zeroinf.planner.plan import AioSettings, Plan, TensorParallel
 from zeroinf.planner.prefixes import SharedPrefixes
-from zeroinf.planner.search import Planner
+from zeroinf.planner.search import Planner, cpu_may_attend
 from zeroinf.planner.speeds import overhead_of, speeds_of
 from zeroinf.planner.timing import Speeds
 from zeroinf.planner.workload import ExpansionCost, Lengths, Simulate
@@ -80,6 +80,9 @@ class PlanResult:
     speeds: Speeds
     advice: tuple[Advice, ...] = ()
     """What changes would give, where that was asked for."""
+    could_attend: bool = False
+    """Attention on the CPU was not compared, since nobody has measured how fast host memory is read, and a decode step
+    waits for the link."""
 
 
 def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = True) -> PlanResult:
@@ -106,9 +109,18 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
         plan = replace(plan, unshared_because=_why_unshared(plan_input, plan))
     if plan.kv_attention == "cpu" or (plan_input.constraints.kv_attention == "auto" and speeds.reads_host):
         plan = replace(plan, no_host_kernel=plan_input.constraints.no_host_kernel)
-    if plan.kv_attention == "cpu" and (plan.no_host_kernel or not speeds.reads_host):
+    asks = plan_input.constraints.kv_attention == "cpu"
+    if (plan.kv_attention == "cpu" and plan.no_host_kernel) or (asks and not speeds.reads_host):
         speeds = replace(speeds, projected=(*speeds.projected, "host_read_gbps"))
-    return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=worthwhile(advice))
+    could_attend = not asks and could_attend_on_cpu(plan_input) and decision.chosen.timing.binds == "link"
+    return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=worthwhile(advice), could_attend=could_attend)
+
+
+def could_attend_on_cpu(plan_input: PlanInput) -> bool:
+    """Whether the CPU may attend, and nobody has measured how fast it reads host memory."""
+    if plan_input.rates.host_read_gbps is not None:
+        return False
+    return cpu_may_attend(plan_input.anatomy, plan_input.constraints, plan_input.lengths, plan_input.device)
 
 
 def _with_prefixes(plan_input: PlanInput) -> PlanInput:

@@ -20,7 +20,7 @@ from zeroinf.hardware.measure.gpu_rates import (
     measure_triton_launch,
 )
 from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
-from zeroinf.hardware.measure.host_read_rate import measure_host_read
+from zeroinf.hardware.measure.host_read_rate import measure_host_read, measure_read_beside_link
 from zeroinf.hardware.measure.link_rates import measure_links, measure_page_lock
 from zeroinf.hardware.rates import Rates
 
@@ -59,7 +59,7 @@ def _measurements(machine: Machine) -> Iterator[tuple[str, _Measurement]]:
 def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement]]:
     yield "what a process takes of a GPU", lambda: dict(measure_footprint(gpus[0]))
     yield "links", lambda: _links(gpus)
-    yield "reads beside a link", lambda: {"host_read_beside_link_gbps": measure_host_read(beside_link_of=gpus[0].index)}
+    yield "reads beside a link", partial(_beside_link, gpus[0])
     yield "page-locking", lambda: {"page_lock_gbps": measure_page_lock()}
     yield "GPU memory", lambda: {"hbm_gbps": measure_hbm()}
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
@@ -88,6 +88,11 @@ def _all_gather(gpus: tuple[Gpu, ...]) -> dict[str, Any]:
         "all_gather_gbps": {n: gbps for n, (gbps, _) in found.items()},
         "nccl_bytes": {n: nccl_bytes for n, (_, nccl_bytes) in found.items()},
     }
+
+
+def _beside_link(gpu: Gpu) -> dict[str, Any]:
+    beside_gbps, _ = measure_read_beside_link(gpu.index)
+    return {"host_read_beside_link_gbps": beside_gbps}
 
 
 def _disk(disk: Disk) -> dict[str, Any]:

@@ -3,65 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
 
 import numpy as np
 
 from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.host_library import ThreadPool
 from zeroinf.hardware.mapped_memory import map_memory
+from zeroinf.hardware.measure.link_traffic import busy_link
 from zeroinf.hardware.processors import attention_processors, own_processors
 
 _ROUNDS = 5
-_COPIED_BYTES = 256 << 20
+_BYTES = 1 << 30
 
 
-def measure_host_read(*, nbytes: int = 1 << 30, beside_link_of: int | None = None) -> float:
+def measure_host_read(*, nbytes: int = _BYTES) -> float:
     """`nbytes` read by the processors that attend for a process that has the node to itself, the best of five rounds,
-    in GB/s; the median, while copies of page-locked memory to the GPU `beside_link_of` fill its link. Raises
-    EnvironmentProblem where the code that reads cannot be compiled."""
+    in GB/s. Raises EnvironmentProblem where the code that reads cannot be compiled."""
+    with _reader(nbytes) as rounds:
+        return nbytes / min(rounds()) / 1e9
+
+
+def measure_read_beside_link(device: int, *, nbytes: int = _BYTES) -> tuple[float, float]:
+    """The same while copies fill the link of the GPU `device`, the median of the rounds, and the rate of that link by
+    itself before. Raises EnvironmentProblem where the driver refuses, too."""
+    with _reader(nbytes) as rounds, busy_link(device) as link_gbps:
+        return nbytes / sorted(rounds())[_ROUNDS // 2] / 1e9, link_gbps
+
+
+@contextmanager
+def _reader(nbytes: int) -> Iterator[Callable[[], list[float]]]:
+    """A function that reads so much memory again and again, and returns the seconds of each round."""
     pool = ThreadPool(attention_processors(0, [own_processors()], read_cgroup_processors()))
     try:
         memory = np.frombuffer(map_memory(nbytes), dtype=np.uint8)
         pool.clear(memory.ctypes.data, nbytes)
-        if beside_link_of is None:
-            return nbytes / min(_rounds(pool, memory)) / 1e9
-        with _copying(beside_link_of):
-            return nbytes / sorted(_rounds(pool, memory))[_ROUNDS // 2] / 1e9
+        yield lambda: [_seconds(pool, memory) for _ in range(_ROUNDS)]
     finally:
         pool.close()
 
 
-def _rounds(pool: ThreadPool, memory: np.ndarray) -> list[float]:
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        pool.read(memory.ctypes.data, memory.nbytes)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-@contextmanager
-def _copying(device: int) -> Iterator[None]:
-    """While it lasts, copies follow each other over the link."""
-    import torch
-
-    host = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True).fill_(1)
-    target = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
-    ends = Event()
-
-    def copy() -> None:
-        while not ends.is_set():
-            for _ in range(4):  # the link has the next ones while this thread waits
-                target.copy_(host, non_blocking=True)
-            torch.cuda.synchronize(device)
-
-    thread = Thread(target=copy, name="copies")
-    thread.start()
-    try:
-        yield
-    finally:
-        ends.set()
-        thread.join()
+def _seconds(pool: ThreadPool, memory: np.ndarray) -> float:
+    start = time.perf_counter()
+    pool.read(memory.ctypes.data, memory.nbytes)
+    return time.perf_counter() - start
