@@ -15,6 +15,7 @@ from fake_machines import GIB, MIB, machine_of
 from simulating import shared_simulations
 
 from zeroinf.errors import DoesNotFitError
+from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.rates import Rates
 from zeroinf.model.anatomy import Anatomy, Mixers
 from zeroinf.model.catalog import catalog_config
@@ -217,6 +218,20 @@ def test_no_other_batch_beats_what_is_chosen() -> None:
     asked = plan_input_of(gpu=8 * GIB, host=64 * GIB, prompt=128, offload="cpu")
     best = tokens_per_second("pythia-2.8b", asked)
     assert all(best > 0.99 * tokens_per_second("pythia-2.8b", asked, batch_size=rows) for rows in (32, 44, 64))
+
+
+def test_a_gpu_that_was_not_measured_has_the_rates_of_one_of_its_name() -> None:
+    preset, machine = load_machine("1xH200"), machine_of(gpus=1, gpu_bytes=8 * GIB, host_bytes=32 * GIB)
+    named = replace(machine, gpus=(replace(machine.gpus[0], name="NVIDIA H200"),))
+    measured = Rates.of("measured", hbm_gbps=3000.0)
+    strange, like, own = (
+        speeds_of(one, rates, dtype="bfloat16", world_size=1)
+        for one, rates in ((machine, Rates()), (named, Rates()), (named, measured))
+    )
+    there = speeds_of(preset.machine, preset.rates, dtype="bfloat16", world_size=1)
+    assert (like.tflops, like.hbm_gbps) == (there.tflops, there.hbm_gbps) != (strange.tflops, strange.hbm_gbps)
+    assert (own.tflops, own.hbm_gbps) == (there.tflops, 3000.0)
+    assert {"matmul_tflops", "hbm_gbps"} <= set(like.projected), "nobody measured this one"
 
 
 def test_several_ranks_fill_memory_at_the_rates_of_shared_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +82,18 @@ def with_gpu(machine: Machine, rates: Rates, name: str) -> tuple[Machine, Rates]
     preset = load_machine(presets[name.lower()])
     gpu = preset.machine.gpus[0]
     gpus = tuple(replace(gpu, index=index) for index in range(max(1, len(machine.gpus))))
-    own = Rates.of("data sheet", **{rate: getattr(preset.rates, rate) for rate in _GPU_RATES})
-    return replace(machine, gpus=gpus), rates.without(*_GPU_RATES, *_OF_ONE_GPU).updated(own)
+    return replace(machine, gpus=gpus), rates.without(*_GPU_RATES, *_OF_ONE_GPU).updated(preset.rates.only(*_GPU_RATES))
+
+
+@cache
+def rates_of_gpu(name: str) -> Rates:
+    """Arithmetic and memory rates of a GPU by the name that its driver gives it, as the first preset with such a GPU
+    has them; none known where no preset has one."""
+    for preset in _by_gpu().values():
+        file = load_machine(preset)
+        if file.machine.gpus[0].name == name:
+            return file.rates.only("matmul_tflops", "hbm_gbps")
+    return Rates()
 
 
 _GPU_RATES = ("link_gbps", "matmul_tflops", "hbm_gbps", "all_gather_gbps")

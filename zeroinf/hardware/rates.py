@@ -124,6 +124,10 @@ class Rates:
         unknown: dict[str, Any] = dict.fromkeys(names)
         return replace(self, **unknown, origins=origins)
 
+    def only(self, *names: str) -> Rates:
+        """The rates `names` of these, all others unknown."""
+        return self.without(*(name for name in self.known if name not in names))
+
     def of_disk(self, disk: Disk) -> float | None:
         """The best read rate of a folder's disk in GB/s, None where it is not known."""
         return (self.disk_gbps or {}).get(disk.volume)

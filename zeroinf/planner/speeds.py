@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from zeroinf.hardware.machine import Disk, Gpu, Machine
+from zeroinf.hardware.presets import rates_of_gpu
 from zeroinf.hardware.rates import Rates
 from zeroinf.planner.figures import Card, fitted_figures, unmeasured_figures
 from zeroinf.planner.memory import Overhead, TermOrigin
@@ -12,7 +13,8 @@ from zeroinf.planner.timing import Speeds
 
 
 def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, disks: Sequence[Disk] = ()) -> Speeds:
-    """Rates of each rank while `world_size` run, `disks` read side by side; what was not measured is marked."""
+    """Rates of each rank while `world_size` run, `disks` read side by side. What was not measured is marked: it is that
+    of the same GPU elsewhere, or of one of its compute capability."""
     gpu = machine.gpus[0] if machine.gpus else None
     assumed = unmeasured_figures()
     card = assumed.card(gpu.capability) if gpu else assumed.host
@@ -27,12 +29,15 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     fitted = fitted_figures(gpu.capability if gpu else None)
     fill = 1 / sum(1 / rates.known.get(name, 2 * assumed.fill_gbps) for name in (lock, copy))
     link = _link_gbps(rates, gpu, world_size)
+    of_gpu = rates
+    if gpu is not None and not {"matmul_tflops", "hbm_gbps"} <= set(rates.known):
+        of_gpu = rates_of_gpu(gpu.name).updated(rates)
     return Speeds(
         link_gbps=link,
         disk_gbps=sum(rates.of_disk(disk) or assumed.disk_gbps for disk in disks) or assumed.disk_gbps,
         gather_gbps=gather,
-        tflops=_arithmetic(rates, card, dtype),
-        hbm_gbps=rates.hbm_gbps * _reached(rates, "hbm_gbps") if rates.hbm_gbps else card.hbm_gbps,
+        tflops=_arithmetic(of_gpu, card, dtype),
+        hbm_gbps=of_gpu.hbm_gbps * _reached(of_gpu, "hbm_gbps") if of_gpu.hbm_gbps else card.hbm_gbps,
         launch_s=rates.launch_s or assumed.launch_s,
         model_launch_s=rates.model_launch_s or assumed.model_launch_s,
         triton_launch_s=rates.triton_launch_s or fitted.passes.triton_launch_s,
