@@ -1,7 +1,6 @@
 """The Triton kernels that expand codes with scales: integers, FP4, FP8 and bitsandbytes' codes of four bits.
 
-Where codes lie is given by strides, so that one kernel reads the words of GPTQ and those of compressed-tensors. What is
-computed is that of the forms in torch, to the last bit.
+What is computed is that of the forms in torch, to the last bit.
 """
 
 # ruff: noqa: N803  constants of a kernel are written large
@@ -60,20 +59,15 @@ def _code(at, stride, number, inside, BITS: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _codes_of_rows(  # type: ignore[no-untyped-def]
-    at, stride, row, rows, MORE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr
+    at, stride, row, rows, BITS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr
 ):
-    """The codes of a tile's rows, plus `MORE` (0 or 1), out of words that are `stride` apart, units and places as
-    `at` has them: a word is loaded once for all of its rows."""
+    """The codes of a tile's rows, out of words that are `stride` apart, units and places as `at` has them: a word is
+    loaded once for all of its rows."""
     each: tl.constexpr = 32 // BITS
     first = (tl.program_id(0) if TURNED else tl.program_id(1)).to(tl.int64) * (ROWS // each)
     number = first + tl.arange(0, ROWS // each)
     words = number[None, None, :] if TURNED else number[:, None, None]
     word = load_int(at + words * stride, words * each < rows)
-    if MORE:
-        # All codes of a word at once: the highest bit of each takes the carry, and passes none on.
-        ones: tl.constexpr = 0xFFFFFFFF // ((1 << BITS) - 1)
-        high: tl.constexpr = (ones << (BITS - 1)) - (1 << 32)
-        word = ((word & ~high) + ones) ^ (word & high)
     if TURNED:
         wide = tl.broadcast_to(word[:, :, :, None], (word.shape[0], word.shape[1], word.shape[2], each))
         own = tl.reshape(wide, (word.shape[0], word.shape[1], word.shape[2] * each))
@@ -93,9 +87,9 @@ def expand_affine(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`(code - zero) * scale`, times `FACTOR` if that is not 1.
 
-    A group is `GROUP` units, or what `order` tells each column. Zero points are codes `ZERO` too low, bytes `ZERO` too
-    low, or `ZERO` for all (`ZEROS`: 2, 1, 0); in the last way, a number may be added (3). Signed codes are taken half
-    of their range too high.
+    A group is `GROUP` units, or what `order` tells each column. Zero points are codes, bytes that are
+    `ZERO` too low, or `ZERO` for all (`ZEROS`: 2, 1, 0); in the last way, a number may be added (3). Signed codes are
+    taken half of their range too high.
     """
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
@@ -107,9 +101,9 @@ def expand_affine(  # type: ignore[no-untyped-def]
         part = load_int(order + matrix() * order_stack + unit * 8 + place, unit < units)
     at_zero = zeros + matrix() * zero_stack + part * zero_group
     if ZEROS == 2 and IS_ORDERED and BITS != 3 and ROWS * BITS >= 32:
-        zero = _codes_of_rows(at_zero, zero_row, row, rows, ZERO, BITS, ROWS, TURNED)
+        zero = _codes_of_rows(at_zero, zero_row, row, rows, BITS, ROWS, TURNED)
     elif ZEROS == 2:
-        zero = (_code(at_zero, zero_row, row, inside, BITS) + ZERO) & ((1 << BITS) - 1)
+        zero = _code(at_zero, zero_row, row, inside, BITS)
     elif ZEROS == 1:
         zero = load_int(at_zero + row * zero_row, inside) + ZERO
     else:
@@ -123,26 +117,6 @@ def expand_affine(  # type: ignore[no-untyped-def]
     if IS_ORDERED and ROWS > 1 and not TURNED:
         write_rows(whole, value, rows, units, stack_stride, row_stride, column_stride)
     else:
-        write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def expand_awq(  # type: ignore[no-untyped-def]
-    whole, codes, zeros, scales, words, units, groups, stack_stride, row_stride, column_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """AWQ: a word holds codes of eight rows; of each eight, row 1 lies in the fifth place."""
-    word, unit, place = tile(ROWS, UNITS, False)
-    inside = (word < words) & (unit < units)
-    code = load_int(codes + (matrix() * units * 8 + unit * 8 + place) * words + word, inside)
-    group = matrix() * groups + unit // GROUP
-    zero = load_int(zeros + group * words + word, inside)
-    for other in tl.static_range(8):
-        row = word * 8 + other
-        scale = load_float(scales + group * words * 8 + row, inside)
-        own = (code >> (other // 2 * 4 + other % 2 * 16)) & 15
-        least = (zero >> (other // 2 * 4 + other % 2 * 16)) & 15
-        value = (own - least).to(tl.float32) * scale
         write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
 
 
@@ -218,45 +192,68 @@ def expand_table(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand_views(  # type: ignore[no-untyped-def]
-    whole, codes, scales, zeros, rows, units, packed, code_stack, scale_stack, stack_stride, row_stride, column_stride,
-    BITS: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, IS_DOWN: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
+    whole, codes, scales, zeros, lines, packed, units, code_stack, scale_stack, stack_stride, row_stride, column_stride,
+    BITS: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, IS_DOWN: tl.constexpr, IS_FLAT: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
-    """HQQ: a matrix as lines of `WIDE` units, of which `packed` are stored: each has codes of `EACH` lines, the first
-    in the highest bits. A line has a scale and a zero point if `IS_DOWN`, else a column of lines."""
-    row, unit, place = tile(ROWS, UNITS, TURNED)
-    inside = (row < rows) & (unit < units)
-    number = (row * units + unit).to(tl.int32)
-    line, first = number // WIDE, number % WIDE * 8
-    part = line // packed
-    at = codes + matrix() * code_stack + (line - part * packed).to(tl.int64) * (WIDE * 8) + first
-    shift = (EACH - 1 - part) * BITS
+    """HQQ: a matrix as `lines` of `WIDE` units, of which `packed` are stored: each has codes of `FOLD` lines, the first
+    in the highest bits. A line has a scale and a zero point if `IS_DOWN`, else a column of lines.
+
+    A thread has the units of all lines whose codes share bytes. Rows have `units`; `IS_FLAT`: they follow each other.
+    """
+    number, place = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], tl.arange(0, 8)[None, :]
+    inside = number < packed * WIDE
+    first = number % WIDE * 8 + place
+    at = codes + matrix() * code_stack + number.to(tl.int64) * 8
     if BITS == 3:
-        code = (load_int(at + place, inside) >> shift) & 7
+        word = load_int(at + place, inside)
     else:
         low, high = load_eight(at, inside, 4)
-        code = (byte_of(low, high, place) >> shift) & ((1 << BITS) - 1)
-    own = matrix() * scale_stack + (line if IS_DOWN else first + place)
-    zero, scale = load_float(zeros + own, inside), load_float(scales + own, inside)
-    write(
-        whole, (code.to(tl.float32) - zero) * scale, row, unit, place, stack_stride, row_stride, column_stride, inside
-    )
+        word = byte_of(low, high, place)
+    scales += matrix() * scale_stack
+    zeros += matrix() * scale_stack
+    if not IS_DOWN:
+        zero, scale = load_float(zeros + first, inside), load_float(scales + first, inside)
+    for part in tl.static_range(FOLD):
+        line = part * packed + number // WIDE
+        real = inside & (line < lines)
+        if IS_DOWN:
+            zero, scale = load_float(zeros + line, real), load_float(scales + line, real)
+        code = (word >> ((FOLD - 1 - part) * BITS)) & ((1 << BITS) - 1)
+        unit, row = part * packed * WIDE + number, tl.zeros_like(number)
+        if not IS_FLAT:
+            row = unit // units
+        column = ((unit - row * units).to(tl.int64) * 8 + place) * column_stride
+        value = ((code.to(tl.float32) - zero) * scale).to(whole.dtype.element_ty)
+        tl.store(whole + matrix() * stack_stride + row.to(tl.int64) * row_stride + column, value, mask=real)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand_tinygemm(  # type: ignore[no-untyped-def]
     whole, codes, pairs, rows, units, code_stack, tiles_across, pair_stack, pair_group, stack_stride, row_stride,
-    column_stride, GROUP: tl.constexpr, INNER: tl.constexpr,
+    column_stride, GROUP: tl.constexpr, INNER: tl.constexpr, FOLD: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """torchao's tiles of 8 rows x `INNER` times two units: lane `t` of 32 has row t // 4 and a pair of each unit's
-    columns, in `INNER` / 2 words of two times two units. `GROUP` units share a scale and what is added."""
+    columns, in `INNER` / 2 words of two times two units, which a thread has. `GROUP` units share a scale and what is
+    added."""
     row, unit, place = tile(ROWS, UNITS, TURNED)
     inside = (row < rows) & (unit < units)
-    of_tile = unit % (INNER * 2)
-    lane = (row // 8 * tiles_across + unit // (INNER * 2)) * 32 + row % 8 * 4 + place // 2
-    word = load_int(codes + matrix() * code_stack + lane * (INNER // 2) + of_tile // 4, inside)
-    code = (word >> (place % 2 * 16 + of_tile % 4 * 4)) & 15
-    pair = pairs + matrix() * pair_stack + unit // GROUP * pair_group + row * 2
-    value = (code - 8).to(tl.float32) * load_float(pair, inside) + load_float(pair + 1, inside)
-    write(whole, value, row, unit, place, stack_stride, row_stride, column_stride, inside)
+    lane = tl.arange(0, 4)[None, :, None] if TURNED else tl.arange(0, 4)[None, None, :]
+    lane = (row // 8 * tiles_across + unit // (INNER // 2)) * 32 + row % 8 * 4 + lane
+    word = load_int(codes + matrix() * code_stack + lane * (INNER // 2) + unit % (INNER // 2), inside)
+    pair = pairs + matrix() * pair_stack + unit * 4 // GROUP * pair_group + row * 2
+    scale, added = load_float(pair, inside), load_float(pair + 1, inside)
+    if TURNED:
+        wide = tl.broadcast_to(word[:, :, None, :], (UNITS, 4, 2, ROWS))
+        own = tl.reshape(wide, (UNITS, 8, ROWS)) >> (place % 2 * 16)
+        for other in tl.static_range(4):
+            value = (((own >> (other * 4)) & 15) - 8).to(tl.float32) * scale + added
+            write(whole, value, row, unit * 4 + other, place, stack_stride, row_stride, column_stride, inside)
+    else:
+        wide = tl.broadcast_to(word[:, :, None, :, None], (ROWS, UNITS, 4, 4, 2))
+        own = tl.reshape(wide, (ROWS, UNITS, 4, 8)) >> (place % 2 * 16)[:, None, :, :]
+        code = (own >> (tl.arange(0, 4) * 4)[None, None, :, None]) & 15
+        value = (code - 8).to(tl.float32) * scale[:, :, None, :] + added[:, :, None, :]
+        value = tl.reshape(value, (ROWS, UNITS * 4, 8))
+        write_rows(whole, value, rows, units * 4, stack_stride, row_stride, column_stride)

@@ -15,7 +15,6 @@ import triton
 from zeroinf.compat.launches import Launch
 from zeroinf.model.quantized.code_kernels import (
     expand_affine,
-    expand_awq,
     expand_e2m1,
     expand_e4m3,
     expand_table,
@@ -30,7 +29,7 @@ _FOLDS = dict.fromkeys((2, 3, 6, 7, 12, 13, 20, 23, 39), 2) | dict.fromkeys((10,
 
 
 class Tile(NamedTuple):
-    """What one program computes, by so many warps: of AWQ words of eight rows, of others rows, and units of them."""
+    """What one program computes, by so many warps: rows, and units of them."""
 
     rows: int
     units: int
@@ -44,13 +43,12 @@ TILES = {
     "points in a row": Tile(1, 128, 1),
     "rows": Tile(4, 64, 4),
     "rows in groups of an order": Tile(1, 128, 4),
+    "rows in groups of an order, with scales side by side": Tile(64, 8, 4),
     "rows side by side": Tile(64, 16, 8),
-    "codes of rows side by side": Tile(4, 128, 4),
-    "codes of rows side by side in an order": Tile(64, 8, 4),
-    "words of rows side by side": Tile(4, 32, 4),
+    "lines": Tile(1, 128, 4),
 }
-"""By how weights or codes lie in memory: all in a row, row after row, or with those of a column side by side; and by
-what makes programs of another size the faster ones (scripts/bench-expansion, on an H200)."""
+"""By how weights lie in memory: all in a row, row after row, with those of a column side by side, or seen as lines; and
+by what makes programs of another size the faster ones (scripts/bench-expansion, on an H200)."""
 # Q8_0, Q2_K and Q6_K, of which a thread reads most bytes.
 _ONE_A_THREAD = (8, 10, 14)
 # A scale of more than any row or matrix has is that of all of it.
@@ -94,57 +92,28 @@ def expand_fp8(whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, h
     _launch(expand_e4m3, whole, given, (down, across), HEIGHT=blocks[0], WIDTH=blocks[1], POWERS=are_powers)
 
 
-def expand_words(
-    whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None,
-    bits: int, less: int, awq: bool,
-) -> None:  # fmt: skip
-    """Codes of GPTQ, or of AWQ; `order` tells the group of each input where it is not in order."""
-    groups, rows = scales.shape[-2:]
-    group = _ALL if groups == 1 else whole.shape[-1] // groups // _UNIT
-    if not awq:
-        _affine(
-            whole, _ready(codes).mT, zeros.mT, scales.mT, order,
-            BITS=bits, GROUP=group, IS_SIGNED=False, ZEROS=2, ZERO=less, FACTOR=1.0,
-        )  # fmt: skip
-        return
-    stacked = whole if whole.dim() > 2 else whole[None]
-    words, units = rows // 8, stacked.shape[2] // _UNIT
-    tile = TILES["words of rows side by side"]
-    grid = triton.cdiv(units, tile.units), triton.cdiv(words, tile.rows), stacked.shape[0]
-    _run(
-        expand_awq, grid, (whole, _ready(codes), _ready(zeros), _ready(scales)),
-        (words, units, groups, *stacked.stride()), GROUP=group, ROWS=tile.rows, UNITS=tile.units, num_warps=tile.warps,
-    )  # fmt: skip
-
-
 def expand_integers(
     whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
     order: torch.Tensor | None, factor: float,
 ) -> None:  # fmt: skip
-    """Codes side by side: bytes with signs, pairs of codes with signs, or words; scales of rows or all, in groups."""
+    """Codes side by side: bytes with signs, pairs of codes with signs, or words; scales of rows or all, in groups. All
+    but codes may be in any order in memory."""
     bits = codes.shape[-1] * codes.itemsize * 8 // whole.shape[-1]
     groups, in_words = scales.shape[-1], codes.dtype == torch.int32
     kinds = {None: 0, torch.int8: 1, torch.int32: 2}
     kind = kinds.get(None if zeros is None else zeros.dtype, 3)
-    _affine(
-        whole, _ready(codes).view(torch.int32), zeros, scales, order,
-        BITS=bits, GROUP=_ALL if groups == 1 else whole.shape[-1] // groups // _UNIT,
-        IS_SIGNED=not in_words, ZEROS=kind, ZERO=0 if kind == 2 else 1 << (bits - 1), FACTOR=factor,
-    )  # fmt: skip
-
-
-def _affine(
-    whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor,
-    order: torch.Tensor | None, **kinds: Any,
-) -> None:  # fmt: skip
-    """Tensors are of rows, and columns or groups, in any order in memory; a scale of one row is that of all."""
+    own = _ready(codes).view(torch.int32)
     strides = (
-        *_strides(codes), *((0, 0, 0) if zeros is None else _strides(zeros)), *_strides(scales),
+        *_strides(own), *((0, 0, 0) if zeros is None else _strides(zeros)), *_strides(scales),
         0 if order is None or order.dim() == 1 else order.stride(0),
     )  # fmt: skip
-    kinds["IS_ORDERED"] = order is not None
-    given = codes, scales if zeros is None else zeros, scales, scales if order is None else order.contiguous()
-    _launch(expand_affine, whole, given, strides, are_codes_across=codes.stride(-2) == 1, **kinds)
+    _launch(
+        expand_affine, whole,
+        (own, scales if zeros is None else zeros, scales, scales if order is None else order.contiguous()), strides,
+        BITS=bits, GROUP=_ALL if groups == 1 else whole.shape[-1] // groups // _UNIT,
+        IS_SIGNED=not in_words, ZEROS=kind, ZERO=0 if kind == 2 else 1 << (bits - 1), FACTOR=factor,
+        IS_ORDERED=order is not None, are_rows_across=scales.stride(-2) == 1,
+    )  # fmt: skip
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -175,11 +144,19 @@ def expand_lines(
     whole: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, each: int
 ) -> None:
     """HQQ's codes of lines, `each` in a byte or word, and scales and zero points of lines or of columns of lines."""
-    packed, wide = codes.shape[-2:]
-    sizes = packed, _strides(codes)[0], _strides(scales)[0]
-    _launch(
-        expand_views, whole, (_ready(codes), scales.contiguous(), zeros.contiguous()), sizes, flat="in a row",
-        BITS=bits, EACH=each, WIDE=wide // _UNIT, IS_DOWN=scales.shape[-1] == 1,
+    packed, wide = codes.shape[-2], codes.shape[-1] // _UNIT
+    stacked, tile = whole if whole.dim() > 2 else whole[None], TILES["lines"]
+    (stack, rows, columns), strides = stacked.shape, stacked.stride()
+    is_flat = strides[2] == 1 and strides[1] == columns
+    _run(
+        expand_views, (triton.cdiv(packed * wide, tile.units), 1, stack),
+        (whole, _ready(codes), scales.contiguous(), zeros.contiguous()),
+        (
+            rows * columns // _UNIT // wide, packed, rows * columns // _UNIT if is_flat else columns // _UNIT,
+            _strides(codes)[0], _strides(scales)[0], *strides,
+        ),
+        BITS=bits, FOLD=each, WIDE=wide, IS_DOWN=scales.shape[-1] == 1, IS_FLAT=is_flat, UNITS=tile.units,
+        num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -190,13 +167,13 @@ def expand_tiles(whole: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) 
     stacks = codes.stride(0) if codes.dim() > 4 else 0, tiles_across, pairs.stride(0) if pairs.dim() > 3 else 0
     _launch(
         expand_tinygemm, whole, (_ready(codes), pairs.contiguous()), (*stacks, pairs.shape[-2] * 2),
-        GROUP=columns // pairs.shape[-3] // _UNIT, INNER=inner,
+        fold=4, GROUP=columns // pairs.shape[-3] // _UNIT, INNER=inner, FOLD=4,
     )  # fmt: skip
 
 
 def _launch(
     kernel: Any, whole: torch.Tensor, before: tuple[torch.Tensor, ...], after: tuple[int, ...], *,
-    fold: int = 1, flat: str = "", are_codes_across: bool = False, **kinds: Any,
+    fold: int = 1, flat: str = "", are_rows_across: bool = False, **kinds: Any,
 ) -> None:  # fmt: skip
     """Run `kernel` on all tiles of `whole`: its arguments are `before`, sizes, `after` and strides.
 
@@ -213,12 +190,11 @@ def _launch(
     is_ordered = bool(kinds.get("IS_ORDERED"))
     if is_turned:
         tile = TILES["rows side by side"]
-    elif are_codes_across:
-        tile = TILES["codes of rows side by side" + (" in an order" if is_ordered else "")]
     elif rows == 1 and flat:
         tile = TILES[flat]
     else:
-        tile = TILES["rows in groups of an order" if is_ordered else "rows"]
+        way = "rows in groups of an order" if is_ordered else "rows"
+        tile = TILES[way + ", with scales side by side" if is_ordered and are_rows_across else way]
         fits = (wide for wide in (tile.units, 64, 32, 16, 8) if triton.cdiv(units, wide) * wide <= 1.1 * units)
         wide = next(fits, 8)
         tile = Tile(tile.rows * tile.units // wide, wide, tile.warps)

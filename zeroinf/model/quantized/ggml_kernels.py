@@ -156,9 +156,10 @@ def _signed_byte(low, high, place):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _points(table, low, high, place, inside):  # type: ignore[no-untyped-def]
-    """Eight bytes with signs, of which four are word `low` of the table and four are word `high`."""
-    return _signed_byte(load_int(table + low, inside), load_int(table + high, inside), place)
+def _point(table, index, place, inside):  # type: ignore[no-untyped-def]
+    """The eight bytes with signs of a point of the table, in one load."""
+    both = tl.load(table.to(tl.pointer_type(tl.int64)) + index, mask=inside, other=0)
+    return _signed_byte(both.to(tl.int32), (both >> 32).to(tl.int32), place)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -177,11 +178,13 @@ def _two_or_three_bits(at, unit, place, table, inside, KIND: tl.constexpr):  # t
         own = (load_int(at + 106 + group // 2, inside) >> (group % 2 * 4)) & 15
         scale = half * (1 + 2 * own).to(tl.float32)
     if KIND == 18 or KIND == 21:
-        low, high = load_int(at + 2 + unit * 2, inside), load_int(at + 3 + unit * 2, inside)
+        both = load_short(at + 2 + unit * 2, inside)
+        low, high = both & 255, both >> 8
         if KIND == 21:
             ninth = load_int(at + 66 + group, inside) >> (part * 2)
             low, high = low | ((ninth & 1) << 8), high | ((ninth & 2) << 7)
             signs = load_int(at + 74 + unit, inside)
+        value = _signed_byte(load_int(table + low, inside), load_int(table + high, inside), place)
     else:
         if KIND == 16:
             index = load_int(at + 2 + group * 8 + part, inside)
@@ -191,8 +194,8 @@ def _two_or_three_bits(at, unit, place, table, inside, KIND: tl.constexpr):  # t
         else:
             index = load_int(at + 2 + unit, inside) | (((load_int(at + 66 + group, inside) >> (part * 2)) & 3) << 8)
             signs = load_int(at + 34 + unit, inside)
-        low, high = index * 2, index * 2 + 1
-    return _signed(scale * _points(table, low, high, place, inside), signs, place)
+        value = _point(table, index, place, inside)
+    return _signed(scale * value, signs, place)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -205,17 +208,16 @@ def _one_bit(at, unit, place, table, inside, KIND: tl.constexpr):  # type: ignor
         index = load_int(at + 2 + unit, inside) | (((own >> (part * 3)) & 7) << 8)
         is_less = own >> 15
     else:
-        bits = load_short(at + 48, inside) >> 12
-        for other in tl.static_range(1, 4):
-            bits = bits | ((load_short(at + 48 + other * 2, inside) & 0xF000) >> (12 - 4 * other))
+        low, high = load_eight(at + 48, inside, 4)
+        bits = ((low >> 12) & 15) | ((low >> 24) & 240) | ((high >> 4) & 0xF00) | ((high >> 16) & 0xF000)
         half = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        own = load_short(at + 48 + unit // 8 * 2, inside) >> (unit // 2 % 4 * 3)
+        own = tl.where(unit < 16, low, high) >> (unit // 8 % 2 * 16 + unit // 2 % 4 * 3)
         scale = half * (2 * (own & 7) + 1).to(tl.float32)
         high = (load_int(at + 32 + unit // 2, inside) >> (unit % 2 * 4)) & 15
         index = load_int(at + unit, inside) | ((high & 7) << 8)
         is_less = high >> 3
     delta = tl.where(is_less == 1, -0.125, 0.125)
-    return scale * (_points(table, index * 2, index * 2 + 1, place, inside) + delta)
+    return scale * (_point(table, index, place, inside) + delta)
 
 
 @triton.jit

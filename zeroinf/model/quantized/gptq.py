@@ -1,8 +1,9 @@
 """Checkpoints of GPTQ (versions 1 and 2, also with `desc_act`), AWQ (`gemm`), and AutoRound, which packs like either.
 
 Layouts: AutoGPTQ's `qlinear_cuda`, GPTQModel's `checkpoint_format`, AutoAWQ's `WQLinear_GEMM`. Words of 32 bits hold
-codes along the inputs (GPTQ) or along the outputs (AWQ, in an order of its own); scales and zero points belong to
-groups of inputs. GPTQ's version 1 stores zero points less one.
+codes along the inputs (GPTQ) or along the outputs (AWQ, in an order of its own), and words of one input, or of one
+group, lie side by side. GPTQ's version 1 stores zero points less one. As they are read, words are brought into the
+order of compressed-tensors, in which those of one output lie side by side: expansion, and products on codes, read rows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
-from zeroinf.model.quantized.fused import Random, fills_units, fused, random_groups, random_scales, random_words
-from zeroinf.model.quantized.integers import affine, by_slices, packed_size, unpack
+from zeroinf.model.quantized.integers import expand_integers, pack, packed_size, unpack
 from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
 
 # Column 4 of each eight lies in the second place of a word, and so on.
@@ -74,9 +73,37 @@ def _kept(found: Mapping[str, Any]) -> Callable[[str], bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Gptq(MatrixFormat):
+class _InWords(MatrixFormat):
+    """Codes, zero points and scales of groups of inputs, held as compressed-tensors has them."""
+
     bits: int
     group: int
+
+    def held(self, name: str, one: Stored) -> Stored:
+        return Stored(one.dtype, (one.shape[1], one.shape[0]))
+
+    def expand(self, held: Held, whole: torch.Tensor) -> None:
+        expand_integers(whole, held["qweight"], held["scales"], held["qzeros"])
+
+    def _why_not(
+        self, usual: Mapping[str, Stored], columns: int, stored: Mapping[str, Stored], widths: Sequence[int]
+    ) -> str | None:
+        """Why tensors `stored` are not the `usual` ones, whose codes have one of `widths` bits."""
+        if unknown := set(stored) - {*usual, "bias"}:
+            return f"has {', '.join(sorted(unknown))}, which is not known"
+        if self.bits not in widths:
+            return f"has codes of {self.bits} bits"
+        for name, expected in usual.items():
+            one = stored.get(name)
+            if one is None or one.shape != expected.shape:
+                return f"has {name} in the shape {one and one.shape}, not {expected.shape}: another width or group"
+        if columns % stored["scales"].shape[0]:
+            return f"has {columns} inputs, which groups of {self.group} do not divide"
+        return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gptq(_InWords):
     is_ordered: bool
     """Groups are made of any inputs, which `g_idx` tells."""
     less: int
@@ -95,27 +122,37 @@ class _Gptq(MatrixFormat):
         usual = self.usual(rows, columns)
         if not self.is_ordered and "g_idx" not in stored:
             del usual["g_idx"]
-        return _why_not(self, usual, columns, stored, (2, 3, 4, 8))
+        return self._why_not(usual, columns, stored, (2, 3, 4, 8))
+
+    def held(self, name: str, one: Stored) -> Stored:
+        """Of groups that are not in order, scales and zero points of one group stay side by side."""
+        return one if name == "g_idx" or (self.is_ordered and name != "qweight") else super(_Gptq, self).held(name, one)
 
     def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        if name == "g_idx" and not self.is_ordered:
-            group = self.group if self.group > 0 else stored.numel()
-            if not torch.equal(stored, torch.arange(stored.numel(), dtype=stored.dtype) // group):
-                raise ModelError(
-                    "its groups are not in order (g_idx), though its config has no desc_act", hint=OTHER_CHECKPOINT
-                )
-        return stored
+        if name == "g_idx":
+            self._check_order(stored)
+            return stored
+        if name == "qzeros" and self.less:
+            stored = pack((unpack(stored, self.bits, -1) + self.less) & ((1 << self.bits) - 1), self.bits)
+        return stored if self.is_ordered and name != "qweight" else stored.T.contiguous()
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
-        order = held["g_idx"] if self.is_ordered else None
-        _expand_any(whole, held["qweight"], held["qzeros"], held["scales"], order, self.bits, self.less, False)
+        codes, scales, zeros = held["qweight"], held["scales"], held["qzeros"]
+        if self.is_ordered:
+            expand_integers(whole, codes, scales.mT, zeros.mT, held["g_idx"])
+        else:
+            expand_integers(whole, codes, scales, zeros)
+
+    def _check_order(self, order: torch.Tensor) -> None:
+        group = self.group if self.group > 0 else order.numel()
+        if not self.is_ordered and not torch.equal(order, torch.arange(len(order), dtype=order.dtype) // group):
+            raise ModelError(
+                "its groups are not in order (g_idx), though its config has no desc_act", hint=OTHER_CHECKPOINT
+            )
 
 
 @dataclass(frozen=True, slots=True)
-class _Awq(MatrixFormat):
-    bits: int
-    group: int
-
+class _Awq(_InWords):
     def usual(self, rows: int, columns: int) -> dict[str, Stored]:
         groups = ceil(columns / self.group) if self.group > 0 else 1
         return {
@@ -125,108 +162,31 @@ class _Awq(MatrixFormat):
         }
 
     def why_not(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> str | None:
-        return _why_not(self, self.usual(rows, columns), columns, stored, (4,))
+        if columns % 8:
+            return f"has {columns} inputs, which do not fill words of eight"
+        return self._why_not(self.usual(rows, columns), columns, stored, (4,))
 
-    def expand(self, held: Held, whole: torch.Tensor) -> None:
-        _expand_any(whole, held["qweight"], held["qzeros"], held["scales"], None, self.bits, 0, True)
+    def held(self, name: str, one: Stored) -> Stored:
+        if name != "qweight":
+            return super(_Awq, self).held(name, one)
+        return Stored(one.dtype, (one.shape[1] * 8, one.shape[0] // 8))
 
-
-def _why_not(
-    form: _Gptq | _Awq, usual: Mapping[str, Stored], columns: int, stored: Mapping[str, Stored], widths: Sequence[int]
-) -> str | None:
-    """Why tensors `stored` are not those of `form`, whose codes have one of `widths` bits."""
-    if unknown := set(stored) - {*usual, "bias"}:
-        return f"has {', '.join(sorted(unknown))}, which is not known"
-    if form.bits not in widths:
-        return f"has codes of {form.bits} bits"
-    for name, expected in usual.items():
-        one = stored.get(name)
-        if one is None or one.shape != expected.shape:
-            return f"has {name} in the shape {one and one.shape}, not {expected.shape}: another width or group"
-    if columns % stored["scales"].shape[0]:
-        return f"has {columns} inputs, which groups of {form.group} do not divide"
-    return None if stored["scales"].dtype in _SCALE_TYPES else f"has scales of {stored['scales'].dtype}"
+    def read(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name == "qweight":
+            return _along_inputs(stored)
+        if name == "qzeros":
+            return pack(unpack(stored, self.bits, -1, _AWQ_ORDER), self.bits).T.contiguous()
+        return stored.T.contiguous()
 
 
-def _expand(
-    whole: torch.Tensor,
-    codes: torch.Tensor,
-    zeros: torch.Tensor,
-    scales: torch.Tensor,
-    order: torch.Tensor | None,
-    bits: int,
-    less: int,
-    awq: bool,
-) -> None:
-    """Fill `whole` (..., outputs, inputs); `order` tells the group of each input where groups are not in order."""
-    mask, places = (1 << bits) - 1, _AWQ_ORDER if awq else None
-
-    def weights(stack: slice, rows: slice) -> torch.Tensor:
-        words = rows
-        if rows.start is not None:
-            words = slice(rows.start * bits // 32, min(rows.stop, whole.shape[-2]) * bits // 32)
-        own = unpack(_part(codes, stack, words if awq else rows), bits, -1 if awq else -2, places)
-        zero = ((unpack(_part(zeros, stack, words), bits, -1, places) + less) & mask).float()
-        scale = _part(scales, stack, rows)
-        if order is not None:
-            groups = (order[stack] if order.dim() > 1 else order).long()
-            index = groups[..., None].expand(own.shape)
-            made = affine(own, zero.gather(-2, index), scale.gather(-2, index))
-        else:
-            made = affine(_grouped(own, scale.shape[-2]), zero[..., None, :], scale[..., None, :]).flatten(-3, -2)
-        return made.transpose(-1, -2).contiguous()
-
-    by_slices(whole, 32, weights)
-
-
-@cache
-def _random(bits: int, less: int, awq: bool, is_ordered: bool, is_grouped: bool, dtype: torch.dtype) -> Random:
-    def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
-        groups = columns // 128 if is_grouped else 1
-        shape = (columns, packed_size(rows, bits)) if awq else (packed_size(columns, bits), rows)
-        order = random_groups(generator, groups, stack, columns)
-        return (
-            random_words(generator, stack, *shape),
-            random_words(generator, stack, groups, packed_size(rows, bits)),
-            random_scales(generator, dtype, stack, groups, rows),
-            order if is_ordered else None,
-            bits,
-            less,
-            awq,
-        )
-
-    return random
-
-
-_expand_fused = fused(
-    "expand_words(Tensor(a!) whole, Tensor codes, Tensor zeros, Tensor scales, Tensor? order, int bits, int less, "
-    "bool awq) -> ()",
-    _expand,
-    lambda whole, codes, zeros, scales, order, bits, less, awq: _random(
-        bits, less, awq, order is not None, scales.shape[-2] > 1, scales.dtype
-    ),
-    {
-        **{f"GPTQ, {bits} bits": _random(bits, 1, False, False, True, torch.float16) for bits in (2, 3, 4, 8)},
-        "GPTQ, 4 bits, desc_act": _random(4, 1, False, True, True, torch.float16),
-        "GPTQ, 4 bits, a scale a row": _random(4, 0, False, False, False, torch.bfloat16),
-        "AWQ": _random(4, 0, True, False, True, torch.float16),
-    },
-)
-
-
-def _expand_any(
-    whole: torch.Tensor, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, *more: Any
-) -> None:
-    """Fill `whole` by a kernel, if that takes groups of this size."""
-    is_usual = fills_units(whole.shape[-1], scales.shape[-2]) and whole.shape[-2] % 32 == 0
-    (_expand_fused if is_usual else _expand)(whole, codes, zeros, scales, *more)
-
-
-def _grouped(codes: torch.Tensor, groups: int) -> torch.Tensor:
-    """Codes (..., inputs, outputs) as (..., groups, of each, outputs)."""
-    return codes.reshape(*codes.shape[:-2], groups, -1, codes.shape[-1])
-
-
-def _part(tensor: torch.Tensor, stack: slice, last: slice) -> torch.Tensor:
-    """Part of a tensor of one matrix, or of a stack of them."""
-    return tensor[..., last] if tensor.dim() == 2 else tensor[stack][..., last]
+def _along_inputs(words: torch.Tensor) -> torch.Tensor:
+    """AWQ's words (inputs, outputs / 8) of codes of eight outputs as words (outputs, inputs / 8) of eight inputs: the
+    8 x 8 codes of eight words are transposed, halves of words first with halves of others, then smaller parts."""
+    inputs, across = words.shape
+    own = list(words.view(inputs // 8, 8, across).unbind(1))
+    for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        for at in (at for at in range(8) if not at & step):
+            changed = ((own[at] >> (4 * step)) ^ own[at + step]) & mask
+            own[at + step] = own[at + step] ^ changed
+            own[at] = own[at] ^ (changed << (4 * step))
+    return torch.stack([own[_AWQ_ORDER.index(place)] for place in range(8)], -1).flatten(1).T.contiguous()

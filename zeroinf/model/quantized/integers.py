@@ -52,6 +52,14 @@ def _three_bits(words: torch.Tensor) -> torch.Tensor:
     return torch.stack(places, dim=-1).flatten(-2).to(torch.uint8)
 
 
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words (int32) of `codes` (uint8), which they hold along the last dimension, the lowest bits first."""
+    places = torch.arange(8, device=codes.device, dtype=torch.uint8)
+    flat = ((codes[..., None] >> places[:bits]) & 1).flatten(-2).unflatten(-1, (-1, 8))  # type: ignore[no-untyped-call]
+    found: torch.Tensor = (flat << places).sum(-1, dtype=torch.uint8)
+    return found.view(torch.int32)
+
+
 def packed_size(count: int, bits: int) -> int:
     """Words that so many codes take."""
     return count * bits // 32
@@ -97,10 +105,11 @@ def expand_integers(
 
     `codes`: int8; pairs with signs (uint8, the first in the low bits); or words (int32) of codes of a row, above zero.
     `scales`: (..., blocks of rows, groups). `zeros`: int8 like `scales`; words (..., rows in words, groups); or numbers
-    like `scales`, which are added to the products. `order` (..., columns): the group of each column.
+    like `scales`, which are added to the products. `order` (..., columns): the group of each column; where it is given,
+    scales and zero points of a group are to lie side by side, as far as speed matters.
     """
     down, across = scales.shape[-2:]
-    known = codes.dtype != torch.int32 or code_bits(codes.shape, whole.shape[-1]) in (2, 4, 8)
+    known = codes.dtype != torch.int32 or code_bits(codes.shape, whole.shape[-1]) in (2, 3, 4, 8)
     is_usual = known and down in (1, whole.shape[-2]) and fills_units(whole.shape[-1], across)
     (_expand_fused if is_usual else _expand)(whole, codes, scales, zeros, order, factor)
 
@@ -178,13 +187,19 @@ def _random(
     is_grouped: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     factor: float = 1.0,
+    are_across: bool = False,
 ) -> Random:
+    """`are_across`: scales of a group lie side by side."""
+
     def random(stack: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Any, ...]:
         groups, down = columns // 128 if is_grouped else 1, rows if is_down else 1
         scales = random_scales(generator, dtype, stack, down, groups)
+        if are_across:
+            scales = scales.mT.contiguous().mT
         own = {
             "none": None,
             "words": random_words(generator, stack, packed_size(rows, bits), groups),
+            "words of groups": random_words(generator, stack, groups, packed_size(rows, bits)).mT,
             "bytes": random_bytes(generator, stack, down, groups).view(torch.int8),
             "added": random_scales(generator, dtype, stack, groups, down).mT,
         }[zeros]
@@ -207,7 +222,9 @@ def _like(
     kind = kinds.get(None if zeros is None else zeros.dtype, "added")
     bits = codes.shape[-1] * codes.itemsize * 8 // whole.shape[-1]
     down, across = scales.shape[-2:]
-    return _random(codes.dtype, bits, kind, order is not None, down > 1, across > 1, scales.dtype, factor)
+    are_across = order is not None and scales.stride(-2) == 1
+    kind = "words of groups" if kind == "words" and are_across else kind
+    return _random(codes.dtype, bits, kind, order is not None, down > 1, across > 1, scales.dtype, factor, are_across)
 
 
 _expand_fused = fused(
@@ -218,9 +235,15 @@ _expand_fused = fused(
         "compressed-tensors, int4 in groups": _random(torch.int32, 4),
         "compressed-tensors, int4 with zero points": _random(torch.int32, 4, "words"),
         "compressed-tensors, int4 with actorder": _random(torch.int32, 4, is_ordered=True),
-        "compressed-tensors, int4 with actorder and zero points": _random(torch.int32, 4, "words", is_ordered=True),
         "compressed-tensors, int4, a scale a row": _random(torch.int32, 4, is_grouped=False),
         "compressed-tensors, int2 in groups": _random(torch.int32, 2),
+        "GPTQ, 2 bits": _random(torch.int32, 2, "words", dtype=torch.float16),
+        "GPTQ, 3 bits": _random(torch.int32, 3, "words", dtype=torch.float16),
+        "GPTQ, 4 bits": _random(torch.int32, 4, "words", dtype=torch.float16),
+        "GPTQ, 8 bits": _random(torch.int32, 8, "words", dtype=torch.float16),
+        "GPTQ, 4 bits, desc_act": _random(
+            torch.int32, 4, "words of groups", is_ordered=True, dtype=torch.float16, are_across=True
+        ),
         "compressed-tensors, int8 in words with zero points": _random(torch.int32, 8, "words", is_grouped=False),
         "compressed-tensors, int8 with zero points": _random(torch.int8, 8, "bytes", is_grouped=False),
         "compressed-tensors, int8, one scale": _random(torch.int8, 8, is_down=False, is_grouped=False),

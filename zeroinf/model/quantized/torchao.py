@@ -19,7 +19,7 @@ import torch
 from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
-from zeroinf.model.quantized.fused import Random, fills_units, fused, random_scales, random_words
+from zeroinf.model.quantized.fused import Random, fused, random_scales, random_words
 from zeroinf.model.quantized.integers import affine, by_slices, expand_integers
 from zeroinf.model.quantized.linears import STORED, MatrixFormat, Stored, hold_linears
 from zeroinf.model.quantized.scaled import expand_scaled
@@ -122,7 +122,7 @@ class _TorchAo(MatrixFormat):
         if _PAIRS in held:
             pairs = held[_PAIRS]
             padded = codes.shape[-3] * codes.shape[-1] * 2 * _TILE_COLUMNS
-            is_usual = whole.shape[-1] % 8 == 0 and fills_units(padded, pairs.shape[-3])
+            is_usual = whole.shape[-1] % 32 == 0 and padded % (32 * pairs.shape[-3]) == 0
             (_expand_tiles_fused if is_usual else _expand_tiles)(whole, codes, pairs)
         elif codes.dtype == torch.uint8:
             expand_integers(whole, codes, held[_SCALES].mT, held[_ZEROS].mT)
