@@ -197,6 +197,7 @@ def rank(**changed: Any) -> RankReport:
         "pool_pages": 20,
         "slot_bytes": 3 * GIB,
         "pinned_host_bytes": 5 * GIB,
+        "link_busy_s": 3.0,
         "stalls": Stalls(link_s=1.0, compute_s=2.0),
         "repetitions": (Phases(generate_s=4.0, first_token_s=1.0, prefill_s=2.0),),
         "mask_wait_s": 0.0,
@@ -238,7 +239,14 @@ def test_the_share_of_the_links_is_what_was_moved_by_what_they_were_measured_to_
 
 def test_no_share_is_claimed_of_links_that_nobody_measured() -> None:
     found = report(ranks=(rank(link_gbps=None),))
-    assert (found.link_gbps, found.link_share) == (None, None)
+    assert (found.link_gbps, found.link_share, found.link_busy) == (None, None, None)
+
+
+def test_a_link_that_is_slowed_is_told_from_one_that_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(ranks=(rank(link_busy_s=3.8), rank(link_gbps=40.0, link_busy_s=4.0)))
+    assert found.link_busy == pytest.approx(0.975)
+    print_report(Console(), found)
+    assert "89 % of the 90.0 measured, in 98 % of the time" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_ranks_share_counts_once() -> None:
@@ -261,7 +269,7 @@ def test_the_json_holds_what_was_planned_what_was_moved_and_where_the_time_went(
     data = json.loads(json.dumps(report().to_json()))
     assert data["schema"] == 1
     assert (data["resident_blocks"], data["batch_size"], data["offload"], data["fetch"]) == (1, 4, "cpu", "replicated")
-    assert data["link_share"] == pytest.approx(80 / 90)
+    assert (data["link_share"], data["link_busy"]) == pytest.approx((80 / 90, 3 / 4))
     assert data["tokens_per_second"] == 200.0
     assert data["ranks"][0]["stalls"] == {
         "link_s": 1.0, "disk_s": 0.0, "compute_s": 2.0, "host_s": 0.0, "between_s": 0.0,

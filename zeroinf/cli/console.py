@@ -225,6 +225,7 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     if report.streamed_bytes or report.kv_gbps:
         also = f", {report.kv_gbps:.1f} GB/s of KV cache" if report.kv_gbps else ""
         share = f", {100 * report.link_share:.0f} % of the {report.link_gbps:.1f} measured" if report.link_share else ""
+        share += f", in {100 * report.link_busy:.0f} % of the time" if report.link_busy else ""
         yield "weights moved", f"{report.streamed_bytes / 1e9:.1f} GB, {report.streamed_gbps:.1f} GB/s{also}{share}"
     if routed := sum(rank.routed_passes for rank in report.ranks):
         spared, passes = sum(rank.spared_bytes for rank in report.ranks), sum(rank.passes for rank in report.ranks)

@@ -49,6 +49,8 @@ class EngineStats:
     """Host memory that this rank has page-locked for its GPU, what it shares with others included."""
     slot_bytes: int = 0
     """Device memory that blocks pass through."""
+    link_busy_s: float = 0.0
+    """Seconds in which weights crossed this rank's link."""
     stalls: Stalls = Stalls()
 
     @property

@@ -41,6 +41,7 @@ class RankMeter:
             kv_sent_bytes=sent,
             slot_bytes=stats.slot_bytes,
             pinned_host_bytes=model.pinned_host_bytes,
+            link_busy_s=stats.link_busy_s - before.link_busy_s,
             stalls=stats.stalls - before.stalls,
             mask_wait_s=model.mask_wait_s - self._mask_wait_before_s,
             attention_s=model.attention_s - self._attention_before_s,

@@ -49,6 +49,8 @@ class RankReport:
     """Device memory that blocks pass through."""
     pinned_host_bytes: int
     """Host memory page-locked by this rank, what it shares with others included."""
+    link_busy_s: float
+    """Seconds of the measured part in which weights crossed this rank's link."""
     stalls: Stalls
     """Where the time of the measured part went."""
     mask_wait_s: float
@@ -125,7 +127,15 @@ class RunReport:
         )
         moved = ("streamed_bytes", "shared_host_bytes")
         timed = ("start_to_ready_s", "load_s", "tokenize_s", "generate_s", "start_to_finish_s")
-        rates = ("tokens_per_second", "streamed_gbps", "kv_gbps", "link_gbps", "link_share", "ms_per_token")
+        rates = (
+            "tokens_per_second",
+            "streamed_gbps",
+            "kv_gbps",
+            "link_gbps",
+            "link_share",
+            "link_busy",
+            "ms_per_token",
+        )
         memory = ("peak_gpu_bytes", "peak_host_bytes", "peak_host_loading_bytes", "pinned_host_bytes")
         return {
             "schema": 1,
@@ -246,6 +256,13 @@ class RunReport:
     def link_share(self) -> float | None:
         """The part of the links' rate that weights, keys and values reached over the whole generation."""
         return (self.streamed_gbps + self.kv_gbps) / self.link_gbps if self.link_gbps else None
+
+    @property
+    def link_busy(self) -> float | None:
+        """The part of the generation in which weights crossed a link, on average over the ranks; None where nothing
+        crosses one. It is more than `link_share` where the link is slowed."""
+        busy_s = [rank.link_busy_s for rank in self.ranks if rank.link_gbps is not None]
+        return sum(busy_s) / len(busy_s) / self.generate_s if busy_s and self.generate_s else None
 
     @property
     def ms_per_token(self) -> float:

@@ -30,7 +30,13 @@ from zeroinf.engines.stream.rotary import rotary_kernel, rotating
 from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
 from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
-from zeroinf.engines.stream.transfer import ComputeStream, PartitionedTransfer, ReplicatedTransfer, WeightTransfer
+from zeroinf.engines.stream.transfer import (
+    ComputeStream,
+    LinkMeter,
+    PartitionedTransfer,
+    ReplicatedTransfer,
+    WeightTransfer,
+)
 from zeroinf.engines.stream.weights import Weights
 from zeroinf.model.experts import ExpertParts
 from zeroinf.model.inspect import find_stacks
@@ -115,6 +121,7 @@ class StreamEngine:
         self._routing: Routing | None = None
         self._compute = ComputeStream(device)
         self._stalls = StallMeter(device, self._compute)
+        self._link_meters: list[LinkMeter] = []
         self._metered = set[int]()
         """Blocks that stay on the device, beside others that stream."""
         try:
@@ -284,6 +291,7 @@ class StreamEngine:
             largest = max(groups[index].nbytes for index in streamed)
             transfer = PartitionedTransfer(self._device, control.world.rank, control.world.size, largest, unit)
         self.link_stream = transfer.stream
+        self._link_meters.append(transfer.meter)
         for are_experts in (False, True):
             own = [index for index in streamed if (groups[index].entries is not None) == are_experts]
             if own:
@@ -398,6 +406,7 @@ class StreamEngine:
             + (self._gatherer.pinned_bytes if self._gatherer is not None else 0)
             + (self._routing.pinned_bytes if self._routing is not None else 0),
             slot_bytes=sum(slot.numel() for slot in slots),
+            link_busy_s=sum(meter.seconds() for meter in self._link_meters),
             stalls=self._stalls.total() if self._rings else Stalls(),
         )
 

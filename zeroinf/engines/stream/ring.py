@@ -104,7 +104,7 @@ class Ring:
         self.stalls.wanted()
         self._is_lent = True
         sources, waited_s = find()
-        scatter(self._transfer.stream, sources, self.slots[slot], self._released[slot], self._arrived[slot])
+        scatter(self._transfer, sources, self.slots[slot], self._released[slot], self._arrived[slot])
         self._compute.wait(self._arrived[slot])
         self.stalls.there(waited_s)
         return slot

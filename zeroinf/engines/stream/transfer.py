@@ -7,7 +7,9 @@ nor layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,46 @@ from zeroinf.planner.memory import STAGES, round_up
 # Releases of torch call it one name or the other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+# How many copies may be unread before those that are over are read: a pass or so.
+_UNREAD = 96
+
+
+class LinkMeter:
+    """Adds up the seconds that copies take from their first byte to their last, without making the host wait.
+
+    A link that is in use all the time at less than its rate is slowed, such as by processors that read the same memory;
+    one that reaches its rate for a part of the time waits for the host or for a free slot.
+    """
+
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        """`stream`: that of the copies; None, on the CPU, where nothing crosses a link."""
+        self._device, self._stream = device, stream
+        self._copies: deque[tuple[Any, Any]] = deque()
+        self._spare: list[Any] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """The copy enqueued inside is counted from when all that it waits for has happened."""
+        first = self._record()
+        yield
+        self._copies.append((first, self._record()))
+        if len(self._copies) > _UNREAD:
+            self.seconds()
+
+    def seconds(self) -> float:
+        """Of all copies that are over."""
+        while self._copies and self._copies[0][1].query():
+            first, last = self._copies.popleft()
+            self._seconds += first.elapsed_time(last) / 1e3
+            self._spare += first, last
+        return self._seconds
+
+    def _record(self) -> Any:
+        event = self._spare.pop() if self._spare else new_event(self._device, timed=True)
+        event.record(self._stream)
+        return event
+
 
 class WeightTransfer(Protocol):
     """Copies pieces to the device in the order in which `transfer` is called."""
@@ -26,6 +68,8 @@ class WeightTransfer(Protocol):
     """Whether all ranks must transfer the same pieces in the same order."""
     stream: Any
     """The CUDA stream of the copies over this rank's link; None on the CPU."""
+    meter: LinkMeter
+    """Of these copies."""
 
     def span(self, nbytes: int) -> slice:
         """The bytes of a piece of `nbytes` that this rank pulls."""
@@ -54,6 +98,7 @@ class ReplicatedTransfer:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = new_stream(device)
+        self.meter = LinkMeter(device, self.stream)
 
     def span(self, nbytes: int) -> slice:
         return slice(0, nbytes)
@@ -69,7 +114,8 @@ class ReplicatedTransfer:
             return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(slot_free)
-            slot[:nbytes].copy_(src, non_blocking=True)
+            with self.meter.copying():
+                slot[:nbytes].copy_(src, non_blocking=True)
             src_consumed.record(self.stream)
             ready.record(self.stream)
 
@@ -88,6 +134,7 @@ class PartitionedTransfer:
     def __init__(self, device: torch.device, rank: int, ranks: int, largest_piece: int, unit: int) -> None:
         self._rank, self._ranks, self._unit = rank, ranks, unit
         self.stream, self._gather = new_stream(device), new_stream(device)
+        self.meter = LinkMeter(device, self.stream)
         part = self._part(largest_piece)
         self._stages = [torch.empty(part, dtype=torch.uint8, device=device) for _ in range(STAGES)]
         self._staged = [new_event(device) for _ in range(STAGES)]
@@ -118,7 +165,8 @@ class PartitionedTransfer:
             return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self._free[at])
-            stage[: src.numel()].copy_(src, non_blocking=True)
+            with self.meter.copying():
+                stage[: src.numel()].copy_(src, non_blocking=True)
             src_consumed.record(self.stream)
             self._staged[at].record(self.stream)
         with torch.cuda.stream(self._gather):
@@ -130,20 +178,25 @@ class PartitionedTransfer:
 
 
 def scatter(
-    stream: Any, sources: Sequence[tuple[torch.Tensor, int]], slot: torch.Tensor, slot_free: Any, ready: Any
+    transfer: WeightTransfer,
+    sources: Sequence[tuple[torch.Tensor, int]],
+    slot: torch.Tensor,
+    slot_free: Any,
+    ready: Any,
 ) -> None:
-    """Copy each of `sources` (uint8, in host memory) to its offset in `slot`, on the `stream` of a transfer; the events
+    """Copy each of `sources` (uint8, in host memory) to its offset in `slot`, over the link of a `transfer`; the events
     are those of `WeightTransfer.transfer`."""
     targets = [(slot[offset : offset + source.numel()], source) for source, offset in sources]
-    if stream is None:
+    if transfer.stream is None:
         for target, source in targets:
             target.copy_(source)
         return
-    with torch.cuda.stream(stream):
-        stream.wait_event(slot_free)
-        for target, source in targets:
-            target.copy_(source, non_blocking=True)
-        ready.record(stream)
+    with torch.cuda.stream(transfer.stream):
+        transfer.stream.wait_event(slot_free)
+        with transfer.meter.copying():
+            for target, source in targets:
+                target.copy_(source, non_blocking=True)
+        ready.record(transfer.stream)
 
 
 def new_stream(device: torch.device) -> Any:
