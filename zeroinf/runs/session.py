@@ -35,6 +35,7 @@ from zeroinf.runs.report import RankReport, RunReport
 from zeroinf.service.core import Asked, Priority, Service
 from zeroinf.service.device import pick_device
 from zeroinf.service.handles import Completion, Handle
+from zeroinf.service.length_checks import check_lengths
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Request, Result, Work
@@ -250,7 +251,7 @@ class Session:
         if not request.sampling.is_greedy and (why := refuse_sampling(config)):
             raise InputError(f"prompt {request.index}: {why}")
         try:
-            self.service.check_lengths(len(prompt), request.sampling)
+            check_lengths(self.plan, len(prompt), request.sampling)
         except InputError as error:
             raise InputError(f"prompt {request.index}: {error.message}", hint=error.hint) from error
         return array("i", prompt)

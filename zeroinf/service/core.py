@@ -19,22 +19,22 @@ from typing import Literal
 import torch.distributed as dist
 
 from zeroinf.distributed.control import Control
-from zeroinf.errors import InputError, RankError, UsageError, ZeroinfError
+from zeroinf.errors import RankError, UsageError, ZeroinfError
 from zeroinf.generation.loop import Feed
-from zeroinf.generation.row import Row, Sampling
-from zeroinf.generation.scoring import ScoreBatch, Scored, TokenScores
+from zeroinf.generation.row import Sampling
+from zeroinf.generation.scoring import TokenScores
 from zeroinf.service.handles import Handle, TokenEvent
+from zeroinf.service.length_checks import check_lengths, check_scored
 from zeroinf.service.loaded import LoadedModel
-from zeroinf.service.phases import PhaseClock, Phases
+from zeroinf.service.phases import Phases
+from zeroinf.service.queue_feed import QueueFeed
 from zeroinf.service.request_queues import (
-    Kind,
     LocalRequestQueue,
     QueuedRequest,
     RequestEvent,
-    RequestQueue,
     SharedRequestQueue,
 )
-from zeroinf.service.streaming import TextStream
+from zeroinf.service.tally import Tally
 
 Priority = Literal["interactive", "batch"]
 """Interactive requests enter before those of batches, however many wait."""
@@ -43,8 +43,6 @@ _AHEAD = 2
 """Batches of requests that lie ready for ranks to take, of all that wait."""
 _HEAR_EVERY_S = 0.01
 _STOP_S = 5.0
-_TAKES = 4
-"""Ranks that share work take a part of a batch at a time, so that none is left without in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +54,6 @@ class Asked:
     sampling: Sampling
     index: int = 0
     """Its place among those that share a seed."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What came of the requests of a service: those that were cancelled count by their tokens alone."""
-
-    results: int = 0
-    failed: int = 0
-    cut: int = 0
-    """Results that reached their most tokens."""
-    cut_answers: int = 0
-    """Those of them whose answer has a format, which it does not keep then."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, told: RequestEvent, prompt_tokens: int, *, has_format: bool) -> None:
-        """Count an event of a request whose prompt has so many tokens, and whose answer may have a format."""
-        self.completion_tokens += len(told.tokens)
-        if told.finish_reason not in (None, "cancelled"):
-            self.results += 1
-            self.failed += told.finish_reason == "error"
-            self.cut += told.finish_reason == "length"
-            self.cut_answers += has_format and told.finish_reason == "length"
-            self.prompt_tokens += prompt_tokens
 
 
 class Service:
@@ -104,7 +78,7 @@ class Service:
         self._is_closed = False
         self._is_stopping = False
         self._queue = _open_request_queue(model, self._heard)
-        self._feed = _QueueFeed(model, self._queue, report)
+        self._feed = QueueFeed(model, self._queue, report)
         self._loop = threading.Thread(target=self._run, name="zeroinf-loop", daemon=True)
         self._loop.start()
         if isinstance(self._queue, SharedRequestQueue) and self._control.world.is_main:
@@ -135,7 +109,7 @@ class Service:
         """Let each be completed, as `submit`; they can enter one pass together. Nothing is submitted where it raises
         InputError."""
         for each in asked:
-            self.check_lengths(len(each.prompt), each.sampling)
+            check_lengths(self.model.plan, len(each.prompt), each.sampling)
         handles = [Handle(next(self._numbers), len(each.prompt), self._cancel) for each in asked]
         with self._lock:
             self._refuse_if_over()
@@ -166,7 +140,7 @@ class Service:
             for (tokens, start), after in zip(sequences, following or [()] * len(sequences), strict=True)
         ]
         for each in asked:
-            self._check_scored(each)
+            check_scored(self.model.plan, each, shares_scores=self.model.shares_scores)
         found = {each.number: Future[TokenScores]() for each in asked}
         with self._lock:
             self._refuse_if_over()
@@ -237,51 +211,6 @@ class Service:
         """Raise the error with which the loop ended, if it did."""
         if self._error is not None:
             raise self._error
-
-    def check_lengths(self, prompt: int, sampling: Sampling) -> None:
-        """Raise InputError for a prompt of so many tokens that could not be completed."""
-        plan, new = self.model.plan, sampling.max_new_tokens
-        if not prompt:
-            raise InputError("the prompt holds no tokens", hint="give at least one")
-        for name, tokens, planned in (
-            ("prompt", prompt, plan.prompt_tokens),
-            ("completion", new, plan.new_tokens),
-        ):
-            if tokens > planned:
-                raise InputError(
-                    f"a {name} of {tokens} tokens, but the plan was made for up to {planned}",
-                    hint="make the pipeline with a larger max_prompt_tokens or max_new_tokens",
-                )
-        limit = plan.anatomy.context_limit
-        if limit is not None and plan.anatomy.positions(prompt, new) > limit:
-            raise InputError(
-                f"a prompt of {prompt} tokens and {new} new ones, but the model's context holds {limit}",
-                hint="shorten one of them",
-            )
-
-    def _check_scored(self, posted: QueuedRequest) -> None:
-        plan, count, start = self.model.plan, len(posted.tokens), posted.index
-        if not 1 <= start < count + bool(posted.following):
-            raise InputError(
-                f"scores from token {start} on, of {count}", hint="start at 1 or later, and score at least one token"
-            )
-        if not all(posted.following):
-            raise InputError("a continuation holds no tokens", hint="give at least one")
-        if not self.model.shares_scores and any(len(each) > 1 for each in posted.following):
-            raise UsageError(
-                "continuations of several tokens do not share what they follow: "
-                "scores of this model are computed in padded forwards",
-                hint="score each with what it follows",
-            )
-        tokens, scored = posted.length, count - start + sum(map(len, posted.following))
-        if not plan.scored_tokens:
-            raise UsageError("the plan has no memory for scores", hint="plan with scored_tokens")
-        if tokens > plan.prompt_tokens or scored > plan.scored_tokens:
-            raise InputError(
-                f"{scored} of {tokens} tokens to be scored, but the plan was made for up to "
-                f"{plan.scored_tokens} of {plan.prompt_tokens}",
-                hint="plan for longer ones",
-            )
 
     def _refuse_if_over(self) -> None:
         self.check()
@@ -388,144 +317,3 @@ def _open_request_queue(
     queue = SharedRequestQueue(store, 0, ahead, heard) if control.world.is_main else None
     control.all_gather(None)  # rank 0 has made it
     return queue or SharedRequestQueue(store, control.world.rank, ahead, heard)
-
-
-class _Running:
-    """A request on this rank: its row, and how much of it has been told."""
-
-    def __init__(self, posted: QueuedRequest, row: Row, stops: Sequence[str]) -> None:
-        self.posted, self.row = posted, row
-        self._told = 0
-        self._text = TextStream(row.decode, (*row.sampling.stop, *stops))
-
-    def news(self) -> RequestEvent | None:
-        """The text and tokens that have come since the last call, if any."""
-        row = self.row
-        if row.finish_reason is None and len(row.generated) == self._told:
-            return None
-        first, self._told = self._told, len(row.generated)
-        ended = row.finish_reason is not None
-        return RequestEvent(
-            self.posted.number,
-            self._text.finish(row.text) if ended else self._text.take(row.generated),
-            row.generated[first:],
-            row.likelihoods[first:],
-            row.finish_reason,
-            problem=row.problem,
-        )
-
-
-class _QueueFeed:
-    """The loop's feed of one rank: takes from a board what there is room for, and tells it what comes of it.
-
-    Ranks that hold one model together take what the first of them takes.
-    """
-
-    def __init__(self, model: LoadedModel, queue: RequestQueue, report: Callable[[Phases], object]) -> None:
-        self._model, self._queue, self._part = model, queue, model.part
-        self._report, self._reported, self._clock = report, 0, PhaseClock()
-        self._running: dict[int, _Running] = {}
-        """By the request's number."""
-        self._streamed: dict[int, _Running] = {}
-        self._of_row: dict[int, int] = {}
-        """A request's number by its row's id."""
-        self._told: list[RequestEvent] = []
-        self._held: list[QueuedRequest] = []
-        """Sequences to be scored that were taken, and turned out to be too long for the pass."""
-        plan = model.plan
-        self._shares = plan.streams > 1 and plan.anatomy.is_paged and model.engine.shares_passes
-
-    def cancelled(self) -> list[Row]:
-        self.flush()
-        numbers, asked = self._from_first(lambda: (self._queue.look(), self._queue.reports_asked))
-        while self._reported < asked:
-            self._reported += 1
-            self._queue.report(self._reported, self._model.control.world.rank, self._report(self._clock.phases()))
-        return [self._running[number].row for number in numbers if number in self._running]
-
-    def _from_first(self, ask: Callable[[], tuple[Sequence[int], int]]) -> tuple[Sequence[int], int]:
-        return self._part.broadcast(ask() if self._part.world.is_main else None)  # type: ignore[no-any-return]
-
-    def _take(self, kind: Kind, most: int) -> list[QueuedRequest]:
-        taken: list[QueuedRequest] = self._part.broadcast(
-            self._queue.take(kind, most) if self._part.world.is_main and most > 0 else []
-        )
-        return taken
-
-    def urgent(self) -> list[Row]:
-        return self._rows(self._take("urgent", self._model.scheduler.free_rows), urgent=True)
-
-    def take(self) -> list[Row] | None:
-        rows = self._model.plan.batch_size
-        taken = self._take("batch", max(1, rows // _TAKES) if self._shares else rows)
-        if taken:
-            return self._rows(taken, urgent=False)
-        is_over: bool = self._part.broadcast(self._queue.is_over if self._part.world.is_main else None)
-        return [] if is_over else None
-
-    def _rows(self, taken: Sequence[QueuedRequest], *, urgent: bool) -> list[Row]:
-        found = []
-        if taken:
-            self._clock.drew()
-        for posted in taken:
-            assert posted.sampling is not None
-            row = self._model.row(posted.tokens, posted.sampling, index=posted.index, urgent=urgent)
-            running = self._running[posted.number] = _Running(posted, row, self._model.stops)
-            self._of_row[id(row)] = posted.number
-            if posted.is_streamed:
-                self._streamed[posted.number] = running
-            found.append(row)
-        return found
-
-    def scores(self) -> list[ScoreBatch]:
-        """Take as many sequences as a pass has memory for in the place of prompts."""
-        taken, self._held = self._held, []
-        while more := self._take("score", self._room_for(taken, self._model.plan.prompt_tokens)):
-            taken += more
-        while len(taken) > 1 and self._room_for(taken, 1) < 0:
-            self._held.insert(0, taken.pop())
-        return list(self._model.score_batches([self._scored(posted) for posted in taken]))
-
-    def _room_for(self, taken: Sequence[QueuedRequest], longest: int) -> int:
-        """The number of sequences that fit a pass beside those that were `taken`, if they are as long as the longest of
-        them, or as `longest` where there are none; below 0 where those that were taken do not fit."""
-        room, lengths = self._model.scheduler.limits.prefill_tokens, [posted.length for posted in taken]
-        if not lengths:
-            return max(1, room // max(1, longest))
-        used = sum(lengths) if self._model.shares_scores else len(lengths) * max(lengths)
-        return (room - used) // max(lengths)
-
-    def _scored(self, posted: QueuedRequest) -> Scored:
-        def done(scores: TokenScores) -> None:
-            self._told.append(RequestEvent(posted.number, scores=scores))
-
-        return Scored(posted.tokens, posted.index, done, posted.following)
-
-    def wait(self) -> None:
-        self.flush()
-        started = time.perf_counter()
-        self._queue.wait()
-        self._clock.idled(time.perf_counter() - started)
-
-    def done(self, row: Row) -> None:
-        running = self._running.pop(self._of_row.pop(id(row)))
-        self._streamed.pop(running.posted.number, None)
-        if (news := running.news()) is not None:
-            self._told.append(news)
-
-    def grew(self, rows: int) -> None:
-        """Rows have got their tokens of a pass."""
-        if rows:
-            self._clock.grew()
-        if self._part.world.is_main:
-            self._queue.count(rows)
-        for running in self._streamed.values():
-            if (news := running.news()) is not None:
-                self._told.append(news)
-        self.flush()
-
-    def flush(self) -> None:
-        """Tell what there is to tell."""
-        told, self._told = self._told, []
-        if self._part.world.is_main:
-            self._queue.tell(told)
