@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from zeroinf.errors import EnvironmentProblem
-from zeroinf.hardware.gpus import read_cuda_memory, read_driver, read_gpus, read_used_bytes, visible_indices
+from zeroinf.hardware.gpus import (
+    read_bus_id,
+    read_cuda_memory,
+    read_driver,
+    read_gpus,
+    read_used_bytes,
+    visible_indices,
+)
 
 GIB = 1 << 30
 UUIDS = ("GPU-aaaa-1", "GPU-aabb-2", "GPU-cccc-3")
@@ -52,6 +59,10 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return UUIDS[handle]
+
+    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:  # noqa: N802
+        bus = f"0000000{handle}:1B:00.0"
+        return SimpleNamespace(busId=bus.encode() if handle else bus)
 
     def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
         return f"Fake {handle}"
@@ -192,3 +203,11 @@ def test_a_chip_without_memory_of_its_own_is_known_by_its_name(nvml: FakeNvml) -
 def test_without_a_cuda_driver_cuda_tells_nothing() -> None:
     assert read_cuda_memory(0, "no-such-library.so") is None
     assert read_cuda_memory(0, "libc.so.6") is None, "a library of another kind"
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_gpu_is_found_on_the_bus_as_the_kernel_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [read_bus_id(index) for index in range(4)] == ["0000:1b:00.0", "0001:1b:00.0", "0002:1b:00.0", None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert [read_bus_id(index) for index in range(2)] == ["0002:1b:00.0", None]

@@ -48,7 +48,9 @@ class HostCache:
         self._windows = windows_of(model)
         self._records = anatomy.records(size.dtype)
         nbytes = size.tokens * anatomy.host_token_bytes(size.dtype)
-        self._host = None if device.type == "meta" else HostMemory(nbytes, pin=pin and not size.cpu_rows)
+        self._host: HostMemory | None = None
+        if device.type != "meta":  # what the CPU attends to lies near the threads that do, which clear it
+            self._host = HostMemory(nbytes, pin=pin and not size.cpu_rows, near_gpu=not size.cpu_rows)
         self._memory: dict[int, torch.Tensor] = {}
         self._mapped: dict[int, torch.Tensor] = {}
         """The same memory as the GPU sees it, where its kernels can copy."""

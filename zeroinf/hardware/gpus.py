@@ -44,6 +44,21 @@ def read_driver() -> str | None:
     return _ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
 
 
+def read_bus_id(index: int) -> str | None:
+    """The place of the visible GPU `index` on the PCI bus, as /sys/bus/pci names it: 0000:1b:00.0. None where NVML does
+    not tell."""
+
+    def ask(nvml: Any) -> str | None:
+        handles = _visible_handles(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if index >= len(handles):
+            return None
+        found = nvml.nvmlDeviceGetPciInfo(handles[index]).busId
+        domain, _, rest = (found.decode() if isinstance(found, bytes) else str(found)).partition(":")
+        return f"{int(domain, 16):04x}:{rest.lower()}"
+
+    return _ask_nvml(ask)
+
+
 def read_used_bytes(uuid: str) -> int:
     """Bytes that all processes together hold of the GPU with that UUID now, without the driver's own reserve.
 

@@ -32,8 +32,9 @@ from zeroinf.generation.scheduler import Scheduler
 from zeroinf.generation.scoring import ScoreBatch, Scored, Scorer, batches_of
 from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.measure.link_rates import measure_own_link
+from zeroinf.hardware.numa import gpu_node, own_processors
 from zeroinf.hardware.process import PeakMemory, Resident
-from zeroinf.hardware.processors import attention_processors, own_processors
+from zeroinf.hardware.processors import attention_processors
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.source import ModelSource
 from zeroinf.model.tokenizer import load_tokenizer
@@ -160,7 +161,7 @@ class LoadedModel:
             self._vocabulary.read_ahead()
         self.stops = rules.stops
         """Stop strings of the model's generation config."""
-        processors = processors_of(self.control) if planned.host is not None else ()
+        processors = processors_of(self.control, self.device) if planned.host is not None else ()
         limits = Limits.of(plan, shares_passes=engine.shares_passes, breaks_at=breaks_at(model.config))
         try:
             pool = PagePool(model, plan.rank_anatomy(self.control.world.rank), plan.pool, self.device)
@@ -298,13 +299,15 @@ class LoadedModel:
         gc.collect()  # hooks and the models that they belong to refer to each other
 
 
-def processors_of(control: Control) -> tuple[int, ...]:
-    """The processors that attend for this rank. Every rank calls it at once: they tell each other what they may use."""
+def processors_of(control: Control, device: torch.device) -> tuple[int, ...]:
+    """The processors that attend for this rank. Every rank calls it at once: they tell each other what they may use,
+    and which NUMA node their GPU is connected to."""
     world = control.world
     node = world.rank - world.local_rank
-    told = control.all_gather((node, own_processors()))
-    on_node = [allowed for of, allowed in told if of == node]
-    return attention_processors(world.local_rank, on_node, read_cgroup_processors())
+    own = gpu_node(device.index or 0) if device.type == "cuda" else None
+    on_node = [one for of, *one in control.all_gather((node, own_processors(), own)) if of == node]
+    allowed, gpu_nodes = zip(*on_node, strict=True)
+    return attention_processors(world.local_rank, allowed, read_cgroup_processors(), gpu_nodes=gpu_nodes)
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:

@@ -12,7 +12,8 @@ from zeroinf.hardware.cgroup import read_cgroup_processors
 from zeroinf.hardware.host_library import ThreadPool
 from zeroinf.hardware.mapped_memory import map_memory
 from zeroinf.hardware.measure.link_traffic import busy_link
-from zeroinf.hardware.processors import attention_processors, own_processors
+from zeroinf.hardware.numa import own_processors
+from zeroinf.hardware.processors import attention_processors
 
 _ROUNDS = 5
 _BYTES = 1 << 30
