@@ -5,7 +5,7 @@ Names, orders and metadata follow `conversion/` in the repository of llama.cpp; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,64 @@ import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH_NAMES,
-    ExpertGatingFuncType,
     GGMLQuantizationType,
     GGUFWriter,
-    TokenType,
     get_tensor_name_map,
 )
 from gguf.quants import dequantize, quantize
-from small_models import BOS, EOS, INIT_STD, PAD, VOCABULARY, build_model, build_tokenizer
+from gguf_metadata import write_metadata
+from small_models import INIT_STD, build_model
 
 ARCHITECTURES = {
+    "arcee": "arcee",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone4": "exaone4",
+    "exaone_moe": "exaone-moe",
+    "falcon_h1": "falcon-h1",
+    "falcon_mamba": "mamba",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "glm4": "glm4",
     "glm4_moe": "glm4moe",
+    "glm4_moe_lite": "deepseek2",
     "gpt_oss": "gpt-oss",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "jamba": "jamba",
     "lfm2": "lfm2",
+    "lfm2_moe": "lfm2moe",
     "llama": "llama",
+    "llama4": "llama4",
     "llama_tied": "llama",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
     "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "mistral": "mistral3",
     "mixtral": "llama",
+    "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
+    "nemotron_h_moe": "nemotron_h_moe",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "olmoe": "olmoe",
     "phi3": "phi3",
+    "phi3_long": "phi3",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
+    "qwen2_vl": "qwen2vl",
     "qwen3": "qwen3",
     "qwen3_5": "qwen35",
     "qwen3_5_moe": "qwen35moe",
@@ -46,7 +79,9 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next",
     "qwen3_vl": "qwen3vl",
     "qwen3_vl_moe": "qwen3vlmoe",
+    "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
 }
 """What GGUF calls the architectures of small models."""
 
@@ -56,9 +91,19 @@ _SCALES = {
     "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 
-_Tensor = tuple[str, torch.Tensor, Any, float | None]
-"""A tensor's name in the file, the part of a parameter that it holds, in which order, and what is added; None where the
-file has minus the exponential."""
+_Change = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
+_Tensor = tuple[str, torch.Tensor, Any, _Change]
+"""A tensor's name in the file, the part of a parameter that it holds, in which order, and what the file has in place of
+its values, there and back."""
+
+_AS_IT_IS: _Change = (lambda values: values, lambda values: values)
+_PLUS_ONE: _Change = (lambda values: values + np.float32(1), lambda values: values - np.float32(1))
+_DECAY: _Change = (lambda values: -np.exp(values), lambda values: np.log(-values))
+_TURNED = (
+    *("arcee", "granite", "granitehybrid", "granitemoe", "llama", "mistral3", "nemotron_h", "nemotron_h_moe"),
+    *("olmo", "smollm3"),
+)
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe", "qwen3next")
 
 
 def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None, parts: int = 1) -> Any:
@@ -69,18 +114,21 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
         model.config.norm_topk_prob = True
         for module in model.modules():
             module.norm_topk_prob = True
+    _draw_vectors(model)
+    if name.startswith("nemotron_h"):  # the time steps of prompts alone have a least one
+        for own, parameter in model.named_parameters():
+            parameter.data.fill_(8) if own.endswith("dt_bias") else None
     if name == "lfm2":
         model.config.intermediate_size = model.model.layers[0].feed_forward.w1.weight.shape[0]
         model.config.block_auto_adjust_ff_dim = False
     architecture = ARCHITECTURES[name]
     count = sum(1 for _ in _tensors(architecture, model))
     writer = GGUFWriter(file, architecture, split_max_tensors=-(-count // parts) if parts > 1 else 0)
-    _write_metadata(writer, model.config, architecture)
+    write_metadata(writer, model.config, architecture)
     rng = np.random.default_rng(0)
     with torch.no_grad():
-        for number, (called, part, order, added) in enumerate(_tensors(architecture, model)):
-            values = (part[order] if order is not None else part).float().numpy()
-            values = -np.exp(values) if added is None else values + np.float32(added)
+        for number, (called, part, order, (change, back)) in enumerate(_tensors(architecture, model)):
+            values = change((part[order] if order is not None else part).float().numpy())
             kind = GGMLQuantizationType[kinds[number % len(kinds)]]
             is_quantized = part.dim() > 1 and "gate_inp" not in called and not called.endswith(".bias")
             fits = is_quantized and values.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
@@ -88,7 +136,7 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
             data = _packed(values, kind, rng)
             writer.add_tensor(called, data, raw_dtype=kind)
             stored = dequantize(data, kind).reshape(values.shape)
-            found = torch.from_numpy(np.log(-stored) if added is None else stored - np.float32(added))
+            found = torch.from_numpy(back(stored))
             if order is None:
                 part.copy_(found)
             else:
@@ -98,6 +146,15 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _draw_vectors(model: Any) -> None:
+    """Change norms, biases and their like a little, which are made alike and could be taken for one another."""
+    torch.manual_seed(0)
+    buffers = [value for name, value in model.named_buffers() if name.endswith(_BUFFERS)]
+    for value in [*model.parameters(), *buffers]:
+        if value.dim() == 1:
+            value.data += 0.1 * torch.randn_like(value)
 
 
 def _packed(values: np.ndarray, kind: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
@@ -120,52 +177,126 @@ def _packed(values: np.ndarray, kind: GGMLQuantizationType, rng: np.random.Gener
     return scaled(INIT_STD / dequantize(scaled(1.0), kind).std()).copy()
 
 
+_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
+
+
 def _tensors(architecture: str, model: Any) -> Iterator[_Tensor]:
     config = model.config
     arch = next(key for key, called in MODEL_ARCH_NAMES.items() if called == architecture)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
 
     def called(base: str, suffix: str = "weight") -> str:
-        return f"{names.get_name(base)}.{suffix}"
+        found = names.get_name(_as_in_checkpoints(base, architecture) + ".weight", (".weight",))
+        assert found is not None, base
+        return f"{found.removesuffix('.weight')}.{suffix}"
 
     for name, parameter in model.named_parameters():
-        value = parameter.data
-        base, _, suffix = name.rpartition(".")
-        if suffix in ("gate_up_proj", "gate_up_proj_bias"):
-            halves = (value[:, ::2], value[:, 1::2])
-            if architecture == "gpt-oss" and value.dim() == 3:
-                halves = (value.transpose(1, 2)[:, ::2], value.transpose(1, 2)[:, 1::2])
-            elif architecture != "gpt-oss":
-                halves = value.chunk(2, dim=1)
-            for half, which in zip(halves, ("gate", "up"), strict=True):
-                yield called(f"{base}.{which}_proj", "bias" if "bias" in suffix else "weight"), half, None, 0
-        elif suffix in ("down_proj", "down_proj_bias"):
-            is_turned = architecture == "gpt-oss" and value.dim() == 3
-            kind = "bias" if "bias" in suffix else "weight"
-            yield called(f"{base}.down_proj", kind), value.transpose(1, 2) if is_turned else value, None, 0
-        elif "linear_attn" in name and not base.endswith("linear_attn.norm"):
-            yield from _of_linear_attention(called, name, value, config)
-        elif base.endswith("shared_expert_gate") and architecture == "qwen35moe":
-            yield called(base, suffix), value[0], None, 0
-        elif base.endswith("conv.conv"):
-            yield called(base), value.squeeze(1), None, 0
-        elif base.endswith("kv_b_proj"):
-            heads, keys = config.num_attention_heads, config.qk_nope_head_dim
-            both = value.view(heads, keys + config.v_head_dim, -1)
-            yield called(base.replace("kv_b", "k_b")), both[:, :keys].transpose(1, 2), None, 0
-            yield called(base.replace("kv_b", "v_b")), both[:, keys:], None, 0
-        elif suffix not in ("weight", "bias"):
-            yield called(name), value, None, 0
-        elif architecture in ("llama", "smollm3") and base.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
-            order = torch.arange(value.shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
-            yield called(base, suffix), value, order, 0
-        else:
-            is_plus_one = name.endswith("norm.weight") and architecture.startswith(("gemma", "qwen35", "qwen3next"))
-            yield called(base, suffix), value, None, 1 if is_plus_one and "linear_attn" not in name else 0
+        yield from _of_parameter(called, architecture, name, parameter.data, config)
     for name, value in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            yield called(name.removesuffix("_bias"), "bias"), value, None, 0
+        if name.endswith(_BUFFERS):
+            yield from _of_parameter(called, architecture, name, value, config)
+    yield from _of_rope(config)
+
+
+def _as_in_checkpoints(base: str, architecture: str) -> str:
+    """The name of a module in the checkpoints that converters read, or that they stack experts under."""
+    if architecture.startswith("nemotron_h"):
+        at, _, leaf = base.partition(".mixer.experts.")
+        return f"{at}.mlp.experts.{leaf}" if leaf else base.replace("model.", "backbone.", 1)
+    if architecture.startswith("granite"):
+        return base.replace("block_sparse_moe.experts", "mlp.experts").replace("moe.router", "moe.router.layer")
+    return base.replace("mlp.gate.moe_statics", "mlp.moe_statics")
+
+
+def _of_parameter(called: Any, architecture: str, name: str, value: torch.Tensor, config: Any) -> Iterator[_Tensor]:
+    base, _, suffix = name.rpartition(".")
+    if suffix in ("gate_up_proj", "gate_up_proj_bias"):
+        halves = (value[:, ::2], value[:, 1::2])
+        if architecture == "gpt-oss" and value.dim() == 3:
+            halves = (value.transpose(1, 2)[:, ::2], value.transpose(1, 2)[:, 1::2])
+        elif architecture == "llama4":
+            halves = value.transpose(1, 2).chunk(2, dim=1)
+        elif architecture != "gpt-oss":
+            halves = value.chunk(2, dim=1)
+        for half, which in zip(halves, ("gate", "up"), strict=True):
+            yield called(f"{base}.{which}_proj", "bias" if "bias" in suffix else "weight"), half, None, _AS_IT_IS
+    elif suffix in ("down_proj", "down_proj_bias"):
+        is_turned = architecture in ("gpt-oss", "llama4") and value.dim() == 3
+        kind = "bias" if "bias" in suffix else "weight"
+        yield called(f"{base}.down_proj", kind), value.transpose(1, 2) if is_turned else value, None, _AS_IT_IS
+    elif "linear_attn" in name and not base.endswith("linear_attn.norm"):
+        yield from _of_linear_attention(called, name, value, config)
+    elif base.endswith("shared_expert_gate") and architecture == "qwen35moe":
+        yield called(base, suffix), value[0], None, _AS_IT_IS
+    elif base.endswith("shared_mlp.input_linear"):
+        ends = called(base.replace("input_linear", "output_linear"))
+        for half, which in zip(value.chunk(2), ("gate", "up"), strict=True):
+            yield ends.replace("ffn_down", f"ffn_{which}"), half, None, _AS_IT_IS
+    elif base.endswith(("conv.conv", "conv1d")) and suffix == "weight":
+        yield called(base), value.squeeze(1), None, _AS_IT_IS
+    elif base.endswith("kv_b_proj"):
+        heads, keys = config.num_attention_heads, config.qk_nope_head_dim
+        both = value.view(heads, keys + config.v_head_dim, -1)
+        yield called(base.replace("kv_b", "k_b")), both[:, :keys].transpose(1, 2), None, _AS_IT_IS
+        yield called(base.replace("kv_b", "v_b")), both[:, keys:], None, _AS_IT_IS
+    elif suffix in ("A_log", "D", "dt_bias"):
+        yield from _of_states(called, architecture, name, value)
+    elif suffix in ("e_score_correction_bias", "expert_bias"):
+        yield called(name if suffix == "expert_bias" else name.removesuffix("_bias"), "bias"), value, None, _AS_IT_IS
+    elif suffix not in ("weight", "bias"):
+        yield called(name), value, None, _AS_IT_IS
+    elif architecture in _TURNED and base.endswith(("q_proj", "k_proj")):
+        heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
+        order = torch.arange(value.shape[0]).view(heads, 2, -1).transpose(1, 2).flatten()
+        yield called(base, suffix), value, order, _AS_IT_IS
+    elif base.endswith((".mamba.norm", ".mixer.norm")):
+        groups = next(filter(None, (getattr(config, key, None) for key in ("mamba_n_groups", "n_groups"))))
+        yield called(base), value.view(groups, -1), None, _AS_IT_IS
+    elif architecture == "falcon-h1":
+        yield called(base, suffix), value, None, _scaled(base, config)
+    else:
+        is_plus_one = name.endswith("norm.weight") and architecture in _NORMS_PLUS_ONE
+        change = _PLUS_ONE if is_plus_one and "linear_attn" not in name else _AS_IT_IS
+        yield called(base, suffix), value, None, change
+
+
+def _of_states(called: Any, architecture: str, name: str, value: torch.Tensor) -> Iterator[_Tensor]:
+    """What state space layers have for each head; Mamba's first generation has it for each element."""
+    base, _, suffix = name.rpartition(".")
+    if suffix == "dt_bias":
+        yield called(f"{base}.dt_proj", "bias"), value, None, _AS_IT_IS
+        return
+    part = value if architecture in ("mamba", "jamba") else value.unsqueeze(-1)
+    yield called(name).removesuffix(".weight"), part, None, _DECAY if suffix == "A_log" else _AS_IT_IS
+
+
+def _scaled(base: str, config: Any) -> _Change:
+    """Falcon-H1's multipliers, which files have in the weights."""
+    factors = {
+        "down_proj": config.mlp_multipliers[1],
+        "gate_proj": config.mlp_multipliers[0],
+        "k_proj": config.key_multiplier * config.attention_in_multiplier,
+        "q_proj": config.attention_in_multiplier,
+        "v_proj": config.attention_in_multiplier,
+        "o_proj": config.attention_out_multiplier,
+        "out_proj": config.ssm_out_multiplier,
+        "lm_head": config.lm_head_multiplier,
+        "embed_tokens": config.embedding_multiplier,
+    }
+    leaf = base.rpartition(".")[2]
+    factor = np.float32(factors.get(leaf, 1.0))
+    if leaf == "in_proj":
+        inner, states = config.mamba_d_ssm, config.mamba_n_groups * config.mamba_d_state
+        rows = (inner, inner, states, states, config.mamba_n_heads)
+        factor = np.repeat(np.float32(config.ssm_multipliers), rows)[:, None] * np.float32(config.ssm_in_multiplier)
+    return lambda values: values * factor, lambda values: values / factor
+
+
+def _of_rope(config: Any) -> Iterator[_Tensor]:
+    every = getattr(config, "rope_parameters", None) or {}
+    if every.get("rope_type") == "longrope":
+        for which in ("long", "short"):
+            yield f"rope_factors_{which}.weight", torch.tensor(every[f"{which}_factor"]), None, _AS_IT_IS
 
 
 def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: Any) -> Iterator[_Tensor]:
@@ -177,8 +308,8 @@ def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: An
         sizes = [of_key, of_key, *2 * [config.linear_num_value_heads // keys * of_value]]
         places = torch.arange(len(value)).view(keys, -1).split(sizes, dim=1)
         qkv, gate = torch.cat([part.flatten() for part in places[:3]]), places[3].flatten()
-        yield called(base).replace("ssm_in", "attn_qkv"), value, qkv, 0
-        yield called(base).replace("ssm_in", "attn_gate"), value, gate, 0
+        yield called(base).replace("ssm_in", "attn_qkv"), value, qkv, _AS_IT_IS
+        yield called(base).replace("ssm_in", "attn_gate"), value, gate, _AS_IT_IS
         return
     wide = base.endswith(("in_proj_qkv", "conv1d", "in_proj_z", "out_proj"))
     heads = torch.arange(config.linear_num_value_heads * (of_value if wide else 1))
@@ -188,115 +319,10 @@ def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: An
     if config.model_type == "qwen3_next":
         order = torch.arange(value.shape[1] if base.endswith("out_proj") else len(value))
     if leaf == "A_log":
-        yield called(name).removesuffix(".weight"), value, order, None
+        yield called(name).removesuffix(".weight"), value, order, _DECAY
     elif leaf == "dt_bias":
-        yield called(f"{base}.dt_proj", "bias"), value, order, 0
+        yield called(f"{base}.dt_proj", "bias"), value, order, _AS_IT_IS
     elif base.endswith("out_proj"):
-        yield called(base), value, (slice(None), order), 0
+        yield called(base), value, (slice(None), order), _AS_IT_IS
     else:
-        yield called(base), value.squeeze(1) if base.endswith("conv1d") else value, order, 0
-
-
-def _write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    if architecture != "qwen35moe":
-        writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    heads = 1 if architecture == "deepseek2" else config.num_key_value_heads
-    if architecture == "lfm2":
-        writer.add_shortconv_l_cache(config.conv_L_cache)
-        heads = [heads if kind == "full_attention" else 0 for kind in config.layer_types]
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps if architecture == "lfm2" else config.rms_norm_eps)
-    ropes = config.rope_parameters
-    rope = ropes.get("full_attention", ropes)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "yarn":
-        writer.add_string(f"{architecture}.rope.scaling.type", "yarn")
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
-    if architecture != "deepseek2" and (width := getattr(config, "head_dim", None)):
-        writer.add_key_length(width)
-        writer.add_value_length(width)
-    if getattr(config, "sliding_window", None) and architecture != "llama":
-        writer.add_sliding_window(config.sliding_window)
-    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    experts = next(filter(None, counts), None)
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe", "qwen3vlmoe", "qwen3next", "qwen35moe"):
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture.startswith("qwen3vl"):
-        writer.add_rope_dimension_sections([4, 2, 2, 0])
-        writer.add_num_deepstack_layers(3)
-    if architecture in ("qwen3next", "qwen35", "qwen35moe"):
-        _write_linear_attention(writer, config)
-    if architecture in ("qwen2moe", "qwen3next", "qwen35moe"):
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if architecture in ("gpt-oss", "minimax-m2"):
-        writer.add_expert_feed_forward_length(config.intermediate_size)
-    if architecture == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture in ("glm4moe", "minimax-m2"):
-        writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 1)))
-        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
-    if architecture == "deepseek2":
-        _write_deepseek(writer, config)
-    if architecture in ("deepseek2", "glm4moe"):
-        _write_routed_in_groups(writer, config)
-    _write_tokenizer(writer)
-
-
-def _write_linear_attention(writer: GGUFWriter, config: Any) -> None:
-    writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
-    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
-    writer.add_ssm_state_size(config.linear_key_head_dim)
-    writer.add_ssm_group_count(config.linear_num_key_heads)
-    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
-    writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
-    if config.model_type != "qwen3_next":
-        writer.add_rope_dimension_sections([1, 1, 1, 0])
-    writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
-
-
-def _write_deepseek(writer: GGUFWriter, config: Any) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank)
-    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
-    writer.add_value_length(config.kv_lora_rank)
-    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
-    writer.add_value_length_mla(config.v_head_dim)
-    writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    if config.model_type == "deepseek_v3":
-        writer.add_uint32("deepseek2.expert_gating_func", 2)  # sigmoid
-
-
-def _write_routed_in_groups(writer: GGUFWriter, config: Any) -> None:
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
-    writer.add_expert_group_count(config.n_group or 1)
-    writer.add_expert_group_used_count(config.topk_group or 1)
-
-
-def _write_tokenizer(writer: GGUFWriter) -> None:
-    tokens = sorted(build_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    pieces = [piece for piece, _ in tokens]
-    pieces[-2:] = ["ba", "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(pieces)
-    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (VOCABULARY - 3))
-    writer.add_token_merges(["a b", "b a"])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_pad_token_id(PAD)
+        yield called(base), value.squeeze(1) if base.endswith("conv1d") else value, order, _AS_IT_IS

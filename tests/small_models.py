@@ -51,6 +51,12 @@ _DEEPSEEK = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+_MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 if version.parse(transformers.__version__) < version.parse("5.21"):
@@ -140,8 +146,8 @@ SMALL_MODELS: dict[str, Callable[[], Any]] = {
         n_positions=CONTEXT,
         rotary_dim=8,
     ),
-    "granite": _of("GraniteConfig", _LLAMA),
-    "granitemoe": _of("GraniteMoeConfig", _LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "granite": _of("GraniteConfig", _LLAMA, _MULTIPLIERS),
+    "granitemoe": _of("GraniteMoeConfig", _LLAMA, _MULTIPLIERS, num_local_experts=4, num_experts_per_tok=2),
     "helium": _of("HeliumConfig", _LLAMA, _HEAD_DIM),
     "jamba": _of(
         "JambaConfig",
@@ -267,16 +273,32 @@ _DELTA = {
 }
 
 MORE_RECURRENT_MODELS: dict[str, Callable[[], Any]] = {
-    "falcon_h1": _of("FalconH1Config", _LLAMA, _HEAD_DIM, _MAMBA2, mamba_d_ssm=128),
+    "falcon_h1": _of(
+        "FalconH1Config",
+        _LLAMA,
+        _HEAD_DIM,
+        _MAMBA2,
+        mamba_d_ssm=128,
+        lm_head_multiplier=0.5,
+        embedding_multiplier=2.0,
+        key_multiplier=0.75,
+        attention_in_multiplier=0.5,
+        attention_out_multiplier=1.5,
+        ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.75,
+        mlp_multipliers=[0.5, 1.5],
+        ssm_multipliers=[0.5, 1.5, 0.75, 1.25, 0.25],
+    ),
     "granitemoehybrid": _of(
         "GraniteMoeHybridConfig",
         _LLAMA,
+        _MULTIPLIERS,
         _MAMBA2,
         layer_types=["mamba", "attention", "mamba"],
         num_local_experts=4,
         num_experts_per_tok=2,
         shared_intermediate_size=32,
-        position_embedding_type="rope",
+        position_embedding_type="nope",
     ),
     "kimi_linear": _of(
         "KimiLinearConfig",
@@ -314,14 +336,112 @@ MORE_RECURRENT_MODELS: dict[str, Callable[[], Any]] = {
 }
 """Models with recurrent layers beside those of `SMALL_MODELS`, for the tests of such layers alone."""
 
+_SIGMOID_EXPERTS = {**_DEEPSEEK, **_HEAD_DIM, "num_key_value_heads": 2}
+
 MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
-    "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _DEEPSEEK, _HEAD_DIM, num_key_value_heads=2, use_qk_norm=True),
+    "arcee": _of("ArceeConfig", _LLAMA, _HEAD_DIM),
+    "dots1": _of("Dots1Config", _LLAMA, _SIGMOID_EXPERTS, norm_topk_prob=True, routed_scaling_factor=2.0),
+    "ernie4_5": _of("Ernie4_5Config", _LLAMA, _HEAD_DIM),
+    "ernie4_5_moe": _of(
+        "Ernie4_5_MoeConfig",
+        _LLAMA,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=32,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_end_index=2,
+    ),
+    "exaone_moe": _of(
+        "ExaoneMoeConfig",
+        _LLAMA,
+        _EXPERTS,
+        _HEAD_DIM,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        routed_scaling_factor=2.0,
+    ),
+    "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _SIGMOID_EXPERTS, use_qk_norm=True),
+    "glm4_moe_lite": _of("Glm4MoeLiteConfig", _LLAMA, _DEEPSEEK),
+    "granitemoeshared": _of(
+        "GraniteMoeSharedConfig",
+        _LLAMA,
+        _MULTIPLIERS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+    "hunyuan_v1_dense": _of("HunYuanDenseV1Config", _LLAMA, _HEAD_DIM),
+    "hunyuan_v1_moe": _of("HunYuanMoEV1Config", _LLAMA, _HEAD_DIM, num_experts=4, moe_topk=2),
+    "llama4": _of(
+        "Llama4TextConfig",
+        _LLAMA,
+        _HEAD_DIM,
+        num_hidden_layers=4,
+        num_local_experts=4,
+        intermediate_size_mlp=128,
+        interleave_moe_layer_step=2,
+    ),
     "minimax_m2": _of("MiniMaxM2Config", _LLAMA, _HEAD_DIM, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
+    "ministral3": _of(
+        "Ministral3Config",
+        _LLAMA,
+        _HEAD_DIM,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "nemotron_h_moe": _of(
+        "NemotronHConfig",
+        _LLAMA,
+        _HEAD_DIM,
+        layers_block_type=["mamba", "attention", "moe"],
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=64,
+        moe_latent_size=32,
+        routed_scaling_factor=2.0,
+    ),
+    "olmo3": _of(
+        "Olmo3Config",
+        _LLAMA,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3_long": _of(
+        "Phi3Config",
+        _LLAMA,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.25, 1.5, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "qwen2_vl": SMALL_MODELS["qwen2"],
     "qwen3_5_moe": _of("Qwen3_5MoeTextConfig", _LLAMA, _EXPERTS, _HEAD_DIM, _DELTA, shared_expert_intermediate_size=32),
     "qwen3_vl": SMALL_MODELS["qwen3"],
     "qwen3_vl_moe": SMALL_MODELS["qwen3_moe"],
+    "seed_oss": _of("SeedOssConfig", _LLAMA, _HEAD_DIM),
 }
-"""Models for the tests of GGUF files alone; of Qwen3-VL the text part."""
+"""Models for the tests of GGUF files alone; of models that see, the text part."""
 
 RECURRENT_MODELS = sorted(
     ("bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", *MORE_RECURRENT_MODELS)

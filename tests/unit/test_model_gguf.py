@@ -304,7 +304,7 @@ def test_an_architecture_that_is_not_known_is_refused_by_name(tmp_path: Path, mo
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="architecture rwkv7, which is not known to run: this runs deepseek2, "):
+    with pytest.raises(ModelError, match="architecture rwkv7, which is not known to run: this runs arcee, "):
         resolve_model(str(tmp_path / "m.gguf"))
 
 

@@ -20,6 +20,7 @@ from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, codes_of_mxfp4, expand, powers_of_mxfp4
+from zeroinf.model.quantized.gguf_names import file_name
 from zeroinf.model.quantized.gguf_pieces import Change, GgufPiece, Tiles, View, pieces_of
 from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
 from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
@@ -27,8 +28,9 @@ from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 # Weights that are expanded as they are read are so a few rows at a time.
 _AT_ONCE = 1 << 24
 # Tensors that a config has taken up, or that are computed.
-_IN_CONFIG = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
-_PREDICTION = re.compile(r"blk\.(\d+)\.")
+_IN_CONFIG = re.compile(r"rope_(freqs|factors_(long|short))\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_KEYS = ("attn_k.", "attn_k_norm.", "attn_v.")
 
 
 def hold_gguf(model: Any, found: dict[str, Any]) -> None:
@@ -60,7 +62,7 @@ def hold_gguf(model: Any, found: dict[str, Any]) -> None:
                 pieces = names.pieces(f"{path}.{own}", buffer)
                 names.use(pieces, f"{path}.{own}", buffer.shape)
                 _expand_as_read(buffer, pieces, names)
-        if _are_coded(held, names.kinds):
+        if hasattr(module, "is_transposed") and _are_coded(held, names.kinds):
             _hold_codes(module, held)
         elif held:
             _hold(module, held, names.kinds)
@@ -227,21 +229,10 @@ class _Names:
 
     def of(self, name: str) -> str:
         """The file's name for the parameter `name` of the model, if one tensor were all of it."""
-        base, _, suffix = name.rpartition(".")
-        if name.endswith(".dt_bias"):
-            base, suffix = f"{base}.dt_proj", "bias"
-        if suffix not in ("weight", "bias"):
-            base, suffix = name, "weight"
-        if base.endswith("e_score_correction_bias"):
-            base, suffix = base.removesuffix("_bias"), "bias"
-        if base.endswith("_proj_bias"):
-            base, suffix = base.removesuffix("_bias"), "bias"
-        known = self._map.get_name(base)
-        if known is None or f"{known}.{suffix}" not in self.kinds:  # files have it whole or in halves
-            known = self._map.get_name(base.replace("gate_up_proj", "gate_proj")) or known
-        if known is None:
+        found = file_name(self._map, name, self.architecture, self.kinds)
+        if found is None:
             raise self._refusal(f"what it calls {name} is not known")
-        return known if base.endswith(".A_log") else f"{known}.{suffix}"
+        return found
 
     def pieces(self, name: str, parameter: torch.Tensor) -> list[GgufPiece]:
         """The tensors that make the parameter `name`."""
@@ -256,6 +247,8 @@ class _Names:
             found, expected = self._shapes[piece.name], tuple(piece.view(whole).shape)
             if piece.change is not as_stored and len(expected) > len(found):  # rows of several heads, each by itself
                 expected = (prod(expected[:-1]), expected[-1])
+            if len(expected) == 1:  # what some files have as a row for each group
+                found = (prod(found),)
             if _without_ones(found) != _without_ones(expected):
                 raise self._refusal(f"it holds {piece.name} as {found}, the model has {expected}")
             self._used.add(piece.name)
@@ -266,8 +259,10 @@ class _Names:
             raise self._refusal(f"it holds {', '.join(unused[:3])}, which this model does not know")
 
     def _is_needless(self, name: str) -> bool:
-        layer = _PREDICTION.match(name)
-        return bool(_IN_CONFIG.fullmatch(name)) or (layer is not None and int(layer[1]) >= self._layers)
+        if _IN_CONFIG.fullmatch(name) or (layer := _LAYER.match(name)) is None:
+            return _IN_CONFIG.fullmatch(name) is not None
+        takes_keys_of_others = int(layer[1]) >= self._layers - getattr(self.config, "num_kv_shared_layers", 0)
+        return int(layer[1]) >= self._layers or (takes_keys_of_others and name[layer.end() :].startswith(_KEYS))
 
     def _refusal(self, why: str) -> ModelError:
         return ModelError(

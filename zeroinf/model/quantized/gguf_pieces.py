@@ -21,8 +21,13 @@ Tiles = tuple[int, int, int]
 outer, of each)."""
 
 # llama.cpp's converters turn the rows of queries and keys of these round, and add one to the norms of those.
-_TURNED = ("llama", "smollm3")
-_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
+_TURNED = (
+    *("arcee", "granite", "granitehybrid", "granitemoe", "llama", "mistral3", "nemotron_h", "nemotron_h_moe"),
+    *("olmo", "smollm3"),
+)
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron", "qwen3next", "qwen35", "qwen35moe")
+# Experts that transformers has with inputs before outputs.
+_TRANSPOSED = ("gpt-oss", "llama4")
 # Value heads of linear attention lie tiled: the first of each key head, then the second of each.
 _TILED = ("qwen35", "qwen35moe")
 
@@ -53,15 +58,11 @@ def pieces_of(
 ) -> list[GgufPiece]:
     """The tensors that make the parameter `name`, which the file calls `own` if one tensor is all of it; `stored` are
     the file's names."""
-    if name.endswith(".experts.gate_up_proj") and "ffn_gate_exps" in own:
-        up, middle = own.replace("ffn_gate_exps", "ffn_up_exps"), parameter.shape[1] // 2
-        if architecture == "gpt-oss":
-            return [GgufPiece(own, partial(_columns, 0)), GgufPiece(up, partial(_columns, 1))]
-        return [GgufPiece(own, lambda whole: whole[:, :middle]), GgufPiece(up, lambda whole: whole[:, middle:])]
-    if name.endswith(".experts.gate_up_proj_bias"):
-        up = own.replace("ffn_gate_exps", "ffn_up_exps")
-        return [GgufPiece(own, lambda whole: whole[:, 0::2]), GgufPiece(up, lambda whole: whole[:, 1::2])]
-    if name.endswith(".experts.down_proj") and architecture == "gpt-oss":
+    if name.endswith((".experts.gate_up_proj", ".experts.gate_up_proj_bias", ".input_linear.weight")) and (
+        "ffn_gate_up" not in own
+    ):
+        return _gates_and_ups(own, parameter, architecture)
+    if name.endswith(".experts.down_proj") and architecture in _TRANSPOSED:
         return [GgufPiece(own, lambda whole: whole.transpose(1, 2))]
     if name.endswith(".kv_b_proj.weight") and own not in stored:
         heads, keys, values = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -79,7 +80,28 @@ def pieces_of(
         change = partial(_turn_back, config.num_key_value_heads)
     elif architecture in _NORMS_PLUS_ONE and own.endswith("norm.weight"):
         change = _less_one
+    elif own.endswith("ssm_a"):
+        change = _decay
     return [GgufPiece(own, as_stored, change)]
+
+
+def _gates_and_ups(own: str, parameter: torch.Tensor, architecture: str) -> list[GgufPiece]:
+    """The two tensors of a parameter that has gates and what they gate as one: one after the other, or in turn."""
+    up = own.replace("ffn_gate", "ffn_up")
+    if architecture == "gpt-oss":
+        is_bias = parameter.dim() == 2
+        return [GgufPiece(name, partial(_in_turn, first, is_bias)) for first, name in enumerate((own, up))]
+    if architecture in _TRANSPOSED:
+        middle = parameter.shape[-1] // 2
+        return [
+            GgufPiece(own, lambda whole: whole.mT[..., :middle, :]),
+            GgufPiece(up, lambda whole: whole.mT[..., middle:, :]),
+        ]
+    middle = parameter.shape[-2] // 2
+    return [
+        GgufPiece(own, lambda whole: whole[..., :middle, :]),
+        GgufPiece(up, lambda whole: whole[..., middle:, :]),
+    ]
 
 
 def _of_linear_attention(own: str, config: Any) -> GgufPiece:
@@ -142,8 +164,8 @@ def _grouped(tiles: Tiles, first: int, is_decay: bool, rows: torch.Tensor) -> to
     return torch.cat((rows[:first], tiled.transpose(0, 1).flatten(0, 2)))
 
 
-def _columns(first: int, whole: torch.Tensor) -> torch.Tensor:
-    return whole.transpose(1, 2)[:, first::2]
+def _in_turn(first: int, is_bias: bool, whole: torch.Tensor) -> torch.Tensor:
+    return (whole if is_bias else whole.transpose(1, 2))[:, first::2]
 
 
 def _keys(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
