@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from zeroinf.paths import flush
+
 _CHUNK_BYTES = 1 << 20
 _LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.1
 """`zeroinf status` holds a lock for the moment in which it asks whether somebody else does."""
@@ -60,7 +62,7 @@ class LineFile:
         size = os.fstat(self._descriptor).st_size
         with Path(f"/proc/self/fd/{self._descriptor}").open("rb") as source:
             write_new(self.path, lambda copy: _copy(source.read, copy, size))
-        sync_folder(self.path.parent)
+        flush(self.path.parent)
 
     def remove(self) -> None:
         """Take the file away, as long as it is ours."""
@@ -116,7 +118,7 @@ def write_new(path: Path, write: Callable[[int], None]) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give `source` the name `target`, durably."""
     os.replace(source, target)  # noqa: PTH105 - as the other writes here
-    sync_folder(target.parent)
+    flush(target.parent)
 
 
 def content_digest(path: Path) -> str:
@@ -130,17 +132,8 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(mode, exist_ok=True)
-        sync_folder(each.parent)
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, not only the contents behind them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(each.parent)
+    flush(folder.parent)
 
 
 def _open_locked(path: Path) -> int:

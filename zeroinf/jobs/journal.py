@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zeroinf.errors import OutputError
-from zeroinf.jobs.files import LineFile, encoded, sync_folder
+from zeroinf.jobs.files import LineFile, encoded
+from zeroinf.paths import flush
 from zeroinf.service.requests import Result
 
 FORMAT = 1
@@ -143,7 +144,7 @@ class Journal:
         self.published, self.durable = None, 0
         self._file.append(_line(self.manifest))
         self.sync()
-        sync_folder(self.path.parent)
+        flush(self.path.parent)
 
     def note(self, **record: Any) -> None:
         """Append a record that is no result, with the time."""

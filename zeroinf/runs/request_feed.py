@@ -14,9 +14,11 @@ from zeroinf.generation.row import Row
 from zeroinf.jobs.output import Saved, Writer
 from zeroinf.jobs.work_list import WorkList
 from zeroinf.runs.queue import ResultBox, TokenCount, WorkQueue
+from zeroinf.service.handles import Completion
 from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.phases import PhaseClock, Phases
 from zeroinf.service.requests import Refusal, Result, Work
+from zeroinf.service.results import result_of
 
 if TYPE_CHECKING:
     from zeroinf.planner.timing import Timing
@@ -177,21 +179,15 @@ class RequestFeed:
         if not self._part.world.is_main:
             return
         assert row.finish_reason is not None
-        tells = work.sampling.logprobs is not None and row.finish_reason != "error"
-        told = list(map(self._model.codec.told, row.generated, row.likelihoods)) if tells else None
-        self._box.put(
-            Result(
-                index=work.index,
-                id=work.id,
-                prompt=work.text,
-                completion=row.text,
-                finish_reason=row.finish_reason,
-                prompt_tokens=len(work.prompt),
-                completion_tokens=len(row.generated),
-                logprobs=told,
-                problem=row.problem or None,
-            )
+        found = Completion(
+            tokens=row.generated,
+            text=row.text,
+            finish_reason=row.finish_reason,
+            prompt_tokens=len(work.prompt),
+            likelihoods=row.likelihoods,
+            problem=row.problem,
         )
+        self._box.put(result_of(work, found, self._model.codec))
 
     def grew(self, rows: int) -> None:
         """Count a forward's tokens, and now and then gather results and say how far the run is."""

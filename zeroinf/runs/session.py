@@ -39,6 +39,7 @@ from zeroinf.service.length_checks import check_lengths
 from zeroinf.service.loaded import LoadedModel
 from zeroinf.service.observer import Observer, Progress, tokens_left
 from zeroinf.service.requests import Request, Result, Work
+from zeroinf.service.results import result_of
 from zeroinf.service.text import encode_prompt
 
 _POLL_S = 0.02
@@ -258,20 +259,7 @@ class Session:
 
     def result(self, found: Completion, request: Request | Work) -> Result:
         """The result of `request`."""
-        tells = request.sampling.logprobs is not None and found.finish_reason != "error"
-        told = list(map(self.model.codec.told, found.tokens, found.likelihoods)) if tells else None
-        return Result(
-            index=request.index,
-            id=request.id,
-            prompt=request.text if isinstance(request, Work) else request.prompt,
-            completion=found.text,
-            finish_reason=found.finish_reason,
-            prompt_tokens=found.prompt_tokens,
-            completion_tokens=len(found.tokens),
-            logprobs=told,
-            extra=None if isinstance(request, Work) else request.extra,
-            problem=found.problem or None,
-        )
+        return result_of(request, found, self.model.codec)
 
     def report(self) -> RunReport:
         """What was done since the model was loaded, all ranks together, between two passes. On rank 0.

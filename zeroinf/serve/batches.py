@@ -34,6 +34,7 @@ from zeroinf.serve.gateway import Gateway, check_room
 from zeroinf.service.core import Asked, Service
 from zeroinf.service.handles import Handle
 from zeroinf.service.requests import Extra, Refusal, Result, Work
+from zeroinf.service.results import result_of
 
 _TICK_S = 0.5
 _AHEAD = 2
@@ -311,19 +312,7 @@ class Batches:
         found = handle.result(0)
         if found.finish_reason != "cancelled":
             assert self._gateway.model is not None
-            codec = self._gateway.model.codec
-            tells = work.sampling.logprobs is not None and found.finish_reason != "error"
-            result = Result(
-                index=work.index,
-                id=work.id,
-                prompt=work.text,
-                completion=found.text,
-                finish_reason=found.finish_reason,
-                prompt_tokens=len(work.prompt),
-                completion_tokens=len(found.tokens),
-                logprobs=list(map(codec.told, found.tokens, found.likelihoods)) if tells else None,
-                problem=found.problem or None,
-            )
+            result = result_of(work, found, self._gateway.model.codec)
             running.output.add(result)
             self._gateway.metrics.batch_done(len(work.prompt), result.completion_tokens, found.finish_reason)
             self._count(running, work, result)

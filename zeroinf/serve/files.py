@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zeroinf.jobs.files import make_folder, rename, sync_folder, write_lines, write_new
+from zeroinf.jobs.files import make_folder, rename, write_lines, write_new
+from zeroinf.paths import flush
 from zeroinf.serve.errors import ApiError
 
 _CHUNK_BYTES = 1 << 20
@@ -87,7 +88,7 @@ class FileStore:
             size = (made / "content").stat().st_size
             file = StoredFile(id=file_id, bytes=size, created_at=int(time.time()), filename=filename, purpose=purpose)
             write_new(made / "file.json", write_lines([json.dumps(asdict(file))]))
-            sync_folder(made)
+            flush(made)
             rename(made, self._folder / file_id)
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
