@@ -38,6 +38,8 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_moe": "gemma4",
+    "gemma4_text": "gemma4",
     "glm4": "glm4",
     "glm4_moe": "glm4moe",
     "glm4_moe_lite": "deepseek2",
@@ -208,9 +210,16 @@ def _as_in_checkpoints(base: str, architecture: str) -> str:
     return base.replace("mlp.gate.moe_statics", "mlp.moe_statics")
 
 
+_OF_GEMMA4 = {".router.scale": "ffn_gate_inp.scale", ".router.per_expert_scale": "ffn_down_exps.scale"}
+
+
 def _of_parameter(called: Any, architecture: str, name: str, value: torch.Tensor, config: Any) -> Iterator[_Tensor]:
     base, _, suffix = name.rpartition(".")
-    if suffix in ("gate_up_proj", "gate_up_proj_bias"):
+    if architecture == "gemma4" and suffix == "gate_up_proj":
+        yield called(name), value, None, _AS_IT_IS
+    elif scale := next((called for own, called in _OF_GEMMA4.items() if name.endswith(own)), None):
+        yield f"blk.{name.split('.')[2]}.{scale}", value, None, _AS_IT_IS
+    elif suffix in ("gate_up_proj", "gate_up_proj_bias"):
         halves = (value[:, ::2], value[:, 1::2])
         if architecture == "gpt-oss" and value.dim() == 3:
             halves = (value.transpose(1, 2)[:, ::2], value.transpose(1, 2)[:, 1::2])
@@ -297,6 +306,12 @@ def _of_rope(config: Any) -> Iterator[_Tensor]:
     if every.get("rope_type") == "longrope":
         for which in ("long", "short"):
             yield f"rope_factors_{which}.weight", torch.tensor(every[f"{which}_factor"]), None, _AS_IT_IS
+    rope = every.get("full_attention", {})
+    if rope.get("rope_type") == "proportional":
+        width = config.per_layer_config[config.layer_types.index("full_attention")].head_dim
+        turned = int(width * rope["partial_rotary_factor"] / 2)
+        factors = torch.tensor([1.0] * turned + [1e30] * (width // 2 - turned))
+        yield "rope_freqs.weight", factors, None, _AS_IT_IS
 
 
 def _of_linear_attention(called: Any, name: str, value: torch.Tensor, config: Any) -> Iterator[_Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ _More = dict[str, str | Callable[[Any], Any]]
 
 def write_metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     """Write what all converters say, what that of `architecture` adds or says instead, and a tokenizer."""
+    config = copy.deepcopy(config)
+    config.allow_global_per_layer_attribute_access = True  # of fields that differ from layer to layer
     said = _general(config) | MORE.get(architecture, {})
     for method, source in said.items():
         value = source(config) if callable(source) else getattr(config, source)
@@ -181,13 +184,24 @@ _SHORT_CONVOLUTIONS: _More = {
     "shortconv_l_cache": "conv_L_cache",
     "layer_norm_rms_eps": "norm_eps",
 }
-_GEMMA4: _More = {
-    **_WINDOWS,
-    "shared_kv_layers": "num_kv_shared_layers",
-    "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input or 0,
-    "key_length": lambda config: config.per_layer_config[config.layer_types.index("full_attention")].head_dim,
-    "value_length": lambda config: config.per_layer_config[config.layer_types.index("full_attention")].head_dim,
-}
+
+
+def _of_all(name: str) -> Callable[[Any], Any]:
+    """A field of the layers that see all positions."""
+    return lambda config: getattr(config.per_layer_config[config.layer_types.index("full_attention")], name)
+
+
+def _widths_of_gemma4(config: Any) -> int | list[int]:
+    width, first = config.intermediate_size, config.num_hidden_layers - config.num_kv_shared_layers
+    if not config.use_double_wide_mlp:
+        return int(width)
+    return [width if layer < first else 2 * width for layer in range(config.num_hidden_layers)]
+
+
+def _keys_of_gemma4(config: Any) -> int | list[int]:
+    heads = [config.per_layer_config[layer].num_key_value_heads for layer in range(config.num_hidden_layers)]
+    return heads if len(set(heads)) > 1 else heads[0]
+
 
 MORE: dict[str, _More] = {
     "arcee": _LLAMA,
@@ -236,6 +250,21 @@ MORE: dict[str, _More] = {
         "final_logit_softcapping": "final_logit_softcapping",
     },
     "gemma3": _WINDOW,
+    "gemma4": {
+        **_WINDOWS,
+        "shared_kv_layers": "num_kv_shared_layers",
+        "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input or 0,
+        "key_length": _of_all("head_dim"),
+        "value_length": _of_all("head_dim"),
+        "key_length_swa": "head_dim",
+        "value_length_swa": "head_dim",
+        "rope_dimension_count": _of_all("head_dim"),
+        "rope_dimension_count_swa": "head_dim",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "feed_forward_length": _widths_of_gemma4,
+        "head_count_kv": _keys_of_gemma4,
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
     "glm4": {"rope_dimension_count": _turned()},
     "glm4moe": {**_DEEPSEEK_EXPERTS, **_SIGMOID, "rope_dimension_count": _turned()},
     "gpt-oss": {**_WINDOW, "expert_feed_forward_length": "intermediate_size"},

@@ -336,6 +336,15 @@ MORE_RECURRENT_MODELS: dict[str, Callable[[], Any]] = {
 }
 """Models with recurrent layers beside those of `SMALL_MODELS`, for the tests of such layers alone."""
 
+_GEMMA4 = {
+    **_LLAMA,
+    **_HEAD_DIM,
+    "num_hidden_layers": 4,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 30.0,
+}
 _SIGMOID_EXPERTS = {**_DEEPSEEK, **_HEAD_DIM, "num_key_value_heads": 2}
 
 MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
@@ -360,6 +369,25 @@ MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
         sliding_window=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         routed_scaling_factor=2.0,
+    ),
+    "gemma4_text": _of(
+        "Gemma4TextConfig",
+        _GEMMA4,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
+    "gemma4_moe": _of(
+        "Gemma4TextConfig",
+        _GEMMA4,
+        hidden_size_per_layer_input=0,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
     ),
     "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _SIGMOID_EXPERTS, use_qk_norm=True),
     "glm4_moe_lite": _of("Glm4MoeLiteConfig", _LLAMA, _DEEPSEEK),

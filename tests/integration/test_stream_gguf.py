@@ -26,7 +26,7 @@ from zeroinf.model.resolve import resolve_model
 SMALL_BLOCKS = ["Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"]
 LARGE_BLOCKS = ["Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"]
 CODEBOOKS = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
-USUAL = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "nemotron_h_moe")
+USUAL = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "gemma4_text", "nemotron_h_moe")
 NUMBERS = ["F16", "BF16", "F32"]
 
 # Architectures of whose files every release of transformers makes a tokenizer.

@@ -36,7 +36,7 @@ from zeroinf.model.gguf.parts import (
     shared_expert,
     sliding,
 )
-from zeroinf.model.gguf.rope import rope_parameters
+from zeroinf.model.gguf.rope import FREQUENCIES, rope_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +235,63 @@ def _gemma_scale(largest: int) -> Part:
     return scale
 
 
+def _gemma4(facts: GgufFacts, config: Config) -> Config:
+    """Gemma 4, whose last layers take the keys of others, and may be twice as wide; layers may have embeddings."""
+    layers = config["num_hidden_layers"]
+    widths, shared = facts.each("feed_forward_length", layers), facts.get("attention.shared_kv_layers", 0)
+    is_double = [width == 2 * widths[0] for width in widths]
+    if widths != [widths[0] * (2 if wide else 1) for wide in is_double] or (
+        any(is_double) and is_double != [layer >= layers - shared for layer in range(layers)]
+    ):
+        raise Unknown(f"its feed_forward_length is {widths}")
+    own = facts.get("embedding_length_per_layer_input", 0)
+    table = facts.shape("per_layer_token_embd.weight")[0] if own else config["vocab_size"]
+    return {
+        "intermediate_size": widths[0],
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": any(is_double),
+        "hidden_size_per_layer_input": own,
+        "vocab_size_per_layer_input": table,
+        "final_logit_softcapping": facts.get("final_logit_softcapping", None),
+    }
+
+
+def _gemma4_heads(facts: GgufFacts, config: Config) -> Config:
+    """Heads of layers that see a window, and of those that see all, which may take keys as values."""
+    layers = config["num_hidden_layers"]
+    slides = [bool(one) for one in facts.each("attention.sliding_window_pattern", layers)]
+    heads = facts.each("attention.head_count_kv", layers)
+    wide, narrow = facts.get("attention.key_length"), facts.get("attention.key_length_swa")
+    facts.expect("attention.value_length", wide)
+    facts.expect("attention.value_length_swa", narrow)
+    facts.expect("rope.dimension_count", wide)
+    facts.expect("rope.dimension_count_swa", narrow)
+    few, many = ({one for one, slide in zip(heads, slides, strict=True) if slide is which} for which in (False, True))
+    if len(few) != 1 or len(many) > 1:
+        raise Unknown(f"its attention.head_count_kv is {heads}")
+    turned = [factor == 1 for factor in facts.numbers(FREQUENCIES)]
+    theta = facts.get("rope.freq_base")
+    whole = {"rope_type": "proportional", "partial_rotary_factor": sum(turned) / len(turned), "rope_theta": theta}
+    sliding = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)}
+    own_values = [facts.has(f"blk.{layer}.attn_v.weight") for layer, slide in enumerate(slides) if not slide]
+    return {
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "num_key_value_heads": max(many | few) if not many else many.pop(),
+        "num_global_key_value_heads": few.pop(),
+        "head_dim": narrow,
+        "global_head_dim": wide,
+        "attention_k_eq_v": not any(own_values),
+        "rope_parameters": {"full_attention": whole, "sliding_attention": sliding},
+    }
+
+
+def _gemma4_experts(facts: GgufFacts, config: Config) -> Config:
+    if not facts.get("expert_count", 0):
+        return {"enable_moe_block": False}
+    experts = routed(experts="num_experts", used="top_k_experts", width="moe_intermediate_size")
+    return {"enable_moe_block": True, **experts(facts, config)}
+
+
 def _deepseek2(facts: GgufFacts) -> Family:
     gating = facts.get("expert_gating_func", 1)
     if gating not in (1, 2):
@@ -362,6 +419,7 @@ FAMILIES: dict[str, Family | Callable[[GgufFacts], Family]] = {
             }
         },
     ),
+    "gemma4": _family("gemma4_text", "Gemma4", rms_norm, _WINDOW, _gemma4, _gemma4_heads, _gemma4_experts),
     "glm4": _family("glm4", "Glm4", *_NORMED, partial_rope, has(attention_bias=_QUERY_BIAS)),
     "glm4moe": _family(
         "glm4_moe",

@@ -95,7 +95,7 @@ def _made_by_transformers(path: Path) -> Any:
         try:
             try:
                 return AutoTokenizer.from_pretrained(**place)
-            except (ValueError, TypeError, KeyError):  # it makes a config first, which it can of fewer files
+            except Exception:  # it makes a config first, which it can of fewer files; what it raises is of many classes
                 return PreTrainedTokenizerFast.from_pretrained(**place)
         except Exception as error:  # the readers check little: damage shows as struct, index, memory and other errors
             raise ModelError(
