@@ -105,7 +105,7 @@ def open_stream(job: Job, left: WorkList, control: Control, output: Output | Non
     def row(prompt: Sequence[int], sampling: Sampling, *, index: int) -> Row:
         return Row(index=index, prompt=prompt, sampling=sampling, decode=decode, piece=None)
 
-    model: Any = SimpleNamespace(engine=engine, part=control.subgroup(1), row=row)
+    model: Any = SimpleNamespace(engine=engine, part=control.subgroup(1), row=row, codec=None)
     return RequestFeed(prepared, model, control.store, output, observer)
 
 
