@@ -28,7 +28,7 @@ from zeroinf.planner.plan import Plan
 from zeroinf.planner.prefixes import PrefixGroups
 from zeroinf.planner.workload import Lengths, Step
 from zeroinf.simulation.make_plan import PlanInput, make_plan
-from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.recorder import Recorder, storages_of
 from zeroinf.simulation.workload import record_step
 
 META = torch.device("meta")
@@ -84,7 +84,7 @@ class Paper:
         return self._seen[alike]
 
     def _run(self, group: Group) -> Step:
-        plan, recorder = self._plan, Recorder(self._model, self._blocks)
+        plan, recorder = self._plan, Recorder(storages_of(self._model), self._blocks)
         with torch.no_grad(), recorder:
             pool = PagePool(self._model, plan.anatomy, plan.pool, META)
             host = plan.host and HostCache(self._model, plan.anatomy, plan.host, META, None, pin=False)

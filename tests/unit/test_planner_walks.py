@@ -56,13 +56,13 @@ def test_no_fewer_layers_on_nvme_would_fit(sizes: list[int], data: st.DataObject
     anatomy, resident = hybrid(sizes), data.draw(st.integers(0, len(sizes) - 1))
     budget = data.draw(st.integers(0, 2 * sum(sizes))) * MIB
 
-    def fits(some: Choice) -> bool:
+    def left_bytes(some: Choice) -> int:
         counted = (term for term in stream_host_terms(anatomy, some, 1, overhead(False)) if term.origin == "counted")
-        return total(counted, "host") <= budget
+        return budget - total(counted, "host")
 
     most = len(sizes) - resident
-    fitting = [count for count in range(1, most + 1) if fits(choice(resident=resident, nvme=count))]
-    found = with_pieces_on_disk(anatomy, choice(resident=resident, nvme=most), fits)
+    fitting = [count for count in range(1, most + 1) if left_bytes(choice(resident=resident, nvme=count)) >= 0]
+    found = with_pieces_on_disk(anatomy, choice(resident=resident, nvme=most), left_bytes)
     assert found.nvme_blocks == min(fitting, default=most)
 
 

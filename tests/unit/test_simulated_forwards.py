@@ -63,6 +63,24 @@ def test_a_plan_with_advice_simulates_few_forwards(
     assert len(simulated) <= most
 
 
+def test_so_does_one_of_padded_rows_whose_states_fill_the_calls_of_recurrent_layers(simulated: list[object]) -> None:
+    config = small_config("kimi_linear")
+    config.linear_head_dim, config.linear_num_heads = 128, 64  # of which 15 rows have 64 MiB
+    plan_input = PlanInput(
+        config=config,
+        anatomy=read_anatomy(config, dtype="bfloat16"),
+        machine=machine_of(gpus=1, gpu_bytes=4 * GIB, host_bytes=64 * GIB),
+        rates=Rates.of("given", link_gbps=25.0),
+        constraints=Constraints(offload="cpu"),
+        lengths=LENGTHS,
+        device="cuda",
+    )
+    found = make_plan(plan_input, advise=True)
+    assert found.plan.batch_size > 60
+    assert found.plan.padded_because
+    assert len(simulated) <= 40
+
+
 def test_a_checkpoint_takes_the_steps_of_its_model(simulated: list[object]) -> None:
     config, quantized = small_config("llama"), small_config("llama")
     quantized.quantization_config = MARKS["fp8"]

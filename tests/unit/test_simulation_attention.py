@@ -29,7 +29,7 @@ def attend(
     """What is recorded of one attention, its operands not among it, and what comes out."""
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     keys = length + past
-    recorder = Recorder(torch.nn.Module(), [])
+    recorder = Recorder(set(), [])
     with recorder, GpuAttention(recorder):
         query = torch.empty(ROWS, HEADS, length, size, **meta)
         key = torch.empty(ROWS, kv_heads, keys, size, **meta)
@@ -142,7 +142,7 @@ def test_the_efficient_kernel_counts_heads_by_the_tile_and_110_keys_more(
 
 
 def test_attention_on_the_host_is_left_alone() -> None:
-    recorder = Recorder(torch.nn.Module(), [])
+    recorder = Recorder(set(), [])
     query = torch.randn(1, 2, 3, 8)
     with recorder, GpuAttention(recorder):
         out = functional.scaled_dot_product_attention(query, query, query)

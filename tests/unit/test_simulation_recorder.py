@@ -12,7 +12,7 @@ from torch import nn
 
 from zeroinf.planner.allocator import Event
 from zeroinf.planner.workload import Kernel
-from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.recorder import Recorder, storages_of
 
 META = torch.device("meta")
 
@@ -26,7 +26,7 @@ def record(
 ) -> tuple[Recorded, Any]:
     """What is recorded of `act(model)`, and what it returned, which is alive then."""
     model = model_of() if model is None else model
-    recorder = Recorder(model, list(model.children())[: len(times)])
+    recorder = Recorder(storages_of(model), list(model.children())[: len(times)])
     with torch.no_grad(), recorder:
         result = act(model)
         step = cut(recorder, times)
@@ -114,7 +114,7 @@ def test_kernels_belong_to_the_block_that_runs_and_count_as_often_as_it_stands_f
 
 
 def test_a_cut_begins_anew_and_ends_are_known_by_the_key_of_their_beginning() -> None:
-    recorder = Recorder(model_of(), [])
+    recorder = Recorder(storages_of(model_of()), [])
     with recorder:
         value = empty(5) + 1
         first = cut(recorder)

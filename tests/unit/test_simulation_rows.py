@@ -57,6 +57,14 @@ def test_a_line_is_drawn_whichever_rows_come_first() -> None:
     assert simulate.asked == [900, 3, 16]
 
 
+def test_a_line_ends_where_it_was_said_to_end() -> None:
+    simulate = Counted(31)
+    by_rows = ByRows(simulate, most=30)
+    for rows in (2, 4, 8, 16, 30):
+        assert alike(by_rows(rows), rows)
+    assert simulate.asked == [2, 4, 30]
+
+
 def test_few_numbers_of_rows_are_simulated_as_they_come() -> None:
     simulate = Counted()
     by_rows = ByRows(simulate)

@@ -72,8 +72,7 @@ class PagePool:
             slots = self._memory[-size.rows * anatomy.state_bytes :].view(size.rows, -1)
             self.states = StateMemory(anatomy, size, slots)
         self._states = list(self._places())
-        self._windows = windows_of(model) if self._model is not None else [None] * len(self._layers)
-        self._empty = self.new_cache()
+        self._windows = windows_of(model) if self._model is not None else (None,) * len(self._layers)
         of_window = {layer.window: layer for layer in self._layers if layer.pooled}
         self._tables = {window: _Table(layer, size, device) for window, layer in of_window.items()}
 
@@ -126,6 +125,10 @@ class PagePool:
         """Take back shared pages that no row uses."""
         for table in self._tables.values() if prefixes else ():
             table.drop(prefixes)
+
+    @cached_property
+    def _empty(self) -> DynamicCache:
+        return self.new_cache()
 
     def new_cache(self) -> DynamicCache:
         """transformers' own cache, for the layers that the pool cannot hold."""

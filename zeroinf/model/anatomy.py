@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -276,7 +277,9 @@ class Anatomy:
     @property
     def state_bytes(self) -> int:
         """Bytes of all states of one row in a pool."""
-        return sum(layer.state_bytes for layer in self.cache) if self.mixers is not None else 0
+        if self.mixers is None:
+            return 0
+        return sum(count * layer.state_bytes for layer, count in _alike(self).items())
 
     def row_tokens(self, prompt_tokens: int, new_tokens: int) -> int:
         """Tokens of a row in the cache at the most; of a prompt that an encoder reads, none are there."""
@@ -288,11 +291,12 @@ class Anatomy:
 
     def row_pages(self, tokens: int) -> int:
         """Pages that a row of so many tokens takes, in the layer that needs most of them; others have room for it."""
-        return max((layer.row_pages(tokens) for layer in self.cache), default=0)
+        return max((layer.row_pages(tokens) for layer in _alike(self)), default=0)
 
     def pool_bytes(self, size: PoolSize) -> int:
         """Bytes of the one allocation that holds keys and values, and the states of rows behind them."""
-        return sum(layer.pooled_bytes(size) for layer in self.cache) + size.rows * self.state_bytes
+        of_layers = sum(count * layer.pooled_bytes(size) for layer, count in _alike(self).items())
+        return of_layers + size.rows * self.state_bytes
 
     @property
     def can_rest_on_host(self) -> bool:
@@ -326,6 +330,12 @@ class Anatomy:
         if parts == 1:
             return self
         return replace(self, cache=tuple(layer.with_heads_shared(parts, part) for layer in self.cache))
+
+
+@lru_cache(maxsize=64)
+def _alike(anatomy: Anatomy) -> Mapping[LayerCache, int]:
+    """The kinds of caches that layers have, and how many have each."""
+    return Counter(anatomy.cache)
 
 
 @lru_cache(maxsize=64)

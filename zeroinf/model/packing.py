@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,10 +36,18 @@ _MARK = "zeroinf_probed"
 _NOT_DISPATCHED = "its layers do not all hand attention to a function that transformers lets others register"
 
 
-def windows_of(model: Any) -> list[int | None]:
+_windows: WeakKeyDictionary[Any, tuple[int | None, ...]] = WeakKeyDictionary()
+
+
+def windows_of(model: Any) -> tuple[int | None, ...]:
     """The window of the attention of each layer of `model` in tokens; None where it sees all of them."""
-    own = empty_cache(model).layers
-    return [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else None for each in own]
+    if model not in _windows:
+        own = empty_cache(model).layers
+        sliding = (isinstance(each, DynamicSlidingWindowLayer) for each in own)
+        _windows[model] = tuple(
+            each.sliding_window if is_so else None for each, is_so in zip(own, sliding, strict=True)
+        )
+    return _windows[model]
 
 
 def not_understood(arguments: Mapping[str, Any]) -> list[str]:

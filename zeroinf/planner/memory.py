@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from zeroinf.model.anatomy import Anatomy, Table, TensorSpec
 from zeroinf.model.dtypes import DTYPE_BYTES
-from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Crossing, Event, rounded
+from zeroinf.planner.allocator import LARGE_PAGE_BYTES, Allocator, Crossing, Event, Usage, rounded
 from zeroinf.planner.choice import Choice, Embeddings, Fetch
 from zeroinf.planner.figures import MemoryFigures, fitted_figures
 from zeroinf.planner.wire import CODES, Wire, is_coded
@@ -234,11 +234,9 @@ def round_up(size: int, unit: int) -> int:
 def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, encoded: int = 0) -> tuple[Term, ...]:
     """The cache, what passes compute, of it `encoded` bytes that last from the first to the last, and what allocator,
     libraries and driver add."""
-    allocator = Allocator()
     workspace, origin = overhead.workspace
     uncounted = overhead.uncounted
-    allocator.replay(Event(index, nbytes) for index, nbytes in enumerate((*held, workspace)) if nbytes)
-    weights, passing = allocator.usage, _usage(workload)
+    weights, passing = _held((*held, workspace)), _usage(workload)
     allocated = weights.allocated + passing.allocated
     large = round_up(weights.large + passing.allocated + passing.gaps, LARGE_PAGE_BYTES)
     return tuple(
@@ -256,6 +254,14 @@ def dynamic_terms(held: Sequence[int], workload: Workload, overhead: Overhead, e
         )
         if term.nbytes
     )
+
+
+@lru_cache(maxsize=1024)
+def _held(sizes: tuple[int, ...]) -> Usage:
+    """What allocations of these sizes take that last."""
+    allocator = Allocator()
+    allocator.replay(Event(index, nbytes) for index, nbytes in enumerate(sizes) if nbytes)
+    return allocator.usage
 
 
 @dataclass(frozen=True, slots=True)

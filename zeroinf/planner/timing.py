@@ -604,16 +604,20 @@ class _Continuous(_Work):
         strides = min(round(new), _STRIDES)
         passes, waiting, starting, running, seconds = new / strides, rows, 0.0, 0.0, 0.0
         most, full = self.workload.prompts_a_pass * passes, self.workload.prompts_rows * passes
-        entered: deque[float] = deque(maxlen=strides)
-        while waiting + starting + running > _FEW:
-            admitted = min(waiting, live - starting - running)
-            waiting, starting = waiting - admitted, starting + admitted
-            entering = min(most, starting)
-            forwards = len(self.workload.prompts) * entering / most
-            seconds += passes * self.seconds(entering / full, running / live, forwards)
+        entered, known = deque([0.0] * strides, maxlen=strides), self.known
+        forwards = len(self.workload.prompts)
+        while waiting + starting + running > _FEW:  # each turn of which counts: a search comes here a million times
+            admitted = live - starting - running
+            if admitted > waiting:
+                admitted = waiting
+            waiting -= admitted
+            starting += admitted
+            entering = most if most < starting else starting
+            key = entering / full, running / live, forwards * entering / most
+            seconds += passes * (known[key] if key in known else self.passing(*key))[0]
             entered.append(entering)
-            leaving = entered[0] if len(entered) == strides else 0.0
-            starting, running = starting - entering, running + entering - leaving
+            starting -= entering
+            running += entering - entered[0]
         return seconds
 
 

@@ -194,10 +194,10 @@ class Trials:
         if not choice.nvme_blocks or self._constraints.offload != "auto" or not self._engine.mixes_tiers:
             return choice
 
-        def fits(some: Choice) -> bool:
-            return self._host_bytes(some, workload) <= self._budgets["host"]
+        def left_bytes(some: Choice) -> int:
+            return self._budgets["host"] - self._host_bytes(some, workload)
 
-        return with_pieces_on_disk(self._anatomy, choice, fits)
+        return with_pieces_on_disk(self._anatomy, choice, left_bytes)
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether all that `candidate` takes is there."""

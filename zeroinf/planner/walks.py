@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.planner.choice import Choice, Fetch
@@ -123,8 +122,9 @@ def _device_bytes(anatomy: Anatomy, wire: Wire, parts: int, fetch: Fetch) -> tup
     )
 
 
-def with_pieces_on_disk(anatomy: Anatomy, choice: Choice, fits: Callable[[Choice], bool]) -> Choice:
-    """`choice`, whose blocks on NVMe are wholly there, with the fewest pieces on NVMe that `fits`; itself if none does.
+def with_pieces_on_disk(anatomy: Anatomy, choice: Choice, left_bytes: Callable[[Choice], int]) -> Choice:
+    """`choice`, whose blocks on NVMe are wholly there, with the fewest pieces on NVMe that fit; itself if none does.
+    `left_bytes` says what a choice leaves of host memory, below 0 what it lacks.
 
     The others rest in host memory. Fewer pieces there take more of it, but for the buffers that they are read into:
     these are as large as the largest piece, so pieces of each size are looked at by themselves.
@@ -142,16 +142,18 @@ def with_pieces_on_disk(anatomy: Anatomy, choice: Choice, fits: Callable[[Choice
 
     if choice.expert_parts == 1:  # in the order in which `tiers` leaves blocks to NVMe
         stacks = on_disk[:first], on_disk[first:]
-        alike = [stack.count(own) for stack in stacks for own in sorted(set(stack))]
+        alike = [(stack.count(own), sum(own)) for stack in stacks for own in sorted(set(stack))]
     else:
-        alike = [sum(len(own) - 1 for own in on_disk), len(on_disk)]
-    miss = 0
-    for end in accumulate(alike):
-        if miss < end and fits(with_some(end)):
-            fit = end
+        experts = [size for own in on_disk for size in own[1:]]
+        alike = [(len(experts), max(experts, default=0)), (len(on_disk), max((own[0] for own in on_disk), default=0))]
+    miss = end = 0
+    for count, nbytes in alike:
+        miss, end = end, end + count
+        if count and (left := left_bytes(with_some(end))) >= 0:
+            fit, guess, guesses = end, end - left // nbytes, 2  # the second shows that the first was right, as a rule
             while fit - miss > 1:
-                count = (fit + miss) // 2
-                fit, miss = (count, miss) if fits(with_some(count)) else (fit, count)
+                tried, guesses = guess if guesses and miss < guess < fit else (fit + miss) // 2, max(0, guesses - 1)
+                is_fit = left_bytes(with_some(tried)) >= 0
+                fit, miss, guess = (tried, miss, tried - 1) if is_fit else (fit, tried, tried + 1)
             return with_some(fit)
-        miss = end
     return choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -42,17 +42,23 @@ _OUT = -1
 _ROWS_OF = {aten.index_select: (2, _OUT), aten.index_copy_: (2, 3), aten.embedding: (1, _OUT)}
 
 
+def storages_of(model: Module) -> Set[Any]:
+    """The storages of all parameters and buffers of `model`."""
+    return {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, records what happens to meta tensors; what `model` holds existed before and is not counted.
+    """While active, records what happens to meta tensors; what existed before is not counted.
 
     A value that code asks for is 0 or False, a tensor that moves to the host is full of zeros: no size depends on it.
     """
 
-    def __init__(self, model: Module, blocks: Iterable[Module], split: Iterable[ExpertsOnPaper] = ()) -> None:
-        """Sections begin with each of `blocks`, and with each part of experts that are `split`."""
+    def __init__(self, held: Set[Any], blocks: Iterable[Module], split: Iterable[ExpertsOnPaper] = ()) -> None:
+        """`held`: the storages of the model, as `storages_of` gives them. Sections begin with each of `blocks`, and
+        with each part of experts that are `split`."""
         super().__init__()  # type: ignore[no-untyped-call]
-        known = (*model.parameters(), *model.buffers())
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._held = held
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._next_key = 0
         self._sections: list[list[Event]] = [[]]
         self.block_starts: list[int] = []
@@ -167,7 +173,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, tensor: torch.Tensor) -> bool:
         """Note an allocation if `tensor` lies in a storage that is new."""
         storage = tensor.untyped_storage()
-        if tensor.device.type != "meta" or storage in self._known:
+        if tensor.device.type != "meta" or storage in self._held or storage in self._known:
             return False
         self._known.add(storage)
         if not self._notes_memory:

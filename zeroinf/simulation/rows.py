@@ -23,8 +23,9 @@ class ByRows:
     simulated. One row is a case of its own: nothing is padded there.
     """
 
-    def __init__(self, simulate: Callable[[int], Pass]) -> None:
-        self._simulate = simulate
+    def __init__(self, simulate: Callable[[int], Pass], most: int = MOST_MICRO_BATCH_ROWS) -> None:
+        """`most`: it is not asked for more rows, or they are no straight line."""
+        self._simulate, self._largest = simulate, most
         self._known: dict[int, Pass] = {}
         self._points: list[tuple[int, Pass]] = []
         self._line: _Line | None = None
@@ -32,8 +33,8 @@ class ByRows:
 
     def __call__(self, rows: int) -> Pass:
         if rows not in self._known:
-            if rows > 1 and len(self._points) == 2 and max(rows, self._most) < MOST_MICRO_BATCH_ROWS:
-                self._learn(MOST_MICRO_BATCH_ROWS)
+            if rows > 1 and len(self._points) == 2 and max(rows, self._most) < self._largest:
+                self._learn(self._largest)
             if rows > 1 and self._line is not None and rows <= _REACH * self._most:
                 self._known[rows] = self._line.at(rows)
             elif rows > 1 and not self._is_bent:

@@ -37,22 +37,18 @@ class MixingOnPaper(Mixing):
     """Takes the memory of `calls` in each recurrent module, one after the other, and has the kernels of `timed`, each
     with how many times it is made."""
 
-    def __init__(
-        self, recorder: Recorder, calls: Sequence[Call] | None, timed: Counter[Call] | None, *of_forward: Any
-    ) -> None:
-        """None stands for the calls that are made for the rows of the forward."""
-        memory, seats, firsts, counts, total = of_forward
-        super().__init__(memory, seats, firsts, counts, total)
-        own = Counter(Call(len(piece.rows), piece.count) for piece in self.pieces)
-        self._recorder, self._total = recorder, total
-        self._calls, self._timed = list(own) if calls is None else calls, own if timed is None else timed
+    def __init__(self, recorder: Recorder, calls: Sequence[Call], timed: Counter[Call], *of_forward: Any) -> None:
+        super().__init__(*of_forward)
+        self._recorder, self._calls, self._timed, self._total = recorder, calls, timed, of_forward[-1]
 
     def __call__(self, index: int, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         hidden = hidden_of(args, kwargs)
         out: torch.Tensor | None = None
 
         def run(call: Call, part: torch.Tensor) -> torch.Tensor:
-            return self.run(index, forward, args, kwargs, part, self.seats[:1].expand(call.rows))
+            with self._recorder.kernels_alone():
+                seats = self.seats.new_empty(call.rows)
+            return self.run(index, forward, args, kwargs, part, seats)
 
         with self._recorder.kernels_alone():
             for call, times in self._timed.items():

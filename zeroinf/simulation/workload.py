@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ from zeroinf.model.quantized.expansion import ExpansionSlot, expanded_bytes, exp
 from zeroinf.planner.allocator import Allocator, Event, Events
 from zeroinf.planner.graphs import REPLAYED_TOKENS
 from zeroinf.planner.memory import layer_bytes
-from zeroinf.planner.pass_shapes import MOST_ROWS
+from zeroinf.planner.pass_shapes import MOST_MICRO_BATCH_ROWS, MOST_ROWS
 from zeroinf.planner.workload import ExpansionCost, Kernels, Lengths, Packed, Pass, Shape, Step, Workload, same
 from zeroinf.simulation.attention import GpuAttention
 from zeroinf.simulation.kernels import simulate_kernels
 from zeroinf.simulation.packed import ByTokens, OnPaper, attention_of, fullest, query_heads
-from zeroinf.simulation.recorder import Recorder
+from zeroinf.simulation.recorder import Recorder, storages_of
 from zeroinf.simulation.repeats import told_alike, with_repeats
 from zeroinf.simulation.rows import ByRows
 from zeroinf.simulation.states import Call, MixingOnPaper, largest_calls
@@ -119,21 +119,23 @@ class Simulator:
         self._expansion = (
             _expand(self._model, self._blocks, firsts, self._split) if anatomy.quantized is not None else expansion
         )
+        self._held = storages_of(self._model)
         self._seen: dict[Shape, Workload] = {}
         self._caches: dict[PoolSize, Events] = {}
-        self._steps: dict[tuple[int, int, bool, KvDtype | None, tuple[bool, ...]], ByRows] = {}
+        self._steps: dict[tuple[int, int, bool, KvDtype | None, int], ByRows] = {}
+        self._mixed_steps: dict[Step, Step] = {}
         self._lives: dict[KvDtype | None, ByRows] = {}
         self._packed_forwards: dict[KvDtype | None, ByTokens] = {}
-        self._mixing_kernels: dict[Call, tuple[Kernels, ...]] = {}
+        self._mixing_steps: dict[int, ByRows] = {}
         self._kinds: list[Any] = []
         if anatomy.is_paged:
             self._kinds = self._find_kinds(firsts) if like is None or not like._kinds else like._kinds
             self._keep_kinds(self._kinds)
         if like is not None and self._does_as(like):
-            self._steps, self._packed_forwards, self._mixing_kernels = (
+            self._steps, self._packed_forwards, self._mixing_steps = (
                 like._steps,
                 like._packed_forwards,
-                like._mixing_kernels,
+                like._mixing_steps,
             )
 
     def _does_as(self, other: Simulator) -> bool:
@@ -202,7 +204,7 @@ class Simulator:
         """A step as it is recorded, in which recurrent modules take one token, and the sections with which its blocks
         begin."""
         parts, one = (Part(start, count),) * rows, Call(1, 1)
-        recorder = Recorder(self._model, self._blocks, self._split)
+        recorder = Recorder(self._held, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, rows))
             if self._anatomy.mixers is not None:
@@ -271,21 +273,25 @@ class Simulator:
 
     def _of_call(self, call: Call, times: float) -> tuple[Kernels, ...]:
         """Kernels of a call of each recurrent module, that many times."""
-        if call not in self._mixing_kernels:
-            with torch.no_grad(), Recorder(self._model, self._blocks, self._split) as recorder:
-                batch_state = self._batch_state(self._lengths.pool(self._anatomy, 1))
-                batch_state.mixing = partial(MixingOnPaper, recorder, [call], Counter({call: 1}))
-                group = Group.packed(_group([Part(0, 1)], self._lengths, (), on_host=False).seats, [0], [1])
-                with recorder.memory_alone():
-                    step = record_step(self._model, batch_state, group, recorder, self._times)
-                self._mixing_kernels[call] = tuple(each for each in step.kernels if each.kernels)
-        return tuple(replace(each, times=each.times * times) for each in self._mixing_kernels[call])
+        if call.tokens not in self._mixing_steps:
+            self._mixing_steps[call.tokens] = ByRows(lambda rows: (self._simulate_call(Call(rows, call.tokens)),))
+        (step,) = self._mixing_steps[call.tokens](call.rows)
+        return tuple(replace(each, times=each.times * times) for each in step.kernels)
+
+    def _simulate_call(self, call: Call) -> Step:
+        """The kernels of a call of each recurrent module, and nothing else."""
+        with torch.no_grad(), Recorder(self._held, self._blocks, self._split) as recorder:
+            batch_state = self._batch_state(self._lengths.pool(self._anatomy, 1))
+            batch_state.mixing = partial(MixingOnPaper, recorder, [call], Counter({call: 1}))
+            with recorder.memory_alone():
+                step = self._record(batch_state, [Part(0, 1)], recorder)
+        return replace(told_alike(step), inputs=(), sections=(), end=(), choice=())
 
     def _simulate_packed(self, kv: KvDtype | None, tokens: int, choices: int, together: int) -> Step:
         """A forward with a step of all rows but one, and the end of its prompt. Recurrent modules take a step of so
         many rows `together`, and have no kernels: they are counted by themselves."""
         parts = [*[Part(1, 1)] * (choices - 1), Part(1, tokens - choices + 1)]
-        recorder = Recorder(self._model, self._blocks, self._split)
+        recorder = Recorder(self._held, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, choices, packed=kv is None), kv, parts)
             if (limits := self._call_limits(MOST_ROWS)) is not None:
@@ -363,7 +369,7 @@ class Simulator:
     def _cache(self, size: PoolSize) -> Events:
         """The memory that lasts for a job: the pool and the rows' tokens."""
         if size not in self._caches:
-            with torch.no_grad(), Recorder(self._model, ()) as recorder:
+            with torch.no_grad(), Recorder(self._held, ()) as recorder:
                 batch_state = self._batch_state(size)
                 (made,) = recorder.cut()
                 del batch_state
@@ -385,24 +391,41 @@ class Simulator:
     ) -> Step:
         """One micro-batch in whose place there was nothing before: the next `count` tokens of rows behind `start`. Its
         rows rest in host memory as `kv`, or on the GPU."""
-        key = start, count, self._lengths.padded if padded is None else padded, kv, self._calls_are_full(rows, count)
+        most = self._most_alike(rows, count)
+        key = start, count, self._lengths.padded if padded is None else padded, kv, most
         if key not in self._steps:
-            self._steps[key] = ByRows(lambda rows: (self._simulate(_parts(rows, *key[:3]), kv),))
-        return self._steps[key](rows)[0]
+            self._steps[key] = ByRows(lambda rows: (self._simulate(_parts(rows, *key[:3]), kv),), most)
+        step = self._steps[key](rows)[0]
+        if self._anatomy.mixers is None:
+            return step
+        if step not in self._mixed_steps:
+            self._mixed_steps[step] = self._with_mixing(step, _parts(rows, *key[:3]))
+        return self._mixed_steps[step]
 
-    def _calls_are_full(self, rows: int, count: int) -> tuple[bool, ...]:
-        """Which of the largest calls of recurrent modules have fewer rows than a micro-batch: more do not change
-        them."""
+    def _with_mixing(self, step: Step, parts: Sequence[Part]) -> Step:
+        """`step` with the kernels of its recurrent modules, whose calls are many where rows are."""
+        limits = CallLimits.of(self._anatomy, len(parts))
+        counts = [part.count for part in parts]
+        firsts = [*accumulate(counts, initial=0)][:-1]
+        calls = Counter(Call(len(piece.rows), piece.count) for piece in pieces_of(firsts, counts, limits))
+        mixing = chain.from_iterable(self._of_call(call, times) for call, times in calls.items())
+        return replace(step, kernels=(*step.kernels, *mixing))
+
+    def _most_alike(self, rows: int, count: int) -> int:
+        """The most rows with which recurrent modules have the calls that they have with so many, with more rows in
+        those that are not full."""
         limits = self._call_limits(MOST_ROWS)
-        return () if limits is None else tuple(call.rows < rows for call in _largest_calls(limits, count))
+        calls = [] if limits is None else _largest_calls(limits, count)
+        return min((call.rows for call in calls if rows <= call.rows), default=MOST_MICRO_BATCH_ROWS)
 
     def _simulate(self, parts: Sequence[Part], kv: KvDtype | None) -> Step:
-        recorder = Recorder(self._model, self._blocks, self._split)
+        """A step without the kernels of recurrent modules."""
+        recorder = Recorder(self._held, self._blocks, self._split)
         with torch.no_grad(), recorder:
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, len(parts)), kv, parts)
             if (limits := self._call_limits(len(parts))) is not None:
                 calls = _largest_calls(limits, max(part.count for part in parts))
-                batch_state.mixing = partial(MixingOnPaper, recorder, calls, None)
+                batch_state.mixing = partial(MixingOnPaper, recorder, calls, Counter())
             recorder.cut()
             return self._alone(self._record(batch_state, parts, recorder), recorder)
 
@@ -429,7 +452,7 @@ class Simulator:
         given = (longest, *(shorter,) * (rows - 1))
         sources = given if self._anatomy.encoder is not None else ()
         prompts = [Part(0, 1 if sources else tokens) for tokens in given]
-        recorder = Recorder(self._model, self._blocks, self._split)
+        recorder = Recorder(self._held, self._blocks, self._split)
         with torch.no_grad(), recorder:
             longer = [Part(part.count + new, longest) for part in prompts]
             batch_state = self._batch_state(self._lengths.pool(self._anatomy, rows), kv, longer)
@@ -509,7 +532,7 @@ def _expand(model: Any, blocks: ModuleList, firsts: Sequence[int], split: Sequen
         opened = expansions(block)
         with torch.no_grad():
             nbytes = expanded_bytes(opened)
-        with torch.no_grad(), Recorder(model, ()) as recorder:
+        with torch.no_grad(), Recorder(storages_of(model), ()) as recorder:
             slot = None if split or not opened else ExpansionSlot(nbytes, torch.device("meta"))
             for expansion in opened:
                 expansion.open(slot)
