@@ -138,6 +138,8 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
             data = _packed(values, kind, rng)
             writer.add_tensor(called, data, raw_dtype=kind)
             stored = dequantize(data, kind).reshape(values.shape)
+            if kind == GGMLQuantizationType.NVFP4:
+                stored = _scale(writer, called, stored, rng)
             found = torch.from_numpy(back(stored))
             if order is None:
                 part.copy_(found)
@@ -148,6 +150,16 @@ def write_gguf(name: str, file: Path, kinds: Sequence[str], *, model: Any = None
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _scale(writer: GGUFWriter, called: str, stored: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Write what NVFP4 has beside a matrix: a scale for all of it, or for each expert, and one for what it multiplies.
+    Returns the numbers that the matrix stands for."""
+    size = INIT_STD / stored.std()
+    scale = rng.uniform(0.5 * size, 1.5 * size, stored.shape[: stored.ndim - 2] or 1).astype(np.float32)
+    writer.add_tensor(called.replace(".weight", ".scale"), scale)
+    writer.add_tensor(called.replace(".weight", ".input_scale"), scale)
+    return stored * scale.reshape(-1, *[1] * (stored.ndim - 1))
 
 
 def _draw_vectors(model: Any) -> None:
@@ -161,10 +173,14 @@ def _draw_vectors(model: Any) -> None:
 
 def _packed(values: np.ndarray, kind: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
     """`values` in the type `kind`; random ones of about their size where the package gguf has no encoder for it."""
-    if kind.name not in _SCALES and kind.name != "IQ1_M":
+    if kind.name not in (*_SCALES, "IQ1_M", "NVFP4"):
         return quantize(np.ascontiguousarray(values), kind)
     weights, nbytes = GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (values.size // weights, nbytes), dtype=np.uint8)
+
+    if kind.name == "NVFP4":
+        blocks[:, :4] = rng.integers(0x20, 0x48, (len(blocks), 4))
+        return blocks.reshape(*values.shape[:-1], -1)
 
     def scaled(scale: float) -> np.ndarray:
         half = np.float16(scale).view(np.uint16)

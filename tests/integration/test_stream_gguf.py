@@ -26,6 +26,7 @@ from zeroinf.model.resolve import resolve_model
 SMALL_BLOCKS = ["Q4_0", "Q8_0", "Q5_1", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"]
 LARGE_BLOCKS = ["Q4_K", "Q6_K", "Q2_K", "Q3_K", "Q5_K", "IQ4_XS"]
 CODEBOOKS = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
+FEW_BITS = ["NVFP4", "TQ1_0", "TQ2_0"]
 USUAL = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "gemma4_text", "nemotron_h_moe")
 NUMBERS = ["F16", "BF16", "F32"]
 
@@ -53,7 +54,7 @@ def gguf_of(shared_folder: SharedFolder) -> Gguf:
             pytest.skip(f"this transformers makes no tokenizer of {name}'s files")
 
         def build(folder: Path) -> None:
-            wide = wide_llama() if kinds in (LARGE_BLOCKS, CODEBOOKS) else None
+            wide = wide_llama() if kinds in (LARGE_BLOCKS, CODEBOOKS, FEW_BITS) else None
             write_gguf(name, folder / f"{name}.gguf", kinds, model=wide, parts=parts).save_pretrained(folder / "full")
 
         folder = shared_folder(f"gguf-{name}-{kinds[0]}-{parts}", build)
@@ -95,7 +96,7 @@ def test_tokens_are_those_of_the_model_that_the_file_stands_for(name: str, gguf_
     assert run(file) == plain_tokens(full)
 
 
-@pytest.mark.parametrize("kinds", [LARGE_BLOCKS, CODEBOOKS, NUMBERS], ids=lambda kinds: kinds[0])
+@pytest.mark.parametrize("kinds", [LARGE_BLOCKS, CODEBOOKS, FEW_BITS, NUMBERS], ids=lambda kinds: kinds[0])
 def test_every_type_gives_these_tokens(kinds: list[str], gguf_of: Gguf) -> None:
     file, full = gguf_of("llama", kinds)
     assert run(file) == plain_tokens(full)
@@ -120,6 +121,15 @@ def test_experts_in_mxfp4_are_stored_as_products_read_them(name: str, gguf_of: G
     assert run(file, resident_blocks=1) == expected
     nvme = {"offload": "nvme", "nvme_blocks": 2, "host_units": 3, "nvme_paths": (tmp_path,)}
     assert run(file, expert_parts=3, routed_tokens=4, **nvme) == expected
+
+
+def test_scales_of_experts_go_with_them(gguf_of: Gguf, tmp_path: Path) -> None:
+    file, full = gguf_of("gpt_oss", ["NVFP4", "Q8_0"])
+    expected = plain_tokens(full)
+    assert run(file, resident_blocks=1) == expected
+    nvme = {"offload": "nvme", "nvme_blocks": 2, "host_units": 3, "nvme_paths": (tmp_path,)}
+    assert run(file, expert_parts=3, routed_tokens=4, **nvme) == expected
+    assert run(convert_gguf(file), dtype="bfloat16") == plain_tokens(full, torch.bfloat16)
 
 
 def test_two_ranks_that_gather_blocks_give_the_same_tokens(gguf_of: Gguf) -> None:

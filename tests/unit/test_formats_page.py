@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gguf_files import ARCHITECTURES
 from packed import METHODS, NAMES
-from test_stream_gguf import CODEBOOKS, LARGE_BLOCKS, NUMBERS, SMALL_BLOCKS
+from test_stream_gguf import CODEBOOKS, FEW_BITS, LARGE_BLOCKS, NUMBERS, SMALL_BLOCKS
 from test_stream_packed import MIXED
 from test_stream_quantized import CASES
 
@@ -58,7 +58,7 @@ def table() -> str:
             cells["mxfp4 (gpt-oss's own)"].add(name)
         elif method == "w8a8":
             cells["compressed-tensors, int8 with activations in int8, rounded as the library does"].add(name)
-    kinds = ", ".join(sorted({*SMALL_BLOCKS, *LARGE_BLOCKS, *CODEBOOKS, *NUMBERS}))
+    kinds = ", ".join(sorted({*SMALL_BLOCKS, *LARGE_BLOCKS, *CODEBOOKS, *FEW_BITS, *NUMBERS}))
     cells[f"GGUF: {kinds}"] |= set(ARCHITECTURES)
     speeds = shares()
     of_types = [speeds[f"GGUF {kind}"] for kind in sorted({*SMALL_BLOCKS, *LARGE_BLOCKS, *CODEBOOKS})]

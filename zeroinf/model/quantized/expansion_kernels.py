@@ -25,7 +25,7 @@ from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
 # Units of ggml's types whose codes share bytes, which one thread computes.
-_FOLDS = dict.fromkeys((2, 3, 6, 7, 12, 13, 20, 23, 39), 2) | dict.fromkeys((10, 11, 14), 4)
+_FOLDS = dict.fromkeys((2, 3, 6, 7, 12, 13, 20, 23, 39, 40), 2) | dict.fromkeys((10, 11, 14, 35), 4)
 
 
 class Tile(NamedTuple):

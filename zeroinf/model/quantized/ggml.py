@@ -184,6 +184,26 @@ def _mxfp4(blocks: _Blocks) -> torch.Tensor:
     return bits.view(torch.float32) * _table(_FP4_VALUES, blocks.device)[codes.long()]
 
 
+def _nvfp4(blocks: _Blocks) -> torch.Tensor:
+    codes = blocks[:, :4]
+    scales = (codes & 127).view(torch.float8_e4m3fn).float() / 2
+    scales = scales.where(codes != 127, 0.0).where(codes != 255, 240.0)  # its last code is no NaN but, with a sign, 480
+    values = _table(_FP4_VALUES, blocks.device)[_fields(blocks[:, 4:], (0, 4), 15, 8).long()]
+    return _times(scales, values)
+
+
+def _tq1_0(blocks: _Blocks) -> torch.Tensor:
+    """Five digits of base three in a byte, read as a fraction of 256; four in each of the last bytes."""
+    parts = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=blocks.device)
+    found = torch.cat([(part[:, None] * powers[:count, None]).flatten(1) for part, count in parts], dim=1)
+    return _half(blocks, 52) * (((found.short() * 3) >> 8).float() - 1)
+
+
+def _tq2_0(blocks: _Blocks) -> torch.Tensor:
+    return _half(blocks, 64) * (_fields(blocks[:, :64], (0, 2, 4, 6), 3, 32).float() - 1)
+
+
 def _iq4_nl(blocks: _Blocks) -> torch.Tensor:
     return _half(blocks, 0) * _table(_IQ4_VALUES, blocks.device)[_fields(blocks[:, 2:], (0, 4), 15).long()]
 
@@ -306,7 +326,10 @@ QUANTIZED_TYPES = {
     22: GgmlType("IQ2_S", 256, 82, _iq2_s),
     23: GgmlType("IQ4_XS", 256, 136, _iq4_xs),
     29: GgmlType("IQ1_M", 256, 56, _iq1_m),
+    34: GgmlType("TQ1_0", 256, 54, _tq1_0),
+    35: GgmlType("TQ2_0", 256, 66, _tq2_0),
     39: GgmlType("MXFP4", 32, 17, _mxfp4),
+    40: GgmlType("NVFP4", 64, 36, _nvfp4),
 }
 """By the number that files give them."""
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from zeroinf.model.quantized.tile_kernels import (
     e2m1,
+    e4m3,
     half_e8m0,
     load_eight,
     load_float,
@@ -103,8 +104,8 @@ def _k_block_with_least(at, own, place, inside, KIND: tl.constexpr):  # type: ig
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _k_block(at, own, place, inside, QUARTER: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q2_K, Q3_K and Q6_K: 256 weights, of which 16 share a scale; a byte has bits of weights that are 32 apart. Values
-    of eight weights of a quarter of half `own` // 4."""
+    """Q2_K, Q3_K and Q6_K: 256 weights, of which 16 share a scale, and TQ2_0, of which all do; a byte has bits of
+    weights that are 32 apart. Values of eight weights of a quarter of half `own` // 4."""
     half, first = own // 4, own % 4 * 8
     group = half * 8 + QUARTER * 2 + own % 4 // 2
     if KIND == 14:
@@ -113,6 +114,9 @@ def _k_block(at, own, place, inside, QUARTER: tl.constexpr, KIND: tl.constexpr):
         code = _code(low, high, QUARTER // 2 * 4, place, 15) | (_code(above, more, QUARTER * 2, place, 3) << 4)
         scale = load_half(at + 208, inside) * load_signed(at + 192 + group, inside)
         return scale * (code - 32).to(tl.float32)
+    if KIND == 35:
+        low, high = load_eight(at + half * 32 + first, inside, 1)
+        return load_half(at + 64, inside) * (_code(low, high, QUARTER * 2, place, 3) - 1).to(tl.float32)
     if KIND == 10:
         low, high = load_eight(at + 16 + half * 32 + first, inside, 4)
         own_scale = load_int(at + group, inside)
@@ -232,6 +236,29 @@ def _iq4_xs(at, own, place, table, inside):  # type: ignore[no-untyped-def]
     return scale * load_float(table + one, inside), scale * load_float(table + other, inside)
 
 
+@triton.jit
+def _nvfp4(at, own, place, inside):  # type: ignore[no-untyped-def]
+    """Values of group `own`, of 16 weights that share a scale: the low bits of eight bytes, and the high ones."""
+    low, high = load_eight(at + 4 + own * 8, inside, 4)
+    code = load_int(at + own, inside) & 255
+    scale = tl.where(code == 127, 0.0, tl.where(code == 255, 240.0, e4m3((code & 127) << 24) * 0.5))
+    one, two = _code(low, high, 0, place, 15), _code(low, high, 4, place, 15)
+    return scale * (e2m1(one << 28) * 2.0), scale * (e2m1(two << 28) * 2.0)
+
+
+@triton.jit
+def _ternary(at, unit, place, inside):  # type: ignore[no-untyped-def]
+    """Values of a unit of TQ1_0: a byte has five digits of base three, of weights that are 32 or 16 apart; or four."""
+    in_tail, in_middle = unit >= 30, unit >= 20
+    digit = tl.where(in_middle, (unit - 20) // 2, unit // 4)
+    byte = tl.where(in_middle, 32 + (unit - 20) % 2 * 8, unit % 4 * 8) + place
+    digit = tl.where(in_tail, (unit - 30) * 2 + place // 4, digit)
+    byte = tl.where(in_tail, 48 + place % 4, byte)
+    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
+    found = (load_int(at + byte, inside) & 255) * power & 255
+    return load_half(at + 52, inside) * ((found * 3 >> 8) - 1).to(tl.float32)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def expand_blocks(  # type: ignore[no-untyped-def]
     whole, packed, table, rows, units, stack_stride, row_stride, column_stride,
@@ -263,16 +290,21 @@ def expand_blocks(  # type: ignore[no-untyped-def]
         elif KIND == 23:
             one, two = _iq4_xs(at, own, place, table, inside)
             first += own // 2 * 4 + own % 2
+        elif KIND == 40:
+            one, two = _nvfp4(at, own, place, inside)
+            first += own * 2
         else:
             one, two = _k_block_with_least(at, own, place, inside, KIND)
             first += own // 4 * 8 + own % 4
-        further: tl.constexpr = 2 if WEIGHTS == 32 or KIND == 23 else 4
+        further: tl.constexpr = 1 if KIND == 40 else 2 if WEIGHTS == 32 or KIND == 23 else 4
         write(whole, one, row, first, place, stack_stride, row_stride, column_stride, inside)
         write(whole, two, row, first + further, place, stack_stride, row_stride, column_stride, inside)
     else:
         if KIND == 8:
             low, high = load_eight(at + 2 + own * 8, inside, 1)
             value = load_half(at, inside) * _signed_byte(low, high, place)
+        elif KIND == 34:
+            value = _ternary(at, own, place, inside)
         elif KIND == 19 or KIND == 29:
             value = _one_bit(at, own, place, table, inside, KIND)
         else:

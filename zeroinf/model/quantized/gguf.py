@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -30,6 +31,7 @@ _AT_ONCE = 1 << 24
 # Tensors that a config has taken up, or that are computed.
 _IN_CONFIG = re.compile(r"rope_(freqs|factors_(long|short))\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
+_SCALE = "_scale"
 _KEYS = ("attn_k.", "attn_k_norm.", "attn_v.")
 
 
@@ -81,7 +83,8 @@ _Holds = dict[str, tuple[torch.Size, torch.dtype, list[GgufPiece]]]
 def _are_coded(held: _Holds, kinds: Mapping[str, int]) -> bool:
     """Whether these are the weights of experts, in codes that products read."""
     pieces = [piece for *_, own in held.values() for piece in own]
-    return can_hold_coded(held) and all(QUANTIZED_TYPES[kinds[piece.name]].name == "MXFP4" for piece in pieces)
+    are_alike = all(QUANTIZED_TYPES[kinds[piece.name]].name == "MXFP4" and piece.scale is None for piece in pieces)
+    return can_hold_coded(held) and are_alike
 
 
 def _hold_codes(module: Module, held: _Holds) -> None:
@@ -139,6 +142,10 @@ def _hold(
             name = own if len(pieces) == 1 else f"{own}_{number}"
             module.register_parameter(name, blocks)
             plans.append((own, name, kind, piece.view))
+            if piece.scale is not None:
+                numbers = meta((shape[0] if len(shape) > 2 else 1, *[1] * (len(shape) - 1)), torch.float32)
+                set_parts(numbers, (StoredPart((piece.scale,), partial(_for_each, len(shape))),))
+                module.register_parameter(f"{name}{_SCALE}", numbers)
             if piece.tiles is not None:
                 module.forward = partial(_in_tiles, module.forward, piece.tiles)
     shapes = {own: (shape, dtype) for own, (shape, dtype, _) in held.items()}
@@ -166,13 +173,16 @@ def _expand(
     }
     for own, name, kind, view in plans:
         expand(held[name], kind, view(whole[own]))
+        if (scale := held.get(f"{name}{_SCALE}")) is not None:
+            view(whole[own]).mul_(scale)
     return whole
 
 
 def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[GgufPiece], names: _Names) -> None:
     """Let `parameter` be read in full, with the numbers that it has in transformers."""
     shape, dtype, kinds = parameter.shape, parameter.dtype, [names.kinds[piece.name] for piece in pieces]
-    if len(pieces) == 1 and pieces[0].change is as_stored and pieces[0].tiles is None and parameter.dim() == 2:
+    plain = len(pieces) == 1 and pieces[0] == GgufPiece(pieces[0].name, pieces[0].view, tiles=None)
+    if plain and parameter.dim() == 2:
         rows = max(1, _AT_ONCE // shape[1])
         parts = tuple(
             StoredPart(
@@ -183,7 +193,8 @@ def _expand_as_read(parameter: torch.Tensor, pieces: Sequence[GgufPiece], names:
             for start in range(0, shape[0], rows)
         )
     else:
-        parts = (StoredPart(tuple(piece.name for piece in pieces), partial(_whole, shape, dtype, kinds, pieces)),)
+        stored = (*(piece.name for piece in pieces), *(piece.scale for piece in pieces if piece.scale is not None))
+        parts = (StoredPart(stored, partial(_whole, shape, dtype, kinds, pieces)),)
     set_parts(parameter, parts)
 
 
@@ -195,9 +206,18 @@ def _whole(
     shape: torch.Size, dtype: torch.dtype, kinds: Sequence[int], pieces: Sequence[GgufPiece], *stored: torch.Tensor
 ) -> torch.Tensor:
     whole = torch.empty(shape, dtype=dtype)
-    for kind, piece, tensor in zip(kinds, pieces, stored, strict=True):
-        piece.write(piece.change(_numbers(tensor, kind, dtype)), piece.view(whole))
+    scales = iter(stored[len(pieces) :])
+    for kind, piece, tensor in zip(kinds, pieces, stored, strict=False):
+        numbers = _numbers(tensor, kind, dtype)
+        if piece.scale is not None:
+            numbers = numbers * _for_each(numbers.dim(), next(scales))
+        piece.write(piece.change(numbers), piece.view(whole))
     return whole
+
+
+def _for_each(dimensions: int, scales: torch.Tensor) -> torch.Tensor:
+    """`scales` of all of a matrix, or of each of a stack, to multiply tensors of so many dimensions."""
+    return scales.view(-1, *[1] * (dimensions - 1))
 
 
 def _numbers(stored: torch.Tensor, kind: int, dtype: torch.dtype) -> torch.Tensor:
@@ -236,7 +256,13 @@ class _Names:
 
     def pieces(self, name: str, parameter: torch.Tensor) -> list[GgufPiece]:
         """The tensors that make the parameter `name`."""
-        return pieces_of(self.of(name), name, parameter, self.architecture, self.config, self.kinds)
+        found = pieces_of(self.of(name), name, parameter, self.architecture, self.config, self.kinds)
+        return [replace(piece, scale=self._scale(piece.name)) for piece in found]
+
+    def _scale(self, name: str) -> str | None:
+        base, _, suffix = name.rpartition(".")
+        is_own = self.architecture == "gemma4" and base.endswith(("ffn_gate_inp", "ffn_down_exps"))  # of its routers
+        return f"{base}.scale" if suffix == "weight" and not is_own and f"{base}.scale" in self.kinds else None
 
     def use(self, pieces: Sequence[GgufPiece], name: str, shape: torch.Size) -> None:
         """`pieces` make the parameter `name` of `shape`."""
@@ -251,7 +277,9 @@ class _Names:
                 found = (prod(found),)
             if _without_ones(found) != _without_ones(expected):
                 raise self._refusal(f"it holds {piece.name} as {found}, the model has {expected}")
-            self._used.add(piece.name)
+            if piece.scale is not None and prod(self._shapes[piece.scale]) not in (1, *shape[: len(shape) - 2]):
+                raise self._refusal(f"it holds {piece.scale} as {self._shapes[piece.scale]}")
+            self._used |= {piece.name, piece.scale or piece.name}
 
     def refuse_unused(self) -> None:
         unused = [name for name in self.kinds if name not in self._used and not self._is_needless(name)]
@@ -259,6 +287,8 @@ class _Names:
             raise self._refusal(f"it holds {', '.join(unused[:3])}, which this model does not know")
 
     def _is_needless(self, name: str) -> bool:
+        if name.endswith(".input_scale"):  # by which activations would be rounded
+            return True
         if _IN_CONFIG.fullmatch(name) or (layer := _LAYER.match(name)) is None:
             return _IN_CONFIG.fullmatch(name) is not None
         takes_keys_of_others = int(layer[1]) >= self._layers - getattr(self.config, "num_kv_shared_layers", 0)

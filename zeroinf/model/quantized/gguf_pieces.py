@@ -42,6 +42,8 @@ class GgufPiece:
     """Of rows as they lie in the file, bytes or numbers."""
     tiles: Tiles | None = None
     """How columns lie, if not as the parameter has them. Held in blocks, they stay so, and inputs are reordered."""
+    scale: str | None = None
+    """A tensor by which its numbers are multiplied: one number, or one for each expert."""
 
     def write(self, numbers: torch.Tensor, into: torch.Tensor) -> None:
         """Write `numbers` (rows, columns as in the file) to `into`, the view of the parameter."""
