@@ -68,11 +68,13 @@ def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
     x, weights = torch.randn(tokens, width), torch.rand(tokens, each)
     index = torch.rand(tokens, count).topk(each).indices
     index[3, 1] = count  # of nobody
-    tile = ProductTile(16, 64, 64, 4, 2)
+    tile, second = ProductTile(16, 64, 64, 4, 2), coded(down, wire)
     routing = kernels.route(index, count, tile.rows)
-    hidden = kernels.gate(kernels.product_by_expert(x, coded(up, wire), None, routing, each, tile))
-    out = kernels.product_by_expert(hidden, coded(down, wire), None, routing, 1, tile)
+    both = kernels.product_by_expert(x, coded(up, wire), None, routing, each, tile)
+    out = kernels.product_by_expert(kernels.gate(both), second, None, routing, 1, tile)
     found = kernels.combine(out, index, weights, count)
+    out = kernels.product_by_expert(kernels.gate(both, second), second, None, routing, 1, tile, is_ordered=True)
+    assert torch.equal(kernels.combine(out, index, weights, count), found)
     right = torch.zeros(tokens, width)
     for token in range(tokens):
         for turn, expert in enumerate(index[token].tolist()):
@@ -81,6 +83,19 @@ def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
                 own = decoded(down, wire)[expert] @ (torch.nn.functional.silu(gate) * value)
                 right[token] += weights[token, turn] * own
     assert torch.allclose(found, right, atol=1e-4)
+
+
+def test_rows_are_gathered_in_order_of_experts() -> None:
+    from zeroinf.engines.stream import expert_kernels as kernels
+
+    x, index = torch.randn(9, 40)[:, ::2], torch.rand(9, 5).topk(3).indices
+    index[2, 1] = 5  # of nobody
+    routing = kernels.route(index, 5, 16)
+    found, known = kernels.gather(x, index, routing), int(routing.ends[-1])
+    slots = routing.slots[:known].long()
+    assert known == 26
+    assert index.flatten()[slots].tolist() == sorted(index.flatten()[index.flatten() < 5].tolist())
+    assert torch.equal(found[:known], x[slots // 3])
 
 
 def test_experts_that_lie_transposed_are_multiplied() -> None:

@@ -40,14 +40,6 @@ def experts_at_once(weight: WeightMatrix) -> int:
     return min(count, max(1, EXPANDED_AT_ONCE_BYTES // (outputs * inputs * 2)))
 
 
-def in_halves(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
-    """`x` (rows, inputs) in the order in which a product reads inputs: as it is, or in groups whose even ones come
-    first, where a byte of `weight` holds two that lie side by side."""
-    if not weight.is_float:
-        return x
-    return x.view(x.shape[0], -1, weight.group // 2, 2).transpose(2, 3).reshape(x.shape)
-
-
 Product = Callable[[torch.Tensor, WeightMatrix, torch.Tensor | None], torch.Tensor]
 """Inputs (rows, inputs) by a matrix (outputs, inputs), and a bias: (rows, outputs)."""
 Decode = Callable[[torch.Tensor, torch.Tensor, Codes, torch.Tensor], None]

@@ -1,6 +1,11 @@
 """Triton functions that make weights of codes in registers, for kernels that multiply by them.
 
-Weights are what `codes.decode` makes of integers, and `expand_fp4` of MXFP4, to the bit.
+Weights are what `codes.decode` makes of integers, and `expand_fp4` of MXFP4, to the bit. Codes of four bits are read in
+words of 32 bits, each of which becomes eight weights: those of the lower halves of its bytes and those of the upper.
+
+A product of such codes takes inputs in an order of its own. Of 128 inputs, whose codes are four chunks of 16 bytes, a
+thread of the tensor cores' left side holds one chunk of a row whole, so that it reads codes 16 bytes at a time and
+needs no other thread's. `input_of` says which input comes where.
 """
 
 from __future__ import annotations
@@ -13,66 +18,84 @@ import triton.language as tl
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """On a CPU, to test kernels: bfloat16 has no arithmetic there."""
 
+INPUTS_IN_ORDER = 128
+"""Inputs that are put in order together."""
+
 
 # Triton looks annotations up while it compiles, and knows none of Python's types.
-# Two bytes, each of two codes, to two bfloat16: 128 and a code below 16 make 0x4300 | code.
-_FOUR_LOW = tl.constexpr("""{
-.reg .b32 a;
-cvt.u32.u16 a, $1;
-prmt.b32 a, a, 0x43434343, 0x4140;
-and.b32 $0, a, 0xff0fff0f;
-}""")
-_FOUR_HIGH = tl.constexpr("""{
-.reg .b32 a;
-cvt.u32.u16 a, $1;
-prmt.b32 a, a, 0x43434343, 0x4140;
-shr.u32 a, a, 4;
-lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xEA;
-}""")
+@triton.jit  # type: ignore[untyped-decorator]
+def input_of(place, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The input that is at `place` in the order in which codes of four bits are multiplied: lower halves of bytes
+    first, in steps of the tensor cores, in which each of four threads has four bytes of its chunk."""
+    block, upper, step = place // 128, place % 128 // 64, place % 64 // 16
+    chunk = place % 8 // 2
+    byte = step * 4 + place % 16 // 8 + place % 2 * 2
+    of_chunk = byte * 2 + upper if FLOAT else upper * 16 + byte
+    return block * 128 + chunk * 32 + of_chunk
+
+
+def _assembly(pair: str) -> tl.constexpr:
+    """Makes eight weights of the word $8 with the scale $9: `pair` makes two of a shifted word, for each shift."""
+    begin = (
+        "{ .reg .b32 a, b, s, none; mov.b32 s, {$9, $9};"
+        " .reg .b32 one, off, up; mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308; mov.b32 up, 0x7e807e80;"
+        " mov.b32 none, 0x80008000;\n"
+    )
+    pairs = [
+        pair.format(
+            shift=f"shr.u32 a, $8, {shift};",
+            sign=f"shl.b32 a, $8, {12 - shift};",
+            rest=f"shl.b32 b, $8, {6 - shift};" if shift < 6 else f"shr.u32 b, $8, {shift - 6};",
+        )
+        + f" fma.rn.bf16x2 a, a, s, none; mov.b32 {{${2 * at}, ${2 * at + 1}}}, a;\n"
+        for at, shift in enumerate((0, 8, 4, 12))
+    ]
+    return tl.constexpr(begin + "".join(pairs) + "}")
+
+
+# 128 and a code below 16 make 0x4300 | code; numbers of E2M1 have exponents that are too low by 126.
+_INTEGERS = _assembly("{shift} lop3.b32 a, a, 0x000f000f, 0x43004300, 0xEA; fma.rn.bf16x2 a, a, one, off;")
+_FLOATS = _assembly(
+    "{sign} {rest} and.b32 b, b, 0x01c001c0; lop3.b32 a, a, 0x80008000, b, 0xEA; fma.rn.bf16x2 a, a, up, none;"
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def four_bits(code, scale, is_high: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Half of the codes (rows, groups, of each) as weights, to the bit: in bfloat16 nothing is rounded but products."""
+def four_bits(word, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Words (outputs, groups, 4) and scales (outputs, groups, 1) as weights (outputs, 16 x groups) of the lower halves
+    of bytes, and of the upper, in the order of `input_of`: in bfloat16 nothing is rounded but products."""
     if dtype == tl.bfloat16 and not _IS_INTERPRETED:
-        assembly: tl.constexpr = _FOUR_HIGH if is_high else _FOUR_LOW
-        value = tl.inline_asm_elementwise(assembly, "=r,h", [code], dtype=tl.bfloat16, is_pure=True, pack=2)
-        return (value - 136.0) * scale
-    code = code >> 4 if is_high else code & 15
-    return ((code.to(tl.int32) - 8).to(tl.float32) * scale.to(tl.float32)).to(dtype)
-
-
-# Two bytes, each of two numbers of four bits, to two bfloat16 whose exponents are too low by 126.
-_FLOAT_LOW = tl.constexpr("""{
-.reg .b32 a, s, e;
-cvt.u32.u16 a, $1;
-prmt.b32 a, a, 0, 0x4140;
-shl.b32 s, a, 12;
-shl.b32 e, a, 6;
-and.b32 e, e, 0x01c001c0;
-lop3.b32 $0, s, 0x80008000, e, 0xEA;
-}""")
-_FLOAT_HIGH = tl.constexpr("""{
-.reg .b32 a, s, e;
-cvt.u32.u16 a, $1;
-prmt.b32 a, a, 0, 0x4140;
-shl.b32 s, a, 8;
-shl.b32 e, a, 2;
-and.b32 e, e, 0x01c001c0;
-lop3.b32 $0, s, 0x80008000, e, 0xEA;
-}""")
+        assembly: tl.constexpr = _FLOATS if FLOAT else _INTEGERS
+        l0, l2, l1, l3, h0, h2, h1, h3 = tl.inline_asm_elementwise(
+            assembly, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [word, scale], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+        )
+    else:
+        scale = scale.to(tl.float32)
+        l0, l1 = _weight(word, scale, FLOAT, dtype), _weight(word >> 8, scale, FLOAT, dtype)
+        l2, l3 = _weight(word >> 16, scale, FLOAT, dtype), _weight(word >> 24, scale, FLOAT, dtype)
+        h0, h1 = _weight(word >> 4, scale, FLOAT, dtype), _weight(word >> 12, scale, FLOAT, dtype)
+        h2, h3 = _weight(word >> 20, scale, FLOAT, dtype), _weight(word >> 28, scale, FLOAT, dtype)
+    return _in_order(l0, l1, l2, l3), _in_order(h0, h1, h2, h3)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def four_bit_floats(code, scale, is_high: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same for E2M1, a sign, two bits of exponent and one of mantissa: nothing is rounded in bfloat16."""
-    if dtype == tl.bfloat16 and not _IS_INTERPRETED:
-        assembly: tl.constexpr = _FLOAT_HIGH if is_high else _FLOAT_LOW
-        value = tl.inline_asm_elementwise(assembly, "=r,h", [code], dtype=tl.bfloat16, is_pure=True, pack=2)
-        return value * 8.507059173023462e37 * scale
-    code = (code >> 4 if is_high else code & 15).to(tl.int32)
-    value = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
-    return (value * scale.to(tl.float32)).to(dtype)
+def _weight(code, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The weight of the lowest four bits, in arithmetic of float32."""
+    if FLOAT:
+        value = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+    else:
+        value = ((code & 15) - 8).to(tl.float32)
+    return (value * scale).to(dtype)
+
+
+@triton.jit
+def _in_order(b0, b1, b2, b3):  # type: ignore[no-untyped-def]
+    """The weights (outputs, groups, 4) of each byte of words, in the order of `input_of`."""
+    outputs: tl.constexpr = b0.shape[0]
+    groups: tl.constexpr = b0.shape[1]
+    # (outputs, blocks, chunk, step, byte 0 or 1, byte + 0 or 2)
+    pairs = tl.reshape(tl.join(tl.join(b0, b1), tl.join(b2, b3)), (outputs, groups // 4, 4, 4, 2, 2))
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 4, 2, 5)), (outputs, groups * 16))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

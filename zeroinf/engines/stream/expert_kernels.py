@@ -19,7 +19,16 @@ import triton.language as tl
 
 from zeroinf.compat.launches import Launch
 from zeroinf.engines.stream.coded_weight import WeightMatrix, experts_at_once
-from zeroinf.engines.stream.product_kernels import ROWS_TRIED, ProductTile, SlotTable, launch_product, tile_for
+from zeroinf.engines.stream.decode_in_registers import input_of
+from zeroinf.engines.stream.product_kernels import (
+    ROWS_TRIED,
+    ProductTile,
+    SlotTable,
+    in_order,
+    launch_product,
+    ordered_width,
+    tile_for,
+)
 from zeroinf.model.quantized.fp4 import expand_fp4
 from zeroinf.model.quantized.fused import OPERATORS
 from zeroinf.planner.wire import MOST_MXFP4_ROWS_BY_EXPERT
@@ -75,28 +84,35 @@ def _place(  # type: ignore[no-untyped-def]
 
 
 @Launch
-@triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
-def _gate(x, out, total, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """SiLU of the first half of each row, times the second, rounded where torch's operators round."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    from_here = x + at // width * (2 * width) + at % width
-    gate = tl.load(from_here, mask=inside, other=0).to(tl.float32)
-    up = tl.load(from_here + width, mask=inside, other=0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _gate(  # type: ignore[no-untyped-def]
+    x, out, rows, width, wide, ORDERED: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """SiLU of the first half of each row, times the second, rounded where torch's operators round. `ORDERED`: it is
+    written in the order of `input_of`, with zeros past the width."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    source = input_of(column, FLOAT) if ORDERED else column
+    inside = (row < rows) & (source < width)
+    at = x + row * (2 * width) + source
+    gate = tl.load(at, mask=inside, other=0).to(tl.float32)
+    up = tl.load(at + width, mask=inside, other=0).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, (gate * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * wide + column, (gate * up).to(out.dtype.element_ty), mask=(row < rows) & (column < wide))
 
 
 @Launch
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather(x, slots, ends, out, each, width, experts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row of `x` of each slot, in order of experts; zeros past the last one that an expert has."""
-    place = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["experts"])  # type: ignore[untyped-decorator]
+def _gather(x, index, places, out, x_stride, width, experts, EACH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The row of `x` of each slot, in order of experts, for those that an expert has."""
+    token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = place < tl.load(ends + experts - 1)
-    row = tl.load(slots + place, mask=known, other=0).to(tl.int64) // each
-    value = tl.load(x + row * width + column, mask=(column < width) & known, other=0)
-    tl.store(out + place * width + column, value, mask=column < width)
+    value = tl.load(x + token * x_stride + column, mask=column < width, other=0)
+    for turn in tl.static_range(EACH):
+        expert = tl.load(index + token * EACH + turn)
+        known = (expert >= 0) & (expert < experts)
+        place = tl.load(places + token * EACH + turn, mask=known, other=0).to(tl.int64)
+        tl.store(out + place * width + column, value, mask=(column < width) & known)
 
 
 @Launch
@@ -155,21 +171,27 @@ def route(index: torch.Tensor, experts: int, rows: int) -> SlotTable:
 
 
 def product_by_expert(
-    x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: SlotTable, each: int, tile: ProductTile
-) -> torch.Tensor:
+    x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: SlotTable, each: int, tile: ProductTile,
+    *, is_ordered: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """For every slot its row of `x` by its expert's weights: (slots, outputs). A row of `x` has `each` slots, and is
-    `in_halves` where weights are numbers of four bits."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    `in_order` already or not."""
+    x = x if is_ordered else in_order(x, weight)
     out = x.new_empty(routing.slots.numel(), weight.shape[1])
     launch_product(x, weight, bias, out, tile, routing.tiles.shape[1], routing, each, 1)
     return out
 
 
-def gate(x: torch.Tensor) -> torch.Tensor:
-    """SiLU of the first half of columns times the second half."""
-    out = x.new_empty(x.shape[0], x.shape[1] // 2)
-    total = out.numel()
-    _gate((-(-total // 1024),), (x, out), (total, out.shape[1]), BLOCK=1024)
+def gate(x: torch.Tensor, before: WeightMatrix | None = None) -> torch.Tensor:
+    """SiLU of the first half of columns times the second half; `in_order` for a product by `before`, if given."""
+    rows, width = x.shape[0], x.shape[1] // 2
+    ordered = before is not None and before.bits == 4
+    wide = ordered_width(before) if before is not None else width
+    out = x.new_empty(rows, wide)
+    _gate(
+        (-(-rows // 8), -(-wide // 128)), (x, out), (rows, width, wide),
+        ORDERED=ordered, FLOAT=before is not None and before.is_float, ROWS=8, BLOCK=128,
+    )  # fmt: skip
     return out
 
 
@@ -231,15 +253,16 @@ def compile_product_by_expert(
         product_by_expert(meta(1, weight.shape[2]).to(dtype), matrix, bias, routing, each, tile)
 
 
-def gather(x: torch.Tensor, routing: SlotTable, each: int) -> torch.Tensor:
-    """The row of `x` (tokens, width) of each slot, in order of experts: (slots, width). A row has `each` slots."""
-    x, slots = x.contiguous(), routing.slots.numel()
-    width = x.shape[1]
-    out = x.new_empty(slots, width)
+def gather(x: torch.Tensor, index: torch.Tensor, routing: SlotTable) -> torch.Tensor:
+    """The row of `x` (tokens, width) of each slot, in order of experts: (slots, width). Nothing is written past the
+    last one that an expert has. `index` (tokens, experts of each) is what was routed."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (tokens, each), width = index.shape, x.shape[1]
+    out = x.new_empty(index.numel(), width)
     block = min(1024, 1 << (width - 1).bit_length())
     _gather(
-        (slots, -(-width // block)), (x, routing.slots, routing.ends, out), (each, width, routing.ends.numel()),
-        BLOCK=block,
+        (tokens, -(-width // block)), (x, index.contiguous(), routing.places, out),
+        (x.stride(0), width, routing.ends.numel()), EACH=each, BLOCK=block,
     )  # fmt: skip
     return out
 

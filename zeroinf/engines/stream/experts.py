@@ -19,7 +19,7 @@ import torch
 from zeroinf.compat import experts
 from zeroinf.compat.experts import grouped_product
 from zeroinf.compat.models import experts_method, is_experts
-from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix, in_halves
+from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
 from zeroinf.engines.stream.products import DTYPES, expert_products
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.quantized.expansion import expansion_of, expansions, opened
@@ -152,13 +152,17 @@ def compute_few(
     tile = kernels.tile_for(rows, 16 if in_full else up.matrix.bits, states.device)
     routing = kernels.route(index, count, tile.rows)
 
-    def product(x: torch.Tensor, one: ExpertMatrix, each: int) -> torch.Tensor:
+    def product(x: torch.Tensor, one: ExpertMatrix, each: int, **how: bool) -> torch.Tensor:
         multiply = kernels.product_in_full if in_full else kernels.product_by_expert
-        read = x if in_full else in_halves(x, one.matrix)
-        out: torch.Tensor = multiply(read, one.matrix, one.bias, routing, each, tile)
+        out: torch.Tensor = multiply(x, one.matrix, one.bias, routing, each, tile, **how)
         return out
 
-    out = _normed(module, product(_gated(kernels, module, product(states, up, each)), down, 1))
+    hidden = product(states, up, each)
+    if _is_gated_by_kernel(module) and not in_full:
+        out = product(kernels.gate(hidden, down.matrix), down, 1, is_ordered=True)
+    else:
+        out = product(_gated(kernels, module, hidden), down, 1)
+    out = _normed(module, out)
     result: torch.Tensor = kernels.combine(out, index, weights, count)
     return result
 
@@ -168,9 +172,9 @@ def compute_many(
 ) -> torch.Tensor:
     """As `run_experts`, by torch's grouped products with rows in order of experts and weights in full."""
     up, down = matrices
-    count, each = up.matrix.shape[0], index.shape[-1]
+    count = up.matrix.shape[0]
     routing = kernels.route(index, count, _MANY)
-    rows = kernels.gather(states, routing, each)
+    rows = kernels.gather(states, index, routing)
     hidden = _grouped(kernels, rows, up, routing)
     del rows  # which take the most memory of all
     hidden = _gated(kernels, module, hidden)
@@ -188,12 +192,12 @@ def _grouped(kernels: Any, rows: torch.Tensor, one: ExpertMatrix, routing: Any) 
 
 
 def _gated(kernels: Any, module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    if not module.has_gate:
-        activated: torch.Tensor = module.act_fn(hidden)
-        return activated
-    if _is_silu(module):
+    if _is_gated_by_kernel(module):
         return kernels.gate(hidden)  # type: ignore[no-any-return]
-    return experts.gated(module, hidden)
+    if module.has_gate:
+        return experts.gated(module, hidden)
+    activated: torch.Tensor = module.act_fn(hidden)
+    return activated
 
 
 def _normed(module: Any, out: torch.Tensor) -> torch.Tensor:
@@ -263,6 +267,8 @@ def _matrix(module: Any, name: str) -> ExpertMatrix | None:
     return ExpertMatrix(WeightMatrix(full, None, tuple(full.shape), 16, 1), bias, lambda: full)
 
 
-def _is_silu(module: Any) -> bool:
+def _is_gated_by_kernel(module: Any) -> bool:
     """Whether `module` gates by SiLU, of halves that lie side by side, as transformers does by default."""
-    return experts.gates_halves(module) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    return (
+        module.has_gate and experts.gates_halves(module) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    )

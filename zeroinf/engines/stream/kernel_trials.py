@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
 
-from zeroinf.engines.stream.coded_weight import WeightMatrix, in_halves
+from zeroinf.engines.stream.coded_weight import WeightMatrix
 from zeroinf.engines.stream.expert_kernels import (
     add_bias,
     combine,
@@ -16,7 +17,7 @@ from zeroinf.engines.stream.expert_kernels import (
     product_in_full,
     route,
 )
-from zeroinf.engines.stream.product_kernels import ROWS_TRIED, product, tile_for
+from zeroinf.engines.stream.product_kernels import ROWS_TRIED, in_order, product, tile_for
 from zeroinf.planner.wire import Codes
 
 
@@ -62,28 +63,29 @@ def _by_expert(
     index = torch.rand(rows, experts, device=x.device, generator=generator).topk(each).indices
     tile = tile_for(rows, stack.bits, x.device)
     routing = route(index, experts, tile.rows)
-    read = in_halves(x, stack)
-    found = product_by_expert(read, stack, None, routing, each, tile)
+    found = product_by_expert(x, stack, None, routing, each, tile)
     right = torch.einsum("ti,eoi->teo", x.float(), full)
     right = right.gather(1, index[..., None].expand(-1, -1, outputs)).flatten(0, 1)
     tiles = tile_for(rows, 16, x.device)
     expanded = (
         product_in_full(x, stack, None, route(index, experts, tiles.rows), each, tiles) if stack.is_float else found
     )
-    again = product_by_expert(read.repeat_interleave(each, 0), stack, None, routing, 1, tile)
+    again = product_by_expert(x.repeat_interleave(each, 0), stack, None, routing, 1, tile)
     weights = torch.rand(rows, each, device=x.device, generator=generator).to(x.dtype)
     summed = (found.float().view(rows, each, outputs) * weights.float()[..., None]).sum(1)
     gated, value = found.float().chunk(2, -1)
-    in_order = gather(x, routing, each)
+    half = replace(stack, shape=(experts, outputs, outputs // 2))  # what the gate gives is read by such weights
+    by_place = gather(x, index, routing)
     bias = x[:experts].contiguous()
-    biased = in_order.clone()
+    biased = by_place.clone()
     add_bias(biased, bias, routing)
     of_slot = (x.float().repeat_interleave(each, 0) + bias[index.flatten()].float())[routing.slots.long()]
     return [
         (biased, of_slot), (expanded, right),
         (found, right), (again, right), (combine(found, index, weights, experts), summed),
-        (combine(in_order, index, weights, experts, routing), x.float() * weights.float().sum(1, keepdim=True)),
+        (combine(by_place, index, weights, experts, routing), x.float() * weights.float().sum(1, keepdim=True)),
         (gate(found), torch.nn.functional.silu(gated) * value),
+        (gate(found, half), in_order(gate(found), half)),
     ]  # fmt: skip
 
 

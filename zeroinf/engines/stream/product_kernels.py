@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -18,7 +19,13 @@ import triton.language as tl
 
 from zeroinf.compat.launches import Launch
 from zeroinf.engines.stream.coded_weight import WeightMatrix
-from zeroinf.engines.stream.decode_in_registers import eight_bits, four_bit_floats, four_bits, power_of_two
+from zeroinf.engines.stream.decode_in_registers import (
+    INPUTS_IN_ORDER,
+    eight_bits,
+    four_bits,
+    input_of,
+    power_of_two,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -49,73 +56,83 @@ def _by_numbers(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _by_codes(  # type: ignore[no-untyped-def]
-    acc, x_at, weight, scales, first_group, begin, finish,
-    BITS: tl.constexpr, GROUP: tl.constexpr, FLOAT: tl.constexpr, EVEN: tl.constexpr, INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _by_four_bits(  # type: ignore[no-untyped-def]
+    acc, x_at, words, scales, first_group, begin, finish,
+    FLOAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same by weights that are codes with scales; `first_group` (outputs,) of a row's groups."""
-    scale_at = scales + first_group[:, None]
-    code_at = weight + first_group[:, None, None] * (GROUP // 2 if BITS == 4 else GROUP)
-    group = tl.arange(0, INPUTS // GROUP)
-    if FLOAT:
-        # Single bytes cannot be copied ahead of their use: those of the next step are loaded before this one's use.
-        now = begin // GROUP + group
-        next_scale = _load_groups(scale_at + now[None, :], now, finish // GROUP, False)
-    for k in range(begin, finish, INPUTS):
-        now = k // GROUP + group
-        if FLOAT:
-            scale, later = power_of_two(next_scale, x_at.dtype.element_ty), now + INPUTS // GROUP
-            next_scale = _load_groups(scale_at + later[None, :], later, finish // GROUP, False)
-        else:
-            scale = _load_groups(scale_at + now[None, :], now, finish // GROUP, EVEN)
-        acc = _add_groups(acc, x_at, code_at, scale[:, :, None], k, now, finish, BITS, GROUP, FLOAT, EVEN, PRECISION)
-    return acc
+    """The same by codes of four bits with scales, 32 inputs of each group; `first_group` (outputs,) of a row's groups.
+    Inputs lie in the order of `input_of`, with zeros past the last one of 128.
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_groups(at, group, end, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One value of each group: `at` (outputs, groups), of which those before `end` are there."""
-    return tl.load(at) if EVEN else tl.load(at, mask=group[None, :] < end, other=0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_groups(  # type: ignore[no-untyped-def]
-    acc, x_at, code_at, scale, k, group, finish,
-    BITS: tl.constexpr, GROUP: tl.constexpr, FLOAT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`acc` and the product of the inputs of some groups, from input `k` on, by their codes with scales `scale`
-    (outputs, groups, 1)."""
-    of_group: tl.constexpr = GROUP // 2 if BITS == 4 else GROUP
-    flat = tl.arange(0, scale.shape[1] * of_group)
-    column = k + flat // of_group * GROUP + flat % of_group
+    `AHEAD`: scales are loaded one step before their use, where they are too narrow to be copied ahead of it.
+    """
     dtype: tl.constexpr = x_at.dtype.element_ty
-    code_ptr = code_at + group[None, :, None] * of_group + tl.arange(0, of_group)[None, None, :]
-    if EVEN:
-        code = tl.load(code_ptr)
-        low = tl.load(x_at + column[:, None])
-        if BITS == 4:
-            high = tl.load(x_at + column[:, None] + of_group)
-    else:
-        code = tl.load(code_ptr, mask=(group < finish // GROUP)[None, :, None], other=0)
-        low = tl.load(x_at + column[:, None], mask=column[:, None] < finish, other=0)
-        if BITS == 4:
-            high = tl.load(x_at + column[:, None] + of_group, mask=column[:, None] < finish, other=0)
-    if FLOAT:
-        acc = tl.dot(_flat(four_bit_floats(code, scale, False, dtype)), low, acc, input_precision=PRECISION)
-        acc = tl.dot(_flat(four_bit_floats(code, scale, True, dtype)), high, acc, input_precision=PRECISION)
-    elif BITS == 4:
-        acc = tl.dot(_flat(four_bits(code, scale, False, dtype)), low, acc, input_precision=PRECISION)
-        acc = tl.dot(_flat(four_bits(code, scale, True, dtype)), high, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(_flat(eight_bits(code, scale, dtype)), low, acc, input_precision=PRECISION)
+    groups: tl.constexpr = INPUTS // 32
+    scale_at, word_at = scales + first_group[:, None], words + first_group[:, None] * 4
+    column = tl.arange(0, groups * 16) // 64 * 128 + tl.arange(0, groups * 16) % 64
+    if AHEAD:
+        next_scale = _load_groups(scale_at, begin // 32 + tl.arange(0, groups), finish // 32, False)
+    for k in range(begin, finish, INPUTS):
+        if AHEAD:
+            scale = next_scale
+            next_scale = _load_groups(scale_at, (k + INPUTS) // 32 + tl.arange(0, groups), finish // 32, False)
+        else:
+            scale = _load_groups(scale_at, k // 32 + tl.arange(0, groups), finish // 32, EVEN)
+        if FLOAT:
+            scale = power_of_two(scale, dtype)
+        number = k // 8 + tl.arange(0, groups * 4)[None, :]
+        if EVEN:
+            word = tl.load(word_at + number)
+        else:  # the same for the words of a group, so that these are loaded together
+            word = tl.load(word_at + number, mask=number // 4 < finish // 32, other=0)
+        word = tl.reshape(word, (word.shape[0], groups, 4))
+        lower, upper = four_bits(word, scale[:, :, None], FLOAT, dtype)
+        if INPUTS == 128:
+            low, high = tl.load(x_at + (k + column)[:, None]), tl.load(x_at + (k + column + 64)[:, None])
+        else:
+            there = (k + column < tl.cdiv(finish, 128) * 128)[:, None]
+            low = tl.load(x_at + (k + column)[:, None], mask=there, other=0)
+            high = tl.load(x_at + (k + column + 64)[:, None], mask=there, other=0)
+        acc = tl.dot(lower, low, acc, input_precision=PRECISION)
+        acc = tl.dot(upper, high, acc, input_precision=PRECISION)
     return acc
 
 
-@triton.jit
-def _flat(weights):  # type: ignore[no-untyped-def]
-    """`weights` (outputs, groups, of each) as (outputs, inputs)."""
-    return tl.reshape(weights, (weights.shape[0], weights.shape[1] * weights.shape[2]))
+@triton.jit  # type: ignore[untyped-decorator]
+def _by_eight_bits(  # type: ignore[no-untyped-def]
+    acc, x_at, codes, scales, first_group, begin, finish,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same by codes of a byte, with inputs in their own order."""
+    groups: tl.constexpr = INPUTS // GROUP
+    scale_at, code_at = scales + first_group[:, None], codes + first_group[:, None] * GROUP
+    for k in range(begin, finish, INPUTS):
+        column = k + tl.arange(0, INPUTS)
+        scale = _load_groups(scale_at, k // GROUP + tl.arange(0, groups), finish // GROUP, EVEN)
+        code = tl.reshape(_load_groups(code_at, column, finish, EVEN), (scale.shape[0], groups, GROUP))
+        if EVEN:
+            row = tl.load(x_at + column[:, None])
+        else:
+            row = tl.load(x_at + column[:, None], mask=column[:, None] < finish, other=0)
+        weight = tl.reshape(eight_bits(code, scale[:, :, None], x_at.dtype.element_ty), (scale.shape[0], INPUTS))
+        acc = tl.dot(weight, row, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_groups(at, number, end, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What lies at `number` (numbers,) from each of `at` (outputs, 1) on, of which those before `end` are there."""
+    return tl.load(at + number[None, :]) if EVEN else tl.load(at + number[None, :], mask=number[None, :] < end, other=0)
+
+
+@Launch
+@triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
+def _put_in_order(  # type: ignore[no-untyped-def]
+    x, out, total, inputs, x_stride, wide, FLOAT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = input_of((at % wide).to(tl.int32), FLOAT)
+    value = tl.load(x + at // wide * x_stride + source, mask=(at < total) & (source < inputs), other=0)
+    tl.store(out + at, value, mask=at < total)
 
 
 @Launch
@@ -124,14 +141,14 @@ def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
     out_stride, part_stride, first_expert, experts,
     BITS: tl.constexpr, GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TURNED: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FLOAT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end. Those
     are computed that go to one of `experts` experts from `first_expert` on, of which `weight` has the weights.
 
     `TURNED`: the outputs of numbers lie side by side. They are loaded by a mask then, since addresses that do not
-    follow each other everywhere are read one by one.
+    follow each other everywhere are read one by one. `ALIGNED`: the groups of a row are a multiple of it.
     """
     across = tl.cdiv(outputs, OUTPUTS)
     row_tiles = tl.num_programs(0) // across
@@ -165,10 +182,16 @@ def _product(  # type: ignore[no-untyped-def]
         weight_at = weight + own_expert * outputs * inputs + of_expert[:, None] * output_stride
         acc = _by_numbers(acc, x_at, weight_at, begin, finish, real, input_stride, EVEN, TURNED, INPUTS, PRECISION)
     else:
-        first_group = weight_row * (inputs // GROUP)
-        acc = _by_codes(
-            acc, x_at, weight, scales, first_group, begin, finish, BITS, GROUP, FLOAT, EVEN, INPUTS, PRECISION
-        )
+        first_group = tl.multiple_of(weight_row * (inputs // GROUP), [ALIGNED])
+        if BITS == 4:
+            tl.static_assert(GROUP == 32)
+            # Bytes are too narrow to be copied ahead of their use.
+            ahead: tl.constexpr = ALIGNED * (scales.dtype.element_ty.primitive_bitwidth // 8) < 4
+            acc = _by_four_bits(
+                acc, x_at, weight, scales, first_group, begin, finish, FLOAT, EVEN, ahead, INPUTS, PRECISION
+            )
+        else:
+            acc = _by_eight_bits(acc, x_at, weight, scales, first_group, begin, finish, GROUP, EVEN, INPUTS, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + expert * outputs + output, mask=real, other=0).to(tl.float32)[:, None]
     at = out + tl.program_id(1).to(tl.int64) * part_stride + row[None, :] * out_stride + output[:, None]
@@ -235,42 +258,69 @@ ROWS_TRIED = (12, 28, 64, 128)
 def tile_for(rows: int, bits: int, device: torch.device) -> ProductTile:
     """The tile for a product of `rows` rows (of one expert, on average) by weights of `bits` bits."""
     tile = next(tile for most, tile in _TILES if rows <= most)
-    while tile.shared_bytes(bits) > _shared_memory(device) and (tile.stages > 2 or tile.inputs > 64):
+    least = INPUTS_IN_ORDER if bits == 4 else 64
+    tile = replace(tile, inputs=max(tile.inputs, least))
+    while tile.shared_bytes(bits) > _shared_memory(device) and (tile.stages > 2 or tile.inputs > least):
         tile = replace(tile, stages=tile.stages - 1) if tile.stages > 2 else replace(tile, inputs=tile.inputs // 2)
     return tile
+
+
+def in_order(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
+    """`x` (rows, inputs) as a product by `weight` reads it: as it is, or, by codes of four bits, with inputs in the
+    order of `input_of`, and zeros up to a multiple of INPUTS_IN_ORDER."""
+    if weight.bits != 4:
+        return x if x.stride(1) == 1 else x.contiguous()
+    rows, inputs = x.shape
+    out = x.new_empty(rows, ordered_width(weight))
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    run = _put_in_order.compile if x.is_meta else _put_in_order
+    total, block = out.numel(), 1024
+    run(
+        (-(-total // block),), (x, out), (total, inputs, x.stride(0), out.shape[1]),
+        FLOAT=weight.is_float, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def ordered_width(weight: WeightMatrix) -> int:
+    """Numbers in a row of `in_order`."""
+    inputs = weight.shape[-1]
+    return inputs if weight.bits != 4 else -(-inputs // INPUTS_IN_ORDER) * INPUTS_IN_ORDER
 
 
 def launch_product(
     x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, out: torch.Tensor, tile: ProductTile,
     row_tiles: int, routing: SlotTable | None, each: int, parts: int, first_expert: int = 0,
 ) -> None:  # fmt: skip
-    """Into `out` (rows or slots, outputs), or its `parts` of sums over inputs (parts, rows, outputs). `weight` has the
-    experts from `first_expert` on."""
+    """Multiply `x`, which is `in_order`, into `out` (rows or slots, outputs), or into its `parts` of sums over inputs
+    (parts, rows, outputs). `weight` has the experts from `first_expert` on."""
     outputs, inputs = weight.shape[-2:]
     steps = _step(weight, tile)
     rows, slots, tiles = x.shape[0], x, x
     if routing is not None:
         slots, tiles = routing.slots, routing.tiles
     scales = x if weight.scales is None else weight.scales
+    data = weight.data.view(torch.int32) if weight.bits == 4 else weight.data
     part_stride = 0 if parts == 1 else rows * outputs
     run = _product.compile if x.is_meta else _product
     run(
         (row_tiles * -(-outputs // tile.outputs), parts),
-        (x, weight.data, scales, x if bias is None else bias, out, slots, tiles),
+        (x, data, scales, x if bias is None else bias, out, slots, tiles),
         (
             rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride, first_expert,
             weight.shape[0] if routing is not None else 1,
         ),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
         EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, FLOAT=weight.is_float,
-        ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
+        ALIGNED=gcd(inputs // weight.group, 8), ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _step(weight: WeightMatrix, tile: ProductTile) -> int:
     """Inputs that a program takes at a time."""
-    return tile.inputs if weight.bits == 16 else max(tile.inputs, weight.group)
+    return max(tile.inputs, INPUTS_IN_ORDER if weight.bits == 4 else weight.group)
 
 
 def _strides(weight: WeightMatrix) -> tuple[int, int]:
@@ -289,7 +339,7 @@ def product(
 
     Where tiles are few, `parts` of the inputs are summed by programs of their own (None: as many as pay).
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = in_order(x, weight)
     rows, (outputs, inputs) = x.shape[0], weight.shape
     tile = tile or tile_for(rows, weight.bits, x.device)
     row_tiles = -(-rows // tile.rows)
