@@ -37,11 +37,19 @@ from zeroinf.planner.wire import MOST_MXFP4_ROWS_BY_EXPERT
 @Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _count(index, counts, rank, total, experts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many slots each expert has, and of each slot how many of its expert's were counted before it."""
+    """How many slots each expert has, and of each slot how many of its expert's were counted before it. A program adds
+    those of an expert at once: alike tokens go to the same experts, whose counts would be waited for."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(index + at, mask=at < total, other=-1)
+    expert = tl.load(index + at, mask=at < total, other=-1).to(tl.int32)
     known = (expert >= 0) & (expert < experts)
-    tl.store(rank + at, tl.atomic_add(counts + expert, 1, mask=known, sem="relaxed"), mask=known)
+    same = (expert[:, None] == expert[None, :]) & known[:, None]
+    own = tl.arange(0, BLOCK)
+    before = tl.sum((same & (own[None, :] < own[:, None])).to(tl.int32), 1)
+    all_here = tl.sum(same.to(tl.int32), 1)
+    first = known & (before == 0)
+    begin = tl.atomic_add(counts + expert, all_here, mask=first, sem="relaxed")
+    begin = tl.sum(tl.where(same & first[None, :], begin[None, :], 0), 1)
+    tl.store(rank + at, begin + before, mask=known)
 
 
 @Launch
@@ -159,7 +167,7 @@ def route(index: torch.Tensor, experts: int, rows: int) -> SlotTable:
     rank, slots, places = (torch.empty(total, dtype=torch.int32, device=index.device) for _ in range(3))
     ends = torch.empty_like(counts)
     tiles = torch.empty(3, tile_count, dtype=torch.int32, device=index.device)
-    _count((-(-total // 256),), (index, counts, rank), (total, experts), BLOCK=256)
+    _count((-(-total // 64),), (index, counts, rank), (total, experts), BLOCK=64)
     wide = 1 << (experts - 1).bit_length()
     block = max(16, min(256, (1 << 13) // wide))
     _place(
