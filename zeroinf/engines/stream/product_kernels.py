@@ -177,6 +177,7 @@ def _product(  # type: ignore[no-untyped-def]
     steps = tl.cdiv(tl.cdiv(inputs, INPUTS), tl.num_programs(1))
     begin = tl.program_id(1) * steps * INPUTS
     finish = tl.minimum(begin + steps * INPUTS, inputs)
+    tl.assume(begin < finish)  # a loop that may not run at all makes tensor cores wait for each of their steps
     if BITS == 16:
         of_expert = output.to(tl.int64) if TURNED else weight_row - own_expert * outputs
         weight_at = weight + own_expert * outputs * inputs + of_expert[:, None] * output_stride
