@@ -46,6 +46,15 @@ def decoded(weights: torch.Tensor, wire: Wire) -> torch.Tensor:
 WIRES: list[Wire] = ["int4", "int8", "model"]
 
 
+@pytest.fixture(params=[False, True], ids=["warps", "warp groups"])
+def as_on_hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of four bits are multiplied in the order of other GPUs, and of Hopper."""
+    from zeroinf.engines.stream import product_kernels
+
+    monkeypatch.setattr(product_kernels, "has_warp_groups", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("as_on_hopper")
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "parts"), [(5, 40, 256, 1), (17, 70, 320, None), (3, 64, 1024, 2)]
@@ -58,6 +67,7 @@ def test_products_are_those_of_the_weights(rows: int, outputs: int, inputs: int,
     assert torch.allclose(found, x @ decoded(weights, wire).T + bias, atol=1e-4)
 
 
+@pytest.mark.usefixtures("as_on_hopper")
 @pytest.mark.parametrize("wire", WIRES)
 def test_experts_are_those_that_tokens_are_routed_to(wire: Wire) -> None:
     from zeroinf.engines.stream import expert_kernels as kernels

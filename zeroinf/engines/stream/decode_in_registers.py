@@ -8,6 +8,8 @@ thread of the tensor cores' left side holds one chunk of a row whole, so that it
 needs no other thread's. `input_of` says which input comes where.
 """
 
+# ruff: noqa: N803  constants of a kernel are written large
+
 from __future__ import annotations
 
 import os
@@ -24,12 +26,12 @@ INPUTS_IN_ORDER = 128
 
 # Triton looks annotations up while it compiles, and knows none of Python's types.
 @triton.jit  # type: ignore[untyped-decorator]
-def input_of(place, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """The input that is at `place` in the order in which codes of four bits are multiplied: lower halves of bytes
-    first, in steps of the tensor cores, in which each of four threads has four bytes of its chunk."""
-    block, upper, step = place // 128, place % 128 // 64, place % 64 // 16
-    chunk = place % 8 // 2
-    byte = step * 4 + place % 16 // 8 + place % 2 * 2
+def input_of(place, FLOAT: tl.constexpr, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The input that is at `place` in the order in which codes of four bits are multiplied: those of lower halves of
+    bytes first. Each of four threads has SIDE of its chunk's in turn, in the order in which words give them."""
+    block, upper, turn = place // 128, place % 128 // 64, place % 64 // (4 * SIDE)
+    chunk, number = place % (4 * SIDE) // SIDE, turn * SIDE + place % SIDE
+    byte = number // 4 * 4 + number % 4 // 2 + number % 2 * 2
     of_chunk = byte * 2 + upper if FLOAT else upper * 16 + byte
     return block * 128 + chunk * 32 + of_chunk
 
@@ -61,7 +63,13 @@ _FLOATS = _assembly(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def four_bits(word, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def four_bits(  # type: ignore[no-untyped-def]
+    word,
+    scale,
+    FLOAT: tl.constexpr,
+    SIDE: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Words (outputs, groups, 4) and scales (outputs, groups, 1) as weights (outputs, 16 x groups) of the lower halves
     of bytes, and of the upper, in the order of `input_of`: in bfloat16 nothing is rounded but products."""
     if dtype == tl.bfloat16 and not _IS_INTERPRETED:
@@ -75,11 +83,11 @@ def four_bits(word, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: i
         l2, l3 = _weight(word >> 16, scale, FLOAT, dtype), _weight(word >> 24, scale, FLOAT, dtype)
         h0, h1 = _weight(word >> 4, scale, FLOAT, dtype), _weight(word >> 12, scale, FLOAT, dtype)
         h2, h3 = _weight(word >> 20, scale, FLOAT, dtype), _weight(word >> 28, scale, FLOAT, dtype)
-    return _in_order(l0, l1, l2, l3), _in_order(h0, h1, h2, h3)
+    return _in_order(l0, l1, l2, l3, SIDE), _in_order(h0, h1, h2, h3, SIDE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _weight(code, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _weight(code, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """The weight of the lowest four bits, in arithmetic of float32."""
     if FLOAT:
         value = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
@@ -88,14 +96,14 @@ def _weight(code, scale, FLOAT: tl.constexpr, dtype: tl.constexpr):  # type: ign
     return (value * scale).to(dtype)
 
 
-@triton.jit
-def _in_order(b0, b1, b2, b3):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _in_order(b0, b1, b2, b3, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The weights (outputs, groups, 4) of each byte of words, in the order of `input_of`."""
     outputs: tl.constexpr = b0.shape[0]
     groups: tl.constexpr = b0.shape[1]
-    # (outputs, blocks, chunk, step, byte 0 or 1, byte + 0 or 2)
-    pairs = tl.reshape(tl.join(tl.join(b0, b1), tl.join(b2, b3)), (outputs, groups // 4, 4, 4, 2, 2))
-    return tl.reshape(tl.permute(pairs, (0, 1, 3, 4, 2, 5)), (outputs, groups * 16))
+    words = tl.join(tl.join(b0, b1), tl.join(b2, b3))  # bytes of a word are in the order 0, 2, 1, 3
+    chunks = tl.reshape(words, (outputs, groups // 4, 4, 16 // SIDE, SIDE))
+    return tl.reshape(tl.permute(chunks, (0, 1, 3, 2, 4)), (outputs, groups * 16))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

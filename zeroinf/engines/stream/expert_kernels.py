@@ -27,6 +27,7 @@ from zeroinf.engines.stream.product_kernels import (
     in_order,
     launch_product,
     ordered_width,
+    side_by_side,
     tile_for,
 )
 from zeroinf.model.quantized.fp4 import expand_fp4
@@ -94,13 +95,14 @@ def _place(  # type: ignore[no-untyped-def]
 @Launch
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _gate(  # type: ignore[no-untyped-def]
-    x, out, rows, width, wide, ORDERED: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, out, rows, width, wide, ORDERED: tl.constexpr, FLOAT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """SiLU of the first half of each row, times the second, rounded where torch's operators round. `ORDERED`: it is
     written in the order of `input_of`, with zeros past the width."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    source = input_of(column, FLOAT) if ORDERED else column
+    source = input_of(column, FLOAT, SIDE) if ORDERED else column
     inside = (row < rows) & (source < width)
     at = x + row * (2 * width) + source
     gate = tl.load(at, mask=inside, other=0).to(tl.float32)
@@ -198,7 +200,8 @@ def gate(x: torch.Tensor, before: WeightMatrix | None = None) -> torch.Tensor:
     out = x.new_empty(rows, wide)
     _gate(
         (-(-rows // 8), -(-wide // 128)), (x, out), (rows, width, wide),
-        ORDERED=ordered, FLOAT=before is not None and before.is_float, ROWS=8, BLOCK=128,
+        ORDERED=ordered, FLOAT=before is not None and before.is_float,
+        SIDE=side_by_side(before, x.device) if before is not None else 0, ROWS=8, BLOCK=128,
     )  # fmt: skip
     return out
 

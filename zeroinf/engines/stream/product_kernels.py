@@ -58,7 +58,8 @@ def _by_numbers(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _by_four_bits(  # type: ignore[no-untyped-def]
     acc, x_at, words, scales, first_group, begin, finish,
-    FLOAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same by codes of four bits with scales, 32 inputs of each group; `first_group` (outputs,) of a row's groups.
     Inputs lie in the order of `input_of`, with zeros past the last one of 128.
@@ -85,7 +86,7 @@ def _by_four_bits(  # type: ignore[no-untyped-def]
         else:  # the same for the words of a group, so that these are loaded together
             word = tl.load(word_at + number, mask=number // 4 < finish // 32, other=0)
         word = tl.reshape(word, (word.shape[0], groups, 4))
-        lower, upper = four_bits(word, scale[:, :, None], FLOAT, dtype)
+        lower, upper = four_bits(word, scale[:, :, None], FLOAT, SIDE, dtype)
         if INPUTS == 128:
             low, high = tl.load(x_at + (k + column)[:, None]), tl.load(x_at + (k + column + 64)[:, None])
         else:
@@ -127,10 +128,10 @@ def _load_groups(at, number, end, EVEN: tl.constexpr):  # type: ignore[no-untype
 @Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _put_in_order(  # type: ignore[no-untyped-def]
-    x, out, total, inputs, x_stride, wide, FLOAT: tl.constexpr, BLOCK: tl.constexpr
+    x, out, total, inputs, x_stride, wide, FLOAT: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source = input_of((at % wide).to(tl.int32), FLOAT)
+    source = input_of((at % wide).to(tl.int32), FLOAT, SIDE)
     value = tl.load(x + at // wide * x_stride + source, mask=(at < total) & (source < inputs), other=0)
     tl.store(out + at, value, mask=at < total)
 
@@ -141,8 +142,8 @@ def _product(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
     out_stride, part_stride, first_expert, experts,
     BITS: tl.constexpr, GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TURNED: tl.constexpr, FLOAT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FLOAT: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end. Those
     are computed that go to one of `experts` experts from `first_expert` on, of which `weight` has the weights.
@@ -189,7 +190,7 @@ def _product(  # type: ignore[no-untyped-def]
             # Bytes are too narrow to be copied ahead of their use.
             ahead: tl.constexpr = ALIGNED * (scales.dtype.element_ty.primitive_bitwidth // 8) < 4
             acc = _by_four_bits(
-                acc, x_at, weight, scales, first_group, begin, finish, FLOAT, EVEN, ahead, INPUTS, PRECISION
+                acc, x_at, weight, scales, first_group, begin, finish, FLOAT, SIDE, EVEN, ahead, INPUTS, PRECISION
             )
         else:
             acc = _by_eight_bits(acc, x_at, weight, scales, first_group, begin, finish, GROUP, EVEN, INPUTS, PRECISION)
@@ -279,9 +280,22 @@ def in_order(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
     total, block = out.numel(), 1024
     run(
         (-(-total // block),), (x, out), (total, inputs, x.stride(0), out.shape[1]),
-        FLOAT=weight.is_float, BLOCK=block,
+        FLOAT=weight.is_float, SIDE=side_by_side(weight, x.device), BLOCK=block,
     )  # fmt: skip
     return out
+
+
+def side_by_side(weight: WeightMatrix, device: torch.device) -> int:
+    """How many weights of a row a thread holds side by side where Triton multiplies by codes of four bits: two on GPUs
+    with products of warp groups; elsewhere as many as fill 32 bits with halves of what is loaded."""
+    return 2 if has_warp_groups(device) else 8 if weight.is_float else 4
+
+
+@cache
+def has_warp_groups(device: torch.device) -> bool:
+    """Whether tensor cores multiply for four warps together, as Hopper's do."""
+    index = device.index if device.type == "cuda" else None
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index)[0] == 9
 
 
 def ordered_width(weight: WeightMatrix) -> int:
@@ -314,7 +328,8 @@ def launch_product(
         ),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
         EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, FLOAT=weight.is_float,
-        ALIGNED=gcd(inputs // weight.group, 8), ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
+        SIDE=side_by_side(weight, x.device), ALIGNED=gcd(inputs // weight.group, 8),
+        ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
