@@ -92,8 +92,8 @@ class _OnPaper:
         return SimpleNamespace(held=held, ends=held[:count], slots=index.numel())
 
     @staticmethod
-    def gather(x: torch.Tensor, routing: Any, each: int) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.zeroinf.gather_rows(x, each)
+    def gather(x: torch.Tensor, index: torch.Tensor, routing: Any) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.zeroinf.gather_rows(x, index.shape[-1])
         return out
 
     @staticmethod
@@ -102,13 +102,19 @@ class _OnPaper:
 
     @staticmethod
     def product_by_expert(
-        x: torch.Tensor, weight: WeightMatrix, bias: torch.Tensor | None, routing: Any, each: int, tile: Any
+        x: torch.Tensor,
+        weight: WeightMatrix,
+        bias: torch.Tensor | None,
+        routing: Any,
+        each: int,
+        tile: Any,
+        **how: bool,
     ) -> torch.Tensor:
         out: torch.Tensor = torch.ops.zeroinf.multiply_by_experts(x, weight.data, bias, each)
         return out
 
     @staticmethod
-    def gate(x: torch.Tensor) -> torch.Tensor:
+    def gate(x: torch.Tensor, before: WeightMatrix | None = None) -> torch.Tensor:
         out: torch.Tensor = torch.ops.zeroinf.gate_halves(x)
         return out
 
