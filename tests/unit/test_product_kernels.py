@@ -139,7 +139,7 @@ def test_experts_of_models_compute_what_transformers_computes(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By few rows of each expert, and by more than that."""
-    monkeypatch.setattr(experts, "MOST_ROWS_BY_EXPERT", most)
+    monkeypatch.setattr(experts, "MOST_ROWS_BY_EXPERT", {16: most})
     monkeypatch.setattr(experts, "_takes_grouped", lambda matrices, dtype: experts.takes_grouped(matrices))
     for each, value in (("DTYPES", (torch.float32,)), ("_fits", lambda *_: True), ("expert_products", lambda *_: True)):
         monkeypatch.setattr(experts, each, value)

@@ -44,6 +44,8 @@ class CodedLayers:
     """The same for those of experts."""
     expert_elements: int
     """Weights of the experts of a layer that has most."""
+    bits: int
+    """Of a code."""
 
 
 @lru_cache(maxsize=64)
@@ -85,6 +87,7 @@ def coded_layers(anatomy: Anatomy, wire: Wire) -> CodedLayers:
         dense=Kernels(1.0, tuple(kernels[False])),
         experts=Kernels(1.0, tuple(kernels[True])),
         expert_elements=max(elements.values(), default=0),
+        bits=CODES[wire].bits if wire != "model" else 16,
     )
 
 
@@ -93,8 +96,8 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
     where these are faster and expansions where not."""
     outside, *inside = groups
     rows = max((_rows_by_expert(group, layers) for group in inside), default=0.0)
-    few = {name for name in _DENSE if tokens <= MOST_CODED_ROWS}
-    few |= {name for name in _BY_EXPERT if rows <= MOST_ROWS_BY_EXPERT}
+    are_few = tokens <= MOST_CODED_ROWS[layers.bits], rows <= MOST_ROWS_BY_EXPERT[layers.bits]
+    few = {*(_DENSE if are_few[0] else ()), *(_BY_EXPERT if are_few[1] else ())}
     coded = [
         replace(
             group,
@@ -107,8 +110,7 @@ def on_codes(groups: Sequence[Kernels], tokens: int, layers: CodedLayers) -> tup
         )
         for group in inside
     ]
-    expanded = [layers.dense] if tokens > MOST_CODED_ROWS else []
-    expanded += [layers.experts] if rows > MOST_ROWS_BY_EXPERT else []
+    expanded = [one for one, few_rows in zip((layers.dense, layers.experts), are_few, strict=True) if not few_rows]
     return (outside, *coded, *expanded)
 
 

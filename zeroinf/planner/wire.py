@@ -42,10 +42,11 @@ CODES: dict[Wire, Codes] = {"int8": Codes(8, 64), "int4": Codes(4, 32)}
 MXFP4 = Codes(4, 32, is_float=True)
 """Of checkpoints, whose experts are multiplied as codes."""
 
-MOST_CODED_ROWS = 64
-"""Dense products of more rows are faster with the weight in full, expansion included (`scripts/bench-products`)."""
-MOST_ROWS_BY_EXPERT = 40
-"""Likewise by expert, of more rows on average of all experts."""
+MOST_CODED_ROWS = {4: 256, 8: 64}
+"""Dense products of more rows are faster with the weight in full, expansion included (`scripts/bench-products`); by the
+bits of codes."""
+MOST_ROWS_BY_EXPERT = {4: 1024, 8: 40, 16: 40}
+"""Likewise by expert, of more rows on average of all experts. Of 16 bits are weights in full."""
 MOST_MXFP4_ROWS_BY_EXPERT = 80
 """The same of MXFP4, of which some experts after the others are expanded: gpt-oss-120b's took an H200 4.6 ms as codes
 and 4.95 in full with 65 rows each, 7.1 and 6.1 with 130."""

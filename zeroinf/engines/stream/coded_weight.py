@@ -157,7 +157,7 @@ class CodedWeight(torch.Tensor):
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         matrix = self.matrix() if len(self.location.shape) == 2 else None
         rows = x.numel() // x.shape[-1]
-        if matrix is None or x.dtype != self.location.dtype or not 0 < rows <= MOST_CODED_ROWS:
+        if matrix is None or x.dtype != self.location.dtype or not 0 < rows <= MOST_CODED_ROWS[self._kind.bits]:
             return linear(x, self.full(), bias)
         out = self._product(x.reshape(rows, x.shape[-1]), matrix, bias)
         return out.view(*x.shape[:-1], out.shape[-1])

@@ -112,7 +112,7 @@ def run_experts(
     rows = -(-top_k_index.numel() // matrices[0].matrix.shape[0])
     compute = (
         compute_few
-        if rows <= MOST_ROWS_BY_EXPERT or not _takes_grouped(matrices, hidden_states.dtype)
+        if rows <= MOST_ROWS_BY_EXPERT[matrices[0].matrix.bits] or not _takes_grouped(matrices, hidden_states.dtype)
         else compute_many
     )
     return compute(expert_kernels, module, matrices, hidden_states, top_k_index, top_k_weights)

@@ -253,13 +253,21 @@ _TILES = (
     (1 << 62, ProductTile(128, 128, 64, 8, 3)),
 )
 """By the most rows that they are for; few of them, since each is a kernel of its own to compile."""
+_FOUR_BITS_TILES = (
+    (12, ProductTile(16, 128, 128, 4, 4)),
+    (28, ProductTile(32, 128, 128, 4, 3)),
+    (72, ProductTile(64, 128, 128, 8, 4)),
+    (1 << 62, ProductTile(128, 256, 128, 8, 3)),
+)
+"""The same by codes of four bits, where four warps multiply together."""
 ROWS_TRIED = (12, 28, 64, 128)
 """Of each of these tiles, one."""
 
 
 def tile_for(rows: int, bits: int, device: torch.device) -> ProductTile:
     """The tile for a product of `rows` rows (of one expert, on average) by weights of `bits` bits."""
-    tile = next(tile for most, tile in _TILES if rows <= most)
+    is_wide = bits == 4 and has_warp_groups(device)
+    tile = next(tile for most, tile in (_FOUR_BITS_TILES if is_wide else _TILES) if rows <= most)
     least = INPUTS_IN_ORDER if bits == 4 else 64
     tile = replace(tile, inputs=max(tile.inputs, least))
     while tile.shared_bytes(bits) > _shared_memory(device) and (tile.stages > 2 or tile.inputs > least):
