@@ -114,7 +114,7 @@ def speeds(**changed: Any) -> Speeds:
     given: dict[str, Any] = {
         "link_gbps": 25.0, "disk_gbps": 5.0, "gather_gbps": 100.0, "tflops": 100.0, "hbm_gbps": 1000.0,
         "launch_s": 8e-6, "model_launch_s": 21e-6, "triton_launch_s": 39e-6, "fill_gbps": 4.0, "place_gbps": 8.0,
-        "host_read_gbps": 50.0,
+        "host_read_gbps": 50.0, "disk_reads_per_s": 50_000,
         "fitted": fitted_figures(),
     }  # fmt: skip
     return Speeds(**{**given, **changed})

@@ -55,7 +55,7 @@ def _qwen4_exp() -> Any:
         layer_types=["linear_attention", "indexed_attention", "linear_attention"], linear_num_key_heads=2,
         linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, moe_intermediate_size=32,
         shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2, ple_layer_ids=[1, 3],
-        ple_embed_dim=64, ngram_vocab_size_base=500, hc_lowrank=16, split_ngram_parts=2, max_position_embeddings=256,
+        ple_embed_dim=64, ngram_vocab_size_base=500, hc_lowrank=16, split_ngram_parts=12, max_position_embeddings=256,
         eos_token_id=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
         indexer_compress_ratio=4,
     )  # fmt: skip
@@ -73,14 +73,15 @@ def _save(config: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", tiered(NAMES, DEFAULT))
+@pytest.mark.parametrize("embeddings", ["cpu", "disk"])
 @pytest.mark.parametrize("offload", ["cpu", "nvme"])
 def test_tokens_are_those_of_plain_transformers(
-    name: str, offload: str, checkpoint: Checkpoint, tmp_path: Path
+    name: str, offload: str, embeddings: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     folder = checkpoint(name)
     disk: dict[str, Any] = {"nvme_blocks": 3, "nvme_paths": (tmp_path,)} if offload == "nvme" else {}
     for _ in range(1 + bool(disk)):  # a store is written, and found again
-        engine = stream(folder, offload=offload, embeddings="cpu", **disk)
+        engine = stream(folder, offload=offload, embeddings=embeddings, **disk)
         try:
             assert tokens_of(engine, batches=2) == plain_tokens(folder)
         finally:
@@ -98,13 +99,21 @@ def test_packed_forwards_gather_the_rows_of_all_their_sequences(small_checkpoint
     assert [row.generated for row in rows] == [greedy_by_transformers(plain, row.prompt, row.generated) for row in rows]
 
 
+def test_rows_in_files_are_converted_as_they_are_read(small_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(small_checkpoint("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    engine = stream(tmp_path, embeddings="disk")
+    assert tokens_of(engine) == plain_tokens(tmp_path)
+    engine.close()
+
+
+@pytest.mark.parametrize("embeddings", ["cpu", "disk"])
 @pytest.mark.parametrize("fetch", tiered(["replicated", "partitioned"], ["partitioned"]))
-def test_ranks_read_the_rows_of_one_copy(fetch: str, small_checkpoint: Checkpoint) -> None:
+def test_ranks_read_the_rows_of_one_copy(fetch: str, embeddings: str, small_checkpoint: Checkpoint) -> None:
     folder = small_checkpoint("llama")
     expected = plain_tokens(folder)
 
     def body(control: Control) -> Any:
-        engine = stream(folder, control=control, embeddings="cpu", world_size=2, fetch=fetch)
+        engine = stream(folder, control=control, embeddings=embeddings, world_size=2, fetch=fetch)
         try:
             return tokens_of(engine), engine.stats().shared_host_bytes
         finally:

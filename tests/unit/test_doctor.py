@@ -36,6 +36,7 @@ def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measure_module, "measure_disk", lambda folder: measure_disk(folder, file_bytes=16 << 20, read_s=0.01)
     )
+    monkeypatch.setattr(measure_module, "measure_page_reads", lambda folder: 80_000.0)
     monkeypatch.setattr(measure_module, "measure_host_copy", lambda: (12.5, 25.0))
     monkeypatch.setattr(measure_module, "measure_host_read", lambda: 60.0)
 
@@ -164,7 +165,7 @@ def test_rates_print_with_units_and_an_origin_where_they_were_not_measured() -> 
 
 def test_every_rate_has_a_row() -> None:
     tables = {"links_gbps", "all_gather_gbps", "nccl_bytes"}
-    special = {"disk_gbps": {"/d": 1.0}, "disk_gbps_by_requests": {"/d": {1: 1.0}}, "matmul_tflops": {"d": {1: 1.0}}}
+    special = {"disk_gbps": {"/d": 1.0}, "disk_reads_per_s": {"/d": 1.0}, "matmul_tflops": {"d": {1: 1.0}}}
     for field in fields(Rates):
         if field.name not in ("origins", "disk_gbps_by_requests"):
             value = special.get(field.name, {2: 1} if field.name in tables else 1)

@@ -24,7 +24,7 @@ from zeroinf.hardware.measure import all_rates as measure_module
 from zeroinf.hardware.measure import children
 from zeroinf.hardware.measure.all_rates import gpu_counts, measure_machine
 from zeroinf.hardware.measure.children import run_children
-from zeroinf.hardware.measure.disk_rate import REQUESTS_IN_FLIGHT, measure_disk
+from zeroinf.hardware.measure.disk_rate import REQUESTS_IN_FLIGHT, measure_disk, measure_page_reads
 from zeroinf.hardware.measure.footprint import _multiply, _use
 from zeroinf.hardware.measure.gpu_rates import kernels_of, measure_model_launch
 from zeroinf.hardware.measure.host_copy_rate import measure_host_copy
@@ -101,10 +101,20 @@ def test_gpu_counts_double_up_to_all(number: int) -> None:
     assert all(more <= 2 * less for less, more in itertools.pairwise(counts))
 
 
+def small_pages(folder: Path) -> float:
+    return measure_page_reads(folder, file_bytes=16 << 20, most_s=0.1)
+
+
+def test_single_pages_are_read_at_some_rate_and_leave_nothing(tmp_path: Path) -> None:
+    assert small_pages(tmp_path) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_machine_without_gpus_measures_disk_and_host_and_a_failure_stops_nothing(
     direct_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure_module, "measure_disk", small_disk)
+    monkeypatch.setattr(measure_module, "measure_page_reads", small_pages)
     monkeypatch.setattr(measure_module, "measure_host_copy", lambda: measure_host_copy(nbytes=8 << 20))
     monkeypatch.setattr(measure_module, "measure_host_read", lambda: measure_host_read(nbytes=8 << 20))
     absent = direct_folder / "absent"
@@ -112,7 +122,7 @@ def test_machine_without_gpus_measures_disk_and_host_and_a_failure_stops_nothing
     said: list[str] = []
     rates = measure_machine(machine, said.append)
     host = {"host_copy_gbps", "host_recopy_gbps", "host_read_gbps"}
-    assert set(rates.known) == {*host, "disk_gbps", "disk_gbps_by_requests"}
+    assert set(rates.known) == {*host, "disk_gbps", "disk_gbps_by_requests", "disk_reads_per_s"}
     assert set(rates.origins.values()) == {"measured"}
     assert rates.of_disk(machine.disks[1]) == max((rates.disk_gbps or {}).values())
     assert any(line.startswith(f"not measured: disk of {absent}: ") for line in said)

@@ -21,6 +21,8 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         by_requests = (rates.disk_gbps_by_requests or {}).get(volume)
         details = f"; by requests in flight: {_table(by_requests)}" if by_requests else ""
         yield "disk_gbps", f"disk {volume}", f"{gbps:.2f} GB/s{details}"
+    for volume, reads in (rates.disk_reads_per_s or {}).items():
+        yield "disk_reads_per_s", f"single pages of {volume}", f"{reads:,.0f} a second"
     if rates.host_copy_gbps is not None:
         yield "host_copy_gbps", "host memory copy", f"{rates.host_copy_gbps:.1f} GB/s"
     if rates.host_recopy_gbps is not None:

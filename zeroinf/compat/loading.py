@@ -67,3 +67,16 @@ def as_in_checkpoint(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = revert_weight_conversion(model, tensors)
     return found
+
+
+def joins_rows(mapping: Sequence[Any], pattern: str) -> bool:
+    """Whether the conversion with the source `pattern`, one of `mapping`, puts tensors one below the other, in the
+    order of the numbers in their names, and does nothing else."""
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    return any(
+        isinstance(one, WeightConverter)
+        and list(one.source_patterns) == [pattern]
+        and all(type(step) is Concatenate and step.dim == 0 for step in one.operations)
+        for one in mapping
+    )

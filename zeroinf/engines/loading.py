@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.checkpoint import read_facts
 from zeroinf.model.reading import reading_weights
-from zeroinf.model.source import ModelSource
+from zeroinf.model.source import CheckpointFacts, ModelSource
 from zeroinf.model.weights import weight_files
 from zeroinf.planner.plan import Plan
 
@@ -33,14 +34,15 @@ def load_engine(
     Raises ModelError for weights that are damaged, incomplete, or that would run code, whichever engine reads them.
     """
     if not source.random_weights:
-        _account_for_weights(source, control, listener)
+        source = replace(source, facts=_account_for_weights(source, control, listener))
     with reading_weights(source.name):
         engine: Engine = descriptor_of(plan.engine).load(plan, source, zero_config, control, device, listener)
         return engine
 
 
-def _account_for_weights(source: ModelSource, control: Control, listener: LoadListener) -> None:
-    """Check weights that were not on this machine when the model was looked up, once they have been fetched."""
+def _account_for_weights(source: ModelSource, control: Control, listener: LoadListener) -> CheckpointFacts:
+    """The facts of the checkpoint; weights that were not on this machine when the model was looked up are fetched and
+    checked."""
     facts = source.facts
     if facts is None:
         listener.fetching(source.name)
@@ -59,3 +61,4 @@ def _account_for_weights(source: ModelSource, control: Control, listener: LoadLi
     if facts.unused and control.world.is_main:
         named = ", ".join(facts.unused[:_NAMED]) + (", ..." if facts.unused[_NAMED:] else "")
         listener.note(f"the model does not use {len(facts.unused)} stored tensors: {named}")
+    return facts

@@ -18,6 +18,9 @@ from zeroinf.hardware.machine import Disk
 # O_DIRECT wants buffer, offset and length aligned to the device's logical block; none is larger than this.
 DIRECT_ALIGNMENT_BYTES = 4096
 
+PAGE_READERS = 64
+"""Threads that read single pages of files: what keeps an NVMe drive busy with small reads."""
+
 
 def read_disk(path: Path) -> Disk:
     """Read space, file system and O_DIRECT support of the folder `path`; writes one block to a temporary file."""

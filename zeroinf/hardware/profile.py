@@ -121,6 +121,6 @@ def _same_hardware(path: Path, machine: Machine) -> _File | None:
 def _of_disks(file: _File, disks: Sequence[Disk]) -> Rates:
     here = {disk.volume for disk in disks if file.volumes.get(disk.volume) == disk.device}
     kept = {}
-    for name in ("disk_gbps", "disk_gbps_by_requests"):
+    for name in ("disk_gbps", "disk_gbps_by_requests", "disk_reads_per_s"):
         kept[name] = {volume: gbps for volume, gbps in file.rates.known.get(name, {}).items() if volume in here} or None
     return file.rates.without(*kept).updated(Rates.of("measured", **kept))

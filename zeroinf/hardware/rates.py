@@ -31,6 +31,9 @@ class Rates:
     disk_gbps_by_requests: Mapping[str, Mapping[int, float]] | None = None
     """The same by the number of requests in flight, each of 4 MiB."""
 
+    disk_reads_per_s: Mapping[str, float] | None = None
+    """Reads of a page each at any place of a file, as rows of tables are read, by `Disk.volume`."""
+
     matmul_tflops: Mapping[str, Mapping[int, float]] | None = None
     """By dtype ("bfloat16", "float16", "float32") and rows: rows x 8192 times an 8192 x 8192 weight, on one GPU."""
 

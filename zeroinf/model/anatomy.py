@@ -176,6 +176,8 @@ class Anatomy:
     """Why rows of a forward are padded to one length; empty where they can be packed into one sequence."""
     tables: tuple[Table, ...] = ()
     """Those of the tensors that tokens read by row: they need not be where the others are."""
+    unreadable_rows: str = ""
+    """Why rows of tables cannot be read from the checkpoint's files one by one; empty where they can."""
     unread: tuple[str, ...] = ()
     """Full dotted names of modules outside of the blocks that text does not go through, such as a vision tower."""
     mixers: Mixers | None = None

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Embedding
 
-from zeroinf.compat.loading import convert_and_load
+from zeroinf.compat.loading import conversions, convert_and_load, converted_name, joins_rows
 from zeroinf.compat.models import leave_out_ignored
 from zeroinf.errors import ModelError
 from zeroinf.model.anatomy import UNTIED
 from zeroinf.model.config import DTYPES, config_dtype
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.linears import note_stored
-from zeroinf.model.source import CheckpointFacts
+from zeroinf.model.source import CheckpointFacts, StoredRows
 from zeroinf.model.stored_names import StoredTensors, and_more, repeated_tensors, trace_names
 from zeroinf.model.stored_parts import parts_of
+from zeroinf.model.stored_rows import find_rows, unchanged_names
 from zeroinf.model.weights import HeldTensor, held_tensors, values_of
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,7 +52,9 @@ def read_facts(name: str, config: Any, files: Sequence[Path], *, trust_remote_co
     account = _Account(StoredTensors(name, held), model, _parted(model))
     account.check(files)
     untied = (*getattr(config, UNTIED, ()), *account.untied())
-    return CheckpointFacts(dtype=_main_dtype(held.values()), untied=untied, unused=account.unused)
+    return CheckpointFacts(
+        dtype=_main_dtype(held.values()), untied=untied, unused=account.unused, rows=account.rows(held)
+    )
 
 
 def _parted(model: Any) -> dict[str, tuple[str, ...]]:
@@ -161,6 +165,24 @@ class _Account:
             if None not in names and names[0] != names[1] and not self._are_equal(str(names[0]), str(names[1])):
                 found.append(target)
         return tuple(found)
+
+    def rows(self, held: Mapping[str, HeldTensor]) -> dict[str, tuple[StoredRows, ...]]:
+        """Where the rows of embeddings lie in the files that hold the tensors `held`, for those that can be read by
+        row."""
+        found = dict[str, tuple[StoredRows, ...]]()
+        for path, module in self._model.named_modules():
+            own = f"{path}.weight"
+            if isinstance(module, Embedding) and own in self._own:
+                names = unchanged_names(module.weight) if own in self._parted else self._joined_names(own)
+                if rows := find_rows(module.weight, names, held) if names else ():
+                    found[own] = rows
+        return found
+
+    def _joined_names(self, own: str) -> Sequence[str]:
+        """The stored tensors that the tensor `own` is, one below the other; empty where it is made otherwise."""
+        names, mapping = self._sources.get(own, ()), conversions(self._model)
+        converted = [converted_name(name, mapping, self._model.base_model_prefix, self._own)[1] for name in names[:1]]
+        return names if all(pattern is None or joins_rows(mapping, pattern) for pattern in converted) else ()
 
     def _are_equal(self, first: str, second: str) -> bool:
         one, other = self._stored.tensors[first], self._stored.tensors[second]

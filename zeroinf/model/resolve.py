@@ -78,7 +78,7 @@ def resolve_model(
         trust_remote_code=trust_remote_code,
         random_weights=random_weights,
         config=config,
-        facts=None if random_weights else facts,
+        facts=facts,
         weights=weights,
         adapter=adapter,
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ from typing import Any
 from zeroinf.errors import UsageError
 from zeroinf.model.adapter import Adapter
 from zeroinf.model.config import DTYPES, config_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """So many rows of a matrix, which lie in the safetensors `file` one after the other as the tensor `name`."""
+
+    file: Path
+    name: str
+    rows: int
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +35,8 @@ class CheckpointFacts:
     """Parameters that the model's class ties to others, which the config marks or the files store as their own."""
     unused: tuple[str, ...]
     """Stored tensors that the model does not have, but for those that transformers drops silently."""
+    rows: Mapping[str, tuple[StoredRows, ...]] = field(default_factory=dict, repr=False)
+    """Where the rows of embeddings lie, by the full dotted names of their weights: those that can be read by row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -125,9 +125,9 @@ class EngineOptions(Options):
         "auto",
         engine_specific=True,
         section="memory",
-        help="Where input embeddings and other tables that tokens read by row are: with the other weights, or in host "
-        "memory, where the CPU gathers the rows of each forward. auto takes what makes more tokens/s. With the "
-        "stream engine.",
+        help="Where input embeddings and other tables that tokens read by row are: with the other weights; in host "
+        "memory, where the CPU gathers the rows of each forward; or in the checkpoint's files (disk), from which it "
+        "reads them. auto takes what makes more tokens/s, and disk where host memory is short. With the stream engine.",
     )
     expert_parts: int | None = option(
         None,

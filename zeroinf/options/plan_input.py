@@ -38,7 +38,14 @@ from zeroinf.options.contradictions import (
 )
 from zeroinf.options.model import anatomy_of, source_of
 from zeroinf.options.options import PlanOptions
-from zeroinf.options.planning import constraints_of, loading_of, packed_on, plan_input_from, share_model
+from zeroinf.options.planning import (
+    constraints_of,
+    loading_of,
+    packed_on,
+    plan_input_from,
+    share_model,
+    unreadable_rows,
+)
 from zeroinf.planner.unified import divided
 from zeroinf.planner.workload import Lengths
 from zeroinf.service.text import TextCodec
@@ -162,7 +169,9 @@ def _as_run(options: PlanOptions, loaded: ModelSource | None, anatomy: Anatomy, 
     """The anatomy, with how a run would load these weights and whether its forwards could be packed on its GPUs."""
     if _is_here(options, machine):
         anatomy = packed_on(anatomy, "cuda")
-    return anatomy if loaded is None else replace(anatomy, loads=loading_of(loaded, anatomy))
+    if loaded is None:
+        return anatomy
+    return replace(anatomy, loads=loading_of(loaded, anatomy), unreadable_rows=unreadable_rows(loaded, anatomy))
 
 
 def _loaded(options: PlanOptions, source: ModelSource) -> ModelSource | None:

@@ -140,7 +140,11 @@ def plan_input_from(
 
 def _as_run(anatomy: Anatomy, source: ModelSource, device: str) -> Anatomy:
     """The anatomy, with how the weights of this checkpoint are loaded and whether its forwards can be packed here."""
-    return replace(packed_on(anatomy, device), loads=loading_of(source, anatomy))
+    return replace(
+        packed_on(anatomy, device),
+        loads=loading_of(source, anatomy),
+        unreadable_rows=unreadable_rows(source, anatomy),
+    )
 
 
 def _machine(options: RunOptions, lengths: Lengths, world: World, device: str) -> tuple[Machine, Rates]:
@@ -236,6 +240,17 @@ def loading_of(source: ModelSource, anatomy: Anatomy) -> Loading:
     if source.is_local and not can_be_converted(weight_files(source)):
         return "as a whole"
     return anatomy.loads
+
+
+def unreadable_rows(source: ModelSource, anatomy: Anatomy) -> str:
+    """Why rows of tables cannot be read from the files of this checkpoint one by one; empty where they can, or its
+    files are not here yet."""
+    if source.random_weights:
+        return "random weights lie in no file"
+    if source.facts is None:
+        return ""
+    lost = [table.tensor for table in anatomy.tables if table.tensor not in source.facts.rows]
+    return f"{lost[0]} does not lie in safetensors files as it is" if lost else ""
 
 
 def _refuse_idle(options: RunOptions, engine: str, world: World, device: str, anatomy: Anatomy) -> None:

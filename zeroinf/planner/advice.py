@@ -129,7 +129,7 @@ def remedies(
     constraints: Constraints, machine: Machine, anatomy: Anatomy, checkpoints: Mapping[str, str]
 ) -> Iterator[Change]:
     """Single changes with which something may fit where nothing did, those that cost nothing first."""
-    yield from _freed(constraints, machine)
+    yield from _freed(constraints, machine, anatomy)
     yield from smaller_weights(constraints, machine, anatomy)
     yield from _quantized(constraints, machine, anatomy, checkpoints)
     yield from _disk(constraints, machine)
@@ -138,9 +138,8 @@ def remedies(
 def remedies_together(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """Changes for where a single one does not do: smaller weights with another one."""
     for change in smaller_weights(constraints, machine, anatomy):
-        yield from (
-            change.then(more) for more in (*_freed(change.constraints, machine), *_disk(change.constraints, machine))
-        )
+        others = (*_freed(change.constraints, machine, anatomy), *_disk(change.constraints, machine))
+        yield from (change.then(more) for more in others)
 
 
 def more_memory(constraints: Constraints, machine: Machine, nearest: Rejection) -> Change:
@@ -158,7 +157,7 @@ def more_memory(constraints: Constraints, machine: Machine, nearest: Rejection) 
     )
 
 
-def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
+def _freed(constraints: Constraints, machine: Machine, anatomy: Anatomy) -> Iterator[Change]:
     """Settings that the user fixed, left to the planner instead."""
     if constraints.engine != default_engine():
         other = replace(constraints, engine=default_engine(), offload="auto", ranks_per_stream=1, host_share=0.0)
@@ -170,6 +169,9 @@ def _freed(constraints: Constraints, machine: Machine) -> Iterator[Change]:
     if constraints.resident_blocks is not None:
         blocks = replace(constraints, resident_blocks=None)
         yield Change(flags="--resident-blocks auto", constraints=blocks, machine=machine)
+    if constraints.embeddings != "auto" and anatomy.tables:
+        tables = replace(constraints, embeddings="auto")
+        yield Change(flags="--embeddings auto", constraints=tables, machine=machine)
     if constraints.offload != "auto":
         yield Change(flags="--offload auto", constraints=replace(constraints, offload="auto"), machine=machine)
 

@@ -11,8 +11,9 @@ from zeroinf.planner.wire import Wire
 Offload = Literal["none", "cpu", "nvme"]
 Fetch = Literal["replicated", "partitioned"]
 """Each rank pulls all weights over its own link, or its part of them, gathered over the links between GPUs."""
-Embeddings = Literal["gpu", "cpu"]
-"""Where tables that tokens read by row rest: with the other weights, or in host memory, where rows are gathered."""
+Embeddings = Literal["gpu", "cpu", "disk"]
+"""Where tables that tokens read by row rest: with the other weights; in host memory, where rows are gathered; or in the
+checkpoint's files, from which rows are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,12 +59,17 @@ class Constraints:
 
 
 def check_embeddings(embeddings: Embeddings | Literal["auto"], anatomy: Anatomy) -> None:
-    """Raise UsageError where embeddings cannot rest in host memory as asked."""
-    if embeddings == "cpu" and not anatomy.tables:
+    """Raise UsageError where embeddings cannot rest in host memory, or on a disk, as asked."""
+    if embeddings in ("cpu", "disk") and not anatomy.tables:
         why = "its head uses the same matrix" if anatomy.tied else "no table is read by row alone"
         raise UsageError(
-            f"--embeddings cpu: {anatomy.architecture} has no embeddings that could rest in host memory: {why}",
+            f"--embeddings {embeddings}: {anatomy.architecture} has no embeddings that could rest elsewhere: {why}",
             hint="drop it",
+        )
+    if embeddings == "disk" and anatomy.unreadable_rows:
+        raise UsageError(
+            f"--embeddings disk: rows of embeddings cannot be read by themselves: {anatomy.unreadable_rows}",
+            hint="--embeddings cpu",
         )
 
 

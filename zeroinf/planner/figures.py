@@ -167,6 +167,8 @@ class UnmeasuredFigures(Figures):
     link_gbps: float
     """A GPU whose link NVML does not describe."""
     disk_gbps: float
+    disk_reads_per_s: float
+    """Reads of a page each at any place of a file."""
     fill_gbps: float
     """Filling host memory from the page cache, and page-locking it."""
     host_read_gbps: float

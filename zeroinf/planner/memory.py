@@ -136,10 +136,15 @@ def with_layers(anatomy: Anatomy, embeddings: Embeddings) -> Anatomy:
 
 def table_pieces(anatomy: Anatomy, embeddings: Embeddings) -> tuple[int, ...]:
     """The bytes of the piece of each table that rests in host memory."""
-    if embeddings == "gpu":
+    if embeddings != "cpu":
         return ()
     sizes = (table.rows * table.row_bytes for table in anatomy.tables)
     return tuple(round_up(size, PIECE_ALIGNMENT) for size in sizes)
+
+
+def read_bytes(tables: Sequence[Table], tokens: int) -> int:
+    """Bytes of host memory for what so many tokens read of any one table in the checkpoint's files, in its dtype."""
+    return max((min(tokens * table.rows_per_token, table.rows) * table.row_bytes for table in tables), default=0)
 
 
 def gathered_tokens(passes: Passes) -> int:

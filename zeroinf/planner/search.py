@@ -20,7 +20,7 @@ from zeroinf.planner.descriptor import EngineTerms, descriptor_of, why_padded
 from zeroinf.planner.facts import Facts
 from zeroinf.planner.hill_climbing import climb
 from zeroinf.planner.kv import fetched_bytes
-from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, pieces, table_pieces, with_layers
+from zeroinf.planner.memory import SLOTS, MemoryPlace, largest_units, pieces, table_pieces, total, with_layers
 from zeroinf.planner.pass_shapes import PassShapes, SearchPoint
 from zeroinf.planner.routing import few_tokens
 from zeroinf.planner.search_space import fetches_of, offloads_of
@@ -42,6 +42,8 @@ _HOST_STEP = 1 / 16
 _WORTHWHILE = 1.03
 # So does what tokens read by row, if it takes so large a part of the GPU.
 _WORTHWHILE_SHARE = 1 / 32
+# Host memory of which a plan takes so large a part is short.
+_FULL_SHARE = 0.95
 # Experts may come in parts where layers in use take more than this part of the GPU; parts take less than that one.
 _FILLING_SHARE, _PARTS_SHARE = 1 / 2, 1 / 3
 # Of smaller layers, experts come in so many parts where only those are brought that a few rows are routed to: each part
@@ -147,6 +149,25 @@ class Planner:
     def _choose_embeddings(self, constraints: Constraints) -> Decision:
         if constraints.embeddings != "auto":
             return self._choose(constraints)
+        try:
+            best = self._choose_off_disk(constraints)
+        except NothingFitsError as error:
+            if not self._may_stay_in_files(constraints):
+                raise
+            try:
+                return self._choose(replace(constraints, embeddings="disk"))
+            except NothingFitsError as other:
+                raise min(error, other, key=lambda one: one.nearest.price) from None
+        if not self._may_stay_in_files(constraints) or not self._is_filling_host(best):
+            return best
+        try:
+            other_way = self._choose(replace(constraints, embeddings="disk"))
+        except NothingFitsError:
+            return best
+        return other_way if other_way.tokens_per_second > _WORTHWHILE * best.tokens_per_second else best
+
+    def _choose_off_disk(self, constraints: Constraints) -> Decision:
+        """The best plan with tables on the GPU or in host memory."""
         may_leave = self._may_leave(constraints)
         if may_leave and (constraints.expert_parts or 1) > 1:  # layers fill the GPU
             return self._choose(replace(constraints, embeddings="cpu"))
@@ -173,6 +194,21 @@ class Planner:
         if facts.device != "cuda" or offload == "none" or "embeddings" not in descriptor_of(constraints.engine).options:
             return False
         return sum(table_pieces(facts.anatomy, "cpu")) > facts.gpu_bytes * _WORTHWHILE_SHARE
+
+    def _may_stay_in_files(self, constraints: Constraints) -> bool:
+        """Whether rows of tables may be read from the checkpoint's files, and take much of the host in its memory."""
+        facts = self._facts
+        able = "embeddings" in descriptor_of(constraints.engine).options and not facts.anatomy.unreadable_rows
+        if not able or (facts.device == "cuda" and constraints.offload == "none"):
+            return False
+        return sum(table_pieces(facts.anatomy, "cpu")) > facts.host_bytes * _WORTHWHILE_SHARE
+
+    def _is_filling_host(self, decision: Decision) -> bool:
+        """Whether more layers would rest in host memory than there is room for."""
+        choice = decision.chosen.choice
+        return choice.nvme_blocks > 0 or (
+            choice.offload == "cpu" and total(decision.chosen.terms, "host") > _FULL_SHARE * self._facts.host_bytes
+        )
 
     def _choose(self, constraints: Constraints) -> Decision:
         ways = list(self._ways(constraints))

@@ -35,6 +35,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
     return Speeds(
         link_gbps=link,
         disk_gbps=sum(rates.of_disk(disk) or assumed.disk_gbps for disk in disks) or assumed.disk_gbps,
+        disk_reads_per_s=min((rates.disk_reads_per_s or {}).values(), default=assumed.disk_reads_per_s),
         gather_gbps=gather,
         tflops=_arithmetic(of_gpu, card, dtype),
         hbm_gbps=of_gpu.hbm_gbps * _reached(of_gpu, "hbm_gbps") if of_gpu.hbm_gbps else card.hbm_gbps,

@@ -93,7 +93,8 @@ def _tiers(plan: Plan, blocks: int) -> str:
     on_host = blocks - plan.resident_blocks - plan.nvme_blocks
     mixed = f" ({plan.host_units} part{'s' * (plan.host_units > 1)} of them in host memory)" if plan.host_units else ""
     computing = "on the GPU" if plan.device == "cuda" else "in CPU memory"
-    gathered = ", embeddings in host memory" if plan.embeddings == "cpu" else ""
+    resting = {"gpu": "", "cpu": "in host memory", "disk": "read by row from the checkpoint"}[plan.embeddings]
+    gathered = f", embeddings {resting}" if resting else ""
     gathered += f", experts in {plan.expert_parts} parts" if plan.expert_parts > 1 else ""
     gathered += f" (passes of up to {plan.routed_tokens} tokens: those routed to)" if plan.routed_tokens else ""
     parts = ((plan.resident_blocks, computing), (on_host, "in host memory"), (plan.nvme_blocks, f"on NVMe{mixed}"))
@@ -105,6 +106,7 @@ def _tiers(plan: Plan, blocks: int) -> str:
 def limited_by(timing: Timing, device: str) -> str:
     """The resource that a decode step waits for, in words that hold for the device."""
     words = dict[str, str]({"link": "PCIe transfer", "disk": "disk reads", "host memory": "reads of host memory"})
+    words |= {"disk rows": "reads of rows from the checkpoint"}
     words |= {"GPU memory": "GPU memory bandwidth", "all-gather": "the all-gather between GPUs"}
     if device == "cpu":
         words |= {"GPU memory": "memory bandwidth", "kernel launches": "operator calls", "link": "memory copies"}

@@ -26,7 +26,9 @@ from zeroinf.planner.routing import expert_bytes, routed_share
 from zeroinf.planner.walks import Walk, walks
 from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
 
-Resource = Literal["link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory"]
+Resource = Literal[
+    "link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory", "disk rows"
+]
 
 # How many lifetimes of rows are walked through, in how many strides each, and what is left of a row by rounding.
 _WAVES = 4
@@ -40,6 +42,7 @@ _FEWEST_GROUPS = 4
 _NEXT_TO_NOTHING = 1.005
 # Kernels' launches that the host spends on a gather beside its bytes: numbers come from the GPU, rows go there.
 _GATHER_LAUNCHES = 8
+_PAGE_BYTES = 4096
 # Kernels' launches that it takes the host to learn which experts a layer's tokens are routed to, and to copy these.
 _ASKING_LAUNCHES = 10
 _NEXT_TRIED = 1.2  # the cost is flat around the best number: those between are not worth their time
@@ -51,6 +54,8 @@ class Speeds:
 
     link_gbps: float
     disk_gbps: float
+    disk_reads_per_s: float
+    """Reads of a page each, of rows of tables in files, by all ranks together."""
     gather_gbps: float
     """An all-gather over the ranks: bytes of the whole result a second."""
     tflops: float
@@ -272,14 +277,18 @@ def _copies_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Spee
 def _add_gathering(
     times: dict[Resource, float], anatomy: Anatomy, choice: Choice, speeds: Speeds, tokens: float, forwards: int
 ) -> None:
-    """Add what gathering rows of tables in host memory takes for so many tokens in so many forwards: the host waits for
-    their numbers, reads and writes each row, and a kernel fetches them over the link."""
+    """Add what gathering rows of tables takes for so many tokens in so many forwards: the host waits for their numbers,
+    reads and writes each row, and a kernel fetches them over the link. In files, all pages that they lie in are read,
+    as if none had been before."""
     if choice.embeddings == "gpu":
         return
     nbytes = tokens * sum(table.token_bytes for table in anatomy.tables)
     times["GPU memory"] += nbytes / speeds.link_gbps / 1e9
     times["kernel launches"] += 2 * nbytes / speeds.fill_gbps / 1e9
     times["kernel launches"] += _GATHER_LAUNCHES * forwards * len(anatomy.tables) * speeds.model_launch_s
+    for table in anatomy.tables if choice.embeddings == "disk" else ():
+        rows = min(tokens * table.rows_per_token, forwards * table.rows)
+        times["disk rows"] += rows * (1 + table.row_bytes / _PAGE_BYTES) / speeds.disk_reads_per_s
 
 
 def _attended_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
@@ -688,16 +697,19 @@ def _pass(
     """
     both = {name: work[name] + more[name] for name in work}
     on_gpu: tuple[Resource, ...] = ("arithmetic", "GPU memory")
-    gpu_s = sum(both[resource] for resource in on_gpu)
+    rows_s = both["disk rows"]  # which neither the host nor the GPU does anything beside
+    gpu_s = sum(both[resource] for resource in on_gpu) + rows_s
     times: dict[Resource, float] = {
         **waits,
         "link": waits["link"] + both["link"],
-        "kernel launches": waits["kernel launches"] + both["kernel launches"],
+        "kernel launches": waits["kernel launches"] + both["kernel launches"] + rows_s,
         max(on_gpu, key=lambda resource: both[resource]): gpu_s,
     }
     if both["host memory"]:
         times["host memory"] = waits["host memory"] + both["host memory"]
     slowest = max(times, key=lambda resource: times[resource])
+    if 2 * rows_s > times[slowest]:
+        slowest, times["disk rows"] = "disk rows", times[slowest]
     if not overlaps:
         return sum(waits.values()) + max(both["kernel launches"], gpu_s), slowest
     together = hypot(times["link"], times["kernel launches"]) if both["link"] else 0.0
@@ -710,7 +722,7 @@ def _times(
     """Seconds of kernels by what each of them is bound by, and of launching them, where the host takes `launch_s` for
     a group."""
     times: dict[Resource, float] = {"arithmetic": 0.0, "GPU memory": 0.0, "kernel launches": 0.0, "link": 0.0}
-    times["host memory"] = 0.0
+    times["host memory"] = times["disk rows"] = 0.0
     for group in groups:
         launches, arithmetic, memory = _once(_Run(group.kernels), speeds, launch_s)
         times["kernel launches"] += group.times * launches

@@ -112,6 +112,8 @@ def make_plan(plan_input: PlanInput, *, advise: bool = False, remedy: bool = Tru
     asks = plan_input.constraints.kv_attention == "cpu"
     if (plan.kv_attention == "cpu" and plan.no_host_kernel) or (asks and not speeds.reads_host):
         speeds = replace(speeds, projected=(*speeds.projected, "host_read_gbps"))
+    if plan.embeddings == "disk" and plan_input.rates.disk_reads_per_s is None:
+        speeds = replace(speeds, projected=(*speeds.projected, "disk_reads_per_s"))
     could_attend = not asks and could_attend_on_cpu(plan_input) and decision.chosen.timing.binds == "link"
     return PlanResult(plan=plan, decision=decision, speeds=speeds, advice=worthwhile(advice), could_attend=could_attend)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
@@ -26,7 +26,7 @@ from zeroinf.model.config import quantization
 from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
 from zeroinf.model.pretrained import load_pretrained
-from zeroinf.model.source import ModelSource
+from zeroinf.model.source import ModelSource, StoredRows
 from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of
 from zeroinf.model.weights import can_be_converted, weight_files
 
@@ -59,9 +59,11 @@ class CheckpointWeights:
         control: Control | None,
         device: torch.device,
         load_progress: LoadProgress,
+        tables: Sequence[str] = (),
     ) -> None:
         """`model` is the skeleton that the groups come from. Without a `control` this process does all the work. Codes
-        are made on `device`: a GPU does that while the host reads."""
+        are made on `device`: a GPU does that while the host reads. The `tables`, by name, are no part of other tensors'
+        groups: of those whose rows lie in files as they are, no more than a few are in memory twice."""
         world = control.world if control is not None else None
         self._part, self._parts = (world.local_rank, world.local_size) if world is not None else (0, 1)
         self._groups, self._device = groups, device
@@ -74,9 +76,12 @@ class CheckpointWeights:
             found = quantization(source.config)
             self._tiles = _random_tiles(groups, found["quant_method"] if found else "")
         else:
-            self._open(model, source, control)
+            known = source.facts.rows if source.facts is not None else {}
+            self._open(model, source, control, {name: known[name] for name in tables if name in known})
 
-    def _open(self, model: Any, source: ModelSource, control: Control | None) -> None:
+    def _open(
+        self, model: Any, source: ModelSource, control: Control | None, rows: Mapping[str, Sequence[StoredRows]]
+    ) -> None:
         """Fetch what has to be fetched, and find out how the files can be read."""
         if control is not None:
             if self._part == 0:
@@ -86,6 +91,7 @@ class CheckpointWeights:
         files = weight_files(source)
         self._read = _read_directly(stored, model, files)
         self._converter: Converter | None = None
+        self._read_rows: _Read | None = None
         if self._read is None:
             if (found := quantization(source.config)) is not None:
                 method = found["quant_method"]
@@ -95,7 +101,10 @@ class CheckpointWeights:
                 )
             self._parts = 1 if self._part == 0 else 0
             if can_be_converted(files) and self._parts:
-                self._converter = Converter(model, files, self._groups)
+                apart = {part.name for parts in rows.values() for part in parts}
+                self._converter = Converter(model, files, self._groups, apart)
+                self._read_rows = _rows_reader(rows, files) if rows else None
+        self._rows = rows
         self._source, self._model = source, model
         self._loading = threading.Lock()
 
@@ -113,7 +122,9 @@ class CheckpointWeights:
             self._fill_all([piece], self._read_piece(piece[0]))
 
     def _read_piece(self, index: int) -> _Read:
-        """A reader for the tensors of a group whose weights transformers converts."""
+        """A reader for the tensors of a group whose weights transformers converts, or a table."""
+        if self._read_rows is not None and self._groups[index].tensors[0].names[0] in self._rows:
+            return self._read_rows
         with self._loading:
             if self._read is None and self._converter is not None:
                 values = self._converter.convert(self._groups[index])
@@ -189,6 +200,21 @@ def _read_directly(tensors: Sequence[Tensor], model: Any, files: Sequence[Path])
         for part in _needed(tensor, origins[tensor.names[0]]):
             found = [stored[name] for name in part.names]
             yield part.start, part.make(*(get() for _, get in found)), found[0][0]
+
+    return read
+
+
+def _rows_reader(rows: Mapping[str, Sequence[StoredRows]], files: Sequence[Path]) -> _Read:
+    """A reader of the tensors `rows`, by name, whose rows lie in safetensors `files` as they are."""
+    stored = _open(files)
+    assert stored is not None
+
+    def read(tensor: Tensor) -> Iterator[_Found]:
+        first, width = 0, tensor.value.shape[1]
+        for part in rows[tensor.names[0]]:
+            file, get = stored[part.name]
+            yield first * width, get(), file
+            first += part.rows
 
     return read
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ class Converter:
     """Lets transformers convert what a checkpoint holds for one group, so that no more than that lies in memory.
 
     `model` is the skeleton that `groups` come from. A block's weights are those whose names have its
-    number first, whatever else transformers does with their names.
+    number first, whatever else transformers does with their names; those `apart` are no group's.
     """
 
-    def __init__(self, model: Any, files: Sequence[Path], groups: Sequence[TensorGroup]) -> None:
+    def __init__(
+        self, model: Any, files: Sequence[Path], groups: Sequence[TensorGroup], apart: Container[str] = ()
+    ) -> None:
         from safetensors import safe_open
 
         self._model = model
@@ -39,6 +41,8 @@ class Converter:
             opened = safe_open(file, framework="pt")
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
             for name in names:
+                if name in apart:
+                    continue
                 number = _NUMBER.search(name)
                 self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
 

@@ -28,6 +28,7 @@ from zeroinf.engines.stream.read_ahead import ReadAhead
 from zeroinf.engines.stream.ring import Piece, Ring
 from zeroinf.engines.stream.rotary import rotary_kernel, rotating
 from zeroinf.engines.stream.routed import RestingPart, RoutedExperts, Routing, StoreReader, store_reader
+from zeroinf.engines.stream.row_files import RowFiles
 from zeroinf.engines.stream.stalls import StallMeter
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup, group_tensors
 from zeroinf.engines.stream.transfer import (
@@ -38,12 +39,13 @@ from zeroinf.engines.stream.transfer import (
     WeightTransfer,
 )
 from zeroinf.engines.stream.weights import Weights
+from zeroinf.errors import ModelError
 from zeroinf.model.experts import ExpertParts
 from zeroinf.model.inspect import find_stacks
 from zeroinf.model.quantized.expansion import Expansion, ExpansionSlot, expanded_bytes, expansions
 from zeroinf.model.quantized.fused import require_kernels
 from zeroinf.model.skeleton import build_skeleton
-from zeroinf.model.source import ModelSource
+from zeroinf.model.source import ModelSource, StoredRows
 from zeroinf.model.unread import leave_out
 from zeroinf.planner.coded_products import by_expert
 from zeroinf.planner.memory import CHUNK_BYTES, PIECE_ALIGNMENT, SLOTS
@@ -81,10 +83,10 @@ class StreamEngine:
         self._place = control.activity
         self._model = build_skeleton(source, plan.dtype)
         leave_out(self._model, plan.anatomy.unread)
-        apart, experts = plan.anatomy.tables if plan.embeddings == "cpu" else (), plan.anatomy.experts
-        groups, outside, tables = group_tensors(
-            self._model, plan.wire, [table.tensor for table in apart], experts, plan.expert_parts
-        )
+        apart = [table.tensor for table in plan.anatomy.tables] if plan.embeddings != "gpu" else []
+        groups, outside, tables = group_tensors(self._model, plan.wire, apart, plan.anatomy.experts, plan.expert_parts)
+        self._row_files = RowFiles(_stored_rows(apart, source)) if plan.embeddings == "disk" else None
+        kept = tables if self._row_files is None else ()
         if expansions(self._model):
             require_kernels(device)
         begin_trials(self._model, groups, CODES.get(plan.wire), device)
@@ -101,8 +103,8 @@ class StreamEngine:
         where = [tier for own in units for tier in own]
         self._weights = Weights(
             plan,
-            (*groups, outside, *tables),
-            (*where, "gpu", *(_HOST for _ in tables)),
+            (*groups, outside, *kept),
+            (*where, "gpu", *(_HOST for _ in kept)),
             self._model,
             source,
             control,
@@ -128,7 +130,7 @@ class StreamEngine:
             streamed = [index for index, tier in enumerate(where) if tier != "gpu"]
             self.in_step = plan.fetch == "partitioned" and bool(streamed)
             in_host = [index for index in streamed if where[index] == "host"]
-            numbers = range(len(groups) + 1, len(groups) + 1 + len(tables))
+            numbers = range(len(groups) + 1, len(groups) + 1 + len(kept))
             in_memory = self._weights.keep([*in_host, *numbers])
             residents = [*(index for index, tier in enumerate(where) if tier == "gpu"), len(groups)]
             placed = list(self._weights.place(residents))
@@ -137,7 +139,7 @@ class StreamEngine:
             self._choose_kernels(plan, groups)
             self._bind_residents(placed, groups, outside)
             if tables:
-                self._gather(plan, [(group, in_memory[number]) for number, group in zip(numbers, tables, strict=True)])
+                self._gather(plan, tables, [in_memory[number] for number in numbers])
             if plan.wire != "model" and device.type == "cuda":
                 torch.cuda.empty_cache()  # plans know nothing of where codes were made
             stacks = [list(layers) for _, layers in find_stacks(self._model)]
@@ -259,15 +261,26 @@ class StreamEngine:
     def _expander(self, group: TensorGroup) -> Expander:
         return self._expanders[group.entries is not None]
 
-    def _gather(self, plan: Plan, tables: Sequence[tuple[TensorGroup, torch.Tensor]]) -> None:
-        """Let embeddings read rows of `tables`, groups of one tensor each with their pieces in host memory."""
+    def _gather(self, plan: Plan, tables: Sequence[TensorGroup], pieces: Sequence[torch.Tensor]) -> None:
+        """Let embeddings read rows of `tables`, groups of one tensor each, whose `pieces` lie in host memory; or, if
+        there are none, of files."""
         pin = plan.pin_memory and self._device.type == "cuda"
         self._gatherer = Gatherer(plan.anatomy.tables, plan.gathered_tokens, self._device, pin=pin)
-        for group, piece in tables:
-            ((tensor, matrix),) = group.views(piece)
+        for number, group in enumerate(tables):
+            (tensor,) = group.tensors
             ((module, _),) = tensor.sites
             assert isinstance(module, Embedding)
-            self._gatherer.attach(module, matrix)
+            if self._row_files is not None:
+                self._gatherer.attach(module, partial(self._read_rows, self._row_files, tensor.names[0]))
+            else:
+                ((_, matrix),) = group.views(pieces[number])
+                self._gatherer.attach(module, partial(_rows_in_memory, matrix))
+
+    def _read_rows(self, files: RowFiles, name: str, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = files.read_s
+        found = files.read(name, numbers)
+        self._stalls.held_up(files.read_s - before)
+        return found
 
     def _stream(
         self,
@@ -407,7 +420,7 @@ class StreamEngine:
             + (self._routing.pinned_bytes if self._routing is not None else 0),
             slot_bytes=sum(slot.numel() for slot in slots),
             link_busy_s=sum(meter.seconds() for meter in self._link_meters),
-            stalls=self._stalls.total() if self._rings else Stalls(),
+            stalls=self._stalls.total() if self._rings or self._row_files else Stalls(),
         )
 
     def close(self) -> None:
@@ -417,9 +430,26 @@ class StreamEngine:
             ahead.close()
         if self._gatherer is not None:
             self._gatherer.close()
+        if self._row_files is not None:
+            self._row_files.close()
         if self._routing is not None:
             self._routing.close()
         self._weights.close()
+
+
+def _stored_rows(tables: Sequence[str], source: ModelSource) -> dict[str, tuple[StoredRows, ...]]:
+    """Where the rows of `tables` lie in the files of `source`. Raises ModelError where they do not as they are."""
+    known = source.facts.rows if source.facts is not None else {}
+    if strange := [name for name in tables if name not in known]:
+        raise ModelError(
+            f"rows of {strange[0]} cannot be read from the files of {source.name}: they do not lie there as they are",
+            hint="--embeddings cpu, or a checkpoint in safetensors",
+        )
+    return {name: known[name] for name in tables}
+
+
+def _rows_in_memory(matrix: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return matrix, numbers
 
 
 _Views = list[tuple[Tensor, torch.Tensor]]

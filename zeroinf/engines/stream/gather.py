@@ -1,12 +1,14 @@
-"""Embeddings in host memory: the CPU gathers the rows that a forward reads, and the embedding runs on these alone.
+"""Embeddings in host memory or on a disk: the CPU gathers the rows that a forward reads, and the embedding runs on
+these alone.
 
-Input: `nn.Embedding` modules with their matrices in host memory. Each call of one copies its rows into a small buffer
-on the device and lets the unmodified module look up these, in the order in which they were asked for.
+Input: `nn.Embedding` modules with their matrices in host memory, or functions that read rows. Each call of one copies
+its rows into a small buffer on the device and lets the unmodified module look up these, in the order in which they were
+asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ from zeroinf.compat.modules import own_parameters
 from zeroinf.engines.stream.host_memory import HostMemory
 from zeroinf.model.anatomy import Table
 from zeroinf.planner.memory import INDEX_BYTES, gathered_bytes, round_up
+
+FindRows = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Of numbers of rows of a matrix (int64): rows (some of the matrix, or all) in host memory, and where each of the
+numbers lies among them."""
 
 
 class Gatherer:
@@ -37,17 +43,18 @@ class Gatherer:
         self._rows = torch.empty(row_bytes, dtype=torch.uint8, device=self._device)
         self._numbers = torch.arange(number_bytes // INDEX_BYTES, device=self._device)
 
-    def attach(self, module: Embedding, matrix: torch.Tensor) -> None:
-        """Let `module` read rows of `matrix` (rows, width), which lies in host memory."""
+    def attach(self, module: Embedding, find: FindRows) -> None:
+        """Let `module` read the rows that `find` finds, in the dtype that its weight has."""
         own = own_parameters(module)
+        shape, dtype = module.weight.shape, module.weight.dtype
         # Models ask where weights are, of what dtype and shape: one row answers for all of them.
-        one = torch.zeros(1, matrix.shape[1], dtype=matrix.dtype, device=self._device)
-        absent = own["weight"] = Parameter(one.expand(matrix.shape), requires_grad=False)
+        one = torch.zeros(1, shape[1], dtype=dtype, device=self._device)
+        absent = own["weight"] = Parameter(one.expand(shape), requires_grad=False)
         module.padding_idx = None  # of no use but in training, and rows have other numbers here
 
         def before(module: Embedding, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             (ids,) = args
-            own["weight"] = Parameter(self._gather(matrix, ids), requires_grad=False)
+            own["weight"] = Parameter(self._gather(find, ids, dtype), requires_grad=False)
             return (self._numbers[: ids.numel()].view(ids.shape),)
 
         def after(module: Embedding, args: Any, output: Any) -> None:
@@ -56,18 +63,22 @@ class Gatherer:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
 
-    def _gather(self, matrix: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The rows `ids` of `matrix`, on the device: (as many as `ids`, width)."""
-        wanted = ids.reshape(-1).cpu()
-        nbytes = wanted.numel() * matrix.shape[1] * matrix.itemsize
+    def _gather(self, find: FindRows, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows `ids` that `find` finds, on the device: (as many as `ids`, width)."""
+        rows, wanted = find(ids.reshape(-1).cpu())
+        shape = wanted.numel(), rows.shape[1]
+        nbytes = wanted.numel() * rows.shape[1] * dtype.itemsize
         if nbytes > self._rows.numel() or wanted.numel() > self._numbers.numel():
             self.close()
             most = max(wanted.numel(), self._numbers.numel())
             self._make(round_up(max(nbytes, self._rows.numel()), INDEX_BYTES), INDEX_BYTES * most)
-        shape = wanted.numel(), matrix.shape[1]
-        torch.index_select(matrix, 0, wanted, out=self._host.bytes[:nbytes].view(matrix.dtype).view(shape))
+        gathered = self._host.bytes[:nbytes].view(dtype).view(shape)
+        if rows.dtype == dtype:
+            torch.index_select(rows, 0, wanted, out=gathered)
+        else:
+            gathered.copy_(rows.to(dtype)[wanted])
         copy_to_device(self._host.bytes, self._rows, nbytes)
-        return self._rows[:nbytes].view(matrix.dtype).view(shape)
+        return self._rows[:nbytes].view(dtype).view(shape)
 
     @property
     def pinned_bytes(self) -> int:

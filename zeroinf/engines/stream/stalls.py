@@ -26,7 +26,7 @@ class _Mark:
     event: Any
     spent: Literal["compute", "host", "weights", "between"]
     disk_s: float = 0.0
-    """Of a wait for weights, how long the host was held up by the disk."""
+    """Of this time, how long the host was held up by the disk."""
 
 
 class StallMeter:
@@ -66,6 +66,13 @@ class StallMeter:
         been read. Not called for layers that stay on the GPU."""
         if self._compute.is_there:
             self._mark("weights", disk_s)
+        else:
+            self._disk_s += disk_s
+
+    def held_up(self, disk_s: float) -> None:
+        """The host has waited for a disk, with nothing more for the GPU to do."""
+        if self._compute.is_there:
+            self._mark("between" if self._begins else "host", disk_s)
         else:
             self._disk_s += disk_s
 

@@ -31,6 +31,7 @@ from zeroinf.planner.memory import (
     largest_units,
     piece_bytes,
     process_terms,
+    read_bytes,
     round_up,
     routed_buffer_bytes,
     store_terms,
@@ -43,7 +44,11 @@ from zeroinf.planner.walks import walks
 from zeroinf.planner.wire import Wire, is_coded
 from zeroinf.planner.workload import Workload
 
-OUTSIDE: dict[Embeddings, str] = {"gpu": "embeddings, head, norms", "cpu": "head, norms"}
+OUTSIDE: dict[Embeddings, str] = {
+    "gpu": "embeddings, head, norms",
+    "cpu": "head, norms",
+    "disk": "head, norms",
+}
 
 
 def memory_terms(
@@ -129,6 +134,7 @@ def stream_host_terms(
         Term("host", "weights, page-locked", locked, "counted"),
         Term("host", "embeddings, page-locked", of_one["tables"], "counted"),
         Term("host", "gathered rows, page-locked", of_one["gathered rows"] * world_size, "counted"),
+        Term("host", "rows read from files", _read_bytes(anatomy, choice) * world_size, "counted"),
         Term("host", "KV cache, page-locked", of_one["keys and values"] * world_size, "counted"),
         Term("host", "attention on the CPU, page-locked", of_one["steps"] * world_size, "counted"),
         Term("host", "NVMe read ring, page-locked", rings, "counted"),
@@ -198,10 +204,15 @@ def _pulled_bytes(piece: int, choice: Choice, world_size: int) -> int:
 
 
 def _gathered_bytes(anatomy: Anatomy, choice: Choice) -> tuple[int, ...]:
-    """Bytes of the buffers for what a forward gathers of tables in host memory; empty where there are none."""
+    """Bytes of the buffers for what a forward gathers of tables that are not on the GPU; empty where there are none."""
     if choice.embeddings == "gpu" or not anatomy.tables:
         return ()
     return gathered_bytes(anatomy.tables, gathered_tokens(choice))
+
+
+def _read_bytes(anatomy: Anatomy, choice: Choice) -> int:
+    """Bytes of what a forward reads of a table in the checkpoint's files."""
+    return read_bytes(anatomy.tables, gathered_tokens(choice)) if choice.embeddings == "disk" else 0
 
 
 def _passing_bytes(anatomy: Anatomy, choice: Choice, locked_bytes: int) -> int:
@@ -213,15 +224,16 @@ def _passing_bytes(anatomy: Anatomy, choice: Choice, locked_bytes: int) -> int:
     if anatomy.loads == "in place":
         return 0
     tables = table_pieces(anatomy, choice.embeddings)
-    largest, every = _loaded_bytes(anatomy, choice.embeddings, choice.expert_parts)
+    by_row = choice.embeddings != "gpu" and not anatomy.unreadable_rows
+    largest, every = _loaded_bytes(anatomy, choice.embeddings, choice.expert_parts, by_row=by_row)
     whole = max(0, every - locked_bytes - sum(tables)) if anatomy.loads == "as a whole" else 0
     return 3 * largest + whole
 
 
 @lru_cache(maxsize=64)
-def _loaded_bytes(anatomy: Anatomy, embeddings: Embeddings, parts: int) -> tuple[int, int]:
-    """Bytes of the largest piece that is loaded, and of all."""
+def _loaded_bytes(anatomy: Anatomy, embeddings: Embeddings, parts: int, *, by_row: bool) -> tuple[int, int]:
+    """Bytes of the largest piece that is loaded as a whole, and of all; tables may be loaded `by_row`."""
     layers = with_layers(anatomy, embeddings)
     own = (size for sizes in units(layers, "model", parts) for size in sizes)
-    sizes = [piece_bytes(layers.outside), *own, *table_pieces(anatomy, embeddings)]
-    return max(sizes), sum(sizes)
+    sizes, tables = [piece_bytes(layers.outside), *own], table_pieces(anatomy, embeddings)
+    return max(*sizes, *(() if by_row else tables)), sum(sizes) + sum(tables)

@@ -46,6 +46,7 @@ class Weights:
         self._pin = plan.pin_memory and device.type == "cuda"
         self._host: HostMemory | None = None
         self.used: StoreInUse | None = None
+        tables = [table.tensor for table in plan.anatomy.tables] if plan.embeddings != "gpu" else []
         loaded = sum(group.nbytes for group, tier in zip(groups, where, strict=True) if tier != "nvme")
 
         if plan.offload == "nvme":
@@ -55,13 +56,13 @@ class Weights:
                 contents,
                 in_order(plan.nvme_paths),
                 control,
-                lambda: CheckpointWeights(groups, model, source, None, device, written),
+                lambda: CheckpointWeights(groups, model, source, None, device, written, tables),
                 listener,
             )
             self._weight_source: WeightSource = StoredWeights(self.used, control, LoadProgress(loaded, listener.filled))
         else:
             self._weight_source = CheckpointWeights(
-                groups, model, source, control, device, LoadProgress(loaded, listener.filled)
+                groups, model, source, control, device, LoadProgress(loaded, listener.filled), tables
             )
 
     def keep(self, groups: Sequence[int]) -> Mapping[int, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.machine import Disk, Gpu, Machine
 from zeroinf.hardware.measure.all_gather_rate import measure_all_gather
-from zeroinf.hardware.measure.disk_rate import measure_disk
+from zeroinf.hardware.measure.disk_rate import measure_disk, measure_page_reads
 from zeroinf.hardware.measure.footprint import measure_footprint
 from zeroinf.hardware.measure.gpu_rates import (
     measure_hbm,
@@ -100,6 +100,7 @@ def _disk(disk: Disk) -> dict[str, Any]:
     return {
         "disk_gbps": {disk.volume: max(by_requests.values())},
         "disk_gbps_by_requests": {disk.volume: by_requests},
+        "disk_reads_per_s": {disk.volume: measure_page_reads(disk.path)},
     }
 
 

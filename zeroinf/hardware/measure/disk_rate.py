@@ -1,4 +1,5 @@
-"""Measures a disk's read rate with O_DIRECT, by the number of requests in flight."""
+"""Measures a disk's read rate with O_DIRECT, by the number of requests in flight, and how many single pages it reads a
+second."""
 
 from __future__ import annotations
 
@@ -14,10 +15,17 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zeroinf.hardware.disk import PAGE_READERS
 
 REQUESTS_IN_FLIGHT = (1, 2, 4, 8, 16, 32)
 
 _REQUEST_BYTES = 4 << 20
+_PAGES_AT_ONCE = 64
+_PAGES_FILE_BYTES = 1 << 30
 # More than a drive keeps in memory of its own.
 _FILE_BYTES = 4 << 30
 
@@ -54,6 +62,34 @@ def disk_readings(
             yield partial(_read_gbps, descriptor, requests)
         finally:
             os.close(descriptor)
+
+
+def measure_page_reads(folder: Path, *, file_bytes: int = _PAGES_FILE_BYTES, most_s: float = 2.0) -> float:
+    """Pages a second of a mapped file that threads read at any place, as rows of tables are read.
+
+    Each page is read once, for `most_s` at the most. Raises OSError where the file system is full.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        size_bytes = min(file_bytes, shutil.disk_usage(folder).free // 4)
+        nbytes = _write(file.fileno(), size_bytes, 10.0) * _REQUEST_BYTES
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        memory = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
+        memory.madvise(mmap.MADV_RANDOM)
+        pages = np.frombuffer(memory, np.uint8).reshape(-1, mmap.PAGESIZE)
+        started = time.perf_counter()
+
+        def read(share: np.ndarray[Any, Any]) -> int:
+            done, copied = 0, np.empty((_PAGES_AT_ONCE, mmap.PAGESIZE), np.uint8)
+            while done < len(share) and (done == 0 or time.perf_counter() - started < most_s):
+                some = share[done : done + _PAGES_AT_ONCE]
+                np.take(pages, some, 0, copied[: len(some)], mode="clip")
+                done += len(some)
+            return done
+
+        with ThreadPoolExecutor(PAGE_READERS) as pool:
+            order = np.random.default_rng(0).permutation(len(pages))
+            count = sum(pool.map(read, np.array_split(order, PAGE_READERS)))
+        return count / (time.perf_counter() - started)
 
 
 def _write(descriptor: int, file_bytes: int, limit_s: float) -> int:
