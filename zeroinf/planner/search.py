@@ -156,8 +156,8 @@ class Planner:
                 raise
             try:
                 return self._choose(replace(constraints, embeddings="disk"))
-            except NothingFitsError as other:
-                raise min(error, other, key=lambda one: one.nearest.price) from None
+            except NothingFitsError:
+                raise error from None  # with what it lacks it would be as fast as it can be
         if not self._may_stay_in_files(constraints) or not self._is_filling_host(best):
             return best
         try:
