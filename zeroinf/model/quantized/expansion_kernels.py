@@ -25,7 +25,7 @@ from zeroinf.model.quantized.ggml_kernels import expand_blocks
 
 _UNIT = 8
 # Units of ggml's types whose codes share bytes, which one thread computes.
-_FOLDS = dict.fromkeys((2, 3, 6, 7, 12, 13, 20, 23, 39, 40), 2) | dict.fromkeys((10, 11, 14, 35), 4)
+_FOLDS = dict.fromkeys((2, 3, 6, 7, 8, 12, 13, 20, 23, 39, 40), 2) | dict.fromkeys((10, 11, 14, 35), 4)
 
 
 class Tile(NamedTuple):
@@ -41,6 +41,7 @@ TILES = {
     "blocks in a row": Tile(1, 256, 4),
     "blocks in a row, one a thread": Tile(1, 128, 4),
     "points in a row": Tile(1, 128, 1),
+    "points in a row, of two loads": Tile(1, 256, 2),
     "rows": Tile(4, 64, 4),
     "rows in groups of an order": Tile(1, 128, 4),
     "rows in groups of an order, with scales side by side": Tile(64, 8, 4),
@@ -51,6 +52,8 @@ TILES = {
 by what makes programs of another size the faster ones (scripts/bench-expansion, on an H200)."""
 # Q8_0, Q2_K and Q6_K, of which a thread reads most bytes.
 _ONE_A_THREAD = (8, 10, 14)
+# IQ1_S, IQ2_S and IQ1_M, of which a thread's loads wait for others.
+_OF_TWO_LOADS = (19, 22, 29)
 # A scale of more than any row or matrix has is that of all of it.
 _ALL = 1 << 30
 # Side by side on the second axis of a grid.
@@ -68,6 +71,8 @@ def expand_ggml(
     flat = "blocks in a row" if fold > 1 else "points in a row"
     if kind in _ONE_A_THREAD:
         flat = "blocks in a row, one a thread"
+    elif kind in _OF_TWO_LOADS:
+        flat = "points in a row, of two loads"
     _launch(expand_blocks, whole, given, (), fold=fold, flat=flat, **kinds)
 
 

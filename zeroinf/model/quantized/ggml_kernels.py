@@ -51,6 +51,11 @@ def _bit(low, high, shift, place, to: tl.constexpr):  # type: ignore[no-untyped-
 def _small_block(at, own, place, table, inside, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values of the units `own` and `own` + 2 of a block of 32 weights: the low bits of eight bytes, and the high
     ones."""
+    if KIND == 8:
+        low, high = load_eight(at + 2 + own * 8, inside, 1)
+        below, above = load_eight(at + 18 + own * 8, inside, 1)
+        scale = load_half(at, inside)
+        return scale * _signed_byte(low, high, place), scale * _signed_byte(below, above, place)
     start: tl.constexpr = 1 if KIND == 39 else 4 if KIND == 3 else 6 if KIND == 6 else 8 if KIND == 7 else 2
     aligned: tl.constexpr = 4 if KIND == 3 or KIND == 7 else 1
     low, high = load_eight(at + start + own * 8, inside, aligned)
