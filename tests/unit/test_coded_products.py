@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from zeroinf.planner.coded_products import EXPAND_MXFP4, ON_EXPANDED_MXFP4, ON_MXFP4, in_parts, with_many_rows
+from zeroinf.planner.coded_products import (
+    EXPAND_MXFP4,
+    ON_EXPANDED_MXFP4,
+    ON_MXFP4,
+    at_once,
+    in_parts,
+    with_many_rows,
+)
 from zeroinf.planner.figures import fitted_figures
 from zeroinf.planner.kernel_times import kernel_s
 from zeroinf.planner.workload import Kernel, Kernels
@@ -58,3 +65,13 @@ def test_each_part_of_the_experts_multiplies_its_own_rows_alone() -> None:
     groups = in_parts(simulated, 4)
     assert groups[1] == Kernels(3.0, (other, *[Kernel(200, 50, ON_MXFP4)] * 4))
     assert in_parts(simulated, 1) == tuple(simulated)
+
+
+def test_experts_that_are_brought_one_by_one_launch_once_what_parts_launch_each() -> None:
+    attend, route, product, add = (
+        Kernel(8, 50, name) for name in ("packed attention", "route_tokens", ON_MXFP4, "add")
+    )
+    simulated = [Kernels(1.0, (add, add)), Kernels(3.0, (attend, attend, *(route, product, product) * 4, add))]
+    groups = at_once(simulated, 4)
+    assert groups == (Kernels(1.0, (add, add)), Kernels(3.0, (attend, attend, route, product, product, add)))
+    assert at_once(simulated, 1) == tuple(simulated)

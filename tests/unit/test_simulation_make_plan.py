@@ -269,7 +269,7 @@ def test_a_short_job_waits_for_its_graphs() -> None:
         assert plan.graph_tokens and plan.timing is not None
         return plan.timing.tokens_per_second
 
-    assert speed(8) < 0.95 * speed(800)
+    assert speed(8) < 0.7 * speed(800)
 
 
 def test_recurrent_layers_are_launched() -> None:

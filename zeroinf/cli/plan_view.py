@@ -142,6 +142,8 @@ def _print_rates(console: Console, plan_input: PlanInput, found: PlanResult, *, 
             f"all-gather {speeds.gather_gbps:.0f} GB/s, {speeds.tflops:.0f} TFLOPS, "
             f"GPU memory {speeds.hbm_gbps:.0f} GB/s, {speeds.model_launch_s * 1e6:.1f} us a launch"
         )
+        if plan_input.anatomy.experts:
+            console.print("experts: each token is taken to choose its own evenly; tokens that are alike need fewer")
     if speeds.projected:
         console.print("\nestimated (this machine was not measured: run `zeroinf doctor --measure`)")
         if explain:

@@ -132,6 +132,24 @@ def in_parts(groups: Sequence[Kernels], parts: int) -> tuple[Kernels, ...]:
     )
 
 
+def at_once(groups: Sequence[Kernels], parts: int) -> tuple[Kernels, ...]:
+    """The kernels `groups`, simulated with experts in so many parts, where experts that were brought one by one compute
+    as one part: what a layer launches for each part, one after the other, it launches once."""
+    if parts == 1:
+        return tuple(groups)
+    return tuple(replace(group, kernels=_without_repeats(group.kernels, parts)) for group in groups)
+
+
+def _without_repeats(kernels: tuple[Kernel, ...], times: int) -> tuple[Kernel, ...]:
+    """The longest run of kernels that comes so many times without a pause, once; all where there is none."""
+    for length in range(len(kernels) // times, 0, -1):
+        for start in range(len(kernels) - times * length + 1):
+            run, end = kernels[start : start + length], start + times * length
+            if kernels[start:end] == run * times:
+                return kernels[: start + length] + kernels[end:]
+    return kernels
+
+
 def with_many_rows(groups: Sequence[Kernels], tokens: int, count: int, each: int) -> tuple[Kernels, ...]:
     """The kernels `groups` of a forward of so many tokens, each of which is routed to `each` of `count` experts, with
     those that are in MXFP4 expanded before products where that is faster."""

@@ -69,7 +69,9 @@ class PassFigures(Figures):
     """Host time of a pass: of its launches, and beside its kernels."""
 
     packed_launches: float
-    """A launch in a packed forward with the Python of a model's modules, in times of a model's launch by itself."""
+    """A launch in a layer of a packed forward with its modules' Python, in times of a model's launch by itself."""
+    recurrent_launches: float
+    """The same of recurrent modules between what a packed forward computes for all tokens."""
     triton_launch_s: float
     """A launch of a Triton kernel with its Python, where that was not measured."""
     triton_kernels: Mapping[str, int]
@@ -80,6 +82,8 @@ class PassFigures(Figures):
     """A layer that replays its CUDA graphs, beside its attention, in times of a launch in a packed forward."""
     graph_copies: int
     """Short kernels of a layer that copy between its graphs and what is outside of them."""
+    capture_layer_s: float
+    """Capturing the graphs of a layer for one number of tokens, beside its launches."""
     first_pass_s: float
     """What the first pass of a run takes longer than others: kernels and libraries are loaded, memory is taken."""
     first_layer_s: float

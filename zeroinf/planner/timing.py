@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.cache_layout import LONG_RUN_BYTES
 from zeroinf.planner.choice import Choice
-from zeroinf.planner.coded_products import CodedLayers, coded_layers, in_parts, on_codes, with_many_rows
+from zeroinf.planner.coded_products import CodedLayers, at_once, coded_layers, in_parts, on_codes, with_many_rows
 from zeroinf.planner.descriptor import descriptor_of
 from zeroinf.planner.figures import FittedFigures
 from zeroinf.planner.graphs import FLAT_TOKENS, SERVED_TIMES, graph_size, graph_sizes, launched_share
@@ -24,7 +24,7 @@ from zeroinf.planner.kv import fetched_bytes, row_bytes
 from zeroinf.planner.memory import pieces, table_pieces, with_layers
 from zeroinf.planner.routing import expert_bytes, routed_share
 from zeroinf.planner.walks import Walk, walks
-from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Step, Workload
+from zeroinf.planner.workload import Forwards, Kernel, Kernels, Pass, Shape, Step, Workload
 
 Resource = Literal[
     "link", "disk", "all-gather", "arithmetic", "GPU memory", "kernel launches", "host memory", "disk rows"
@@ -135,10 +135,10 @@ def time_plan(
     expansion = _times(_expansion(anatomy, choice, workload), speeds)
     rows = None if requests is None else -(-requests // world_size)
     _, fetched = _fetched_bytes(anatomy, choice, workload)
-    cost = (_padded if workload.packed is None else _packed)(anatomy, choice, workload, speeds)
+    cost = _cost(anatomy, choice, workload, speeds)
     count = _Static if static or not workload.shares_passes else _Mixed if workload.is_mixed else _Continuous
     overlaps = descriptor_of(choice.engine).overlaps
-    routed = _routed(anatomy, choice, decoder, waits, speeds) if choice.routed_tokens else None
+    routed = _routed(anatomy, choice, workload, decoder, waits, speeds) if choice.routed_tokens else None
     work = count(workload, cost, expansion, prompt_waits, waits, overlaps, routed)
     prefill_s, _ = work.passing(1, 0)
     decode_s, binds = work.passing(0, 1)
@@ -188,6 +188,8 @@ class _Routed:
     """The part of what is expanded that is no expert."""
     asking_s: float
     """Until the host knows which experts are wanted, in all layers that stream."""
+    cost: _Cost
+    """Of passes: experts that are brought one by one compute at once."""
 
     def passing(
         self, tokens: float, work: dict[Resource, float], expansion: dict[Resource, float], *, overlaps: bool
@@ -201,7 +203,14 @@ class _Routed:
         return seconds + experts_s + self.asking_s, slowest if experts_s > seconds else binds
 
 
-def _routed(anatomy: Anatomy, choice: Choice, walk: Walk, waits: dict[Resource, float], speeds: Speeds) -> _Routed:
+def _routed(
+    anatomy: Anatomy,
+    choice: Choice,
+    workload: Workload,
+    walk: Walk,
+    waits: dict[Resource, float],
+    speeds: Speeds,
+) -> _Routed:
     parts = expert_bytes(walk)
     layers = sum(lane.streamed for lane in walk.lanes[1:]) / choice.expert_parts
     experts: dict[Resource, float] = {"link": waits["link"] * parts.of_link, "disk": waits["disk"] * parts.of_disk}
@@ -212,6 +221,7 @@ def _routed(anatomy: Anatomy, choice: Choice, walk: Walk, waits: dict[Resource, 
         experts=experts,
         expanded=1 - parts.of_link,
         asking_s=layers * _ASKING_LAUNCHES * speeds.model_launch_s,
+        cost=_cost(anatomy, replace(choice, expert_parts=1), workload, speeds),
     )
 
 
@@ -260,6 +270,10 @@ def _load_s(anatomy: Anatomy, choice: Choice, visited: Sequence[Walk], speeds: S
 
 _Cost = Callable[[float, float, float], dict[Resource, float]]
 """Seconds of each resource that the forwards of a pass take, by the arguments of `_Work.passing`."""
+
+
+def _cost(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> _Cost:
+    return (_padded if workload.packed is None else _packed)(anatomy, choice, workload, speeds)
 
 
 def _copies_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
@@ -328,7 +342,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     in host memory have forwards of their own."""
     assert workload.packed is not None
     shape, forwards, host = workload.shape, workload.packed.forwards, speeds.fitted.passes
-    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy, choice))
+    of_forwards = _forward_times(forwards, speeds, _coded(anatomy, choice, workload), _layers(anatomy, choice, shape))
     attended_s = _attended_s(anatomy, choice, workload, speeds)
     cpu_forwards = workload.host.cpu_forwards if workload.host is not None else 1
     copies_s = 0.0 if attended_s else _copies_s(anatomy, choice, workload, speeds)
@@ -340,7 +354,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
     both_fetched = _fetched_bytes(anatomy, choice, workload)
     for times, mixing, fetched in zip((of_prompts, of_decode), workload.packed.mixing, both_fetched, strict=True):
         times["link"] += fetched / speeds.link_gbps / 1e9
-        for name, seconds in _times(mixing, speeds, _packed_launch_s).items():
+        for name, seconds in _times(mixing, speeds, _mixing_launch_s).items():
             times[name] += seconds
 
     def count_of(prompts: float, decode: float, rows: int) -> int:
@@ -397,10 +411,10 @@ def launches_bind(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: 
 
 def _capturing_s(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds) -> float:
     """Seconds that a job takes longer until graphs are there: of each size that is captured, two forwards are launched
-    kernel by kernel. Steps grow fewer in the end, as rows do that entered together."""
+    kernel by kernel, the second while it is captured. Steps grow fewer in the end, as rows do that entered together."""
     assert workload.packed is not None
     coded, shape = _coded(anatomy, choice, workload), workload.shape
-    extra = _capturing(workload.packed.forwards, speeds, coded, _layers(anatomy, choice), choice.graph_tokens)
+    extra = _capturing(workload.packed.forwards, speeds, coded, _layers(anatomy, choice, shape), choice.graph_tokens)
     largest, captured, serving = graph_size(shape.rows, choice.graph_tokens), list[float](), inf
     for size, seconds in reversed(extra):
         if size <= largest and size * SERVED_TIMES < serving:
@@ -421,29 +435,34 @@ class _Layers(NamedTuple):
     """Experts of a layer, and how many of them each token is routed to; one where there are none."""
     parts: int
     """In which the experts compute."""
+    simulated_parts: int
+    """In which they computed in the simulation."""
 
     def computed(self, kernels: Sequence[Kernels], tokens: int, coded: CodedLayers | None) -> tuple[Kernels, ...]:
         """The kernels of a forward of so many tokens, as runs choose them."""
-        own = in_parts(kernels, self.parts)
+        own = in_parts(kernels, self.parts) if self.parts > 1 else at_once(kernels, self.simulated_parts)
         return with_many_rows(own, tokens, *self.routing) if coded is None else on_codes(own, tokens, coded)
 
 
-def _layers(anatomy: Anatomy, choice: Choice) -> _Layers:
+def _layers(anatomy: Anatomy, choice: Choice, shape: Shape) -> _Layers:
     routing = next(((one.count, one.each) for one in anatomy.experts), (1, 1))
-    return _Layers(launched_share(anatomy), routing, choice.expert_parts)
+    return _Layers(launched_share(anatomy), routing, choice.expert_parts, shape.expert_parts)
 
 
 @lru_cache(maxsize=256)
 def _capturing(
     forwards: Forwards, speeds: Speeds, coded: CodedLayers | None, layers: _Layers, most: int
 ) -> tuple[tuple[int, float], ...]:
-    """The sizes of graphs for up to `most` tokens, each with the seconds that two forwards take longer without."""
+    """The sizes of graphs for up to `most` tokens, each with the seconds that two forwards take longer without, and
+    that capturing takes."""
     times, found = _forward_times(forwards, speeds, coded, layers), list[tuple[int, float]]()
+    count = sum(group.times for group in forwards.tokens[0][1][1:]) * (1 - layers.launched_share)
+    capture_s = count * speeds.fitted.passes.capture_layer_s
     for size in graph_sizes(most):
         launched, replayed = times.launched(size), times.replayed(size)
         gpu_s = launched["arithmetic"] + launched["GPU memory"]
         longer = (max(gpu_s, each["kernel launches"]) for each in (launched, replayed))
-        found.append((size, 2 * max(0.0, next(longer) - next(longer))))
+        found.append((size, capture_s + 2 * max(0.0, next(longer) - next(longer))))
     return tuple(found)
 
 
@@ -471,10 +490,12 @@ def _forward_times(forwards: Forwards, speeds: Speeds, coded: CodedLayers | None
     launched, replayed, chosen = (list[tuple[float, dict[Resource, float]]]() for _ in range(3))
     for at, kernels in forwards.tokens:
         groups = layers.computed(kernels, at, coded)
-        times = _times(groups, speeds, _packed_launch_s)
+        times = _times(groups[1:], speeds, _packed_launch_s)
+        outside = _times(groups[:1], speeds, _own_launch_s)
+        outside_s = outside["kernel launches"] + host.micro_batch_s
+        times = {name: times[name] + outside[name] for name in times}
         times["kernel launches"] += host.micro_batch_s
         launched.append((at, times))
-        outside_s = groups[0].times * _packed_launch_s(groups[0], speeds) + host.micro_batch_s
         count = sum(group.times for group in kernels[1:])
         inside_s = count * replay_s + launched_share * (times["kernel launches"] - outside_s - count * replay_s)
         copied_s = times["GPU memory"] + count * copying_s
@@ -492,12 +513,25 @@ def _launch_s(group: Kernels, speeds: Speeds) -> float:
     return len(group.kernels) * speeds.model_launch_s
 
 
+def _own_launch_s(group: Kernels, speeds: Speeds) -> float:
+    """The same where some of the kernels are Triton's."""
+    return _launched_s(group, speeds, 1.0)
+
+
+def _mixing_launch_s(group: Kernels, speeds: Speeds) -> float:
+    """The same of recurrent modules, which launch most of theirs in functions of their own."""
+    return _launched_s(group, speeds, speeds.fitted.passes.recurrent_launches)
+
+
 def _packed_launch_s(group: Kernels, speeds: Speeds) -> float:
-    """The same in a packed forward."""
-    host = speeds.fitted.passes
-    of_triton = [host.triton_kernels.get(kernel.operator, 0) for kernel in group.kernels]
-    others_s = of_triton.count(0) * host.packed_launches * speeds.model_launch_s
-    return sum(of_triton) * speeds.triton_launch_s + others_s
+    """The same in a layer of a packed forward, with the Python of its modules."""
+    return _launched_s(group, speeds, speeds.fitted.passes.packed_launches)
+
+
+def _launched_s(group: Kernels, speeds: Speeds, times: float) -> float:
+    """The same where a launch that is not Triton's takes so many times a model's."""
+    of_triton = [speeds.fitted.passes.triton_kernels.get(kernel.operator, 0) for kernel in group.kernels]
+    return sum(of_triton) * speeds.triton_launch_s + of_triton.count(0) * times * speeds.model_launch_s
 
 
 class _Line:
@@ -543,12 +577,13 @@ class _Work(ABC):
         """
         found = self.known.get((prompts, decode, forwards))
         if found is None:
-            both, waits = self.cost(prompts, decode, forwards), self.prompt_waits if prompts else self.waits
             tokens = prompts * self.workload.shape.prefill_tokens + decode * self.workload.shape.rows
             if self.routed is not None and tokens <= self.routed.tokens:
+                both = self.routed.cost(prompts, decode, forwards)
                 found = self.routed.passing(tokens, both, self.expansion, overlaps=self.overlaps)
             else:
-                found = _pass(both, self.expansion, waits, overlaps=self.overlaps)
+                waits = self.prompt_waits if prompts else self.waits
+                found = _pass(self.cost(prompts, decode, forwards), self.expansion, waits, overlaps=self.overlaps)
             self.known[prompts, decode, forwards] = found
         return found
 
