@@ -21,6 +21,7 @@ from zeroinf.planner.wire import (
     MOST_ROWS_BY_EXPERT,
     MXFP4,
     Wire,
+    experts_are_expanded,
     is_coded,
 )
 from zeroinf.planner.workload import Kernel, Kernels
@@ -64,12 +65,13 @@ def by_expert(anatomy: Anatomy, wire: Wire) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def expanded_bytes(anatomy: Anatomy, wire: Wire, parts: int) -> int:
     """Bytes of the slots in which a layer is expanded, whose experts come in so many parts: weights of experts share a
-    place there."""
+    place there, if they are ever expanded."""
     experts = by_expert(anatomy, wire)
     own = ([tensor for tensor in block.tensors if tensor.name not in experts] for block in anatomy.blocks)
     weights = (tensor for _, tensor in _coded(anatomy, wire) if tensor.name in experts)
     shared = (tensor.nbytes // tensor.shape[0] * ceil(tensor.shape[0] / parts) for tensor in weights)
-    return max(piece_bytes(rest) for rest in own) + max(shared, default=0)
+    has_place = wire != "model" and experts_are_expanded(CODES[wire])
+    return max(piece_bytes(rest) for rest in own) + (max(shared, default=0) if has_place else 0)
 
 
 @lru_cache(maxsize=64)

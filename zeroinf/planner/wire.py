@@ -45,13 +45,19 @@ MXFP4 = Codes(4, 32, is_float=True)
 MOST_CODED_ROWS = {4: 256, 8: 64}
 """Dense products of more rows are faster with the weight in full, expansion included (`scripts/bench-products`); by the
 bits of codes."""
-MOST_ROWS_BY_EXPERT = {4: 1024, 8: 40, 16: 40}
-"""Likewise by expert, of more rows on average of all experts. Of 16 bits are weights in full."""
+MOST_ROWS_BY_EXPERT = {4: 1 << 62, 8: 40, 16: 40}
+"""Likewise by expert, of more rows on average of all experts: never of four bits, where what torch gains with a
+thousand rows each is as much as expansion takes. Of 16 bits are weights in full."""
 MOST_MXFP4_ROWS_BY_EXPERT = 80
 """The same of MXFP4, of which some experts after the others are expanded: gpt-oss-120b's took an H200 4.6 ms as codes
 and 4.95 in full with 65 rows each, 7.1 and 6.1 with 130."""
 EXPANDED_AT_ONCE_BYTES = 512 << 20
 """Weights of so many bytes are expanded together then."""
+
+
+def experts_are_expanded(kind: Codes) -> bool:
+    """Whether experts' weights that cross as codes of `kind` are ever in full, so that they need a place for it."""
+    return kind.bits != 4
 
 
 def is_coded(tensors: Sequence[TensorSpec], dtype: str, wire: Wire) -> list[bool]:

@@ -66,8 +66,7 @@ class CodedWeight(torch.Tensor):
     _is_passing: bool
     _decode: Decode
     _product: Product
-    _whole: torch.Tensor
-    _full: torch.Tensor
+    _whole: torch.Tensor | None
     _at_rest: _AtRest | None
     _is_expanded: bool
     _known: dict[int, _AtRest]
@@ -77,23 +76,24 @@ class CodedWeight(torch.Tensor):
         cls,
         layout: Layout,
         location: TensorLocation,
-        slot: torch.Tensor,
+        slot: torch.Tensor | None,
         decode: Decode,
         product: Product,
-        *,
+        device: torch.device,
         is_passing: bool = False,
     ) -> CodedWeight:
         """In full it lies at the beginning of `slot` (uint8), written by `decode`; `product` runs on codes.
 
-        `is_passing`: others use the same slot, so that it lies there for a product and no longer.
+        `is_passing`: others use the same slot, so that it lies there for a product and no longer. Without a slot, what
+        asks for it in full gets it in memory of its own.
         """
         assert layout.coded is not None
-        own = make_wrapper(cls, location.shape, location.dtype, slot.device)
+        assert slot is not None or is_passing
+        own = make_wrapper(cls, location.shape, location.dtype, device)
         own._layout, own.location, own._decode, own._product = layout, location, decode, product
         own._kind, own._is_passing, own._at_rest, own._is_expanded = layout.coded.kind, is_passing, None, False
         own._known = {}  # by addresses of pieces
-        own._whole = slot[: own._elements * location.dtype.itemsize].view(location.dtype)
-        own._full = own._in(own._whole)
+        own._whole = None if slot is None else slot[: own._elements * location.dtype.itemsize].view(location.dtype)
         return own
 
     def hold(self, wire_piece: torch.Tensor) -> None:
@@ -116,30 +116,29 @@ class CodedWeight(torch.Tensor):
 
     def full(self) -> torch.Tensor:
         """The weight, in its place in the expanded slot, or in memory of its own."""
-        if self._is_passing:
-            whole = torch.empty_like(self._whole)
-            self._expand(whole)
-            return self._in(whole)
+        if self._is_passing or self._whole is None:
+            return self._expand(torch.empty(self._elements, dtype=self.location.dtype, device=self.device))
         # What a CUDA graph captures has not run, and must not depend on what has.
         if not (self._whole.is_cuda and torch.cuda.is_current_stream_capturing()):
             if self._is_expanded:
-                return self._full
+                return self._in(self._whole)
             self._is_expanded = True
-        return self.in_passing()
+        return self._expand(self._whole)
 
     def in_passing(self) -> torch.Tensor:
         """The weight in the slot, where another may take its place when that is asked for."""
-        self._expand(self._whole)
-        return self._full
+        return self.full() if self._whole is None else self._expand(self._whole)
 
     @property
     def _elements(self) -> int:
         """Of whole groups."""
         return -(-self.location.shape.numel() // self._kind.group) * self._kind.group
 
-    def _expand(self, whole: torch.Tensor) -> None:
+    def _expand(self, whole: torch.Tensor) -> torch.Tensor:
+        """The weight in `whole`, which is filled."""
         assert self._at_rest is not None
         self._decode(self._at_rest.codes, self._at_rest.scales, self._kind, whole)
+        return self._in(whole)
 
     def _in(self, whole: torch.Tensor) -> torch.Tensor:
         """The weight in memory that begins with it."""

@@ -14,7 +14,7 @@ from zeroinf.engines.stream.layout import TensorLocation
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.planner.memory import ALIGNMENT, round_up
-from zeroinf.planner.wire import Codes
+from zeroinf.planner.wire import Codes, experts_are_expanded
 
 
 class Expander:
@@ -33,7 +33,7 @@ class Expander:
         passing: Container[str] = (),
     ) -> None:
         """`product` multiplies by codes; without one, weights are expanded before products. The tensors `passing` are
-        in full for a product at a time, in a place that they share.
+        in full for a product at a time, in a place that they share, or never.
 
         Raises EnvironmentProblem where the GPU's kernel cannot be built.
         """
@@ -41,7 +41,7 @@ class Expander:
         self.product = product
         self._passing = passing if product is not None else ()
         own = max(group.layout.nbytes - self._left_out(group, group.layout.end) for group in groups)
-        shared = [at.nbytes for group in groups for at in self._shared(group)]
+        shared = [at.nbytes for group in groups for at in self._shared(group) if _has_place(group)]
         self.slot = torch.empty(own + max(shared, default=0), dtype=torch.uint8, device=device)
         self._shared_at = own
 
@@ -66,8 +66,8 @@ class Expander:
                 views.append((tensor, tensor.like(replace(place, offset=at).view(self.slot))))
                 continue
             passing = tensor.names[0] in self._passing
-            slot = self.slot[self._shared_at if passing else at :]
-            weight = CodedWeight(group.layout, place, slot, self.decode, self.product, is_passing=passing)
+            slot = self.slot[self._shared_at if passing else at :] if not passing or _has_place(group) else None
+            weight = CodedWeight(group.layout, place, slot, self.decode, self.product, self.slot.device, passing)
             views.append((tensor, weight))
         return views
 
@@ -106,6 +106,11 @@ class ExpandedGroup:
         if address not in self._rests:
             self._rests[address] = layout.wire_rest(wire_piece)
         self._rest.copy_(self._rests[address])
+
+
+def _has_place(group: TensorGroup) -> bool:
+    """Whether passing tensors of `group` have a place in the slot."""
+    return group.layout.coded is not None and experts_are_expanded(group.layout.coded.kind)
 
 
 def _gpu_decode(device: torch.device) -> Decode:
