@@ -376,7 +376,7 @@ def _gate(config: Any) -> ExpertGatingFuncType:
 def _write_tokenizer(writer: GGUFWriter) -> None:
     tokens = sorted(build_tokenizer().get_vocab().items(), key=lambda item: item[1])
     pieces = [piece for piece, _ in tokens]
-    pieces[-2:] = ["ba", "ab"]
+    pieces[-3:] = ["abc", "ba", "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(pieces)

@@ -20,13 +20,14 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from safetensors.torch import load_file
-from small_models import build_model
+from small_models import build_model, build_tokenizer
 
 from zeroinf.errors import EnvironmentProblem, ModelError
 from zeroinf.model import demo
 from zeroinf.model.cache import build_once, file_digest
 from zeroinf.model.gguf import convert, folder
 from zeroinf.model.gguf.convert import convert_gguf
+from zeroinf.model.gguf.splits import set_split
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, expand
 from zeroinf.model.resolve import resolve_model
@@ -196,21 +197,55 @@ def test_a_tokenizer_parses_the_file_once_and_prints_nothing_where_results_go(tm
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["ab", "c"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("glm4", ["123", "45"]), ("smollm", list("12345")), ("deepseek-v9", None)])
-def test_text_is_split_as_the_file_names_it_or_refused(
-    name: str, words: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def split_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Any]:
+    """`split_as(name)`: the tokenizer of a file that splits text so, or does not say how."""
     write = gguf_files.GGUFWriter.add_tokenizer_pre
-    monkeypatch.setattr(gguf_files.GGUFWriter, "add_tokenizer_pre", lambda self, _: write(self, name))
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "cache"))
-    write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"])
-    if words is None:
-        with pytest.raises(ModelError, match="splits text into words as 'deepseek-v9'"):
-            resolve_model(str(tmp_path / "small.gguf"))
-        return
-    tokenizer: Any = load_tokenizer(resolve_model(str(tmp_path / "small.gguf")))
-    found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("12345")
+
+    def tokenizer(name: str | None) -> Any:
+        monkeypatch.setattr(
+            gguf_files.GGUFWriter, "add_tokenizer_pre", lambda self, _: write(self, name) if name else None
+        )
+        write_gguf("llama", tmp_path / "small.gguf", ["Q8_0"])
+        return load_tokenizer(resolve_model(str(tmp_path / "small.gguf")))
+
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("glm4", ["Don", "'t", "ĠgetName", "Ġ", "123", "45"]),
+        ("smollm", ["Don", "'t", "ĠgetName", "Ġ", *"12345"]),
+        ("kimi-k2", ["Don't", "Ġget", "Name", "Ġ", "123", "45"]),
+        ("deepseek-llm", ["Don", "'", "t", "ĠgetName", "Ġ", *"12345"]),
+        ("exaone-moe", ["Don", "'t", "ĠgetName", "Ġ", *"12345"]),
+        ("tiny_aya", ["Don't", "Ġget", "Name", "Ġ", "12", "345"]),
+    ],
+)
+def test_text_is_split_as_a_file_names_it(name: str, words: list[str]) -> None:
+    tokenizer: Any = build_tokenizer()
+    set_split(tokenizer, name)
+    found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("Don't getName 12345")
     assert [word for word, _ in found] == words
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("deepseek-v9", "as 'deepseek-v9'"), ("default", "as 'default'"), (None, "does not say how")]
+)
+def test_a_file_whose_way_to_split_text_is_not_known_is_refused(
+    name: str | None, why: str, split_as: Callable[[str | None], Any]
+) -> None:
+    with pytest.raises(ModelError, match=why):
+        split_as(name)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama-bpe", ["abc"]), ("gpt-2", ["ab", "c"])])
+def test_words_that_are_tokens_need_no_merges_where_tokenizers_do_so(
+    name: str, tokens: list[str], split_as: Callable[[str | None], Any]
+) -> None:
+    assert split_as(name).tokenize("abc") == tokens
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from zeroinf.model.gguf.splits import NAMES, set_split
 from zeroinf.paths import cache_directory
 
 # Part of the folder's name: raise it when something else is written than before.
-_VERSION = 4
+_VERSION = 5
 
 
 def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:
@@ -74,11 +74,12 @@ def _dump(file: Path, content: dict[str, Any]) -> None:
 
 def _tokenizer(header: GgufHeader) -> Any:
     """The tokenizer, which transformers makes of the metadata, and which splits text as these say."""
-    split = header.metadata.get("tokenizer.ggml.pre", "default")
+    split = str(header.metadata.get("tokenizer.ggml.pre", ""))
     is_byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
     if is_byte_level and split not in NAMES:
+        how = f"splits text into words as {split!r}, which is not known" if split else "does not say how it splits text"
         raise ModelError(
-            f"{header.parts[0]} splits text into words as {split!r}, which is not known: its tokens would be others",
+            f"{header.parts[0]} {how}: its tokens would be others",
             hint="take the model's safetensors, and --wire int8 or int4 to move fewer bytes",
         )
     tokenizer = _made_by_transformers(header.parts[0])
