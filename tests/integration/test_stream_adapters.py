@@ -61,7 +61,8 @@ def lora(small_checkpoint: Callable[[str], Path], tmp_path: Path) -> Lora:
 def test_tokens_are_those_of_the_merged_model(name: str, more: dict[str, Any], lora: Lora, tmp_path: Path) -> None:
     folder = lora(name, more)
     expected = plain_tokens(folder / "merged")
-    for where in ({}, {"offload": "nvme", "nvme_blocks": 2, "resident_blocks": 1, "nvme_paths": (tmp_path,)}):
+    on_disk = {"offload": "nvme", "nvme_blocks": 2, "resident_blocks": 1, "nvme_paths": (tmp_path,)}
+    for where in ({}, on_disk, {"embeddings": "disk"}):
         engine = stream(folder, **where)
         assert tokens_of(engine) == expected
         engine.close()

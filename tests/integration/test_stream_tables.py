@@ -103,6 +103,9 @@ def test_rows_in_files_are_converted_as_they_are_read(small_checkpoint: Checkpoi
     AutoModelForCausalLM.from_pretrained(small_checkpoint("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
     engine = stream(tmp_path, embeddings="disk")
     assert tokens_of(engine) == plain_tokens(tmp_path)
+    stats = engine.stats()
+    assert stats.rows_read > 0
+    assert stats.stalls.disk_s == pytest.approx(stats.rows_read_s)
     engine.close()
 
 

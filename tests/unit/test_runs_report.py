@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -191,6 +192,8 @@ def rank(**changed: Any) -> RankReport:
         "streamed_bytes": 800,
         "routed_passes": 0,
         "spared_bytes": 0,
+        "rows_read": 0,
+        "rows_read_s": 0.0,
         "counts": COUNTS,
         "kv_fetched_bytes": 0,
         "kv_sent_bytes": 0,
@@ -291,3 +294,10 @@ def test_the_report_says_how_many_passes_brought_few_experts(capsys: pytest.Capt
     assert "routed experts" not in capsys.readouterr().out
     print_report(Console(), report(ranks=(rank(routed_passes=6, spared_bytes=5 * 10**9), rank())))
     assert "in 6 of 16 passes, 5.0 GB less" in capsys.readouterr().out
+
+
+def test_the_report_says_how_many_rows_were_read_from_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(
+        Console(), report(ranks=(rank(rows_read=9000, rows_read_s=1.0), rank(rows_read=1000, rows_read_s=2.0)))
+    )
+    assert re.search(r"rows read from the checkpoint\s.*10,000, in 1\.5 s", capsys.readouterr().out)

@@ -230,6 +230,9 @@ def _summary(report: RunReport) -> Iterator[tuple[str, str]]:
     if routed := sum(rank.routed_passes for rank in report.ranks):
         spared, passes = sum(rank.spared_bytes for rank in report.ranks), sum(rank.passes for rank in report.ranks)
         yield "routed experts only", f"in {routed:,} of {passes:,} passes, {spared / 1e9:.1f} GB less"
+    if rows := sum(rank.rows_read for rank in report.ranks):
+        seconds = sum(rank.rows_read_s for rank in report.ranks) / len(report.ranks)
+        yield "rows read from the checkpoint", f"{rows:,}, in {seconds:.1f} s"
     if waits := _stalls(report):
         yield "time", waits
     ranks = f" over {len(report.ranks)} ranks" if len(report.ranks) > 1 else ""

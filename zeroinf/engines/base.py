@@ -43,6 +43,10 @@ class EngineStats:
     """Those of the passes that brought only the experts that their tokens were routed to."""
     spared_bytes: int = 0
     """Weight bytes of walks that did not cross since no token was routed to them."""
+    rows_read: int = 0
+    """Rows of tables that were read from the checkpoint's files, each once a forward."""
+    rows_read_s: float = 0.0
+    """Seconds that forwards waited for them."""
     shared_host_bytes: int = 0
     """Host memory that all ranks of a node map, and that is there once."""
     pinned_host_bytes: int = 0

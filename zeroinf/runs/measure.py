@@ -35,6 +35,8 @@ class RankMeter:
             streamed_bytes=stats.streamed_bytes - before.streamed_bytes,
             routed_passes=stats.routed_passes - before.routed_passes,
             spared_bytes=stats.spared_bytes - before.spared_bytes,
+            rows_read=stats.rows_read - before.rows_read,
+            rows_read_s=stats.rows_read_s - before.rows_read_s,
             counts=model.scheduler.counts,
             pool_pages=model.scheduler.limits.pages,
             kv_fetched_bytes=fetched,

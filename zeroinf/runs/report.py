@@ -37,6 +37,10 @@ class RankReport:
     """Those of the passes that brought only the experts that their tokens were routed to."""
     spared_bytes: int
     """Weight bytes that these did without."""
+    rows_read: int
+    """Rows of tables that were read from the checkpoint's files, each once a forward."""
+    rows_read_s: float
+    """Seconds that forwards waited for them."""
     counts: Counts
     """What its passes were filled with."""
     pool_pages: int

@@ -413,6 +413,8 @@ class StreamEngine:
             streamed_bytes_per_encoding=sum(self._streamed_bytes[:-1]),
             routed_passes=self._routing.passes if self._routing is not None else 0,
             spared_bytes=self._routing.spared_bytes if self._routing is not None else 0,
+            rows_read=self._row_files.rows_read if self._row_files is not None else 0,
+            rows_read_s=self._row_files.read_s if self._row_files is not None else 0.0,
             shared_host_bytes=self._weights.shared_bytes,
             pinned_host_bytes=self._weights.pinned_bytes
             + sum(ahead.pinned_bytes for ahead in self._ahead)
