@@ -138,6 +138,30 @@ def test_gpus_that_torch_cannot_use_are_left_out_with_a_word(monkeypatch: pytest
     assert said[0] == "not measured: GPUs: this torch cannot use them"
 
 
+def test_launches_are_measured_with_as_few_threads_as_runs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("no GPU")
+
+    found: dict[str, int] = {}
+    for name in (one for one in vars(measure_module) if one.startswith("measure_") and one != "measure_machine"):
+        monkeypatch.setattr(measure_module, name, fails)
+    for name in ("measure_launch", "measure_model_launch", "measure_triton_launch"):
+        monkeypatch.setattr(
+            measure_module, name, lambda name=name: found.setdefault(name, torch.get_num_threads()) * 1e-6
+        )
+    monkeypatch.setattr(measure_module, "_dtypes", fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        rates = measure_machine(replace(read_machine(), gpus=(GPU,), disks=()), lambda line: None)
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+    assert set(found.values()) == {2} and len(found) == 3
+    assert rates.launch_s == rates.model_launch_s == rates.triton_launch_s == 2e-6
+
+
 def test_children_answer_in_order(modules: Path) -> None:
     (modules / "answering.py").write_text(
         "import json, sys\nprint('noise of a library')\nprint(json.dumps({'told': sys.argv[1:]}))\n"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroinf.compat.allocator import expandable_segments
+from zeroinf.compat.threads import few_threads
 from zeroinf.engines.registry import descriptor_of
 from zeroinf.errors import DoesNotFitError, EnvironmentProblem
 from zeroinf.hardware.gpus import read_gpus, read_used_bytes
@@ -17,11 +18,6 @@ from zeroinf.planner.allocator import LARGE_PAGE_BYTES
 from zeroinf.planner.memory import GRAPHS, OUTSIDE_TORCH, SMALL_PAGES, UNFORESEEN
 from zeroinf.planner.plan import Plan
 from zeroinf.sizes import Share, limit_of
-
-_TEAM = 2
-"""Threads of torch's operators on the CPU beside a GPU. A larger team spins between its steps, which takes processors
-from the threads that launch kernels and read weights: 16 load an int4 model 1.6 times as slowly as 2, and a pass of
-recorded kernels takes the host 1.4 times as long (docs/decisions/0021)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +87,7 @@ class GpuMemory:
         torch.cuda.set_device(self._device)
         used_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         self._closing.callback(torch.backends.cuda.enable_cudnn_sdp, used_cudnn)
-        team = torch.get_num_threads()
-        self._closing.callback(torch.set_num_threads, team)
-        torch.set_num_threads(min(team, _TEAM))
+        self._closing.enter_context(few_threads())
         _start_libraries(self._plan, self._device)
         self._workspaces = torch.cuda.memory_allocated(self._device)
         if limit_bytes is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from zeroinf.compat.threads import few_threads
 from zeroinf.errors import ZeroinfError
 from zeroinf.hardware.machine import Disk, Gpu, Machine
 from zeroinf.hardware.measure.all_gather_rate import measure_all_gather
@@ -63,12 +64,22 @@ def _gpu_measurements(gpus: tuple[Gpu, ...]) -> Iterator[tuple[str, _Measurement
     yield "page-locking", lambda: {"page_lock_gbps": measure_page_lock()}
     yield "GPU memory", lambda: {"hbm_gbps": measure_hbm()}
     yield "matrix products", lambda: {"matmul_tflops": {dtype: measure_matmul(dtype) for dtype in _dtypes()}}
-    yield "kernel launches", lambda: {"launch_s": measure_launch()}
-    yield "a model's kernel launches", lambda: {"model_launch_s": measure_model_launch()}
-    yield "launches of Triton's kernels", lambda: {"triton_launch_s": measure_triton_launch()}
+    yield "kernel launches", _as_in_runs(lambda: {"launch_s": measure_launch()})
+    yield "a model's kernel launches", _as_in_runs(lambda: {"model_launch_s": measure_model_launch()})
+    yield "launches of Triton's kernels", _as_in_runs(lambda: {"triton_launch_s": measure_triton_launch()})
     if len(gpus) > 1:
         yield "memory that ranks share", _shared_memory
         yield "all-gather", lambda: _all_gather(gpus)
+
+
+def _as_in_runs(measure: _Measurement) -> _Measurement:
+    """`measure` with as few threads of torch as runs have, whose members would take time from launches."""
+
+    def measured() -> dict[str, Any]:
+        with few_threads():
+            return measure()
+
+    return measured
 
 
 def _shared_memory() -> dict[str, Any]:
