@@ -75,6 +75,7 @@ PINNED_BYTES_PER_PAGE_TABLE_BYTE = 4096 // 8
 # The system, the page cache's working set, and what Python collects late.
 _HOST_MARGIN = _GIB
 MARGIN = "margin for the system"
+PROCESSES = "processes with their libraries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +373,7 @@ def process_terms(world_size: int, overhead: Overhead) -> tuple[Term, ...]:
     """Host memory that `world_size` processes and the system take."""
     nbytes, origin = overhead.process
     return (
-        Term("host", "processes with their libraries", world_size * nbytes, origin),
+        Term("host", PROCESSES, world_size * nbytes, origin),
         Term("host", MARGIN, _HOST_MARGIN, "assumed"),
     )
 
@@ -389,6 +390,11 @@ def store_terms(anatomy: Anatomy, choice: Choice) -> tuple[Term, ...]:
 def taken(terms: Iterable[Term], place: MemoryPlace) -> int:
     """Bytes of one place that the run takes: all terms but the margin, which stays free."""
     return total((term for term in terms if term.name != MARGIN), place)
+
+
+def reserved(terms: Iterable[Term]) -> int:
+    """Bytes of host memory that no settings change."""
+    return sum(term.nbytes for term in terms if term.name in (MARGIN, PROCESSES))
 
 
 def total(terms: Iterable[Term], place: MemoryPlace) -> int:

@@ -5,7 +5,7 @@ Input: an anatomy, a machine, the user's constraints and a function that simulat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from zeroinf.hardware.machine import Machine
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.dtypes import DTYPE_BYTES
+from zeroinf.planner.bounds import most_tokens_per_second
 from zeroinf.planner.choice import Choice, Fetch, Offload
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.decision import Candidate, Decision, NothingFitsError, Rejection
@@ -89,12 +90,13 @@ class Planner:
         for parts in self._numbers_of_parts(constraints):
             if best is not None and best.chosen.choice.expert_parts > 1:
                 break  # smaller parts would only take longer
+            enough = _WORTHWHILE * best.tokens_per_second if best is not None else 0.0
             try:
-                found = self._choose_embeddings(replace(constraints, expert_parts=parts))
+                found = self._choose_embeddings(replace(constraints, expert_parts=parts), enough)
             except NothingFitsError as error:
                 errors.append(error)
                 continue
-            if best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
+            if found is not None and found.tokens_per_second > enough:
                 best = found
         if best is None:
             raise min(errors, key=lambda one: one.nearest.price)
@@ -146,47 +148,50 @@ class Planner:
             full = tuple(round(size * ratio) for size in largest)
         return SLOTS["replicated"] * sum(largest) + sum(full)
 
-    def _choose_embeddings(self, constraints: Constraints) -> Decision:
+    def _choose_embeddings(self, constraints: Constraints, enough: float) -> Decision | None:
+        """The best plan with either place for embeddings; None, or any, where none is faster than `enough`."""
         if constraints.embeddings != "auto":
-            return self._choose(constraints)
+            return self._choose(constraints, enough)
+        may_stay = self._may_stay_in_files(constraints)
         try:
-            best = self._choose_off_disk(constraints)
+            best = self._choose_off_disk(constraints, enough)
         except NothingFitsError as error:
-            if not self._may_stay_in_files(constraints):
+            if not may_stay:
                 raise
             try:
-                return self._choose(replace(constraints, embeddings="disk"))
+                return self._choose(replace(constraints, embeddings="disk"), enough)
             except NothingFitsError:
                 raise error from None  # with what it lacks it would be as fast as it can be
-        if not self._may_stay_in_files(constraints) or not self._is_filling_host(best):
+        if not may_stay or (best is not None and not self._is_filling_host(best)):
             return best
+        return self._faster(best, replace(constraints, embeddings="disk"), enough)
+
+    def _faster(self, best: Decision | None, other: Constraints, enough: float) -> Decision | None:
+        """`best`, or the best plan for `other` constraints where that is worth while."""
+        enough = max(enough, _WORTHWHILE * best.tokens_per_second if best is not None else 0.0)
         try:
-            other_way = self._choose(replace(constraints, embeddings="disk"))
+            other_way = self._choose(other, enough)
         except NothingFitsError:
             return best
-        return other_way if other_way.tokens_per_second > _WORTHWHILE * best.tokens_per_second else best
+        return other_way if other_way is not None and other_way.tokens_per_second > enough else best
 
-    def _choose_off_disk(self, constraints: Constraints) -> Decision:
+    def _choose_off_disk(self, constraints: Constraints, enough: float) -> Decision | None:
         """The best plan with tables on the GPU or in host memory."""
         may_leave = self._may_leave(constraints)
         if may_leave and (constraints.expert_parts or 1) > 1:  # layers fill the GPU
-            return self._choose(replace(constraints, embeddings="cpu"))
+            return self._choose(replace(constraints, embeddings="cpu"), enough)
         try:
-            best = self._choose(replace(constraints, embeddings="gpu"))
+            best = self._choose(replace(constraints, embeddings="gpu"), enough)
         except NothingFitsError as error:
             if not may_leave:
                 raise
             try:
-                return self._choose(replace(constraints, embeddings="cpu"))
+                return self._choose(replace(constraints, embeddings="cpu"), enough)
             except NothingFitsError as other:
                 raise min(error, other, key=lambda one: one.nearest.price) from None
-        if best.chosen.choice.offload == "none" or not may_leave:
+        if not may_leave or (best is not None and best.chosen.choice.offload == "none"):
             return best
-        try:
-            other_way = self._choose(replace(constraints, embeddings="cpu"))
-        except NothingFitsError:
-            return best
-        return other_way if other_way.tokens_per_second > _WORTHWHILE * best.tokens_per_second else best
+        return self._faster(best, replace(constraints, embeddings="cpu"), enough)
 
     def _may_leave(self, constraints: Constraints) -> bool:
         """Whether tables may leave the GPU, and are large enough for a plan to be another one without them there."""
@@ -210,29 +215,50 @@ class Planner:
             choice.offload == "cpu" and total(decision.chosen.terms, "host") > _FULL_SHARE * self._facts.host_bytes
         )
 
-    def _choose(self, constraints: Constraints) -> Decision:
+    def _choose(self, constraints: Constraints, enough: float) -> Decision | None:
+        """The best plan with embeddings in one place; None, or any, where none is faster than `enough`."""
         ways = list(self._ways(constraints))
-        if len(ways) == 1:
-            outcome = _Search(self._facts, ways[0]).best()
-            if not isinstance(outcome, Decision):
-                raise NothingFitsError(outcome)
-            return outcome
-        best, best_way = None, constraints
-        rejected: list[Rejection] = []
-        for way in ways:
-            if best is not None and self._most_with_host(way) <= _WORTHWHILE * best.tokens_per_second:
+        most = [most_tokens_per_second(self._facts, way) for way in ways]
+        found, rejected, left_out = dict[int, Decision](), list[Rejection](), False
+        for index in sorted(range(len(ways)), key=lambda index: -most[index]):
+            if self._cannot_win(ways, most, index, found, enough):
+                left_out = True
                 continue
-            search = _Search(self._facts, way)
-            found = search.best(best.tokens_per_second if best else 0.0)
-            if not isinstance(found, Decision):
-                rejected += found
-            elif best is None or found.tokens_per_second > _WORTHWHILE * best.tokens_per_second:
-                best, best_way = found, way
-        if best is None:
+            outcome = _Search(self._facts, ways[index]).best(max(map(_speed, found.values()), default=0.0))
+            if isinstance(outcome, Decision):
+                found[index] = outcome
+            else:
+                rejected += outcome
+        if not found:
+            if left_out:
+                return None
             nearest = {(one.offload, one.fetch): one for one in sorted(rejected, key=lambda one: -one.price)}
-            raise NothingFitsError(list(nearest.values()))
-        may_balance = self._facts.thorough and constraints.host_share == "auto" and best_way.kv_attention == "cpu"
-        return self._balanced(best, best_way) if may_balance and best_way.host_share else best
+            raise NothingFitsError(rejected if len(ways) == 1 else list(nearest.values()))
+        index = _first_of_the_best(found)
+        best, way = found[index], ways[index]
+        may_balance = self._facts.thorough and constraints.host_share == "auto" and way.kv_attention == "cpu"
+        return self._balanced(best, way) if may_balance and way.host_share else best
+
+    def _cannot_win(
+        self,
+        ways: Sequence[Constraints],
+        most: Sequence[float],
+        index: int,
+        found: Mapping[int, Decision],
+        enough: float,
+    ) -> bool:
+        """Whether `most` says that a way is no faster than `enough`, or than others that were `found`: those before it
+        have to be exceeded by what makes it worth while, those behind it exceed it by more than that."""
+        limit = most[index]
+        if index and not ways[0].host_share:  # rows in host memory add to those on the GPU, or are worth more than they
+            alone = found[0].tokens_per_second if 0 in found else most[0]
+            limit = min(limit, max(alone, self._most_with_host(ways[index])))
+        before = {at: one for at, one in found.items() if at < index}
+        if before:
+            enough = max(enough, _WORTHWHILE * before[_first_of_the_best(before)].tokens_per_second)
+        if enough and limit <= enough:  # where nothing was found yet, the way is needed to say what is short
+            return True
+        return any(one.tokens_per_second > _WORTHWHILE**2 * limit for at, one in found.items() if at > index)
 
     def _balanced(self, best: Decision, way: Constraints) -> Decision:
         """`best`, or a faster plan with another share of rows in host memory than `way`, where the CPU attends: fewer
@@ -413,6 +439,19 @@ class _Search:
         starts = list(dict.fromkeys(SearchPoint.of(one.choice) for one in ranked))[:_PROMISING]
         tops = [best_at(climb(point, shapes.beside, merit)) for point in starts]
         return max((ranked[0], *filter(None, tops)), key=trials.merit)
+
+
+def _speed(decision: Decision) -> float:
+    return decision.tokens_per_second
+
+
+def _first_of_the_best(found: Mapping[int, Decision]) -> int:
+    """The number of the decision that is taken where, in order, another one has to be worth while."""
+    best, *others = sorted(found)
+    for index in others:
+        if found[index].tokens_per_second > _WORTHWHILE * found[best].tokens_per_second:
+            best = index
+    return best
 
 
 def _parts_up_to(most: int) -> Iterator[int]:
