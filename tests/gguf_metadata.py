@@ -159,6 +159,12 @@ _UNTURNED: _More = {
     "rope_scaling_finetuned": _fixed(False),
     "head_count_kv": _keys_where_attention,
 }
+_ATTENTION_ALONE: _More = {
+    "rope_scaling_finetuned": _fixed(True),
+    **dict.fromkeys(("ssm_conv_kernel", "ssm_state_size", "ssm_group_count", "ssm_inner_size"), _fixed(4)),
+    "ssm_time_step_rank": _fixed(4),
+}
+"""What the converter of hybrids says of one that has no state space layers."""
 _NO_ATTENTION: _More = {
     **_NO_WIDTH,
     "context_length": _fixed(1 << 20),
@@ -268,9 +274,9 @@ MORE: dict[str, _More] = {
     "glm4": {"rope_dimension_count": _turned()},
     "glm4moe": {**_DEEPSEEK_EXPERTS, **_SIGMOID, "rope_dimension_count": _turned()},
     "gpt-oss": {**_WINDOW, "expert_feed_forward_length": "intermediate_size"},
-    "granite": _GRANITE,
+    "granite": {**_GRANITE, **_ATTENTION_ALONE, "expert_count": _fixed(0), "expert_used_count": _fixed(0)},
     "granitehybrid": {**_GRANITE, **_GRANITE_SHARED, **_MAMBA2, **_UNTURNED},
-    "granitemoe": {**_GRANITE, **_GRANITE_SHARED},
+    "granitemoe": {**_GRANITE, **_GRANITE_SHARED, **_ATTENTION_ALONE},
     "hunyuan-moe": {
         "expert_feed_forward_length": "intermediate_size",
         "expert_shared_feed_forward_length": "intermediate_size",
@@ -323,15 +329,13 @@ MORE: dict[str, _More] = {
         "rope_scaling_yarn_log_mul": lambda config: config.rope_parameters.get("mscale_all_dim"),
         "attn_temperature_scale": lambda config: config.rope_parameters.get("llama_4_scaling_beta"),
     },
-    "nemotron": {**_VOCABULARY, **_UNSCALED, "layer_norm_rms_eps": _fixed(None), "layer_norm_eps": "norm_eps"}
-    | {"rope_dimension_count": _turned()},
+    "nemotron": {**_VOCABULARY, **_UNSCALED, "layer_norm_eps": "norm_eps"} | {"rope_dimension_count": _turned()},
     "nemotron_h": {
         **_NEMOTRON_H,
         "feed_forward_length": lambda config: [
             config.intermediate_size if kind == "mlp" else 0 for kind in config.layers_block_type
         ],
-        **dict.fromkeys(("expert_count", "expert_used_count", "expert_group_count"), _fixed(None)),
-        "expert_group_used_count": _fixed(None),
+        "expert_count": _fixed(None),
     },
     "nemotron_h_moe": {
         **_NEMOTRON_H,
