@@ -37,7 +37,8 @@ def test_a_server_is_deployed_asked_and_terminated(small_checkpoint: Callable[[s
     finally:
         zeroinf.terminate("small")
     assert find_server("small") is None
-    assert CliRunner().invoke(cli, ["ps"]).stdout == ""
+    listed = CliRunner().invoke(cli, ["ps"])
+    assert (listed.stdout, "no server with a name runs here" in listed.stderr) == ("", True)
 
 
 def test_a_server_that_does_not_come_up_says_why_at_once(tmp_path: Path) -> None:

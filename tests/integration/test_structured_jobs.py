@@ -88,7 +88,7 @@ def test_a_job_goes_on_with_the_same_format_only(model: Path, tmp_path: Path) ->
     whole, lines = output.read_bytes(), journal_path(output).read_bytes().splitlines(keepends=True)
     output.unlink()
     journal_path(output).write_bytes(b"".join(line for line in lines[:4] if b"published" not in line))
-    with pytest.raises(zeroinf.errors.OutputError, match="sampling was"):
+    with pytest.raises(zeroinf.errors.OutputError, match="sampling was max_new_tokens"):
         run(model, requests, output, Notes(), choices=("no", "yes"), resume=True)
     run(model, requests, output, Notes(), choices=yes, resume=True)
     assert output.read_bytes() == whole

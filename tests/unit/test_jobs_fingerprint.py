@@ -116,7 +116,8 @@ def refused(tmp_path: Path, first: Job, second: Job) -> set[str]:
     with pytest.raises(OutputError, match="results of another job: ") as caught:
         JournalOutput(out, second, overwrite=False, resume=True, resume_anyway=False)
     assert "--resume-anyway" in (caught.value.hint or "")
-    return {part.partition(" was ")[0] for part in caught.value.message.partition("another job: ")[2].split(", ")[::2]}
+    told = caught.value.message.partition("another job: ")[2].split("; ")
+    return {part.removesuffix(" changed").partition(" was ")[0] for part in told}
 
 
 @pytest.mark.parametrize("field", IN_FILES)
@@ -142,6 +143,14 @@ def test_another_version_is_named(name: str, folder: Path, tmp_path: Path, monke
     if name == "zeroinf":
         monkeypatch.setattr(marks, "__version__", "0.0.1")
     assert refused(tmp_path, first, job_in(folder)) == {name}
+
+
+def test_sampling_that_all_requests_share_is_told_in_words(folder: Path) -> None:
+    told = job_in(folder, **ASKED["sampling"]).fingerprint["sampling"]
+    assert told == "max_new_tokens=4, stop=('x',)"
+    entries = (ENTRIES[0], {**ENTRIES[1], "max_new_tokens": 2}, *ENTRIES[2:])
+    write(folder, entries)
+    assert marks.is_digest(job_in(folder, **ASKED["sampling"]).fingerprint["sampling"])
 
 
 def test_every_field_of_the_fingerprint_is_tried_here(folder: Path) -> None:

@@ -521,6 +521,14 @@ def test_pairs_are_printed_in_input_order() -> None:
     output.finish()
 
 
+def test_long_values_of_a_job_that_has_changed_are_not_told(out: Path) -> None:
+    output = begun(out, job(2, prompts="0" * 16))
+    output.add(result(0))
+    output.abandon("stopped")
+    with pytest.raises(OutputError, match=r"of another job: prompts changed$"):
+        opened(out, job(2, prompts="1" * 16), resume=True)
+
+
 def test_abandoned_pairs_are_printed_and_counted() -> None:
     stream = io.StringIO()
     output = PairsOutput(stream, WorkList.of([work(4), work(5)]))
@@ -544,7 +552,26 @@ def test_a_closed_pipe_is_an_output_error() -> None:
     output = PairsOutput(ClosedPipe(), WorkList.of([work(0)]))
     with pytest.raises(OutputError, match="Broken pipe; 0 results were printed"):
         output.add(result(0))
+    output.add(result(0))
     assert output.abandon("a closed pipe") == (None, 0)
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_a_pipe_that_closes_between_two_results_is_told_once_and_only_those_before_count(as_lines: bool) -> None:
+    class ShortPipe(io.StringIO):
+        def write(self, text: str) -> int:
+            if self.getvalue():
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            return super().write(text)
+
+    asked = replace(job(4), refusals=())
+    output = LinesOutput(ShortPipe(), asked) if as_lines else PairsOutput(ShortPipe(), asked.work)
+    output.add(result(0))
+    with pytest.raises(OutputError, match="Broken pipe; 1 results were printed"):
+        output.add(result(1))
+    for index in (1, 2, 3):  # what other ranks still had on its way
+        output.add(result(index))
+    assert output.abandon("a closed pipe") == (None, 1)
 
 
 # OpenAI's batches

@@ -21,6 +21,8 @@ def ps(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(server) for server in servers], indent=2))
         return
+    if not servers:
+        click.echo("no server with a name runs here: zeroinf serve --name NAME starts one", err=True)
     for server in servers:
         state = "ready" if server.ready else "loading"
         click.echo(f"{server.name}  {state}  {server.address}  {server.model}  process {server.pid}")

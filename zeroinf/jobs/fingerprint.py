@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,9 @@ from zeroinf.model.source import ModelSource
 from zeroinf.service.requests import Refusal, Request, Work
 
 _DIGEST_BYTES = 8
+_DIGEST = re.compile("[0-9a-f]{16,}")
+_MOST_CHARACTERS = 200
+"""Of settings that are told in words."""
 
 
 def fingerprint(
@@ -45,10 +49,12 @@ def fingerprint(
     """
     libraries = ("torch", "transformers", *descriptor_of(engine).libraries)
     tokens, settings = ListDigest(), ListDigest()
-    encoded = lru_cache(_encoded_settings)
+    encoded, kinds = lru_cache(_encoded_settings), set[Sampling]()
     for item in work:
         tokens.add([item.index, list(item.prompt)])
         settings.add_encoded(encoded(item.sampling))
+        if len(kinds) < 2:
+            kinds.add(item.sampling)
     return {
         **{name: _option(value) for name, value in options.items() if value is not None},
         "code of the model": _code_digest(source),
@@ -60,11 +66,24 @@ def fingerprint(
         "prompts": prompts,
         "tokens": tokens.digest(),
         "refused requests": _digest_of_all(r.index for r in refusals),
-        "sampling": settings.digest(),
+        "sampling": _in_words(kinds.pop()) if len(kinds) == 1 else settings.digest(),
         "device": device,
         "zeroinf": __version__,
         **{name: version(name) for name in libraries},
     }
+
+
+def is_digest(value: str | None) -> bool:
+    """Whether a value of a fingerprint tells nothing but whether it is another one's."""
+    return value is not None and _DIGEST.fullmatch(value) is not None
+
+
+def _in_words(sampling: Sampling) -> str:
+    """The settings that are not as they are without being given, or a digest where these are long."""
+    given = asdict(sampling)
+    usual = {field.name: field.default for field in fields(sampling)}
+    words = ", ".join(f"{name}={value!r}" for name, value in given.items() if name not in usual or value != usual[name])
+    return words if len(words) <= _MOST_CHARACTERS else _digest(given)
 
 
 def _encoded_settings(sampling: Sampling) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from zeroinf.errors import OutputError
 from zeroinf.jobs.export import column_types, pick_format, writer_for
 from zeroinf.jobs.files import content_digest, rename, write_lines, write_new
+from zeroinf.jobs.fingerprint import is_digest
 from zeroinf.jobs.journal import Journal, Runs
 from zeroinf.jobs.matching import kept_results, request_digest
 from zeroinf.jobs.output import Job, Saved
@@ -86,7 +87,7 @@ class JournalOutput:
         then = journal.fingerprint
         self.changed = tuple(name for name in {**then, **now} if then.get(name) != now.get(name))
         if self.changed and not anyway:
-            what = ", ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in self.changed)
+            what = "; ".join(_difference(name, then.get(name), now.get(name)) for name in self.changed)
             raise OutputError(
                 f"{journal.path} holds {count} results of another job: {what}",
                 hint="run it as it was, pass --resume-anyway to mix both in one output, or --overwrite to start anew",
@@ -246,3 +247,8 @@ class JournalOutput:
         return OutputError(
             f"{what}; {journal.durable} results are saved there", hint="free space or fix the problem, then --resume"
         )
+
+
+def _difference(name: str, then: str | None, now: str | None) -> str:
+    """A field of the fingerprint that has changed: its values, where they say something to people."""
+    return f"{name} changed" if is_digest(then) or is_digest(now) else f"{name} was {then}, is {now}"

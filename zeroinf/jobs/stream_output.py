@@ -35,6 +35,7 @@ class PairsOutput:
         self._waiting: dict[int, Result] = {}
         self._failures: list[Refusal] = []
         self._printed = 0
+        self._is_broken = False
 
     def begin(self, ranks: int) -> None:
         """Raises OutputError where the stream was closed before the run."""
@@ -46,7 +47,9 @@ class PairsOutput:
             raise self._unwritable(error) from error
 
     def add(self, result: Result) -> None:
-        """Print `result` and all that waited for it, or keep it until its turn comes."""
+        """Print `result` and all that waited for it, or keep it until its turn comes; nothing once that has failed."""
+        if self._is_broken:
+            return
         self._waiting[result.index] = result
         while self._next in self._waiting:
             self._print(self._next)
@@ -75,20 +78,23 @@ class PairsOutput:
             self._failures.append(Refusal.of(self.left.at(index), result.reason))
             return
         self._show(result)
-        self._printed += 1
 
     def _show(self, result: Result) -> None:
-        self._write(f"in={result.id if result.prompt is None else result.prompt}\nout={result.completion}\n{_DASHES}\n")
+        prompt = result.id if result.prompt is None else result.prompt
+        self._write(f"in={prompt}\nout={result.completion}\n{_DASHES}\n", 1)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, results: int) -> None:
+        """Print `text`, which tells so many results."""
         try:
             # A terminal that is not UTF-8 shall show an escape, not end the run.
             self._stream.write(text.encode(self._encoding, "backslashreplace").decode(self._encoding))
             self._stream.flush()
         except OSError as error:
             raise self._unwritable(error) from error
+        self._printed += results
 
     def _unwritable(self, error: OSError) -> OutputError:
+        self._is_broken = True
         self._waiting.clear()
         return OutputError(
             f"cannot write to standard output: {error.strerror}; {self._printed} results were printed",
@@ -104,6 +110,9 @@ class LinesOutput(PairsOutput):
         self._job = job
         self._envelope = job.envelope if job.output_format == "openai" or job.is_batch else None
         self._choices: list[Result] = []
+
+    def settle(self) -> int:
+        return super().settle() + len(self._choices)
 
     def _print(self, index: int) -> None:
         work = self.left
@@ -128,7 +137,7 @@ class LinesOutput(PairsOutput):
                 line.encode(self._encoding)
             except UnicodeEncodeError:  # JSON has escapes of its own
                 line = json.dumps(json.loads(line))
-            self._write(f"{line}\n")
+            self._write(f"{line}\n", len(choices) // len(lines))
 
     def abandon(self, why: str) -> Saved:
         """Print what still waits, in input order."""
