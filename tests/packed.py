@@ -496,3 +496,16 @@ def kimi_checkpoint(folder: Path, config: Any) -> Path:
     for place in (folder, full):
         build_tokenizer().save_pretrained(place)
     return folder
+
+
+def fill_codes(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Random codes for experts that hold them as products read them, with scales near one, and random biases."""
+    for name, parameter in module.named_parameters():
+        held = parameter.data
+        if name.endswith(("_blocks", "_zeros")):
+            held.view(torch.uint8).random_(0, 256, generator=generator)
+        elif held.dtype == torch.uint8:
+            held.random_(120, 124, generator=generator)
+        else:
+            values = torch.randn(held.shape, generator=generator, device=held.device)
+            held.copy_(values * 0.2 if name.endswith("_bias") else values.abs() * 0.1 + 0.05)

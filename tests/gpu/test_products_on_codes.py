@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed import packed_checkpoint
+from packed import fill_codes, packed_checkpoint
 from quantized import mxfp4_checkpoint
 from small_models import CONTEXT, build_model
 
@@ -26,6 +26,8 @@ from zeroinf.planner.wire import CODES, Wire
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
+CODED = ["mxfp4", "fp8_experts_fp4", "nvfp4", "modelopt_nvfp4", "w4a16", "w4a16_asymmetric", "gptq", "awq"]
+"""Ways in which checkpoints have experts that are multiplied as codes."""
 
 
 def logits(model: Any, wire: Wire, ids: torch.Tensor, *, on_codes: bool) -> torch.Tensor:
@@ -103,24 +105,23 @@ def test_experts_of_many_rows_are_captured_as_a_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens"), [("gpt_oss", 3), ("gpt_oss", 40), ("gpt_oss", 600), ("qwen3_moe", 3), ("qwen3_moe", 600)]
+    ("method", "tokens"),
+    [
+        ("mxfp4", 40),
+        *((method, 3) for method in CODED),
+        *((method, 600) for method in CODED),
+    ],
 )
-def test_experts_of_a_checkpoint_are_multiplied_as_codes(name: str, tokens: int, tmp_path: Path) -> None:
-    """MXFP4, of few rows of each expert and of many, as near to the products of expanded weights as those are."""
-    if name == "gpt_oss":
+def test_experts_of_a_checkpoint_are_multiplied_as_codes(method: str, tokens: int, tmp_path: Path) -> None:
+    """Of few rows of each expert and of many, as near to the products of expanded weights as those are."""
+    if method == "mxfp4":
         mxfp4_checkpoint(tmp_path)
     else:
-        packed_checkpoint(name, "fp8_experts_fp4", tmp_path)
+        packed_checkpoint("qwen3_moe", method, tmp_path)
     model = build_meta(resolve_model(str(tmp_path)).config, "bfloat16").to_empty(device=GPU)
     generator = torch.Generator(GPU).manual_seed(0)
     (module, *_) = [each for each in model.modules() if is_experts(each)]
-    for name, parameter in module.named_parameters():
-        if name.endswith("_blocks"):
-            parameter.data.random_(0, 256, generator=generator)
-        elif name.endswith("_scales"):
-            parameter.data.random_(120, 124, generator=generator)
-        else:
-            parameter.data.normal_(0, 0.2, generator=generator)
+    fill_codes(module, generator)
     x = torch.randn(tokens, model.config.hidden_size, device=GPU, dtype=torch.bfloat16, generator=generator)
     weights, index = torch.rand(tokens, module.num_experts, device=GPU, generator=generator).topk(2)
     with torch.inference_mode():

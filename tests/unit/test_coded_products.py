@@ -6,7 +6,9 @@ import pytest
 
 from zeroinf.planner.coded_products import (
     EXPAND_MXFP4,
+    ON_CODES_BY_EXPERT,
     ON_EXPANDED_MXFP4,
+    ON_INTEGERS,
     ON_MXFP4,
     at_once,
     in_parts,
@@ -57,6 +59,12 @@ def test_experts_with_many_rows_are_expanded_some_after_the_others() -> None:
         for groups in (layer(4096), many)
     ]
     assert flops[0] == flops[1]
+
+
+def test_experts_in_integers_are_multiplied_as_codes_with_any_rows() -> None:
+    product = Kernel(2 * 3000 * 1024 * 1024, 64 << 20, ON_INTEGERS)
+    groups = with_many_rows([Kernels(1.0, ()), Kernels(2.0, (product,))], 3000, 2, 1)
+    assert [group.kernels for group in groups] == [(), (Kernel(*product[:2], ON_CODES_BY_EXPERT),)]
 
 
 def test_each_part_of_the_experts_multiplies_its_own_rows_alone() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import packed_checkpoint
+from packed import fill_codes, packed_checkpoint
 from quantized import mxfp4_checkpoint
 from small_models import build_model
 from wire_reference import through_codes
@@ -20,8 +20,9 @@ from zeroinf.engines.stream.coded_weight import WeightMatrix
 from zeroinf.engines.stream.codes import encode
 from zeroinf.model.inspect import build_meta
 from zeroinf.model.quantized.expansion import Expansion, expansions
+from zeroinf.model.quantized.expert_codes import MXFP4, CodeKind
 from zeroinf.model.resolve import resolve_model
-from zeroinf.planner.wire import CODES, MXFP4, Codes, Wire
+from zeroinf.planner.wire import CODES, Codes, Wire
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
@@ -121,8 +122,26 @@ def test_experts_that_lie_transposed_are_multiplied() -> None:
     assert torch.allclose(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "each"), [*product((CODES["int4"], CODES["int8"], Codes(16, 1)), (0, 2)), (MXFP4, 2)])
-def test_kernels_are_tried_before_they_are_used(kind: Codes, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+NVFP4 = [CodeKind(4, 16, torch.float8_e4m3fn, is_float=True, shared=way) for way in ("times", "divides")]
+INTEGERS = [
+    CodeKind(bits, group, scales, has_zeros=has_zeros)
+    for bits, group, scales, has_zeros in (
+        (4, 32, torch.bfloat16, False), (4, 128, torch.float16, True), (4, 64, torch.float32, False),
+        (4, 16, torch.bfloat16, True),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [
+        *product((CODES["int4"], CODES["int8"], Codes(16, 1)), (0, 2)),
+        *((kind, 2) for kind in (MXFP4, *NVFP4, *INTEGERS)),
+    ],
+)
+def test_kernels_are_tried_before_they_are_used(
+    kind: Codes | CodeKind, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from zeroinf.engines.stream import expert_kernels, kernel_trials, product_kernels
 
     monkeypatch.setattr(kernel_trials, "ROWS_TRIED", (16,))
@@ -154,40 +173,41 @@ def test_experts_of_models_compute_what_transformers_computes(
     assert torch.allclose(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "most"), [("gpt_oss", 40), ("gpt_oss", 0), ("qwen3_moe", 40)])
+CODED = ["fp8_experts_fp4", "nvfp4", "modelopt_nvfp4", "w4a16", "w4a16_asymmetric", "gptq", "awq"]
+"""Ways in which checkpoints have experts that are multiplied as codes."""
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [("mxfp4", 40), ("mxfp4", 0), *((method, 40) for method in CODED), ("nvfp4", 0)],
+)
 def test_experts_of_a_checkpoint_are_multiplied_as_codes(
-    name: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    method: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With few rows of each expert; with more, weights of some experts after the others are expanded."""
     from zeroinf.engines.stream import expert_kernels as kernels
 
     monkeypatch.setattr(kernels, "MOST_MXFP4_ROWS_BY_EXPERT", most)
     monkeypatch.setattr(kernels, "experts_at_once", lambda weight: 3)
-    if name == "gpt_oss":
+    if method == "mxfp4":
         mxfp4_checkpoint(tmp_path)
     else:
-        packed_checkpoint(name, "fp8_experts_fp4", tmp_path)
+        packed_checkpoint("qwen3_moe", method, tmp_path)
     config = resolve_model(str(tmp_path)).config
     model = build_meta(config, "float32").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_blocks"):
-            parameter.data.random_(0, 256, generator=generator)
-        elif name.endswith("_scales"):
-            parameter.data.random_(120, 124, generator=generator)
-        elif parameter.is_floating_point() and parameter.itemsize > 1:
-            parameter.data.normal_(0, 0.2, generator=generator)
     (module, *_) = [each for each in model.modules() if is_experts(each)]
+    fill_codes(module, generator)
     x, index = torch.randn(7, config.hidden_size), torch.rand(7, module.num_experts).topk(2).indices
     weights = torch.rand(7, 2)
-    for each, value in (("DTYPES", (torch.float32,)), ("_CODED_DTYPES", (torch.float32,)), ("_fits", lambda *_: True)):
+    for each, value in (("DTYPES", (torch.float32,)), ("_FLOAT_DTYPES", (torch.float32,)), ("_fits", lambda *_: True)):
         monkeypatch.setattr(experts, each, value)
     tried: list[object] = []
     monkeypatch.setattr(experts, "expert_products", lambda *given: tried.append(given[2]) or True)
     with torch.inference_mode():
         right = module(x, index, weights)
         assert experts.use_experts_kernels(model, torch.device("cpu"), None)
-        assert tried == [MXFP4]
+        assert set(tried) == {experts.kind_of(module)}
         assert not expansions(module)  # nothing is expanded
         monkeypatch.setattr(Expansion, "open", lambda *_: pytest.fail("weights are expanded"))
         assert torch.allclose(module(x, index, weights), right, rtol=1e-3, atol=1e-3)

@@ -521,15 +521,20 @@ def test_experts_by_kernels_launch_less_and_hold_less(name: str) -> None:
     assert own[2] == theirs[2]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_experts_that_are_multiplied_as_codes_are_not_expanded(parts: int) -> None:
-    config = eager("gpt_oss")
-    config.quantization_config = {"quant_method": "mxfp4"}
+@pytest.mark.parametrize(("name", "parts"), [("gpt_oss", 1), ("gpt_oss", 2), ("qwen3_moe", 1)])
+def test_experts_that_are_multiplied_as_codes_are_not_expanded(name: str, parts: int) -> None:
+    config = eager(name)
+    config.quantization_config = (
+        {"quant_method": "mxfp4"}
+        if name == "gpt_oss"
+        else {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["self_attn"]}
+    )
     anatomy = read_anatomy(config, dtype="bfloat16")
     simulate = Simulator(config, anatomy, lengths_of(), own_kernels=True)
     workload = simulate(Shape(8, 8, 64, forward_tokens=64, expert_parts=parts))
     assert workload.expansion is not None and workload.packed is not None
     assert workload.expansion.nbytes == 0 and not any(group.kernels for group in workload.expansion.kernels)
     found = [kernel for group in workload.packed.forwards.tokens[6][1] for kernel in group.kernels]
-    codes = [kernel for kernel in found if kernel.operator == "multiply_mxfp4_by_experts"]
+    operator = f"multiply_{'mxfp4' if name == 'gpt_oss' else 'integers'}_by_experts"
+    codes = [kernel for kernel in found if kernel.operator == operator]
     assert codes and all(kernel.flops for kernel in codes)

@@ -1,7 +1,8 @@
 """Adjusts the kernels of a forward for weights that rest as codes and are multiplied as they are.
 
 Simulated forwards multiply by weights of `--wire` in full. On codes, a product of few rows reads fewer bytes; before
-others, weights are expanded. By MXFP4 of a checkpoint, they multiply as codes: with many rows, experts are expanded.
+others, weights are expanded. By experts that a checkpoint has as codes, they multiply as codes: with many rows, those
+of MXFP4 and NVFP4 are expanded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ _BY_EXPERT, _DENSE = ("_grouped_mm", "multiply_by_experts"), ("mm", "addmm")
 ON_CODES, ON_CODES_BY_EXPERT, EXPAND = "multiply wire codes", "multiply wire codes by expert", "expand wire codes"
 """What kernels are called that multiply by codes, and that make weights of them."""
 ON_MXFP4, ON_EXPANDED_MXFP4, EXPAND_MXFP4 = "multiply_mxfp4_by_experts", "multiply_expanded_mxfp4", "expand_fp4"
-"""The same for experts of a checkpoint in MXFP4, with those that multiply by what was expanded."""
+"""The same for experts of a checkpoint in MXFP4 (and in NVFP4, whose codes take a sixteenth more), with those that
+multiply by what was expanded."""
+ON_INTEGERS = "multiply_integers_by_experts"
+"""What simulated products with a checkpoint's experts in integers of four bits are called, which are as fast as those
+with wire codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ def in_parts(groups: Sequence[Kernels], parts: int) -> tuple[Kernels, ...]:
     multiplies its own alone."""
     if parts == 1:
         return tuple(groups)
-    own = {*_BY_EXPERT, ON_MXFP4}
+    own = {*_BY_EXPERT, ON_MXFP4, ON_INTEGERS}
     return tuple(
         replace(
             group,
@@ -155,6 +160,7 @@ def _without_repeats(kernels: tuple[Kernel, ...], times: int) -> tuple[Kernel, .
 def with_many_rows(groups: Sequence[Kernels], tokens: int, count: int, each: int) -> tuple[Kernels, ...]:
     """The kernels `groups` of a forward of so many tokens, each of which is routed to `each` of `count` experts, with
     those that are in MXFP4 expanded before products where that is faster."""
+    groups = [replace(group, kernels=tuple(map(_as_measured, group.kernels))) for group in groups]
     if tokens * each <= count * MOST_MXFP4_ROWS_BY_EXPERT:
         return tuple(groups)
     found = [
@@ -171,6 +177,11 @@ def with_many_rows(groups: Sequence[Kernels], tokens: int, count: int, each: int
                 multiply = Kernel(kernel.flops // turns, (kernel.nbytes - codes + full) // turns, ON_EXPANDED_MXFP4)
                 found.append(Kernels(group.times * turns, (expand, multiply)))
     return tuple(found)
+
+
+def _as_measured(kernel: Kernel) -> Kernel:
+    """The kernel under the name that has rates."""
+    return Kernel(*kernel[:2], ON_CODES_BY_EXPERT, *kernel[3:]) if kernel.operator == ON_INTEGERS else kernel
 
 
 def _on_codes(kernel: Kernel) -> str:

@@ -110,7 +110,10 @@ class _OnPaper:
         tile: Any,
         **how: bool,
     ) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.zeroinf.multiply_by_experts(x, weight.data, bias, each)
+        operators = torch.ops.zeroinf
+        are_codes = weight.of_checkpoint is not None
+        multiply = operators.multiply_integers_by_experts if are_codes else operators.multiply_by_experts
+        out: torch.Tensor = multiply(x, weight.data, bias, each)
         return out
 
     @staticmethod
@@ -131,6 +134,7 @@ for schema in (
     "gather_rows(Tensor x, int each) -> Tensor",
     "multiply_by_experts(Tensor x, Tensor weight, Tensor? bias, int each) -> Tensor",
     "multiply_mxfp4_by_experts(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int each, int outputs) -> Tensor",
+    "multiply_integers_by_experts(Tensor x, Tensor codes, Tensor? bias, int each) -> Tensor",
     "add_bias(Tensor(a!) y, Tensor bias) -> ()",
     "gate_halves(Tensor x) -> Tensor",
     "combine_experts(Tensor y, Tensor weights) -> Tensor",
@@ -149,9 +153,12 @@ def _routed(index: torch.Tensor, count: int, rows: int) -> torch.Tensor:
     return index.new_empty(3 * index.numel() + 2 * count + 3 * tiles, dtype=torch.int32)
 
 
-@torch.library.impl(_PREFIX + "multiply_by_experts", "Meta")
 def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, each: int) -> torch.Tensor:
     return x.new_empty(x.shape[0] * each, weight.shape[1])
+
+
+for own in ("multiply_by_experts", "multiply_integers_by_experts"):
+    torch.library.impl(_PREFIX + own, "Meta", _multiplied)
 
 
 @torch.library.impl(_PREFIX + "multiply_mxfp4_by_experts", "Meta")

@@ -210,6 +210,7 @@ _FLOPS = {
     GROUPED_MM: _grouped_flops,
     torch.ops.zeroinf.multiply_by_experts: product_flops,
     torch.ops.zeroinf.multiply_mxfp4_by_experts: product_flops,
+    torch.ops.zeroinf.multiply_integers_by_experts: product_flops,
 }
 
 

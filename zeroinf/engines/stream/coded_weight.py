@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from zeroinf.compat.subclasses import as_plain_tensors, make_wrapper, replaced
 from zeroinf.engines.stream.layout import Layout, TensorLocation
+from zeroinf.model.quantized.expert_codes import ExpertCodes
 from zeroinf.planner.wire import EXPANDED_AT_ONCE_BYTES, MOST_CODED_ROWS, Codes
 
 
@@ -30,8 +31,18 @@ class WeightMatrix:
     shape: tuple[int, ...]
     bits: int
     group: int
-    is_float: bool = False
-    """Codes are numbers (E2M1), the even ones of a group in the lower bits of its bytes, and scales powers of two."""
+    of_checkpoint: ExpertCodes | None = None
+    """The codes as a checkpoint has them: of two inputs side by side, the first is in the lower bits of a byte."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are numbers (E2M1)."""
+        return self.of_checkpoint is not None and self.of_checkpoint.kind.is_float
+
+
+def matrix_of(codes: ExpertCodes) -> WeightMatrix:
+    """The codes of experts of a checkpoint."""
+    return WeightMatrix(codes.codes, codes.scales, codes.shape, codes.kind.bits, codes.kind.group, codes)
 
 
 def experts_at_once(weight: WeightMatrix) -> int:

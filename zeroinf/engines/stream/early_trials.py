@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from zeroinf.compat.models import is_experts
-from zeroinf.engines.stream.experts import coded_experts
+from zeroinf.engines.stream.experts import coded_experts, kind_of
 from zeroinf.engines.stream.norms import norm_kernel_runs
 from zeroinf.engines.stream.products import expert_products, product_on_codes
 from zeroinf.engines.stream.tensor_groups import TensorGroup
-from zeroinf.planner.wire import MXFP4, Codes
+from zeroinf.planner.wire import Codes
 
 
 def begin_trials(model: Any, groups: Sequence[TensorGroup], kind: Codes | None, device: torch.device) -> None:
@@ -32,8 +32,8 @@ def begin_trials(model: Any, groups: Sequence[TensorGroup], kind: Codes | None, 
         partial(product_on_codes, device, groups),
     ]
     if any(map(is_experts, model.modules())):
-        own = MXFP4 if coded_experts(model) else kind
-        verdicts.append(partial(expert_products, device, model.dtype, own))
+        kinds: set[Any] = {kind_of(module) for module in coded_experts(model)} or {kind}
+        verdicts += [partial(expert_products, device, model.dtype, own) for own in kinds]
     threading.Thread(target=_ask, args=(verdicts, device), name="zeroinf-trials", daemon=True).start()
 
 

@@ -30,7 +30,7 @@ from zeroinf.engines.stream.product_kernels import (
     side_by_side,
     tile_for,
 )
-from zeroinf.model.quantized.fp4 import expand_fp4
+from zeroinf.model.quantized.expert_codes import expand_experts
 from zeroinf.model.quantized.fused import OPERATORS
 from zeroinf.planner.wire import MOST_MXFP4_ROWS_BY_EXPERT
 
@@ -95,14 +95,14 @@ def _place(  # type: ignore[no-untyped-def]
 @Launch
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _gate(  # type: ignore[no-untyped-def]
-    x, out, rows, width, wide, ORDERED: tl.constexpr, FLOAT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
+    x, out, rows, width, wide, ORDERED: tl.constexpr, PAIRS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """SiLU of the first half of each row, times the second, rounded where torch's operators round. `ORDERED`: it is
     written in the order of `input_of`, with zeros past the width."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    source = input_of(column, FLOAT, SIDE) if ORDERED else column
+    source = input_of(column, PAIRS, SIDE) if ORDERED else column
     inside = (row < rows) & (source < width)
     at = x + row * (2 * width) + source
     gate = tl.load(at, mask=inside, other=0).to(tl.float32)
@@ -200,7 +200,7 @@ def gate(x: torch.Tensor, before: WeightMatrix | None = None) -> torch.Tensor:
     out = x.new_empty(rows, wide)
     _gate(
         (-(-rows // 8), -(-wide // 128)), (x, out), (rows, width, wide),
-        ORDERED=ordered, FLOAT=before is not None and before.is_float,
+        ORDERED=ordered, PAIRS=before is not None and before.of_checkpoint is not None,
         SIDE=side_by_side(before, x.device) if before is not None else 0, ROWS=8, BLOCK=128,
     )  # fmt: skip
     return out
@@ -228,7 +228,7 @@ def product_in_full(
 ) -> torch.Tensor:
     """As `product_by_expert` by codes that are numbers, with inputs in their own order: some experts after the others
     are expanded into the same memory, and multiplied."""
-    assert weight.scales is not None
+    assert weight.of_checkpoint is not None
     x = x if x.stride(1) == 1 else x.contiguous()
     count, outputs, inputs = weight.shape
     whole = x.new_empty(experts_at_once(weight), outputs, inputs)
@@ -236,7 +236,7 @@ def product_in_full(
     for first in range(0, count, len(whole)):
         some = slice(first, first + len(whole))
         own = whole[: min(count, some.stop) - first]
-        expand_fp4(own, weight.data[some].view(len(own), outputs, -1), weight.scales[some], None, False)
+        expand_experts(own, weight.of_checkpoint.some(some))
         full = WeightMatrix(own, None, tuple(own.shape), 16, 1)
         launch_product(x, full, bias, out, tile, routing.tiles.shape[1], routing, each, 1, first)
     return out
@@ -253,11 +253,11 @@ def compile_product_by_expert(
 
     own = [weight]
     if weight.is_float:
+        assert weight.of_checkpoint is not None
         whole = torch.empty(experts_at_once(weight), *weight.shape[1:], dtype=dtype, device="meta")
         own.append(WeightMatrix(whole, None, tuple(whole.shape), 16, 1))
-        some = torch.empty(len(whole), weight.shape[1], weight.shape[2] // 2, dtype=torch.uint8, device="meta")
-        powers = some.new_empty(*weight.shape[:2], weight.shape[2] // weight.group)[: len(whole)]
-        OPERATORS["expand_fp4"].compile(device, whole, some, powers, None, False)
+        name, args = weight.of_checkpoint.some(slice(len(whole))).expansion(whole)
+        OPERATORS[name].compile(device, *args)
     for matrix, rows in pairs_of(own, ROWS_TRIED):
         tile = tile_for(rows, matrix.bits, device)
         routing = SlotTable(meta(each), meta(each), meta(weight.shape[0]), meta(3, each), tile.rows)

@@ -19,19 +19,20 @@ import torch
 from zeroinf.compat import experts
 from zeroinf.compat.experts import grouped_product
 from zeroinf.compat.models import experts_method, is_experts
-from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix
+from zeroinf.engines.stream.coded_weight import CodedWeight, WeightMatrix, matrix_of
 from zeroinf.engines.stream.products import DTYPES, expert_products
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.quantized.expansion import expansion_of, expansions, opened
+from zeroinf.model.quantized.expert_codes import CodeKind
 from zeroinf.planner.coded_products import by_expert
-from zeroinf.planner.wire import CODES, MOST_ROWS_BY_EXPERT, MXFP4, Codes, Wire
+from zeroinf.planner.wire import CODES, MOST_ROWS_BY_EXPERT, Codes, Wire
 
 NAME = "zeroinf"
 
 _MANY = 128
 """Rows of a tile in tables that nothing reads."""
-_CODED_DTYPES = (torch.bfloat16,)
-"""In which codes of checkpoints are weights to the bit."""
+_FLOAT_DTYPES = (torch.bfloat16,)
+"""Which codes that are numbers, times their scales, fit."""
 _GROUPED_CAPABILITIES = (9, 10)
 """Major compute capabilities for which torch has kernels of grouped products."""
 
@@ -42,12 +43,8 @@ def use_experts_kernels(model: Any, device: torch.device, kind: Codes | None) ->
     modules = [module for module in model.modules() if is_experts(module)]
     if not modules or not experts.runs_by_default(model):
         return False
-    coded = coded_experts(model)
-    if coded and expert_products(device, model.dtype, MXFP4):
-        kind = MXFP4
-    elif expert_products(device, model.dtype, kind):
-        coded = []
-    else:
+    coded = [module for module in coded_experts(model) if expert_products(device, model.dtype, kind_of(module))]
+    if not coded and not expert_products(device, model.dtype, kind):
         return False
     experts.replace_default_experts(model, NAME, run_experts)
     multiply_by_codes(coded, NAME)
@@ -56,9 +53,19 @@ def use_experts_kernels(model: Any, device: torch.device, kind: Codes | None) ->
 
 def coded_experts(model: Any) -> list[Any]:
     """The experts of `model` whose weights its checkpoint has as codes that kernels multiply by."""
-    owners = ((module, expansion_of(module)) for module in model.modules() if is_experts(module))
-    found = [module for module, owner in owners if owner is not None and owner.has_codes]
-    return found if model.dtype in _CODED_DTYPES else []
+    modules = (module for module in model.modules() if is_experts(module))
+    found = ((module, kind_of(module)) for module in modules)
+    return [
+        module
+        for module, kind in found
+        if kind is not None and model.dtype in (_FLOAT_DTYPES if kind.is_float else DTYPES)
+    ]
+
+
+def kind_of(module: Any) -> CodeKind | None:
+    """The kind of codes that the experts `module` holds; None where products cannot be computed with them."""
+    owner = expansion_of(module)
+    return next(iter(owner.codes().values())).kind if owner is not None and owner.has_codes else None
 
 
 def multiply_by_codes(modules: Sequence[Any], name: str) -> None:
@@ -143,7 +150,7 @@ Matrices = tuple[ExpertMatrix, ExpertMatrix]
 def compute_few(
     kernels: Any, module: Any, matrices: Matrices, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """As `run_experts`, by the kernels that read rows where they lie and weights as they rest; codes that are numbers
+    """As `run_experts`, by the kernels that read rows where they lie and weights as they rest; codes of a checkpoint
     become weights before products of many rows, of some experts after the others."""
     up, down = matrices
     count, each = up.matrix.shape[0], index.shape[-1]
@@ -249,10 +256,7 @@ def _matrix(module: Any, name: str) -> ExpertMatrix | None:
         bias = bias.full()
     owner = expansion_of(module)
     if owner is not None and owner.rests:
-        own = owner.codes()[name]
-        count, outputs, groups, _ = own.codes.shape
-        shape = count, outputs, groups * MXFP4.group
-        return ExpertMatrix(WeightMatrix(own.codes, own.powers, shape, MXFP4.bits, MXFP4.group, True), bias, None)
+        return ExpertMatrix(matrix_of(owner.codes()[name]), bias, None)
     weight = getattr(module, name, None)
     if isinstance(weight, CodedWeight):
         matrix = weight.matrix() if len(weight.location.shape) == 3 and not module.is_transposed else None

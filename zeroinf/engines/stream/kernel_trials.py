@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from zeroinf.engines.stream.coded_weight import WeightMatrix
+from zeroinf.engines.stream.coded_weight import WeightMatrix, matrix_of
 from zeroinf.engines.stream.expert_kernels import (
     add_bias,
     combine,
@@ -18,10 +18,12 @@ from zeroinf.engines.stream.expert_kernels import (
     route,
 )
 from zeroinf.engines.stream.product_kernels import ROWS_TRIED, in_order, product, tile_for
+from zeroinf.model.quantized.coded_experts import tensors_of
+from zeroinf.model.quantized.expert_codes import CodeKind, ExpertCodes, expand_experts
 from zeroinf.planner.wire import Codes
 
 
-def why_not(device: torch.device, dtype: torch.dtype, kind: Codes, each: int = 0) -> str:
+def why_not(device: torch.device, dtype: torch.dtype, kind: Codes | CodeKind, each: int = 0) -> str:
     """Why these kernels do not run on `device`, empty where they do: each is compiled and used once, those of experts
     where a token goes to `each` of them, or (0) the dense ones. Codes of 16 bits are the weights themselves.
 
@@ -90,24 +92,44 @@ def _by_expert(
 
 
 def _example(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, kind: Codes, generator: torch.Generator
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Codes | CodeKind,
+    generator: torch.Generator,
 ) -> tuple[WeightMatrix, torch.Tensor]:
     """Weights as they rest, and in full in float32."""
+    if isinstance(kind, CodeKind):
+        return _codes_of_checkpoint(shape, device, kind)
     bits, group = kind.bits, kind.group
     if bits == 16:
         weight = torch.randn(shape, device=device, generator=generator).to(dtype)
         return WeightMatrix(weight, None, shape, 16, 1), weight.float()
     elements = prod(shape)
     codes = torch.randint(0, 256, (elements * bits // 8,), dtype=torch.uint8, device=device, generator=generator)
-    if kind.is_float:
-        powers = torch.randint(118, 126, (elements // group,), device=device, generator=generator)
-        both = torch.stack((codes & 15, codes >> 4), 1).flatten().long()
-        sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=device)[both & 7]
-        numbers = torch.where(both > 7, -sizes, sizes).view(-1, group) * (powers - 127.0).exp2()[:, None]
-        blocks, powers = codes.view(*shape[:2], -1, group // 2), powers.to(torch.uint8).view(*shape[:2], -1)
-        return WeightMatrix(blocks, powers, shape, bits, group, True), numbers.view(shape)
     scales = (torch.rand(elements // group, device=device, generator=generator) * 0.01 + 0.01).bfloat16()
     low = codes.view(-1, group * bits // 8).int()
     values = torch.cat((low & 15, low >> 4), 1) - 8 if bits == 4 else low - 128
     full = (values * scales.float()[:, None]).to(dtype).float().view(shape)
     return WeightMatrix(codes, scales, shape, bits, group), full
+
+
+def _codes_of_checkpoint(
+    shape: tuple[int, int, int], device: torch.device, kind: CodeKind
+) -> tuple[WeightMatrix, torch.Tensor]:
+    """The same of a checkpoint, random, with weights in full as the CPU expands them."""
+    generator = torch.Generator().manual_seed(shape[0])
+    made = {}
+    for role, (size, dtype) in tensors_of(kind, *shape, matrices=2).items():
+        number = torch.randint(0, 256, (*size, dtype.itemsize), dtype=torch.uint8, generator=generator)
+        if role in ("blocks", "zeros"):
+            made[role] = number.view(dtype)[..., 0]
+        elif dtype.itemsize == 1:  # near one, as an exponent and in FP8
+            made[role] = (number[..., 0] % 8 + (118 if dtype == torch.uint8 else 52)).view(dtype)
+        else:
+            made[role] = (torch.rand(size, generator=generator) * 0.01 + 0.01).to(dtype)
+    codes = made["blocks"].view(torch.uint8).flatten(2), made["scales"], made.get("zeros"), made.get("shared")
+    full = torch.empty(shape)
+    expand_experts(full, ExpertCodes(kind, *codes))
+    moved = (None if one is None else one.to(device) for one in codes)
+    return matrix_of(ExpertCodes(kind, *moved)), full.to(device)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from zeroinf.engines.stream.decode_in_registers import (
     input_of,
     power_of_two,
 )
+from zeroinf.model.quantized.tile_kernels import e4m3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -57,36 +58,46 @@ def _by_numbers(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _by_four_bits(  # type: ignore[no-untyped-def]
-    acc, x_at, words, scales, first_group, begin, finish,
-    FLOAT: tl.constexpr, SIDE: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, x_at, words, scales, zeros, weight_row, first_word, first_group, row_groups, begin, finish,
+    GROUP: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr, SHARED: tl.constexpr, SIDE: tl.constexpr,
+    EVEN: tl.constexpr, AHEAD: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same by codes of four bits with scales, 32 inputs of each group; `first_group` (outputs,) of a row's groups.
-    Inputs lie in the order of `input_of`, with zeros past the last one of 128.
+    """The same by codes of four bits with scales, and zero points if `ZEROS`; `first_word` and `first_group` (outputs,)
+    of the rows `weight_row`, which have so many groups. Inputs lie in the order of `input_of`, with zeros past the last
+    one of 128.
 
     `AHEAD`: scales are loaded one step before their use, where they are too narrow to be copied ahead of it.
     """
     dtype: tl.constexpr = x_at.dtype.element_ty
     groups: tl.constexpr = INPUTS // 32
-    scale_at, word_at = scales + first_group[:, None], words + first_group[:, None] * 4
+    scaled: tl.constexpr = INPUTS // GROUP
+    scale_at, word_at = scales + first_group[:, None], words + first_word[:, None]
+    # Eight rows share words of zero points.
+    zero_at, shift = zeros + (weight_row // 8 * row_groups)[:, None], (weight_row % 8 * 4).to(tl.int32)[:, None]
     column = tl.arange(0, groups * 16) // 64 * 128 + tl.arange(0, groups * 16) % 64
     if AHEAD:
-        next_scale = _load_groups(scale_at, begin // 32 + tl.arange(0, groups), finish // 32, False)
+        next_scale = _load_groups(scale_at, begin // GROUP + tl.arange(0, scaled), finish // GROUP, False)
     for k in range(begin, finish, INPUTS):
         if AHEAD:
             scale = next_scale
-            next_scale = _load_groups(scale_at, (k + INPUTS) // 32 + tl.arange(0, groups), finish // 32, False)
+            next_scale = _load_groups(scale_at, (k + INPUTS) // GROUP + tl.arange(0, scaled), finish // GROUP, False)
         else:
-            scale = _load_groups(scale_at, k // 32 + tl.arange(0, groups), finish // 32, EVEN)
-        if FLOAT:
+            scale = _load_groups(scale_at, k // GROUP + tl.arange(0, scaled), finish // GROUP, EVEN)
+        if SHARED:
+            scale = e4m3(scale.to(tl.int32) << 24).to(dtype)
+        elif FLOAT:
             scale = power_of_two(scale, dtype)
+        zero = scale
+        if ZEROS:
+            zero = _load_groups(zero_at, k // GROUP + tl.arange(0, scaled), finish // GROUP, EVEN)
+            zero = (zero >> shift) & 15
         number = k // 8 + tl.arange(0, groups * 4)[None, :]
         if EVEN:
             word = tl.load(word_at + number)
         else:  # the same for the words of a group, so that these are loaded together
             word = tl.load(word_at + number, mask=number // 4 < finish // 32, other=0)
         word = tl.reshape(word, (word.shape[0], groups, 4))
-        lower, upper = four_bits(word, scale[:, :, None], FLOAT, SIDE, dtype)
+        lower, upper = four_bits(word, _by_word(scale, GROUP), _by_word(zero, GROUP), FLOAT, ZEROS, SIDE, dtype)
         if INPUTS == 128:
             low, high = tl.load(x_at + (k + column)[:, None]), tl.load(x_at + (k + column + 64)[:, None])
         else:
@@ -96,6 +107,16 @@ def _by_four_bits(  # type: ignore[no-untyped-def]
         acc = tl.dot(lower, low, acc, input_precision=PRECISION)
         acc = tl.dot(upper, high, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _by_word(value, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A value of each group (outputs, groups) for each 32 inputs, or their four words."""
+    wide = value[:, :, None]
+    if GROUP != 32:
+        wide = tl.broadcast_to(wide, (value.shape[0], value.shape[1], GROUP // 8))
+        wide = tl.reshape(wide, (value.shape[0], value.shape[1] * GROUP // 32, 4))
+    return wide
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -128,10 +149,10 @@ def _load_groups(at, number, end, EVEN: tl.constexpr):  # type: ignore[no-untype
 @Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _put_in_order(  # type: ignore[no-untyped-def]
-    x, out, total, inputs, x_stride, wide, FLOAT: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr
+    x, out, total, inputs, x_stride, wide, PAIRS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source = input_of((at % wide).to(tl.int32), FLOAT, SIDE)
+    source = input_of((at % wide).to(tl.int32), PAIRS, SIDE)
     value = tl.load(x + at // wide * x_stride + source, mask=(at < total) & (source < inputs), other=0)
     tl.store(out + at, value, mask=at < total)
 
@@ -139,17 +160,20 @@ def _put_in_order(  # type: ignore[no-untyped-def]
 @Launch
 @triton.jit(do_not_specialize=["rows", "first_expert", "experts"])  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
-    x, weight, scales, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride, input_stride,
-    out_stride, part_stride, first_expert, experts,
+    x, weight, scales, zeros, shared, bias, out, slots, tiles, rows, outputs, inputs, each, x_stride, output_stride,
+    input_stride, out_stride, part_stride, first_expert, experts, matrices,
     BITS: tl.constexpr, GROUP: tl.constexpr, BY_EXPERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TURNED: tl.constexpr, FLOAT: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, FLOAT: tl.constexpr, ZEROS: tl.constexpr, SHARED: tl.constexpr, SIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tiles` (3, tiles): the expert of each tile of slots, its first slot in order, and where the expert's end. Those
     are computed that go to one of `experts` experts from `first_expert` on, of which `weight` has the weights.
 
-    `TURNED`: the outputs of numbers lie side by side. They are loaded by a mask then, since addresses that do not
-    follow each other everywhere are read one by one. `ALIGNED`: the groups of a row are a multiple of it.
+    `FLOAT`: codes are E2M1, with powers of two as scales; or (`SHARED`) numbers in FP8 times (1), or divided by (2),
+    what each of `matrices` shares that lie side by side along the outputs. `TURNED`: the outputs of numbers lie side by
+    side. They are loaded by a mask then, since addresses that do not follow each other everywhere are read one by one.
+    `ALIGNED`: 32 inputs, and groups, of a row are a multiple of it.
     """
     across = tl.cdiv(outputs, OUTPUTS)
     row_tiles = tl.num_programs(0) // across
@@ -186,14 +210,19 @@ def _product(  # type: ignore[no-untyped-def]
     else:
         first_group = tl.multiple_of(weight_row * (inputs // GROUP), [ALIGNED])
         if BITS == 4:
-            tl.static_assert(GROUP == 32)
             # Bytes are too narrow to be copied ahead of their use.
-            ahead: tl.constexpr = ALIGNED * (scales.dtype.element_ty.primitive_bitwidth // 8) < 4
+            alike: tl.constexpr = ALIGNED if ALIGNED * GROUP < INPUTS else INPUTS // GROUP
+            ahead: tl.constexpr = alike * (scales.dtype.element_ty.primitive_bitwidth // 8) < 4
+            first_word = tl.multiple_of(weight_row * (inputs // 8), [ALIGNED * 4])
             acc = _by_four_bits(
-                acc, x_at, weight, scales, first_group, begin, finish, FLOAT, SIDE, EVEN, ahead, INPUTS, PRECISION
-            )
+                acc, x_at, weight, scales, zeros, weight_row, first_word, first_group, inputs // GROUP, begin, finish,
+                GROUP, FLOAT, ZEROS, SHARED, SIDE, EVEN, ahead, INPUTS, PRECISION,
+            )  # fmt: skip
         else:
             acc = _by_eight_bits(acc, x_at, weight, scales, first_group, begin, finish, GROUP, EVEN, INPUTS, PRECISION)
+    if SHARED:
+        of_matrix = tl.load(shared + own_expert * matrices + output // (outputs // matrices), mask=real, other=1)
+        acc = acc * of_matrix[:, None] if SHARED == 1 else acc / of_matrix[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + expert * outputs + output, mask=real, other=0).to(tl.float32)[:, None]
     at = out + tl.program_id(1).to(tl.int64) * part_stride + row[None, :] * out_stride + output[:, None]
@@ -288,7 +317,7 @@ def in_order(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
     total, block = out.numel(), 1024
     run(
         (-(-total // block),), (x, out), (total, inputs, x.stride(0), out.shape[1]),
-        FLOAT=weight.is_float, SIDE=side_by_side(weight, x.device), BLOCK=block,
+        PAIRS=weight.of_checkpoint is not None, SIDE=side_by_side(weight, x.device), BLOCK=block,
     )  # fmt: skip
     return out
 
@@ -325,18 +354,26 @@ def launch_product(
         slots, tiles = routing.slots, routing.tiles
     scales = x if weight.scales is None else weight.scales
     data = weight.data.view(torch.int32) if weight.bits == 4 else weight.data
+    codes = weight.of_checkpoint
+    zeros, shared = (None, None) if codes is None else (codes.zeros, codes.shared)
+    if shared is not None:
+        scales = scales.view(torch.uint8)
     part_stride = 0 if parts == 1 else rows * outputs
     run = _product.compile if x.is_meta else _product
     run(
         (row_tiles * -(-outputs // tile.outputs), parts),
-        (x, data, scales, x if bias is None else bias, out, slots, tiles),
+        (
+            x, data, scales, x if zeros is None else zeros, x if shared is None else shared,
+            x if bias is None else bias, out, slots, tiles,
+        ),
         (
             rows, outputs, inputs, each, x.stride(0), *_strides(weight), outputs, part_stride, first_expert,
-            weight.shape[0] if routing is not None else 1,
+            weight.shape[0] if routing is not None else 1, 1 if shared is None else shared.shape[1],
         ),
         BITS=weight.bits, GROUP=weight.group, BY_EXPERT=routing is not None, HAS_BIAS=bias is not None,
         EVEN=inputs % steps == 0, TURNED=weight.bits == 16 and weight.data.stride(-1) != 1, FLOAT=weight.is_float,
-        SIDE=side_by_side(weight, x.device), ALIGNED=gcd(inputs // weight.group, 8),
+        ZEROS=zeros is not None, SHARED=0 if codes is None else ("", "times", "divides").index(codes.kind.shared),
+        SIDE=side_by_side(weight, x.device), ALIGNED=gcd(inputs // weight.group, inputs // 32 or 1, 8),
         ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=steps, WIDE=8,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 from zeroinf.engines.stream.coded_weight import Product
 from zeroinf.engines.stream.tensor_groups import TensorGroup
+from zeroinf.model.quantized.expert_codes import CodeKind
 from zeroinf.planner.descriptor import KERNEL_CAPABILITY
 from zeroinf.planner.wire import Codes
 
@@ -35,12 +36,12 @@ def product_on_codes(device: torch.device, groups: Sequence[TensorGroup]) -> Pro
     return product
 
 
-def expert_products(device: torch.device, dtype: torch.dtype, kind: Codes | None) -> bool:
+def expert_products(device: torch.device, dtype: torch.dtype, kind: Codes | CodeKind | None) -> bool:
     """Whether experts can multiply by weights of `kind` (None: numbers) here."""
     return _runs(device, dtype, kind, _SOME)
 
 
-def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: int) -> bool:
+def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | CodeKind | None, each: int) -> bool:
     """Whether kernels multiply by weights of `kind` (None: numbers) on `device`; dense ones, or those of experts of
     which a token has `each`. Tried once: a thread that asks while another tries waits for it."""
     with _TRYING:
@@ -48,7 +49,7 @@ def _runs(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: in
 
 
 @cache
-def _tried(device: torch.device, dtype: torch.dtype, kind: Codes | None, each: int) -> bool:
+def _tried(device: torch.device, dtype: torch.dtype, kind: Codes | CodeKind | None, each: int) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY or dtype not in DTYPES:
         return False
     try:

@@ -17,18 +17,9 @@ from zeroinf.compat.dispatch import TorchDispatchMode, is_view
 from zeroinf.compat.launches import Recording
 from zeroinf.compat.modules import own_parameters
 from zeroinf.errors import ModelError
+from zeroinf.model.quantized.expert_codes import ExpertCodes
 
 Held = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCodes:
-    """The weights of all experts in one of their products as codes of four bits (E2M1) that share powers of two."""
-
-    codes: torch.Tensor
-    """(experts, outputs, groups, bytes of a group; uint8): two codes a byte, the first in its lower bits."""
-    powers: torch.Tensor
-    """(experts, outputs, groups; uint8): exponents, 127 too high."""
 
 
 Expand = Callable[[Held], Mapping[str, torch.Tensor]]

@@ -15,9 +15,10 @@ import torch
 from zeroinf.compat import quantizers
 from zeroinf.compat.models import modules_in_float32
 from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.expert_codes import MXFP4
 from zeroinf.model.quantized.fp4 import expand_fp4
 from zeroinf.model.quantized.fused import Random, fused, random_bytes, random_scales
-from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
+from zeroinf.model.quantized.linears import Coded, MatrixFormat, Stored, hold_linears
 
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 # Of FP4: two codes a byte, of which so many share a power of two.
@@ -89,9 +90,9 @@ class _Fp8(MatrixFormat):
     def is_needed(self, name: str) -> bool:
         return name not in ("bias", *_OF_ACTIVATIONS)
 
-    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
+    def coded(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> Coded | None:
         scales = next(name for name in stored if name in (_SCALES, *_OTHER_NAMES))
-        return ("weight", scales) if stored["weight"].dtype in _PAIRS else None
+        return Coded(MXFP4, {"blocks": "weight", "scales": scales}) if stored["weight"].dtype in _PAIRS else None
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         scales = _named(held)[_SCALES]

@@ -19,11 +19,12 @@ from torch.nn import Linear, Module
 
 from zeroinf.compat.modules import own_buffers, own_parameters, unsaved_buffers
 from zeroinf.errors import ModelError
+from zeroinf.model.quantized.coded_experts import Parts, can_hold_coded, hold_coded_experts
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, whole_weights
+from zeroinf.model.quantized.expert_codes import MXFP4
 from zeroinf.model.quantized.ggml import QUANTIZED_TYPES, codes_of_mxfp4, expand, powers_of_mxfp4
 from zeroinf.model.quantized.gguf_names import file_name
 from zeroinf.model.quantized.gguf_pieces import Change, GgufPiece, Tiles, View, pieces_of
-from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
 from zeroinf.model.stored_parts import StoredPart, as_stored, set_parts
 
 # Weights that are expanded as they are read are so a few rows at a time.
@@ -90,7 +91,7 @@ def _are_coded(held: _Holds, kinds: Mapping[str, int]) -> bool:
 def _hold_codes(module: Module, held: _Holds) -> None:
     """Replace the weights of experts by codes in the order of products, which are made as they are read."""
     is_transposed = bool(getattr(module, "is_transposed", False))
-    parts: dict[str, CodedParts | None] = {}
+    parts: dict[str, Parts | None] = {}
     for own, (shape, _, pieces) in held.items():
         size = (shape[2], shape[1]) if is_transposed else (shape[1], shape[2])
         codes, powers = (
@@ -102,10 +103,10 @@ def _hold_codes(module: Module, held: _Holds) -> None:
                 )
                 for expert in range(shape[0])
             )
-            for make, of_each in ((codes_of_mxfp4, 2), (powers_of_mxfp4, GROUP))
+            for make, of_each in ((codes_of_mxfp4, 2), (powers_of_mxfp4, MXFP4.group))
         )
-        parts[own] = CodedParts(codes, powers)
-    hold_coded_experts(module, parts, is_transposed=is_transposed)
+        parts[own] = {"blocks": codes, "scales": powers}
+    hold_coded_experts(module, MXFP4, parts, is_transposed=is_transposed)
 
 
 def _of_expert(

@@ -18,8 +18,9 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.model.quantized.expansion import OTHER_CHECKPOINT, Held, refused
+from zeroinf.model.quantized.expert_codes import integer_kind
 from zeroinf.model.quantized.integers import expand_integers, pack, packed_size, unpack
-from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
+from zeroinf.model.quantized.linears import Coded, MatrixFormat, Stored, hold_linears
 
 # Column 4 of each eight lies in the second place of a word, and so on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -85,6 +86,13 @@ class _InWords(MatrixFormat):
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         expand_integers(whole, held["qweight"], held["scales"], held["qzeros"])
 
+    def coded(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> Coded | None:
+        scales = stored["scales"]
+        kind = integer_kind(self.bits, rows, columns, scales.shape[0], scales.dtype, has_zeros=True)
+        checked = ("g_idx",) if "g_idx" in stored else ()
+        names = {"blocks": "qweight", "scales": "scales", "zeros": "qzeros"}
+        return None if kind is None else Coded(kind, names, checked)
+
     def _why_not(
         self, usual: Mapping[str, Stored], columns: int, stored: Mapping[str, Stored], widths: Sequence[int]
     ) -> str | None:
@@ -123,6 +131,9 @@ class _Gptq(_InWords):
         if not self.is_ordered and "g_idx" not in stored:
             del usual["g_idx"]
         return self._why_not(usual, columns, stored, (2, 3, 4, 8))
+
+    def coded(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> Coded | None:
+        return None if self.is_ordered else super(_Gptq, self).coded(rows, columns, stored)
 
     def held(self, name: str, one: Stored) -> Stored:
         """Of groups that are not in order, scales and zero points of one group stay side by side."""

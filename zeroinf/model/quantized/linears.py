@@ -17,8 +17,9 @@ import torch
 from torch.nn import Linear, Module
 
 from zeroinf.compat.modules import own_parameters
+from zeroinf.model.quantized.coded_experts import Parts, can_hold_coded, hold_coded_experts, tensors_of
 from zeroinf.model.quantized.expansion import Expansion, Held, meta, refused, whole_weights
-from zeroinf.model.quantized.mxfp4 import GROUP, CodedParts, can_hold_coded, hold_coded_experts
+from zeroinf.model.quantized.expert_codes import CodeKind
 from zeroinf.model.quantized.origins import EXPERT, Origin, name_others, origins_of
 from zeroinf.model.stored_parts import StoredPart, set_parts
 
@@ -32,6 +33,17 @@ class Stored:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """How the tensors of a matrix are those of codes that products read."""
+
+    kind: CodeKind
+    names: Mapping[str, str]
+    """The tensors that become each of `tensors_of`, by the names of these."""
+    checked: tuple[str, ...] = ()
+    """Tensors that are read beside the codes, and held by none."""
 
 
 class MatrixFormat(ABC):
@@ -61,9 +73,8 @@ class MatrixFormat(ABC):
         """Whether weights depend on the tensor `name`; others are not read."""
         return name != "bias"
 
-    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
-        """The names of the codes and of the powers of two where `stored` is no more than MXFP4, whose bytes have the
-        first of two codes in the lower bits; else None."""
+    def coded(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> Coded | None:
+        """How products read a matrix of a stack of experts, as it is held; None where it is expanded before."""
         return None
 
     def held(self, name: str, one: Stored) -> Stored:
@@ -165,8 +176,8 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
             raise refused(
                 model, what, f"{plan.matrices.names[0]} is quantized, but the weights that it is fused with are not"
             )
-    if can_hold_coded(covered) and all(form.mxfp4(plan.stored) and plan.matrices.is_stack for plan in plans):
-        _hold_codes(module, plans, form)
+    if can_hold_coded(covered) and (coded := _coded(plans, form)) is not None:
+        _hold_codes(module, plans, form, coded)
         return
     for plan in plans:
         own_parameters(module).pop(plan.own, None)
@@ -188,30 +199,58 @@ def _hold(model: Any, what: str, module: Module, plans: Sequence[_Plan], form: M
     Expansion(module, partial(_expand, form, shapes, steps))
 
 
-def _hold_codes(module: Module, plans: Sequence[_Plan], form: MatrixFormat) -> None:
-    """Hold the codes of a stack of experts, and their powers of two, in one tensor each for all that is fused."""
-    parts: dict[str, CodedParts | None] = {}
+def _coded(plans: Sequence[_Plan], form: MatrixFormat) -> Coded | None:
+    """How products read all matrices of a module; None where they cannot, or not all of them alike."""
+    first: Coded | None = None
+    for plan in plans:
+        rows = plan.matrices.end - plan.matrices.first
+        one = form.coded(rows, plan.shape[-1], plan.stored) if plan.matrices.is_stack else None
+        if one is None or (first is not None and one != first) or plan.matrices.first % rows or plan.shape[-2] % rows:
+            return None
+        first = one
+    return first
+
+
+def _hold_codes(module: Module, plans: Sequence[_Plan], form: MatrixFormat, coded: Coded) -> None:
+    """Hold what products read of a stack of experts, in one tensor each for all that is fused."""
+    parts: dict[str, Parts | None] = {}
     for own in dict.fromkeys(plan.own for plan in plans):
+        made: dict[str, list[StoredPart]] = defaultdict(list)
         some = [plan for plan in plans if plan.own == own]
-        outputs, inputs = some[0].shape[-2:]
-        made: tuple[list[StoredPart], list[StoredPart]] = [], []
-        for number in range(len(some[0].matrices.names)):
-            for plan in some:
-                row, rows = number * outputs + plan.matrices.first, plan.matrices.end - plan.matrices.first
-                names = form.mxfp4(plan.stored)
-                assert names is not None
-                for found, name, of_each in zip(made, names, ((GROUP // 2,), ()), strict=True):
-                    size = 1, rows, inputs // GROUP, *of_each
-                    make = partial(_bytes, size, plan.stored[name].shape)
-                    start = row * torch.Size(size[2:]).numel()
-                    found.append(StoredPart((f"{plan.matrices.names[number]}.{name}",), make, start))
-        parts[own] = CodedParts(tuple(made[0]), tuple(made[1]))
-    hold_coded_experts(module, parts, is_transposed=False)
+        for plan in some:
+            (outputs, inputs), first = plan.shape[-2:], plan.matrices.first
+            rows = plan.matrices.end - first
+            of_expert, before, of_matrix = (
+                tensors_of(coded.kind, 1, count, inputs, count // rows) for count in (outputs, first, rows)
+            )
+            for role, name in coded.names.items():
+                (size, dtype), checked = of_matrix[role], coded.checked if role == "blocks" else ()
+                make = partial(_codes, form, name, plan.stored[name].shape, checked, size, dtype)
+                for number, layer in enumerate(plan.matrices.names):
+                    start = number * torch.Size(of_expert[role][0]).numel() + torch.Size(before[role][0]).numel()
+                    stored = tuple(f"{layer}.{each}" for each in (name, *checked))
+                    made[role].append(StoredPart(stored, make, start))
+        parts[own] = {role: tuple(sorted(found, key=lambda part: part.start)) for role, found in made.items()}
+    joined = max(plan.shape[-2] // (plan.matrices.end - plan.matrices.first) for plan in plans)
+    hold_coded_experts(module, coded.kind, parts, is_transposed=False, matrices=joined)
 
 
-def _bytes(size: tuple[int, ...], shape: tuple[int, ...], stored: torch.Tensor) -> torch.Tensor:
-    """The bytes of a stored tensor as `size`, if it is of the `shape` that the others of its stack have."""
-    return stored.view(torch.uint8).view(size) if tuple(stored.shape) == shape else stored.new_empty(0)
+def _codes(
+    form: MatrixFormat,
+    name: str,
+    shape: tuple[int, ...],
+    checked: Sequence[str],
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    stored: torch.Tensor,
+    *others: torch.Tensor,
+) -> torch.Tensor:
+    """The held form of a stored tensor, as `size` and `dtype`, if it is of the `shape` that the others of its stack
+    have. Raises ModelError where the tensors `checked`, which are `others`, are not those that are expected."""
+    for each, other in zip(checked, others, strict=True):
+        form.read(each, other)
+    made = _read(form, name, shape, stored)
+    return made.view(dtype).view(size) if made.numel() else made
 
 
 def _parts(form: MatrixFormat, matrices: _Matrices, suffix: str, one: Stored) -> Iterator[StoredPart]:

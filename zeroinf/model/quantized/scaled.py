@@ -10,15 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from zeroinf.model.quantized.expansion import Held, refused
+from zeroinf.model.quantized.expert_codes import MXFP4, integer_kind, nvfp4_kind
 from zeroinf.model.quantized.fp4 import expand_fp4
 from zeroinf.model.quantized.fp8 import expand_fp8
 from zeroinf.model.quantized.integers import code_bits, expand_integers
-from zeroinf.model.quantized.linears import MatrixFormat, Stored, hold_linears
+from zeroinf.model.quantized.linears import Coded, MatrixFormat, Stored, hold_linears
 
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -142,10 +143,22 @@ class _Scaled(MatrixFormat):
             return f"has scales of {scales.dtype} in the shape {scales.shape}"
         return None if "weight_zero_point" not in stored else "has codes of four bits with zero points"
 
-    def mxfp4(self, stored: Mapping[str, Stored]) -> tuple[str, str] | None:
-        names = {name for name in stored if self.is_needed(name)}
-        is_mxfp4 = names == {"weight_packed", "weight_scale"} and stored["weight_packed"].dtype == torch.uint8
-        return ("weight_packed", "weight_scale") if is_mxfp4 else None
+    def coded(self, rows: int, columns: int, stored: Mapping[str, Stored]) -> Coded | None:
+        name = "weight_packed" if "weight_packed" in stored else "weight"
+        codes, scales, names = stored[name], stored["weight_scale"], {"blocks": name, "scales": "weight_scale"}
+        if codes.dtype == torch.uint8:
+            of_all = next((one for one in ("weight_global_scale", "weight_scale_2") if one in stored), None)
+            if of_all is None:
+                return Coded(MXFP4, names)
+            way: Literal["divides", "times"] = "divides" if of_all == "weight_global_scale" else "times"
+            kind = nvfp4_kind(columns, way) if stored[of_all].dtype == torch.float32 else None
+            return None if kind is None else Coded(kind, {**names, "shared": of_all})
+        if codes.dtype != torch.int32 or "weight_g_idx" in stored or scales.shape[:-1] != (rows,):
+            return None
+        bits, groups, zeros = code_bits(codes.shape, columns), scales.shape[-1], "weight_zero_point" in stored
+        found = integer_kind(bits, rows, columns, groups, scales.dtype, has_zeros=zeros)
+        names |= {"zeros": "weight_zero_point"} if zeros else {}
+        return None if found is None else Coded(found, names)
 
     def expand(self, held: Held, whole: torch.Tensor) -> None:
         codes = held.get("weight_packed", held.get("weight"))
