@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense",
     "hunyuan_v1_moe": "hunyuan-moe",
     "jamba": "jamba",
+    "kimi_linear": "kimi-linear",
     "lfm2": "lfm2",
     "lfm2_moe": "lfm2moe",
     "llama": "llama",
@@ -223,7 +224,7 @@ def _as_in_checkpoints(base: str, architecture: str) -> str:
         return f"{at}.mlp.experts.{leaf}" if leaf else base.replace("model.", "backbone.", 1)
     if architecture.startswith("granite"):
         return base.replace("block_sparse_moe.experts", "mlp.experts").replace("moe.router", "moe.router.layer")
-    return base.replace("mlp.gate.moe_statics", "mlp.moe_statics")
+    return base.replace("mlp.gate.moe_statics", "mlp.moe_statics").replace("self_attn.forget_gate.", "self_attn.")
 
 
 _OF_GEMMA4 = {".router.scale": "ffn_gate_inp.scale", ".router.per_expert_scale": "ffn_down_exps.scale"}
@@ -257,6 +258,9 @@ def _of_parameter(called: Any, architecture: str, name: str, value: torch.Tensor
         ends = called(base.replace("input_linear", "output_linear"))
         for half, which in zip(value.chunk(2), ("gate", "up"), strict=True):
             yield ends.replace("ffn_down", f"ffn_{which}"), half, None, _AS_IT_IS
+    elif base.endswith("self_attn.conv1d"):
+        for part, which in zip(value.chunk(3), "qkv", strict=True):
+            yield called(base.replace("conv1d", f"{which}_conv1d")), part.view(1, len(part), 1, -1), None, _AS_IT_IS
     elif base.endswith(("conv.conv", "conv1d")) and suffix == "weight":
         yield called(base), value.squeeze(1), None, _AS_IT_IS
     elif base.endswith("kv_b_proj"):
@@ -291,7 +295,7 @@ def _of_states(called: Any, architecture: str, name: str, value: torch.Tensor) -
     if suffix == "dt_bias":
         yield called(f"{base}.dt_proj", "bias"), value, None, _AS_IT_IS
         return
-    part = value if architecture in ("mamba", "jamba") else value.unsqueeze(-1)
+    part = value if architecture in ("mamba", "jamba", "kimi-linear") else value.unsqueeze(-1)
     yield called(name).removesuffix(".weight"), part, None, _DECAY if suffix == "A_log" else _AS_IT_IS
 
 

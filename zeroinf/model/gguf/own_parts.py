@@ -210,3 +210,19 @@ def groups_of_deepseek(number: str) -> Part:
         }
 
     return entries
+
+
+def kimi_linear(facts: GgufFacts, config: Config) -> Config:
+    """Kimi Linear: delta attention, and latent attention of which nothing turns by its position."""
+    layers, dense = config["num_hidden_layers"], facts.get("leading_dense_block_count")
+    turned = facts.get("rope.dimension_count")
+    return {
+        "num_key_value_heads": config["num_attention_heads"],
+        "layer_types": [
+            "full_attention" if one else "linear_attention" for one in facts.each("attention.head_count_kv", layers)
+        ],
+        "mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(layers)],
+        "linear_num_heads": config["num_attention_heads"],
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": facts.get("attention.key_length_mla") - turned,
+    }

@@ -19,6 +19,8 @@ _RESPELLED = tuple(
         ("granite", r"\.shared_mlp\.input_linear\.", ".mlp.shared_expert.gate_proj."),
         ("gemma4", r"\.router\.scale$", ".router.proj.scale"),
         ("gemma4", r"\.router\.per_expert_scale$", ".experts.down_proj.scale"),
+        ("kimi-linear", r"\.forget_gate\.", "."),
+        ("kimi-linear", r"\.self_attn\.conv1d\.", ".self_attn.q_conv1d."),
         ("ernie4_5", r"\.gate\.moe_statics\.", ".moe_statics."),
         ("", r"\.dt_bias$", ".dt_proj.bias"),
         ("", r"\.expert_bias$", ".expert_bias.bias"),

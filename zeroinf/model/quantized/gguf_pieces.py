@@ -72,6 +72,11 @@ def pieces_of(
             GgufPiece(own.replace("attn_kv_b", "attn_k_b"), partial(_keys, heads, keys, values)),
             GgufPiece(own.replace("attn_kv_b", "attn_v_b"), partial(_values, heads, keys, values)),
         ]
+    if "ssm_conv1d_q" in own:
+        return [
+            GgufPiece(own.replace("conv1d_q", f"conv1d_{which}"), partial(_part_of_three, number))
+            for number, which in enumerate("qkv")
+        ]
     if "linear_attn" in name:
         tiled = architecture in _TILED
         return [_of_linear_attention(own, config)] if tiled else _of_joined_linear_attention(own, config, stored)
@@ -168,6 +173,10 @@ def _grouped(tiles: Tiles, first: int, is_decay: bool, rows: torch.Tensor) -> to
 
 def _in_turn(first: int, is_bias: bool, whole: torch.Tensor) -> torch.Tensor:
     return (whole if is_bias else whole.transpose(1, 2))[:, first::2]
+
+
+def _part_of_three(number: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.chunk(3)[number]
 
 
 def _keys(heads: int, keys: int, values: int, whole: torch.Tensor) -> torch.Tensor:
