@@ -182,6 +182,9 @@ def test_the_cpu_attends_where_that_is_known_to_be_faster() -> None:
     apart = plan(host_read_gbps=80.0, host_read_beside_link_gbps=78.0)
     assert apart.timing is not None
     assert apart.timing.tokens_per_second > fast.timing.tokens_per_second, "weights take little of what the CPU reads"
+    slowed = plan(host_read_gbps=80.0, host_read_beside_link_gbps=78.0, link_beside_read_gbps=1.0)
+    assert slowed.timing is not None
+    assert slowed.timing.tokens_per_second < apart.timing.tokens_per_second, "nor is the link as fast meanwhile"
     asked = replace(asked, constraints=replace(asked.constraints, no_host_kernel="no C++ compiler is found"))
     assert plan(host_read_gbps=80.0).timing == today.timing
     assert "and the GPU attends (no C++ compiler is found)" in repr(plan(host_read_gbps=80.0))

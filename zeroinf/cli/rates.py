@@ -31,6 +31,8 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         yield "host_read_gbps", "host memory read", f"{rates.host_read_gbps:.1f} GB/s"
     if rates.host_read_beside_link_gbps is not None:
         yield "host_read_beside_link_gbps", "read beside a link", f"{rates.host_read_beside_link_gbps:.1f} GB/s"
+    if rates.link_beside_read_gbps is not None:
+        yield "link_beside_read_gbps", "link beside reads", f"{rates.link_beside_read_gbps:.1f} GB/s"
     if rates.page_lock_gbps is not None:
         yield "page_lock_gbps", "page-locking", f"{rates.page_lock_gbps:.2f} GB/s"
     if rates.shared_copy_gbps is not None:

@@ -79,6 +79,9 @@ class Rates:
     host_read_beside_link_gbps: float | None = None
     """The same while one GPU's link copies from there."""
 
+    link_beside_read_gbps: float | None = None
+    """The rate of that link meanwhile."""
+
     shared_page_lock_gbps: float | None = None
     """`page_lock_gbps` of memory that several ranks share: its pages are small, as a rule."""
 

@@ -32,7 +32,7 @@ from zeroinf.model.source import ModelSource
 from zeroinf.model.weights import can_be_converted, weight_files
 from zeroinf.options.contradictions import check_folders, engine_of, refuse_beside_model, refuse_idle
 from zeroinf.options.definition import definitions
-from zeroinf.options.host_reads import plan_with_host_reads
+from zeroinf.options.measured_plan import plan_with_measured_rates
 from zeroinf.options.options import PlanOptions, RunOptions
 from zeroinf.planner.choice import Offload
 from zeroinf.planner.constraints import Constraints, check_embeddings, check_expert_parts, check_routed_tokens
@@ -97,7 +97,7 @@ def plan_run(
     )
     if own_config is not None:
         check_user_config(own_config, plan_as_requested(plan_input))
-    plan = plan_with_host_reads(plan_input, say)
+    plan = plan_with_measured_rates(plan_input, say)
     if plan.offload == "nvme":
         descriptor_of(plan.engine).check_disks(plan, source, machine.disks, own_config)
     return plan if own_config is None else _with_codes(plan, own_config, source), own_config, why

@@ -46,6 +46,7 @@ def speeds_of(machine: Machine, rates: Rates, *, dtype: str, world_size: int, di
         place_gbps=min(rates.host_recopy_gbps or rates.host_copy_gbps or 2 * assumed.fill_gbps, link),
         host_read_gbps=(rates.host_read_gbps or assumed.host_read_gbps) / world_size,
         host_read_link_cost=_link_cost(rates),
+        link_read_cost=_read_cost(rates),
         reads_host=rates.host_read_gbps is not None,
         first_pass_s=fitted.passes.first_pass_s if gpu else 0.0,
         first_layer_s=fitted.passes.first_layer_s if gpu else 0.0,
@@ -96,6 +97,12 @@ def _link_cost(rates: Rates) -> float:
     that was not measured."""
     alone, beside, link = rates.host_read_gbps, rates.host_read_beside_link_gbps, rates.link_gbps
     return 1.0 if alone is None or beside is None or link is None else min(1.0, max(0.0, (alone - beside) / link))
+
+
+def _read_cost(rates: Rates) -> float:
+    """The part of its rate that a link loses while processors read host memory; none where that was not measured."""
+    beside, link = rates.link_beside_read_gbps, rates.link_gbps
+    return 0.0 if beside is None or link is None else max(0.0, 1.0 - beside / link)
 
 
 def _link_gbps(rates: Rates, gpu: Gpu | None, world_size: int) -> float:

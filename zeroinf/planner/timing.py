@@ -74,6 +74,8 @@ class Speeds:
     """Reads of host memory by all threads but one, while the other ranks of the node do the same."""
     host_read_link_cost: float = 1.0
     """Bytes of host memory that are not read for each byte that crosses a link from there meanwhile."""
+    link_read_cost: float = 0.0
+    """The part of its rate that a link loses while processors read host memory."""
     first_pass_s: float = 0.0
     """What a run's first pass takes longer than others."""
     first_layer_s: float = 0.0
@@ -384,6 +386,7 @@ def _packed(anatomy: Anatomy, choice: Choice, workload: Workload, speeds: Speeds
             alone = max(steps["arithmetic"] + steps["GPU memory"], launches_s)
             meanwhile = decode * attended_s * (1 - 1 / cpu_forwards)  # it attends for the other forward
             both["host memory"] = decode * attended_s + max(0.0, alone - meanwhile)
+            both["link"] += decode * attended_s * speeds.link_read_cost
         return both
 
     return cost

@@ -102,8 +102,8 @@ def _all_gather(gpus: tuple[Gpu, ...]) -> dict[str, Any]:
 
 
 def _beside_link(gpu: Gpu) -> dict[str, Any]:
-    beside_gbps, _ = measure_read_beside_link(gpu.index)
-    return {"host_read_beside_link_gbps": beside_gbps}
+    found = measure_read_beside_link(gpu.index)
+    return {"host_read_beside_link_gbps": found.read_gbps, "link_beside_read_gbps": found.link_gbps}
 
 
 def _disk(disk: Disk) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from zeroinf.hardware.processors import attention_processors
 
 _ROUNDS = 5
 _BYTES = 1 << 30
+_BESIDE_S = 0.3
 
 
 def measure_host_read(*, nbytes: int = _BYTES) -> float:
@@ -26,11 +28,27 @@ def measure_host_read(*, nbytes: int = _BYTES) -> float:
         return nbytes / min(rounds()) / 1e9
 
 
-def measure_read_beside_link(device: int, *, nbytes: int = _BYTES) -> tuple[float, float]:
-    """The same while copies fill the link of the GPU `device`, the median of the rounds, and the rate of that link by
-    itself before. Raises EnvironmentProblem where the driver refuses, too."""
-    with _reader(nbytes) as rounds, busy_link(device) as link_gbps:
-        return nbytes / sorted(rounds())[_ROUNDS // 2] / 1e9, link_gbps
+@dataclass(frozen=True)
+class BesideLink:
+    """Rates of processors that read host memory and of a link that copies from there meanwhile, in GB/s."""
+
+    read_gbps: float
+    link_gbps: float
+    link_alone_gbps: float
+    """The link's before, with nothing beside it."""
+
+
+def measure_read_beside_link(device: int, *, nbytes: int = _BYTES) -> BesideLink:
+    """The same while copies fill the link of the GPU `device`: the median of the rounds. Raises EnvironmentProblem
+    where the driver refuses, too."""
+    with _reader(nbytes) as rounds, busy_link(device) as traffic:
+        before, start = traffic.copied_bytes, time.perf_counter()
+        times = list[float]()
+        while time.perf_counter() - start < _BESIDE_S:  # many copies
+            times += rounds()
+        copied, seconds = traffic.copied_bytes - before, time.perf_counter() - start
+    read = nbytes / sorted(times)[len(times) // 2] / 1e9
+    return BesideLink(read, min(copied / seconds / 1e9, traffic.alone_gbps), traffic.alone_gbps)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
 
@@ -17,17 +18,26 @@ from zeroinf.errors import EnvironmentProblem
 
 _COPIED_BYTES = 256 << 20
 _TIMED_COPIES = 20
-_COPIES_AHEAD = 4  # the link has the next ones while the thread waits
+_COPIES_AHEAD = 2  # the link has the next one while the thread waits
+
+
+@dataclass
+class LinkTraffic:
+    """Copies that follow each other over a link."""
+
+    alone_gbps: float
+    """The link's rate with nothing beside it."""
+    copied_bytes: int = 0
+    """What has been copied since."""
 
 
 @contextmanager
-def busy_link(device: int, library: str = "libcuda.so.1") -> Iterator[float]:
-    """While it lasts, copies from host memory to the visible GPU `device` follow each other. Gives the rate of its link
-    with nothing beside it, in GB/s.
+def busy_link(device: int, library: str = "libcuda.so.1") -> Iterator[LinkTraffic]:
+    """While it lasts, copies from host memory to the visible GPU `device` follow each other.
 
     Raises EnvironmentProblem where the driver refuses.
     """
-    told, ends = SimpleQueue[float | EnvironmentProblem](), Event()
+    told, ends = SimpleQueue[LinkTraffic | EnvironmentProblem](), Event()
 
     def work() -> None:
         try:
@@ -36,19 +46,21 @@ def busy_link(device: int, library: str = "libcuda.so.1") -> Iterator[float]:
                 copies.run(1)  # the first one sets the driver up
                 start = time.perf_counter()
                 copies.run(_TIMED_COPIES)
-                told.put(_TIMED_COPIES * _COPIED_BYTES / (time.perf_counter() - start) / 1e9)
+                traffic = LinkTraffic(_TIMED_COPIES * _COPIED_BYTES / (time.perf_counter() - start) / 1e9)
+                told.put(traffic)
                 while not ends.is_set():
                     copies.run(_COPIES_AHEAD)
+                    traffic.copied_bytes += _COPIES_AHEAD * _COPIED_BYTES
         except EnvironmentProblem as error:
             told.put(error)
 
     thread = Thread(target=work, name="copies over the link")
     thread.start()
     try:
-        rate = told.get()
-        if isinstance(rate, EnvironmentProblem):
-            raise rate
-        yield rate
+        traffic = told.get()
+        if isinstance(traffic, EnvironmentProblem):
+            raise traffic
+        yield traffic
     finally:
         ends.set()
         thread.join()

@@ -1,8 +1,9 @@
-"""A run whose steps wait for the link measures host memory before it is planned, where nobody has done so yet."""
+"""A long run measures its GPU and its host memory before it is planned, where nobody has done so yet."""
 
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from ctypes import CDLL
 from dataclasses import replace
@@ -16,19 +17,22 @@ from simulating import shared_simulations
 from zeroinf.cli.plan_view import print_plan
 from zeroinf.errors import EnvironmentProblem
 from zeroinf.hardware import host_library
+from zeroinf.hardware.machine import Gpu
+from zeroinf.hardware.measure.host_read_rate import BesideLink
 from zeroinf.hardware.measure.link_traffic import busy_link
 from zeroinf.hardware.profile import read_profile
 from zeroinf.hardware.rates import Rates
 from zeroinf.hardware.snapshot import read_machine
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
-from zeroinf.options import host_reads
-from zeroinf.options.host_reads import plan_with_host_reads
+from zeroinf.options import measured_plan
+from zeroinf.options.measured_plan import plan_with_measured_rates
 from zeroinf.planner.constraints import Constraints
 from zeroinf.planner.workload import Lengths
 from zeroinf.simulation.make_plan import PlanInput, make_plan
 
 LONG, SHORT = 100_000, 192
+GPU_RATES: dict[str, Any] = {"matmul_tflops": {"bfloat16": {8192: 100.0}}, "hbm_gbps": 900.0, "launch_s": 8e-6}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +49,7 @@ def asked() -> PlanInput:
         config=config,
         anatomy=read_anatomy(config, dtype="bfloat16"),
         machine=machine_of(gpus=1, gpu_bytes=2 * GIB, host_bytes=100 * GIB),
-        rates=Rates.of("given", matmul_tflops={"bfloat16": {8192: 100}}, hbm_gbps=900.0),
+        rates=Rates.of("given", **GPU_RATES),
         constraints=Constraints(offload="cpu", batch_size=192, host_share=1.0, requests=LONG),
         lengths=Lengths(prompt_tokens=512, new_tokens=32),
         device="cuda",
@@ -58,28 +62,38 @@ class Measured:
     def __init__(self) -> None:
         self.times = 0
         self.said: list[str] = []
-        self.link_fails = False
+        self.link_fails = self.gpu_fails = False
+        self.gpus = 0
 
     def reads(self) -> float:
         self.times += 1
         return 80.0
 
-    def beside(self, device: int) -> tuple[float, float]:
+    def beside(self, device: int) -> BesideLink:
         if self.link_fails:
             raise EnvironmentProblem("no driver")
-        return 70.0, 24.0
+        return BesideLink(70.0, 21.0, 24.0)
+
+    def gpu(self, gpu: Gpu, dtype: str) -> dict[str, Any]:
+        self.gpus += 1
+        if self.gpu_fails:
+            raise EnvironmentProblem("a measuring process ended with 1: no memory")
+        assert dtype == "bfloat16"
+        return GPU_RATES
 
     def plan(self, asked: PlanInput, **wished: Any) -> Any:
         constraints = replace(asked.constraints, **wished)
-        return plan_with_host_reads(replace(asked, constraints=constraints), self.said.append)
+        return plan_with_measured_rates(replace(asked, constraints=constraints), self.said.append)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Measured:
     found = Measured()
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path))
-    monkeypatch.setattr(host_reads, "measure_host_read", found.reads)
-    monkeypatch.setattr(host_reads, "measure_read_beside_link", found.beside)
+    monkeypatch.setattr(measured_plan, "measure_host_read", found.reads)
+    monkeypatch.setattr(measured_plan, "measure_read_beside_link", found.beside)
+    monkeypatch.setattr(measured_plan, "measure_briefly", found.gpu)
+    monkeypatch.setattr(measured_plan, "host_library", lambda: None)
     return found
 
 
@@ -91,14 +105,36 @@ def test_a_long_job_that_waits_for_the_link_is_planned_with_what_was_measured(
     plan = measured.plan(asked)
     assert (plan.kv_attention, measured.times) == ("cpu", 1)
     assert plan.timing.tokens_per_second > 1.5 * unmeasured.decision.tokens_per_second
-    assert measured.said == ["measured for the plan: host memory is read at 80 GB/s, 70 beside the link"]
+    assert measured.said == [
+        "measured for the plan: host memory is read at 80 GB/s",
+        "beside the link at 70 GB/s, and the link gives 21 then",
+    ]
     kept = read_profile(read_machine())
     assert (kept.host_read_gbps, kept.host_read_beside_link_gbps, kept.link_gbps) == (80.0, 70.0, 24.0)
+    assert kept.link_beside_read_gbps == 21.0
     assert kept.origin("host_read_gbps") == "measured"
     known = replace(asked, rates=asked.rates.updated(kept))
     assert measured.plan(known) == plan
-    assert measured.times == 1, "what is known is not measured again"
+    assert (measured.times, measured.gpus) == (1, 0), "what is known is not measured again"
     assert not make_plan(known).could_attend
+
+
+def test_a_long_job_is_planned_with_what_its_gpu_was_measured_to_do(asked: PlanInput, measured: Measured) -> None:
+    unknown = replace(asked, rates=Rates())
+    assert (
+        measured.plan(unknown, kv_attention="gpu", requests=SHORT)
+        == make_plan(replace(unknown, constraints=replace(asked.constraints, kv_attention="gpu", requests=SHORT))).plan
+    )
+    assert measured.gpus == 0, "a short job is over before"
+    plan = measured.plan(unknown, kv_attention="gpu", requests=None)
+    assert (measured.gpus, measured.times) == (1, 0)
+    kept = read_profile(read_machine())
+    assert kept.known == GPU_RATES
+    constraints = replace(asked.constraints, kv_attention="gpu", requests=None)
+    assert plan == make_plan(replace(asked, rates=kept, constraints=constraints)).plan
+    measured.gpu_fails = True
+    measured.plan(unknown, kv_attention="gpu")
+    assert measured.said[-1].startswith("the GPU could not be measured, so the plan assumes rates: a measuring process")
 
 
 def test_a_plan_for_this_machine_says_that_a_measurement_would_help(
@@ -135,7 +171,7 @@ def test_a_measurement_that_fails_is_told_and_the_run_is_planned(
     (tmp_path / "file").touch()
     monkeypatch.setenv("ZEROINF_CACHE", str(tmp_path / "file"))
     assert measured.plan(asked).kv_attention == "cpu"
-    beside, reads, kept = measured.said
+    reads, beside, kept = measured.said
     assert beside.startswith("reads of host memory beside the link could not be measured")
     assert reads.endswith("read at 80 GB/s")
     assert kept.startswith("the measured rates serve this run only: cannot keep")
@@ -162,8 +198,8 @@ def test_copies_fill_the_link_in_a_context_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "driver.so"
     subprocess.run([*compiler, "-xc", "-shared", "-fPIC", "-o", str(file), "-"], input=DRIVER, text=True, check=True)
     driver = CDLL(str(file))
-    with busy_link(0, str(file)) as gbps:
-        assert gbps > 0
+    with busy_link(0, str(file)) as traffic:
+        assert traffic.alone_gbps > 0
         assert driver.made() == 1
     assert driver.made() == 0
     with pytest.raises(EnvironmentProblem, match="cuDeviceGet gives CUDA error 101"), busy_link(1, str(file)):
@@ -171,6 +207,8 @@ def test_copies_fill_the_link_in_a_context_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="cuMemcpyHtoDAsync_v2 gives CUDA error 700"):  # noqa: SIM117
         with busy_link(0, str(file)):
             driver.fail(700)
+            while driver.made():  # until a copy has failed
+                time.sleep(0.001)
     assert driver.made() == 0
     with pytest.raises(EnvironmentProblem, match="cannot be loaded"), busy_link(0, str(tmp_path / "absent.so")):
         pass
