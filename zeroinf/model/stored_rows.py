@@ -6,11 +6,8 @@ Input: the stored tensors that a parameter is made of. Output: the files and ten
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,13 +46,3 @@ def unchanged_names(parameter: torch.Tensor) -> tuple[str, ...]:
     parts = parts_of(parameter) or ()
     names = tuple(name for part in parts for name in part.names)
     return names if len(names) == len(parts) and all(part.make is as_stored for part in parts) else ()
-
-
-def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where the data of each tensor of a safetensors file begins and ends in it, in bytes."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    start = 8 + length
-    held = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
-    return {name: (start + first, start + end) for name, (first, end) in held.items()}

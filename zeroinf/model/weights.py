@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zeroinf.errors import ModelError
 from zeroinf.model.hub import hub_error
+from zeroinf.model.mapped_files import DTYPES, map_safetensors
 from zeroinf.model.reading import reading_weights
 from zeroinf.model.source import ModelSource
 
@@ -29,22 +30,6 @@ _TORCH_FILES = ("pytorch_model*.bin",)
 
 # Of a tensor that is compared with another, so much is read at a time.
 _ELEMENTS_AT_ONCE = 1 << 24
-# torch's names of the types that safetensors has; of others only the shape is of interest.
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +92,7 @@ def hub_dtype(location: str, revision: str | None) -> str | None:
         counts = get_safetensors_metadata(location, revision=revision).parameter_count
     except Exception:  # whatever it is, fetching the weights will say it better
         return None
-    floating = {_DTYPES[kind]: count for kind, count in counts.items() if kind in ("BF16", "F16", "F32")}
+    floating = {DTYPES[kind]: count for kind, count in counts.items() if kind in ("BF16", "F16", "F32")}
     return max(floating, key=lambda dtype: floating[dtype], default=None)
 
 
@@ -159,9 +144,7 @@ def values_of(name: str, held: HeldTensor) -> Iterator[torch.Tensor]:
     rows = max(1, _ELEMENTS_AT_ONCE // max(1, held.meta[:1].numel()))
     whole: Any
     if held.file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        whole = safe_open(held.file, framework="pt").get_slice(name)  # type: ignore[no-untyped-call]
+        whole = map_safetensors(held.file)[name]
     else:
         whole = _unpickled(held.file, "cpu")[name]
     for first in range(0, held.meta.shape[0], rows):
@@ -172,10 +155,10 @@ def _safetensors_header(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="np") as opened:  # which maps a file of any size
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
             held = opened.get_slice(name)
-            dtype = getattr(torch, _DTYPES.get(held.get_dtype(), "uint8"))
+            dtype = getattr(torch, DTYPES.get(held.get_dtype(), "uint8"))
             yield name, torch.empty(held.get_shape(), dtype=dtype, device="meta")
 
 

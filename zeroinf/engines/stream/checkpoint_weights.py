@@ -25,6 +25,7 @@ from zeroinf.model.checkpoint import NUMBERS
 from zeroinf.model.config import quantization
 from zeroinf.model.gguf.tensors import open_tensors
 from zeroinf.model.inspect import is_converted
+from zeroinf.model.mapped_files import map_safetensors
 from zeroinf.model.pretrained import load_pretrained
 from zeroinf.model.source import ModelSource, StoredRows
 from zeroinf.model.stored_parts import StoredPart, as_stored, parts_of
@@ -221,8 +222,6 @@ def _rows_reader(rows: Mapping[str, Sequence[StoredRows]], files: Sequence[Path]
 
 def _open(files: Sequence[Path]) -> dict[str, tuple[Path, Callable[[], torch.Tensor]]] | None:
     """Each stored tensor by name: its file, and how to get it. None for pickled files."""
-    from safetensors import safe_open
-
     kinds = {file.suffix for file in files}
     if kinds == {".gguf"}:
         return {name: (path, partial(as_stored, tensor)) for name, (path, tensor) in open_tensors(files).items()}
@@ -230,9 +229,7 @@ def _open(files: Sequence[Path]) -> dict[str, tuple[Path, Callable[[], torch.Ten
         return None
     stored: dict[str, tuple[Path, Callable[[], torch.Tensor]]] = {}
     for file in files:
-        opened = safe_open(file, framework="pt")
-        names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-        stored |= {name: (file, partial(opened.get_tensor, name)) for name in names}
+        stored |= {name: (file, partial(as_stored, tensor)) for name, tensor in map_safetensors(file).items()}
     return stored
 
 

@@ -15,6 +15,7 @@ import torch
 
 from zeroinf.compat.loading import convert_and_load
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
+from zeroinf.model.mapped_files import map_safetensors
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
@@ -29,8 +30,6 @@ class Converter:
     def __init__(
         self, model: Any, files: Sequence[Path], groups: Sequence[TensorGroup], apart: Container[str] = ()
     ) -> None:
-        from safetensors import safe_open
-
         self._model = model
         self._siblings: dict[int | None, list[Tensor]] = defaultdict(list)
         for group in groups:
@@ -38,13 +37,11 @@ class Converter:
         self._lock = threading.Lock()
         self._held: dict[int | None, dict[str, Any]] = defaultdict(dict)
         for file in files:
-            opened = safe_open(file, framework="pt")
-            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-            for name in names:
+            for name, tensor in map_safetensors(file).items():
                 if name in apart:
                     continue
                 number = _NUMBER.search(name)
-                self._held[int(number[1]) if number else None][name] = opened.get_slice(name)  # type: ignore[no-untyped-call]
+                self._held[int(number[1]) if number else None][name] = tensor
 
     def _stored(self, group: TensorGroup) -> dict[str, Any]:
         """What the checkpoint holds of a group: of a block whose experts are split, some of those that have a number

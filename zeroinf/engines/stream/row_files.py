@@ -21,8 +21,8 @@ import torch
 
 from zeroinf.errors import ModelError
 from zeroinf.hardware.disk import PAGE_READERS
+from zeroinf.model.mapped_files import data_offsets
 from zeroinf.model.source import StoredRows
-from zeroinf.model.stored_rows import data_offsets
 
 _FEWEST = 16
 """Rows that a thread reads, at the least: fewer take less time than to hand them over."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from zeroinf.model.gguf.header import GgufTensor, read_gguf
+from zeroinf.model.mapped_files import map_file
 
 
 def open_tensors(parts: Sequence[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
@@ -19,14 +18,8 @@ def open_tensors(parts: Sequence[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
     `read_gguf` does.
     """
     header = read_gguf(parts[0])
-    memory = {path: _mapped(path) for path in {tensor.path for tensor in header.tensors.values()}}
+    memory = {path: map_file(path) for path in {tensor.path for tensor in header.tensors.values()}}
     return {name: (tensor.path, _view(tensor, memory[tensor.path])) for name, tensor in header.tensors.items()}
-
-
-def _mapped(path: Path) -> torch.Tensor:
-    with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that is read only, as this shall be
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
 
 
 def _view(tensor: GgufTensor, memory: torch.Tensor) -> torch.Tensor:
