@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
 from fake_machines import overhead, shape_of, workload_of
 from generating import greedy_by_transformers, rows_of, run_rows
 from ranks import on_ranks
+from safetensors.torch import load_file
 from test_stream_tokens import PACKED, counted_host_memory, plain_tokens, stream, tokens_of
 from tiers import tiered
 from tiny_models import FAMILIES
@@ -106,6 +111,34 @@ def test_rows_in_files_are_converted_as_they_are_read(small_checkpoint: Checkpoi
     stats = engine.stats()
     assert stats.rows_read > 0
     assert stats.stalls.disk_s == pytest.approx(stats.rows_read_s)
+    engine.close()
+
+
+def test_a_table_twice_as_large_as_host_memory_runs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its rows but for the first ones are a hole in the file."""
+    small, large, name = checkpoint("gemma3n"), tmp_path / "large", "model.embed_tokens_per_layer.weight"
+    tensors = load_file(small / "model.safetensors")
+    table = tensors.pop(name)
+    rows = 2 * psutil.virtual_memory().total // (table.shape[1] * 4)
+    large.mkdir()
+    config = json.loads((small / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "vocab_size_per_layer_input": rows}))
+    shapes = {**{key: list(value.shape) for key, value in tensors.items()}, name: [rows, table.shape[1]]}
+    ends = [0, *itertools.accumulate(4 * math.prod(shape) for shape in shapes.values())]
+    header = json.dumps(
+        {
+            key: {"dtype": "F32", "shape": shape, "data_offsets": span}
+            for (key, shape), span in zip(shapes.items(), itertools.pairwise(ends), strict=True)
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with (large / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for value in (*tensors.values(), table):
+            file.write(value.numpy().tobytes())
+        file.truncate(8 + len(header) + ends[-1])
+    engine = stream(large, embeddings="disk")
+    assert tokens_of(engine) == plain_tokens(small)
     engine.close()
 
 

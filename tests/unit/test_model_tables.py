@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from small_models import small_config
 from torch import nn
 
 from zeroinf.model.anatomy import Anatomy
 from zeroinf.model.inspect import build_meta, read_anatomy
+from zeroinf.model.resolve import resolve_model
+from zeroinf.model.skeleton import build_skeleton
 from zeroinf.model.tables import find_tables
 
 
@@ -65,3 +69,13 @@ def test_without_tables_each_other_tensor_is_still_there() -> None:
     names = {tensor.name for tensor in anatomy.tensors()}
     assert names - {tensor.name for tensor in less.tensors()} == {"model.embed_tokens.weight"}
     assert less.blocks == anatomy.blocks
+
+
+def test_a_skeleton_has_room_for_a_table_of_any_size(tmp_path: Path) -> None:
+    config = small_config("llama")
+    config.vocab_size = 1 << 36
+    config.save_pretrained(tmp_path)
+    model = build_skeleton(resolve_model(str(tmp_path), random_weights=True), "bfloat16")
+    assert model.get_input_embeddings().weight.shape == (1 << 36, 64)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from zeroinf.compat.models import building_skeletons, generation_config_of
 from zeroinf.errors import ModelError
 from zeroinf.model.inspect import as_in_checkpoint, auto_class, keeping_untied
 from zeroinf.model.source import ModelSource
+
+_LARGE_BYTES = 1 << 30
 
 
 def build_skeleton(source: ModelSource, dtype: str) -> Any:
@@ -21,7 +25,7 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
     makes by itself; the generation config is the checkpoint's.
     """
     with keeping_untied(source.config):
-        with building_skeletons():
+        with building_skeletons(), _LargeOnMeta():
             model = auto_class(source.config).from_config(
                 copy.deepcopy(source.config), dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code
             )
@@ -29,6 +33,20 @@ def build_skeleton(source: ModelSource, dtype: str) -> Any:
     as_in_checkpoint(model, dtype)
     model.generation_config = read_generation_config(source)
     return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes tensors of a GiB or more that nobody has filled on the meta device at once: they are parameters, which
+    would be moved there once they are made, if they are no larger than host memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            shape = kwargs["size"] if not args else args if isinstance(args[0], int) else args[0]
+            dtype: torch.dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if prod(shape) * dtype.itemsize >= _LARGE_BYTES:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def read_generation_config(source: ModelSource) -> Any:

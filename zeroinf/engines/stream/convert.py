@@ -23,8 +23,8 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 class Converter:
     """Lets transformers convert what a checkpoint holds for one group, so that no more than that lies in memory.
 
-    `model` is the skeleton that `groups` come from. A block's weights are those whose names have its
-    number first, whatever else transformers does with their names; those `apart` are no group's.
+    `model` is the skeleton that `groups` come from. A block's weights are those whose names have its number first,
+    whatever else transformers does with their names, but for names of tensors outside; those `apart` are no group's.
     """
 
     def __init__(
@@ -34,13 +34,15 @@ class Converter:
         self._siblings: dict[int | None, list[Tensor]] = defaultdict(list)
         for group in groups:
             self._siblings[group.block] += group.tensors
+        own = {name for tensor in self._siblings[None] for name in tensor.names}
+        outside = own | {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
         self._lock = threading.Lock()
         self._held: dict[int | None, dict[str, Any]] = defaultdict(dict)
         for file in files:
             for name, tensor in map_safetensors(file).items():
                 if name in apart:
                     continue
-                number = _NUMBER.search(name)
+                number = None if name in outside else _NUMBER.search(name)
                 self._held[int(number[1]) if number else None][name] = tensor
 
     def _stored(self, group: TensorGroup) -> dict[str, Any]:
