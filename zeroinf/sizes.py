@@ -1,4 +1,4 @@
-"""Parses and formats sizes, shares, rates and durations, and defines the default length of completions."""
+"""Parses and formats sizes, shares, rates, numbers and durations, and defines the default length of completions."""
 
 from __future__ import annotations
 
@@ -94,6 +94,11 @@ def gib(size_bytes: int) -> str:
 def rate_text(per_second: float) -> str:
     """A rate as it is printed: `1,126.3`, `4.0`, and `0.034` where one digit would show nothing."""
     return f"{per_second:,.1f}" if per_second >= 1 or not per_second else f"{per_second:.2g}"
+
+
+def count_text(count: int, one: str, many: str) -> str:
+    """A number of things in a sentence: `1 result is`, `1,000 results are`."""
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def clock(seconds: float) -> str:

@@ -26,6 +26,7 @@ from zeroinf.jobs.journal import Journal
 from zeroinf.jobs.journal_output import JournalOutput
 from zeroinf.jobs.output_files import journal_path
 from zeroinf.runs.interrupts import Interrupts
+from zeroinf.sizes import count_text
 
 FOREVER_S = 600
 """Longer than a test may take: what waits for it fails."""
@@ -222,9 +223,10 @@ def test_who_runs_into_a_full_disk_is_told_what_is_saved_and_how_to_go_on(bench:
         assert exit_code(pid) == 2
         journal, count = journal_path(folder / "out.jsonl"), len(journalled(folder / "out.jsonl"))
         assert 0 < count < 6
-        words = "1 finished result is" if count == 1 else f"{count} finished results are"
+        words = count_text(count, "finished result is", "finished results are")
+        there = count_text(count, "result is", "results are")
         assert saved.endswith(f"{words} saved in {journal}; to go on: zeroinf run --resume")
-        assert error == f"cannot write {journal}: File too large; {count} results are saved there"
+        assert error == f"cannot write {journal}: File too large; {there} saved there"
 
 
 def test_a_folder_that_became_read_only_is_a_clean_stop_before_the_work(bench: Bench, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ _MISTAKES = {
     (*_RUN, "--json-schema", '{"type": "object"}'): "hint: it takes the name of a file",
     (*_RUN, "--overwrite"): "--overwrite without --output-file",
     ("runn",): "no such command: zeroinf runn\n\nhint: did you mean zeroinf run?",
+    ("store", "lst"): "no such command: zeroinf store lst\n\nhint: did you mean zeroinf store list?",
+    ("config", "demo"): "no such command: zeroinf config demo\n\nhint: one of show",
     ("pull", "m"): "did you mean zeroinf download?",
     ("org/model",): "hint: to run that model: zeroinf run org/model --prompt TEXT",
     ("run",): "error: no model is named\n\nhint: zeroinf run MODEL;",

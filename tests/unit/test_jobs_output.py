@@ -162,7 +162,7 @@ def test_a_journal_is_not_gone_on_with_unasked(out: Path) -> None:
     output = begun(out, job(2))
     output.add(result(1))
     output.abandon("stopped")
-    with pytest.raises(OutputError, match="holds 1 results of an earlier run") as caught:
+    with pytest.raises(OutputError, match="holds 1 result of an earlier run") as caught:
         opened(out, job(2))
     assert "--resume" in (caught.value.hint or "")
     assert "--overwrite" in (caught.value.hint or "")
@@ -567,7 +567,7 @@ def test_a_pipe_that_closes_between_two_results_is_told_once_and_only_those_befo
     asked = replace(job(4), refusals=())
     output = LinesOutput(ShortPipe(), asked) if as_lines else PairsOutput(ShortPipe(), asked.work)
     output.add(result(0))
-    with pytest.raises(OutputError, match="Broken pipe; 1 results were printed"):
+    with pytest.raises(OutputError, match="Broken pipe; 1 result was printed"):
         output.add(result(1))
     for index in (1, 2, 3):  # what other ranks still had on its way
         output.add(result(index))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from zeroinf.cli.environment import EnvironmentOption
+from zeroinf.cli.usage import no_such_command
 from zeroinf.options.definition import Section
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -81,6 +82,14 @@ class SectionedGroup(_Sectioned, click.Group):
     """A group of commands, with options of its own."""
 
     command_class = SectionedCommand
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begin with. Raises HintedError where there is no such command."""
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise no_such_command(args[0], sorted(self.commands), ctx)
+        return super().resolve_command(ctx, args)
 
 
 def command(**attributes: Any) -> Callable[[_Function], SectionedCommand]:

@@ -33,6 +33,7 @@ from zeroinf.options.options import (
     RunOptions,
     SamplingOptions,
 )
+from zeroinf.sizes import count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -221,7 +222,9 @@ def _offers_to_resume(options: RunOptions) -> bool:
 
     if not journal_path(path).is_file() or not (done := read_status(path).done):
         return False
-    return click.confirm(f"{journal_path(path)} holds {done} results: go on with it?", default=True, err=True)
+    return click.confirm(
+        f"{journal_path(path)} holds {count_text(done, 'result', 'results')}: go on with it?", default=True, err=True
+    )
 
 
 def _resume_command(arguments: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from zeroinf.jobs.output_files import (
 )
 from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal, Result
+from zeroinf.sizes import count_text
 
 _PROGRESS_EVERY_S = 5.0
 
@@ -81,15 +82,15 @@ class JournalOutput:
 
     def _compare(self, resume: bool, anyway: bool) -> None:
         journal, now = self._journal, self._job.fingerprint
-        count = len(journal.results)
+        count = count_text(len(journal.results), "result", "results")
         if not resume:
-            raise OutputError(f"{journal.path} holds {count} results of an earlier run", hint=RESUME_HINT)
+            raise OutputError(f"{journal.path} holds {count} of an earlier run", hint=RESUME_HINT)
         then = journal.fingerprint
         self.changed = tuple(name for name in {**then, **now} if then.get(name) != now.get(name))
         if self.changed and not anyway:
             what = "; ".join(_difference(name, then.get(name), now.get(name)) for name in self.changed)
             raise OutputError(
-                f"{journal.path} holds {count} results of another job: {what}",
+                f"{journal.path} holds {count} of another job: {what}",
                 hint="run it as it was, pass --resume-anyway to mix both in one output, or --overwrite to start anew",
             )
         if self.changed:
@@ -245,7 +246,8 @@ class JournalOutput:
                 self._is_lost = True
                 return OutputError(f"{what}, and it cannot be written again: {again.strerror}")
         return OutputError(
-            f"{what}; {journal.durable} results are saved there", hint="free space or fix the problem, then --resume"
+            f"{what}; {count_text(journal.durable, 'result is', 'results are')} saved there",
+            hint="free space or fix the problem, then --resume",
         )
 
 

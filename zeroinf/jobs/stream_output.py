@@ -15,6 +15,7 @@ from zeroinf.jobs.output import Job, Saved
 from zeroinf.jobs.work_list import WorkList
 from zeroinf.service.observer import Progress
 from zeroinf.service.requests import Refusal, Result
+from zeroinf.sizes import count_text
 
 _DASHES = "-" * 60  # as DeepSpeed's and the BLOOM inference scripts print
 
@@ -96,8 +97,9 @@ class PairsOutput:
     def _unwritable(self, error: OSError) -> OutputError:
         self._is_broken = True
         self._waiting.clear()
+        printed = count_text(self._printed, "result was", "results were")
         return OutputError(
-            f"cannot write to standard output: {error.strerror}; {self._printed} results were printed",
+            f"cannot write to standard output: {error.strerror}; {printed} printed",
             hint="pass --output-file to keep results in a file",
         )
 

@@ -24,7 +24,7 @@ from zeroinf.runs.request_feed import Output
 from zeroinf.runs.shutdown import reason_of
 from zeroinf.service.observer import Observer
 from zeroinf.service.requests import Refusal
-from zeroinf.sizes import DEFAULT_NEW_TOKENS
+from zeroinf.sizes import DEFAULT_NEW_TOKENS, count_text
 
 _Prepared = TypeVar("_Prepared")
 
@@ -128,9 +128,8 @@ def _open_output(options: RunOptions, job: Job, results: TextIO, observer: Obser
     )
     done = len(job.work) - len(output.left)
     if output.damaged:
-        observer.note(
-            f"{output.damaged} lines of {journal_path(options.output_file)} are damaged: their requests run again"
-        )
+        lines = count_text(output.damaged, "line is", "lines are")
+        observer.note(f"{lines} damaged in {journal_path(options.output_file)}: their requests run again")
     if options.resume and job.work:
         observer.note(f"resuming with {done} of {len(job.work)} results" if done else "nothing to resume: a new job")
     if output.changed:

@@ -14,6 +14,7 @@ from zeroinf.jobs.output_files import journal_path
 from zeroinf.runs.interrupts import Interrupts, interrupted
 from zeroinf.runs.request_feed import Output
 from zeroinf.service.observer import Observer
+from zeroinf.sizes import count_text
 
 if TYPE_CHECKING:
     from zeroinf.distributed.watch import PeerWatch
@@ -113,7 +114,7 @@ class Shutdown:
         if saved.path is None and self._file is not None and (unfinished or self._interrupts.requested):
             self._report_saved(f"{lost}no request has finished, so there is nothing to save")
         elif saved.path is not None:
-            count = "1 finished result is" if saved.results == 1 else f"{saved.results} finished results are"
+            count = count_text(saved.results, "finished result is", "finished results are")
             self._report_saved(f"{lost}{count} saved in {saved.path}")
 
     def _report_saved(self, what: str) -> None:

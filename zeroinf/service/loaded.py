@@ -46,7 +46,7 @@ from zeroinf.service.gpu_memory import GpuMemory, GpuUse
 from zeroinf.service.observer import Observer
 from zeroinf.service.text import TextCodec
 from zeroinf.service.warm_up import WarmUp
-from zeroinf.sizes import Share
+from zeroinf.sizes import Share, count_text
 from zeroinf.structured.matcher import AnswerState, Vocabulary
 
 
@@ -312,7 +312,7 @@ def processors_of(control: Control, device: torch.device) -> tuple[int, ...]:
 
 def _out_of_memory(error: torch.OutOfMemoryError, rows: int) -> DoesNotFitError:
     return DoesNotFitError(
-        f"out of GPU memory with {'1 row' if rows == 1 else f'{rows} rows'}: {str(error).splitlines()[0]}",
+        f"out of GPU memory with {count_text(rows, 'row', 'rows')}: {str(error).splitlines()[0]}",
         hint="shorten the prompts, lower --max-new-tokens, or keep fewer layers on the GPU (--resident-blocks)"
         if rows == 1
         else "choose a smaller --batch-size",

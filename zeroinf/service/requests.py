@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from zeroinf.generation.row import FinishReason, Sampling
+from zeroinf.sizes import count_text
 
 NOT_NUMBERS = "the model's scores were not numbers"
 NOT_NUMBERS_HINT = "float16 overflows in many models, --dtype bfloat16 does not; else the weights may be damaged"
@@ -128,7 +129,7 @@ class Result:
     @property
     def reason(self) -> str:
         """Why it failed, if it did."""
-        tokens = "1 token" if self.completion_tokens == 1 else f"{self.completion_tokens} tokens"
+        tokens = count_text(self.completion_tokens, "token", "tokens")
         return f"after {tokens} {self.problem or f'{NOT_NUMBERS}; {NOT_NUMBERS_HINT}'}" if self.failed else ""
 
     @property
