@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "glm4": "glm4",
     "glm4_moe": "glm4moe",
     "glm4_moe_lite": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
     "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoe": "granitemoe",
@@ -70,6 +71,7 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "olmoe": "olmoe",
+    "phi": "phi2",
     "phi3": "phi3",
     "phi3_long": "phi3",
     "qwen2": "qwen2",
@@ -84,6 +86,7 @@ ARCHITECTURES = {
     "qwen3_vl_moe": "qwen3vlmoe",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
 """What GGUF calls the architectures of small models."""

@@ -209,23 +209,38 @@ def _keys_of_gemma4(config: Any) -> int | list[int]:
     return heads if len(set(heads)) > 1 else heads[0]
 
 
+def _gate(config: Any) -> ExpertGatingFuncType:
+    return ExpertGatingFuncType.SIGMOID
+
+
+_DEEPSEEK2: _More = {
+    **_DEEPSEEK_EXPERTS,
+    **_VOCABULARY,
+    "head_count_kv": _fixed(1),
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "key_length": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
+    "value_length": "kv_lora_rank",
+    "key_length_mla": lambda config: config.qk_nope_head_dim + config.qk_rope_head_dim,
+    "value_length_mla": "v_head_dim",
+    "rope_dimension_count": "qk_rope_head_dim",
+    "expert_gating_func": lambda config: None if config.model_type == "deepseek_v2" else _gate(config),
+}
+
 MORE: dict[str, _More] = {
     "arcee": _LLAMA,
     "cohere2": {**_LOGITS, **_WINDOW, **_VOCABULARY, **_UNSCALED, "rope_dimension_count": _turned(1.0)},
     "command-r": {**_LOGITS, **_UNSCALED},
-    "deepseek2": {
-        **_DEEPSEEK_EXPERTS,
-        **_VOCABULARY,
-        "head_count_kv": _fixed(1),
-        "q_lora_rank": "q_lora_rank",
-        "kv_lora_rank": "kv_lora_rank",
-        "key_length": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
-        "value_length": "kv_lora_rank",
-        "key_length_mla": lambda config: config.qk_nope_head_dim + config.qk_rope_head_dim,
-        "value_length_mla": "v_head_dim",
-        "rope_dimension_count": "qk_rope_head_dim",
-        "expert_gating_func": lambda config: None if config.model_type == "deepseek_v2" else _gate(config),
+    "deepseek2": _DEEPSEEK2,
+    "glm-dsa": {
+        **_DEEPSEEK2,
+        "expert_gating_func": _gate,
+        "indexer_head_count": "index_n_heads",
+        "indexer_key_length": "index_head_dim",
+        "indexer_top_k": "index_topk",
     },
+    "phi2": {"rope_dimension_count": _turned(), "rope_freq_base": _fixed(None)},
+    "stablelm": {"rope_dimension_count": _turned(), "parallel_residual": "use_parallel_residual"},
     "dots1": {**_DEEPSEEK_EXPERTS, **_SIGMOID},
     "ernie4_5-moe": {
         **_EXPERT_WIDTH,
@@ -388,10 +403,6 @@ MORE: dict[str, _More] = {
     "qwen3vlmoe": {**_OF_IMAGES, **_EXPERT_WIDTH, "num_deepstack_layers": _fixed(3)},
 }
 """By what GGUF calls the architecture."""
-
-
-def _gate(config: Any) -> ExpertGatingFuncType:
-    return ExpertGatingFuncType.SIGMOID
 
 
 def _write_tokenizer(writer: GGUFWriter) -> None:

@@ -391,6 +391,9 @@ MODELS_OF_FILES: dict[str, Callable[[], Any]] = {
     ),
     "glm4_moe": _of("Glm4MoeConfig", _LLAMA, _SIGMOID_EXPERTS, use_qk_norm=True),
     "glm4_moe_lite": _of("Glm4MoeLiteConfig", _LLAMA, _DEEPSEEK),
+    "glm_moe_dsa": _of(
+        "GlmMoeDsaConfig", _LLAMA, _DEEPSEEK, index_topk=16, index_n_heads=2, index_head_dim=16, n_group=2, topk_group=1
+    ),
     "granitemoeshared": _of(
         "GraniteMoeSharedConfig",
         _LLAMA,

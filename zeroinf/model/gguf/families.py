@@ -240,6 +240,13 @@ FAMILIES: dict[str, Family | Callable[[GgufFacts], Family]] = {
         },
     ),
     "gemma4": _family("gemma4_text", "Gemma4", rms_norm, _WINDOW, gemma4, gemma4_heads, gemma4_experts),
+    "glm-dsa": _family(
+        "glm_moe_dsa",
+        "GlmMoeDsa",
+        *(rms_norm, dense, *_ROUTED_IN_GROUPS, latent_attention),
+        reads(index_n_heads="attention.indexer.head_count", index_head_dim="attention.indexer.key_length"),
+        reads(index_topk="attention.indexer.top_k"),
+    ),
     "glm4": _family("glm4", "Glm4", *_NORMED, partial_rope, has(attention_bias=_QUERY_BIAS)),
     "glm4moe": _family(
         "glm4_moe",
@@ -327,6 +334,7 @@ FAMILIES: dict[str, Family | Callable[[GgufFacts], Family]] = {
         *(*_USUAL, routed(experts="num_experts", used="num_experts_per_tok"), fixed(norm_topk_prob=False)),
     ),
     "phi3": _family("phi3", "Phi3", *_NORMED, partial_rope, phi3),
+    "phi2": _family("phi", "Phi", layer_norm(), dense, head_dim, partial_rope),
     "qwen2": _family("qwen2", "Qwen2", *_USUAL),
     "qwen2moe": _family("qwen2_moe", "Qwen2Moe", *_USUAL, *_QWEN_EXPERTS, shared_expert, fixed(norm_topk_prob=False)),
     "qwen2vl": _family("qwen2", "Qwen2", *_USUAL, _OF_IMAGES),
@@ -344,6 +352,12 @@ FAMILIES: dict[str, Family | Callable[[GgufFacts], Family]] = {
         has(attention_bias=_QUERY_BIAS, attention_out_bias="blk.0.attn_output.bias", mlp_bias="blk.0.ffn_up.bias"),
     ),
     "smollm3": _family("smollm3", "SmolLM3", *_USUAL, fixed(no_rope_layer_interval=4)),
+    "stablelm": _family(
+        "stablelm",
+        "StableLm",
+        *(layer_norm(), dense, head_dim, partial_rope, reads(use_parallel_residual="use_parallel_residual")),
+        has(use_qkv_bias=_QUERY_BIAS),
+    ),
     "starcoder2": _family(
         "starcoder2",
         "Starcoder2",
