@@ -630,6 +630,23 @@ class _Static(_Work):
         return count * new, -(-count // live) * (filling_s + (most - 1) * self.seconds(0, new / most))
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far a job has come: rows that wait, that have a place, and whose prompts are computed; the seconds that it
+    took, and the rows whose prompts were computed in each of the last strides."""
+
+    waiting: float
+    starting: float
+    running: float
+    seconds: float
+    entered: deque[float]
+
+    @classmethod
+    def of(cls, rows: float, strides: int) -> _Progress:
+        """The start of a job of so many rows, which live for so many strides."""
+        return cls(rows, 0.0, 0.0, 0.0, deque([0.0] * strides, maxlen=strides))
+
+
 class _Continuous(_Work):
     def tokens_and_seconds(self, rows: int | None) -> tuple[float, float]:
         """Rows that entered together end together, so prompts come in waves: all of the first few are walked through,
@@ -639,23 +656,31 @@ class _Continuous(_Work):
         wave = min(self.workload.shape.rows, self.workload.prompts_a_pass * new)
         more = 0 if rows is None else max(0, ceil(rows / wave - _WAVES))
         count = _WAVES * wave if rows is None else rows - more * wave
-        seconds = self._walk(count)
         if rows is not None and not more:
-            return rows * new, seconds
-        wave_s = seconds - self._walk(count - wave)
+            return rows * new, self._walk(_Progress.of(rows, self._strides))[0]
+        # A job of a wave less is the same until its last row has entered.
+        until = self._walk(_Progress.of(count, self._strides), kept=wave)[1]
+        fewer_s, _ = self._walk(replace(until, waiting=until.waiting - wave, entered=until.entered.copy()))
+        seconds, _ = self._walk(until)
+        wave_s = seconds - fewer_s
         return (wave * new, wave_s) if rows is None else (rows * new, seconds + more * wave_s)
 
-    def _walk(self, rows: float) -> float:
-        """Seconds until so many rows have come and gone, in strides of one pass or, where rows live long, of more."""
-        live, new = self.workload.shape.rows, self.workload.new_tokens
-        strides = min(round(new), _STRIDES)
-        passes, waiting, starting, running, seconds = new / strides, rows, 0.0, 0.0, 0.0
+    @property
+    def _strides(self) -> int:
+        return min(round(self.workload.new_tokens), _STRIDES)
+
+    def _walk(self, at: _Progress, kept: float = 0.0) -> tuple[float, _Progress]:
+        """Seconds from the start until all rows have come and gone, or until there is no room left in which `kept` rows
+        would go on waiting; in strides of one pass or, where rows live long, of more."""
+        live, passes = self.workload.shape.rows, self.workload.new_tokens / self._strides
         most, full = self.workload.prompts_a_pass * passes, self.workload.prompts_rows * passes
-        entered, known = deque([0.0] * strides, maxlen=strides), self.known
-        forwards = len(self.workload.prompts)
+        waiting, starting, running, seconds, entered = at.waiting, at.starting, at.running, at.seconds, at.entered
+        known, forwards = self.known, len(self.workload.prompts)
         while waiting + starting + running > _FEW:  # each turn of which counts: a search comes here a million times
             admitted = live - starting - running
-            if admitted > waiting:
+            if admitted > waiting - kept:
+                if kept:
+                    break
                 admitted = waiting
             waiting -= admitted
             starting += admitted
@@ -665,7 +690,7 @@ class _Continuous(_Work):
             entered.append(entering)
             starting -= entering
             running += entering - entered[0]
-        return seconds
+        return seconds, _Progress(waiting, starting, running, seconds, entered)
 
 
 class _Mixed(_Work):
