@@ -70,3 +70,15 @@ def test_a_start_is_told_by_its_phases() -> None:
     assert all(float(figures[phase]) > 0 for phase in header[2:])
     assert dict(zip(header, refused, strict=True))["imports"] == ""
     assert reference[0].startswith("python -c 'import torch, transformers': ")
+
+
+@pytest.mark.full
+def test_plans_of_the_catalog_take_imports_and_more() -> None:
+    command = [sys.executable, SCRIPTS / "bench-start", "--catalog", "1xH200", "llama-3.2-1b", "pythia-70m"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    imports, *plans = done.stdout.splitlines()
+    alone = float(imports.removeprefix("imports: "))
+    found = {model: float(seconds) for model, seconds in (line.split(" | ") for line in plans)}
+    assert list(found) == ["llama-3.2-1b", "pythia-70m"]
+    assert all(seconds > alone > 0 for seconds in found.values())
