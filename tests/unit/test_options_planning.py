@@ -43,6 +43,7 @@ from zeroinf.planner.memory import MASKS, pieces, store_bytes, total
 from zeroinf.planner.plan import Plan
 from zeroinf.planner.workload import Lengths
 from zeroinf.runs.prepare import prepare, read_job
+from zeroinf.simulation.make_plan import make_plan
 from zeroinf.structured.matcher import WORD_BITS, Vocabulary
 
 BLOCKS = 12  # more than a ring of read buffers holds
@@ -99,6 +100,7 @@ def ask(source: ModelSource, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) 
         )
         monkeypatch.setattr(planning, "read_profile", lambda machine: Rates())
         monkeypatch.setattr(planning, "gpus_are_linked", lambda count: linked)
+        monkeypatch.setattr(planning, "plan_with_measured_rates", lambda plan_input, say: make_plan(plan_input).plan)
         asked = RunOptions(model=source.name, sampling=Sampling(max_new_tokens=8), **options)
         return plan_run(asked, source, anatomy, lengths, requests, world, device)[0]
 

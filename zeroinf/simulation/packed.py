@@ -163,7 +163,11 @@ class _Plane:
 def fullest(sides: Sequence[tuple[ByTokens, int]], shape: Shape) -> tuple[Pass, ...]:
     """Passes of `shape` of which one has the most memory in use: all that a pass may hold, evenly shared out, and as
     many forwards of the most tokens as that may come to. `sides`: rows whose keys and values rest in one place, by
-    their forwards; the prompts may be those of any."""
+    their forwards; the prompts may be those of any.
+
+    Steps for which the CPU attends are counted with the others in host memory, though they have one or two forwards of
+    their own: these stand aside in the middle of a layer, where they hold less for a token than the fullest moment of
+    the layer, and the largest forward is that much smaller."""
     found: dict[Pass, None] = {}
     for prompts, _ in sides:
         of_sides = []
