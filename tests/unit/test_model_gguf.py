@@ -220,6 +220,7 @@ def split_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str |
         ("smollm", ["Don", "'t", "ĠgetName", "Ġ", *"12345"]),
         ("kimi-k2", ["Don't", "Ġget", "Name", "Ġ", "123", "45"]),
         ("deepseek-llm", ["Don", "'", "t", "ĠgetName", "Ġ", *"12345"]),
+        ("falcon", ["Don", "'", "t", "ĠgetName", "Ġ", "123", "45"]),
         ("exaone-moe", ["Don", "'t", "ĠgetName", "Ġ", *"12345"]),
         ("tiny_aya", ["Don't", "Ġget", "Name", "Ġ", "12", "345"]),
     ],

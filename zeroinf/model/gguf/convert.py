@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 # Part of the folder's name: raise it when the conversion writes something else than before.
-CONVERTER_VERSION = 6
+CONVERTER_VERSION = 7
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 

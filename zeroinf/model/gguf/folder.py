@@ -21,7 +21,7 @@ from zeroinf.model.gguf.splits import NAMES, set_split
 from zeroinf.paths import cache_directory
 
 # Part of the folder's name: raise it when something else is written than before.
-_VERSION = 5
+_VERSION = 6
 
 
 def gguf_folder(path: Path) -> tuple[Path, tuple[Path, ...]]:

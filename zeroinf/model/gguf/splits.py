@@ -86,7 +86,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 """Patterns by names; each splits what those before it have left."""
 
-NAMES = frozenset(_SPLITS)
+NAMES = frozenset((*_SPLITS, "falcon"))
 
 _WHOLE = frozenset(
     (
@@ -99,9 +99,29 @@ _WHOLE = frozenset(
 
 def set_split(tokenizer: Any, name: str) -> None:
     """Let the byte-level `tokenizer` split text as `name`, one of `NAMES`, says."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.model.ignore_merges = name in _WHOLE
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        _of_falcon() if name == "falcon" else [*map(_split, _SPLITS[name]), _bytes(use_regex=False)]
+    )
+
+
+def _split(pattern: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[name]]
-    tokenizer.backend_tokenizer.model.ignore_merges = name in _WHOLE
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _bytes(*, use_regex: bool) -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _of_falcon() -> list[Any]:
+    """Falcon's, which looks for digits among the signs that stand for bytes."""
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=False)
+    return [pre_tokenizers.Punctuation("contiguous"), _bytes(use_regex=True), digits, _split("[0-9][0-9][0-9]")]
