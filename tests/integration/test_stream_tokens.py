@@ -14,6 +14,7 @@ import torch
 from generating import greedy_by_transformers, rows_of, run_rows
 from small_models import PACKED_MODELS, REPRESENTATIVES, SMALL_MODELS, VOCABULARY, make_checkpoint
 from tiers import tiered
+from tiny_models import FAMILIES, save_tiny
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -171,6 +172,19 @@ def test_weights_that_transformers_converts_never_lie_in_memory_as_a_whole(
 ) -> None:
     folder = small_checkpoint(name)
     assert read_anatomy(resolve_model(str(folder)).config).loads == "piece by piece"
+    expected = plain_tokens(folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **named: pytest.fail("it loads all"))
+    assert tokens_of(stream(folder)) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "inkling2_text"])
+def test_weights_whose_names_have_other_numbers_than_their_layer_do_not_either(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbered ones outside of layers, and those that transformers moves to the next layer as it renames them."""
+    if family not in FAMILIES:
+        pytest.skip("this transformers does not have the model")
+    folder = save_tiny(family, tmp_path)
     expected = plain_tokens(folder)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **named: pytest.fail("it loads all"))
     assert tokens_of(stream(folder)) == expected

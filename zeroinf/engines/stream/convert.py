@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from zeroinf.compat.loading import convert_and_load
+from zeroinf.compat.loading import conversions, convert_and_load, converted_name
 from zeroinf.engines.stream.tensor_groups import Tensor, TensorGroup
 from zeroinf.model.mapped_files import map_safetensors
 
-_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 class Converter:
@@ -37,6 +37,7 @@ class Converter:
         own = {name for tensor in self._siblings[None] for name in tensor.names}
         outside = own | {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
         self._lock = threading.Lock()
+        self._is_traced = False
         self._held: dict[int | None, dict[str, Any]] = defaultdict(dict)
         for file in files:
             for name, tensor in map_safetensors(file).items():
@@ -57,10 +58,28 @@ class Converter:
         return {name: held[name] for name, number in experts.items() if number in group.entries}
 
     def convert(self, group: TensorGroup) -> dict[str, torch.Tensor] | None:
-        """The stored tensors of `group` by their first names.
+        """The stored tensors of `group` by their first names; None where its weights do not make all of it."""
+        found = self._convert(group)
+        if found is None and not self._is_traced:
+            self._trace()
+            found = self._convert(group)
+        return found
 
-        None where the weights with its block's number do not make all of it.
-        """
+    def _trace(self) -> None:
+        """Sort what the checkpoint holds by the tensors that it becomes, which takes longer: a name's first number may
+        be another one than its block's."""
+        self._is_traced, mapping, own = True, conversions(self._model), self._model.state_dict()
+        blocks = {name: block for block, tensors in self._siblings.items() for one in tensors for name in one.names}
+        before, self._held = self._held, defaultdict(dict)
+        for tensors in self._siblings.values():
+            for tensor in tensors:
+                tensor.bind(tensor.value)  # what was sorted wrongly may have been loaded into other blocks
+        for block, held in before.items():
+            for name, value in held.items():
+                becomes, _ = converted_name(name, mapping, self._model.base_model_prefix, own)
+                self._held[blocks.get(becomes, block)][name] = value
+
+    def _convert(self, group: TensorGroup) -> dict[str, torch.Tensor] | None:
         stored = [tensor for tensor in group.tensors if tensor.stored]
         with self._lock:
             try:
