@@ -28,14 +28,14 @@ JSON_SCHEMA = 1
     "nvme_paths",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Folder that weights would rest in; may be given several times.",
+    help="Folder in which weights would be kept; may be given several times.",
 )
 @option(
     "--offload",
     type=click.Choice(["none", "cpu", "nvme"]),
     default="none",
     show_default=True,
-    help="Where weights would rest.",
+    help="Where weights would be kept.",
 )
 @option(
     "--engine",

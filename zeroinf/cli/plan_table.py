@@ -86,7 +86,7 @@ def _lines(options: PlanOptions, rows: Sequence[ComparisonRow], varied: Listed) 
         cells = "".join(_cell(by_flags.get(flag)) for flag in heads) if row.outcomes else f"   {_why_not(row)}"
         yield f"{row.name:<{width}}{size}{cells}".rstrip()
     yield ""
-    yield "tokens/s, and where weights rest; each coarsely planned: `zeroinf plan --model NAME` plans as much or more"
+    yield "tokens/s, and the place of weights; each coarsely planned: `zeroinf plan --model NAME` plans as much or more"
     if len(heads) > 1:
         yield "--wire int8 is near lossless, --wire int4 is lossy: `zeroinf eval` measures your model"
 

@@ -84,8 +84,8 @@ def run(
 ) -> int:
     """Generate text from many prompts with a model that need not fit the GPU.
 
-    Weights rest in host memory or on NVMe and stream through the GPU, one decoder layer after the other. What fits is
-    planned before anything is allocated: `zeroinf plan` shows the same plan in detail.
+    Weights are kept in host memory or on NVMe and stream through the GPU, one decoder layer after the other. What fits
+    is planned before anything is allocated: `zeroinf plan` shows the same plan in detail.
 
     \b
       zeroinf run demo --prompt "The capital of France is"

@@ -20,7 +20,7 @@ JSON_SCHEMA = 1
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-@group(short_help="List, verify or remove weights that rest on NVMe.")
+@group(short_help="List, verify or remove weights that are stored on NVMe.")
 def store() -> None:
     """List, verify or remove the stores of weights that `zeroinf run --offload nvme` writes once and finds again.
 

@@ -156,7 +156,7 @@ def check_memlock(memory: Memory, *, asked: bool, needed_bytes: int = DEFAULT_PO
 
 def check_profile(profile: Profile, now: datetime) -> Check:
     """Whether this machine's rates were measured, and how long ago."""
-    advice = "zeroinf doctor --measure, with each --nvme-path that weights may rest in"
+    advice = "zeroinf doctor --measure, with each --nvme-path that weights may be kept in"
     if profile.trouble is not None:
         value = f"{profile.path} {profile.trouble}"
         return Check(name="rates", status="warn", value=f"not used: {value}", advice=advice)

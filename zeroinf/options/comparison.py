@@ -34,7 +34,7 @@ class ComparedPlan:
     """Beside those that were asked for; empty: as asked."""
     quality: Quality
     rests: Literal["GPU", "GPU+host", "host", "disk"]
-    """Where weights rest: the GPU alone, the host as well, or a disk as well."""
+    """Where weights are kept: the GPU alone, the host as well, or a disk as well."""
     batch_size: int
     tokens_per_second: float
     first_token_s: float

@@ -118,7 +118,7 @@ class EngineOptions(Options):
         engine_specific=True,
         section="memory",
         help="Who attends to a KV cache in host memory: the GPU, to which it is copied, or, for decode steps, the CPU, "
-        "where it rests. auto compares both once host memory has been measured: by `zeroinf doctor --measure`, or "
+        "where it is. auto compares both once host memory has been measured: by `zeroinf doctor --measure`, or "
         "before a run of two minutes or more whose weights do not all fit the GPU. With the stream engine.",
     )
     embeddings: Embeddings | Literal["auto"] = option(
@@ -189,8 +189,8 @@ class RestOptions(Options):
     offload: Offload | Literal["auto"] = option(
         "auto",
         section="everyday options",
-        help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path; auto takes the fastest "
-        "that fits.",
+        help="Where weights are kept: on the GPUs, in host memory, or in files below --nvme-path; auto takes the "
+        "fastest that fits.",
     )
     nvme_paths: tuple[Path, ...] = option(
         (),
@@ -761,7 +761,7 @@ class ZeroRestOptions(RestOptions):
     offload: Offload = option(
         "cpu",
         section="everyday options",
-        help="Where weights rest: on the GPUs, in host memory, or in files below --nvme-path.",
+        help="Where weights are kept: on the GPUs, in host memory, or in files below --nvme-path.",
     )
 
 
