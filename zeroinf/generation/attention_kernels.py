@@ -69,18 +69,90 @@ def _write(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scored(  # type: ignore[no-untyped-def]
-    q, k, v, sees, scale, softcap, acc, highest, total, CAPPED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """One tile of keys: (product rows, keys). Scores are kept as powers of two."""
-    x = tl.dot(q, k, input_precision=PRECISION) * scale
-    if CAPPED:
-        x = softcap * _tanh(x / softcap)
-    x = tl.where(sees, x * _LOG2_E, _LOWEST)
+    q, k, v, sees, scale, softcap, acc, highest, total,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: (product rows, keys), which all queries see where it is not MASKED. Scores are kept as powers
+    of two."""
+    x = tl.dot(q, k, input_precision=PRECISION)
+    x = softcap * _LOG2_E * _tanh(x * scale / softcap) if CAPPED else x * (scale * _LOG2_E)
+    if MASKED:
+        x = tl.where(sees, x, _LOWEST)
     now = tl.maximum(highest, tl.max(x, 1))
-    weights = tl.where(sees, tl.exp2(x - now[:, None]), 0.0)
+    weights = tl.exp2(x - now[:, None])
+    if MASKED:
+        weights = tl.where(sees, weights, 0.0)
     fading = tl.exp2(highest - now)
     acc = acc * fading[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     return acc, now, total * fading + tl.sum(weights, 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _over_held(  # type: ignore[no-untyped-def]
+    q, acc, highest, total, keys, values, key_scales, value_scales, pages, begin, first, end, position, head,
+    scale, softcap, window, ring,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, KEY_PLACE: tl.constexpr, VALUE_PLACE: tl.constexpr, SCALE_PLACE: tl.constexpr,
+    PAGE: tl.constexpr, CODED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Over the keys of before from `first` to `end`: whole tiles that all queries see, where it is not MASKED."""
+    width, value_width = tl.arange(0, WIDTH_BLOCK), tl.arange(0, VALUE_BLOCK)
+    is_width, is_value = width < WIDTH, value_width < VALUE_WIDTH
+    for tile_start in range(first, end, KEYS):
+        key = tile_start + tl.arange(0, KEYS)
+        there = key < end if MASKED else tl.full([KEYS], True, tl.int1)
+        if PAGE == 0:
+            place = begin + key
+        else:
+            slot = key % ring
+            page = tl.load(pages + slot // PAGE, mask=there, other=0)
+            place = page * PAGE + slot % PAGE
+        k = tl.load(
+            keys + place[None, :] * KEY_PLACE + head * WIDTH + width[:, None],
+            mask=there[None, :] & is_width[:, None], other=0,
+        )  # fmt: skip
+        v = tl.load(
+            values + place[:, None] * VALUE_PLACE + head * VALUE_WIDTH + value_width[None, :],
+            mask=there[:, None] & is_value[None, :], other=0,
+        )  # fmt: skip
+        if CODED:
+            key_scale = tl.load(key_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
+            value_scale = tl.load(value_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
+            k = (k.to(tl.float32) * key_scale[None, :]).to(q.dtype)
+            v = (v.to(tl.float32) * value_scale[:, None]).to(q.dtype)
+        sees = there[None, :] & (key[None, :] <= position[:, None])
+        if WINDOWED:
+            sees = sees & (key[None, :] > position[:, None] - window)
+        acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, MASKED, PRECISION)
+    return acc, highest, total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _over_new(  # type: ignore[no-untyped-def]
+    q, acc, highest, total, keys, values, key_t, value_t, first, end, mine, scale, softcap, window,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same over the row's own new keys, which begin at `keys`."""
+    width, value_width = tl.arange(0, WIDTH_BLOCK), tl.arange(0, VALUE_BLOCK)
+    is_width, is_value = width < WIDTH, value_width < VALUE_WIDTH
+    for tile_start in range(first, end, KEYS):
+        key = tile_start + tl.arange(0, KEYS)
+        there = key < end if MASKED else tl.full([KEYS], True, tl.int1)
+        k = tl.load(
+            keys + key.to(tl.int64)[None, :] * key_t + width[:, None],
+            mask=there[None, :] & is_width[:, None], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            values + key.to(tl.int64)[:, None] * value_t + value_width[None, :],
+            mask=there[:, None] & is_value[None, :], other=0.0,
+        )  # fmt: skip
+        sees = there[None, :] & (key[None, :] <= mine[:, None])
+        if WINDOWED:
+            sees = sees & (key[None, :] > mine[:, None] - window)
+        acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, MASKED, PRECISION)
+    return acc, highest, total
 
 
 # Numbers that change from forward to forward: no kernel is compiled for their values.
@@ -105,7 +177,6 @@ def _attend(  # type: ignore[no-untyped-def]
     inside = (at < QUERIES * GROUP) & (mine < count)
     width, value_width = tl.arange(0, WIDTH_BLOCK), tl.arange(0, VALUE_BLOCK)
     is_width, is_value = width < WIDTH, value_width < VALUE_WIDTH
-    tile = tl.arange(0, KEYS)
     q = tl.load(
         query + (first + mine)[:, None] * query_t + heads[:, None] * query_h + width[None, :],
         mask=inside[:, None] & is_width[None, :], other=0.0,
@@ -126,51 +197,29 @@ def _attend(  # type: ignore[no-untyped-def]
         low += tl.program_id(2) * split_keys
         end = tl.minimum(held, low + split_keys)
     begin = tl.load(pages + row) if PAGE == 0 else 0
-    for tile_start in range(low, end, KEYS):
-        key = tile_start + tile
-        there = key < end
-        if PAGE == 0:
-            place = begin + key
-        else:
-            slot = key % ring
-            page = tl.load(pages + seat * (ring // PAGE) + slot // PAGE, mask=there, other=0)
-            place = page * PAGE + slot % PAGE
-        k = tl.load(
-            keys + place[None, :] * KEY_PLACE + head * WIDTH + width[:, None],
-            mask=there[None, :] & is_width[:, None], other=0,
+    own_pages = pages if PAGE == 0 else pages + seat * (ring // PAGE)
+    # Tiles that all queries see come first, without masks; with a window, none does.
+    seen = low if WINDOWED else low + tl.maximum(end - low, 0) // KEYS * KEYS
+    for masked in tl.static_range(2):
+        acc, highest, total = _over_held(
+            q, acc, highest, total, keys, values, key_scales, value_scales, own_pages, begin,
+            seen if masked else low, end if masked else seen, position, head, scale, softcap, window, ring,
+            WIDTH, VALUE_WIDTH, WIDTH_BLOCK, VALUE_BLOCK, KEYS, KEY_PLACE, VALUE_PLACE, SCALE_PLACE, PAGE, CODED,
+            CAPPED, WINDOWED, masked == 1, PRECISION,
         )  # fmt: skip
-        v = tl.load(
-            values + place[:, None] * VALUE_PLACE + head * VALUE_WIDTH + value_width[None, :],
-            mask=there[:, None] & is_value[None, :], other=0,
-        )  # fmt: skip
-        if CODED:
-            key_scale = tl.load(key_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
-            value_scale = tl.load(value_scales + place * SCALE_PLACE + head, mask=there, other=0.0)
-            k = (k.to(tl.float32) * key_scale[None, :]).to(q.dtype)
-            v = (v.to(tl.float32) * value_scale[:, None]).to(q.dtype)
-        sees = there[None, :] & (key[None, :] <= position[:, None])
-        if WINDOWED:
-            sees = sees & (key[None, :] > position[:, None] - window)
-        acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, PRECISION)
     if NEW:
         last = tl.minimum(count, offset + QUERIES)
         if SPLIT:  # one program takes them
             last = tl.where(tl.program_id(2) == 0, last, 0)
-        for tile_start in range(tl.maximum(low - start, 0) // KEYS * KEYS, last, KEYS):
-            key = tile_start + tile
-            there = key < last
-            k = tl.load(
-                new_keys + (first + key)[None, :] * key_t + head * key_h + width[:, None],
-                mask=there[None, :] & is_width[:, None], other=0.0,
+        from_here = tl.maximum(low - start, 0) // KEYS * KEYS
+        seen = from_here if WINDOWED else tl.minimum((offset + 1) // KEYS * KEYS, last)
+        own_keys, own_values = new_keys + first * key_t + head * key_h, new_values + first * value_t + head * value_h
+        for masked in tl.static_range(2):
+            acc, highest, total = _over_new(
+                q, acc, highest, total, own_keys, own_values, key_t, value_t,
+                seen if masked else from_here, last if masked else seen, mine, scale, softcap, window,
+                WIDTH, VALUE_WIDTH, WIDTH_BLOCK, VALUE_BLOCK, KEYS, CAPPED, WINDOWED, masked == 1, PRECISION,
             )  # fmt: skip
-            v = tl.load(
-                new_values + (first + key)[:, None] * value_t + head * value_h + value_width[None, :],
-                mask=there[:, None] & is_value[None, :], other=0.0,
-            )  # fmt: skip
-            sees = there[None, :] & (key[None, :] <= mine[:, None])
-            if WINDOWED:
-                sees = sees & (key[None, :] > mine[:, None] - window)
-            acc, highest, total = _scored(q, k, v, sees, scale, softcap, acc, highest, total, CAPPED, PRECISION)
     if SPLIT:
         part = (block * HEADS + head) * tl.num_programs(2) + tl.program_id(2)
         into = (part * GROUP + at).to(tl.int64)
@@ -346,7 +395,7 @@ def _power_of_two(number: int) -> int:
 def _tiles(device: torch.device, size: int, widths: tuple[int, int], group: int, *, steps: bool) -> _Tiles:
     """Tiles as large as the multiprocessors' shared memory and registers allow, for numbers of `size` bytes and such
     powers of two as widths of keys and values."""
-    rows, keys, stages = (16, 128, 2) if steps else (64, 64, 3)  # measured with scripts/bench-attention
+    rows, keys, stages = (16, 128, 2) if steps else (64, 64, 2)  # measured with scripts/bench-attention
     rows = max(rows, _power_of_two(group))
     room = _shared_bytes(device) * 0.8 - rows * widths[0] * size
     while keys > 16 and stages * keys * sum(widths) * size > room:
