@@ -1,12 +1,12 @@
 """Triton functions that make weights of codes in registers, for kernels that multiply by them.
 
 Weights are what `codes.decode` and `expand_integers` make of integers, and `expand_fp4` of MXFP4, to the bit. Those of
-NVFP4 are codes times scales, exactly: what all weights of a matrix share is left to sums. Codes of four bits are read
-in words of 32 bits, each of which becomes eight weights: those of the lower halves of its bytes and those of the upper.
+NVFP4 are codes times scales, exactly: what all weights of a matrix share is left to sums. Codes are read in words of
+32 bits. One of four bits each becomes eight weights: those of the lower halves of its bytes and those of the upper.
 
-A product of such codes takes inputs in an order of its own. Of 128 inputs, whose codes are four chunks of 16 bytes, a
-thread of the tensor cores' left side holds one chunk of a row whole, so that it reads codes 16 bytes at a time and
-needs no other thread's. `input_of` says which input comes where.
+A product of codes takes inputs in an order of its own. Of 128 inputs, whose codes are four chunks, a thread of the
+tensor cores' left side holds one chunk of a row whole, so that it reads codes 16 bytes at a time and needs no other
+thread's. `input_of` says which input comes where.
 """
 
 # ruff: noqa: N803  constants of a kernel are written large
@@ -27,14 +27,15 @@ INPUTS_IN_ORDER = 128
 
 # Triton looks annotations up while it compiles, and knows none of Python's types.
 @triton.jit  # type: ignore[untyped-decorator]
-def input_of(place, PAIRS: tl.constexpr, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The input that is at `place` in the order in which codes of four bits are multiplied: those of lower halves of
-    bytes first. A byte has two inputs side by side (`PAIRS`), or 16 apart. Each of four threads has SIDE of its chunk's
-    in turn, in the order in which words give them."""
-    block, upper, turn = place // 128, place % 128 // 64, place % 64 // (4 * SIDE)
+def input_of(place, BITS: tl.constexpr, PAIRS: tl.constexpr, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The input that is at `place` in the order in which codes are multiplied: of those of four bits, first those of
+    lower halves of bytes, each of which has two inputs side by side (`PAIRS`), or 16 apart. Each of four threads has
+    SIDE of its chunk's in turn, in the order in which words give them."""
+    block, turn = place // 128, place % (16 * BITS) // (4 * SIDE)
     chunk, number = place % (4 * SIDE) // SIDE, turn * SIDE + place % SIDE
     byte = number // 4 * 4 + number % 4 // 2 + number % 2 * 2
-    of_chunk = byte * 2 + upper if PAIRS else upper * 16 + byte
+    upper = place % 128 // 64
+    of_chunk = byte if BITS == 8 else byte * 2 + upper if PAIRS else upper * 16 + byte
     return block * 128 + chunk * 32 + of_chunk
 
 
@@ -142,12 +143,13 @@ def _weight(code, scale, zero, FLOAT: tl.constexpr, ZEROS: tl.constexpr, dtype: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _in_order(b0, b1, b2, b3, SIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The weights (outputs, groups, 4) of each byte of words, in the order of `input_of`."""
+    """The weights (outputs, chunks, words) of each byte of words, in the order of `input_of`."""
     outputs: tl.constexpr = b0.shape[0]
-    groups: tl.constexpr = b0.shape[1]
+    chunks: tl.constexpr = b0.shape[1]
+    of_chunk: tl.constexpr = 4 * b0.shape[2]
     words = tl.join(tl.join(b0, b1), tl.join(b2, b3))  # bytes of a word are in the order 0, 2, 1, 3
-    chunks = tl.reshape(words, (outputs, groups // 4, 4, 16 // SIDE, SIDE))
-    return tl.reshape(tl.permute(chunks, (0, 1, 3, 2, 4)), (outputs, groups * 16))
+    turns = tl.reshape(words, (outputs, chunks // 4, 4, of_chunk // SIDE, SIDE))
+    return tl.reshape(tl.permute(turns, (0, 1, 3, 2, 4)), (outputs, chunks * of_chunk))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -157,10 +159,35 @@ def power_of_two(code, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     return bits.to(tl.float32, bitcast=True).to(dtype)
 
 
+# A byte in the lowest bits of 2^23 is a float32, and an integer below 256 is a bfloat16.
+_BYTES = tl.constexpr(
+    "{ .reg .b32 b, s, none; .reg .f32 f, g; mov.b32 s, {$5, $5}; mov.b32 none, 0x80008000;\n"
+    + "".join(
+        f"prmt.b32 b, $4, 0x4b000000, 0x744{one}; mov.b32 f, b; add.f32 f, f, 0fCB000080;"
+        f" prmt.b32 b, $4, 0x4b000000, 0x744{other}; mov.b32 g, b; add.f32 g, g, 0fCB000080;"
+        f" cvt.rn.bf16x2.f32 b, g, f; fma.rn.bf16x2 b, b, s, none; mov.b32 {{${2 * at}, ${2 * at + 1}}}, b;\n"
+        for at, (one, other) in enumerate(((0, 2), (1, 3)))
+    )
+    + "}"
+)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def eight_bits(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes of 8 bits (rows, groups, of each) as weights."""
-    value = (code ^ 128).to(tl.int8, bitcast=True)
+def eight_bits(word, scale, SIDE: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words (outputs, chunks, 8) and scales (outputs, chunks, 1) as weights (outputs, 32 x chunks), in the order of
+    `input_of`."""
     if dtype == tl.bfloat16 and not _IS_INTERPRETED:
-        return value.to(tl.bfloat16) * scale
-    return (value.to(tl.float32) * scale.to(tl.float32)).to(dtype)
+        b0, b2, b1, b3 = tl.inline_asm_elementwise(
+            _BYTES, "=h,=h,=h,=h,r,h", [word, scale], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+    else:
+        scale = scale.to(tl.float32)
+        b0, b1 = _of_byte(word, scale, dtype), _of_byte(word >> 8, scale, dtype)
+        b2, b3 = _of_byte(word >> 16, scale, dtype), _of_byte(word >> 24, scale, dtype)
+    return _in_order(b0, b1, b2, b3, SIDE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_byte(code, scale, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weight of the lowest eight bits, in arithmetic of float32."""
+    return (((code & 255) - 128).to(tl.float32) * scale).to(dtype)

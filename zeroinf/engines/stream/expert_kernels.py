@@ -95,14 +95,14 @@ def _place(  # type: ignore[no-untyped-def]
 @Launch
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _gate(  # type: ignore[no-untyped-def]
-    x, out, rows, width, wide, ORDERED: tl.constexpr, PAIRS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, out, rows, width, wide,
+    BITS: tl.constexpr, PAIRS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the first half of each row, times the second, rounded where torch's operators round. `ORDERED`: it is
-    written in the order of `input_of`, with zeros past the width."""
+    """SiLU of the first half of each row, times the second, rounded where torch's operators round. It is written
+    in the order of `input_of` for codes of BITS, with zeros past the width; in its own for numbers of 16."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    source = input_of(column, PAIRS, SIDE) if ORDERED else column
+    source = column if BITS == 16 else input_of(column, BITS, PAIRS, SIDE)
     inside = (row < rows) & (source < width)
     at = x + row * (2 * width) + source
     gate = tl.load(at, mask=inside, other=0).to(tl.float32)
@@ -195,13 +195,14 @@ def product_by_expert(
 def gate(x: torch.Tensor, before: WeightMatrix | None = None) -> torch.Tensor:
     """SiLU of the first half of columns times the second half; `in_order` for a product by `before`, if given."""
     rows, width = x.shape[0], x.shape[1] // 2
-    ordered = before is not None and before.bits == 4
-    wide = ordered_width(before) if before is not None else width
+    wide, bits, has_pairs, side = width, 16, False, 0
+    if before is not None and before.bits < 16:
+        wide, bits, has_pairs = ordered_width(before), before.bits, before.of_checkpoint is not None
+        side = side_by_side(before, x.device)
     out = x.new_empty(rows, wide)
     _gate(
         (-(-rows // 8), -(-wide // 128)), (x, out), (rows, width, wide),
-        ORDERED=ordered, PAIRS=before is not None and before.of_checkpoint is not None,
-        SIDE=side_by_side(before, x.device) if before is not None else 0, ROWS=8, BLOCK=128,
+        BITS=bits, PAIRS=has_pairs, SIDE=side, ROWS=8, BLOCK=128,
     )  # fmt: skip
     return out
 

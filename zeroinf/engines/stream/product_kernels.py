@@ -121,21 +121,27 @@ def _by_word(value, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _by_eight_bits(  # type: ignore[no-untyped-def]
-    acc, x_at, codes, scales, first_group, begin, finish,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_at, words, scales, first_group, begin, finish,
+    SIDE: tl.constexpr, EVEN: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same by codes of a byte, with inputs in their own order."""
-    groups: tl.constexpr = INPUTS // GROUP
-    scale_at, code_at = scales + first_group[:, None], codes + first_group[:, None] * GROUP
+    """The same by codes of a byte, 64 inputs of each group."""
+    groups: tl.constexpr = INPUTS // 64
+    outputs: tl.constexpr = acc.shape[0]
+    scale_at, word_at = scales + first_group[:, None], words + first_group[:, None] * 16
     for k in range(begin, finish, INPUTS):
-        column = k + tl.arange(0, INPUTS)
-        scale = _load_groups(scale_at, k // GROUP + tl.arange(0, groups), finish // GROUP, EVEN)
-        code = tl.reshape(_load_groups(code_at, column, finish, EVEN), (scale.shape[0], groups, GROUP))
+        column, number = k + tl.arange(0, INPUTS), k // 4 + tl.arange(0, INPUTS // 4)[None, :]
+        scale = _load_groups(scale_at, k // 64 + tl.arange(0, groups), finish // 64, EVEN)
         if EVEN:
+            word = tl.load(word_at + number)
+        else:
+            word = tl.load(word_at + number, mask=number // 16 < finish // 64, other=0)
+        of_chunk = tl.reshape(tl.broadcast_to(scale[:, :, None], (outputs, groups, 2)), (outputs, groups * 2))
+        word = tl.reshape(word, (outputs, groups * 2, 8))
+        weight = eight_bits(word, of_chunk[:, :, None], SIDE, x_at.dtype.element_ty)
+        if INPUTS == 128:
             row = tl.load(x_at + column[:, None])
         else:
-            row = tl.load(x_at + column[:, None], mask=column[:, None] < finish, other=0)
-        weight = tl.reshape(eight_bits(code, scale[:, :, None], x_at.dtype.element_ty), (scale.shape[0], INPUTS))
+            row = tl.load(x_at + column[:, None], mask=(column < tl.cdiv(finish, 128) * 128)[:, None], other=0)
         acc = tl.dot(weight, row, acc, input_precision=PRECISION)
     return acc
 
@@ -149,10 +155,11 @@ def _load_groups(at, number, end, EVEN: tl.constexpr):  # type: ignore[no-untype
 @Launch
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _put_in_order(  # type: ignore[no-untyped-def]
-    x, out, total, inputs, x_stride, wide, PAIRS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, out, total, inputs, x_stride, wide,
+    BITS: tl.constexpr, PAIRS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source = input_of((at % wide).to(tl.int32), PAIRS, SIDE)
+    source = input_of((at % wide).to(tl.int32), BITS, PAIRS, SIDE)
     value = tl.load(x + at // wide * x_stride + source, mask=(at < total) & (source < inputs), other=0)
     tl.store(out + at, value, mask=at < total)
 
@@ -219,7 +226,8 @@ def _product(  # type: ignore[no-untyped-def]
                 GROUP, FLOAT, ZEROS, SHARED, SIDE, EVEN, ahead, INPUTS, PRECISION,
             )  # fmt: skip
         else:
-            acc = _by_eight_bits(acc, x_at, weight, scales, first_group, begin, finish, GROUP, EVEN, INPUTS, PRECISION)
+            tl.static_assert(GROUP == 64)
+            acc = _by_eight_bits(acc, x_at, weight, scales, first_group, begin, finish, SIDE, EVEN, INPUTS, PRECISION)
     if SHARED:
         of_matrix = tl.load(shared + own_expert * matrices + output // (outputs // matrices), mask=real, other=1)
         acc = acc * of_matrix[:, None] if SHARED == 1 else acc / of_matrix[:, None]
@@ -297,7 +305,7 @@ def tile_for(rows: int, bits: int, device: torch.device) -> ProductTile:
     """The tile for a product of `rows` rows (of one expert, on average) by weights of `bits` bits."""
     is_wide = bits == 4 and has_warp_groups(device)
     tile = next(tile for most, tile in (_FOUR_BITS_TILES if is_wide else _TILES) if rows <= most)
-    least = INPUTS_IN_ORDER if bits == 4 else 64
+    least = INPUTS_IN_ORDER if bits < 16 else 64
     tile = replace(tile, inputs=max(tile.inputs, least))
     while tile.shared_bytes(bits) > _shared_memory(device) and (tile.stages > 2 or tile.inputs > least):
         tile = replace(tile, stages=tile.stages - 1) if tile.stages > 2 else replace(tile, inputs=tile.inputs // 2)
@@ -305,9 +313,9 @@ def tile_for(rows: int, bits: int, device: torch.device) -> ProductTile:
 
 
 def in_order(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
-    """`x` (rows, inputs) as a product by `weight` reads it: as it is, or, by codes of four bits, with inputs in the
-    order of `input_of`, and zeros up to a multiple of INPUTS_IN_ORDER."""
-    if weight.bits != 4:
+    """`x` (rows, inputs) as a product by `weight` reads it: as it is, or, by codes, with inputs in the order of
+    `input_of`, and zeros up to a multiple of INPUTS_IN_ORDER."""
+    if weight.bits == 16:
         return x if x.stride(1) == 1 else x.contiguous()
     rows, inputs = x.shape
     out = x.new_empty(rows, ordered_width(weight))
@@ -317,13 +325,13 @@ def in_order(x: torch.Tensor, weight: WeightMatrix) -> torch.Tensor:
     total, block = out.numel(), 1024
     run(
         (-(-total // block),), (x, out), (total, inputs, x.stride(0), out.shape[1]),
-        PAIRS=weight.of_checkpoint is not None, SIDE=side_by_side(weight, x.device), BLOCK=block,
+        BITS=weight.bits, PAIRS=weight.of_checkpoint is not None, SIDE=side_by_side(weight, x.device), BLOCK=block,
     )  # fmt: skip
     return out
 
 
 def side_by_side(weight: WeightMatrix, device: torch.device) -> int:
-    """How many weights of a row a thread holds side by side where Triton multiplies by codes of four bits: two on GPUs
+    """How many weights of a row a thread holds side by side where Triton multiplies by codes: two on GPUs
     with products of warp groups; elsewhere as many as fill 32 bits with halves of what is loaded."""
     return 2 if has_warp_groups(device) else 8 if weight.is_float else 4
 
@@ -338,7 +346,7 @@ def has_warp_groups(device: torch.device) -> bool:
 def ordered_width(weight: WeightMatrix) -> int:
     """Numbers in a row of `in_order`."""
     inputs = weight.shape[-1]
-    return inputs if weight.bits != 4 else -(-inputs // INPUTS_IN_ORDER) * INPUTS_IN_ORDER
+    return inputs if weight.bits == 16 else -(-inputs // INPUTS_IN_ORDER) * INPUTS_IN_ORDER
 
 
 def launch_product(
@@ -353,7 +361,7 @@ def launch_product(
     if routing is not None:
         slots, tiles = routing.slots, routing.tiles
     scales = x if weight.scales is None else weight.scales
-    data = weight.data.view(torch.int32) if weight.bits == 4 else weight.data
+    data = weight.data if weight.bits == 16 else weight.data.view(torch.int32)
     codes = weight.of_checkpoint
     zeros, shared = (None, None) if codes is None else (codes.zeros, codes.shared)
     if shared is not None:
@@ -381,7 +389,7 @@ def launch_product(
 
 def _step(weight: WeightMatrix, tile: ProductTile) -> int:
     """Inputs that a program takes at a time."""
-    return max(tile.inputs, INPUTS_IN_ORDER if weight.bits == 4 else weight.group)
+    return tile.inputs if weight.bits == 16 else max(tile.inputs, INPUTS_IN_ORDER)
 
 
 def _strides(weight: WeightMatrix) -> tuple[int, int]:
