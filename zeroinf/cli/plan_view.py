@@ -151,7 +151,7 @@ def _print_rates(console: Console, plan_input: PlanInput, found: PlanResult, *, 
     if found.could_attend and any(gpu.uuid for gpu in plan_input.machine.gpus):
         console.print(
             "\nattention on the CPU was not compared: nobody has measured how fast host memory is read here "
-            "(`zeroinf doctor --measure` does, and so does a run of two minutes or more before it plans)"
+            "(`zeroinf doctor --measure` does, and so does a run of five minutes or more before it plans)"
         )
 
 

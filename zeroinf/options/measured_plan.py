@@ -21,8 +21,8 @@ from zeroinf.hardware.snapshot import read_machine
 from zeroinf.planner.plan import Plan
 from zeroinf.simulation.make_plan import PlanInput, could_attend_on_cpu, make_plan
 
-_WORTH_MEASURING_S = 120.0
-"""A job that takes so long, as planned without it: measuring takes some seconds, once on a machine, and planning it
+_WORTH_MEASURING_S = 300.0
+"""A job that takes so long, as planned without it: measuring takes up to 20 s, once on a machine, and planning it
 again."""
 
 Say = Callable[[str], None]

@@ -119,7 +119,7 @@ class EngineOptions(Options):
         section="memory",
         help="Who attends to a KV cache in host memory: the GPU, to which it is copied, or, for decode steps, the CPU, "
         "where it is. auto compares both once host memory has been measured: by `zeroinf doctor --measure`, or "
-        "before a run of two minutes or more whose weights do not all fit the GPU. With the stream engine.",
+        "before a run of five minutes or more whose weights do not all fit the GPU. With the stream engine.",
     )
     embeddings: Embeddings | Literal["auto"] = option(
         "auto",
