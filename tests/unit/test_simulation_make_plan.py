@@ -17,7 +17,7 @@ from simulating import shared_simulations
 from zeroinf.errors import DoesNotFitError
 from zeroinf.hardware.presets import load_machine
 from zeroinf.hardware.rates import Rates
-from zeroinf.model.anatomy import Anatomy, Mixers
+from zeroinf.model.anatomy import Anatomy, Experts, Mixers
 from zeroinf.model.catalog import catalog_config
 from zeroinf.model.inspect import read_anatomy
 from zeroinf.planner import trials
@@ -303,16 +303,23 @@ def test_graphs_may_serve_all_forwards_or_those_of_most_passes_or_steps_alone() 
         return True
 
     sizes = 64, 128, 1024, 2048, 4096
-    assert graph_options(graphs_of(*sizes), always) == (4096, 2048, 128, 0), "3 prompts enter as 3 rows end"
-    assert graph_options(graphs_of(*sizes, prefill_tokens=500), always) == (4096, 1024, 128, 0)
-    assert graph_options(graphs_of(*sizes, layer_bytes=1 << 18), always) == (2048, 128, 0), "others take a GiB"
-    assert graph_options(graphs_of(128, layer_bytes=1 << 24), always) == (0,)
-    assert graph_options(graphs_of(64), always) == (64, 0)
-    assert graph_options(SimpleNamespace(packed=None, shape=None), always) == (0,)  # type: ignore[arg-type]
+    assert graph_options(anatomy(), graphs_of(*sizes), always) == (4096, 2048, 128, 0), "3 prompts enter as 3 rows end"
+    assert graph_options(anatomy(), graphs_of(*sizes, prefill_tokens=500), always) == (4096, 1024, 128, 0)
+    assert graph_options(anatomy(), graphs_of(*sizes, layer_bytes=1 << 18), always) == (2048, 128, 0), (
+        "others take a GiB"
+    )
+    assert graph_options(anatomy(), graphs_of(128, layer_bytes=1 << 24), always) == (0,)
+    assert graph_options(anatomy(), graphs_of(64), always) == (64, 0)
+    assert graph_options(anatomy(), SimpleNamespace(packed=None, shape=None), always) == (0,)  # type: ignore[arg-type]
+
+
+def test_graphs_serve_steps_alone_in_mixtures_of_experts() -> None:
+    mixture = replace(anatomy(), experts=(Experts(block=0, count=8, module="layers.0.experts", tensors=(), each=2),))
+    assert graph_options(mixture, graphs_of(64, 128, 1024, 4096), lambda tokens: True) == (128, 0)
 
 
 def test_graphs_end_where_the_gpu_computes_for_longer_than_the_host_launches() -> None:
-    assert graph_options(graphs_of(128, 2048, 4096), lambda tokens: tokens <= 1024) == (128, 0)
+    assert graph_options(anatomy(), graphs_of(128, 2048, 4096), lambda tokens: tokens <= 1024) == (128, 0)
     rates = Rates.of("given", link_gbps=25.0)
     small, large = (
         make_plan(

@@ -75,7 +75,7 @@ class PassFigures(Figures):
     triton_launch_s: float
     """A launch of a Triton kernel with its Python, where that was not measured."""
     triton_kernels: Mapping[str, int]
-    """Operators that are Triton kernels, and how many of these each of them launches."""
+    """Operators that are Triton kernels, and what each takes the host, in bare launches of one."""
     attention_launches: int
     """Triton kernels that attention over pages launches in a layer for steps, and as many for prompts."""
     graph_launches: int

@@ -42,16 +42,17 @@ def graph_sizes(most: int) -> tuple[int, ...]:
     return (*(size for size in _SIZES if size < most), most)
 
 
-def graph_options(workload: Workload, launches_bind: Callable[[int], bool]) -> tuple[int, ...]:
+def graph_options(anatomy: Anatomy, workload: Workload, launches_bind: Callable[[int], bool]) -> tuple[int, ...]:
     """What is worth comparing of the most tokens of a forward that replays graphs, the most first; 0: none does. Graphs
-    may serve every forward, those of passes in which as many rows enter as end, or steps alone. `launches_bind`:
-    whether a forward of so many tokens, launched kernel by kernel, takes the host about as long as the GPU."""
+    may serve every forward, those of passes in which as many rows enter as end, or steps alone, as they do in mixtures
+    of experts: no run has shown yet what graphs of prompts gain there. `launches_bind`: whether a forward of so many
+    tokens, launched kernel by kernel, takes the host about as long as the GPU."""
     packed, shape = workload.packed, workload.shape
     fitting = [tokens for tokens, nbytes in packed.replayed if 2 * nbytes <= _MOST_BYTES] if packed else []
     if not fitting:
         return (0,)
     entering = min(shape.prefill_tokens, shape.rows / workload.new_tokens * workload.prompt_tokens)
-    served = (fitting[-1], shape.rows + entering, shape.rows)
+    served = (shape.rows,) if anatomy.experts else (fitting[-1], shape.rows + entering, shape.rows)
     sizes = dict.fromkeys(next((size for size in fitting if size >= tokens), fitting[-1]) for tokens in served)
     return (*filter(launches_bind, sizes), 0)
 

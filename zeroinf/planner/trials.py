@@ -136,7 +136,8 @@ class Trials:
         fits = False
         launched = why_launched(self._anatomy, choice.engine, self._facts.device, expert_parts=choice.expert_parts)
         if not launched and workload.packed is not None:
-            options = graph_options(workload, launches_bind(self._anatomy, choice, workload, self._facts.speeds))
+            binds = launches_bind(self._anatomy, choice, workload, self._facts.speeds)
+            options = graph_options(self._anatomy, workload, binds)
         for tokens in options:
             if fits and not tokens and choice.offload == "none":
                 return  # no layer could stay in their place
